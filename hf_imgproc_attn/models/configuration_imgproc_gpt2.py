@@ -1,0 +1,32 @@
+"""Configuration of GPT-2 with a chosen attention filter."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import GPT2Config
+
+from .filter_spec import FILTER_LAYER_TYPE, FilterSpecMixin, is_stock_layer
+
+
+@strict
+class ImgProcGPT2Config(FilterSpecMixin, GPT2Config):
+    """The stock ``GPT2Config`` and the filter fields of ``FilterSpecMixin``; the defaults are the stock model.
+
+    Example:
+        >>> from hf_imgproc_attn import ImgProcGPT2Config
+        >>> ImgProcGPT2Config.from_preset("twicing", n_layer=2, boosted_layers=[-1]).boosted_layers
+        [-1]
+    """
+
+    model_type = "imgproc_gpt2"
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Which cache layer each attention layer needs."""
+        return [
+            "full_attention" if is_stock_layer(self, spec) else FILTER_LAYER_TYPE for spec in self.layer_specs
+        ]
+
+    def validate_layer_type(self) -> None:
+        """Stock configurations check user-given layer types here; ours are derived, so there is nothing to check."""
+
+
+ImgProcGPT2Config.register_for_auto_class()

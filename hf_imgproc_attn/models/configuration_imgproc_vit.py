@@ -1,0 +1,22 @@
+"""Configuration of ViT with a chosen attention filter."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import ViTConfig
+
+from .filter_spec import FilterSpecMixin
+
+
+@strict
+class ImgProcViTConfig(FilterSpecMixin, ViTConfig):
+    """The stock ``ViTConfig`` and the filter fields of ``FilterSpecMixin``; the defaults are the stock model.
+
+    Example:
+        >>> from hf_imgproc_attn import ImgProcViTConfig
+        >>> ImgProcViTConfig.from_preset("bilateral").position_kernel
+        'untied'
+    """
+
+    model_type = "imgproc_vit"
+
+
+ImgProcViTConfig.register_for_auto_class()

@@ -1,0 +1,134 @@
+"""A cache layer with residual streams beside K and V, for exact decoding of boosted attention (FRAMEWORK section 5).
+
+Twicing at query i needs row j of A V at every key j <= i. Those rows never change once computed, so the residual rows
+r_j = v_j - (A V)_j are cached as a third stream (a k-step booster caches k - 1 of them) and one decoding step costs two
+products with the cache instead of a pass over all queries. Keys are cached with their position columns, so that custom
+``position_ids`` and left padding stay exact.
+
+Defining the classes registers them with Transformers under ``FILTER_LAYER_TYPE``; a configuration whose ``layer_types``
+names it makes ``DynamicCache(config=...)`` and ``generate`` use them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+from .filter_spec import FILTER_LAYER_TYPE
+
+
+class FilterDynamicLayer(DynamicLayer):
+    """A growing cache of keys, values and residual streams, each ``[batch, heads, length, width]``."""
+
+    _layer_type = FILTER_LAYER_TYPE
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.streams: list[torch.Tensor] = []
+
+    def update_stream(self, index: int, rows: torch.Tensor) -> torch.Tensor:
+        """Append the new tokens' rows ``[batch, heads, new, width]`` to stream ``index`` and return all of it."""
+        if index == len(self.streams):
+            self.streams.append(rows)
+        else:
+            self.streams[index] = torch.cat([self.streams[index], rows], dim=-2)
+        return self.streams[index]
+
+    def _map_streams(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.streams = [function(stream) for stream in self.streams]
+
+    def offload(self) -> None:
+        super().offload()
+        self._map_streams(lambda stream: stream.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        super().prefetch()
+        if self.is_initialized:
+            self._map_streams(lambda stream: stream.to(self.device, non_blocking=True))
+
+    def reset(self) -> None:
+        super().reset()
+        self.streams = []
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if tokens_to_remove < 0:
+            self._map_streams(lambda stream: stream[..., :tokens_to_remove, :])
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._map_streams(lambda stream: stream.index_select(0, beam_idx.to(stream.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map_streams(lambda stream: stream.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map_streams(lambda stream: stream[indices, ...])
+
+
+class FilterStaticLayer(StaticLayer):
+    """Refuses: a pre-allocated cache for filtered attention is not built."""
+
+    _layer_type = FILTER_LAYER_TYPE
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            "cache_implementation='static' is not supported for layers with a filter other than stock softmax attention: "
+            "use the dynamic cache"
+        )
+
+
+def check_cache_implementation(name: str | None) -> None:
+    """Refuse the caches that generation could be asked for and that are not built.
+
+    Args:
+        name: ``generation_config.cache_implementation``.
+
+    Raises:
+        ValueError: naming the value and what is allowed.
+    """
+    allowed = (None, "dynamic", "dynamic_full", "offloaded")
+    if name not in allowed:
+        raise ValueError(
+            f"cache_implementation={name!r} is not supported for layers with a filter other than stock softmax attention: "
+            "use 'dynamic' or 'offloaded'"
+        )
+
+
+def cache_layer(cache: Cache, layer_idx: int, num_streams: int) -> Any:
+    """The cache's layer ``layer_idx`` after checking that it can hold what a filtered layer stores.
+
+    Args:
+        cache: a Transformers cache.
+        layer_idx: index of the attention layer.
+        num_streams: residual streams that the layer's booster keeps.
+
+    Returns:
+        The layer, or None if a lazy cache has not made it yet.
+
+    Raises:
+        ValueError: for a static, sliding or quantised layer, and for a plain layer where streams must be kept.
+    """
+    layers = cache.layers
+    layer = layers[layer_idx] if layer_idx < len(layers) else None
+    layer_class = type(layer) if layer is not None else cache.layer_class_to_replicate
+    # By attribute and not by class: the same file may be loaded twice, from the package and from a checkpoint.
+    if hasattr(layer_class, "update_stream"):
+        return layer
+    if layer_class is not DynamicLayer:
+        raise ValueError(
+            f"past_key_values with layers of type {getattr(layer_class, '__name__', layer_class)} is not supported for "
+            f"layers with a filter other than stock softmax attention (layer {layer_idx}): use "
+            "DynamicCache(config=model.config)"
+        )
+    if num_streams:
+        raise ValueError(
+            f"past_key_values has a plain layer at index {layer_idx}, where boosted attention needs to keep its residual "
+            "stream: build the cache with DynamicCache(config=model.config)"
+        )
+    return layer

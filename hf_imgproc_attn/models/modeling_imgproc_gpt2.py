@@ -1,0 +1,345 @@
+"""GPT-2 with a chosen attention filter. Stock modules are reused; attention, block and the way of positions are ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GPT2ForSequenceClassification, GPT2ForTokenClassification, GPT2LMHeadModel, GPT2Model
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block, GPT2PreTrainedModel
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_imgproc_gpt2 import ImgProcGPT2Config
+from .filter_attention import AttentionFilter, PositionProjection
+from .filter_cache import check_cache_implementation
+from .filter_feedback import FEEDBACK, RESIDUAL_INPUT, LayerState
+from .filter_pretrained import FilterPreTrainedMixin, check_attention_mask
+from .filter_spec import uses_position_table
+
+
+class ImgProcGPT2Attention(GPT2Attention):
+    """Causal self-attention whose filter is composed by :class:`AttentionFilter`."""
+
+    def __init__(self, config: ImgProcGPT2Config, layer_idx: int) -> None:
+        super().__init__(config, layer_idx=layer_idx)
+        self.filter = AttentionFilter(
+            config.layer_specs[layer_idx],
+            config,
+            layer_idx=layer_idx,
+            head_dim=self.head_dim,
+            scaling=self.scaling,
+            longest_side=config.n_positions,
+            layer_norm_eps=config.layer_norm_epsilon,
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        position_states: torch.Tensor | None = None,
+        coordinates: torch.Tensor | None = None,
+        state: LayerState | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, LayerState]:
+        """Filter ``hidden_states`` ``[batch, length, hidden_size]``; the other tensors as in ``AttentionFilter``.
+
+        Returns:
+            Output ``[batch, length, hidden_size]``, the operator that multiplies V or None, the new state.
+        """
+        state = LayerState() if state is None else state
+        if self.filter.is_stock:
+            output, weights = super().forward(hidden_states, past_key_values, attention_mask, **kwargs)
+            return output, weights, state
+        shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
+        query, key, value = (
+            part.view(shape).transpose(1, 2) for part in self.c_attn(hidden_states).split(self.split_size, dim=2)
+        )
+        if isinstance(past_key_values, EncoderDecoderCache):
+            past_key_values = past_key_values.self_attention_cache
+        output, weights = self.filter(
+            query,
+            key,
+            value,
+            implementation=self.config._attn_implementation,
+            attention_mask=attention_mask,
+            is_causal=self.is_causal,
+            dropout=self.attn_dropout.p if self.training else 0.0,
+            position_states=position_states,
+            coordinates=coordinates,
+            past_key_values=past_key_values,
+            need_weights=output_attentions,
+        )
+        output, state = FEEDBACK[self.filter.spec.feedback](output, value, state)
+        output = output.transpose(1, 2).reshape(hidden_states.shape)
+        return self.resid_dropout(self.c_proj(output)), weights, state
+
+
+class ImgProcGPT2Block(GPT2Block):
+    """A stock block around :class:`ImgProcGPT2Attention`, with the residual scheme and the state between layers."""
+
+    def __init__(self, config: ImgProcGPT2Config, layer_idx: int) -> None:
+        super().__init__(config, layer_idx=layer_idx)
+        self.attn = ImgProcGPT2Attention(config, layer_idx)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        position_states: torch.Tensor | None = None,
+        *state: torch.Tensor | None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """``[batch, length, hidden_size]`` and the state's tensors in and out.
+
+        Tensors that carry a gradient are positional: re-entrant gradient checkpointing sees no others.
+        """
+        attention_input, new_state = RESIDUAL_INPUT[self.attn.filter.spec.residual](hidden_states, LayerState(*state))
+        attention_output, _, new_state = self.attn(
+            self.ln_1(attention_input),
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            position_states=position_states,
+            state=new_state,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attention_output
+        if encoder_hidden_states is not None:
+            if not hasattr(self, "crossattention"):
+                raise ValueError("encoder_hidden_states needs a model built with add_cross_attention=True, got False")
+            cross_output, _ = self.crossattention(
+                self.ln_cross_attn(hidden_states),
+                past_key_values=past_key_values,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+            )
+            hidden_states = hidden_states + cross_output
+        hidden_states = hidden_states + self.mlp(self.ln_2(hidden_states))
+        return hidden_states, *new_state
+
+
+class ImgProcGPT2PreTrainedModel(FilterPreTrainedMixin, GPT2PreTrainedModel):
+    """Base class: loading, saving and initialisation of the GPT-2 variants."""
+
+    config_class = ImgProcGPT2Config
+    config: ImgProcGPT2Config
+    _no_split_modules = ["ImgProcGPT2Block"]
+    _keep_in_fp32_modules_strict = ["scalar_bias"]
+    auto_map = {
+        "AutoConfig": "configuration_imgproc_gpt2.ImgProcGPT2Config",
+        "AutoModel": "modeling_imgproc_gpt2.ImgProcGPT2Model",
+        "AutoModelForCausalLM": "modeling_imgproc_gpt2.ImgProcGPT2LMHeadModel",
+        "AutoModelForSequenceClassification": "modeling_imgproc_gpt2.ImgProcGPT2ForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_imgproc_gpt2.ImgProcGPT2ForTokenClassification",
+    }
+
+
+class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
+    """The bare decoder. Positions are added to the tokens only where ``position_kernel`` is ``"additive"``.
+
+    Args:
+        config: of the variant; checked again here, since fields can be set one by one after its construction.
+    """
+
+    def __init__(self, config: ImgProcGPT2Config) -> None:
+        config.validate()
+        GPT2PreTrainedModel.__init__(self, config)
+        self.embed_dim = config.hidden_size
+        self.layer_specs = config.layer_specs
+        self.position_kernels = {spec.position_kernel for spec in self.layer_specs}
+        self.wte = nn.Embedding(config.vocab_size, self.embed_dim)
+        self.wpe = nn.Embedding(config.n_positions, self.embed_dim) if uses_position_table(config) else None
+        self.position_projection = None
+        if config.share_position_projections:
+            self.position_projection = PositionProjection(
+                self.embed_dim, config.n_head, self.embed_dim // config.n_head, config.layer_norm_epsilon
+            )
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList([ImgProcGPT2Block(config, layer_idx=i) for i in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(self.embed_dim, eps=config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _check_positions(
+        self, position_ids: torch.Tensor | None, batch: int, length: int, past_length: int
+    ) -> None:
+        """Refuse positions outside the table of ``additive`` and ``untied`` before an embedding look-up crashes."""
+        limit = self.config.n_positions
+        if position_ids is None:
+            if self.wpe is not None and past_length + length > limit:
+                raise ValueError(
+                    f"input of {past_length + length} tokens (cached ones included) is longer than the n_positions={limit} "
+                    f"of position_kernel={self.config.position_kernel!r}: shorten it, or use a kernel that extrapolates"
+                )
+            return
+        if tuple(position_ids.shape) not in {(batch, length), (1, length)}:
+            raise ValueError(
+                f"position_ids must have shape {(batch, length)} or {(1, length)}, got {tuple(position_ids.shape)}"
+            )
+        # Looking at values would wait for an accelerator at every decoding step; there the embedding kernel checks.
+        if self.wpe is not None and position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            lowest, highest = int(position_ids.min()), int(position_ids.max())
+            if lowest < 0 or highest >= limit:
+                raise ValueError(
+                    f"position_ids must be from 0 to n_positions - 1 = {limit - 1} for "
+                    f"position_kernel={self.config.position_kernel!r}, got values from {lowest} to {highest}"
+                )
+
+    def _position_inputs(self, position_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What the layers' position kernels compare: vectors for ``untied``, centred indices for ``gaussian``."""
+        position_states, coordinates = None, None
+        if "untied" in self.position_kernels:
+            position_states = self.wpe(position_ids)
+            if self.position_projection is not None:
+                position_states = self.position_projection(position_states)
+        if "gaussian" in self.position_kernels:
+            work = torch.float64 if self.dtype == torch.float64 else torch.float32
+            # A fixed centre, so that cached keys and new queries agree; it keeps the squares of positions small.
+            coordinates = (position_ids - self.config.n_positions // 2).to(work).unsqueeze(-1)
+        return position_states, coordinates
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """As ``GPT2Model.forward``; see there for the arguments.
+
+        Raises:
+            ValueError: for both or neither of ``input_ids`` and ``inputs_embeds``, a mask or ``position_ids`` of the
+                wrong shape, or more tokens than the position table holds.
+        """
+        output_attentions = kwargs.pop("output_attentions", None)
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        kwargs.pop("output_hidden_states", None)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+            inputs_embeds = self.wte(input_ids)
+        if inputs_embeds.ndim != 3:
+            raise ValueError(
+                "input_ids must have shape [batch, length] and inputs_embeds [batch, length, hidden_size], got "
+                f"{list(inputs_embeds.shape[:-1] if input_ids is not None else inputs_embeds.shape)}"
+            )
+        batch, length = inputs_embeds.shape[:2]
+
+        if use_cache:
+            if past_key_values is None:
+                past_key_values = DynamicCache(config=self.config)
+            if self.config.add_cross_attention and not isinstance(past_key_values, EncoderDecoderCache):
+                past_key_values = EncoderDecoderCache(past_key_values, DynamicCache())
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if not torch.compiler.is_compiling():
+            check_attention_mask(attention_mask, batch, self.config.n_head, length, past_length + length)
+        self._check_positions(position_ids, batch, length, past_length)
+        if position_ids is None:
+            position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
+
+        hidden_states = inputs_embeds
+        if "additive" in self.position_kernels:
+            hidden_states = hidden_states + self.wpe(position_ids).to(inputs_embeds.device)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if encoder_hidden_states is not None:
+            encoder_attention_mask = create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=encoder_attention_mask,
+                encoder_hidden_states=encoder_hidden_states,
+            )
+        if token_type_ids is not None:
+            hidden_states = hidden_states + self.wte(token_type_ids.view(-1, length))
+        hidden_states = self.drop(hidden_states)
+
+        position_states, coordinates = self._position_inputs(position_ids)
+        state = LayerState()
+        for block in self.h:
+            hidden_states, *state = block(
+                hidden_states,
+                past_key_values if not (self.gradient_checkpointing and self.training) else None,
+                causal_mask,
+                encoder_hidden_states,
+                position_states,
+                *state,
+                encoder_attention_mask=encoder_attention_mask,
+                coordinates=coordinates,
+                use_cache=use_cache,
+                position_ids=position_ids,
+                output_attentions=output_attentions,
+                **kwargs,
+            )
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+
+class ImgProcGPT2LMHeadModel(ImgProcGPT2PreTrainedModel, GPT2LMHeadModel, GenerationMixin):
+    """GPT-2 variant with a language-modelling head, tied to the token embeddings."""
+
+    def __init__(self, config: ImgProcGPT2Config) -> None:
+        GPT2PreTrainedModel.__init__(self, config)
+        self.transformer = ImgProcGPT2Model(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _prepare_cache_for_generation(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(layer_type != "full_attention" for layer_type in self.config.layer_types):
+            check_cache_implementation(generation_config.cache_implementation)
+        return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+
+
+class ImgProcGPT2ForSequenceClassification(ImgProcGPT2PreTrainedModel, GPT2ForSequenceClassification):
+    """GPT-2 variant that classifies a sequence by its last token."""
+
+    def __init__(self, config: ImgProcGPT2Config) -> None:
+        GPT2PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.transformer = ImgProcGPT2Model(config)
+        self.score = nn.Linear(config.n_embd, self.num_labels, bias=False)
+        self.post_init()
+
+
+class ImgProcGPT2ForTokenClassification(ImgProcGPT2PreTrainedModel, GPT2ForTokenClassification):
+    """GPT-2 variant that classifies every token."""
+
+    def __init__(self, config: ImgProcGPT2Config) -> None:
+        GPT2PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.transformer = ImgProcGPT2Model(config)
+        dropout = getattr(config, "classifier_dropout", None)
+        dropout = getattr(config, "hidden_dropout", None) if dropout is None else dropout
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+
+ImgProcGPT2Model.register_for_auto_class("AutoModel")
+ImgProcGPT2LMHeadModel.register_for_auto_class("AutoModelForCausalLM")
+ImgProcGPT2ForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+ImgProcGPT2ForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")

@@ -1,0 +1,329 @@
+"""ViT with a chosen attention filter. Stock modules are reused; attention, layer and the way of positions are ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.vit.modeling_vit import (
+    ViTAttention,
+    ViTEmbeddings,
+    ViTLayer,
+    ViTPooler,
+    ViTPreTrainedModel,
+)
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_imgproc_vit import ImgProcViTConfig
+from .filter_attention import AttentionFilter, PositionProjection
+from .filter_feedback import FEEDBACK, RESIDUAL_INPUT, LayerState
+from .filter_pretrained import FilterPreTrainedMixin, check_attention_mask
+from .filter_spec import uses_position_table
+
+# On disk ViT has the names of Transformers 4; the stock library renames them on loading by the class name `ViTModel` and
+# would leave our class with random layers.
+register_checkpoint_conversion_mapping(
+    "ImgProcViTModel", get_checkpoint_conversion_mapping("ViTModel"), overwrite=True
+)
+
+NUM_CLASS_TOKENS = 1
+
+
+def grid_size(config: ImgProcViTConfig, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of patches in an image of ``height`` x ``width`` pixels."""
+    patch = config.patch_size
+    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
+    return height // patch_height, width // patch_width
+
+
+def trained_grid(config: ImgProcViTConfig) -> tuple[int, int]:
+    """Rows and columns of patches in an image of the configured size."""
+    size = config.image_size
+    return grid_size(config, *((size, size) if isinstance(size, int) else size))
+
+
+class ImgProcViTEmbeddings(ViTEmbeddings):
+    """Patch and class tokens; positions are added only for ``additive``, kept as a table of patches for ``untied``."""
+
+    def __init__(self, config: ImgProcViTConfig, use_mask_token: bool = False) -> None:
+        super().__init__(config, use_mask_token=use_mask_token)
+        self.config = config
+        self.adds_positions = any(spec.position_kernel == "additive" for spec in config.layer_specs)
+        if not self.adds_positions:
+            rows, columns = trained_grid(config)
+            table = nn.Parameter(torch.randn(1, rows * columns, config.hidden_size))
+            self.position_embeddings = table if uses_position_table(config) else None
+
+    def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """What the stock ``forward`` adds to the tokens ``[batch, 1 + patches, hidden_size]``: 0 unless ``additive``."""
+        if self.adds_positions:
+            return super().interpolate_pos_encoding(embeddings, height, width)
+        return embeddings.new_zeros(())
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.BoolTensor | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> torch.Tensor:
+        """``[batch, channels, height, width]`` to ``[batch, 1 + patches, hidden_size]``.
+
+        Raises:
+            ValueError: for an image of another size without ``interpolate_pos_encoding``.
+        """
+        height, width = pixel_values.shape[-2:]
+        expected = tuple(self.image_size)
+        if not interpolate_pos_encoding and (height, width) != expected:
+            raise ValueError(
+                f"pixel_values must be images of {expected[0]} x {expected[1]} pixels, got {height} x {width}: resize them "
+                "or pass interpolate_pos_encoding=True"
+            )
+        # Without added positions the stock code path that interpolates is the one that can be told to add nothing.
+        return super().forward(pixel_values, bool_masked_pos, interpolate_pos_encoding or not self.adds_positions)
+
+    def position_table(self, height: int, width: int) -> torch.Tensor:
+        """Position vectors of the patches, ``[1, patches, hidden_size]``, interpolated to the image's grid."""
+        table = self.position_embeddings
+        trained, wanted = trained_grid(self.config), grid_size(self.config, height, width)
+        if trained == wanted:
+            return table
+        grid = table.unflatten(1, trained).permute(0, 3, 1, 2)
+        grid = nn.functional.interpolate(grid, size=wanted, mode="bicubic", align_corners=False)
+        return grid.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class ImgProcViTAttention(ViTAttention):
+    """Bidirectional self-attention whose filter is composed by :class:`AttentionFilter`."""
+
+    def __init__(self, config: ImgProcViTConfig, layer_idx: int) -> None:
+        super().__init__(config)
+        self.layer_idx = layer_idx
+        self.filter = AttentionFilter(
+            config.layer_specs[layer_idx],
+            config,
+            layer_idx=layer_idx,
+            head_dim=self.head_dim,
+            scaling=self.scaling,
+            longest_side=max(trained_grid(config)),
+            layer_norm_eps=config.layer_norm_eps,
+            num_class_tokens=NUM_CLASS_TOKENS,
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        position_states: torch.Tensor | None = None,
+        coordinates: torch.Tensor | None = None,
+        state: LayerState | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, LayerState]:
+        """Filter ``hidden_states`` ``[batch, length, hidden_size]``; the other tensors as in ``AttentionFilter``.
+
+        Returns:
+            Output ``[batch, length, hidden_size]``, the operator that multiplies V or None, the new state.
+        """
+        state = LayerState() if state is None else state
+        if self.filter.is_stock:
+            output, weights = super().forward(hidden_states, attention_mask, **kwargs)
+            return output, weights, state
+        shape = (*hidden_states.shape[:-1], self.num_attention_heads, self.head_dim)
+        query, key, value = (
+            projection(hidden_states).view(shape).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        output, weights = self.filter(
+            query,
+            key,
+            value,
+            implementation=self.config._attn_implementation,
+            attention_mask=attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            position_states=position_states,
+            coordinates=coordinates,
+            need_weights=output_attentions,
+        )
+        output, state = FEEDBACK[self.filter.spec.feedback](output, value, state)
+        return self.o_proj(output.transpose(1, 2).flatten(2)), weights, state
+
+
+class ImgProcViTLayer(ViTLayer):
+    """A stock layer around :class:`ImgProcViTAttention`, with the residual scheme and the state between layers."""
+
+    def __init__(self, config: ImgProcViTConfig, layer_idx: int) -> None:
+        super().__init__(config)
+        self.attention = ImgProcViTAttention(config, layer_idx)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_states: torch.Tensor | None = None,
+        *state: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """``[batch, length, hidden_size]`` and the state's tensors in and out.
+
+        Tensors that carry a gradient are positional: re-entrant gradient checkpointing sees no others.
+        """
+        spec = self.attention.filter.spec
+        attention_input, new_state = RESIDUAL_INPUT[spec.residual](hidden_states, LayerState(*state))
+        attention_output, _, new_state = self.attention(
+            self.layernorm_before(attention_input),
+            attention_mask,
+            position_states=position_states,
+            state=new_state,
+            **kwargs,
+        )
+        hidden_states = self.dropout(attention_output) + hidden_states
+        hidden_states = self.dropout(self.mlp(self.layernorm_after(hidden_states))) + hidden_states
+        return hidden_states, *new_state
+
+
+class ImgProcViTPreTrainedModel(FilterPreTrainedMixin, ViTPreTrainedModel):
+    """Base class: loading, saving and initialisation of the ViT variants."""
+
+    config_class = ImgProcViTConfig
+    config: ImgProcViTConfig
+    _no_split_modules = ["ImgProcViTEmbeddings", "ImgProcViTLayer"]
+    _keep_in_fp32_modules_strict = ["scalar_bias"]
+    auto_map = {
+        "AutoConfig": "configuration_imgproc_vit.ImgProcViTConfig",
+        "AutoModel": "modeling_imgproc_vit.ImgProcViTModel",
+        "AutoModelForImageClassification": "modeling_imgproc_vit.ImgProcViTForImageClassification",
+        "AutoModelForMaskedImageModeling": "modeling_imgproc_vit.ImgProcViTForMaskedImageModeling",
+    }
+
+
+class ImgProcViTModel(ImgProcViTPreTrainedModel, ViTModel):
+    """The bare encoder.
+
+    Args:
+        config: of the variant; checked again here, since fields can be set one by one after its construction.
+        add_pooling_layer: whether to add a pooling layer on the class token.
+        use_mask_token: whether to have a mask token, for masked image modelling.
+    """
+
+    def __init__(
+        self, config: ImgProcViTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False
+    ) -> None:
+        config.validate()
+        ViTPreTrainedModel.__init__(self, config)
+        self.position_kernels = {spec.position_kernel for spec in config.layer_specs}
+        self.embeddings = ImgProcViTEmbeddings(config, use_mask_token=use_mask_token)
+        self.position_projection = None
+        if config.share_position_projections:
+            heads = config.num_attention_heads
+            self.position_projection = PositionProjection(
+                config.hidden_size, heads, config.hidden_size // heads, config.layer_norm_eps
+            )
+        self.layers = nn.ModuleList([ImgProcViTLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pooler = ViTPooler(config) if add_pooling_layer else None
+        self.post_init()
+
+    def _position_inputs(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What the layers' position kernels compare, with zeros in front for the class token.
+
+        Vectors ``[1, 1 + patches, hidden_size]`` (or their shared projections) for ``untied``; centred (row, column)
+        ``[1, 1 + patches, 2]`` in patch units for ``gaussian``.
+        """
+        height, width = pixel_values.shape[-2:]
+        position_states, coordinates = None, None
+        if "untied" in self.position_kernels:
+            position_states = self.embeddings.position_table(height, width)
+            position_states = nn.functional.pad(position_states, (0, 0, NUM_CLASS_TOKENS, 0))
+            if self.position_projection is not None:
+                position_states = self.position_projection(position_states)
+        if "gaussian" in self.position_kernels:
+            work = torch.float64 if pixel_values.dtype == torch.float64 else torch.float32
+            axes = [
+                torch.arange(side, dtype=work, device=pixel_values.device) - (side - 1) / 2
+                for side in grid_size(self.config, height, width)
+            ]
+            grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+            coordinates = nn.functional.pad(grid, (0, 0, NUM_CLASS_TOKENS, 0)).unsqueeze(0)
+        return position_states, coordinates
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        bool_masked_pos: torch.BoolTensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """As ``ViTModel.forward``; see there for the arguments.
+
+        Raises:
+            ValueError: without ``pixel_values``, for an image of another size without ``interpolate_pos_encoding``, or
+                for a mask of the wrong shape.
+        """
+        if pixel_values is None:
+            raise ValueError("pixel_values must be images [batch, channels, height, width], got None")
+        output_attentions = kwargs.pop("output_attentions", None)
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        kwargs.pop("output_hidden_states", None)
+        pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
+        hidden_states = self.embeddings(
+            pixel_values, bool_masked_pos=bool_masked_pos, interpolate_pos_encoding=bool(interpolate_pos_encoding)
+        )
+        batch, length = hidden_states.shape[:2]
+        if not torch.compiler.is_compiling():
+            check_attention_mask(attention_mask, batch, self.config.num_attention_heads, length, length)
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        position_states, coordinates = self._position_inputs(pixel_values)
+        state = LayerState()
+        for layer in self.layers:
+            hidden_states, *state = layer(
+                hidden_states,
+                attention_mask,
+                position_states,
+                *state,
+                coordinates=coordinates,
+                output_attentions=output_attentions,
+                **kwargs,
+            )
+        hidden_states = self.layernorm(hidden_states)
+        pooled = self.pooler(hidden_states) if self.pooler is not None else None
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+
+class ImgProcViTForImageClassification(ImgProcViTPreTrainedModel, ViTForImageClassification):
+    """ViT variant with a linear classifier on the class token."""
+
+    def __init__(self, config: ImgProcViTConfig) -> None:
+        ViTPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.vit = ImgProcViTModel(config, add_pooling_layer=False)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+
+class ImgProcViTForMaskedImageModeling(ImgProcViTPreTrainedModel, ViTForMaskedImageModeling):
+    """ViT variant that reconstructs masked patches (SimMIM)."""
+
+    def __init__(self, config: ImgProcViTConfig) -> None:
+        ViTPreTrainedModel.__init__(self, config)
+        self.vit = ImgProcViTModel(config, add_pooling_layer=False, use_mask_token=True)
+        channels = config.encoder_stride**2 * config.num_channels
+        self.decoder = nn.Sequential(
+            nn.Conv2d(config.hidden_size, channels, kernel_size=1), nn.PixelShuffle(config.encoder_stride)
+        )
+        self.post_init()
+
+
+ImgProcViTModel.register_for_auto_class("AutoModel")
+ImgProcViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+ImgProcViTForMaskedImageModeling.register_for_auto_class("AutoModelForMaskedImageModeling")
