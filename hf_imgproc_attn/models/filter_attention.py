@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.utils import logging
 
 from .filter_boosting import BOOSTING, Extend, extra_streams, keep_rows
 from .filter_cache import cache_layer
@@ -32,6 +33,8 @@ from .filter_kernels import (
 )
 from .filter_reference import reference_attention
 from .filter_spec import LayerSpec, is_stock_layer
+
+logger = logging.get_logger(__name__)
 
 SUPPORTED_IMPLEMENTATIONS = ("eager", "sdpa")
 
@@ -251,6 +254,10 @@ class AttentionFilter(nn.Module):
             key, position_key, key_coordinates = self._unpack_key(packed)
             if self.num_streams:
                 extend = layer.update_stream
+        if need_weights and implementation != "eager":
+            logger.warning_once(
+                f"attn_implementation={implementation!r} does not return attentions: set it to 'eager' for output_attentions=True"
+            )
         is_causal = is_causal and attention_mask is None and query.shape[-2] > 1
         positions = _Positions(position_query, position_key, coordinates, key_coordinates)
         # SDPA draws a new mask at every call; a booster needs the same one in each pass.
@@ -354,16 +361,17 @@ class AttentionFilter(nn.Module):
     def _position_form(self, like: torch.Tensor) -> str:
         """How SDPA gets s(p_i, p_j): "none", "features" or "bias" (dense logits as an additive mask).
 
-        Features of the Gaussian kernel are exact enough in float32. In half precision the split columns keep the output
-        as accurate as plain attention, but neither the gradient of h_p (large columns cancel in it) nor the row constant
-        that class tokens need survives: there the bias is formed in float32. Bounds in tests/models/test_precision.py.
+        Features of the Gaussian kernel are exact enough in float32. In bfloat16 the split columns keep the output as
+        accurate as plain attention, but neither the gradient of h_p (large columns cancel in it) nor the row constant
+        that class tokens need survives, and float16 has no room for p^2 / h^2: there the bias is formed in float32.
+        Bounds in tests/models/test_precision.py.
         """
         if not self.spec.compares_positions:
             return "none"
         if self.spec.position_kernel == "untied" or like.dtype not in HALF_DTYPES:
             return "features"
         learns = self.scalar_bias.position_log_bandwidth is not None and torch.is_grad_enabled()
-        return "bias" if learns or self.num_class_tokens else "features"
+        return "bias" if learns or self.num_class_tokens or like.dtype == torch.float16 else "features"
 
     # ------------------------------------------------------------------------------------------------------------
     # Back-ends
@@ -422,7 +430,8 @@ class AttentionFilter(nn.Module):
         query, key = _augment(query, lefts), _augment(key, rights)
         if form == "bias":
             bias = self._position_logits(positions, query)
-            attention_mask = _merge_bias(bias.to(query.dtype), attention_mask, is_causal)
+            bias = bias.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
+            attention_mask = _merge_bias(bias, attention_mask, is_causal)
             is_causal = False
 
         def attend(stream: torch.Tensor) -> torch.Tensor:
