@@ -1,9 +1,10 @@
 """Turn a stock GPT-2 or ViT checkpoint into a variant, with every tensor accounted for.
 
-Initialisation of what the stock model lacks (FRAMEWORK section 2): for ``untied`` positions the LayerNorm before the position
-projections is a copy of the layer's first norm and U_Q, U_K start as that layer's W_Q, W_K without bias (shared projections:
-layer 0's, *choice*); bandwidths and class-token logits have their defaults. Where positions are no longer added to the tokens,
-the stock class position is added to the class token's content. ``softmax`` and ``twicing`` need no new parameter.
+Initialisation of what the stock model lacks (arXiv 2506.10371 leaves it open, *choice*): for ``untied`` positions the
+LayerNorm before the position projections is a copy of the layer's first norm, and U_Q, U_K start as that layer's W_Q,
+W_K without bias (shared projections: layer 0's); bandwidths and class-token logits have their defaults. Where
+positions are no longer added to the tokens, the stock class position is added to the class token's content.
+``softmax`` and ``twicing`` need no new parameter.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -73,7 +73,8 @@ class ConversionReport:
         mapped: parameter of the variant -> the source tensors it was made of.
         unused: source tensors that nothing was made of.
         new: parameters of the variant that no source tensor went into, with their default values.
-        max_difference: largest absolute difference of the outputs (logits, or hidden states of a bare model) on a probe.
+        max_difference: largest absolute difference of the outputs (logits, or hidden states of a bare model) on a
+            probe.
         output_std: standard deviation of the stock outputs on the probe, to compare it with.
     """
 
@@ -113,8 +114,8 @@ def convert(
         model_or_path: a stock model, or the path or Hub name of one.
         preset: name of the variant, see ``PRESETS``.
         return_report: also return a :class:`ConversionReport`.
-        **config_overrides: configuration fields of the variant that win over the preset's and the checkpoint's, such as
-            ``boosted_layers=[-2, -1]``; they must not change the shape of a tensor.
+        **config_overrides: configuration fields of the variant that win over the preset's and the checkpoint's, such
+            as ``boosted_layers=[-2, -1]``; they must not change the shape of a tensor.
 
     Returns:
         The variant in evaluation mode, in the source's dtype; with ``return_report`` the pair (model, report).
@@ -140,7 +141,9 @@ def convert(
     report.unused = sorted({*file_unused, *(set(stock.state_dict()) - used)})
     wrong = [name for name, tensor in weights.items() if name not in state or state[name].shape != tensor.shape]
     if wrong:
-        raise ValueError(f"the overrides {config_overrides!r} change the shape of {', '.join(wrong)}: convert cannot do that")
+        raise ValueError(
+            f"the overrides {config_overrides!r} change the shape of {', '.join(wrong)}: convert cannot do that"
+        )
     variant.load_state_dict({**state, **weights})
     variant.to(stock.dtype)
     if getattr(stock, "generation_config", None) is not None:
@@ -178,7 +181,7 @@ def convert_checkpoint(source: str, preset: str, output_dir: str, **config_overr
 
 def _load_stock(model_or_path: Any) -> tuple[Any, PreTrainedModel, list[str]]:
     """The source's name, the stock model and the tensors of its file that the stock class has no place for."""
-    if isinstance(model_or_path, nn.Module):
+    if isinstance(model_or_path, PreTrainedModel):
         _check_architecture(type(model_or_path).__name__, str(getattr(model_or_path.config, "model_type", None)))
         return model_or_path.config._name_or_path or "(a model in memory)", model_or_path, []
     config = AutoConfig.from_pretrained(model_or_path)
@@ -262,7 +265,10 @@ def _position_projections(
         targets = [own, f"{prefix}position_projection"] if layer == 0 else [own]
         for target in targets:
             if f"{target}.query.weight" in state:
-                made |= {f"{target}.norm.{kind}": (source[f"{norm}.{kind}"], [f"{norm}.{kind}"]) for kind in ("weight", "bias")}
+                made |= {
+                    f"{target}.norm.{kind}": (source[f"{norm}.{kind}"], [f"{norm}.{kind}"])
+                    for kind in ("weight", "bias")
+                }
                 made |= {f"{target}.query.weight": (query, [names[0]]), f"{target}.key.weight": (key, [names[1]])}
     return made
 

@@ -133,7 +133,11 @@ def test_shared_projections_start_from_layer_0(stock_spec: tuple) -> None:
     assert all(".0." in source for name in names for source in report.mapped[name])
     assert torch.equal(
         model.base_model.position_projection.norm.weight,
-        (stock.base_model.h[0].ln_1 if hasattr(stock.base_model, "h") else stock.base_model.layers[0].layernorm_before).weight,
+        (
+            stock.base_model.h[0].ln_1
+            if hasattr(stock.base_model, "h")
+            else stock.base_model.layers[0].layernorm_before
+        ).weight,
     )
 
 
@@ -201,7 +205,12 @@ def test_report_names_what_changed() -> None:
         (
             LlamaForCausalLM,
             LlamaConfig(
-                hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32, vocab_size=61, pad_token_id=0
+                hidden_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                intermediate_size=32,
+                vocab_size=61,
+                pad_token_id=0,
             ),
         ),
     ],

@@ -21,9 +21,7 @@ class ImgProcGPT2Config(FilterSpecMixin, GPT2Config):
     @property
     def layer_types(self) -> list[str]:
         """Which cache layer each attention layer needs."""
-        return [
-            "full_attention" if is_stock_layer(self, spec) else FILTER_LAYER_TYPE for spec in self.layer_specs
-        ]
+        return ["full_attention" if is_stock_layer(self, spec) else FILTER_LAYER_TYPE for spec in self.layer_specs]
 
     def validate_layer_type(self) -> None:
         """Stock configurations check user-given layer types here; ours are derived, so there is nothing to check."""

@@ -1,12 +1,13 @@
 """Boosting: operators on V that filter the residual too, written once for training, dense operators and decoding.
 
-A is low-pass; stacking layers smooths detail away. Boosting applies A again to what A removed (FRAMEWORK section 3):
+A is low-pass; stacking layers smooths detail away. Boosting applies A again to what A removed:
 
     none      A V
     twicing   (I - (I - A)^k) V,   k = 2: 2A - A^2      (Tukey 1977; Buehlmann, Yu 2003; arXiv 2503.00687, equation 8)
 
-Every booster is a function of *how to apply A* and of the value, never of A itself, so that A^2 is not formed and the same
-lines serve two ``scaled_dot_product_attention`` calls, a dense A, the operator itself (value = identity) and a cache.
+Every booster is a function of *how to apply A* and of the value, never of A itself, so that A^2 is not formed and the
+same lines serve two ``scaled_dot_product_attention`` calls, a dense A, the operator itself (value = identity) and a
+cache.
 """
 
 from __future__ import annotations

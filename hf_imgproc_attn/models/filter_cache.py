@@ -1,12 +1,12 @@
-"""A cache layer with residual streams beside K and V, for exact decoding of boosted attention (FRAMEWORK section 5).
+"""A cache layer with residual streams beside K and V, for exact decoding of boosted attention.
 
-Twicing at query i needs row j of A V at every key j <= i. Those rows never change once computed, so the residual rows
-r_j = v_j - (A V)_j are cached as a third stream (a k-step booster caches k - 1 of them) and one decoding step costs two
-products with the cache instead of a pass over all queries. Keys are cached with their position columns, so that custom
-``position_ids`` and left padding stay exact.
+Twicing at query i needs row j of A V at every key j <= i. Those rows never change once computed, so the residual
+rows r_j = v_j - (A V)_j are cached as a third stream (a k-step booster caches k - 1 of them), and one decoding step
+costs two products with the cache instead of a pass over all queries. Keys are cached with their position columns, so
+that custom ``position_ids`` and left padding stay exact.
 
-Defining the classes registers them with Transformers under ``FILTER_LAYER_TYPE``; a configuration whose ``layer_types``
-names it makes ``DynamicCache(config=...)`` and ``generate`` use them.
+Defining the classes registers them with Transformers under ``FILTER_LAYER_TYPE``; a configuration whose
+``layer_types`` names it makes ``DynamicCache(config=...)`` and ``generate`` use them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from .filter_spec import FILTER_LAYER_TYPE
+
+_FILTERED = "a filter other than stock softmax attention"
 
 
 class FilterDynamicLayer(DynamicLayer):
@@ -78,8 +80,7 @@ class FilterStaticLayer(StaticLayer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError(
-            "cache_implementation='static' is not supported for layers with a filter other than stock softmax attention: "
-            "use the dynamic cache"
+            f"cache_implementation='static' is not supported for layers with {_FILTERED}: use the dynamic cache"
         )
 
 
@@ -95,8 +96,7 @@ def check_cache_implementation(name: str | None) -> None:
     allowed = (None, "dynamic", "dynamic_full", "offloaded")
     if name not in allowed:
         raise ValueError(
-            f"cache_implementation={name!r} is not supported for layers with a filter other than stock softmax attention: "
-            "use 'dynamic' or 'offloaded'"
+            f"cache_implementation={name!r} is not supported for layers with {_FILTERED}: use 'dynamic' or 'offloaded'"
         )
 
 
@@ -122,13 +122,12 @@ def cache_layer(cache: Cache, layer_idx: int, num_streams: int) -> Any:
         return layer
     if layer_class is not DynamicLayer:
         raise ValueError(
-            f"past_key_values with layers of type {getattr(layer_class, '__name__', layer_class)} is not supported for "
-            f"layers with a filter other than stock softmax attention (layer {layer_idx}): use "
-            "DynamicCache(config=model.config)"
+            f"past_key_values with layers of type {getattr(layer_class, '__name__', layer_class)} is not supported "
+            f"for layers with {_FILTERED} (layer {layer_idx}): use DynamicCache(config=model.config)"
         )
     if num_streams:
         raise ValueError(
-            f"past_key_values has a plain layer at index {layer_idx}, where boosted attention needs to keep its residual "
-            "stream: build the cache with DynamicCache(config=model.config)"
+            f"past_key_values has a plain layer at index {layer_idx}, where boosted attention needs to keep its "
+            "residual stream: build the cache with DynamicCache(config=model.config)"
         )
     return layer

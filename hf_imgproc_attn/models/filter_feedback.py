@@ -1,7 +1,7 @@
 """What travels from layer to layer: residual schemes across depth and feedback on the head output.
 
-State is explicit: a :class:`LayerState` of tensors goes into every block and comes out of it, so that gradient checkpointing
-and model parallelism see it. A scheme is a small pure function in one of the two tables below.
+State is explicit: a :class:`LayerState` of tensors goes into every block and comes out of it, so that gradient
+checkpointing and model parallelism see it. A scheme is a small pure function in one of the two tables below.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ def standard_input(hidden_states: torch.Tensor, state: LayerState) -> tuple[torc
     return hidden_states, state
 
 
-def no_feedback(
-    head_output: torch.Tensor, value: torch.Tensor, state: LayerState
-) -> tuple[torch.Tensor, LayerState]:
+def no_feedback(head_output: torch.Tensor, value: torch.Tensor, state: LayerState) -> tuple[torch.Tensor, LayerState]:
     """The head output as it is."""
     return head_output, state
 
@@ -44,4 +42,7 @@ RESIDUAL_INPUT = {"standard": standard_input}
 """residual scheme -> function(hidden_states, state) -> (what the attention's norm reads, new state)."""
 
 FEEDBACK = {"none": no_feedback}
-"""feedback -> function(head_output, value, state) -> (new head output, new state); all ``[batch, heads, length, head_dim]``."""
+"""feedback -> function(head_output, value, state) -> (new head output, new state).
+
+Both tensors are ``[batch, heads, length, head_dim]``; the value is that of the new tokens.
+"""

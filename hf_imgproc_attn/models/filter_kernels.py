@@ -1,14 +1,14 @@
 """Content and position kernels: the factors of the similarity kernel K, as logits and as augmented features.
 
 A kernel appears twice. ``*_logits`` is its formula, dense, the truth that everything else is tested against.
-``*_columns`` are extra columns a_i, b_j with <a_i, b_j> = logits_ij (up to a constant a row, which the softmax cancels), so
-that one ``scaled_dot_product_attention`` on [q ; a], [k ; b] applies content and position together.
+``*_columns`` are extra columns a_i, b_j with <a_i, b_j> = logits_ij (up to a constant a row, which the softmax
+cancels), so that one ``scaled_dot_product_attention`` on [q ; a], [k ; b] applies content and position together.
 
 Shapes: queries ``[batch, heads, length, head_dim]``, keys ``[batch, heads, key_length, head_dim]``, logits
-``[batch, heads, length, key_length]``; ``scale`` is 2/h^2 (dimensionless), a number or a tensor ``[heads, 1, 1]``; batch may
-be 1 where the rows of a batch share their positions.
+``[batch, heads, length, key_length]``; ``scale`` is 2/h^2 (dimensionless), a number or a tensor ``[heads, 1, 1]``;
+batch may be 1 where the rows of a batch share their positions.
 
-Sources: bilateral filter (Tomasi, Manduchi 1998), non-local means (Buades 2005), FRAMEWORK section 2 after
+Sources: bilateral filter (Tomasi, Manduchi 1998), non-local means (Buades 2005); attention as their product,
 arXiv 2506.10371; untied positions after Ke, He, Liu 2021 (arXiv 2006.15595).
 """
 
@@ -49,7 +49,8 @@ def left_columns(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
             the six products of pieces above rounding get a column each; else one column is exact.
 
     Returns:
-        ``[..., length, 6]`` in half precision, ``[..., length, 1]`` otherwise, to be paired with :func:`right_columns`.
+        ``[..., length, 6]`` in half precision, ``[..., length, 1]`` otherwise, to be paired with
+        :func:`right_columns`.
     """
     if dtype not in HALF_DTYPES:
         return a.to(dtype).unsqueeze(-1)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .filter_attention import FilterScalars, check_attn_implementation
+from .filter_attention import check_attn_implementation
+from .filter_parameters import FilterScalars
 
 # Parameters that exist or not, or change their meaning, with the variant.
 _VARIANT_PARAMETER = re.compile(r"\.filter\.|(^|\.)position_projection\.|(^|\.)wpe\.|(^|\.)position_embeddings$")
@@ -18,8 +19,8 @@ _VARIANT_PARAMETER = re.compile(r"\.filter\.|(^|\.)position_projection\.|(^|\.)w
 class FilterPreTrainedMixin:
     """Put before the backbone's stock ``PreTrainedModel`` class.
 
-    ``auto_map`` lists every Auto class of the backbone: Transformers itself writes only the saved class, and the folder of
-    a classifier would then not load as a base model.
+    ``auto_map`` lists every Auto class of the backbone: Transformers itself writes only the saved class, and the
+    folder of a classifier would then not load as a base model.
     """
 
     auto_map: dict[str, str] = {}
@@ -65,8 +66,8 @@ class FilterPreTrainedMixin:
             if type(error).__name__ != "SafetensorError":
                 raise
             raise OSError(
-                f"the weights of {pretrained_model_name_or_path!r} cannot be read, the safetensors file is truncated or "
-                f"corrupt: {error}"
+                f"the weights of {str(pretrained_model_name_or_path)!r} cannot be read, the safetensors file is "
+                f"truncated or corrupt: {error}"
             ) from error
         if not kwargs.get("ignore_mismatched_sizes", False):
             refuse_other_variant(pretrained_model_name_or_path, info)
@@ -90,8 +91,8 @@ def refuse_other_variant(source: Any, loading_info: dict[str, Any]) -> None:
     if any(found.values()):
         raise ValueError(
             f"the checkpoint {str(source)!r} is of another variant than the configuration it is loaded into: "
-            f"missing parameters {found['missing']}, unexpected parameters {found['unexpected']}. Load it with its own "
-            "configuration; hf_imgproc_attn.convert turns a stock checkpoint into a variant"
+            f"missing parameters {found['missing']}, unexpected parameters {found['unexpected']}. Load it with its "
+            "own configuration; hf_imgproc_attn.convert turns a stock checkpoint into a variant"
         )
 
 

@@ -43,7 +43,7 @@ def visible(
 
 
 def filter_matrix(logits: torch.Tensor, attention_mask: torch.Tensor | None, is_causal: bool = False) -> torch.Tensor:
-    """A = D^-1 K from log K: the row-stochastic filter (FRAMEWORK section 1).
+    """A = D^-1 K from log K: the row-stochastic filter, a Nadaraya-Watson estimate (arXiv 2506.10371).
 
     Args:
         logits: ``[batch, heads, length, key_length]``, at least float32.
@@ -86,8 +86,8 @@ def reference_attention(
         is_causal: causal without a cache.
         boosting: key of ``BOOSTING``.
         boosting_steps: k >= 1.
-        dropout: probability, applied once to A; every pass of the booster uses the same dropped matrix, as the authors'
-            vision code does (their language code drops out 2A - A^2).
+        dropout: probability, applied once to A; every pass of the booster uses the same dropped matrix, as the
+            authors' vision code does (their language code drops out 2A - A^2).
         extend: stores residual streams in a cache.
         need_weights: also return the operator that multiplies V; needs all rows of A, so no cached keys.
 

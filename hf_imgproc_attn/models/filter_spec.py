@@ -1,13 +1,13 @@
 """The filter specification: which filter each attention layer applies, as plain configuration values.
 
-Self-attention is read as an image filter ``U = A V`` with ``A = D^-1 K`` (FRAMEWORK of the package: Abdullaev, Tkachenko,
-Nguyen 2025, arXiv 2506.10371; Abdullaev, Nguyen 2025, arXiv 2503.00687). A layer is a composition of independent axes
+Self-attention is read as an image filter ``U = A V`` with ``A = D^-1 K`` (Abdullaev, Tkachenko, Nguyen 2025,
+arXiv 2506.10371; Abdullaev, Nguyen 2025, arXiv 2503.00687). A layer is a composition of independent axes
 
     content kernel x position kernel -> filter A -> boosting -> feedback        (residual scheme around it)
 
-and this file is the only place where the allowed values, their defaults, the named presets and the rules between fields
-are written down. It imports neither torch nor transformers, so command lines can read it at no cost. (No postponed
-annotations here: the strict dataclasses check field types only where the annotations are real objects.)
+and this file is the only place where the allowed values, their defaults, the named presets and the rules between
+fields are written down. It imports neither torch nor transformers, so command lines can read it at no cost. (No
+postponed annotations here: the strict dataclasses check field types only where the annotations are real objects.)
 """
 
 import difflib
@@ -80,9 +80,9 @@ class FilterSpecMixin:
 
     Args:
         content_kernel: ``"dot_product"`` or ``"gaussian"``; one value, or a list with one value a layer.
-        position_kernel: ``"additive"`` (positions added to the tokens, the stock model), ``"untied"``, ``"gaussian"`` or
-            ``"none"``; one value, or a list with one value a layer. ``additive`` goes for all layers or none.
-        content_bandwidth: h_y > 0, a number or a list with one number a head. None: h_y with 2/h_y^2 = the stock scaling.
+        position_kernel: ``"additive"`` (positions added to the tokens, the stock model), ``"untied"``, ``"gaussian"``
+            or ``"none"``; one value, or a list with one value a layer. ``additive`` goes for all layers or none.
+        content_bandwidth: h_y > 0, a number or a list with one number a head. None: 2/h_y^2 = the stock scaling.
         position_bandwidth: h_p > 0, likewise. None: as h_y for ``untied``; geometric over the heads from
             (4 head_dim)^(1/4) to the longest side of the grid, in index or patch units, for ``gaussian``.
         learn_bandwidths: whether the bandwidths are parameters (their logarithms are trained, one a head and layer).
@@ -116,7 +116,8 @@ class FilterSpecMixin:
 
         Args:
             name: one of :data:`PRESETS`.
-            **overrides: further configuration fields, of the variant or of the stock model; they win over the preset's.
+            **overrides: further configuration fields, of the variant or of the stock model; they win over the
+                preset's.
 
         Raises:
             ValueError: if there is no such preset.
@@ -127,7 +128,7 @@ class FilterSpecMixin:
         refuse_near_misses(kwargs)
         if kwargs.get("per_layer_config"):
             raise ValueError(
-                "per_layer_config is not supported: give the kernel and boosting fields as lists with one value a layer, "
+                "per_layer_config is not supported: give kernel and boosting fields as lists with one value a layer, "
                 f"got per_layer_config={kwargs['per_layer_config']!r}"
             )
         super().__post_init__(**kwargs)  # type: ignore[misc]  # the stock configuration's
@@ -237,8 +238,8 @@ def check_filter_spec(config: Any) -> None:
     """Check the filter fields of a configuration against their rules and against each other.
 
     Args:
-        config: any object with the fields of :class:`FilterSpecMixin`, ``num_hidden_layers``, ``num_attention_heads`` and
-            ``hidden_size``.
+        config: any object with the fields of :class:`FilterSpecMixin`, ``num_hidden_layers``, ``num_attention_heads``
+            and ``hidden_size``.
 
     Raises:
         ValueError: naming the field, the rule and the value.
@@ -307,7 +308,12 @@ def layer_schedule(config: Any) -> list[LayerSpec]:
         selected = {layer % num_layers for layer in config.boosted_layers}
     return [
         LayerSpec(
-            content[i], position[i], boosting[i] if i in selected else "none", steps[i], config.residual, config.feedback
+            content[i],
+            position[i],
+            boosting[i] if i in selected else "none",
+            steps[i],
+            config.residual,
+            config.feedback,
         )
         for i in range(num_layers)
     ]

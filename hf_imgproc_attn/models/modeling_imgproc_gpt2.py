@@ -1,4 +1,4 @@
-"""GPT-2 with a chosen attention filter. Stock modules are reused; attention, block and the way of positions are ours."""
+"""GPT-2 with a chosen attention filter. Stock modules are reused; attention, block and position inputs are ours."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_imgproc_gpt2 import ImgProcGPT2Config
-from .filter_attention import AttentionFilter, PositionProjection
+from .filter_attention import AttentionFilter
 from .filter_cache import check_cache_implementation
 from .filter_feedback import FEEDBACK, RESIDUAL_INPUT, LayerState
+from .filter_parameters import PositionProjection
 from .filter_pretrained import FilterPreTrainedMixin, check_attention_mask
 from .filter_spec import uses_position_table
 
@@ -170,16 +171,14 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def _check_positions(
-        self, position_ids: torch.Tensor | None, batch: int, length: int, past_length: int
-    ) -> None:
+    def _check_positions(self, position_ids: torch.Tensor | None, batch: int, length: int, past_length: int) -> None:
         """Refuse positions outside the table of ``additive`` and ``untied`` before an embedding look-up crashes."""
         limit = self.config.n_positions
         if position_ids is None:
             if self.wpe is not None and past_length + length > limit:
                 raise ValueError(
-                    f"input of {past_length + length} tokens (cached ones included) is longer than the n_positions={limit} "
-                    f"of position_kernel={self.config.position_kernel!r}: shorten it, or use a kernel that extrapolates"
+                    f"input of {past_length + length} tokens (cached ones included) is longer than "
+                    f"n_positions={limit} of position_kernel={self.config.position_kernel!r}: shorten the input"
                 )
             return
         if tuple(position_ids.shape) not in {(batch, length), (1, length)}:
@@ -198,7 +197,7 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
     def _position_inputs(self, position_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What the layers' position kernels compare: vectors for ``untied``, centred indices for ``gaussian``."""
         position_states, coordinates = None, None
-        if "untied" in self.position_kernels:
+        if "untied" in self.position_kernels and self.wpe is not None:
             position_states = self.wpe(position_ids)
             if self.position_projection is not None:
                 position_states = self.position_projection(position_states)
@@ -253,18 +252,21 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
         if not torch.compiler.is_compiling():
             check_attention_mask(attention_mask, batch, self.config.n_head, length, past_length + length)
         self._check_positions(position_ids, batch, length, past_length)
-        if position_ids is None:
-            position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
+        positions: torch.Tensor = (
+            (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
+            if position_ids is None
+            else position_ids
+        )
 
         hidden_states = inputs_embeds
-        if "additive" in self.position_kernels:
-            hidden_states = hidden_states + self.wpe(position_ids).to(inputs_embeds.device)
+        if "additive" in self.position_kernels and self.wpe is not None:
+            hidden_states = hidden_states + self.wpe(positions).to(inputs_embeds.device)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
+            position_ids=positions,
         )
         if encoder_hidden_states is not None:
             encoder_attention_mask = create_bidirectional_mask(
@@ -277,7 +279,7 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
             hidden_states = hidden_states + self.wte(token_type_ids.view(-1, length))
         hidden_states = self.drop(hidden_states)
 
-        position_states, coordinates = self._position_inputs(position_ids)
+        position_states, coordinates = self._position_inputs(positions)
         state = LayerState()
         for block in self.h:
             hidden_states, *state = block(
@@ -290,7 +292,7 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
                 encoder_attention_mask=encoder_attention_mask,
                 coordinates=coordinates,
                 use_cache=use_cache,
-                position_ids=position_ids,
+                position_ids=positions,
                 output_attentions=output_attentions,
                 **kwargs,
             )

@@ -1,4 +1,4 @@
-"""ViT with a chosen attention filter. Stock modules are reused; attention, layer and the way of positions are ours."""
+"""ViT with a chosen attention filter. Stock modules are reused; attention, layer and position inputs are ours."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_imgproc_vit import ImgProcViTConfig
-from .filter_attention import AttentionFilter, PositionProjection
+from .filter_attention import AttentionFilter
 from .filter_feedback import FEEDBACK, RESIDUAL_INPUT, LayerState
+from .filter_parameters import PositionProjection
 from .filter_pretrained import FilterPreTrainedMixin, check_attention_mask
 from .filter_spec import uses_position_table
 
-# On disk ViT has the names of Transformers 4; the stock library renames them on loading by the class name `ViTModel` and
-# would leave our class with random layers.
+# On disk ViT has the names of Transformers 4; the stock library renames them on loading by the class name `ViTModel`
+# and would leave our class with random layers.
 register_checkpoint_conversion_mapping(
     "ImgProcViTModel", get_checkpoint_conversion_mapping("ViTModel"), overwrite=True
 )
@@ -61,7 +62,7 @@ class ImgProcViTEmbeddings(ViTEmbeddings):
             self.position_embeddings = table if uses_position_table(config) else None
 
     def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """What the stock ``forward`` adds to the tokens ``[batch, 1 + patches, hidden_size]``: 0 unless ``additive``."""
+        """What stock ``forward`` adds to the tokens ``[batch, 1 + patches, hidden_size]``: 0 unless ``additive``."""
         if self.adds_positions:
             return super().interpolate_pos_encoding(embeddings, height, width)
         return embeddings.new_zeros(())
@@ -81,8 +82,8 @@ class ImgProcViTEmbeddings(ViTEmbeddings):
         expected = tuple(self.image_size)
         if not interpolate_pos_encoding and (height, width) != expected:
             raise ValueError(
-                f"pixel_values must be images of {expected[0]} x {expected[1]} pixels, got {height} x {width}: resize them "
-                "or pass interpolate_pos_encoding=True"
+                f"pixel_values must be images of {expected[0]} x {expected[1]} pixels, got {height} x {width}: "
+                "resize them or pass interpolate_pos_encoding=True"
             )
         # Without added positions the stock code path that interpolates is the one that can be told to add nothing.
         return super().forward(pixel_values, bool_masked_pos, interpolate_pos_encoding or not self.adds_positions)
@@ -90,6 +91,8 @@ class ImgProcViTEmbeddings(ViTEmbeddings):
     def position_table(self, height: int, width: int) -> torch.Tensor:
         """Position vectors of the patches, ``[1, patches, hidden_size]``, interpolated to the image's grid."""
         table = self.position_embeddings
+        if table is None:
+            raise ValueError("this model has no position table")
         trained, wanted = trained_grid(self.config), grid_size(self.config, height, width)
         if trained == wanted:
             return table
@@ -211,9 +214,7 @@ class ImgProcViTModel(ImgProcViTPreTrainedModel, ViTModel):
         use_mask_token: whether to have a mask token, for masked image modelling.
     """
 
-    def __init__(
-        self, config: ImgProcViTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False
-    ) -> None:
+    def __init__(self, config: ImgProcViTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False) -> None:
         config.validate()
         ViTPreTrainedModel.__init__(self, config)
         self.position_kernels = {spec.position_kernel for spec in config.layer_specs}

@@ -1,0 +1,166 @@
+"""The position kernel of one layer: s(p_i, p_j) as dense logits or as feature columns, and positions in cached keys.
+
+Tokens come as ``[class tokens, grid tokens]``. Class or register tokens have no place on the grid; a scalar a head
+stands for their position logit to the grid, from it and to themselves.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .filter_kernels import (
+    HALF_DTYPES,
+    class_token_columns,
+    class_token_logits,
+    decode_positions,
+    dot_product_logits,
+    encode_positions,
+    gaussian_position_columns,
+    gaussian_position_logits,
+    working_dtype,
+)
+
+
+class ClassTokens(NamedTuple):
+    """Leading tokens without a place on the grid: how many, and their logits ``[heads, 3]`` (to, from, within)."""
+
+    num_tokens: int
+    logits: torch.Tensor
+
+
+class UntiedPositions(NamedTuple):
+    """<U_Q p_i, U_K p_j> * 2/h_p^2.
+
+    query: U_Q p of the new tokens, ``[batch or 1, heads, length, head_dim]``, 0 for class tokens.
+    key: U_K p of all tokens, ``[batch or 1, heads, key_length, head_dim]``, likewise.
+    scale: 2/h_p^2, ``[heads, 1, 1]``, in at least float32.
+    class_tokens: or None where every token has a place.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    scale: torch.Tensor
+    class_tokens: ClassTokens | None
+
+    def grid_logits(self, work: torch.dtype) -> torch.Tensor:
+        """Dense, ``[batch or 1, heads, length, key_length]`` in dtype ``work``; class tokens are not cared for."""
+        return dot_product_logits(self.query.to(work), self.key.to(work), self.scale)
+
+    def grid_columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Query and key columns, and the row constant that they lack (none); 0 for class tokens."""
+        return (self.query * self.scale).to(dtype), self.key, None
+
+    def form(self, dtype: torch.dtype) -> str:
+        """See :func:`position_form`."""
+        return "features"
+
+
+class GaussianPositions(NamedTuple):
+    """-|p_i - p_j|^2 / h_p^2.
+
+    coordinates: p of the new tokens, ``[batch or 1, length, dims]`` in index or patch units, in at least float32.
+    key_coordinates: p of all tokens, ``[batch or 1, key_length, dims]``.
+    scale: 2/h_p^2, ``[heads, 1, 1]``, in at least float32.
+    class_tokens: or None where every token has a place.
+    learns_bandwidth: whether h_p is a parameter.
+    """
+
+    coordinates: torch.Tensor
+    key_coordinates: torch.Tensor
+    scale: torch.Tensor
+    class_tokens: ClassTokens | None
+    learns_bandwidth: bool
+
+    def grid_logits(self, work: torch.dtype) -> torch.Tensor:
+        """Dense, ``[batch or 1, heads, length, key_length]``; class tokens are not cared for."""
+        return gaussian_position_logits(self.coordinates, self.key_coordinates, self.scale)
+
+    def grid_columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Query and key columns, 0 for class tokens, and the row constant |p_i|^2 / h_p^2 that they dropped."""
+        left, right = gaussian_position_columns(self.coordinates, self.key_coordinates, self.scale, dtype)
+        if self.class_tokens is None:
+            return left, right, None
+        on_grid = (torch.arange(left.shape[-2], device=left.device) >= self.class_tokens.num_tokens).view(-1, 1)
+        row_constant = self.coordinates.square().sum(-1).unsqueeze(1) * (self.scale.squeeze(-1) / 2)
+        return left * on_grid, right * on_grid, row_constant
+
+    def form(self, dtype: torch.dtype) -> str:
+        """See :func:`position_form`."""
+        if dtype not in HALF_DTYPES:
+            return "features"
+        needs_gradient = self.learns_bandwidth and torch.is_grad_enabled()
+        return "bias" if needs_gradient or self.class_tokens or dtype == torch.float16 else "features"
+
+
+Positions = UntiedPositions | GaussianPositions
+
+
+def position_form(positions: Positions, dtype: torch.dtype) -> str:
+    """How SDPA gets s(p_i, p_j): ``"features"``, or ``"bias"``, dense logits as an additive mask.
+
+    Features of the Gaussian kernel are exact enough in float32. In bfloat16 the split columns keep the output as
+    accurate as plain attention, but neither the gradient of h_p (large columns cancel in it) nor the row constant that
+    class tokens need survives, and float16 has no room for p^2 / h^2: there the bias is formed in float32. The bounds
+    are in tests/models/test_precision.py.
+    """
+    return positions.form(dtype)
+
+
+def position_logits(positions: Positions, dtype: torch.dtype) -> torch.Tensor:
+    """s(p_i, p_j), dense, ``[batch or 1, heads, length, key_length]``, in the working precision of ``dtype``."""
+    work = working_dtype(dtype)
+    logits = positions.grid_logits(work)
+    if positions.class_tokens is None:
+        return logits
+    count, class_logits = positions.class_tokens
+    length, key_length = logits.shape[-2:]
+    is_class_query = torch.arange(length, device=logits.device).view(-1, 1) < count
+    is_class_key = torch.arange(key_length, device=logits.device).view(1, -1) < count
+    bias = class_token_logits(class_logits.to(work), length, key_length, count)
+    return logits.masked_fill(is_class_query | is_class_key, 0.0) + bias
+
+
+def position_columns(positions: Positions, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Pairs of query and key columns with <left_i, right_j> = s(p_i, p_j) + const_i, in ``dtype``."""
+    left, right, row_constant = positions.grid_columns(dtype)
+    columns = [(left, right)]
+    if positions.class_tokens is not None:
+        count, class_logits = positions.class_tokens
+        lengths = left.shape[-2], right.shape[-2]
+        class_logits = class_logits.to(working_dtype(dtype))
+        columns.append(class_token_columns(class_logits, row_constant, *lengths, count, dtype))
+    return columns
+
+
+def pack_key(key: torch.Tensor, position_key: torch.Tensor | None, coordinates: torch.Tensor | None) -> torch.Tensor:
+    """What a cache stores for a key: its content, and what the position kernel compares.
+
+    Args:
+        key: ``[batch, heads, length, head_dim]``.
+        position_key: ``[batch or 1, heads, length, head_dim]`` of ``untied``, or None.
+        coordinates: ``[batch or 1, length, dims]`` of ``gaussian``, integers, or None.
+
+    Returns:
+        ``[batch, heads, length, width]``; :func:`unpack_key` is the inverse.
+    """
+    parts = [key]
+    if position_key is not None:
+        parts.append(position_key.expand(key.shape[0], -1, -1, -1))
+    if coordinates is not None:
+        columns = encode_positions(coordinates, key.dtype).unsqueeze(1)
+        parts.append(columns.expand(key.shape[0], key.shape[1], -1, -1))
+    return torch.cat(parts, dim=-1)
+
+
+def unpack_key(
+    packed: torch.Tensor, kernel: str, head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Content, position vectors and coordinates of all cached keys."""
+    key, rest = packed[..., :head_dim], packed[..., head_dim:]
+    if kernel == "untied":
+        return key, rest, None
+    if kernel == "gaussian":
+        return key, None, decode_positions(rest[:, 0])
+    return key, None, None

@@ -1,0 +1,123 @@
+"""The fast back-end: one ``scaled_dot_product_attention`` a booster pass, on augmented queries and keys.
+
+Content and position kernels that are inner products become columns beside q and k; where columns are not precise
+enough, dense position logits go in as an additive mask. ``filter_reference`` is its truth.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .filter_boosting import BOOSTING, Extend, keep_rows
+from .filter_kernels import CONTENT_COLUMNS
+from .filter_positions import Positions, position_columns, position_form, position_logits
+
+
+def sdpa_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    full_value: torch.Tensor,
+    *,
+    content_kernel: str,
+    content_scale: torch.Tensor | float,
+    positions: Positions | None,
+    attention_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    boosting: str = "none",
+    boosting_steps: int = 2,
+    dropout: float = 0.0,
+    extend: Extend = keep_rows,
+) -> torch.Tensor:
+    """Apply the filter without forming A.
+
+    Args:
+        query: ``[batch, heads, length, head_dim]``.
+        key: ``[batch, heads, key_length, head_dim]``.
+        value: ``[batch, heads, length, d]``, rows of the new tokens.
+        full_value: ``[batch, heads, key_length, d]``.
+        content_kernel: key of ``CONTENT_COLUMNS``.
+        content_scale: 2/h_y^2, a number or ``[heads, 1, 1]``.
+        positions: what the position kernel compares, or None.
+        attention_mask: boolean or additive float, broadcastable to ``[batch, heads, length, key_length]``, or None.
+        is_causal: causal without a cache and without a mask.
+        boosting: key of ``BOOSTING``.
+        boosting_steps: k >= 1.
+        dropout: probability on A; only without boosting, whose passes would each draw their own mask.
+        extend: stores residual streams in a cache.
+
+    Returns:
+        ``[batch, heads, length, d]`` in the value's dtype.
+    """
+    columns = []
+    content_columns = CONTENT_COLUMNS[content_kernel]
+    if content_columns is not None:
+        columns.append(content_columns(query, key, content_scale))
+    if positions is not None:
+        if position_form(positions, query.dtype) == "features":
+            columns += position_columns(positions, query.dtype)
+        else:
+            attention_mask = _merge_bias(
+                position_logits(positions, query.dtype), attention_mask, is_causal, query.dtype
+            )
+            is_causal = False
+    scale = 1.0
+    if not columns and not isinstance(content_scale, torch.Tensor):
+        scale = content_scale
+    else:  # the columns carry their own factors, so the content's goes into the query
+        query = (query * content_scale).to(query.dtype)
+    query = _augment(query, [left for left, _ in columns])
+    key = _augment(key, [right for _, right in columns])
+
+    def attend(stream: torch.Tensor) -> torch.Tensor:
+        return _sdpa(query, key, stream, attention_mask, is_causal, scale, dropout)
+
+    return BOOSTING[boosting](attend, extend, value, full_value, boosting_steps)
+
+
+def _augment(x: torch.Tensor, columns: list[torch.Tensor]) -> torch.Tensor:
+    """Append columns, and zeros up to a multiple of 8, the width that fused kernels want."""
+    if not columns:
+        return x
+    parts = [x, *(column.to(x.dtype).expand(x.shape[0], x.shape[1], -1, -1) for column in columns)]
+    width = sum(part.shape[-1] for part in parts)
+    return nn.functional.pad(torch.cat(parts, dim=-1), (0, -width % 8))
+
+
+def _merge_bias(
+    bias: torch.Tensor, attention_mask: torch.Tensor | None, is_causal: bool, dtype: torch.dtype
+) -> torch.Tensor:
+    """One additive mask from position logits and a boolean, additive or causal mask."""
+    smallest = torch.finfo(dtype).min
+    bias = bias.clamp(min=smallest).to(dtype)
+    if is_causal:
+        attention_mask = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).tril()
+    if attention_mask is None:
+        return bias
+    if attention_mask.dtype == torch.bool:
+        return torch.where(attention_mask, bias, smallest)
+    return (bias + attention_mask).clamp(min=smallest)
+
+
+def _sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout: float,
+) -> torch.Tensor:
+    """SDPA with V padded to the width of Q: fused kernels want equal widths; padding costs less."""
+    width = value.shape[-1]
+    out = nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        nn.functional.pad(value, (0, query.shape[-1] - width)),
+        attn_mask=attention_mask,
+        dropout_p=dropout,
+        is_causal=is_causal,
+        scale=scale,
+    )
+    return out[..., :width]
