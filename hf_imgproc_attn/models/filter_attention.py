@@ -17,7 +17,7 @@ from transformers.utils import logging
 from .filter_boosting import extra_streams, keep_rows
 from .filter_cache import cache_layer
 from .filter_kernels import CONTENT_LOGITS, working_dtype
-from .filter_parameters import FilterScalars, PositionProjection, gaussian_position_bandwidths
+from .filter_parameters import FilterScalars, PositionProjection, Scalars, gaussian_position_bandwidths
 from .filter_positions import (
     ClassTokens,
     GaussianPositions,
@@ -99,15 +99,11 @@ class AttentionFilter(nn.Module):
         if spec.position_kernel == "untied" and not config.share_position_projections:
             self.position_projection = PositionProjection(config.hidden_size, self.num_heads, head_dim, layer_norm_eps)
 
-    def _content_scale(self, like: torch.Tensor) -> torch.Tensor | float:
+    def _content_scale(self, scalars: Scalars, like: torch.Tensor) -> torch.Tensor | float:
         """2/h_y^2: the stock factor as a number, or ``[heads, 1, 1]`` in the working precision."""
-        if self.scalar_bias.content_log_bandwidth is None and self._stock_scale is not None:
+        if scalars.content_log_bandwidth is None and self._stock_scale is not None:
             return self._stock_scale
-        return _scale(self.scalar_bias.content_log_bandwidth, self._content_bandwidths, like)
-
-    def _position_scale(self, like: torch.Tensor) -> torch.Tensor:
-        """2/h_p^2, ``[heads, 1, 1]`` in the working precision."""
-        return _scale(self.scalar_bias.position_log_bandwidth, self._position_bandwidths, like)
+        return _scale(scalars.content_log_bandwidth, self._content_bandwidths, like)
 
     def forward(
         self,
@@ -136,8 +132,8 @@ class AttentionFilter(nn.Module):
             is_causal: whether the layer is causal; used where there is no mask.
             dropout: probability on A.
             position_states: ``untied``: position vectors of the new tokens ``[batch or 1, length, hidden_size]``, or,
-                with shared projections, their projections ``[batch or 1, heads, length, 2 * head_dim]``. Class tokens
-                come first and are ignored.
+                with shared projections, their projections ``[batch or 1, heads, length, 2 * head_dim]``; class tokens
+                have none and are left out.
             coordinates: ``gaussian``: ``[batch or 1, length, dims]`` in index or patch units, class tokens first.
             past_key_values: cache, updated in place.
             need_weights: return the operator that multiplies V (eager only).
@@ -146,9 +142,15 @@ class AttentionFilter(nn.Module):
             ``[batch, heads, length, head_dim]``, and the operator ``[batch, heads, length, key_length]`` or None.
 
         Raises:
-            ValueError: for an implementation or a cache that is not supported.
+            ValueError: for an implementation or a cache that is not supported, a mask of integers, or without what
+                the position kernel compares.
         """
         check_attn_implementation(implementation)
+        needed = {"untied": ("position_states", position_states), "gaussian": ("coordinates", coordinates)}
+        name, given = needed.get(self.spec.position_kernel, ("", query))
+        if given is None:
+            raise ValueError(f"{name} must be given for position_kernel={self.spec.position_kernel!r}, got None")
+        scalars = self.scalar_bias()
         if key.shape[1] != query.shape[1]:
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -167,8 +169,8 @@ class AttentionFilter(nn.Module):
                 f"attn_implementation={implementation!r} does not return attentions: set it to 'eager' for that"
             )
             need_weights = False
-        positions = self._positions(position_query, position_key, coordinates, key_coordinates, like=query)
-        content_scale = self._content_scale(query)
+        positions = self._positions(scalars, position_query, position_key, coordinates, key_coordinates, like=query)
+        content_scale = self._content_scale(scalars, query)
         options: dict[str, Any] = {
             "attention_mask": attention_mask,
             "is_causal": is_causal and attention_mask is None and query.shape[-2] > 1,
@@ -201,27 +203,28 @@ class AttentionFilter(nn.Module):
         if self.spec.position_kernel != "untied" or position_states is None:
             return None, None
         pair = position_states if self.position_projection is None else self.position_projection(position_states)
-        if self.num_class_tokens:
-            on_grid = torch.arange(pair.shape[-2], device=pair.device) >= self.num_class_tokens
-            pair = pair * on_grid.view(-1, 1).to(pair.dtype)
+        pair = nn.functional.pad(pair, (0, 0, self.num_class_tokens, 0))
         position_query, position_key = pair.to(query.dtype).chunk(2, dim=-1)
         return position_query, position_key
 
     def _positions(
         self,
+        scalars: Scalars,
         query: torch.Tensor | None,
         key: torch.Tensor | None,
         coordinates: torch.Tensor | None,
         key_coordinates: torch.Tensor | None,
         like: torch.Tensor,
     ) -> Positions | None:
-        class_logits = self.scalar_bias.class_token
+        class_logits = scalars.class_token
         class_tokens = None if class_logits is None else ClassTokens(self.num_class_tokens, class_logits)
+        scale = _scale(scalars.position_log_bandwidth, self._position_bandwidths, like)
         if query is not None and key is not None:
-            return UntiedPositions(query, key, self._position_scale(like), class_tokens)
+            return UntiedPositions(query, key, scale, class_tokens)
         if coordinates is not None and key_coordinates is not None:
-            learns = self.scalar_bias.position_log_bandwidth is not None
-            return GaussianPositions(coordinates, key_coordinates, self._position_scale(like), class_tokens, learns)
+            learns = scalars.position_log_bandwidth is not None
+            narrowest = min(self._position_bandwidths)
+            return GaussianPositions(coordinates, key_coordinates, scale, class_tokens, narrowest, learns)
         return None
 
     def _logits(

@@ -33,11 +33,11 @@ class FilterDynamicLayer(DynamicLayer):
 
     def update_stream(self, index: int, rows: torch.Tensor) -> torch.Tensor:
         """Append the new tokens' rows ``[batch, heads, new, width]`` to stream ``index`` and return all of it."""
-        if index == len(self.streams):
-            self.streams.append(rows)
-        else:
-            self.streams[index] = torch.cat([self.streams[index], rows], dim=-2)
-        return self.streams[index]
+        stored = self.streams.pop(index) if index < len(self.streams) else rows[..., :0, :]
+        stream = torch.cat([stored.to(rows.device), rows], dim=-2)
+        # An offloading cache has moved keys and values away by now; the stream follows them.
+        self.streams.insert(index, stream if self.keys is None else stream.to(self.keys.device, non_blocking=True))
+        return stream
 
     def _map_streams(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.streams = [function(stream) for stream in self.streams]

@@ -18,8 +18,9 @@ import torch
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
-# Powers of two cost no precision. They keep squared norms and squared positions inside the range of float16.
+# Powers of two cost no precision. They keep squared norms and positions inside the range of float16.
 _FLOAT16_SHIFT = 2.0**8
+_FLOAT16_POSITION_SHIFT = 2.0**9
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -214,7 +215,7 @@ def encode_positions(positions: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     """
     if dtype not in HALF_DTYPES:
         return positions.to(dtype)
-    shift = _FLOAT16_SHIFT if dtype == torch.float16 else 1.0
+    shift = _FLOAT16_POSITION_SHIFT if dtype == torch.float16 else 1.0
     return torch.cat(_pieces(positions / shift, dtype), dim=-1)
 
 
@@ -222,5 +223,5 @@ def decode_positions(columns: torch.Tensor) -> torch.Tensor:
     """Inverse of :func:`encode_positions`: ``[batch, length, dims]`` in at least float32."""
     if columns.dtype not in HALF_DTYPES:
         return columns
-    shift = _FLOAT16_SHIFT if columns.dtype == torch.float16 else 1.0
+    shift = _FLOAT16_POSITION_SHIFT if columns.dtype == torch.float16 else 1.0
     return torch.stack(columns.float().chunk(3, dim=-1)).sum(0) * shift

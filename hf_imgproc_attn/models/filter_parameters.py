@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -29,6 +30,14 @@ def gaussian_position_bandwidths(num_heads: int, head_dim: int, longest_side: in
     return [math.exp(low + (high - low) * head / (num_heads - 1)) for head in range(num_heads)]
 
 
+class Scalars(NamedTuple):
+    """What :class:`FilterScalars` holds: log h_y, log h_p ``[heads]``, class-token logits ``[heads, 3]``; or None."""
+
+    content_log_bandwidth: torch.Tensor | None
+    position_log_bandwidth: torch.Tensor | None
+    class_token: torch.Tensor | None
+
+
 class FilterScalars(nn.Module):
     """Bandwidths and class-token logits: one value a head, as logarithms where they must stay positive.
 
@@ -51,10 +60,16 @@ class FilterScalars(nn.Module):
         self, num_heads: int, content: list[float] | None, position: list[float] | None, class_token: bool
     ) -> None:
         super().__init__()
+        half = torch.get_default_dtype() in HALF_DTYPES
+        dtype = torch.float32 if half else torch.get_default_dtype()
         self._initial = {"content_log_bandwidth": content, "position_log_bandwidth": position}
         for name, bandwidths in self._initial.items():
-            self.register_parameter(name, None if bandwidths is None else nn.Parameter(torch.empty(num_heads)))
-        self.register_parameter("class_token", nn.Parameter(torch.empty(num_heads, 3)) if class_token else None)
+            self.register_parameter(
+                name, None if bandwidths is None else nn.Parameter(torch.empty(num_heads, dtype=dtype))
+            )
+        self.register_parameter(
+            "class_token", nn.Parameter(torch.empty(num_heads, 3, dtype=dtype)) if class_token else None
+        )
         self.reset_parameters()
 
     @torch.no_grad()
@@ -68,12 +83,23 @@ class FilterScalars(nn.Module):
         if self.class_token is not None:
             init.zeros_(self.class_token)
 
+    def forward(self) -> Scalars:
+        """The parameters. A call, not an attribute, so that hooks which bring parameters to the device run first."""
+        return Scalars(self.content_log_bandwidth, self.position_log_bandwidth, self.class_token)
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FilterScalars:
-        kept = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        kept = {
+            name: (parameter.detach(), None if parameter.grad is None else parameter.grad.detach())
+            for name, parameter in self.named_parameters()
+        }
         super()._apply(fn, recurse)
         for name, parameter in self.named_parameters():
             if parameter.dtype in HALF_DTYPES:
-                parameter.data = kept[name].to(device=parameter.device, dtype=torch.float32)
+                value, gradient = kept[name]
+                parameter.grad = None
+                parameter.data = value.to(device=parameter.device, dtype=torch.float32)
+                if gradient is not None:
+                    parameter.grad = gradient.to(device=parameter.device, dtype=torch.float32)
         return self
 
 

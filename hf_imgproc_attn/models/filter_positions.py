@@ -22,6 +22,9 @@ from .filter_kernels import (
     working_dtype,
 )
 
+MAX_FEATURE_SIDE = 512
+"""Longest side of the grid, in units of the smallest bandwidth, up to which feature columns are used."""
+
 
 class ClassTokens(NamedTuple):
     """Leading tokens without a place on the grid: how many, and their logits ``[heads, 3]`` (to, from, within)."""
@@ -64,6 +67,7 @@ class GaussianPositions(NamedTuple):
     key_coordinates: p of all tokens, ``[batch or 1, key_length, dims]``.
     scale: 2/h_p^2, ``[heads, 1, 1]``, in at least float32.
     class_tokens: or None where every token has a place.
+    narrowest: the smallest h_p that the layer started with, for the choice of form.
     learns_bandwidth: whether h_p is a parameter.
     """
 
@@ -71,7 +75,16 @@ class GaussianPositions(NamedTuple):
     key_coordinates: torch.Tensor
     scale: torch.Tensor
     class_tokens: ClassTokens | None
+    narrowest: float
     learns_bandwidth: bool
+
+    def centred(self) -> GaussianPositions:
+        """The same with positions around 0: columns lose digits with |p|^2, and only differences matter."""
+        if self.class_tokens is not None:  # their zeros are no positions; a grid of patches is centred already
+            return self
+        keys = self.key_coordinates
+        centre = (keys.amax(-2, keepdim=True) + keys.amin(-2, keepdim=True)) / 2
+        return self._replace(coordinates=self.coordinates - centre, key_coordinates=keys - centre)
 
     def grid_logits(self, work: torch.dtype) -> torch.Tensor:
         """Dense, ``[batch or 1, heads, length, key_length]``; class tokens are not cared for."""
@@ -79,7 +92,8 @@ class GaussianPositions(NamedTuple):
 
     def grid_columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Query and key columns, 0 for class tokens, and the row constant |p_i|^2 / h_p^2 that they dropped."""
-        left, right = gaussian_position_columns(self.coordinates, self.key_coordinates, self.scale, dtype)
+        centred = self.centred()
+        left, right = gaussian_position_columns(centred.coordinates, centred.key_coordinates, self.scale, dtype)
         if self.class_tokens is None:
             return left, right, None
         on_grid = (torch.arange(left.shape[-2], device=left.device) >= self.class_tokens.num_tokens).view(-1, 1)
@@ -88,6 +102,12 @@ class GaussianPositions(NamedTuple):
 
     def form(self, dtype: torch.dtype) -> str:
         """See :func:`position_form`."""
+        if dtype == torch.float64:
+            return "features"
+        places, dims = self.key_coordinates.shape[-2:]
+        side = places if dims == 1 else 2 * places ** (1 / dims)
+        if side > MAX_FEATURE_SIDE * self.narrowest:
+            return "bias"
         if dtype not in HALF_DTYPES:
             return "features"
         needs_gradient = self.learns_bandwidth and torch.is_grad_enabled()
@@ -100,10 +120,11 @@ Positions = UntiedPositions | GaussianPositions
 def position_form(positions: Positions, dtype: torch.dtype) -> str:
     """How SDPA gets s(p_i, p_j): ``"features"``, or ``"bias"``, dense logits as an additive mask.
 
-    Features of the Gaussian kernel are exact enough in float32. In bfloat16 the split columns keep the output as
-    accurate as plain attention, but neither the gradient of h_p (large columns cancel in it) nor the row constant that
-    class tokens need survives, and float16 has no room for p^2 / h^2: there the bias is formed in float32. The bounds
-    are in tests/models/test_precision.py.
+    Features of the Gaussian kernel are exact enough in float32 as long as the side of the grid is at most 512 times
+    the smallest bandwidth (their rounding error grows with the square of that ratio). In bfloat16 the split columns
+    keep the output as accurate as plain attention, but neither the gradient of h_p (large columns cancel in it) nor
+    the row constant that class tokens need survives, and float16 has no room for p^2 / h^2: there the bias is formed
+    in float32. The bounds are in tests/models/test_precision.py.
     """
     return positions.form(dtype)
 

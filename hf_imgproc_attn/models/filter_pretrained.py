@@ -57,9 +57,11 @@ class FilterPreTrainedMixin:
             ValueError: if parameters of the filter are missing in the checkpoint or unexpected, naming them.
             OSError: if a weights file is truncated or corrupt.
         """
+        forced = kwargs.pop("ignore_mismatched_sizes", False)
         try:
+            # Transformers' own error for other shapes names no tensor; ours names them all.
             model, info = super().from_pretrained(  # type: ignore[misc]
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+                pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
         except Exception as error:
             # By name: safetensors is not among the packages that code travelling with a checkpoint may import.
@@ -69,7 +71,7 @@ class FilterPreTrainedMixin:
                 f"the weights of {str(pretrained_model_name_or_path)!r} cannot be read, the safetensors file is "
                 f"truncated or corrupt: {error}"
             ) from error
-        if not kwargs.get("ignore_mismatched_sizes", False):
+        if not forced:
             refuse_other_variant(pretrained_model_name_or_path, info)
         return (model, info) if output_loading_info else model
 
@@ -79,20 +81,30 @@ def refuse_other_variant(source: Any, loading_info: dict[str, Any]) -> None:
 
     Args:
         source: name of the checkpoint, for the message.
-        loading_info: ``missing_keys`` and ``unexpected_keys`` as ``from_pretrained`` reports them.
+        loading_info: ``missing_keys``, ``unexpected_keys`` and ``mismatched_keys`` as ``from_pretrained`` reports them.
 
     Raises:
-        ValueError: naming the missing and the unexpected parameters.
+        ValueError: naming the missing and the unexpected parameters, or those of another shape.
     """
     found = {
         kind: sorted(key for key in loading_info[f"{kind}_keys"] if _VARIANT_PARAMETER.search(key))
         for kind in ("missing", "unexpected")
     }
-    if any(found.values()):
+    reshaped = {
+        key: f"{list(saved)} in place of {list(wanted)}" for key, saved, wanted in loading_info["mismatched_keys"]
+    }
+    message = f"parameters of another shape {reshaped}" if reshaped else ""
+    if any(found.values()) or any(_VARIANT_PARAMETER.search(key) for key in reshaped):
         raise ValueError(
             f"the checkpoint {str(source)!r} is of another variant than the configuration it is loaded into: "
-            f"missing parameters {found['missing']}, unexpected parameters {found['unexpected']}. Load it with its "
-            "own configuration; hf_imgproc_attn.convert turns a stock checkpoint into a variant"
+            f"missing parameters {found['missing']}, unexpected parameters {found['unexpected']}"
+            f"{', ' * bool(message)}{message}. Load it with its own configuration; hf_imgproc_attn.convert turns a "
+            "stock checkpoint into a variant"
+        )
+    if reshaped:
+        raise ValueError(
+            f"the checkpoint {str(source)!r} has {message}: load it with its own configuration, or pass "
+            "ignore_mismatched_sizes=True to have them initialised anew"
         )
 
 
@@ -107,11 +119,13 @@ def check_attention_mask(mask: torch.Tensor | None, batch: int, heads: int, leng
         key_length: new and cached tokens.
 
     Raises:
-        ValueError: naming the shapes that are allowed and the one that was given.
+        ValueError: naming the shapes (with four axes also the dtypes) that are allowed and what was given.
     """
     if mask is None:
         return
     shape = tuple(mask.shape)
+    if len(shape) == 4 and not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise ValueError(f"attention_mask with four axes must be bool or float, got {mask.dtype}")
     fits_2d = shape == (batch, key_length)
     fits_4d = (
         len(shape) == 4 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2:] == (length, key_length)
@@ -121,3 +135,10 @@ def check_attention_mask(mask: torch.Tensor | None, batch: int, heads: int, leng
             f"attention_mask must have shape {(batch, key_length)} or {(batch, 1, length, key_length)} "
             f"(heads may be {heads} in place of 1), got {shape}"
         )
+
+
+def prepare_attention_mask(mask: torch.Tensor | None, implementation: str, dtype: torch.dtype) -> torch.Tensor | None:
+    """Make an additive mask of a boolean one with four axes under ``eager``: stock attention would add its 0 and 1."""
+    if mask is None or mask.ndim != 4 or mask.dtype != torch.bool or implementation != "eager":
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)

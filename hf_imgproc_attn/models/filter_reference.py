@@ -10,36 +10,7 @@ from torch import nn
 
 from .filter_boosting import BOOSTING, Extend, keep_rows
 from .filter_kernels import working_dtype
-
-
-def visible(
-    attention_mask: torch.Tensor | None, is_causal: bool, length: int, key_length: int, device: torch.device
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Split a mask into what may be seen and what is added to the logits.
-
-    Args:
-        attention_mask: boolean (True = visible) or additive float, broadcastable to
-            ``[batch, heads, length, key_length]``, or None. Additive values near the smallest number of their dtype
-            mean "not visible": adding them to a large negative logit would not hide it in every precision.
-        is_causal: whether query i sees keys j <= i only (square, no cache).
-        length: number of queries.
-        key_length: number of keys.
-        device: where to build a causal mask.
-
-    Returns:
-        The boolean mask or None, the additive part or None.
-    """
-    allowed, additive = None, None
-    if attention_mask is not None:
-        if attention_mask.dtype == torch.bool:
-            allowed = attention_mask
-        else:
-            allowed = attention_mask > torch.finfo(attention_mask.dtype).min / 2
-            additive = attention_mask.masked_fill(~allowed, 0.0)
-    if is_causal:
-        causal = torch.ones(length, key_length, dtype=torch.bool, device=device).tril()
-        allowed = causal if allowed is None else allowed & causal
-    return allowed, additive
+from .filter_masks import visible
 
 
 def filter_matrix(logits: torch.Tensor, attention_mask: torch.Tensor | None, is_causal: bool = False) -> torch.Tensor:
@@ -48,7 +19,7 @@ def filter_matrix(logits: torch.Tensor, attention_mask: torch.Tensor | None, is_
     Args:
         logits: ``[batch, heads, length, key_length]``, at least float32.
         attention_mask: boolean or additive float, broadcastable to the logits, or None.
-        is_causal: see :func:`visible`.
+        is_causal: whether query i sees keys j <= i only (square, no cache).
 
     Returns:
         A of the logits' shape and dtype; its rows sum to 1, except those that see no key, which are 0.

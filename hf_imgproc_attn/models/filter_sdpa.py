@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from .filter_boosting import BOOSTING, Extend, keep_rows
-from .filter_kernels import CONTENT_COLUMNS
+from .filter_kernels import CONTENT_COLUMNS, working_dtype
+from .filter_masks import additive_mask, visible
 from .filter_positions import Positions, position_columns, position_form, position_logits
 
 
@@ -50,28 +51,38 @@ def sdpa_attention(
     Returns:
         ``[batch, heads, length, d]`` in the value's dtype.
     """
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type):
+        # Autocast runs SDPA in its own dtype whatever comes in: columns must be made for that dtype.
+        dtype = torch.get_autocast_dtype(device_type)
+        query, key, value, full_value = (tensor.to(dtype) for tensor in (query, key, value, full_value))
+    dtype = query.dtype
+    allowed, bias = visible(attention_mask, False, query.shape[-2], key.shape[-2], query.device)
     columns = []
     content_columns = CONTENT_COLUMNS[content_kernel]
     if content_columns is not None:
         columns.append(content_columns(query, key, content_scale))
     if positions is not None:
-        if position_form(positions, query.dtype) == "features":
-            columns += position_columns(positions, query.dtype)
+        if position_form(positions, dtype) == "features":
+            columns += position_columns(positions, dtype)
         else:
-            attention_mask = _merge_bias(
-                position_logits(positions, query.dtype), attention_mask, is_causal, query.dtype
-            )
-            is_causal = False
+            logits = position_logits(positions, dtype)
+            bias = logits if bias is None else logits + bias
+    mask, sees = allowed, None
+    if bias is not None:
+        allowed, _ = visible(allowed, is_causal, query.shape[-2], key.shape[-2], query.device)
+        (mask, sees), is_causal = additive_mask(bias.to(working_dtype(dtype)), allowed, dtype), False
     scale = 1.0
     if not columns and not isinstance(content_scale, torch.Tensor):
         scale = content_scale
     else:  # the columns carry their own factors, so the content's goes into the query
-        query = (query * content_scale).to(query.dtype)
+        query = (query * content_scale).to(dtype)
     query = _augment(query, [left for left, _ in columns])
     key = _augment(key, [right for _, right in columns])
 
     def attend(stream: torch.Tensor) -> torch.Tensor:
-        return _sdpa(query, key, stream, attention_mask, is_causal, scale, dropout)
+        out = _sdpa(query, key, stream.to(dtype), mask, is_causal, scale, dropout)
+        return out if sees is None else out * sees
 
     return BOOSTING[boosting](attend, extend, value, full_value, boosting_steps)
 
@@ -83,21 +94,6 @@ def _augment(x: torch.Tensor, columns: list[torch.Tensor]) -> torch.Tensor:
     parts = [x, *(column.to(x.dtype).expand(x.shape[0], x.shape[1], -1, -1) for column in columns)]
     width = sum(part.shape[-1] for part in parts)
     return nn.functional.pad(torch.cat(parts, dim=-1), (0, -width % 8))
-
-
-def _merge_bias(
-    bias: torch.Tensor, attention_mask: torch.Tensor | None, is_causal: bool, dtype: torch.dtype
-) -> torch.Tensor:
-    """One additive mask from position logits and a boolean, additive or causal mask."""
-    smallest = torch.finfo(dtype).min
-    bias = bias.clamp(min=smallest).to(dtype)
-    if is_causal:
-        attention_mask = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).tril()
-    if attention_mask is None:
-        return bias
-    if attention_mask.dtype == torch.bool:
-        return torch.where(attention_mask, bias, smallest)
-    return (bias + attention_mask).clamp(min=smallest)
 
 
 def _sdpa(

@@ -11,7 +11,6 @@ postponed annotations here: the strict dataclasses check field types only where 
 """
 
 import difflib
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,6 +22,9 @@ FEEDBACKS = ("none",)
 
 MAX_BOOSTING_STEPS = 16
 """More steps than this only amplify rounding: ``I - (I - A)^k`` is within 2^-k of its limit where A smooths at all."""
+
+MIN_BANDWIDTH, MAX_BANDWIDTH = 1e-4, 1e8
+"""Outside, 2/h^2 leaves the range in which float32 logits mean anything."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "softmax": {},
@@ -124,6 +126,12 @@ class FilterSpecMixin:
         """
         return cls(**{**preset_fields(name), **overrides})
 
+    @classmethod
+    def from_dict(cls: type[ConfigT], config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The stock ``from_dict`` (also of ``from_pretrained``), which refuses near misses among the overrides."""
+        refuse_near_misses({key: value for key, value in kwargs.items() if key not in _FIELDS})
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_near_misses(kwargs)
         if kwargs.get("per_layer_config"):
@@ -207,8 +215,12 @@ def _check_bandwidth(name: str, value: Any, num_heads: int) -> None:
             f"{name} as a list must have one value for each of the {num_heads} heads, got {len(value)}: {value!r}"
         )
     for item in value if isinstance(value, list) else [value]:
-        if isinstance(item, bool) or not isinstance(item, (int, float)) or not math.isfinite(item) or item <= 0:
-            raise ValueError(f"{name} must be a finite number > 0 (or a list of them, one a head), got {item!r}")
+        is_number = isinstance(item, (int, float)) and not isinstance(item, bool)
+        if not is_number or not MIN_BANDWIDTH <= item <= MAX_BANDWIDTH:
+            raise ValueError(
+                f"{name} must be a finite number > 0, from {MIN_BANDWIDTH:g} to {MAX_BANDWIDTH:g} (or a list of them, "
+                f"one a head), got {item!r}"
+            )
 
 
 def _check_boosted_layers(config: Any, num_layers: int) -> None:
@@ -305,7 +317,7 @@ def layer_schedule(config: Any) -> list[LayerSpec]:
     steps = _per_layer("boosting_steps", config.boosting_steps, num_layers)
     selected = set(range(num_layers))
     if config.boosted_layers is not None:
-        selected = {layer % num_layers for layer in config.boosted_layers}
+        selected = {layer % max(num_layers, 1) for layer in config.boosted_layers}
     return [
         LayerSpec(
             content[i],

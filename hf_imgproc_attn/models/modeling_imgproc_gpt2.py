@@ -20,7 +20,7 @@ from .filter_attention import AttentionFilter
 from .filter_cache import check_cache_implementation
 from .filter_feedback import FEEDBACK, RESIDUAL_INPUT, LayerState
 from .filter_parameters import PositionProjection
-from .filter_pretrained import FilterPreTrainedMixin, check_attention_mask
+from .filter_pretrained import FilterPreTrainedMixin, check_attention_mask, prepare_attention_mask
 from .filter_spec import uses_position_table
 
 
@@ -232,7 +232,8 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         kwargs.pop("output_hidden_states", None)
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+            got = "neither" if input_ids is None else "both"
+            raise ValueError(f"give exactly one of input_ids and inputs_embeds, got {got}")
         if inputs_embeds is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
             inputs_embeds = self.wte(input_ids)
@@ -250,7 +251,11 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
                 past_key_values = EncoderDecoderCache(past_key_values, DynamicCache())
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if not torch.compiler.is_compiling():
-            check_attention_mask(attention_mask, batch, self.config.n_head, length, past_length + length)
+            key_length = past_length + length
+            if past_key_values is not None and past_key_values.is_compileable:  # a static cache is masked whole
+                key_length = past_key_values.get_max_cache_shape()
+            check_attention_mask(attention_mask, batch, self.config.n_head, length, key_length)
+        attention_mask = prepare_attention_mask(attention_mask, self.config._attn_implementation, inputs_embeds.dtype)
         self._check_positions(position_ids, batch, length, past_length)
         positions: torch.Tensor = (
             (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
@@ -309,6 +314,32 @@ class ImgProcGPT2LMHeadModel(ImgProcGPT2PreTrainedModel, GPT2LMHeadModel, Genera
         self.transformer = ImgProcGPT2Model(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: ImgProcGPT2Config,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | None:
+        """One causal mask for all layers: the stock function makes one for each name in ``layer_types``."""
+        return create_causal_mask(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses: paged attention is not built.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("continuous batching needs a paged attention implementation, which is not supported")
 
     def _prepare_cache_for_generation(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         if any(layer_type != "full_attention" for layer_type in self.config.layer_types):

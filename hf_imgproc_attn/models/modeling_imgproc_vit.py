@@ -24,7 +24,7 @@ from .configuration_imgproc_vit import ImgProcViTConfig
 from .filter_attention import AttentionFilter
 from .filter_feedback import FEEDBACK, RESIDUAL_INPUT, LayerState
 from .filter_parameters import PositionProjection
-from .filter_pretrained import FilterPreTrainedMixin, check_attention_mask
+from .filter_pretrained import FilterPreTrainedMixin, check_attention_mask, prepare_attention_mask
 from .filter_spec import uses_position_table
 
 # On disk ViT has the names of Transformers 4; the stock library renames them on loading by the class name `ViTModel`
@@ -63,17 +63,24 @@ class ImgProcViTEmbeddings(ViTEmbeddings):
 
     def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """What stock ``forward`` adds to the tokens ``[batch, 1 + patches, hidden_size]``: 0 unless ``additive``."""
-        if self.adds_positions:
-            return super().interpolate_pos_encoding(embeddings, height, width)
-        return embeddings.new_zeros(())
+        if not self.adds_positions:
+            return embeddings.new_zeros(())
+        table = self.position_embeddings
+        # The stock test for this takes every image to be square.
+        if table is not None and (height, width) == tuple(self.image_size):
+            return table
+        return super().interpolate_pos_encoding(embeddings, height, width)
 
     def forward(
         self,
         pixel_values: torch.Tensor,
         bool_masked_pos: torch.BoolTensor | None = None,
         interpolate_pos_encoding: bool = False,
-    ) -> torch.Tensor:
-        """``[batch, channels, height, width]`` to ``[batch, 1 + patches, hidden_size]``.
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``[batch, channels, height, width]`` to ``[batch, 1 + patches, hidden_size]``, and the position table.
+
+        The table of ``untied``, ``[1, patches, hidden_size]`` (else None), is handed out here, where hooks that shard
+        or offload parameters expect them to be used.
 
         Raises:
             ValueError: for an image of another size without ``interpolate_pos_encoding``.
@@ -86,7 +93,10 @@ class ImgProcViTEmbeddings(ViTEmbeddings):
                 "resize them or pass interpolate_pos_encoding=True"
             )
         # Without added positions the stock code path that interpolates is the one that can be told to add nothing.
-        return super().forward(pixel_values, bool_masked_pos, interpolate_pos_encoding or not self.adds_positions)
+        interpolate = interpolate_pos_encoding or not self.adds_positions
+        tokens = super().forward(pixel_values, bool_masked_pos, interpolate)
+        compared = not self.adds_positions and self.position_embeddings is not None
+        return tokens, self.position_table(height, width) if compared else None
 
     def position_table(self, height: int, width: int) -> torch.Tensor:
         """Position vectors of the patches, ``[1, patches, hidden_size]``, interpolated to the image's grid."""
@@ -230,17 +240,18 @@ class ImgProcViTModel(ImgProcViTPreTrainedModel, ViTModel):
         self.pooler = ViTPooler(config) if add_pooling_layer else None
         self.post_init()
 
-    def _position_inputs(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """What the layers' position kernels compare, with zeros in front for the class token.
+    def _position_inputs(
+        self, pixel_values: torch.Tensor, position_table: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What the layers' position kernels compare.
 
-        Vectors ``[1, 1 + patches, hidden_size]`` (or their shared projections) for ``untied``; centred (row, column)
-        ``[1, 1 + patches, 2]`` in patch units for ``gaussian``.
+        Vectors of the patches ``[1, patches, hidden_size]`` (or their shared projections) for ``untied``; centred
+        (row, column) ``[1, 1 + patches, 2]`` in patch units, zeros for the class token, for ``gaussian``.
         """
         height, width = pixel_values.shape[-2:]
         position_states, coordinates = None, None
         if "untied" in self.position_kernels:
-            position_states = self.embeddings.position_table(height, width)
-            position_states = nn.functional.pad(position_states, (0, 0, NUM_CLASS_TOKENS, 0))
+            position_states = position_table
             if self.position_projection is not None:
                 position_states = self.position_projection(position_states)
         if "gaussian" in self.position_kernels:
@@ -269,22 +280,24 @@ class ImgProcViTModel(ImgProcViTPreTrainedModel, ViTModel):
             ValueError: without ``pixel_values``, for an image of another size without ``interpolate_pos_encoding``, or
                 for a mask of the wrong shape.
         """
-        if pixel_values is None:
-            raise ValueError("pixel_values must be images [batch, channels, height, width], got None")
+        if pixel_values is None or pixel_values.ndim != 4:
+            got = None if pixel_values is None else tuple(pixel_values.shape)
+            raise ValueError(f"pixel_values must be images [batch, channels, height, width], got {got}")
         output_attentions = kwargs.pop("output_attentions", None)
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         kwargs.pop("output_hidden_states", None)
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
-        hidden_states = self.embeddings(
+        hidden_states, position_table = self.embeddings(
             pixel_values, bool_masked_pos=bool_masked_pos, interpolate_pos_encoding=bool(interpolate_pos_encoding)
         )
         batch, length = hidden_states.shape[:2]
         if not torch.compiler.is_compiling():
             check_attention_mask(attention_mask, batch, self.config.num_attention_heads, length, length)
+        attention_mask = prepare_attention_mask(attention_mask, self.config._attn_implementation, hidden_states.dtype)
         attention_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
-        position_states, coordinates = self._position_inputs(pixel_values)
+        position_states, coordinates = self._position_inputs(pixel_values, position_table)
         state = LayerState()
         for layer in self.layers:
             hidden_states, *state = layer(
