@@ -15,7 +15,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .filter_boosting import extra_streams, keep_rows
-from .filter_cache import cache_layer
+from .filter_cache import check_cache_layer
 from .filter_kernels import CONTENT_LOGITS, working_dtype
 from .filter_parameters import FilterScalars, PositionProjection, Scalars, gaussian_position_bandwidths
 from .filter_positions import (
@@ -158,12 +158,12 @@ class AttentionFilter(nn.Module):
         coordinates = coordinates if self.spec.position_kernel == "gaussian" else None
         key_coordinates, full_value, extend = coordinates, value, keep_rows
         if past_key_values is not None:
-            layer = cache_layer(past_key_values, self.layer_idx, self.num_streams)
+            check_cache_layer(past_key_values, self.layer_idx, self.num_streams)
             packed = pack_key(key, position_key, coordinates)
             packed, full_value = past_key_values.update(packed, value, self.layer_idx)
             key, position_key, key_coordinates = unpack_key(packed, self.spec.position_kernel, self.head_dim)
             if self.num_streams:
-                extend = layer.update_stream
+                extend = past_key_values.layers[self.layer_idx].update_stream
         if need_weights and implementation != "eager":
             logger.warning_once(
                 f"attn_implementation={implementation!r} does not return attentions: set it to 'eager' for that"
@@ -171,9 +171,14 @@ class AttentionFilter(nn.Module):
             need_weights = False
         positions = self._positions(scalars, position_query, position_key, coordinates, key_coordinates, like=query)
         content_scale = self._content_scale(scalars, query)
+        length, key_length = query.shape[-2], key.shape[-2]
+        is_causal = is_causal and attention_mask is None and length > 1
+        if is_causal and key_length > length:  # the new tokens are the last ones
+            attention_mask = torch.ones(length, key_length, dtype=torch.bool, device=query.device)
+            attention_mask, is_causal = attention_mask.tril(key_length - length), False
         options: dict[str, Any] = {
             "attention_mask": attention_mask,
-            "is_causal": is_causal and attention_mask is None and query.shape[-2] > 1,
+            "is_causal": is_causal,
             "boosting": self.spec.boosting,
             "boosting_steps": self.spec.boosting_steps,
             "dropout": dropout,

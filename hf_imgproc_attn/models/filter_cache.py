@@ -34,9 +34,11 @@ class FilterDynamicLayer(DynamicLayer):
     def update_stream(self, index: int, rows: torch.Tensor) -> torch.Tensor:
         """Append the new tokens' rows ``[batch, heads, new, width]`` to stream ``index`` and return all of it."""
         stored = self.streams.pop(index) if index < len(self.streams) else rows[..., :0, :]
-        stream = torch.cat([stored.to(rows.device), rows], dim=-2)
-        # An offloading cache has moved keys and values away by now; the stream follows them.
-        self.streams.insert(index, stream if self.keys is None else stream.to(self.keys.device, non_blocking=True))
+        stream = torch.cat([stored, rows], dim=-2)
+        self.streams.insert(index, stream)
+        if self.keys is not None and self.keys.device != stream.device:
+            # An offloading cache has moved keys and values away by now; the stream follows them.
+            self.streams[index] = stream.to(self.keys.device, non_blocking=True)
         return stream
 
     def _map_streams(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -100,16 +102,13 @@ def check_cache_implementation(name: str | None) -> None:
         )
 
 
-def cache_layer(cache: Cache, layer_idx: int, num_streams: int) -> Any:
-    """The cache's layer ``layer_idx`` after checking that it can hold what a filtered layer stores.
+def check_cache_layer(cache: Cache, layer_idx: int, num_streams: int) -> None:
+    """Check that a cache's layer can hold what a filtered layer stores.
 
     Args:
         cache: a Transformers cache.
         layer_idx: index of the attention layer.
         num_streams: residual streams that the layer's booster keeps.
-
-    Returns:
-        The layer, or None if a lazy cache has not made it yet.
 
     Raises:
         ValueError: for a static, sliding or quantised layer, and for a plain layer where streams must be kept.
@@ -119,7 +118,7 @@ def cache_layer(cache: Cache, layer_idx: int, num_streams: int) -> Any:
     layer_class = type(layer) if layer is not None else cache.layer_class_to_replicate
     # By attribute and not by class: the same file may be loaded twice, from the package and from a checkpoint.
     if hasattr(layer_class, "update_stream"):
-        return layer
+        return
     if layer_class is not DynamicLayer:
         raise ValueError(
             f"past_key_values with layers of type {getattr(layer_class, '__name__', layer_class)} is not supported "
@@ -130,4 +129,3 @@ def cache_layer(cache: Cache, layer_idx: int, num_streams: int) -> Any:
             f"past_key_values has a plain layer at index {layer_idx}, where boosted attention needs to keep its "
             "residual stream: build the cache with DynamicCache(config=model.config)"
         )
-    return layer

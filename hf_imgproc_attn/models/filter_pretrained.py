@@ -81,7 +81,7 @@ def refuse_other_variant(source: Any, loading_info: dict[str, Any]) -> None:
 
     Args:
         source: name of the checkpoint, for the message.
-        loading_info: ``missing_keys``, ``unexpected_keys`` and ``mismatched_keys`` as ``from_pretrained`` reports them.
+        loading_info: ``missing_keys``, ``unexpected_keys``, ``mismatched_keys`` as ``from_pretrained`` reports them.
 
     Raises:
         ValueError: naming the missing and the unexpected parameters, or those of another shape.
@@ -138,7 +138,12 @@ def check_attention_mask(mask: torch.Tensor | None, batch: int, heads: int, leng
 
 
 def prepare_attention_mask(mask: torch.Tensor | None, implementation: str, dtype: torch.dtype) -> torch.Tensor | None:
-    """Make an additive mask of a boolean one with four axes under ``eager``: stock attention would add its 0 and 1."""
-    if mask is None or mask.ndim != 4 or mask.dtype != torch.bool or implementation != "eager":
+    """Mend a mask with four axes for stock ``eager`` attention, which adds it to the logits as it is.
+
+    A boolean one would add 0 and 1, and rows of nothing but -inf would be NaN.
+    """
+    if mask is None or mask.ndim != 4 or implementation != "eager":
         return mask
+    if mask.dtype != torch.bool:
+        return mask.clamp(min=torch.finfo(mask.dtype).min)
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)

@@ -250,11 +250,10 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
             if self.config.add_cross_attention and not isinstance(past_key_values, EncoderDecoderCache):
                 past_key_values = EncoderDecoderCache(past_key_values, DynamicCache())
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if not torch.compiler.is_compiling():
-            key_length = past_length + length
-            if past_key_values is not None and past_key_values.is_compileable:  # a static cache is masked whole
-                key_length = past_key_values.get_max_cache_shape()
-            check_attention_mask(attention_mask, batch, self.config.n_head, length, key_length)
+        # The mask of a static cache, which stock layers can have, covers its empty places too.
+        is_static = past_key_values is not None and past_key_values.is_compileable
+        if not is_static and not torch.compiler.is_compiling():
+            check_attention_mask(attention_mask, batch, self.config.n_head, length, past_length + length)
         attention_mask = prepare_attention_mask(attention_mask, self.config._attn_implementation, inputs_embeds.dtype)
         self._check_positions(position_ids, batch, length, past_length)
         positions: torch.Tensor = (

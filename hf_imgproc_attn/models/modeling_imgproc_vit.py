@@ -105,7 +105,7 @@ class ImgProcViTEmbeddings(ViTEmbeddings):
             raise ValueError("this model has no position table")
         trained, wanted = trained_grid(self.config), grid_size(self.config, height, width)
         if trained == wanted:
-            return table
+            return table.clone()  # what shards parameters frees the parameter itself after this module's forward
         grid = table.unflatten(1, trained).permute(0, 3, 1, 2)
         grid = nn.functional.interpolate(grid, size=wanted, mode="bicubic", align_corners=False)
         return grid.permute(0, 2, 3, 1).flatten(1, 2)
