@@ -1,0 +1,54 @@
+# Each target that runs Python sets up `.venv` by itself: `make test` and `make demo` need Python >= 3.11 and nothing else.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# The interpreters to try, in this order; `make test PYTHON=/path/to/python` chooses one.
+PYTHON ?= python3 python3.11 python3.12 python3.13 python3.14 python
+
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup demo test quality bench clean
+
+help: ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+setup: $(STAMP) ## create .venv and install the package with everything that tests and training need
+
+# A candidate counts when it runs, is new enough and can make virtual environments: a name on PATH may be none of these.
+$(STAMP): pyproject.toml constraints.txt
+	@for candidate in $(PYTHON); do \
+		if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
+		then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$${python:-}" ]; then \
+		echo "error: no Python >= 3.11 with the venv module among: $(PYTHON); install one or set PYTHON=/path/to/python" >&2; \
+		exit 1; \
+	fi; \
+	echo "setting up $(VENV) with $$("$$python" --version)"; \
+	"$$python" -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $(STAMP)
+
+demo: $(STAMP) ## train four variants of a small ViT and a small GPT-2, compare, save, load back (minutes on 2 cores)
+	$(BIN)/python training/demo.py
+
+# One thread a worker: with small models two processes use two cores better than two threads do.
+test: $(STAMP) ## run the tests (CPU, offline)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+quality: $(STAMP) ## lint, format check, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP) ## time one attention layer of each preset against stock attention
+	$(BIN)/imgproc-attn benchmark
+
+clean: ## remove .venv and everything the other targets write
+	rm -rf $(VENV) build dist outputs .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,91 @@
+"""Self-attention as image filtering: bilateral and twicing GPT-2 and ViT for Hugging Face Transformers.
+
+Importing this package is cheap (neither torch nor transformers is imported), and it is enough for ``AutoConfig``,
+``AutoModel…``, ``AutoTokenizer``, ``AutoImageProcessor`` and ``pipeline`` to know the model types ``imgproc_gpt2`` and
+``imgproc_vit``: see :mod:`hf_imgproc_attn.registration`. The public names below are imported when they are first used.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from .registration import register_with_transformers
+
+if TYPE_CHECKING:
+    from .convert import ConversionReport, convert
+    from .models.configuration_imgproc_gpt2 import ImgProcGPT2Config
+    from .models.configuration_imgproc_vit import ImgProcViTConfig
+    from .models.filter_spec import PRESETS
+    from .models.modeling_imgproc_gpt2 import (
+        ImgProcGPT2ForSequenceClassification,
+        ImgProcGPT2ForTokenClassification,
+        ImgProcGPT2LMHeadModel,
+        ImgProcGPT2Model,
+    )
+    from .models.modeling_imgproc_vit import (
+        ImgProcViTForImageClassification,
+        ImgProcViTForMaskedImageModeling,
+        ImgProcViTModel,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "ConversionReport",
+    "ImgProcGPT2Config",
+    "ImgProcGPT2ForSequenceClassification",
+    "ImgProcGPT2ForTokenClassification",
+    "ImgProcGPT2LMHeadModel",
+    "ImgProcGPT2Model",
+    "ImgProcViTConfig",
+    "ImgProcViTForImageClassification",
+    "ImgProcViTForMaskedImageModeling",
+    "ImgProcViTModel",
+    "__version__",
+    "convert",
+]
+
+_MODULE_OF = {
+    "PRESETS": ".models.filter_spec",
+    "ConversionReport": ".convert",
+    "ImgProcGPT2Config": ".models.configuration_imgproc_gpt2",
+    "ImgProcGPT2ForSequenceClassification": ".models.modeling_imgproc_gpt2",
+    "ImgProcGPT2ForTokenClassification": ".models.modeling_imgproc_gpt2",
+    "ImgProcGPT2LMHeadModel": ".models.modeling_imgproc_gpt2",
+    "ImgProcGPT2Model": ".models.modeling_imgproc_gpt2",
+    "ImgProcViTConfig": ".models.configuration_imgproc_vit",
+    "ImgProcViTForImageClassification": ".models.modeling_imgproc_vit",
+    "ImgProcViTForMaskedImageModeling": ".models.modeling_imgproc_vit",
+    "ImgProcViTModel": ".models.modeling_imgproc_vit",
+    "convert": ".convert",
+}
+
+
+class _Package(ModuleType):
+    """The module type of this package: ``convert`` is the function, also after its module has been imported.
+
+    The import system binds a sub-module as an attribute of its package, which would replace the function.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "convert" and isinstance(value, ModuleType):
+            value = value.convert
+        super().__setattr__(name, value)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package
+register_with_transformers()

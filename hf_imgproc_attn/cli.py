@@ -1,0 +1,224 @@
+"""The command line ``imgproc-attn``: train, convert, list presets, benchmark.
+
+What a sub-command needs is imported when it runs, so ``--help`` does not wait for torch. A mistake of the user ends in
+one line on standard error and exit status 2; any other exception is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import __version__
+
+TRAINING_SCRIPTS = {
+    "train-image": ("train_image_classification", "train or fine-tune an image classifier"),
+    "train-lm": ("train_causal_lm", "train or fine-tune a causal language model"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are one line instead of the whole usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        _refuse(message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments without the program name; None: those of the process.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        SystemExit: with status 2 on a usage error, 0 after ``--help`` or ``--version``; a training script's own exit.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # A training script parses its own options, --help included, so its arguments must not meet our parser.
+    if arguments and arguments[0] in TRAINING_SCRIPTS:
+        return run_training_script(arguments[0], arguments[1:])
+    options = build_parser().parse_args(arguments)
+    status: int = options.run(options)
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of everything but the training scripts' own options."""
+    parser = _Parser(
+        prog="imgproc-attn", description="Self-attention as image filtering: bilateral and twicing GPT-2 and ViT."
+    )
+    parser.add_argument("--version", action="version", version=f"imgproc-attn {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    for name, (script, text) in TRAINING_SCRIPTS.items():
+        commands.add_parser(
+            name, help=f"{text} (options: imgproc-attn {name} --help)", description=f"Runs {script}.py."
+        )
+
+    convert = commands.add_parser(
+        "convert",
+        help="turn a stock GPT-2, ViT or DeiT checkpoint into a variant",
+        description="Turn a stock GPT-2, ViT or DeiT checkpoint into a variant and account for every tensor.",
+    )
+    convert.add_argument("source", help="a folder or a Hub name")
+    convert.add_argument("--preset", required=True, help="the variant (imgproc-attn presets lists them)")
+    convert.add_argument("--output", required=True, metavar="DIR", help="a new or empty folder")
+    convert.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a further configuration field, the value in JSON (may be repeated)",
+    )
+    convert.set_defaults(run=run_convert)
+
+    presets = commands.add_parser("presets", help="list the variants", description="List the variants.")
+    presets.set_defaults(run=run_presets)
+
+    benchmark = commands.add_parser(
+        "benchmark",
+        help="time one attention layer of each preset against stock attention",
+        description="Time one attention layer of each preset, as a ratio to stock attention in the same run.",
+    )
+    benchmark.add_argument(
+        "--quick", action="store_true", help="tiny shapes and few repetitions: a check, not a result"
+    )
+    benchmark.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
+    benchmark.add_argument(
+        "--output", type=Path, default=Path("outputs/benchmark.json"), metavar="FILE", help="(default: %(default)s)"
+    )
+    benchmark.set_defaults(run=run_benchmark)
+    return parser
+
+
+def run_training_script(command: str, arguments: Sequence[str]) -> int:
+    """Run a shipped training script in this process, as if it had been started by hand.
+
+    Raises:
+        SystemExit: as the script does.
+    """
+    script = TRAINING_SCRIPTS[command][0]
+    # What `python script.py` does: scripts import each other as siblings, and their usage text names the command.
+    sys.path.insert(0, str(training_folder()))
+    sys.argv = [f"imgproc-attn {command}", *arguments]
+    status: int = importlib.import_module(script).main(arguments)
+    return status
+
+
+def training_folder() -> Path:
+    """Where the training scripts are: inside the package after an installation, beside it in a checkout.
+
+    Raises:
+        FileNotFoundError: if they are in neither place: the installation is incomplete.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "training", package.parent / "training"):
+        if (folder / "train_image_classification.py").is_file():
+            return folder
+    raise FileNotFoundError(f"the training scripts are neither in {package} nor beside it")
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    """``imgproc-attn convert``: convert, save with the source's tokenizer or image processor, print the report."""
+    from .models.filter_spec import preset_fields
+
+    fields = _parse_fields(options.set)
+    # No Hub name looks like a path; asking the Hub for it would end in a message about something else.
+    is_path = os.path.isabs(options.source) or options.source.startswith(".") or options.source.count("/") > 1
+    if is_path and not os.path.isdir(options.source):
+        _refuse(f"source must be a folder or a Hub name, got {options.source!r}, which does not exist")
+    try:
+        preset_fields(options.preset)  # before the seconds that importing torch takes
+    except ValueError as error:
+        _refuse(str(error))
+
+    from huggingface_hub.errors import StrictDataclassError
+
+    from .convert import convert_checkpoint
+
+    _check_field_names(fields)
+    try:
+        report = convert_checkpoint(options.source, options.preset, options.output, **fields)
+    except (ValueError, OSError, StrictDataclassError) as error:
+        _refuse(str(error))
+    print(report)
+    print(f"saved to {options.output}")
+    return 0
+
+
+def run_presets(options: argparse.Namespace) -> int:
+    """``imgproc-attn presets``: the table of variants."""
+    from .models.filter_spec import PRESETS, FilterSpecMixin
+
+    fields = ("content_kernel", "position_kernel", "boosting", "learn_bandwidths")
+    rows = [["preset", *fields]]
+    for name, changes in PRESETS.items():
+        rows.append([name, *(str(changes.get(field, getattr(FilterSpecMixin, field))) for field in fields)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def run_benchmark(options: argparse.Namespace) -> int:
+    """``imgproc-attn benchmark``."""
+    if options.threads is not None and options.threads < 1:
+        _refuse(f"--threads must be an integer >= 1, got {options.threads}")
+
+    from .benchmark import run
+
+    run(quick=options.quick, threads=options.threads, output=options.output)
+    return 0
+
+
+def _parse_fields(assignments: Sequence[str]) -> dict[str, Any]:
+    """``["a=1", "b=gaussian"]`` to ``{"a": 1, "b": "gaussian"}``: JSON where it is JSON, else a string."""
+    fields: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not name.isidentifier():
+            _refuse(f"--set must be FIELD=VALUE, got {assignment!r}")
+        if name in fields:
+            _refuse(f"--set names {name} twice")
+        try:
+            fields[name] = json.loads(text)
+        except json.JSONDecodeError:
+            fields[name] = text
+    return fields
+
+
+def _check_field_names(names: Iterable[str]) -> None:
+    """Refuse names that no configuration of ours has: Transformers would store them and nobody would read them."""
+    from .models.configuration_imgproc_gpt2 import ImgProcGPT2Config
+    from .models.configuration_imgproc_vit import ImgProcViTConfig
+
+    known = set(ImgProcGPT2Config.attribute_map)
+    known.update(
+        field.name for config in (ImgProcGPT2Config, ImgProcViTConfig) for field in dataclasses.fields(config)
+    )
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            _refuse(f"--set must name a configuration field, got {name!r}{hint}")
+
+
+def _refuse(message: str) -> NoReturn:
+    """End the program with one line on standard error, also where a library's message has several."""
+    print(f"imgproc-attn: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

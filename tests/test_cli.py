@@ -1,0 +1,202 @@
+"""The command line: instant help, one line for the user's mistakes, and what each sub-command does."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import hf_imgproc_attn
+from hf_imgproc_attn import PRESETS, cli
+from tests.helpers import RunPython
+
+MODULE = ("-m", "hf_imgproc_attn.cli")
+
+
+def run_main(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of the command line, in this process."""
+    try:
+        status = cli.main(list(arguments))
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def stock_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small stock GPT-2 with a tokenizer, on disk."""
+    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("stock")
+    fields = {"n_layer": 3, "n_head": 2, "n_embd": 8, "vocab_size": 12, "n_positions": 16}
+    GPT2LMHeadModel(GPT2Config(**fields, bos_token_id=11, eos_token_id=11)).save_pretrained(folder)
+    vocab = {letter: index for index, letter in enumerate("abcdefghijk")} | {"<|endoftext|>": 11}
+    GPT2Tokenizer(vocab=vocab, merges=[]).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("--version",), ("convert", "--help"), ("benchmark", "--help"), ("presets",)]
+)
+def test_what_needs_no_model_imports_no_model(run_python: RunPython, arguments: tuple[str, ...]) -> None:
+    code = (
+        "import sys\nfrom hf_imgproc_attn import cli\n"
+        f"try:\n    cli.main({list(arguments)!r})\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "assert not {'torch', 'transformers', 'huggingface_hub', 'numpy'} & set(sys.modules)"
+    )
+    result = run_python("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("train-image", "--help"), ("train-lm", "--help")])
+def test_help_is_instant(run_python: RunPython, arguments: tuple[str, ...]) -> None:
+    """Importing torch alone takes longer than this bound; the best of three leaves room for a busy machine."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = run_python(*MODULE, *arguments)
+        seconds.append(time.perf_counter() - start)
+        assert result.returncode == 0, result.stderr
+        assert "usage: imgproc-attn" in result.stdout
+    assert min(seconds) < 0.8
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(capsys, "--version") == (0, f"imgproc-attn {hf_imgproc_attn.__version__}\n", "")
+
+
+def test_presets_are_all_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run_main(capsys, "presets")
+    rows = [line.split() for line in out.splitlines()]
+    assert status == 0
+    assert [row[0] for row in rows[1:]] == list(PRESETS)
+    assert dict(zip(rows[0], rows[-1], strict=True)) == {
+        "preset": "bilateral_twicing",
+        "content_kernel": "dot_product",
+        "position_kernel": "untied",
+        "boosting": "twicing",
+        "learn_bandwidths": "True",
+    }
+
+
+def test_convert_saves_a_variant_with_its_tokenizer(
+    capsys: pytest.CaptureFixture[str], stock_gpt2: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    output = tmp_path / "variant"
+    arguments = ["convert", str(stock_gpt2), "--preset", "twicing", "--output", str(output)]
+    status, out, err = run_main(capsys, *arguments, "--set", "boosted_layers=[-2, -1]", "--set", "residual=standard")
+    assert status == 0, err
+    assert "GPT2LMHeadModel" in out
+    assert str(output) in out.splitlines()[-1]
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert type(model) is hf_imgproc_attn.ImgProcGPT2LMHeadModel
+    assert (model.config.boosting, model.config.boosted_layers) == ("twicing", [-2, -1])
+    assert AutoTokenizer.from_pretrained(output)("abc").input_ids == [0, 1, 2]
+
+    # a second run must not mix two checkpoints in one folder
+    status, _, err = run_main(capsys, *arguments)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "new or empty folder" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "COMMAND"),
+        (("train-video",), "train-video"),
+        (("convert", "x"), "--preset"),
+        (("convert", "./missing", "--preset", "twicing", "--output", "o"), "does not exist"),
+        (("convert", "SOURCE", "--preset", "blur", "--output", "o"), "preset must be one of softmax"),
+        (("convert", "SOURCE", "--preset", "twicing", "--output", "o", "--set", "boosting_steps"), "FIELD=VALUE"),
+        (("convert", "SOURCE", "--preset", "twicing", "--output", "o", "--set", "boosting_step=3"), "boosting_steps?"),
+        (("convert", "SOURCE", "--preset", "twicing", "--output", "o", "--set", "return_report=1"), "return_report"),
+        (("convert", "SOURCE", "--preset", "twicing", "--output", "o", "--set", "boosting_steps=true"), "True"),
+        (
+            ("convert", "SOURCE", "--preset", "twicing", "--output", "o", "--set", "boosted_layers=[7]"),
+            "boosted_layers must be integers from -3 to 2",
+        ),
+        (("convert", "SOURCE", "--preset", "twicing", "--output", "o", "--set", "a=1", "--set", "a=2"), "a twice"),
+        (("benchmark", "--threads", "0"), "--threads must be an integer >= 1"),
+        (("benchmark", "--threads", "two"), "--threads"),
+    ],
+)
+def test_mistakes_of_the_user_are_one_line(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    stock_gpt2: Path,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run_main(capsys, *(argument.replace("SOURCE", str(stock_gpt2)) for argument in arguments))
+    assert status == 2
+    assert out == ""
+    assert err.splitlines()[-1].startswith("imgproc-attn: error: ")
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, stock_gpt2: Path, tmp_path: Path) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(sys.modules["hf_imgproc_attn.convert"], "convert_checkpoint", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        cli.main(["convert", str(stock_gpt2), "--preset", "twicing", "--output", str(tmp_path / "o")])
+
+
+def test_training_arguments_pass_through(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The script sees its own options, --help included, finds its siblings, and decides about the exit status."""
+    (tmp_path / "sibling.py").write_text("STATUS = 7\n")
+    (tmp_path / "script.py").write_text(
+        "import sys\nfrom sibling import STATUS\ndef main(argv):\n    print(sys.argv, argv)\n    return STATUS\n"
+    )
+    monkeypatch.setattr(cli, "training_folder", lambda: tmp_path)
+    monkeypatch.setitem(cli.TRAINING_SCRIPTS, "train-lm", ("script", "for this test"))
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    status, out, _ = run_main(capsys, "train-lm", "--help", "--set", "x")
+    assert status == 7
+    assert out == "['imgproc-attn train-lm', '--help', '--set', 'x'] ['--help', '--set', 'x']\n"
+
+
+def test_incomplete_installation_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "package" / "cli.py"))
+    with pytest.raises(FileNotFoundError, match="training scripts are neither in"):
+        cli.main(["train-image", "--help"])
+
+
+def test_quick_benchmark_covers_every_preset(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    output = tmp_path / "new" / "benchmark.json"
+    status, out, _ = run_main(capsys, "benchmark", "--quick", "--threads", "2", "--output", str(output))
+    assert status == 0
+    assert torch.get_num_threads() == threads
+    record = json.loads(output.read_text())
+    assert record["quick"] is True
+    assert record["threads"] == 2
+    rows = {(row["backbone"], row["variant"], row["direction"]) for row in record["timings"]}
+    assert rows == {
+        (backbone, variant, direction)
+        for backbone in ("gpt2", "vit")
+        for variant in ("stock", *PRESETS)
+        for direction in ("forward", "forward + backward")
+    }
+    for row in record["timings"]:
+        assert row["milliseconds"] > 0
+        assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+        assert row["variant"] != "stock" or row["ratio"] == 1
+    assert len(out.splitlines()) == 1 + 2 * 6 + 1
