@@ -1,0 +1,187 @@
+"""Labelled images from the Hub, a path or scikit-learn: their columns, classes and splits."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hf_imgproc_attn.training_support.arguments import EMBEDDED_IMAGES, ImageDataArguments
+from hf_imgproc_attn.training_support.data_loading import (
+    SPLIT_SEED,
+    choose_column,
+    load_splits,
+    refuse_config_name,
+    require_column,
+)
+from hf_imgproc_attn.training_support.errors import UsageError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+LARGEST_NATIVE_SIDE = 96
+"""Images up to this many pixels a side are used at their own size; larger ones are resized to 224 x 224."""
+DIGITS_TEST_FRACTION = 0.2
+
+
+@dataclass
+class ImageSplits:
+    """Rows of every split with their columns resolved.
+
+    Attributes:
+        rows: split name -> rows; ``train`` always, ``validation`` and ``test`` where there are any.
+        labels: split name -> class indices ``[rows]``, int64.
+        label_names: class index -> name.
+        image_column: the column with the images.
+        image_size: (height, width) in pixels for a new model.
+    """
+
+    rows: dict[str, "Dataset"]
+    labels: dict[str, np.ndarray]
+    label_names: list[str]
+    image_column: str
+    image_size: tuple[int, int]
+
+
+def load_image_splits(args: ImageDataArguments) -> ImageSplits:
+    """Load images and labels, hold out a validation split where there is none, and apply the sample limits.
+
+    The held-out part is stratified by class and always the same; a limit takes a fixed random subset.
+
+    Raises:
+        UsageError: for data that cannot be loaded, missing or ambiguous columns, empty splits, or missing labels.
+    """
+    if args.dataset_name == EMBEDDED_IMAGES:
+        refuse_config_name(args)
+    rows = _digits() if args.dataset_name == EMBEDDED_IMAGES else load_splits(args, EMBEDDED_IMAGES)
+    rows, image_column = _find_images(rows, args.image_column_name)
+    label_column = _label_column(rows["train"], args.label_column_name)
+    for split in rows:
+        require_column(rows[split], label_column, "label_column_name", split)
+    label_names, labels = _encode_labels(rows, label_column)
+    if "test" in labels and (labels["test"] < 0).all():
+        print("the test split has no labels and is left out")
+        del rows["test"], labels["test"]
+    for split, values in labels.items():
+        if (values < 0).any():
+            raise UsageError(
+                f"column {label_column!r} of the {split} split has {(values < 0).sum()} rows without a label"
+            )
+    if "validation" not in rows and args.validation_fraction > 0:
+        kept, held_out = stratified_split(labels["train"], args.validation_fraction)
+        if not len(held_out) or not len(kept):
+            raise UsageError(
+                f"validation_fraction must leave a row in both parts, got {args.validation_fraction} of "
+                f"{len(rows['train'])} training images"
+            )
+        rows["validation"], labels["validation"] = rows["train"].select(held_out), labels["train"][held_out]
+        rows["train"], labels["train"] = rows["train"].select(kept), labels["train"][kept]
+    for split in rows:
+        limit = args.max_train_samples if split == "train" else args.max_eval_samples
+        if limit is not None and limit < len(rows[split]):
+            chosen = np.sort(np.random.RandomState(SPLIT_SEED).permutation(len(rows[split]))[:limit])
+            rows[split], labels[split] = rows[split].select(chosen), labels[split][chosen]
+    first = rows["train"][0][image_column]
+    small = max(first.size) <= LARGEST_NATIVE_SIDE
+    return ImageSplits(rows, labels, label_names, image_column, (first.height, first.width) if small else (224, 224))
+
+
+def _digits() -> dict[str, "Dataset"]:
+    """Scikit-learn's digits (1,797 images, 8 x 8, greyscale) in fixed, stratified splits of 70, 10 and 20 %.
+
+    Grey values 0..16 become 0..255, rounded, as an image file would hold them.
+    """
+    import datasets
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    grey = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=[str(digit) for digit in range(10)])
+    )
+    rows = datasets.Dataset.from_dict(
+        {"image": [Image.fromarray(image) for image in grey], "label": labels.tolist()}, features=features
+    )
+    rest, test = stratified_split(labels, DIGITS_TEST_FRACTION)
+    train, validation = stratified_split(labels[rest], 0.125)
+    return {
+        "train": rows.select(rest[train]),
+        "validation": rows.select(rest[validation]),
+        "test": rows.select(test),
+    }
+
+
+def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Hold out the same fraction of every class, always the same rows.
+
+    Args:
+        labels: class indices ``[rows]``.
+        fraction: part of each class that is held out, rounded to whole rows.
+
+    Returns:
+        Row indices, ascending, of what stays and of what is held out.
+    """
+    # The legacy generator: its stream is frozen, so the split does not move with the version of NumPy.
+    generator = np.random.RandomState(SPLIT_SEED)
+    held_out = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        members = generator.permutation(np.flatnonzero(labels == label))
+        held_out[members[: round(fraction * len(members))]] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def _find_images(rows: dict[str, "Dataset"], given: str | None) -> tuple[dict[str, "Dataset"], str]:
+    """The splits with their image column decoded as images, and its name."""
+    import datasets
+
+    train = rows["train"]
+    column = require_column(train, given, "image_column_name", "train")
+    if column is None:
+        candidates = [name for name, feature in train.features.items() if isinstance(feature, datasets.Image)]
+        # Encoded images without the library's metadata, as other programs write them to parquet.
+        encoded = [name for name in ("image", "img") if name in train.column_names]
+        column = choose_column(candidates or encoded, ("image", "img"), "image", "image_column_name", train)
+    for split in rows:
+        require_column(rows[split], column, "image_column_name", split)
+    if not isinstance(train.features[column], datasets.Image):
+        kind = train.features[column]
+        try:
+            rows = {split: part.cast_column(column, datasets.Image()) for split, part in rows.items()}
+            rows["train"][0][column].load()
+        except Exception as error:  # whatever the column holds: casting and decoding fail in many ways
+            raise UsageError(f"image_column_name must be a column of images, got {column!r} of type {kind}") from error
+    return rows, column
+
+
+def _label_column(rows: "Dataset", given: str | None) -> str:
+    import datasets
+
+    if require_column(rows, given, "label_column_name", "train") is not None:
+        return str(given)
+    candidates = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
+    if not candidates:
+        candidates = [
+            name for name in ("label", "labels", "fine_label", "class", "target") if name in rows.column_names
+        ]
+    return choose_column(candidates, ("label", "labels", "fine_label"), "label", "label_column_name", rows)
+
+
+def _encode_labels(rows: dict[str, "Dataset"], column: str) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Class names, and class indices for every split; -1 where there is no label."""
+    import datasets
+
+    feature = rows["train"].features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        indices = {split: [-1 if value is None else value for value in part[column]] for split, part in rows.items()}
+        return list(feature.names), {split: np.array(values, dtype=np.int64) for split, values in indices.items()}
+    if not isinstance(feature, datasets.Value) or feature.dtype.startswith(("float", "double")):
+        raise UsageError(f"label_column_name must be a column of class labels, got {column!r} of type {feature}")
+    classes = sorted({value for value in rows["train"][column] if value is not None})
+    index = {value: position for position, value in enumerate(classes)}
+    labels: dict[str, np.ndarray] = {}
+    for split, part in rows.items():
+        unknown = {value for value in part[column] if value is not None and value not in index}
+        if unknown:
+            raise UsageError(f"the {split} split has labels that the train split lacks: {sorted(unknown)[:5]}")
+        labels[split] = np.array([index.get(value, -1) for value in part[column]], dtype=np.int64)
+    return [str(value) for value in classes], labels

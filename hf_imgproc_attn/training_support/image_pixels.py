@@ -1,0 +1,211 @@
+"""Images as pixels for a Vision Transformer: the image processor, the data set, augmentation and batches.
+
+Images are decoded and resized once, by the same image processor that is saved with the checkpoint, and kept as 8-bit
+pixels; rescaling and normalisation happen a batch at a time. Splits too large for that are decoded as they are read.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset as TorchDataset
+from transformers import TrainerCallback, TrainerState
+
+from hf_imgproc_attn.training_support.arguments import ImageDataArguments
+from hf_imgproc_attn.training_support.data_loading import content_fingerprint
+from hf_imgproc_attn.training_support.errors import UsageError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers.image_processing_utils import BaseImageProcessor
+
+    from hf_imgproc_attn.training_support.image_data import ImageSplits
+
+DECODE_ONCE_BYTES = 2 << 30
+"""Splits whose 8-bit pixels need no more memory than this are decoded once."""
+
+_CHUNK = 512
+
+
+def build_image_processor(image_size: tuple[int, int], num_channels: int) -> "BaseImageProcessor":
+    """The stock ViT image processor (PIL, bilinear) for a model's image size; pixels are normalised to [-1, 1].
+
+    Args:
+        image_size: (height, width) in pixels.
+        num_channels: 3 (every image is converted to RGB) or 1 (greyscale).
+
+    Raises:
+        UsageError: for another number of channels.
+    """
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    if num_channels not in (1, 3):
+        raise UsageError(f"num_channels must be 1 or 3, got {num_channels}")
+    return ViTImageProcessorPil(
+        size={"height": image_size[0], "width": image_size[1]},
+        image_mean=[0.5] * num_channels,
+        image_std=[0.5] * num_channels,
+        do_convert_rgb=num_channels == 3,
+    )
+
+
+class PixelDataset(TorchDataset[dict[str, Any]]):
+    """One split as 8-bit pixels.
+
+    An item is ``{"pixel_values": uint8 [channels, height, width], "labels": class index}``. Augmentation draws from a
+    generator seeded by (seed, epoch, row), so it depends neither on the number of processes and workers nor on where a
+    run was interrupted.
+
+    Args:
+        rows: the split.
+        labels: class indices ``[rows]``.
+        image_column: the column with the images.
+        processor: resizes, and decides the channels.
+        description: shown with the progress bar.
+        crop_padding: pixels of padding before a random crop; 0 for none.
+        flip: whether half of the images are mirrored.
+        seed: of the augmentation.
+    """
+
+    def __init__(
+        self,
+        rows: "Dataset",
+        labels: np.ndarray,
+        image_column: str,
+        processor: "BaseImageProcessor",
+        *,
+        description: str,
+        crop_padding: int = 0,
+        flip: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.rows, self.labels, self.image_column = rows.select_columns([image_column]), labels, image_column
+        self.processor, self.crop_padding, self.flip, self.seed = processor, crop_padding, flip, seed
+        # In shared memory, so that data-loader workers that live on see it change.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.image_shape: tuple[int, ...] = self._decode(0, 1).shape[1:]
+        self.pixels: np.ndarray | None = None
+        if len(rows) * np.prod(self.image_shape) <= DECODE_ONCE_BYTES:
+            self.pixels = self._decode_all(description)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the augmentation is drawn for."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = self._decode(index, index + 1)[0] if self.pixels is None else self.pixels[index]
+        if self.crop_padding or self.flip:
+            image = self._augment(image, index)
+        return {"pixel_values": torch.from_numpy(image), "labels": int(self.labels[index])}
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Number of rows and a SHA-256 over pixels and labels (of undecoded splits: the library's own fingerprint)."""
+        if self.pixels is None:
+            return {"rows": len(self), "datasets_fingerprint": self.rows._fingerprint}
+        return {"rows": len(self), "sha256": content_fingerprint([self.pixels.tobytes(), self.labels.tobytes()])}
+
+    def _augment(self, image: np.ndarray, index: int) -> np.ndarray:
+        generator = np.random.default_rng((self.seed, int(self._epoch), index))
+        if self.crop_padding:
+            height, width = image.shape[1:]
+            top, left = generator.integers(0, 2 * self.crop_padding + 1, size=2)
+            edge = (self.crop_padding, self.crop_padding)
+            image = np.pad(image, ((0, 0), edge, edge))[:, top : top + height, left : left + width]
+        if self.flip and generator.random() < 0.5:
+            image = image[:, :, ::-1]
+        return np.ascontiguousarray(image)
+
+    def _decode(self, start: int, stop: int) -> np.ndarray:
+        images = self.rows[start:stop][self.image_column]
+        if not self.processor.do_convert_rgb:  # many stock processors do not, and leave the mode of a file as it is
+            mode = "L" if len(self.processor.image_mean) == 1 else "RGB"
+            images = [image.convert(mode) for image in images]
+        encoded = self.processor(images=images, do_rescale=False, do_normalize=False, return_tensors="np")
+        return np.asarray(encoded["pixel_values"], dtype=np.uint8)
+
+    def _decode_all(self, description: str) -> np.ndarray:
+        from datasets.utils import tqdm
+
+        pixels = np.empty((len(self), *self.image_shape), dtype=np.uint8)
+        with tqdm(total=len(self), desc=description, unit="image", leave=False, delay=1.0) as bar:
+            for start in range(0, len(self), _CHUNK):
+                stop = min(start + _CHUNK, len(self))
+                pixels[start:stop] = self._decode(start, stop)
+                bar.update(stop - start)
+        return pixels
+
+
+def load_pixels(
+    splits: "ImageSplits", processor: "BaseImageProcessor", args: ImageDataArguments, seed: int
+) -> dict[str, PixelDataset]:
+    """Every split as pixels; only the training split is augmented.
+
+    Args:
+        splits: from :func:`.image_data.load_image_splits`.
+        processor: the model's image processor.
+        args: the data options, for the augmentation.
+        seed: of the augmentation.
+    """
+    return {
+        split: PixelDataset(
+            rows,
+            splits.labels[split],
+            splits.image_column,
+            processor,
+            description=f"decoding {split}",
+            crop_padding=args.random_crop_padding if split == "train" else 0,
+            flip=args.horizontal_flip and split == "train",
+            seed=seed,
+        )
+        for split, rows in splits.rows.items()
+    }
+
+
+class EpochCallback(TrainerCallback):
+    """Tells a :class:`PixelDataset` which epoch begins.
+
+    The Trainer's own ``set_epoch`` reaches a data set in one process, but not behind the sharded sampler of several.
+    """
+
+    def __init__(self, dataset: PixelDataset) -> None:
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.dataset.set_epoch(int(state.epoch or 0))
+
+
+class NormalizingCollator:
+    """Items of :class:`PixelDataset` -> ``pixel_values`` float32 ``[batch, channels, height, width]`` and ``labels``.
+
+    Args:
+        processor: its rescaling and normalisation are applied.
+    """
+
+    def __init__(self, processor: "BaseImageProcessor") -> None:
+        self.mean, self.std = channel_statistics(processor)
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        pixels = torch.stack([item["pixel_values"] for item in items]).float() / 255
+        return {
+            "pixel_values": (pixels - self.mean) / self.std,
+            "labels": torch.tensor([item["labels"] for item in items]),
+        }
+
+
+def channel_statistics(processor: "BaseImageProcessor") -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation that the processor normalises images in [0, 1] with, each ``[channels, 1, 1]``.
+
+    Raises:
+        UsageError: if the processor does not scale 8-bit pixels to [0, 1] and normalise them.
+    """
+    if not (processor.do_rescale and processor.do_normalize and abs(processor.rescale_factor * 255 - 1) < 1e-6):
+        raise UsageError(
+            "the image processor of model_name_or_path must rescale by 1/255 and normalise, got "
+            f"do_rescale={processor.do_rescale}, rescale_factor={processor.rescale_factor}, "
+            f"do_normalize={processor.do_normalize}"
+        )
+    return tuple(torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))  # type: ignore[return-value]

@@ -1,0 +1,253 @@
+"""The model a run starts from: a new one of a preset, a checkpoint of ours, or a stock one converted on the way."""
+
+import contextlib
+import dataclasses
+import difflib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from hf_imgproc_attn.models.filter_spec import PRESETS
+from hf_imgproc_attn.training_support.arguments import ModelArguments
+from hf_imgproc_attn.training_support.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.image_processing_utils import BaseImageProcessor
+
+DEFAULT_BLOCK_SIZE = 256
+SMALL_VIT: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+}
+"""A new image classifier unless ``config_overrides`` says otherwise: about 1M parameters."""
+SMALL_GPT2: dict[str, Any] = {
+    "n_embd": 128,
+    "n_layer": 4,
+    "n_head": 4,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+"""A new language model: about 0.8M parameters beside the token embeddings."""
+
+_LARGEST_PATCH = 16
+
+
+def build_image_classifier(
+    args: ModelArguments, label_names: list[str], image_size: tuple[int, int]
+) -> tuple["PreTrainedModel", "BaseImageProcessor"]:
+    """The classifier and the image processor that belongs to it.
+
+    Args:
+        args: the model options.
+        label_names: class index -> name. A checkpoint with another number of classes gets a new classification head.
+        image_size: (height, width) in pixels of a new model; a checkpoint keeps its own.
+
+    Raises:
+        UsageError: for a checkpoint or configuration that cannot be used.
+    """
+    from transformers import ViTForImageClassification
+
+    from hf_imgproc_attn import ImgProcViTConfig, ImgProcViTForImageClassification
+
+    overrides = parse_overrides(args.config_overrides, ImgProcViTConfig)
+    head = {
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: index for index, name in enumerate(label_names)},
+    }
+    if args.model_name_or_path is None:
+        size = overrides.get("image_size", image_size[0] if image_size[0] == image_size[1] else list(image_size))
+        fields = {**SMALL_VIT, "image_size": size, "patch_size": default_patch_size(_pair(size)), **head, **overrides}
+        with _as_usage_errors("config_overrides"):
+            model = ImgProcViTForImageClassification(ImgProcViTConfig.from_preset(args.preset or "softmax", **fields))
+    else:
+        model = _start_from(args, overrides, ImgProcViTForImageClassification, ViTForImageClassification, head)
+    return model, _image_processor(args.model_name_or_path, model.config)
+
+
+def build_causal_lm(
+    args: ModelArguments, tokenizer: "PreTrainedTokenizerBase", block_size: int | None
+) -> tuple["PreTrainedModel", int]:
+    """The language model, and the block size it is trained with.
+
+    Args:
+        args: the model options.
+        tokenizer: decides the vocabulary of a new model; a checkpoint whose vocabulary is too small is enlarged.
+        block_size: tokens in a sample; None for 256 or the model's positions, whichever is less.
+
+    Raises:
+        UsageError: for a checkpoint or configuration that cannot be used, or blocks longer than the model's positions.
+    """
+    from transformers import GPT2LMHeadModel
+
+    from hf_imgproc_attn import ImgProcGPT2Config, ImgProcGPT2LMHeadModel
+
+    overrides = parse_overrides(args.config_overrides, ImgProcGPT2Config)
+    if args.model_name_or_path is None:
+        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        fields = {
+            **SMALL_GPT2,
+            "n_positions": block_size or DEFAULT_BLOCK_SIZE,
+            "vocab_size": len(tokenizer),
+            **special,
+            **overrides,
+        }
+        with _as_usage_errors("config_overrides"):
+            model = ImgProcGPT2LMHeadModel(ImgProcGPT2Config.from_preset(args.preset or "softmax", **fields))
+    else:
+        model = _start_from(args, overrides, ImgProcGPT2LMHeadModel, GPT2LMHeadModel, {})
+    if len(tokenizer) > model.config.vocab_size:
+        if args.model_name_or_path is None:
+            raise UsageError(
+                f"vocab_size must hold the tokenizer's {len(tokenizer)} entries, got {model.config.vocab_size}"
+            )
+        model.resize_token_embeddings(len(tokenizer))
+    positions = model.config.n_positions
+    block_size = min(positions, DEFAULT_BLOCK_SIZE) if block_size is None else block_size
+    if block_size > positions:
+        raise UsageError(f"block_size must not exceed the model's {positions} positions, got {block_size}")
+    return model, block_size
+
+
+def parse_overrides(words: list[str], config_class: type[Any]) -> dict[str, Any]:
+    """``["n_layer=2", "boosted_layers=[-1]"]`` -> ``{"n_layer": 2, "boosted_layers": [-1]}``.
+
+    Args:
+        words: ``key=value``, the value in YAML; a later word wins over an earlier one.
+        config_class: its fields, and their common names such as ``hidden_size``, are the keys there are.
+
+    Raises:
+        UsageError: for a word that is not ``key=value``, or an unknown key.
+    """
+    import yaml
+
+    known = {field.name for field in dataclasses.fields(config_class)}
+    overrides: dict[str, Any] = {}
+    for word in words:
+        key, separator, text = word.partition("=")
+        if not separator:
+            raise UsageError(f"config_overrides must be key=value, got {word!r}")
+        key = config_class.attribute_map.get(key, key)
+        if key not in known:
+            names = sorted(known | set(config_class.attribute_map))
+            near = difflib.get_close_matches(key, names, n=1)
+            raise UsageError(
+                f"config_overrides must name fields of {config_class.__name__}, got {key!r}"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UsageError(f"config_overrides must have values in YAML, got {word!r}") from error
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = float(value)  # YAML takes 1e-3 for a text
+        overrides[key] = value
+    return overrides
+
+
+def default_patch_size(image_size: tuple[int, int]) -> int:
+    """The largest patch side, up to 16 pixels, that gives at least 7 patches a side (4 for images below 16 pixels).
+
+    That is 2 for 8 pixels, 4 for 28 and 32, 8 for 64, 16 for 224.
+
+    Raises:
+        UsageError: if no whole number of patches fits.
+    """
+    for patch in range(_LARGEST_PATCH, 1, -1):
+        if all(side % patch == 0 and side // patch >= (4 if side < 16 else 7) for side in image_size):
+            return patch
+    raise UsageError(f"patch_size must be given for images of {image_size[0]} x {image_size[1]} pixels: nothing fits")
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _start_from(
+    args: ModelArguments,
+    overrides: dict[str, Any],
+    model_class: type[Any],
+    stock_class: type[Any],
+    head: dict[str, Any],
+) -> Any:
+    """Load a checkpoint of ours, or convert a stock one. Only a classification head may be new."""
+    import torch
+    from transformers import AutoConfig
+
+    from hf_imgproc_attn import convert
+
+    name = args.model_name_or_path
+    config_class, stock_type = model_class.config_class, stock_class.config_class.model_type
+    with _as_usage_errors(f"model_name_or_path {name!r}"):
+        found = AutoConfig.from_pretrained(name)
+        if found.model_type not in (config_class.model_type, stock_type):
+            raise UsageError(
+                f"model_name_or_path must be a checkpoint of type {config_class.model_type} or {stock_type}, got "
+                f"{name!r} of type {found.model_type}"
+            )
+        # Single precision whatever the file holds: the optimiser needs it; bf16 and fp16 are options of the Trainer.
+        options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": bool(head)}
+        if found.model_type == stock_type:
+            stock, report = stock_class.from_pretrained(name, **head, **options)
+            _check_loaded(str(name), report["missing_keys"], report["mismatched_keys"])
+            return convert(stock, args.preset or "softmax", **overrides)
+        if args.preset is not None:
+            _check_preset(args.preset, found)
+        config = config_class.from_pretrained(name, **head, **overrides)
+        model, report = model_class.from_pretrained(name, config=config, **options)
+        _check_loaded(str(name), report["missing_keys"], report["mismatched_keys"], report["unexpected_keys"])
+        return model
+
+
+def _check_preset(preset: str, found: Any) -> None:
+    """A preset given with one of our checkpoints must be its own: nothing is converted between variants."""
+    wanted = type(found).from_preset(preset)
+    for field in sorted({name for fields in PRESETS.values() for name in fields}):
+        if getattr(found, field) != getattr(wanted, field):
+            raise UsageError(
+                f"preset {preset} has {field}={getattr(wanted, field)!r}, but the checkpoint was made with "
+                f"{getattr(found, field)!r}; without --preset it goes on as it is"
+            )
+
+
+def _check_loaded(name: str, missing: Any, mismatched: Any, unexpected: Any = ()) -> None:
+    """Refuse a checkpoint of which anything but the classification head would start at random or be dropped."""
+    keys = {*missing, *(entry[0] for entry in mismatched), *unexpected}
+    wrong = sorted(key for key in keys if not key.startswith("classifier."))
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise UsageError(
+            f"model_name_or_path {name!r} does not fit the configuration: missing, unexpected or of another shape are "
+            f"{', '.join(wrong[:5])}{more}"
+        )
+
+
+def _image_processor(name: str | None, config: Any) -> "BaseImageProcessor":
+    from transformers import AutoImageProcessor
+    from transformers.utils import cached_file
+
+    from hf_imgproc_attn.training_support.image_pixels import build_image_processor
+
+    if name is not None and cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False):
+        with _as_usage_errors(f"the image processor of model_name_or_path {name!r}"):
+            return AutoImageProcessor.from_pretrained(name)
+    return build_image_processor(_pair(config.image_size), config.num_channels)
+
+
+@contextlib.contextmanager
+def _as_usage_errors(what: str) -> Iterator[None]:
+    """Configurations and checkpoints are refused in several ways, by Transformers and by our models: make it one."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except UsageError:
+        raise
+    except (StrictDataclassError, SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        # The strict dataclasses wrap the message proper.
+        inner = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+        raise UsageError(f"{what}: {' '.join(str(inner).split())}") from error

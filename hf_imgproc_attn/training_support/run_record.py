@@ -1,0 +1,208 @@
+"""``run.json``: what a run was given, ran on and achieved, kept beside its checkpoint.
+
+It is written when training starts, which marks the folder as this run's, and again when it ends.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from hf_imgproc_attn.training_support.errors import UsageError
+
+FILE_NAME = "run.json"
+FORMAT = 1
+
+_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "evaluate", "tokenizers", "safetensors", "numpy")
+# What makes a run another run. The rest (how long, how often to log and save, on how many devices) may change.
+_IDENTITY_PARTS = ("model", "data")
+_TRAJECTORY = (
+    "seed", "data_seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "bf16", "fp16",
+    "gradient_accumulation_steps",
+)  # fmt: skip
+
+
+def check_output_dir(output_dir: str, record: dict[str, Any], resume: bool) -> None:
+    """Check that a folder is free for a run, or holds the same run and that is to be resumed.
+
+    Args:
+        output_dir: folder of the run.
+        record: from :func:`start_record`; takes over what has to be compared when the data are loaded.
+        resume: whether the user asked to go on with the run.
+
+    Raises:
+        UsageError: if the folder holds another run (names the option that differs), this run but ``resume`` is off, or
+            files that are no run.
+    """
+    folder, path = Path(output_dir), Path(output_dir) / FILE_NAME
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"output_dir must be a folder, got {output_dir!r}, which is a file")
+    if path.is_file():
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+            difference = _difference(earlier, record)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"output_dir {output_dir!r} has a {FILE_NAME} that cannot be read: {error}") from error
+        if difference is not None:
+            raise UsageError(f"output_dir {output_dir!r} holds another run, {difference}; choose another folder")
+        if not resume:
+            raise UsageError(
+                f"output_dir {output_dir!r} holds this run already; pass --resume or choose another folder"
+            )
+        if "data_fingerprint" in earlier:
+            record["data_fingerprint"] = earlier["data_fingerprint"]
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"output_dir must be empty or hold this run, got {output_dir!r}, which holds other files")
+
+
+def start_record(task: str, arguments: Any, training_args: Any) -> dict[str, Any]:
+    """The record of a run that starts.
+
+    Args:
+        task: ``image-classification`` or ``causal-lm``.
+        arguments: the parsed command line.
+        training_args: the ``TrainingArguments`` made from it.
+    """
+    return {
+        "format": FORMAT,
+        "task": task,
+        "status": "running",
+        "argv": _without_secrets(arguments.argv),
+        "arguments": {
+            "model": vars(arguments.model).copy(),
+            "data": _absolute_paths(vars(arguments.data)),
+            "run": vars(arguments.run).copy(),
+            "trainer": trainer_options(training_args),
+        },
+        "seed": training_args.seed,
+        "versions": package_versions(),
+        "git": git_state(),
+        "device": device_description(training_args),
+    }
+
+
+def check_same_data(record: dict[str, Any], fingerprints: dict[str, Any]) -> None:
+    """Refuse to resume on other data than the run was started with.
+
+    Raises:
+        UsageError: names the split that changed.
+    """
+    for split, earlier in record.get("data_fingerprint", {}).items():
+        if fingerprints.get(split) != earlier:
+            raise UsageError(
+                f"the {split} split must be the one that the run was started with ({earlier}), got "
+                f"{fingerprints.get(split)}"
+            )
+
+
+def write_record(output_dir: str, record: dict[str, Any]) -> Path:
+    """Write ``run.json``, whole or not at all. Only one process may do so."""
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{FILE_NAME}.{os.getpid()}"
+    temporary.write_text(json.dumps(record, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / FILE_NAME)
+    return folder / FILE_NAME
+
+
+def weights_sha256(folder: str) -> dict[str, str]:
+    """SHA-256 of every weights file in a folder."""
+    digests = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with path.open("rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of Python, this package and those that take part in training; None for one that is not installed."""
+    from hf_imgproc_attn import __version__
+
+    versions: dict[str, str | None] = {"python": platform.python_version(), "hf_imgproc_attn": __version__}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def git_state() -> dict[str, Any] | None:
+    """Revision of the repository that holds this package's source, and whether it has uncommitted changes.
+
+    None outside a repository, and for an installed copy that merely lies in one.
+    """
+    folder = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *words], check=True, capture_output=True, text=True, timeout=30
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def device_description(training_args: Any) -> dict[str, Any]:
+    """What the run computes on."""
+    import torch
+
+    device = training_args.device
+    return {
+        "type": device.type,
+        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name(),
+        "processes": training_args.world_size,
+        "threads": torch.get_num_threads(),
+        "platform": f"{platform.system()} {platform.release()}",
+    }
+
+
+def trainer_options(training_args: Any) -> dict[str, Any]:
+    """The ``TrainingArguments`` as plain values; tokens are left out by the library."""
+    return dict(json.loads(training_args.to_json_string()))
+
+
+def _without_secrets(words: list[str]) -> list[str]:
+    hidden = list(words)
+    for position, word in enumerate(words):
+        if word.startswith("--hub_token="):
+            hidden[position] = "--hub_token=..."
+        elif position > 0 and words[position - 1] == "--hub_token":
+            hidden[position] = "..."
+    return hidden
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")  # elsewhere the platform module knows it
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _absolute_paths(options: dict[str, Any]) -> dict[str, Any]:
+    """A data set given by a relative path is the same one from another working directory."""
+    name = options["dataset_name"]
+    return {**options, "dataset_name": str(Path(name).resolve()) if Path(name).exists() else name}
+
+
+def _difference(earlier: dict[str, Any], record: dict[str, Any]) -> str | None:
+    """The first option in which two records are not the same run, in words."""
+    if earlier["task"] != record["task"]:
+        return f"of task {earlier['task']}"
+    before, now = earlier["arguments"], json.loads(json.dumps(record["arguments"], default=str))
+    for part in _IDENTITY_PARTS:
+        for name, value in now[part].items():
+            if before[part].get(name) != value:
+                return f"with {name} {before[part].get(name)!r} instead of {value!r}"
+    for name in _TRAJECTORY:
+        if before["trainer"].get(name) != now["trainer"].get(name):
+            return f"with {name} {before['trainer'].get(name)!r} instead of {now['trainer'].get(name)!r}"
+    return None

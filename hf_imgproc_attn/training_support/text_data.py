@@ -1,0 +1,199 @@
+"""Text for causal language models: columns, splits, tokens in blocks, and the counts that perplexity needs.
+
+Definitions. A row of the data set is a line (or a document of several lines); a text ends each of its lines with a
+line break, whether the source kept it or not. The *words* of a text are its whitespace-separated words plus one end of
+sentence a line, as WikiText counts them; its line break is the end of sentence. The *tokens* are those of all lines,
+one after another, behind one end-of-text token, which gives the first word something to be predicted from.
+
+Blocks overlap by one token, so that every token of the text is predicted exactly once; the first tokens of a block see
+only what the block holds before them.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset as TorchDataset
+
+from hf_imgproc_attn.training_support.arguments import EMBEDDED_TEXT, TextDataArguments
+from hf_imgproc_attn.training_support.data_loading import (
+    choose_column,
+    content_fingerprint,
+    load_splits,
+    refuse_config_name,
+    require_column,
+)
+from hf_imgproc_attn.training_support.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED_LABEL = -100
+SWAPPED_WORD = "AAA"
+
+_CHUNK = 1000
+
+
+@dataclass
+class TextSplit:
+    """The lines of one split, each with its line break."""
+
+    lines: list[str]
+
+    @property
+    def num_words(self) -> int:
+        """Whitespace-separated words plus one end of sentence a line."""
+        return sum(len(line.split()) + line.count("\n") for line in self.lines)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Number of rows and words, and a SHA-256 over the text."""
+        content = content_fingerprint(line.encode() for line in self.lines)
+        return {"rows": len(self.lines), "words": self.num_words, "sha256": content}
+
+
+def load_text_splits(args: TextDataArguments) -> dict[str, TextSplit]:
+    """Load the text, hold out the end of the training split for validation where there is none, apply the limits.
+
+    Returns:
+        ``train`` and, where there are any, ``validation`` and ``test``.
+
+    Raises:
+        UsageError: for data that cannot be loaded, a missing or ambiguous column, or an empty split.
+    """
+    if args.dataset_name == EMBEDDED_TEXT:
+        refuse_config_name(args)
+        splits = _pydoc_topics()
+    else:
+        rows = load_splits(args, EMBEDDED_TEXT)
+        column = _text_column(rows["train"], args.text_column_name)
+        for split in rows:
+            require_column(rows[split], column, "text_column_name", split)
+        splits = {split: [_as_line(text) for text in part[column] if text is not None] for split, part in rows.items()}
+    if "validation" not in splits and args.validation_fraction > 0:
+        # The end, not a random part: neighbouring lines belong to one text.
+        kept = len(splits["train"]) - round(len(splits["train"]) * args.validation_fraction)
+        splits["validation"], splits["train"] = splits["train"][kept:], splits["train"][:kept]
+    for split, lines in splits.items():
+        limit = args.max_train_samples if split == "train" else args.max_eval_samples
+        splits[split] = lines[:limit]
+        if not any(line.strip() for line in splits[split]):
+            raise UsageError(
+                f"the {split} split of data set {args.dataset_name!r} has no text in its {len(lines)} rows"
+            )
+    return {split: TextSplit(lines) for split, lines in splits.items()}
+
+
+def encode(split: TextSplit, tokenizer: "PreTrainedTokenizerBase", description: str) -> np.ndarray:
+    """Tokens of a whole split, one after another, behind one end-of-text token.
+
+    Args:
+        split: the text.
+        tokenizer: has an end-of-text token (see :func:`.tokenizer.load_tokenizer`).
+        description: shown with the progress bar.
+
+    Returns:
+        Token ids ``[tokens]``, int32.
+    """
+    from datasets.utils import tqdm
+
+    parts = [np.array([tokenizer.eos_token_id], dtype=np.int32)]
+    chunks = range(0, len(split.lines), _CHUNK)
+    for begin in tqdm(chunks, desc=description, unit=f"x {_CHUNK} lines", leave=False, delay=1.0):
+        ids = tokenizer(split.lines[begin : begin + _CHUNK], add_special_tokens=False, verbose=False)["input_ids"]
+        parts += [np.array(line, dtype=np.int32) for line in ids]
+    return np.concatenate(parts)
+
+
+class TokenBlocks(TorchDataset[dict[str, torch.Tensor]]):
+    """Blocks of ``block_size`` tokens, each starting with the last token of the one before.
+
+    An item is ``{"input_ids": [block_size], "labels": [block_size]}``; the first label, which a causal model cannot
+    predict, and the filling of the last block are -100.
+
+    Args:
+        tokens: ids ``[tokens]``.
+        block_size: at least 2.
+        padding: id that fills the last block; it comes after all that counts, so no attention mask is needed.
+    """
+
+    def __init__(self, tokens: np.ndarray, block_size: int, padding: int) -> None:
+        self.tokens, self.block_size, self.padding = tokens, block_size, padding
+
+    def __len__(self) -> int:
+        return -(-(len(self.tokens) - 1) // (self.block_size - 1))
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start = index * (self.block_size - 1)
+        block = torch.from_numpy(self.tokens[start : start + self.block_size].astype(np.int64))
+        filling = self.block_size - len(block)
+        labels = block.clone()
+        labels[0] = IGNORED_LABEL
+        return {
+            "input_ids": torch.nn.functional.pad(block, (0, filling), value=self.padding),
+            "labels": torch.nn.functional.pad(labels, (0, filling), value=IGNORED_LABEL),
+        }
+
+
+def swap_words(split: TextSplit, fraction: float = 0.015, seed: int = 0) -> TextSplit:
+    """Replace randomly chosen words by ``AAA``, the word-swap attack of Abdullaev et al. (arXiv 2506.10371).
+
+    The number of words does not change, nor the white space between them; ends of sentence are not swapped. Perplexity
+    on the result includes the swapped words themselves.
+
+    Args:
+        split: the text.
+        fraction: part of the words that is replaced, rounded to whole words.
+        seed: of the choice.
+    """
+    total = sum(len(line.split()) for line in split.lines)
+    chosen = np.zeros(total, dtype=bool)
+    chosen[np.random.default_rng(seed).permutation(total)[: round(fraction * total)]] = True
+    flags: Iterator[bool] = iter(chosen.tolist())
+    return TextSplit(
+        [re.sub(r"\S+", lambda word: SWAPPED_WORD if next(flags) else word[0], line) for line in split.lines]
+    )
+
+
+def _as_line(text: str) -> str:
+    return text.rstrip("\r\n") + "\n"
+
+
+def _text_column(rows: Any, given: str | None) -> str:
+    import datasets
+
+    strings = [
+        name
+        for name, feature in rows.features.items()
+        if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+    ]
+    if require_column(rows, given, "text_column_name", "train") is None:
+        return choose_column(strings, ("text",), "text", "text_column_name", rows)
+    if given not in strings:
+        raise UsageError(f"text_column_name must be a column of texts, got {given!r} of type {rows.features[given]}")
+    return str(given)
+
+
+def _pydoc_topics() -> dict[str, list[str]]:
+    """The topics of Python's manual, by topic: 80 % training, 10 % validation, 10 % test.
+
+    A hash of its title decides where a topic goes, so it never moves, although the manual changes with Python.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"{EMBEDDED_TEXT} needs pydoc_data of the standard library, which this Python lacks"
+        ) from error
+    splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+    for title, text in sorted(topics.items()):
+        place = int.from_bytes(hashlib.sha256(title.encode()).digest()[:4], "big") % 10
+        split = {7: "test", 6: "validation"}.get(place, "train")
+        splits[split] += [line + "\n" for line in text.splitlines()]
+    return splits

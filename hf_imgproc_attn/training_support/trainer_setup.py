@@ -1,0 +1,198 @@
+"""One run, from its folder to its final checkpoint: what both training scripts share around the ``Trainer``."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_imgproc_attn.training_support import run_record
+from hf_imgproc_attn.training_support.arguments import Arguments
+from hf_imgproc_attn.training_support.checkpoints import newest_complete_checkpoint
+from hf_imgproc_attn.training_support.errors import UsageError
+from hf_imgproc_attn.training_support.trainer_arguments import build_training_arguments
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from hf_imgproc_attn.training_support.trainer import ScriptTrainer
+
+EMBEDDED_EPOCHS = 10
+
+
+@dataclass
+class Run:
+    """A run whose options and folder have been checked.
+
+    Attributes:
+        arguments: the parsed command line.
+        training_args: the ``TrainingArguments`` made from it.
+        record: the content of ``run.json``.
+        resume_from: the checkpoint to go on from, None to start at the beginning.
+    """
+
+    arguments: Arguments[Any]
+    training_args: "TrainingArguments"
+    record: dict[str, Any]
+    resume_from: str | None
+
+
+@dataclass
+class Result:
+    """What a finished run achieved.
+
+    Attributes:
+        output_dir: folder of the checkpoint and ``run.json``.
+        metrics: split -> metric -> value.
+        record: the content of ``run.json``.
+    """
+
+    output_dir: str
+    metrics: dict[str, dict[str, float]]
+    record: dict[str, Any]
+
+
+def begin_run(task: str, arguments: Arguments[Any], defaults: dict[str, Any], *, embedded: bool) -> Run:
+    """Build the ``TrainingArguments``, check the output folder, choose the checkpoint to resume from, seed everything.
+
+    Args:
+        task: ``image-classification`` or ``causal-lm``.
+        arguments: the parsed command line.
+        defaults: the script's defaults for fields of ``TrainingArguments``.
+        embedded: whether the data are the small embedded ones, which get more epochs by default.
+
+    Raises:
+        UsageError: for wrong options, or a folder that holds something else.
+    """
+    import torch
+    from transformers import set_seed
+
+    start = arguments.model.model_name_or_path
+    defaults = {
+        **defaults,
+        "learning_rate": 1e-3 if start is None else 5e-5,
+        "num_train_epochs": EMBEDDED_EPOCHS if embedded else 1,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    variant = arguments.model.preset or ("softmax" if start is None else _last_part(start))
+    output_dir = arguments.run.output_dir or f"outputs/{_last_part(arguments.data.dataset_name)}-{variant}"
+    training_args = build_training_arguments(arguments, defaults, output_dir)
+    record = run_record.start_record(task, arguments, training_args)
+    if training_args.process_index == 0:
+        run_record.check_output_dir(output_dir, record, arguments.run.resume)
+    resume_from = None
+    if arguments.run.resume:
+        checkpoint = newest_complete_checkpoint(output_dir)
+        resume_from = None if checkpoint is None else str(checkpoint)
+        if training_args.process_index == 0:
+            print(
+                f"resuming from {resume_from}"
+                if resume_from
+                else f"no complete checkpoint in {output_dir}: from the start"
+            )
+    set_seed(training_args.seed)
+    return Run(arguments, training_args, record, resume_from)
+
+
+def adapt_to_data(run: Run, train_samples: int, has_validation: bool) -> None:
+    """Defaults that depend on the data; what the user set stays.
+
+    The last, incomplete batch of an epoch is dropped (the order is new in every epoch): several processes would fill
+    it up with repeated samples, and so train on something else than one process with their batches together. Without
+    a validation split there is no evaluation during training.
+
+    Args:
+        run: from :func:`begin_run`.
+        train_samples: size of the training split.
+        has_validation: whether there is a validation split.
+
+    Raises:
+        UsageError: if evaluation during training was asked for and there is no validation split.
+    """
+    from transformers import IntervalStrategy
+
+    args = run.training_args
+    if "dataloader_drop_last" not in run.arguments.trainer:
+        args.dataloader_drop_last = train_samples >= args.train_batch_size * args.world_size
+    if has_validation:
+        return
+    if args.load_best_model_at_end or (
+        "eval_strategy" in run.arguments.trainer and args.eval_strategy != IntervalStrategy.NO
+    ):
+        raise UsageError(
+            "eval_strategy must be no, and load_best_model_at_end off, without a validation split; got "
+            f"{args.eval_strategy.value} and {args.load_best_model_at_end}"
+        )
+    args.eval_strategy = IntervalStrategy.NO
+
+
+def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, Any], splits: dict[str, Any]) -> Result:
+    """Train, save the final checkpoint, evaluate, and complete ``run.json``.
+
+    Args:
+        run: from :func:`begin_run`.
+        trainer: ready to train.
+        fingerprints: split -> fingerprint of the data.
+        splits: split -> data set and ``compute_metrics`` of the final evaluation, in the order of the table.
+
+    Raises:
+        UsageError: if a run is resumed on other data.
+    """
+    main = trainer.is_world_process_zero()
+    run_record.check_same_data(run.record, fingerprints)
+    model = trainer.model
+    run.record["arguments"]["trainer"] = run_record.trainer_options(run.training_args)
+    run.record |= {
+        "data_fingerprint": fingerprints,
+        "parameters": {"total": model.num_parameters(), "trained": model.num_parameters(only_trainable=True)},
+        "model_config": model.config.to_dict(),
+        "resumed_from": run.resume_from,
+    }
+    if main:
+        print(
+            f"{type(model).__name__}: {model.num_parameters():,} parameters; output in {run.training_args.output_dir}"
+        )
+        run_record.write_record(run.training_args.output_dir, run.record)
+    started = time.perf_counter()
+    outcome = trainer.train(resume_from_checkpoint=run.resume_from)
+    seconds = time.perf_counter() - started
+    trainer.restore_configuration()
+    trainer.save_model()
+    trainer.save_state()
+    metrics = {}
+    for name, (dataset, compute_metrics) in splits.items():
+        trainer.compute_metrics = compute_metrics
+        values = trainer.evaluate(dataset, metric_key_prefix=name)
+        metrics[name] = {key.removeprefix(f"{name}_"): value for key, value in values.items() if key.startswith(name)}
+    if main:
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        run.record |= {
+            "status": "finished",
+            "metrics": {"train": outcome.metrics, **metrics},
+            "train_loss": [[entry["step"], entry["loss"]] for entry in history],
+            "training_seconds": seconds,
+            "weights_sha256": run_record.weights_sha256(run.training_args.output_dir),
+        }
+        path = run_record.write_record(run.training_args.output_dir, run.record)
+        print(metrics_table(metrics))
+        print(
+            f"trained {trainer.state.global_step} steps in {seconds:.0f} s; checkpoint and run.json in {path.parent}"
+        )
+    return Result(run.training_args.output_dir, metrics, run.record)
+
+
+def metrics_table(metrics: dict[str, dict[str, float]]) -> str:
+    """A small table of the measured values: one row a split."""
+    skipped = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
+    names = list(dict.fromkeys(name for values in metrics.values() for name in values if name not in skipped))
+    rows = [["split", *(name.replace("_", " ") for name in names)]]
+    rows += [[split, *(_number(values[name]) for name in names)] for split, values in metrics.items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(names) + 1)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
+
+
+def _last_part(name: str) -> str:
+    return Path(name).resolve().name if Path(name).exists() else name.rstrip("/").split("/")[-1]

@@ -1,0 +1,82 @@
+"""Which checkpoint a run goes on from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from hf_imgproc_attn.training_support.checkpoints import incomplete_because, newest_complete_checkpoint
+
+
+def write_checkpoint(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 1}), encoding="utf-8")
+    save_file({"weight": np.arange(600.0)}, folder / "model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"state": torch.arange(100.0)}, folder / name)
+    return folder
+
+
+def cut(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) - 50])
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no state": (lambda folder: (folder / "trainer_state.json").unlink(), "no trainer_state.json"),
+    "cut state": (lambda folder: cut_text(folder / "trainer_state.json"), "trainer_state.json is cut off"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
+    "cut weights": (lambda folder: cut(folder / "model.safetensors"), "model.safetensors is cut off"),
+    "empty weights": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "model.safetensors is cut off"),
+    "no optimizer": (lambda folder: (folder / "optimizer.pt").unlink(), "no optimizer.pt"),
+    "cut optimizer": (lambda folder: cut(folder / "optimizer.pt"), "optimizer.pt is cut off"),
+    "empty optimizer": (lambda folder: (folder / "optimizer.pt").write_bytes(b""), "optimizer.pt is cut off"),
+    "no scheduler": (lambda folder: (folder / "scheduler.pt").unlink(), "no scheduler.pt"),
+    "no random state": (lambda folder: (folder / "rng_state.pth").unlink(), "no rng_state.pth"),
+    "empty folder": (lambda folder: empty(folder), "no trainer_state.json"),
+}
+
+
+def cut_text(path: Path) -> None:
+    path.write_text(path.read_text(encoding="utf-8")[:-3], encoding="utf-8")
+
+
+def empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_incomplete_newest_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, damage: str) -> None:
+    older, newest = write_checkpoint(tmp_path / "checkpoint-9"), write_checkpoint(tmp_path / "checkpoint-10")
+    assert newest_complete_checkpoint(tmp_path) == newest  # by number, not by name
+    harm, reason = DAMAGES[damage]
+    harm(newest)
+    assert incomplete_because(newest) == reason
+    with pytest.warns(UserWarning, match=rf"checkpoint-10 is incomplete and is passed over: {reason}"):
+        assert newest_complete_checkpoint(tmp_path) == older
+
+
+def test_sharded_weights_need_every_file(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint-1")
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    index = {"weight_map": {"a": names[0], "b": names[1]}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    (folder / "model.safetensors").rename(folder / names[0])
+    assert incomplete_because(folder) == f"no {names[1]}"
+    shutil.copy(folder / names[0], folder / names[1])
+    assert incomplete_because(folder) is None
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-last").mkdir()
+    (tmp_path / "checkpoint-3").write_text("a file", encoding="utf-8")
+    assert newest_complete_checkpoint(tmp_path) is None
+    assert newest_complete_checkpoint(tmp_path / "nowhere") is None

@@ -1,0 +1,143 @@
+"""The run record, and which output folders are refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_imgproc_attn.training_support import run_record
+from hf_imgproc_attn.training_support.argument_parser import parse_arguments
+from hf_imgproc_attn.training_support.arguments import IMAGE_TRAINER_DEFAULTS, ImageDataArguments
+from hf_imgproc_attn.training_support.errors import UsageError
+from hf_imgproc_attn.training_support.trainer_arguments import build_training_arguments
+
+
+def record_of(folder: Path, words: str = "", task: str = "image-classification") -> dict[str, Any]:
+    arguments = parse_arguments(words.split(), ImageDataArguments, IMAGE_TRAINER_DEFAULTS, "")
+    training_args = build_training_arguments(arguments, {"use_cpu": True, "report_to": "none"}, str(folder))
+    return run_record.start_record(task, arguments, training_args)
+
+
+def test_record_holds_what_a_run_needs_to_be_repeated(tmp_path: Path) -> None:
+    words = "--preset twicing --seed 7 --hub_token secret --hub_token=secret --max_steps 3"
+    path = run_record.write_record(str(tmp_path), record_of(tmp_path, words))
+    text = path.read_text(encoding="utf-8")
+    record = json.loads(text)
+    assert path == tmp_path / "run.json"
+    assert record["arguments"]["model"]["preset"] == "twicing"
+    assert record["arguments"]["trainer"]["max_steps"] == 3
+    assert record["arguments"]["data"]["dataset_name"] == "digits"
+    assert record["seed"] == 7
+    assert record["versions"]["torch"] == torch.__version__
+    assert set(record["versions"]) >= {"python", "transformers", "datasets", "accelerate", "hf_imgproc_attn"}
+    assert record["device"]["type"] == "cpu"
+    assert record["device"]["name"]
+    assert record["argv"][:2] == ["--preset", "twicing"]
+    assert "secret" not in text
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
+    run_record.write_record(str(tmp_path), {"status": "running"})
+
+    class Unwritable:
+        def __str__(self) -> str:
+            raise RuntimeError("cannot be written")
+
+    with pytest.raises(RuntimeError, match="cannot be written"):
+        run_record.write_record(str(tmp_path), {"status": Unwritable()})
+    assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8")) == {"status": "running"}
+
+
+def test_git_state_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "repository" / "run_record.py"
+    source.parent.mkdir()
+    source.write_text("", encoding="utf-8")
+    monkeypatch.setattr(run_record, "__file__", str(source))
+    # Git is not installed everywhere, and a test folder may lie inside a repository of somebody else's.
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    assert run_record.git_state() is None
+
+    def git(*words: str) -> None:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *identity, *words], cwd=source.parent, check=True, capture_output=True)
+
+    git("init")
+    assert run_record.git_state() is None  # not one of the repository's files
+    git("add", ".")
+    git("commit", "-m", "first")
+    state = run_record.git_state()
+    assert state is not None
+    assert len(state["revision"]) == 40
+    assert state["dirty"] is False
+    source.write_text("changed", encoding="utf-8")
+    assert run_record.git_state() == {"revision": state["revision"], "dirty": True}
+
+
+def test_weights_digest(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"abc")
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert run_record.weights_sha256(str(tmp_path)) == {"model.safetensors": digest}
+
+
+def test_free_folders_are_accepted(tmp_path: Path) -> None:
+    for folder in (tmp_path / "new", tmp_path):
+        run_record.check_output_dir(str(folder), record_of(folder), resume=False)
+        run_record.check_output_dir(str(folder), record_of(folder), resume=True)
+
+
+def test_foreign_folders_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    for resume in (False, True):
+        with pytest.raises(
+            UsageError, match=r"output_dir must be empty or hold this run, got '.*', which holds other"
+        ):
+            run_record.check_output_dir(str(tmp_path), record_of(tmp_path), resume)
+        with pytest.raises(UsageError, match="output_dir must be a folder"):
+            run_record.check_output_dir(str(tmp_path / "notes.txt"), record_of(tmp_path), resume)
+    (tmp_path / "run.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"has a run\.json that cannot be read"):
+        run_record.check_output_dir(str(tmp_path), record_of(tmp_path), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--preset twicing", "with preset 'bilateral' instead of 'twicing'"),
+        ("--preset bilateral --dataset_name other", "with dataset_name 'digits' instead of 'other'"),
+        ("--preset bilateral --config_overrides hidden_size=8", r"with config_overrides \[\] instead of"),
+        ("--preset bilateral --horizontal_flip", "with horizontal_flip False instead of True"),
+        ("--preset bilateral --seed 1", "with seed 42 instead of 1"),
+        ("--preset bilateral --learning_rate 1e-4", "with learning_rate 5e-05 instead of 0.0001"),
+    ],
+)
+def test_folder_of_another_run_is_refused(tmp_path: Path, words: str, message: str) -> None:
+    run_record.write_record(str(tmp_path), record_of(tmp_path, "--preset bilateral"))
+    for resume in (False, True):
+        with pytest.raises(UsageError, match=f"holds another run, {message}"):
+            run_record.check_output_dir(str(tmp_path), record_of(tmp_path, words), resume)
+    with pytest.raises(UsageError, match="holds another run, of task image-classification"):
+        run_record.check_output_dir(str(tmp_path), record_of(tmp_path, words, task="causal-lm"), resume=True)
+
+
+def test_folder_of_the_same_run_needs_resume(tmp_path: Path) -> None:
+    run_record.write_record(str(tmp_path), record_of(tmp_path, "--preset bilateral"))
+    same = record_of(tmp_path, "--preset bilateral --max_steps 9 --logging_steps 2 --resume")
+    with pytest.raises(UsageError, match="holds this run already; pass --resume or choose another folder"):
+        run_record.check_output_dir(str(tmp_path), same, resume=False)
+    run_record.check_output_dir(str(tmp_path), same, resume=True)
+
+
+def test_resuming_on_other_data_is_refused(tmp_path: Path) -> None:
+    first = record_of(tmp_path) | {"data_fingerprint": {"train": {"rows": 3, "sha256": "x"}}}
+    run_record.write_record(str(tmp_path), first)
+    second = record_of(tmp_path)
+    run_record.check_output_dir(str(tmp_path), second, resume=True)
+    run_record.check_same_data(second, {"train": {"rows": 3, "sha256": "x"}})
+    with pytest.raises(UsageError, match="the train split must be the one that the run was started with"):
+        run_record.check_same_data(second, {"train": {"rows": 3, "sha256": "y"}})

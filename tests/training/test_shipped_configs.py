@@ -1,0 +1,75 @@
+"""The YAML files that are shipped: every name in them exists, and their headers say what they are for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_imgproc_attn import ImgProcGPT2Config, ImgProcViTConfig
+from hf_imgproc_attn.training_support.argument_parser import parse_arguments
+from hf_imgproc_attn.training_support.arguments import (
+    IMAGE_TRAINER_DEFAULTS,
+    TEXT_TRAINER_DEFAULTS,
+    ImageDataArguments,
+    TextDataArguments,
+)
+from hf_imgproc_attn.training_support.model_setup import parse_overrides
+from hf_imgproc_attn.training_support.trainer_arguments import build_training_arguments
+from tests.helpers import ROOT
+
+CONFIGS = sorted((ROOT / "training" / "configs").glob("*.yaml"))
+LAUNCH = sorted((ROOT / "training" / "launch").glob("*.yaml"))
+
+
+def header(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return "\n".join(line for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_training_config_names_only_options_that_exist(path: Path, tmp_path: Path) -> None:
+    text = header(path)
+    assert f"--config training/configs/{path.name}" in text
+    assert "expected" in text.lower()
+    is_image = "train_image_classification.py" in text
+    assert is_image != ("train_causal_lm.py" in text)
+    data_class = ImageDataArguments if is_image else TextDataArguments
+    defaults = IMAGE_TRAINER_DEFAULTS if is_image else TEXT_TRAINER_DEFAULTS
+    arguments = parse_arguments(["--config", str(path)], data_class, defaults, "")
+    args = build_training_arguments(arguments, defaults, str(tmp_path))
+    parse_overrides(arguments.model.config_overrides, ImgProcViTConfig if is_image else ImgProcGPT2Config)
+    for name in yaml.safe_load(path.read_text(encoding="utf-8")):  # only what differs from the defaults
+        if name in defaults:
+            assert getattr(args, name) != defaults[name]
+
+
+def test_there_are_configs_and_launch_files() -> None:
+    names = {path.stem for path in CONFIGS}
+    assert names == {"digits_vit", "pydoc_gpt2", "cifar10_vit", "wikitext2_gpt2"}
+    assert {path.stem for path in LAUNCH} == {"one_gpu", "eight_gpus_ddp", "eight_gpus_fsdp2", "two_nodes_ddp"}
+
+
+@pytest.mark.parametrize("path", LAUNCH, ids=lambda path: path.stem)
+def test_launch_file_is_accepted_by_accelerate(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert f"--config_file training/launch/{path.name}" in header(path)
+    distributed = {"one_gpu": "NO", "eight_gpus_fsdp2": "FSDP"}.get(path.stem, "MULTI_GPU")
+    assert config.distributed_type == distributed
+    assert config.num_processes == {"one_gpu": 1, "two_nodes_ddp": 16}.get(path.stem, 8)
+
+
+def test_fsdp_wraps_blocks_that_the_models_have() -> None:
+    from hf_imgproc_attn import ImgProcGPT2LMHeadModel, ImgProcViTForImageClassification
+
+    text = (ROOT / "training" / "launch" / "eight_gpus_fsdp2.yaml").read_text(encoding="utf-8")
+    wrapped = yaml.safe_load(text)["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"]
+    language_model = ImgProcGPT2LMHeadModel(ImgProcGPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9))
+    assert wrapped in {type(module).__name__ for module in language_model.modules()}
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    image_model = ImgProcViTForImageClassification(ImgProcViTConfig(**size, image_size=8, patch_size=4))
+    names = {type(module).__name__ for module in image_model.modules()}
+    assert [name for name in names if name in text] == ["ImgProcViTLayer"]

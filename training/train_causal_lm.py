@@ -1,0 +1,83 @@
+"""Train or fine-tune a GPT-2 language model on text: softmax, bilateral, twicing and the other presets.
+
+    python training/train_causal_lm.py --preset bilateral_twicing
+    python training/train_causal_lm.py --preset twicing --dataset_name PATH_OR_HUB_NAME --tokenizer_name NAME
+
+``--help`` lists the options.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hf_imgproc_attn.training_support.argument_parser import parse_arguments
+from hf_imgproc_attn.training_support.arguments import (
+    EMBEDDED_TEXT,
+    TEXT_TRAINER_DEFAULTS,
+    Arguments,
+    TextDataArguments,
+)
+from hf_imgproc_attn.training_support.errors import exit_code, require_extras
+
+if TYPE_CHECKING:
+    from hf_imgproc_attn.training_support.trainer_setup import Result
+
+
+def train(arguments: Arguments[TextDataArguments]) -> "Result":
+    """Train one language model.
+
+    Args:
+        arguments: the parsed command line.
+
+    Returns:
+        The output folder, the metrics of every evaluated split and the run record.
+
+    Raises:
+        UsageError: for arguments, data or an output folder that cannot be used.
+    """
+    require_extras("train")
+    # Imported here so that --help does not wait for them.
+    from transformers import default_data_collator
+
+    from hf_imgproc_attn.training_support.metrics import language_model_metrics, token_losses
+    from hf_imgproc_attn.training_support.model_setup import build_causal_lm
+    from hf_imgproc_attn.training_support.text_data import TokenBlocks, encode, load_text_splits
+    from hf_imgproc_attn.training_support.tokenizer import choose_tokenizer
+    from hf_imgproc_attn.training_support.trainer import ScriptTrainer
+    from hf_imgproc_attn.training_support.trainer_setup import adapt_to_data, begin_run, train_and_save
+
+    embedded = arguments.data.dataset_name == EMBEDDED_TEXT
+    run = begin_run("causal-lm", arguments, TEXT_TRAINER_DEFAULTS, embedded=embedded)
+    texts = load_text_splits(arguments.data)
+    tokenizer = choose_tokenizer(arguments.data, arguments.model.model_name_or_path, texts["train"].lines)
+    model, block_size = build_causal_lm(arguments.model, tokenizer, arguments.data.block_size)
+    blocks = {
+        split: TokenBlocks(encode(text, tokenizer, f"tokenising {split}"), block_size, tokenizer.pad_token_id)
+        for split, text in texts.items()
+    }
+    adapt_to_data(run, len(blocks["train"]), "validation" in blocks)
+    metrics = {split: language_model_metrics(text.num_words) for split, text in texts.items()}
+    trainer = ScriptTrainer(
+        model=model,
+        args=run.training_args,
+        data_collator=default_data_collator,
+        train_dataset=blocks["train"],
+        eval_dataset=blocks.get("validation"),
+        processing_class=tokenizer,
+        compute_metrics=metrics.get("validation"),
+        preprocess_logits_for_metrics=token_losses,
+    )
+    fingerprints = {split: {**text.fingerprint, "tokens": len(blocks[split].tokens)} for split, text in texts.items()}
+    evaluated = {split: (blocks[split], metrics[split]) for split in blocks if split != "train"}
+    return train_and_save(run, trainer, fingerprints, evaluated)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    return exit_code(
+        lambda: train(parse_arguments(argv, TextDataArguments, TEXT_TRAINER_DEFAULTS, str(__doc__).split("\n")[0]))
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Train or fine-tune a Vision Transformer on labelled images: softmax, bilateral, twicing and the other presets.
+
+    python training/train_image_classification.py --preset bilateral_twicing
+    python training/train_image_classification.py --preset twicing --dataset_name PATH_OR_HUB_NAME --max_steps 500
+
+``--help`` lists the options.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hf_imgproc_attn.training_support.argument_parser import parse_arguments
+from hf_imgproc_attn.training_support.arguments import (
+    EMBEDDED_IMAGES,
+    IMAGE_TRAINER_DEFAULTS,
+    Arguments,
+    ImageDataArguments,
+)
+from hf_imgproc_attn.training_support.errors import exit_code, require_extras
+
+if TYPE_CHECKING:
+    from hf_imgproc_attn.training_support.trainer_setup import Result
+
+
+def train(arguments: Arguments[ImageDataArguments]) -> "Result":
+    """Train one classifier.
+
+    Args:
+        arguments: the parsed command line.
+
+    Returns:
+        The output folder, the metrics of every evaluated split and the run record.
+
+    Raises:
+        UsageError: for arguments, data or an output folder that cannot be used.
+    """
+    require_extras("train")
+    # Imported here so that --help does not wait for them.
+    from hf_imgproc_attn.training_support.image_data import load_image_splits
+    from hf_imgproc_attn.training_support.image_pixels import EpochCallback, NormalizingCollator, load_pixels
+    from hf_imgproc_attn.training_support.metrics import classification_metrics
+    from hf_imgproc_attn.training_support.model_setup import build_image_classifier
+    from hf_imgproc_attn.training_support.trainer import ScriptTrainer
+    from hf_imgproc_attn.training_support.trainer_setup import adapt_to_data, begin_run, train_and_save
+
+    embedded = arguments.data.dataset_name == EMBEDDED_IMAGES
+    run = begin_run("image-classification", arguments, IMAGE_TRAINER_DEFAULTS, embedded=embedded)
+    splits = load_image_splits(arguments.data)
+    adapt_to_data(run, len(splits.rows["train"]), "validation" in splits.rows)
+    model, processor = build_image_classifier(arguments.model, splits.label_names, splits.image_size)
+    pixels = load_pixels(splits, processor, arguments.data, run.training_args.seed)
+    trainer = ScriptTrainer(
+        model=model,
+        args=run.training_args,
+        data_collator=NormalizingCollator(processor),
+        train_dataset=pixels["train"],
+        eval_dataset=pixels.get("validation"),
+        processing_class=processor,
+        compute_metrics=classification_metrics,
+        callbacks=[EpochCallback(pixels["train"])],
+    )
+    fingerprints = {split: dataset.fingerprint for split, dataset in pixels.items()}
+    evaluated = {split: (pixels[split], classification_metrics) for split in pixels if split != "train"}
+    return train_and_save(run, trainer, fingerprints, evaluated)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    return exit_code(
+        lambda: train(parse_arguments(argv, ImageDataArguments, IMAGE_TRAINER_DEFAULTS, str(__doc__).split("\n")[0]))
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
