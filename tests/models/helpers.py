@@ -1,0 +1,117 @@
+"""Tiny models and sharpened weights for the tests of the models folder."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from hf_imgproc_attn.models.configuration_imgproc_gpt2 import ImgProcGPT2Config
+from hf_imgproc_attn.models.configuration_imgproc_vit import ImgProcViTConfig
+from hf_imgproc_attn.models.filter_attention import AttentionFilter
+
+GPT2 = {
+    "vocab_size": 61,
+    "n_positions": 24,
+    "n_embd": 20,
+    "n_head": 4,
+    "n_layer": 3,
+    "bos_token_id": 60,
+    "eos_token_id": 60,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+VIT = {
+    "hidden_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 28,
+    "image_size": [20, 12],
+    "patch_size": 4,
+    "num_channels": 2,
+    "encoder_stride": 4,
+    "num_labels": 3,
+}
+
+
+def tiny_gpt2_config(preset: str = "softmax", **overrides: Any) -> ImgProcGPT2Config:
+    """Three layers, four heads of width 5, 24 positions, no dropout."""
+    return ImgProcGPT2Config.from_preset(preset, **{**GPT2, **overrides})
+
+
+def tiny_vit_config(preset: str = "softmax", **overrides: Any) -> ImgProcViTConfig:
+    """Three layers, four heads of width 5, a grid of 5 x 3 patches, no dropout."""
+    return ImgProcViTConfig.from_preset(preset, **{**VIT, **overrides})
+
+
+@torch.no_grad()
+def sharpen_(model: torch.nn.Module, seed: int = 0, std: float = 2.0) -> torch.nn.Module:
+    """Asymmetric random weights that give logits of about ``std``, in place; returns the model.
+
+    The usual weights of std 0.02 make every attention row uniform, which hides errors of masks and caches. Here
+    matrices keep the variance of their input, except those that make queries and keys, each of which multiplies it by
+    ``std``; all vectors (biases, norms, logarithms of bandwidths, class-token logits) are perturbed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(parameter: torch.Tensor) -> torch.Tensor:
+        return torch.randn(parameter.shape, generator=generator).to(parameter)
+
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or "class_token" in name:
+            parameter.add_(noise(parameter), alpha=0.1 if "log_bandwidth" in name else 0.3)
+        elif "embed" in name or name.endswith(("wte.weight", "wpe.weight", "cls_token", "mask_token")):
+            parameter.copy_(noise(parameter) * 0.7)
+        else:
+            # Conv1D of GPT-2 is [in, out], Linear is [out, in], a convolution [out, in, *kernel].
+            fan_in = parameter.shape[0] if ".c_" in name else parameter[0].numel()
+            gain = torch.full((), 1 / math.sqrt(fan_in))
+            weight = noise(parameter) * gain.to(parameter)
+            if "c_attn" in name:
+                weight[:, : 2 * weight.shape[0]] *= math.sqrt(std)
+            elif "q_proj" in name or "k_proj" in name:
+                weight *= math.sqrt(std)
+            parameter.copy_(weight)
+    return model
+
+
+@torch.no_grad()
+def make_filter(
+    content_kernel: str = "dot_product",
+    position_kernel: str = "none",
+    boosting: str = "none",
+    boosting_steps: int = 2,
+    *,
+    heads: int = 3,
+    head_dim: int = 5,
+    longest_side: int = 12,
+    num_class_tokens: int = 0,
+    layer_idx: int = 0,
+    num_layers: int = 1,
+    seed: int = 0,
+    **fields: Any,
+) -> AttentionFilter:
+    """One layer's filter in float64 with perturbed scalars, different in every head, and random projections."""
+    config = ImgProcGPT2Config(
+        n_embd=heads * head_dim,
+        n_head=heads,
+        n_layer=num_layers,
+        content_kernel=content_kernel,
+        position_kernel=position_kernel,
+        boosting=boosting,
+        boosting_steps=boosting_steps,
+        **{"learn_bandwidths": True, **fields},
+    )
+    layer = AttentionFilter(
+        config.layer_specs[layer_idx],
+        config,
+        layer_idx=layer_idx,
+        head_dim=head_dim,
+        scaling=head_dim**-0.5,
+        longest_side=longest_side,
+        layer_norm_eps=1e-5,
+        num_class_tokens=num_class_tokens,
+    )
+    return sharpen_(layer.double(), seed)

@@ -1,0 +1,320 @@
+"""Gaussian position kernels at 1024 tokens: output and bandwidth gradient of every precision against float64.
+
+Squared positions reach 2^18 and 2/h^2 spans five decades over the heads, so a form of the kernel that is correct on
+paper can be wrong in every digit. The yardstick is the error of torch's own attention in the same dtype on the same
+tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from hf_imgproc_attn.models.filter_attention import AttentionFilter
+from hf_imgproc_attn.models.filter_kernels import gaussian_position_columns
+from tests.models.helpers import make_filter
+
+LENGTH, WIDTH = 1024, 16
+BANDWIDTHS = [4.0, 16.0, 64.0, 256.0, 1024.0]
+HEADS = len(BANDWIDTHS)
+HALF = (torch.bfloat16, torch.float16)
+PRECISIONS = (*HALF, torch.float32)
+Inputs = dict[str, torch.Tensor]
+
+# Bounds on the error of every head, root mean square over root mean square, and what was measured.
+# Half precision, in units of plain attention's error in the same dtype (2e-3 in bfloat16, 3e-4 in float16): 1.6; where
+# every patch looks at the class token, the rounding of its logit in a bias of half precision makes 2.8.
+HALF_BOUND = {"text": 1.8, "bidirectional": 1.8, "patches": 1.8, "patches and class token": 3.2}
+# float32, where plain attention has 3e-7. Text: 2.9e-4 at h = 4, from columns of p^2 / h^2 ~ 3e4. Patches: 8e-7.
+FLOAT_BOUND = {"text": 4e-4, "bidirectional": 4e-4, "patches": 1.5e-6, "patches and class token": 1.5e-6}
+# Gradient of log h_p in units of its size, every head. Half precision: two epsilons, 1.6 % (0.8 %) in bfloat16 and
+# 0.2 % (0.11 %) in float16. float32: text 0.54 % at h = 4, no better than bfloat16; patches 1.8e-5.
+FLOAT_GRADIENT_BOUND = {"text": 0.012, "bidirectional": 0.012, "patches": 3e-5, "patches and class token": 3e-5}
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def relative_error(got: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """Error a head, ``[batch, heads, ...]`` to ``[heads]``."""
+    rest = [axis for axis in range(got.ndim) if axis != 1]
+    error = got.detach().double() - exact
+    return error.square().mean(rest).sqrt() / exact.square().mean(rest).sqrt()
+
+
+def tokens(length: int = LENGTH) -> Inputs:
+    """Query, key and value that bfloat16 and float16 both hold exactly, so that one truth serves every precision."""
+    names = enumerate(("query", "key", "value"))
+    return {n: random(1, HEADS, length, WIDTH, seed=seed).bfloat16().half().double() for seed, n in names}
+
+
+def line(length: int = LENGTH, first: int = -LENGTH // 2) -> torch.Tensor:
+    """Text: centred token indices."""
+    return torch.arange(first, first + length).double().view(1, -1, 1)
+
+
+def square(side: int, classes: int) -> torch.Tensor:
+    """Patches: centred rows and columns, class tokens first."""
+    places = torch.arange(side).double() - (side - 1) / 2
+    grid = torch.cartesian_prod(places, places)
+    return torch.cat((torch.zeros(classes, 2, dtype=torch.float64), grid)).unsqueeze(0)
+
+
+def layer_for(classes: int = 0, **options: Any) -> AttentionFilter:
+    """A filter with the bandwidths above; scalars that are parameters are exactly representable in float32."""
+    options = {"position_bandwidth": BANDWIDTHS, "heads": HEADS, "head_dim": WIDTH, **options}
+    layer = make_filter("dot_product", "gaussian", num_class_tokens=classes, **options)
+    with torch.no_grad():
+        if layer.scalar_bias.position_log_bandwidth is not None:
+            layer.scalar_bias.position_log_bandwidth.copy_(torch.tensor([math.log(h) for h in BANDWIDTHS]))
+        if classes:  # every patch looks at the class token, or an error in its logits would not be seen
+            layer.scalar_bias.class_token[:, 0] += 3.0
+    return layer.float().double()
+
+
+def evaluate(
+    layer: AttentionFilter,
+    inputs: Inputs,
+    places: torch.Tensor,
+    dtype: torch.dtype,
+    upstream: torch.Tensor | None = None,
+    implementation: str = "sdpa",
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Output, and the gradient of log h_p where there is an upstream gradient, with everything in ``dtype``."""
+    layer = layer.double().to(dtype)
+    layer.zero_grad()
+    places = places if dtype == torch.float64 else places.float()
+    with torch.set_grad_enabled(upstream is not None):
+        given = {name: tensor.to(dtype) for name, tensor in inputs.items()}
+        output, _ = layer(**given, coordinates=places, implementation=implementation, **options)
+        if upstream is None:
+            return output, None
+        output.backward(upstream.to(output.dtype))
+    return output.detach(), layer.scalar_bias.position_log_bandwidth.grad.double()
+
+
+CASES: dict[str, Callable[[], tuple[torch.Tensor, int, bool]]] = {
+    "text": lambda: (line(), 0, True),
+    "bidirectional": lambda: (line(), 0, False),
+    "patches": lambda: (square(32, 0), 0, False),
+    "patches and class token": lambda: (square(32, 1), 1, False),
+}
+
+
+class Truth(NamedTuple):
+    """A case in float64.
+
+    gradient_scale: the size of the gradient of log h_p for a random upstream gradient, the norm of the output's
+        derivative a head. The gradient itself is a sum that may nearly cancel; its size says little about its error.
+    """
+
+    inputs: Inputs
+    places: torch.Tensor
+    classes: int
+    options: dict[str, Any]
+    upstream: torch.Tensor
+    output: torch.Tensor
+    gradient: torch.Tensor
+    gradient_scale: torch.Tensor
+
+    def gradient_error(self, layer: AttentionFilter) -> torch.Tensor:
+        """Of the gradient that ``layer`` has now, a head."""
+        return (layer.scalar_bias.position_log_bandwidth.grad.double() - self.gradient).abs() / self.gradient_scale
+
+
+@cache
+def truth(case: str, stock_content: bool = False) -> Truth:
+    """Of :func:`layer_for` or, for the hand-made columns below, with the stock content bandwidth."""
+    places, classes, is_causal = CASES[case]()
+    inputs, options = tokens(places.shape[1]), {"is_causal": is_causal}
+    upstream = random(*inputs["value"].shape, seed=9).bfloat16().half().double()
+    layer = layer_for(classes)
+    if stock_content:
+        layer.scalar_bias.content_log_bandwidth.data.fill_(math.log(2 * WIDTH**0.5) / 2)
+    output, gradient = evaluate(layer, inputs, places, torch.float64, upstream, "eager", **options)
+    moved, parameter = [], layer.scalar_bias.position_log_bandwidth
+    for step in (1e-5, -2e-5):
+        parameter.data += step
+        moved.append(evaluate(layer, inputs, places, torch.float64, implementation="eager", **options)[0])
+    scale = ((moved[0] - moved[1]) / 2e-5).square().sum((0, 2, 3)).sqrt()
+    return Truth(inputs, places, classes, options, upstream, output, gradient, scale)
+
+
+@cache
+def plain_error(dtype: torch.dtype, is_causal: bool, length: int) -> float:
+    """The yardstick: torch's attention in ``dtype`` on the same tokens."""
+    attention, inputs = torch.nn.functional.scaled_dot_product_attention, tokens(length)
+    exact = attention(*inputs.values(), is_causal=is_causal)
+    return float(relative_error(attention(*(x.to(dtype) for x in inputs.values()), is_causal=is_causal), exact).mean())
+
+
+def output_bound(dtype: torch.dtype, case: str) -> float:
+    if dtype == torch.float32:
+        return FLOAT_BOUND[case]
+    known = truth(case)
+    return HALF_BOUND[case] * plain_error(dtype, known.options["is_causal"], known.places.shape[1])
+
+
+def gradient_bound(dtype: torch.dtype, case: str) -> float:
+    return FLOAT_GRADIENT_BOUND[case] if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_output_and_bandwidth_gradient(dtype: torch.dtype, case: str, mode: str) -> None:
+    """Every head, without gradients (feature columns may do) and with (they may not)."""
+    known, layer = truth(case), layer_for(truth(case).classes)
+    upstream = known.upstream if mode == "training" else None
+    output, _ = evaluate(layer, known.inputs, known.places, dtype, upstream, **known.options)
+    assert output.dtype == dtype
+    error = relative_error(output, known.output)
+    assert error.max() <= output_bound(dtype, case), f"a head: {error.tolist()}"
+    if mode == "training":
+        error = known.gradient_error(layer)
+        assert error.max() <= gradient_bound(dtype, case), f"a head: {error.tolist()}"
+
+
+@pytest.mark.parametrize("case", ["text", "patches and class token"])
+def test_bandwidths_that_are_not_learned(case: str) -> None:
+    """Their features may be used in training too."""
+    known, layer = truth(case), layer_for(truth(case).classes, learn_bandwidths=False)
+    exact, _ = evaluate(layer, known.inputs, known.places, torch.float64, implementation="eager", **known.options)
+    for dtype in PRECISIONS:
+        output, _ = evaluate(layer, known.inputs, known.places, dtype, **known.options)
+        assert relative_error(output, exact).max() <= output_bound(dtype, case), dtype
+
+
+@pytest.mark.parametrize("case", ["text", "patches and class token"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_eager_is_no_worse_than_plain_attention(dtype: torch.dtype, case: str) -> None:
+    """The dense form computes in float32 and rounds the output once."""
+    known, layer = truth(case), layer_for(truth(case).classes)
+    output, _ = evaluate(layer, known.inputs, known.places, dtype, implementation="eager", **known.options)
+    assert relative_error(output, known.output).max() <= output_bound(dtype, case) / HALF_BOUND[case]
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize("case", ["text", "patches and class token"])
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float32], ids=str)
+def test_autocast(given: torch.dtype, case: str, mode: str) -> None:
+    """Under autocast SDPA runs in bfloat16, whatever dtype query and key come in: the bounds are those of bfloat16."""
+    known, layer = truth(case), layer_for(truth(case).classes).float()
+    leaves = {name: tensor.to(given) for name, tensor in known.inputs.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(mode == "training"):
+        output, _ = layer(**leaves, coordinates=known.places.float(), implementation="sdpa", **known.options)
+    assert relative_error(output, known.output).max() <= output_bound(torch.bfloat16, case)
+    if mode == "training":
+        output.backward(known.upstream.to(output.dtype))
+        assert known.gradient_error(layer).max() <= gradient_bound(torch.bfloat16, case)
+
+
+@pytest.mark.parametrize("first", [-4096, -16384])
+@pytest.mark.parametrize("mode", ["inference", "training", "fixed"])
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_far_from_the_centre(dtype: torch.dtype, mode: str, first: int) -> None:
+    """A short text in a model with many positions lies far from the centre: it must not lose its digits there.
+
+    Only differences of positions matter, so the error may be that of the same text at the centre; for float32 the
+    bound is generous, that of plain bfloat16 attention.
+    """
+    places, inputs, layer = line(128, first), tokens(128), layer_for(learn_bandwidths=mode != "fixed")
+    exact, _ = evaluate(layer, inputs, places, torch.float64, implementation="eager", is_causal=True)
+    output, _ = evaluate(layer, inputs, places, dtype, exact if mode == "training" else None, is_causal=True)
+    half = torch.bfloat16 if dtype == torch.float32 else dtype
+    error = relative_error(output, exact)
+    assert error.max() <= HALF_BOUND["text"] * plain_error(half, True, 128), f"a head: {error.tolist()}"
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_positions_with_a_gap(dtype: torch.dtype, mode: str) -> None:
+    """Custom positions may lie far apart however few they are: the choice of form must not go by their number."""
+    places = torch.cat((line(64, -4096), line(64, 4032)), dim=1)
+    inputs, layer = tokens(128), layer_for()
+    exact, _ = evaluate(layer, inputs, places, torch.float64, implementation="eager", is_causal=True)
+    output, _ = evaluate(layer, inputs, places, dtype, exact if mode == "training" else None, is_causal=True)
+    half = torch.bfloat16 if dtype == torch.float32 else dtype
+    error = relative_error(output, exact)
+    assert error.max() <= HALF_BOUND["text"] * plain_error(half, True, 128), f"a head: {error.tolist()}"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The bounds have teeth: forms that are right on paper break them
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def naive_columns(places: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """[2p_i/h^2, -1/h^2].[p_j, p_j^2] rounded to one column each."""
+    left = torch.stack(((places * scale)[..., 0], (scale * -0.5).expand(HEADS, places.shape[1], 1)[..., 0]), dim=-1)
+    right = torch.cat((places, places.square()), dim=-1).expand(HEADS, -1, -1)
+    return left.unsqueeze(0).to(dtype), right.unsqueeze(0).to(dtype)
+
+
+def with_columns(inputs: Inputs, columns: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Causal attention on columns beside query and key."""
+    query, key, value = (tensor.to(dtype) for tensor in inputs.values())
+    query = torch.cat(((query * WIDTH**-0.5).to(dtype), columns[0]), dim=-1)
+    key = torch.cat((key, columns[1]), dim=-1)
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_single_columns_would_break_the_bound(dtype: torch.dtype) -> None:
+    """Positions rounded to half precision: the bound on the output notices, in narrow heads by orders of magnitude."""
+    known = truth("text", stock_content=True)
+    places, scale = known.places, 2 / torch.tensor(BANDWIDTHS, dtype=torch.float64).view(-1, 1, 1) ** 2
+    if dtype == torch.float16:  # p^2 must not overflow: the naive form gets the best shift
+        places, scale = places / 2**4, scale * 2**8
+    error = relative_error(with_columns(known.inputs, naive_columns(places, scale, dtype), dtype), known.output)
+    assert error[0] > 100 * output_bound(dtype, "text")
+    assert (error[:3] > output_bound(dtype, "text")).all()
+
+
+def test_gradient_through_half_precision_columns_would_break_the_bound() -> None:
+    """Split columns give the output within its bound but a useless gradient of log h_p, where large terms cancel."""
+    known, dtype = truth("text", stock_content=True), torch.bfloat16
+    layer, places = layer_for().float(), known.places.float()
+    log_bandwidth = layer.scalar_bias.position_log_bandwidth
+    columns = gaussian_position_columns(places, places, 2 * torch.exp(-2 * log_bandwidth).view(-1, 1, 1), dtype)
+    output = with_columns(known.inputs, columns, dtype)
+    assert relative_error(output, known.output).max() <= output_bound(dtype, "text")
+    output.backward(known.upstream.to(dtype))
+    assert known.gradient_error(layer).max() > 10 * gradient_bound(dtype, "text")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Masks beside very low position logits
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hidden", ["boolean", "smallest", "infinity"])
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_hidden_near_keys_lose_to_visible_far_ones(dtype: torch.dtype, mode: str, hidden: str) -> None:
+    """A key 2000 places away has a logit of -250,000 at h = 4, below float16's range; a hidden key is lower still."""
+    places = line(64, -32) * 100
+    near = (places - places.mT).abs() < 2000
+    value = torch.where(torch.arange(64) < 31, 1.0, -1.0).view(1, 1, 64, 1).expand(1, HEADS, -1, WIDTH).clone()
+    mask = ~near
+    if hidden != "boolean":
+        low = torch.finfo(dtype).min if hidden == "smallest" else float("-inf")
+        mask = torch.zeros(near.shape, dtype=dtype).masked_fill(near, low)
+    inputs = {**tokens(64), "value": value.double()}
+    layer, results = layer_for().to(dtype), []
+    for factor in (1.0, -1.0):
+        # Row 11 sees keys from 31 on only, all of value -1.
+        inputs["value"][:, :, :31] *= factor
+        given = {name: tensor.to(dtype) for name, tensor in inputs.items()}
+        with torch.set_grad_enabled(mode == "training"):
+            output, _ = layer(**given, coordinates=places.float(), implementation="sdpa", attention_mask=mask)
+        results.append(output.detach()[:, :, 11])
+    assert torch.equal(results[0], results[1]), "a hidden value has an influence"
+    torch.testing.assert_close(results[0], torch.full_like(results[0], -1.0), rtol=0, atol=0.01)

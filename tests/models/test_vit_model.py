@@ -1,0 +1,509 @@
+"""ViT variants as whole models: the stock model where they should be it, and consistent with themselves elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from transformers import ViTConfig, ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
+
+from hf_imgproc_attn.models.modeling_imgproc_vit import (
+    ImgProcViTForImageClassification,
+    ImgProcViTForMaskedImageModeling,
+    ImgProcViTModel,
+)
+from tests.models.helpers import VIT, sharpen_
+from tests.models.variants import (
+    BOOSTED,
+    IMPLEMENTATIONS,
+    VARIANTS,
+    assert_same_gradients,
+    gradients,
+    images,
+    vit_config,
+)
+
+HEADS = {
+    "model": (ViTModel, ImgProcViTModel, {}),
+    "classifier": (ViTForImageClassification, ImgProcViTForImageClassification, {"num_labels": 5}),
+    "masked": (ViTForMaskedImageModeling, ImgProcViTForMaskedImageModeling, {}),
+}
+
+# The stock masked image model reads and writes square images only.
+SQUARE = {"image_size": 12}
+
+TOKENS = 16  # 5 x 3 patches and the class token
+
+# Stock ViT layers compute their softmax in float32 under eager, whatever the model's precision.
+STOCK_LAYERS = {"softmax", "three_steps"}
+
+STOCK_IN_DISGUISE: dict[str, dict[str, Any]] = {
+    "one_step": {"boosting": "twicing", "boosting_steps": 1},
+    "learned_bandwidth": {"learn_bandwidths": True},
+    "one_step_learned": {"boosting": "twicing", "boosting_steps": 1, "learn_bandwidths": True},
+}
+
+
+def build(
+    variant: str = "softmax", implementation: str = "eager", **overrides: Any
+) -> ImgProcViTForImageClassification:
+    """A sharpened classifier in evaluation mode."""
+    config = vit_config(variant, attn_implementation=implementation, **overrides)
+    return sharpen_(ImgProcViTForImageClassification(config)).eval()
+
+
+def build_double(variant: str, implementation: str = "sdpa", **overrides: Any) -> ImgProcViTForImageClassification:
+    """The same in float64."""
+    return build(variant, implementation, **overrides).double()
+
+
+def stock_and_ours(head: str = "classifier", implementation: str = "eager", **overrides: Any) -> tuple[Any, Any]:
+    """The stock model and ours with the same weights; loading fails if a name or shape differs."""
+    stock_class, our_class, options = HEADS[head]
+    ours_only = {name: overrides.pop(name) for name in list(overrides) if not hasattr(ViTConfig(), name)}
+    options = {**options, **SQUARE, **overrides, "attn_implementation": implementation}
+    stock = sharpen_(stock_class(ViTConfig(**{**VIT, **options})))
+    ours = our_class(vit_config(**options, **ours_only))
+    ours.load_state_dict(stock.state_dict(), strict=not ours_only)
+    return stock.eval(), ours.eval()
+
+
+def some_patches(batch: int = 2, patches: int = 9) -> torch.Tensor:
+    """A boolean mask of patches, different in every row."""
+    return torch.rand(batch, patches, generator=torch.Generator().manual_seed(4)) < 0.4
+
+
+@contextmanager
+def recorded(module: torch.nn.Module, what: str) -> Iterator[list[torch.Tensor]]:
+    """Collect the first input or the output of a module during the block."""
+    found: list[torch.Tensor] = []
+
+    def hook(_: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        found.append(args[0] if what == "input" else output)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The stock model
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("options", [{}, {"qkv_bias": False}, {"patch_size": 6, "encoder_stride": 6}])
+@pytest.mark.parametrize("head", HEADS)
+def test_softmax_is_the_stock_model_to_the_bit(head: str, options: dict[str, Any], implementation: str) -> None:
+    stock, ours = stock_and_ours(head, implementation, **options)
+    patches = (12 // stock.config.patch_size) ** 2
+    extra = {
+        "model": {"bool_masked_pos": None},
+        "classifier": {"labels": torch.tensor([4, 2])},
+        "masked": {"bool_masked_pos": some_patches(patches=patches)},
+    }[head]
+    inputs = {"pixel_values": images(height=12), **extra, "output_hidden_states": True}
+    inputs["output_attentions"] = implementation == "eager"
+    wanted, got = stock(**inputs), ours(**inputs)
+    assert got.keys() == wanted.keys()
+    for name in ("loss", "logits", "reconstruction", "last_hidden_state", "pooler_output"):
+        if name in wanted:
+            assert torch.equal(got[name], wanted[name]), name
+    for name in ("hidden_states", "attentions"):
+        if name in wanted:
+            assert len(got[name]) == len(wanted[name])
+            assert all(torch.equal(left, right) for left, right in zip(got[name], wanted[name], strict=True)), name
+    if "loss" in wanted:
+        stock_gradients, our_gradients = gradients(stock, wanted.loss), gradients(ours, got.loss)
+        assert_same_gradients(our_gradients, stock_gradients, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_softmax_draws_dropout_like_the_stock_model(implementation: str) -> None:
+    dropout = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
+    outputs = []
+    for model in stock_and_ours("classifier", implementation, **dropout):
+        torch.manual_seed(5)
+        outputs.append(model.train()(images(height=12)).logits)
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_softmax_interpolates_like_the_stock_model(implementation: str) -> None:
+    stock, ours = stock_and_ours("classifier", implementation)
+    for height, width in ((12, 12), (24, 16), (8, 20), (14, 13)):
+        pixels = images(height=height, width=width)
+        wanted = stock(pixels, interpolate_pos_encoding=True).logits
+        assert torch.equal(ours(pixels, interpolate_pos_encoding=True).logits, wanted)
+
+
+def test_names_and_shapes_of_the_softmax_preset_are_the_stock_ones() -> None:
+    for stock_class, our_class, options in HEADS.values():
+        stock, ours = stock_class(ViTConfig(**{**VIT, **options})), our_class(vit_config(**options))
+        shapes = [{name: value.shape for name, value in model.state_dict().items()} for model in (stock, ours)]
+        assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_stock_checkpoints_load_and_ours_load_as_stock(head: str, tmp_path: Any) -> None:
+    """On disk ViT has older names than in memory, and the library renames them by the name of the class."""
+    stock, ours = stock_and_ours(head)
+    stock.save_pretrained(tmp_path / "stock")
+    ours.save_pretrained(tmp_path / "ours")
+    files = [torch_names(tmp_path / name) for name in ("stock", "ours")]
+    assert files[0] == files[1]
+    loaded, info = type(ours).from_pretrained(tmp_path / "stock", config=ours.config, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    back = type(stock).from_pretrained(tmp_path / "ours", config=stock.config)
+    for model in (loaded, back):
+        for name, value in stock.state_dict().items():
+            assert torch.equal(model.state_dict()[name], value), name
+
+
+def torch_names(folder: Any) -> list[str]:
+    """Names of the tensors in a checkpoint."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return sorted(file.keys())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("disguise", STOCK_IN_DISGUISE)
+def test_our_filters_give_the_stock_numbers(disguise: str, implementation: str) -> None:
+    stock, ours = stock_and_ours("classifier", implementation, **STOCK_IN_DISGUISE[disguise])
+    assert not any(layer.attention.filter.is_stock for layer in ours.vit.layers)
+    torch.testing.assert_close(ours(images(height=12)).logits, stock(images(height=12)).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_content_bandwidth_is_a_temperature() -> None:
+    bandwidths = [1.3, 2.0, 2.5, 3.1]
+    stock, ours = stock_and_ours("classifier", "sdpa", content_bandwidth=bandwidths)
+    factor = (2 / torch.tensor(bandwidths) ** 2 * 5**0.5).repeat_interleave(5)
+    with torch.no_grad():
+        for layer in stock.vit.layers:
+            layer.attention.q_proj.weight *= factor.unsqueeze(1)
+            layer.attention.q_proj.bias *= factor
+    torch.testing.assert_close(ours(images(height=12)).logits, stock(images(height=12)).logits, rtol=1e-4, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Two back-ends
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", ["none", "flat", "4d"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_eager_equals_sdpa(variant: str, mask: str) -> None:
+    flat = torch.ones(2, TOKENS)
+    flat[1, [3, 15]] = 0
+    allowed = torch.rand(2, 1, TOKENS, TOKENS, generator=torch.Generator().manual_seed(3)) < 0.7
+    additive = torch.zeros(allowed.shape).double().masked_fill(~allowed, torch.finfo(torch.float64).min)
+    attention_mask = {"none": None, "flat": flat, "4d": additive}[mask]
+    results = []
+    for implementation in IMPLEMENTATIONS:
+        model = build_double(variant, implementation)
+        states = model.vit(images().double(), attention_mask=attention_mask).last_hidden_state
+        logits = model.classifier(states[:, 0])
+        # Patches count too: the class token has no position, so its loss alone leaves the last layer's unused.
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor([2, 0])) + states[:, 1:].sin().mean()
+        results.append((states, gradients(model, loss)))
+    (eager, eager_gradients), (sdpa, sdpa_gradients) = results
+    exact = variant not in STOCK_LAYERS
+    torch.testing.assert_close(
+        eager, sdpa, **({"rtol": 1e-10, "atol": 1e-11} if exact else {"rtol": 1e-5, "atol": 1e-5})
+    )
+    assert_same_gradients(eager_gradients, sdpa_gradients, **({} if exact else {"rtol": 1e-4, "atol": 1e-4}))
+    # A key's bias adds the same number to a whole row of dot products.
+    flat_directions = {name for name, value in sdpa_gradients.items() if value.abs().max() < 1e-12}
+    assert {name.split(".")[-2] for name in flat_directions} <= {"k_proj"}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("variant", BOOSTED)
+def test_attention_dropout_draws_one_mask_for_all_passes(variant: str, implementation: str) -> None:
+    model = build_double(variant, implementation, attention_probs_dropout_prob=0.3).train()
+    torch.manual_seed(3)
+    got = model(images().double()).logits
+    torch.manual_seed(3)
+    model.set_attn_implementation("eager")
+    wanted = model(images().double()).logits
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4 if variant in STOCK_LAYERS else 1e-9)
+    assert (got - model.eval()(images().double()).logits).abs().max() > 0.01
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Attentions and hidden states
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attentions_are_the_operator_that_multiplies_v(variant: str, masked: bool) -> None:
+    model = build_double(variant, "eager")
+    mask = torch.ones(2, TOKENS)
+    if masked:
+        mask[1, [3, 15]] = 0
+    tolerance = 1e-5 if variant in STOCK_LAYERS else 1e-12
+    for index, layer in enumerate(model.vit.layers):
+        attention = layer.attention
+        with recorded(attention.v_proj, "output") as values, recorded(attention.o_proj, "input") as mixed:
+            attentions = model(images().double(), attention_mask=mask, output_attentions=True).attentions
+        operator = attentions[index]
+        assert len(attentions) == model.config.num_hidden_layers
+        assert operator.shape == (2, model.config.num_attention_heads, TOKENS, TOKENS)
+        sums = operator.sum(-1)
+        torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=tolerance)
+        value = values[0].view(2, TOKENS, model.config.num_attention_heads, -1).transpose(1, 2)
+        output = (operator @ value).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(output[0], mixed[0][0], rtol=0, atol=tolerance)
+        seen = mask[1].bool()
+        torch.testing.assert_close(output[1, seen], mixed[0][1, seen], rtol=0, atol=tolerance)
+        if masked:
+            assert operator[1][:, seen][..., ~seen].abs().sum() == 0
+
+
+@pytest.mark.parametrize(("preset", "plain"), [("twicing", "softmax"), ("bilateral_twicing", "bilateral")])
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_boosted_attentions_are_the_polynomial_of_the_plain_ones(preset: str, plain: str, steps: int) -> None:
+    boosted, smooth = build_double(preset, "eager", boosting_steps=steps), build_double(plain, "eager")
+    smooth.load_state_dict(boosted.state_dict())
+    matrix, operator = (model(images().double(), output_attentions=True).attentions[0] for model in (smooth, boosted))
+    identity = torch.eye(TOKENS, dtype=matrix.dtype)
+    polynomial = identity - torch.matrix_power(identity - matrix, steps)
+    torch.testing.assert_close(operator, polynomial, rtol=0, atol=1e-5 if plain == "softmax" else 1e-12)
+
+
+def test_gaussian_attentions_decay_with_the_distance_on_the_grid() -> None:
+    """With equal content, log A_ij + |p_i - p_j|^2 / h^2 is the same number for all patches j of a row."""
+    model = build_double("bilateral_gaussian", "eager")
+    blank = torch.zeros(1, 2, 20, 12, dtype=torch.float64)
+    with torch.no_grad():
+        operator = model(blank, output_attentions=True).attentions[0][0]
+    rows, columns = torch.meshgrid(torch.arange(5.0), torch.arange(3.0), indexing="ij")
+    grid = torch.stack((rows.flatten(), columns.flatten()), -1).double()
+    squared = (grid[:, None] - grid[None]).square().sum(-1)
+    bandwidth = model.vit.layers[0].attention.filter.scalar_bias.position_log_bandwidth.exp()
+    constant = operator[:, 1:, 1:].log() + squared / bandwidth.view(-1, 1, 1) ** 2
+    torch.testing.assert_close(constant, constant[..., :1].expand_as(constant), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kernel", ["untied", "gaussian"])
+def test_class_token_scalars_are_the_position_logits_of_the_class_token(kernel: str) -> None:
+    """To the token, from it, to itself: raising one by log 2 doubles those odds and no others in the first layer."""
+    model = build_double("softmax", "eager", position_kernel=kernel)
+
+    def odds() -> torch.Tensor:
+        with torch.no_grad():
+            matrix = model(images().double(), output_attentions=True).attentions[0]
+        return torch.stack((matrix[:, :, 5, 0] / matrix[:, :, 5, 7], matrix[:, :, 0, 5] / matrix[:, :, 0, 0]))
+
+    before = odds()
+    scalars = model.vit.layers[0].attention.filter.scalar_bias.class_token
+    for column, factors in enumerate(([2.0, 1.0], [1.0, 2.0], [1.0, 0.5])):
+        with torch.no_grad():
+            scalars[:, column] += torch.log(torch.tensor(2.0))
+        after = odds()
+        expected = torch.tensor(factors, dtype=torch.float64).view(2, 1, 1).expand_as(after)
+        torch.testing.assert_close(after / before, expected, rtol=1e-6, atol=0)
+        before = after
+
+
+def test_attentions_under_sdpa_are_what_the_stock_model_gives() -> None:
+    """Nothing, with a line in the log."""
+    for model in (build("softmax", "sdpa"), build("twicing", "sdpa"), build("mixed", "sdpa")):
+        assert not model(images(), output_attentions=True).attentions
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_hidden_states_and_return_dict_false(variant: str) -> None:
+    model = build(variant, "eager")
+    inputs = {"labels": torch.tensor([0, 2]), "output_hidden_states": True, "output_attentions": True}
+    wanted = model(images(), **inputs)
+    assert [states.shape for states in wanted.hidden_states] == [(2, TOKENS, 20)] * 4
+    with recorded(model.vit.layers[1], "input") as second, recorded(model.vit.layernorm, "input") as last:
+        loss, logits, hidden_states, attentions = model(images(), **inputs, return_dict=False)
+    assert torch.equal(hidden_states[1], second[0])
+    assert torch.equal(hidden_states[3], last[0])
+    assert torch.equal(loss, wanted.loss)
+    assert torch.equal(logits, wanted.logits)
+    for got, states in ((hidden_states, wanted.hidden_states), (attentions, wanted.attentions)):
+        assert all(torch.equal(left, right) for left, right in zip(got, states, strict=True))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Positions and image sizes
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_patches_know_where_they_are(variant: str) -> None:
+    """Exchanging two patches of the image changes the class token's output; not in the model without positions."""
+    model = build_double(variant)
+    pixels = images().double()
+    swapped = pixels.clone()
+    swapped[..., :4, :4], swapped[..., 16:, 8:] = pixels[..., 16:, 8:], pixels[..., :4, :4]
+    assert (model(swapped).logits - model(pixels).logits).abs().max() > 1e-3
+    blind = build_double("softmax", position_kernel="none")
+    torch.testing.assert_close(blind(swapped).logits, blind(pixels).logits, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gaussian_positions_do_not_see_a_mirror_and_a_shift_of_the_grid(implementation: str) -> None:
+    """Distances are all that counts: mirrored patch order leaves the class token as it is."""
+    model = build_double("bilateral_gaussian", implementation)
+    pixels = images().double()
+    patches = pixels.unflatten(2, (5, 4)).unflatten(4, (3, 4))
+    for axis in (2, 4):
+        mirrored = patches.flip(axis).flatten(4, 5).flatten(2, 3)
+        torch.testing.assert_close(model(mirrored).logits, model(pixels).logits, rtol=0, atol=1e-10)
+    turned = patches.transpose(2, 4).flatten(4, 5).flatten(2, 3)
+    rotated = model(turned, interpolate_pos_encoding=True).logits
+    torch.testing.assert_close(rotated, model(pixels).logits, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kernel", ["untied", "gaussian", "none"])
+@pytest.mark.parametrize("size", [(20, 12), (12, 20), (40, 24), (8, 32), (22, 15)])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_other_image_sizes_with_interpolation(size: tuple[int, int], kernel: str, implementation: str) -> None:
+    model = build(implementation=implementation, position_kernel=kernel)
+    pixels = images(height=size[0], width=size[1])
+    states = model.vit(pixels, interpolate_pos_encoding=True).last_hidden_state
+    assert states.shape == (2, 1 + (size[0] // 4) * (size[1] // 4), 20)
+    assert states.isfinite().all()
+    if size == (20, 12):
+        assert torch.equal(states, model.vit(pixels).last_hidden_state)
+
+
+def test_additive_interpolation_of_the_configured_size_is_no_interpolation() -> None:
+    """Also where the image is not square."""
+    model = build("softmax")
+    assert torch.equal(model(images(), interpolate_pos_encoding=True).logits, model(images()).logits)
+
+
+def test_untied_interpolation_is_bicubic_over_the_grid() -> None:
+    """Of the 5 x 3 table, rows by columns; class token apart."""
+    model = build("bilateral")
+    table = model.vit.embeddings.position_embeddings
+    assert table.shape == (1, 15, 20)
+    grid = table.view(1, 5, 3, 20).permute(0, 3, 1, 2)
+    wide = torch.nn.functional.interpolate(grid, size=(10, 7), mode="bicubic", align_corners=False)
+    other = build("bilateral", image_size=[40, 28])
+    missing, unexpected = other.load_state_dict(
+        {name: value for name, value in model.state_dict().items() if not name.endswith("position_embeddings")},
+        strict=False,
+    )
+    assert (missing, unexpected) == (["vit.embeddings.position_embeddings"], [])
+    with torch.no_grad():
+        other.vit.embeddings.position_embeddings.copy_(wide.permute(0, 2, 3, 1).flatten(1, 2))
+    pixels = images(height=40, width=28)
+    got, wanted = model(pixels, interpolate_pos_encoding=True).logits, other(pixels).logits
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("patch_size", [4, [4, 6]])
+@pytest.mark.parametrize("variant", ["bilateral", "bilateral_gaussian", "mixed"])
+def test_patches_that_are_not_square(variant: str, patch_size: Any) -> None:
+    model = build(variant, image_size=[20, 18], patch_size=patch_size)
+    columns = 18 // (patch_size if isinstance(patch_size, int) else patch_size[1])
+    states = model.vit(images(width=18)).last_hidden_state
+    assert states.shape == (2, 1 + 5 * columns, 20)
+    larger = model.vit(images(height=24, width=36), interpolate_pos_encoding=True).last_hidden_state
+    assert larger.isfinite().all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_masked_patch_is_not_seen(variant: str) -> None:
+    """Its pixels may change; the class token and the other patches do not."""
+    model = build_double(variant)
+    pixels, mask = images().double(), torch.ones(2, TOKENS)
+    mask[:, [1 + 3 * 2 + 1, 15]] = 0  # third row, second column; last patch
+    changed = pixels.clone()
+    changed[..., 8:12, 4:8] += 3.0
+    changed[..., 16:, 8:] -= 2.0
+    states, other = (model.vit(x, attention_mask=mask).last_hidden_state for x in (pixels, changed))
+    torch.testing.assert_close(other[:, mask[0].bool()], states[:, mask[0].bool()], rtol=0, atol=1e-12)
+    assert (model(changed).logits - model(pixels).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kind", ["boolean", "additive", "infinite"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_four_dimensional_masks_hide_what_the_flat_mask_hides(variant: str, kind: str, implementation: str) -> None:
+    model = build_double(variant, implementation)
+    flat = torch.ones(2, TOKENS)
+    flat[1, [3, 15]] = 0
+    allowed = flat.bool()[:, None, None, :].expand(2, 1, TOKENS, TOKENS)
+    lowest = float("-inf") if kind == "infinite" else torch.finfo(torch.float64).min
+    mask = allowed if kind == "boolean" else torch.zeros(allowed.shape).double().masked_fill(~allowed, lowest)
+    wanted = model(images().double(), attention_mask=flat).logits
+    torch.testing.assert_close(model(images().double(), attention_mask=mask).logits, wanted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_that_see_nothing_give_no_nan(variant: str, implementation: str) -> None:
+    model = build(variant, implementation)
+    flat = torch.ones(2, TOKENS)
+    flat[0] = 0
+    some = torch.ones(2, 1, TOKENS, TOKENS, dtype=torch.bool)
+    some[0, 0, 3] = some[0, 0, 0] = False
+    floats = [torch.zeros(some.shape).masked_fill(~some, low) for low in (torch.finfo(torch.float32).min, -torch.inf)]
+    alone = model(images()[1:]).logits
+    for mask in (flat, some, *floats):
+        output = model(images(), attention_mask=mask, labels=torch.tensor([1, 2]))
+        assert output.logits.isfinite().all()
+        assert all(gradient.isfinite().all() for gradient in gradients(model, output.loss).values())
+        torch.testing.assert_close(output.logits[1:], alone, rtol=1e-4, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Heads
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["classifier", "masked"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_few_steps_lower_the_loss(variant: str, head: str) -> None:
+    torch.manual_seed(0)
+    model = HEADS[head][1](vit_config(variant, **SQUARE)).train()
+    extra = {"classifier": {"labels": torch.tensor([2, 0])}, "masked": {"bool_masked_pos": some_patches()}}[head]
+    pixels = images(height=12)
+    if head == "masked":
+        pixels = 0.1 * pixels + 2.0  # something that can be learned in a few steps
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(pixels, **extra).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_masked_patches_are_hidden_from_the_masked_image_model(variant: str) -> None:
+    model = sharpen_(ImgProcViTForMaskedImageModeling(vit_config(variant, **SQUARE))).eval().double()
+    pixels, hidden = images(height=12).double(), torch.zeros(2, 9, dtype=torch.bool)
+    hidden[:, 4] = True
+    changed = pixels.clone()
+    changed[..., 4:8, 4:8] += 2.0
+    outputs = [model(x, bool_masked_pos=hidden).reconstruction for x in (pixels, changed)]
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_pooler_is_optional(variant: str) -> None:
+    with_pooler = sharpen_(ImgProcViTModel(vit_config(variant))).eval()
+    without = ImgProcViTModel(vit_config(variant), add_pooling_layer=False).eval()
+    without.load_state_dict({k: v for k, v in with_pooler.state_dict().items() if not k.startswith("pooler")})
+    output = with_pooler(images())
+    assert output.pooler_output.shape == (2, 20)
+    assert without(images()).pooler_output is None
+    assert torch.equal(without(images()).last_hidden_state, output.last_hidden_state)
