@@ -28,6 +28,7 @@ from transformers import (
     ViTForMaskedImageModeling,
     ViTModel,
 )
+from transformers.utils import cached_file
 
 from .models.filter_spec import preset_fields
 from .models.modeling_imgproc_gpt2 import (
@@ -170,13 +171,22 @@ def convert_checkpoint(source: str, preset: str, output_dir: str, **config_overr
         raise ValueError(f"output must be a new or empty folder, got {output_dir!r}, which holds files")
     model, report = convert(source, preset, return_report=True, **config_overrides)
     model.save_pretrained(folder)
-    processor_class = AutoTokenizer if model.main_input_name == "input_ids" else AutoImageProcessor
-    try:
-        processor = processor_class.from_pretrained(source)
-    except (OSError, ValueError):
-        return report  # a checkpoint without one is complete as it is
-    processor.save_pretrained(folder)
+    _copy_processor(source, folder)
     return report
+
+
+def _copy_processor(source: str, folder: Path) -> None:
+    """Save the source's tokenizer or image processor beside the model; a checkpoint without one is complete as it is.
+
+    Asked by file: v5's ``AutoTokenizer`` invents an empty tokenizer where there is none.
+    """
+    for processor_class, names in (
+        (AutoTokenizer, ("tokenizer.json", "tokenizer_config.json", "vocab.json")),
+        (AutoImageProcessor, ("preprocessor_config.json",)),
+    ):
+        found = (cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in names)
+        if any(path is not None for path in found):
+            processor_class.from_pretrained(source).save_pretrained(folder)
 
 
 def _load_stock(model_or_path: Any) -> tuple[Any, PreTrainedModel, list[str]]:

@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
     DeiTConfig,
     DeiTForImageClassification,
     GPT2Config,
@@ -19,9 +23,11 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     ViTConfig,
     ViTForImageClassification,
     ViTForMaskedImageModeling,
+    ViTImageProcessorPil,
     ViTModel,
 )
 
@@ -70,7 +76,7 @@ def outputs(model: PreTrainedModel) -> torch.Tensor:
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("stock_spec", STOCK, ids=lambda spec: spec[0].__name__)
 def test_every_tensor_is_accounted_for(stock_spec: tuple, preset: str, tmp_path: Path) -> None:
-    """mapped + new = the variant's tensors; used + unused = the source's; the converted folder loads to equal outputs."""
+    """mapped + new = the tensors of the variant; used + unused = those of the source; the saved folder loads back."""
     stock = make_stock(*stock_spec)
     stock.save_pretrained(tmp_path / "stock")
     model, report = convert(tmp_path / "stock", preset, return_report=True)
@@ -232,6 +238,22 @@ def test_variants_are_not_converted_again(tmp_path: Path) -> None:
     for source in (variant, tmp_path):
         with pytest.raises(ValueError, match="got ImgProcGPT2LMHeadModel"):
             convert(source, "softmax")
+
+
+def test_processors_travel_where_there_are_any(tmp_path: Path) -> None:
+    """A tokenizer or image processor is copied; none is invented for a checkpoint without one."""
+    text, image = tmp_path / "text", tmp_path / "image"
+    make_stock(*STOCK[1]).save_pretrained(text)
+    make_stock(*STOCK[5]).save_pretrained(image)
+    convert_checkpoint(str(text), "twicing", str(tmp_path / "bare"))
+    assert not list((tmp_path / "bare").glob("tokenizer*"))
+    words = Tokenizer(WordLevel({"a": 0, "b": 1, "<unk>": 2}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(text)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(image)
+    convert_checkpoint(str(text), "twicing", str(tmp_path / "text-twicing"))
+    convert_checkpoint(str(image), "twicing", str(tmp_path / "image-twicing"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "text-twicing").get_vocab() == words.get_vocab()
+    assert AutoImageProcessor.from_pretrained(tmp_path / "image-twicing").size["height"] == 16
 
 
 def test_bad_input_is_refused_before_work(tmp_path: Path) -> None:
