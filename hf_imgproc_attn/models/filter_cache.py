@@ -55,12 +55,16 @@ class FilterDynamicLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
+        # Transformers 5.17 zeroes keys and values here and keeps their length; a growing cache starts anew.
+        self.keys = self.values = None
+        self.is_initialized = False
         self.streams = []
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
-        if tokens_to_remove < 0:
-            self._map_streams(lambda stream: stream[..., :tokens_to_remove, :])
+        # By the length that is left: what the argument means has changed between versions of Transformers.
+        length = self.get_seq_length()
+        self._map_streams(lambda stream: stream[..., :length, :])
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)

@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from hf_imgproc_attn.training_support.arguments import EMBEDDED_IMAGES, EMBEDDED_TEXT
 from hf_imgproc_attn.training_support.errors import UsageError
 
 FILE_NAME = "run.json"
@@ -190,7 +191,8 @@ def _processor_name() -> str:
 def _absolute_paths(options: dict[str, Any]) -> dict[str, Any]:
     """A data set given by a relative path is the same one from another working directory."""
     name = options["dataset_name"]
-    return {**options, "dataset_name": str(Path(name).resolve()) if Path(name).exists() else name}
+    is_path = name not in (EMBEDDED_IMAGES, EMBEDDED_TEXT) and Path(name).exists()
+    return {**options, "dataset_name": str(Path(name).resolve()) if is_path else name}
 
 
 def _difference(earlier: dict[str, Any], record: dict[str, Any]) -> str | None:
