@@ -117,6 +117,7 @@ class AttentionFilter(nn.Module):
         dropout: float = 0.0,
         position_states: torch.Tensor | None = None,
         coordinates: torch.Tensor | None = None,
+        contiguous: bool = False,
         past_key_values: Any = None,
         need_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -135,6 +136,8 @@ class AttentionFilter(nn.Module):
                 with shared projections, their projections ``[batch or 1, heads, length, 2 * head_dim]``; class tokens
                 have none and are left out.
             coordinates: ``gaussian``: ``[batch or 1, length, dims]`` in index or patch units, class tokens first.
+                Integers, where something on the way may cast floats (mixed precision of sharded models does).
+            contiguous: whether the coordinates are known to have no gaps.
             past_key_values: cache, updated in place.
             need_weights: return the operator that multiplies V (eager only).
 
@@ -155,7 +158,9 @@ class AttentionFilter(nn.Module):
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         position_query, position_key = self._position_vectors(position_states, query)
-        coordinates = coordinates if self.spec.position_kernel == "gaussian" else None
+        if coordinates is not None:
+            compared = self.spec.position_kernel == "gaussian"
+            coordinates = coordinates.to(working_dtype(query.dtype)) if compared else None
         key_coordinates, full_value, extend = coordinates, value, keep_rows
         if past_key_values is not None:
             check_cache_layer(past_key_values, self.layer_idx, self.num_streams)
@@ -169,7 +174,8 @@ class AttentionFilter(nn.Module):
                 f"attn_implementation={implementation!r} does not return attentions: set it to 'eager' for that"
             )
             need_weights = False
-        positions = self._positions(scalars, position_query, position_key, coordinates, key_coordinates, like=query)
+        places = (coordinates, key_coordinates, contiguous)
+        positions = self._positions(scalars, position_query, position_key, *places, like=query)
         content_scale = self._content_scale(scalars, query)
         length, key_length = query.shape[-2], key.shape[-2]
         is_causal = is_causal and attention_mask is None and length > 1
@@ -219,6 +225,7 @@ class AttentionFilter(nn.Module):
         key: torch.Tensor | None,
         coordinates: torch.Tensor | None,
         key_coordinates: torch.Tensor | None,
+        contiguous: bool,
         like: torch.Tensor,
     ) -> Positions | None:
         class_logits = scalars.class_token
@@ -229,7 +236,7 @@ class AttentionFilter(nn.Module):
         if coordinates is not None and key_coordinates is not None:
             learns = scalars.position_log_bandwidth is not None
             narrowest = min(self._position_bandwidths)
-            return GaussianPositions(coordinates, key_coordinates, scale, class_tokens, narrowest, learns)
+            return GaussianPositions(coordinates, key_coordinates, scale, class_tokens, narrowest, learns, contiguous)
         return None
 
     def _logits(

@@ -34,11 +34,12 @@ class FilterDynamicLayer(DynamicLayer):
     def update_stream(self, index: int, rows: torch.Tensor) -> torch.Tensor:
         """Append the new tokens' rows ``[batch, heads, new, width]`` to stream ``index`` and return all of it."""
         stored = self.streams.pop(index) if index < len(self.streams) else rows[..., :0, :]
-        stream = torch.cat([stored, rows], dim=-2)
+        stream = torch.cat([stored.to(rows.device, non_blocking=True), rows], dim=-2)
         self.streams.insert(index, stream)
-        if self.keys is not None and self.keys.device != stream.device:
+        keys: torch.Tensor | None = self.keys
+        if keys is not None and keys.device != stream.device:
             # An offloading cache has moved keys and values away by now; the stream follows them.
-            self.streams[index] = stream.to(self.keys.device, non_blocking=True)
+            self.streams[index] = stream.to(keys.device, non_blocking=True)
         return stream
 
     def _map_streams(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:

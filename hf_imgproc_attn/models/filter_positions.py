@@ -69,6 +69,7 @@ class GaussianPositions(NamedTuple):
     class_tokens: or None where every token has a place.
     narrowest: the smallest h_p that the layer started with, for the choice of form.
     learns_bandwidth: whether h_p is a parameter.
+    contiguous: whether positions are known to have no gaps, so that their number tells how far they reach.
     """
 
     coordinates: torch.Tensor
@@ -77,14 +78,24 @@ class GaussianPositions(NamedTuple):
     class_tokens: ClassTokens | None
     narrowest: float
     learns_bandwidth: bool
+    contiguous: bool
 
     def centred(self) -> GaussianPositions:
         """The same with positions around 0: columns lose digits with |p|^2, and only differences matter."""
-        if self.class_tokens is not None:  # their zeros are no positions; a grid of patches is centred already
-            return self
-        keys = self.key_coordinates
-        centre = (keys.amax(-2, keepdim=True) + keys.amin(-2, keepdim=True)) / 2
-        return self._replace(coordinates=self.coordinates - centre, key_coordinates=keys - centre)
+        on_grid = self._on_grid()
+        centre = (on_grid.amax(-2, keepdim=True) + on_grid.amin(-2, keepdim=True)) / 2
+        return self._replace(coordinates=self.coordinates - centre, key_coordinates=self.key_coordinates - centre)
+
+    def _on_grid(self) -> torch.Tensor:
+        return self.key_coordinates[..., self.class_tokens.num_tokens if self.class_tokens else 0 :, :]
+
+    def _side(self) -> float:
+        """Longest side of the grid in index or patch units."""
+        places, dims = self.key_coordinates.shape[-2:]
+        if self.contiguous:
+            return places if dims == 1 else 2 * places ** (1 / dims)
+        on_grid = self._on_grid().detach()
+        return float((on_grid.amax(-2) - on_grid.amin(-2)).max()) + 1
 
     def grid_logits(self, work: torch.dtype) -> torch.Tensor:
         """Dense, ``[batch or 1, heads, length, key_length]``; class tokens are not cared for."""
@@ -97,16 +108,17 @@ class GaussianPositions(NamedTuple):
         if self.class_tokens is None:
             return left, right, None
         on_grid = (torch.arange(left.shape[-2], device=left.device) >= self.class_tokens.num_tokens).view(-1, 1)
-        row_constant = self.coordinates.square().sum(-1).unsqueeze(1) * (self.scale.squeeze(-1) / 2)
+        row_constant = centred.coordinates.square().sum(-1).unsqueeze(1) * (self.scale.squeeze(-1) / 2)
         return left * on_grid, right * on_grid, row_constant
 
     def form(self, dtype: torch.dtype) -> str:
         """See :func:`position_form`."""
         if dtype == torch.float64:
             return "features"
-        places, dims = self.key_coordinates.shape[-2:]
-        side = places if dims == 1 else 2 * places ** (1 / dims)
-        if side > MAX_FEATURE_SIDE * self.narrowest:
+        # Positions with gaps would have to be looked at, which one query and a traced graph are not worth.
+        if not self.contiguous and (self.coordinates.shape[-2] == 1 or torch.compiler.is_compiling()):
+            return "bias"
+        if self._side() > MAX_FEATURE_SIDE * self.narrowest:
             return "bias"
         if dtype not in HALF_DTYPES:
             return "features"

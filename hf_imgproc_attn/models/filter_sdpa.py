@@ -52,7 +52,7 @@ def sdpa_attention(
         ``[batch, heads, length, d]`` in the value's dtype.
     """
     device_type = query.device.type
-    if torch.is_autocast_enabled(device_type):
+    if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
         # Autocast runs SDPA in its own dtype whatever comes in: columns must be made for that dtype.
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value, full_value = (tensor.to(dtype) for tensor in (query, key, value, full_value))

@@ -47,6 +47,7 @@ class ImgProcGPT2Attention(GPT2Attention):
         output_attentions: bool = False,
         position_states: torch.Tensor | None = None,
         coordinates: torch.Tensor | None = None,
+        contiguous: bool = False,
         state: LayerState | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, LayerState]:
@@ -75,6 +76,7 @@ class ImgProcGPT2Attention(GPT2Attention):
             dropout=self.attn_dropout.p if self.training else 0.0,
             position_states=position_states,
             coordinates=coordinates,
+            contiguous=contiguous,
             past_key_values=past_key_values,
             need_weights=output_attentions,
         )
@@ -202,9 +204,8 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
             if self.position_projection is not None:
                 position_states = self.position_projection(position_states)
         if "gaussian" in self.position_kernels:
-            work = torch.float64 if self.dtype == torch.float64 else torch.float32
-            # A fixed centre, so that cached keys and new queries agree; it keeps the squares of positions small.
-            coordinates = (position_ids - self.config.n_positions // 2).to(work).unsqueeze(-1)
+            # Around a fixed centre, which cached keys and new queries share, float16 has digits for longer texts.
+            coordinates = (position_ids - self.config.n_positions // 2).unsqueeze(-1)
         return position_states, coordinates
 
     @merge_with_config_defaults
@@ -295,6 +296,7 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
                 *state,
                 encoder_attention_mask=encoder_attention_mask,
                 coordinates=coordinates,
+                contiguous=position_ids is None,
                 use_cache=use_cache,
                 position_ids=positions,
                 output_attentions=output_attentions,

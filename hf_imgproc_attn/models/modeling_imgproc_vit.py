@@ -161,6 +161,7 @@ class ImgProcViTAttention(ViTAttention):
             dropout=self.attention_dropout if self.training else 0.0,
             position_states=position_states,
             coordinates=coordinates,
+            contiguous=True,
             need_weights=output_attentions,
         )
         output, state = FEEDBACK[self.filter.spec.feedback](output, value, state)
@@ -245,8 +246,8 @@ class ImgProcViTModel(ImgProcViTPreTrainedModel, ViTModel):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What the layers' position kernels compare.
 
-        Vectors of the patches ``[1, patches, hidden_size]`` (or their shared projections) for ``untied``; centred
-        (row, column) ``[1, 1 + patches, 2]`` in patch units, zeros for the class token, for ``gaussian``.
+        Vectors of the patches ``[1, patches, hidden_size]`` (or their shared projections) for ``untied``; (row,
+        column) ``[1, 1 + patches, 2]`` in patch units, zeros for the class token, for ``gaussian``.
         """
         height, width = pixel_values.shape[-2:]
         position_states, coordinates = None, None
@@ -255,11 +256,8 @@ class ImgProcViTModel(ImgProcViTPreTrainedModel, ViTModel):
             if self.position_projection is not None:
                 position_states = self.position_projection(position_states)
         if "gaussian" in self.position_kernels:
-            work = torch.float64 if pixel_values.dtype == torch.float64 else torch.float32
-            axes = [
-                torch.arange(side, dtype=work, device=pixel_values.device) - (side - 1) / 2
-                for side in grid_size(self.config, height, width)
-            ]
+            sides = grid_size(self.config, height, width)
+            axes = [torch.arange(side, device=pixel_values.device) for side in sides]
             grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
             coordinates = nn.functional.pad(grid, (0, 0, NUM_CLASS_TOKENS, 0)).unsqueeze(0)
         return position_states, coordinates

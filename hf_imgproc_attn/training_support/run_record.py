@@ -33,7 +33,7 @@ def check_output_dir(output_dir: str, record: dict[str, Any], resume: bool) -> N
 
     Args:
         output_dir: folder of the run.
-        record: from :func:`start_record`; takes over what has to be compared when the data are loaded.
+        record: from :func:`start_record`; takes over the earlier data fingerprint and training time.
         resume: whether the user asked to go on with the run.
 
     Raises:
@@ -55,8 +55,7 @@ def check_output_dir(output_dir: str, record: dict[str, Any], resume: bool) -> N
             raise UsageError(
                 f"output_dir {output_dir!r} holds this run already; pass --resume or choose another folder"
             )
-        if "data_fingerprint" in earlier:
-            record["data_fingerprint"] = earlier["data_fingerprint"]
+        record |= {name: earlier[name] for name in ("data_fingerprint", "training_seconds") if name in earlier}
     elif folder.is_dir() and any(folder.iterdir()):
         raise UsageError(f"output_dir must be empty or hold this run, got {output_dir!r}, which holds other files")
 

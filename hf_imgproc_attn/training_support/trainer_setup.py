@@ -169,7 +169,8 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
             "status": "finished",
             "metrics": {"train": outcome.metrics, **metrics},
             "train_loss": [[entry["step"], entry["loss"]] for entry in history],
-            "training_seconds": seconds,
+            # Of all sessions that came to their end; a killed one has left no time.
+            "training_seconds": run.record.get("training_seconds", 0.0) + seconds,
             "weights_sha256": run_record.weights_sha256(run.training_args.output_dir),
         }
         path = run_record.write_record(run.training_args.output_dir, run.record)

@@ -354,6 +354,7 @@ def test_rows_that_see_nothing_are_zero(position: str, hidden: str, dtype: torch
             if grad:
                 output.float().sum().backward()
                 gradients = [inputs[name].grad for name in ("query", "key", "value")]
+                gradients += [parameter.grad for parameter in layer.parameters()]
                 assert all(gradient.isfinite().all() for gradient in gradients)
                 assert (gradients[0][0, :, :4] == 0).all()
 
@@ -374,6 +375,25 @@ def test_masks_of_any_dtype(position: str, dtype: torch.dtype, mask_dtype: torch
     sdpa, _ = layer(**inputs, implementation="sdpa", attention_mask=mask)
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.05}[dtype]
     torch.testing.assert_close(sdpa, eager, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("learns", [False, True], ids=["fixed", "learned"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("position", POSITIONS)
+def test_additive_masks_add_to_every_kernel(position: str, dtype: torch.dtype, learns: bool) -> None:
+    """A bias a head beside hidden keys, in every form that the position kernel takes."""
+    layer = build("dot_product", position, "twicing", 2, learn_bandwidths=learns).to(dtype)
+    inputs = {name: tensor.to(dtype) for name, tensor in tensors(position).items()}
+    if "coordinates" in inputs:
+        inputs["coordinates"] = inputs["coordinates"].to(torch.promote_types(dtype, torch.float32))
+    mask = masks()["bias"]["attention_mask"]
+    mask = torch.where(mask < -1e300, torch.finfo(dtype).min, mask).to(dtype)
+    eager, _ = layer(**inputs, implementation="eager", attention_mask=mask)
+    sdpa, _ = layer(**inputs, implementation="sdpa", attention_mask=mask)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 0.01, torch.bfloat16: 0.08}[dtype]
+    torch.testing.assert_close(sdpa, eager, rtol=0, atol=tolerance)
+    without, _ = layer(**inputs, implementation="eager", attention_mask=masks()["bias"]["attention_mask"] > -1e300)
+    assert (eager - without).abs().max() > 0.3
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -527,12 +547,14 @@ def test_scalars_follow_to_float64_and_back() -> None:
 
 
 def test_scalars_cast_with_their_gradient_can_be_trained() -> None:
-    """A model that is cast after a backward pass: parameter and gradient have one dtype, the optimiser steps."""
+    """A model that is cast after a backward pass keeps these gradients, in the parameters' dtype."""
     layer, inputs = build("gaussian", "gaussian").float(), tensors("gaussian")
     layer(**{name: tensor.float() for name, tensor in inputs.items()}, implementation="sdpa")[0].sum().backward()
+    before = [parameter.grad.clone() for parameter in layer.scalar_bias.parameters()]
     layer.bfloat16()
-    for parameter in layer.scalar_bias.parameters():
-        assert parameter.grad is None or parameter.grad.dtype == parameter.dtype
+    for parameter, gradient in zip(layer.scalar_bias.parameters(), before, strict=True):
+        assert parameter.grad.dtype == parameter.dtype == torch.float32
+        assert torch.equal(parameter.grad, gradient)
     torch.optim.AdamW(layer.parameters()).step()
 
 

@@ -224,6 +224,12 @@ def test_eager_equals_sdpa(variant: str, mask: str) -> None:
     assert {name.split(".")[-2] for name in flat_directions} <= {"k_proj"}
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_heads_of_another_width_than_the_hidden_size_says(variant: str) -> None:
+    eager, sdpa = (build(variant, name, head_dim=8)(images()).logits for name in IMPLEMENTATIONS)
+    torch.testing.assert_close(eager, sdpa, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("variant", BOOSTED)
 def test_attention_dropout_draws_one_mask_for_all_passes(variant: str, implementation: str) -> None:

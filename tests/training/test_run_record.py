@@ -42,6 +42,15 @@ def test_record_holds_what_a_run_needs_to_be_repeated(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
 
 
+def test_data_set_paths_are_recorded_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "mine"):
+        (tmp_path / name).mkdir()
+    assert record_of(tmp_path, "--dataset_name mine")["arguments"]["data"]["dataset_name"] == str(tmp_path / "mine")
+    # The embedded data, whatever lies in the working directory.
+    assert record_of(tmp_path)["arguments"]["data"]["dataset_name"] == "digits"
+
+
 def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
     run_record.write_record(str(tmp_path), {"status": "running"})
 
@@ -134,10 +143,11 @@ def test_folder_of_the_same_run_needs_resume(tmp_path: Path) -> None:
 
 
 def test_resuming_on_other_data_is_refused(tmp_path: Path) -> None:
-    first = record_of(tmp_path) | {"data_fingerprint": {"train": {"rows": 3, "sha256": "x"}}}
+    first = record_of(tmp_path) | {"data_fingerprint": {"train": {"rows": 3, "sha256": "x"}}, "training_seconds": 2.5}
     run_record.write_record(str(tmp_path), first)
     second = record_of(tmp_path)
     run_record.check_output_dir(str(tmp_path), second, resume=True)
+    assert second["training_seconds"] == 2.5
     run_record.check_same_data(second, {"train": {"rows": 3, "sha256": "x"}})
     with pytest.raises(UsageError, match="the train split must be the one that the run was started with"):
         run_record.check_same_data(second, {"train": {"rows": 3, "sha256": "y"}})
