@@ -234,7 +234,8 @@ class AttentionFilter(nn.Module):
         if query is not None and key is not None:
             return UntiedPositions(query, key, scale, class_tokens)
         if coordinates is not None and key_coordinates is not None:
-            learns = scalars.position_log_bandwidth is not None
+            log_bandwidth = scalars.position_log_bandwidth
+            learns = log_bandwidth is not None and log_bandwidth.requires_grad
             narrowest = min(self._position_bandwidths)
             return GaussianPositions(coordinates, key_coordinates, scale, class_tokens, narrowest, learns, contiguous)
         return None

@@ -100,7 +100,7 @@ def check_cache_implementation(name: str | None) -> None:
     Raises:
         ValueError: naming the value and what is allowed.
     """
-    allowed = (None, "dynamic", "dynamic_full", "offloaded")
+    allowed = (None, "dynamic", "offloaded")
     if name not in allowed:
         raise ValueError(
             f"cache_implementation={name!r} is not supported for layers with {_FILTERED}: use 'dynamic' or 'offloaded'"

@@ -28,9 +28,9 @@ class LayerState(NamedTuple):
     feedback_sum: torch.Tensor | None = None
 
 
-def standard_input(hidden_states: torch.Tensor, state: LayerState) -> tuple[torch.Tensor, LayerState]:
+def standard_residual(hidden_states: torch.Tensor, state: LayerState) -> tuple[torch.Tensor, torch.Tensor, LayerState]:
     """x + f(x): the attention reads the stream itself."""
-    return hidden_states, state
+    return hidden_states, hidden_states, state
 
 
 def no_feedback(head_output: torch.Tensor, value: torch.Tensor, state: LayerState) -> tuple[torch.Tensor, LayerState]:
@@ -38,8 +38,11 @@ def no_feedback(head_output: torch.Tensor, value: torch.Tensor, state: LayerStat
     return head_output, state
 
 
-RESIDUAL_INPUT = {"standard": standard_input}
-"""residual scheme -> function(hidden_states, state) -> (what the attention's norm reads, new state)."""
+RESIDUAL = {"standard": standard_residual}
+"""residual scheme -> function(hidden_states, state) -> (what the attention reads, what f is added to, new state).
+
+All are ``[batch, length, hidden_size]``; the MLP keeps x + MLP(x).
+"""
 
 FEEDBACK = {"none": no_feedback}
 """feedback -> function(head_output, value, state) -> (new head output, new state).

@@ -22,7 +22,7 @@ from .filter_kernels import (
     working_dtype,
 )
 
-MAX_FEATURE_SIDE = 512
+MAX_FEATURE_SIDE = 256
 """Longest side of the grid, in units of the smallest bandwidth, up to which feature columns are used."""
 
 
@@ -132,7 +132,7 @@ Positions = UntiedPositions | GaussianPositions
 def position_form(positions: Positions, dtype: torch.dtype) -> str:
     """How SDPA gets s(p_i, p_j): ``"features"``, or ``"bias"``, dense logits as an additive mask.
 
-    Features of the Gaussian kernel are exact enough in float32 as long as the side of the grid is at most 512 times
+    Features of the Gaussian kernel are exact enough in float32 as long as the side of the grid is at most 256 times
     the smallest bandwidth (their rounding error grows with the square of that ratio). In bfloat16 the split columns
     keep the output as accurate as plain attention, but neither the gradient of h_p (large columns cancel in it) nor
     the row constant that class tokens need survives, and float16 has no room for p^2 / h^2: there the bias is formed

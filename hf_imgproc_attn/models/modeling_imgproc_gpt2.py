@@ -18,7 +18,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_imgproc_gpt2 import ImgProcGPT2Config
 from .filter_attention import AttentionFilter
 from .filter_cache import check_cache_implementation
-from .filter_feedback import FEEDBACK, RESIDUAL_INPUT, LayerState
+from .filter_feedback import FEEDBACK, RESIDUAL, LayerState
 from .filter_parameters import PositionProjection
 from .filter_pretrained import FilterPreTrainedMixin, check_attention_mask, prepare_attention_mask
 from .filter_spec import uses_position_table
@@ -107,7 +107,8 @@ class ImgProcGPT2Block(GPT2Block):
 
         Tensors that carry a gradient are positional: re-entrant gradient checkpointing sees no others.
         """
-        attention_input, new_state = RESIDUAL_INPUT[self.attn.filter.spec.residual](hidden_states, LayerState(*state))
+        residual = RESIDUAL[self.attn.filter.spec.residual]
+        attention_input, skip, new_state = residual(hidden_states, LayerState(*state))
         attention_output, _, new_state = self.attn(
             self.ln_1(attention_input),
             past_key_values=past_key_values,
@@ -116,7 +117,7 @@ class ImgProcGPT2Block(GPT2Block):
             state=new_state,
             **kwargs,
         )
-        hidden_states = hidden_states + attention_output
+        hidden_states = skip + attention_output
         if encoder_hidden_states is not None:
             if not hasattr(self, "crossattention"):
                 raise ValueError("encoder_hidden_states needs a model built with add_cross_attention=True, got False")
@@ -296,7 +297,7 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
                 *state,
                 encoder_attention_mask=encoder_attention_mask,
                 coordinates=coordinates,
-                contiguous=position_ids is None,
+                contiguous=position_ids is None and past_length == 0,
                 use_cache=use_cache,
                 position_ids=positions,
                 output_attentions=output_attentions,

@@ -22,7 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_imgproc_vit import ImgProcViTConfig
 from .filter_attention import AttentionFilter
-from .filter_feedback import FEEDBACK, RESIDUAL_INPUT, LayerState
+from .filter_feedback import FEEDBACK, RESIDUAL, LayerState
 from .filter_parameters import PositionProjection
 from .filter_pretrained import FilterPreTrainedMixin, check_attention_mask, prepare_attention_mask
 from .filter_spec import uses_position_table
@@ -187,8 +187,8 @@ class ImgProcViTLayer(ViTLayer):
 
         Tensors that carry a gradient are positional: re-entrant gradient checkpointing sees no others.
         """
-        spec = self.attention.filter.spec
-        attention_input, new_state = RESIDUAL_INPUT[spec.residual](hidden_states, LayerState(*state))
+        residual = RESIDUAL[self.attention.filter.spec.residual]
+        attention_input, skip, new_state = residual(hidden_states, LayerState(*state))
         attention_output, _, new_state = self.attention(
             self.layernorm_before(attention_input),
             attention_mask,
@@ -196,7 +196,7 @@ class ImgProcViTLayer(ViTLayer):
             state=new_state,
             **kwargs,
         )
-        hidden_states = self.dropout(attention_output) + hidden_states
+        hidden_states = self.dropout(attention_output) + skip
         hidden_states = self.dropout(self.mlp(self.layernorm_after(hidden_states))) + hidden_states
         return hidden_states, *new_state
 

@@ -236,6 +236,18 @@ def test_coordinates_of_class_tokens_are_not_seen(position: str, implementation:
     torch.testing.assert_close(got, expected, **TIGHT)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32], ids=str)
+@pytest.mark.parametrize("contiguous", [False, True])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_coordinates_of_any_dtype(implementation: str, contiguous: bool, dtype: torch.dtype) -> None:
+    """Whole numbers mean the same in every dtype, and that they have no gaps is only a hint."""
+    layer, inputs = build("gaussian", "gaussian", "twicing", 2), tensors("gaussian")
+    expected, _ = layer(**inputs, implementation="eager", is_causal=True)
+    inputs["coordinates"] = inputs["coordinates"].to(dtype)
+    got, _ = layer(**inputs, implementation=implementation, is_causal=True, contiguous=contiguous)
+    torch.testing.assert_close(got, expected, **TIGHT)
+
+
 @pytest.mark.parametrize("rows", [1, BATCH])
 @pytest.mark.parametrize("position", ["untied", "shared", "gaussian"])
 def test_rows_may_have_positions_of_their_own(position: str, rows: int) -> None:

@@ -15,7 +15,7 @@ from hf_imgproc_attn.models import filter_spec
 from hf_imgproc_attn.models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from hf_imgproc_attn.models.configuration_imgproc_vit import ImgProcViTConfig
 from hf_imgproc_attn.models.filter_boosting import BOOSTING, extra_streams
-from hf_imgproc_attn.models.filter_feedback import FEEDBACK, RESIDUAL_INPUT
+from hf_imgproc_attn.models.filter_feedback import FEEDBACK, RESIDUAL
 from hf_imgproc_attn.models.filter_kernels import CONTENT_COLUMNS, CONTENT_LOGITS
 from hf_imgproc_attn.models.filter_spec import PRESETS, FilterSpecMixin, LayerSpec, is_stock_layer, preset_name
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2Model
@@ -384,7 +384,7 @@ def test_registries_have_the_allowed_keys() -> None:
     """A value that validation lets through has its function, and no function is unreachable."""
     assert set(CONTENT_LOGITS) == set(CONTENT_COLUMNS) == set(filter_spec.CONTENT_KERNELS)
     assert set(BOOSTING) == set(filter_spec.BOOSTINGS)
-    assert set(RESIDUAL_INPUT) == set(filter_spec.RESIDUALS)
+    assert set(RESIDUAL) == set(filter_spec.RESIDUALS)
     assert set(FEEDBACK) == set(filter_spec.FEEDBACKS)
     assert [extra_streams(name, 3) for name in filter_spec.BOOSTINGS] == [0, 2]
 

@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache, GPT2LMHeadModel, ViTForImageClassification
 
 from hf_imgproc_attn.models import filter_spec
-from hf_imgproc_attn.models.filter_feedback import FEEDBACK, RESIDUAL_INPUT, LayerState
+from hf_imgproc_attn.models.filter_feedback import FEEDBACK, RESIDUAL, LayerState
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2Block, ImgProcGPT2LMHeadModel
 from hf_imgproc_attn.models.modeling_imgproc_vit import ImgProcViTForImageClassification, ImgProcViTLayer
 from tests.models.helpers import sharpen_, tiny_gpt2_config, tiny_vit_config
@@ -23,6 +23,7 @@ from tests.models.helpers import sharpen_, tiny_gpt2_config, tiny_vit_config
 TIGHT = {"rtol": 0, "atol": 1e-11}
 Model = torch.nn.Module
 Step = tuple[torch.Tensor, LayerState]
+Residual = tuple[torch.Tensor, torch.Tensor, LayerState]
 
 # --------------------------------------------------------------------------------------------------------------------
 # Schemes that only the tests know
@@ -46,27 +47,35 @@ def three_terms(output: torch.Tensor, value: torch.Tensor, state: LayerState) ->
     return output, state._replace(previous_value=value, feedback_sum=total)
 
 
-def remainder(hidden: torch.Tensor, state: LayerState) -> Step:
-    """f(x_0 - x), layer 0 standard."""
+def remainder(hidden: torch.Tensor, state: LayerState) -> Residual:
+    """x + f(x_0 - x), layer 0 standard."""
     if state.first_hidden is None:
-        return hidden, state._replace(first_hidden=hidden)
-    return state.first_hidden - hidden, state
+        return hidden, hidden, state._replace(first_hidden=hidden)
+    return state.first_hidden - hidden, hidden, state
 
 
-def accumulated(hidden: torch.Tensor, state: LayerState) -> Step:
-    """f(x_0 + sum_{1 <= m <= l} (x_0 - x_m)), layer 0 standard."""
+def opposed(hidden: torch.Tensor, state: LayerState) -> Residual:
+    """f(x_0 + x) - x, layer 0 standard."""
     if state.first_hidden is None:
-        return hidden, state._replace(first_hidden=hidden, hidden_sum=torch.zeros_like(hidden))
+        return hidden, hidden, state._replace(first_hidden=hidden)
+    return state.first_hidden + hidden, -hidden, state
+
+
+def accumulated(hidden: torch.Tensor, state: LayerState) -> Residual:
+    """x + f(x_0 + sum_{1 <= m <= l} (x_0 - x_m)), layer 0 standard."""
+    if state.first_hidden is None:
+        return hidden, hidden, state._replace(first_hidden=hidden, hidden_sum=torch.zeros_like(hidden))
     total = state.hidden_sum + state.first_hidden - hidden
-    return state.first_hidden + total, state._replace(hidden_sum=total)
+    return state.first_hidden + total, hidden, state._replace(hidden_sum=total)
 
 
 FEEDBACKS = {"pull_to_first": pull_to_first, "three_terms": three_terms}
-RESIDUALS = {"remainder": remainder, "accumulated": accumulated}
+RESIDUALS = {"remainder": remainder, "opposed": opposed, "accumulated": accumulated}
 SCHEMES: list[dict[str, str]] = [
     {"feedback": "pull_to_first"},
     {"feedback": "three_terms"},
     {"residual": "remainder"},
+    {"residual": "opposed"},
     {"residual": "accumulated"},
     {"feedback": "three_terms", "residual": "accumulated"},
 ]
@@ -75,7 +84,7 @@ SCHEMES: list[dict[str, str]] = [
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The two tables and the lists of allowed values: all that a new scheme has to touch."""
-    for table, schemes in ((FEEDBACK, FEEDBACKS), (RESIDUAL_INPUT, RESIDUALS)):
+    for table, schemes in ((FEEDBACK, FEEDBACKS), (RESIDUAL, RESIDUALS)):
         for name, function in schemes.items():
             monkeypatch.setitem(table, name, function)
     monkeypatch.setattr(filter_spec, "FEEDBACKS", ("none", *FEEDBACKS))
@@ -94,7 +103,14 @@ def attention_input(scheme: str, inputs: list[torch.Tensor]) -> torch.Tensor:
         return newest
     if scheme == "remainder":
         return first - newest
+    if scheme == "opposed":
+        return first + newest
     return first + sum(first - earlier for earlier in inputs[1:])
+
+
+def skip(scheme: str, inputs: list[torch.Tensor]) -> torch.Tensor:
+    """What the attention of the newest layer is added to."""
+    return -inputs[-1] if scheme == "opposed" and len(inputs) > 1 else inputs[-1]
 
 
 def head_output(scheme: str, output: torch.Tensor, values: list[torch.Tensor]) -> torch.Tensor:
@@ -131,7 +147,7 @@ def gpt2_by_hand(model: Model, ids: torch.Tensor) -> torch.Tensor:
         )
         values.append(value)
         output = head_output(config.feedback, filtered(query, key, value, config.boosting == "twicing", True), values)
-        hidden = hidden + block.attn.c_proj(output.transpose(1, 2).flatten(2))
+        hidden = skip(config.residual, inputs) + block.attn.c_proj(output.transpose(1, 2).flatten(2))
         hidden = hidden + block.mlp(block.ln_2(hidden))
     return body.ln_f(hidden) @ body.wte.weight.T
 
@@ -148,7 +164,7 @@ def vit_by_hand(model: Model, pixels: torch.Tensor) -> torch.Tensor:
         )
         values.append(value)
         output = head_output(config.feedback, filtered(query, key, value, config.boosting == "twicing", False), values)
-        hidden = hidden + attention.o_proj(output.transpose(1, 2).flatten(2))
+        hidden = skip(config.residual, inputs) + attention.o_proj(output.transpose(1, 2).flatten(2))
         hidden = hidden + layer.mlp(layer.layernorm_after(hidden))
     return model.classifier(body.layernorm(hidden)[:, 0])
 
