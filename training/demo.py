@@ -131,7 +131,8 @@ def compare_texts(folder: Path, quick: bool) -> tuple[dict[str, dict[str, float]
         }
     set_seed(SEED)
     inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
-    sampling = {"do_sample": True, "top_k": 20, "temperature": 0.8, "max_new_tokens": 100}
+    # As many tokens as the model has positions.
+    sampling = {"do_sample": True, "top_k": 20, "temperature": 0.8, "max_length": model.config.n_positions}
     return table, tokenizer.decode(model.generate(**inputs, **sampling)[0], skip_special_tokens=True)
 
 

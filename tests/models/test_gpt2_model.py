@@ -296,6 +296,40 @@ def test_attentions_are_the_operator_that_multiplies_v(variant: str, padding: st
         assert operator.masked_select(hidden_keys).abs().sum() == 0
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("variant", ["bilateral", "bilateral_gaussian", "mixed_fixed"])
+def test_attentions_are_the_formula(variant: str, shared: bool) -> None:
+    """The second layer's A, written out from the parameters: content and position logits, a softmax, nothing else."""
+    options = {"share_position_projections": True} if shared and variant != "bilateral_gaussian" else {}
+    model = build_double(variant, "eager", **options)
+    block = model.transformer.h[1]
+    spec, attention_filter = model.config.layer_specs[1], block.attn.filter
+    with recorded(block.attn.c_attn, "output") as projected, torch.no_grad():
+        got = model(token_ids(), output_attentions=True, use_cache=False).attentions[1]
+    query, key = (part.view(2, 9, 4, 5).transpose(1, 2) for part in projected[0].chunk(3, dim=-1)[:2])
+
+    def scale(which: str) -> torch.Tensor:
+        learned = getattr(attention_filter.scalar_bias, f"{which}_log_bandwidth")
+        bandwidth = torch.tensor(getattr(model.config, f"{which}_bandwidth")) if learned is None else learned.exp()
+        return 2 / bandwidth.double().view(-1, 1, 1) ** 2
+
+    if spec.content_kernel == "gaussian":
+        logits = -torch.cdist(query, key).square() * scale("content") / 2
+    else:
+        logits = query @ key.transpose(-1, -2) * scale("content")
+    if spec.position_kernel == "gaussian":
+        index = torch.arange(9.0, dtype=torch.float64)
+        logits = logits - (index[:, None] - index).square() * scale("position") / 2
+    else:
+        projection = model.transformer.position_projection if options else attention_filter.position_projection
+        normed = projection.norm(model.transformer.wpe.weight[:9])
+        left, right = (layer(normed).view(9, 4, 5).transpose(0, 1) for layer in (projection.query, projection.key))
+        logits = logits + left @ right.transpose(-1, -2) * scale("position")
+    hidden = torch.ones(9, 9).triu(1).bool()
+    wanted = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize(("preset", "plain"), [("twicing", "softmax"), ("bilateral_twicing", "bilateral")])
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
 def test_boosted_attentions_are_the_polynomial_of_the_plain_ones(preset: str, plain: str, steps: int) -> None:
