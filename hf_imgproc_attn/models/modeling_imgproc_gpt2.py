@@ -315,6 +315,7 @@ class ImgProcGPT2LMHeadModel(ImgProcGPT2PreTrainedModel, GPT2LMHeadModel, Genera
         GPT2PreTrainedModel.__init__(self, config)
         self.transformer = ImgProcGPT2Model(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.loss_type = "ForCausalLM"  # the class name, from which Transformers would tell it, does not say so
         self.post_init()
 
     @staticmethod

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.vit.modeling_vit import (
@@ -201,6 +202,22 @@ class ImgProcViTLayer(ViTLayer):
         return hidden_states, *new_state
 
 
+def accept_saved_names(model: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Rename weights that have the names of a checkpoint, before ``load_state_dict`` looks for them.
+
+    ViT is saved under the parameter names of Transformers 4, and only ``from_pretrained`` translates them.
+    ``Trainer`` reads checkpoints with ``load_state_dict``, on resuming and when it loads the best model: it would drop
+    nearly every weight with a mere warning (seen with Transformers 5.23, with the stock ViT too).
+    """
+    own = model.state_dict()
+    if prefix or state_dict.keys() <= own.keys():
+        return
+    for name, tensor in own.items():
+        saved = list(revert_weight_conversion(model, {name: tensor}))
+        if len(saved) == 1 and saved[0] != name and saved[0] in state_dict:
+            state_dict[name] = state_dict.pop(saved[0])
+
+
 class ImgProcViTPreTrainedModel(FilterPreTrainedMixin, ViTPreTrainedModel):
     """Base class: loading, saving and initialisation of the ViT variants."""
 
@@ -214,6 +231,11 @@ class ImgProcViTPreTrainedModel(FilterPreTrainedMixin, ViTPreTrainedModel):
         "AutoModelForImageClassification": "modeling_imgproc_vit.ImgProcViTForImageClassification",
         "AutoModelForMaskedImageModeling": "modeling_imgproc_vit.ImgProcViTForMaskedImageModeling",
     }
+
+    def post_init(self) -> None:
+        """The stock initialisation; afterwards ``load_state_dict`` takes the names that a checkpoint has."""
+        super().post_init()
+        self.register_load_state_dict_pre_hook(accept_saved_names)
 
 
 class ImgProcViTModel(ImgProcViTPreTrainedModel, ViTModel):
@@ -233,9 +255,8 @@ class ImgProcViTModel(ImgProcViTPreTrainedModel, ViTModel):
         self.position_projection = None
         if config.share_position_projections:
             heads = config.num_attention_heads
-            self.position_projection = PositionProjection(
-                config.hidden_size, heads, config.hidden_size // heads, config.layer_norm_eps
-            )
+            head_dim = getattr(config, "head_dim", config.hidden_size // heads)
+            self.position_projection = PositionProjection(config.hidden_size, heads, head_dim, config.layer_norm_eps)
         self.layers = nn.ModuleList([ImgProcViTLayer(config, i) for i in range(config.num_hidden_layers)])
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.pooler = ViTPooler(config) if add_pooling_layer else None

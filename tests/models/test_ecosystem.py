@@ -39,6 +39,7 @@ from tests.models.variants import (
     gpt2_config,
     gradients,
     images,
+    made_once,
     pad,
     token_ids,
     vit_config,
@@ -468,7 +469,12 @@ def test_offloaded_blocks_give_the_same(backbone: str, variant: str, tmp_path: P
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """What two processes of `fsdp_worker.py` report."""
-    folder = tmp_path_factory.mktemp("sharded")
+    folder = made_once(tmp_path_factory, "sharded", run_sharded)
+    return [json.loads((folder / f"report_{rank}.json").read_text()) for rank in range(2)]
+
+
+def run_sharded(folder: Path) -> None:
+    """Start the two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
         [*command, str(Path(__file__).with_name("fsdp_worker.py"))],
@@ -479,7 +485,6 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
         timeout=300,
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    return [json.loads((folder / f"report_{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, "policy"])

@@ -349,8 +349,8 @@ def test_cache_operations_reach_everything_that_is_cached(variant: str, operatio
     else:
         cache = copy.deepcopy(cache)
     start = cache.get_seq_length()
-    if operation == "reset" and start:
-        return  # Transformers 5.17 wrote zeros over what was cached and kept its length
+    if operation == "reset" and any(layer.get_seq_length() for layer in cache.layers):
+        return  # Transformers 5.17 writes zeros over what plain layers hold and keeps its length
     got = in_pieces(model, [1, ids.shape[1] - start - 1], ids, cache=cache)
     torch.testing.assert_close(got, model(ids, use_cache=False).logits[:, start:], rtol=0, atol=1e-11)
 

@@ -30,7 +30,7 @@ from hf_imgproc_attn.models.modeling_imgproc_vit import (
 )
 from tests.helpers import ROOT
 from tests.models.helpers import sharpen_
-from tests.models.variants import gpt2_config, token_ids, vit_config
+from tests.models.variants import gpt2_config, made_once, token_ids, vit_config
 
 GPT2_AUTO_MAP = {
     "AutoConfig": "configuration_imgproc_gpt2.ImgProcGPT2Config",
@@ -117,8 +117,8 @@ def save_picture(folder: Path) -> None:
     Image.fromarray(pixels).save(folder / "picture.png")
 
 
-def run(folder: Path, mode: str) -> dict[str, str]:
-    """Run the worker and return its report."""
+def run(folder: Path, mode: str) -> None:
+    """Run the worker, which writes its report to the folder."""
     environment = {
         **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         "HF_HUB_OFFLINE": "1",
@@ -137,16 +137,22 @@ def run(folder: Path, mode: str) -> dict[str, str]:
         stdin=subprocess.DEVNULL,
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads((folder / f"report_{mode}.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def travelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, str]]]:
     """All checkpoints, and what two processes say of them: one without the package, then one with it."""
-    folder = tmp_path_factory.mktemp("travelling")
+    folder = made_once(tmp_path_factory, "travelling", travel)
+    modes = ("remote", "package")
+    return folder, {mode: json.loads((folder / f"report_{mode}.json").read_text()) for mode in modes}
+
+
+def travel(folder: Path) -> None:
+    """Save every case and send it round."""
     for case in CASES:
         save(case, folder / "saved" / case)
-    return folder, {mode: run(folder, mode) for mode in ("remote", "package")}
+    for mode in ("remote", "package"):
+        run(folder, mode)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import PreTrainedModel, TrainingArguments
-from transformers import ViTConfig as StockViTConfig
-from transformers import ViTForImageClassification as StockViT
 
 from hf_imgproc_attn.training_support.arguments import ModelArguments
 from hf_imgproc_attn.training_support.model_setup import build_causal_lm, build_image_classifier
@@ -34,33 +32,25 @@ def our_vit(seed: int) -> PreTrainedModel:
     return build_image_classifier(arguments, list("abc"), (8, 8))[0]
 
 
-def stock_vit(seed: int) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    return StockViT(StockViTConfig(**size, image_size=8, patch_size=4, num_labels=3))
-
-
 def trainer_for(model: PreTrainedModel, folder: Path, **options: Any) -> ScriptTrainer:
     fields = {"max_steps": 4, "per_device_train_batch_size": 4, "report_to": "none", "learning_rate": 1e-2}
     args = TrainingArguments(output_dir=str(folder), use_cpu=True, disable_tqdm=True, **{**fields, **options})
     return ScriptTrainer(model, args=args, train_dataset=RandomPixels(), eval_dataset=RandomPixels())
 
 
-@pytest.mark.parametrize("build", [our_vit, stock_vit])
-def test_saved_weights_are_read_back_whole(tmp_path: Path, build: Any) -> None:
+def test_saved_weights_are_read_back_whole(tmp_path: Path) -> None:
     """Checkpoints hold a ViT under other names than its parameters have; ``load_state_dict`` alone would drop them."""
     from safetensors.torch import load_file
 
-    saved, other = build(0), build(1)
+    saved, other = our_vit(0), our_vit(1)
     saved.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     assert set(weights) != set(saved.state_dict())
-    trainer_for(other, tmp_path / "run")
     missing, unexpected = other.load_state_dict(weights, strict=False)
     assert (missing, unexpected) == ([], [])
     assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in saved.state_dict().items())
     # Its own names go on working.
-    assert not any(other.load_state_dict(build(2).state_dict()))
+    assert not any(other.load_state_dict(our_vit(2).state_dict()))
 
 
 def test_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
