@@ -129,6 +129,9 @@ def package_versions() -> dict[str, str | None]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
+    import torch
+
+    versions["torch"] = torch.__version__  # with the kind of build, which the package's metadata may leave out
     return versions
 
 
