@@ -228,6 +228,8 @@ class AttentionFilter(nn.Module):
         contiguous: bool,
         like: torch.Tensor,
     ) -> Positions | None:
+        if not self.spec.compares_positions:
+            return None
         class_logits = scalars.class_token
         class_tokens = None if class_logits is None else ClassTokens(self.num_class_tokens, class_logits)
         scale = _scale(scalars.position_log_bandwidth, self._position_bandwidths, like)
