@@ -18,6 +18,7 @@ import accelerate
 import peft
 import pytest
 import torch
+import torch._dynamo.testing
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, Trainer, TrainingArguments
