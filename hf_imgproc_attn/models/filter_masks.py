@@ -5,6 +5,16 @@ from __future__ import annotations
 import torch
 
 
+def check_mask_dtype(mask: torch.Tensor) -> None:
+    """Refuse a mask of integers: its ones and zeros would be added to the logits.
+
+    Raises:
+        ValueError: naming the dtype.
+    """
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"attention_mask with four axes must be bool or float, got {mask.dtype}")
+
+
 def visible(
     attention_mask: torch.Tensor | None, is_causal: bool, length: int, key_length: int, device: torch.device
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -27,13 +37,12 @@ def visible(
     """
     allowed, additive = None, None
     if attention_mask is not None:
+        check_mask_dtype(attention_mask)
         if attention_mask.dtype == torch.bool:
             allowed = attention_mask
-        elif attention_mask.is_floating_point():
+        else:
             allowed = attention_mask > torch.finfo(attention_mask.dtype).min / 2
             additive = attention_mask.masked_fill(~allowed, 0.0)
-        else:
-            raise ValueError(f"attention_mask with four axes must be bool or float, got {attention_mask.dtype}")
     if is_causal:
         causal = torch.ones(length, key_length, dtype=torch.bool, device=device).tril()
         allowed = causal if allowed is None else allowed & causal

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .filter_attention import check_attn_implementation
+from .filter_masks import check_mask_dtype
 from .filter_parameters import FilterScalars
 
 # Parameters that exist or not, or change their meaning, with the variant.
@@ -124,8 +125,8 @@ def check_attention_mask(mask: torch.Tensor | None, batch: int, heads: int, leng
     if mask is None:
         return
     shape = tuple(mask.shape)
-    if len(shape) == 4 and not (mask.dtype == torch.bool or mask.is_floating_point()):
-        raise ValueError(f"attention_mask with four axes must be bool or float, got {mask.dtype}")
+    if len(shape) == 4:
+        check_mask_dtype(mask)
     fits_2d = shape == (batch, key_length)
     fits_4d = (
         len(shape) == 4 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2:] == (length, key_length)
