@@ -89,11 +89,14 @@ def register() -> None:
     from transformers.models.auto import modeling_auto
     from transformers.utils import is_torchvision_available, is_vision_available
 
+    from .hub.travelling_code import report_differing_code
     from .models import modeling_imgproc_gpt2 as gpt2
     from .models import modeling_imgproc_vit as vit
     from .models.configuration_imgproc_gpt2 import ImgProcGPT2Config
     from .models.configuration_imgproc_vit import ImgProcViTConfig
+    from .models.filter_pretrained import FilterPreTrainedMixin
 
+    FilterPreTrainedMixin.load_listeners = [report_differing_code]
     for config in (ImgProcGPT2Config, ImgProcViTConfig):
         AutoConfig.register(config.model_type, config, exist_ok=True)
     # `pipeline` and Trainer's label smoothing look class names up in tables that `AutoModel….register` leaves alone:

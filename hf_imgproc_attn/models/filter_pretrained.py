@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -25,6 +26,9 @@ class FilterPreTrainedMixin:
     """
 
     auto_map: dict[str, str] = {}
+    load_listeners: ClassVar[list[Callable[[Any, Any, dict[str, Any]], None]]] = []
+    """Called after every load with what was loaded, the model and the options; empty in code that came with a
+    checkpoint, where nobody fills it."""
 
     _supports_flash_attn = False
     _supports_flex_attn = False
@@ -52,17 +56,19 @@ class FilterPreTrainedMixin:
         """The stock ``from_pretrained``, which refuses a checkpoint of another variant.
 
         Transformers would initialise what is missing, drop what is unexpected and only log it: another model than was
-        saved. ``ignore_mismatched_sizes=True`` asks for exactly that and switches the check off.
+        saved. ``ignore_mismatched_sizes=True`` asks for exactly that and switches the check off. Weights are read from
+        safetensors files only, unless ``use_safetensors=False`` asks for pickles, which can run code.
 
         Raises:
             ValueError: if parameters of the filter are missing in the checkpoint or unexpected, naming them.
             OSError: if a weights file is truncated or corrupt.
         """
         forced = kwargs.pop("ignore_mismatched_sizes", False)
+        options = {"use_safetensors": True, **kwargs}
         try:
             # Transformers' own error for other shapes names no tensor; ours names them all.
             model, info = super().from_pretrained(  # type: ignore[misc]
-                pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+                pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
         except Exception as error:
             # By name: safetensors is not among the packages that code travelling with a checkpoint may import.
@@ -74,6 +80,8 @@ class FilterPreTrainedMixin:
             ) from error
         if not forced:
             refuse_other_variant(pretrained_model_name_or_path, info)
+        for listener in cls.load_listeners:
+            listener(pretrained_model_name_or_path, model, kwargs)
         return (model, info) if output_loading_info else model
 
 

@@ -20,6 +20,10 @@ BOOSTINGS = ("none", "twicing")
 RESIDUALS = ("standard",)
 FEEDBACKS = ("none",)
 
+FILTER_SPEC_VERSION = 1
+"""Version of what the fields below mean, saved with every configuration. It goes up with each change that older code
+would misread (a new value, a new field, another default); newer code reads all older versions."""
+
 MAX_BOOSTING_STEPS = 16
 """More steps than this only amplify rounding: ``I - (I - A)^k`` is within 2^-k of its limit where A smooths at all."""
 
@@ -94,6 +98,7 @@ class FilterSpecMixin:
         boosted_layers: indices of the layers that are boosted, negative ones count from the end; None: all layers.
         residual: scheme across depth; ``"standard"`` is x + f(x).
         feedback: cross-layer feedback on the head output; ``"none"``.
+        filter_spec_version: :data:`FILTER_SPEC_VERSION`; written by ``save_pretrained``, never chosen by a user.
 
     Raises:
         ValueError: for an unknown field that is a near miss of one of these names (wrong values are reported by
@@ -111,6 +116,7 @@ class FilterSpecMixin:
     boosted_layers: list[int] | None = None
     residual: str = "standard"
     feedback: str = "none"
+    filter_spec_version: int = FILTER_SPEC_VERSION
 
     @classmethod
     def from_preset(cls: type[ConfigT], name: str, **overrides: Any) -> ConfigT:
@@ -128,8 +134,15 @@ class FilterSpecMixin:
 
     @classmethod
     def from_dict(cls: type[ConfigT], config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The stock ``from_dict`` (also of ``from_pretrained``), which refuses near misses among the overrides."""
+        """The stock ``from_dict`` (also of ``from_pretrained``): refuses near misses among the overrides, newer files.
+
+        Raises:
+            ValueError: for a near miss, or a ``filter_spec_version`` that this code does not know.
+        """
         refuse_near_misses({key: value for key, value in kwargs.items() if key not in _FIELDS})
+        # Configurations that were saved before there was a version are of the first one.
+        check_version(config_dict.get("filter_spec_version", 1))
+        config_dict = {**config_dict, "filter_spec_version": FILTER_SPEC_VERSION}
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -170,6 +183,22 @@ def preset_name(config: Any) -> str:
         if fields == {**stock, **changes}:
             return name
     return "custom"
+
+
+def check_version(version: Any) -> None:
+    """Refuse a configuration that newer code has written: its fields may mean what this code does not know.
+
+    Raises:
+        ValueError: naming the version and the newest that is known.
+    """
+    if not _is_int(version) or version < 1:
+        raise ValueError(f"filter_spec_version must be an integer >= 1, got {version!r}")
+    if version > FILTER_SPEC_VERSION:
+        raise ValueError(
+            f"filter_spec_version must be <= {FILTER_SPEC_VERSION}, the newest that this code knows, got {version}: the "
+            "checkpoint was saved by a newer hf_imgproc_attn; upgrade the package, or load it with "
+            "trust_remote_code=True where the package is not imported"
+        )
 
 
 def refuse_near_misses(kwargs: dict[str, Any]) -> None:
@@ -256,6 +285,7 @@ def check_filter_spec(config: Any) -> None:
     Raises:
         ValueError: naming the field, the rule and the value.
     """
+    check_version(config.filter_spec_version)
     num_layers, num_heads = config.num_hidden_layers, config.num_attention_heads
     for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
         if getattr(config, name) < 1:
