@@ -1,4 +1,4 @@
-"""The command line ``imgproc-attn``: train, convert, list presets, benchmark.
+"""The command line ``imgproc-attn``: train, convert, list presets, benchmark, publish, download.
 
 What a sub-command needs is imported when it runs, so ``--help`` does not wait for torch. A mistake of the user ends in
 one line on standard error and exit status 2; any other exception is a bug and keeps its traceback.
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
+from .hub.commands import add_commands as add_hub_commands
+from .training_support.errors import UsageError
 
 TRAINING_SCRIPTS = {
     "train-image": ("train_image_classification", "train or fine-tune an image classifier"),
@@ -49,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in TRAINING_SCRIPTS:
         return run_training_script(arguments[0], arguments[1:])
     options = build_parser().parse_args(arguments)
-    status: int = options.run(options)
+    try:
+        status: int = options.run_command(options)
+    except UsageError as error:
+        _refuse(str(error))
     return status
 
 
@@ -81,10 +86,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FIELD=VALUE",
         help="a further configuration field, the value in JSON (may be repeated)",
     )
-    convert.set_defaults(run=run_convert)
+    convert.set_defaults(run_command=run_convert)
 
     presets = commands.add_parser("presets", help="list the variants", description="List the variants.")
-    presets.set_defaults(run=run_presets)
+    presets.set_defaults(run_command=run_presets)
 
     benchmark = commands.add_parser(
         "benchmark",
@@ -98,7 +103,9 @@ def build_parser() -> argparse.ArgumentParser:
     benchmark.add_argument(
         "--output", type=Path, default=Path("outputs/benchmark.json"), metavar="FILE", help="(default: %(default)s)"
     )
-    benchmark.set_defaults(run=run_benchmark)
+    benchmark.set_defaults(run_command=run_benchmark)
+
+    add_hub_commands(commands)
     return parser
 
 

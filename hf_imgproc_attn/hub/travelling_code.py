@@ -17,8 +17,8 @@ ROOM = Path(__file__).resolve().parent.parent / "models"
 _LIBRARIES = ("torch", "transformers", "huggingface_hub")
 # What a model may use of the standard library: nothing here opens a file or a connection, or starts a process.
 _STANDARD_LIBRARY = {
-    "__future__", "abc", "collections", "contextlib", "copy", "dataclasses", "difflib", "enum", "functools", "itertools",
-    "logging", "math", "numbers", "operator", "os", "re", "typing", "warnings",
+    "__future__", "abc", "collections", "contextlib", "copy", "dataclasses", "difflib", "enum", "functools",
+    "itertools", "logging", "math", "numbers", "operator", "os", "re", "typing", "warnings",
 }  # fmt: skip
 # Modules of the three libraries that read or write files, fetch something, or compile and load native code.
 _FORBIDDEN_MODULES = (
@@ -126,8 +126,8 @@ def report_differing_code(name: Any, model: Any, options: dict[str, Any]) -> Non
         return
     if differing:
         logger.warning(
-            f"the code published with {str(name)!r} differs from this package's in {', '.join(differing)}: this process "
-            "runs the package's code, a process without the package runs the published code"
+            f"the code published with {str(name)!r} differs from this package's in {', '.join(differing)}: this "
+            "process runs the package's code, a process without the package runs the published code"
         )
 
 

@@ -195,8 +195,8 @@ def check_version(version: Any) -> None:
         raise ValueError(f"filter_spec_version must be an integer >= 1, got {version!r}")
     if version > FILTER_SPEC_VERSION:
         raise ValueError(
-            f"filter_spec_version must be <= {FILTER_SPEC_VERSION}, the newest that this code knows, got {version}: the "
-            "checkpoint was saved by a newer hf_imgproc_attn; upgrade the package, or load it with "
+            f"filter_spec_version must be <= {FILTER_SPEC_VERSION}, the newest that this code knows, got {version}: "
+            "the checkpoint was saved by a newer hf_imgproc_attn; upgrade the package, or load it with "
             "trust_remote_code=True where the package is not imported"
         )
 

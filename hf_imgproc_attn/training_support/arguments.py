@@ -156,6 +156,7 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
     "save_strategy": "epoch",
     "save_total_limit": 2,
     "report_to": "none",
+    "hub_strategy": "end",
     "ddp_find_unused_parameters": False,
 }
 IMAGE_TRAINER_DEFAULTS: dict[str, Any] = {

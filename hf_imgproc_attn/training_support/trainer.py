@@ -1,7 +1,8 @@
-"""The ``Trainer`` of the training scripts: the library's, with two of its habits mended."""
+"""The ``Trainer`` of the training scripts: the library's, with three of its habits mended."""
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -13,7 +14,10 @@ class ScriptTrainer(Trainer):
 
     - ``dataloader_drop_last`` drops training samples only, never samples that are evaluated;
     - ``use_cache=False``, which the Trainer writes into the configuration for training, is not left there
-      (:meth:`restore_configuration`).
+      (:meth:`restore_configuration`);
+    - with ``push_to_hub``, the repository is prepared before training and the run is published once, when its record
+      is complete, by :mod:`hf_imgproc_attn.hub`: the library's own push would upload pickled arguments and local
+      paths, and write a card of its own over ours.
     """
 
     def __init__(self, model: PreTrainedModel, **options: Any) -> None:
@@ -36,6 +40,31 @@ class ScriptTrainer(Trainer):
             self.model.config.use_cache = self._use_cache
         elif hasattr(self.model.config, "use_cache"):
             del self.model.config.use_cache
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Prepare the repository, so that a token or a name that is refused costs no training time.
+
+        Raises:
+            UsageError: if the token may not write, or the repository holds something else.
+        """
+        if not self.is_world_process_zero():
+            return
+        from hf_imgproc_attn.hub.client import connect
+        from hf_imgproc_attn.hub.publishing import MAIN, prepare_repository
+
+        self.hub_model_id = prepare_repository(
+            connect(),
+            self.args.hub_model_id or Path(self.args.output_dir).resolve().name,
+            self.model.config.model_type,
+            private=bool(self.args.hub_private_repo),
+            branch=self.args.hub_revision or MAIN,
+        )
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: see the class."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: see the class."""
 
     @contextlib.contextmanager
     def _dropping_nothing(self) -> Iterator[None]:

@@ -178,7 +178,27 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
         print(
             f"trained {trainer.state.global_step} steps in {seconds:.0f} s; checkpoint and run.json in {path.parent}"
         )
+        if run.training_args.push_to_hub:
+            _publish(run.training_args, str(trainer.hub_model_id))
     return Result(run.training_args.output_dir, metrics, run.record)
+
+
+def _publish(training_args: "TrainingArguments", repo_id: str) -> None:
+    """Publish the finished run; what it has learned is on disk, whatever the Hub says."""
+    from hf_imgproc_attn.hub.publishing import publish
+
+    again = f"imgproc-attn publish {training_args.output_dir} --repo-id {repo_id}"
+    try:
+        publication = publish(
+            training_args.output_dir,
+            repo_id,
+            private=bool(training_args.hub_private_repo),
+            revision=training_args.hub_revision,
+        )
+    except UsageError as error:
+        raise UsageError(f"the run is finished, but not published: {error}; to publish it later: {again}") from error
+    if publication is not None:
+        print(publication)
 
 
 def metrics_table(metrics: dict[str, dict[str, float]]) -> str:

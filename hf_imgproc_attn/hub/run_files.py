@@ -1,0 +1,177 @@
+"""A finished run as a publication: what must be right about its folder, which files travel, and their version."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..training_support.errors import UsageError
+from .travelling_code import audit_folder
+
+if TYPE_CHECKING:
+    from ..cards import RunResults
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
+# Of the run's folder; optimizer states, checkpoints, logs and pickled arguments stay at home.
+_TRAVELLING = (
+    "config.json", "generation_config.json", *WEIGHTS, "*.py", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "preprocessor_config.json", "processor_config.json", "robustness.json",
+)  # fmt: skip
+MODEL_TYPES = ("imgproc_gpt2", "imgproc_vit")
+CARD, CURVES, RECORD = "README.md", "training_curves.png", "run.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run that can be published.
+
+    Attributes:
+        folder: where it is.
+        results: what ``run.json`` and ``robustness.json`` say.
+        config: the content of ``config.json``.
+    """
+
+    folder: Path
+    results: RunResults
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a publication consists of.
+
+    Attributes:
+        files: path in the repository -> a file of the run, or the content itself.
+        tag: names this content: the package's version and the first digits of a SHA-256 over all files.
+    """
+
+    files: dict[str, Path | bytes]
+    tag: str
+
+
+def read_run(folder: str | Path) -> RunFolder:
+    """Check that a folder holds a finished run whose record, weights and code belong together.
+
+    Raises:
+        UsageError: naming the folder and what is wrong: no such folder, no record, a run that is not finished, no
+            weights, weights other than the record's, values that are not finite, code that is missing or that does
+            what a model has no need for.
+    """
+    from ..cards import load_results
+
+    path = Path(folder)
+    if not path.is_dir():
+        raise UsageError(f"run must be the folder of a finished training run, got {str(folder)!r}, which is no folder")
+    results = load_results(path)
+    if results.record.get("status") != "finished":
+        raise UsageError(
+            f"run must be finished, got {str(folder)!r} with status {results.record.get('status')!r} in {RECORD}: "
+            "finish it with --resume"
+        )
+    _check_weights(path, results.record)
+    config = _read_config(path)
+    missing = sorted(
+        {file for reference in config["auto_map"].values() if not (path / (file := _file_of(reference))).is_file()}
+    )
+    if missing:
+        raise UsageError(f"run {str(folder)!r} lacks {', '.join(missing)}, which its config.json names as its code")
+    findings = audit_folder(path)
+    if findings:
+        raise UsageError(f"run {str(folder)!r} has code that a model has no need for: {'; '.join(findings)}")
+    return RunFolder(path, results, config)
+
+
+def contents(run: RunFolder, repo_id: str, baseline: RunResults | None, license_id: str) -> Contents:
+    """The files of a publication, the card and the curves made anew (they are written into the run's folder too).
+
+    Args:
+        run: from :func:`read_run`.
+        repo_id: ``NAME/ID``, for the card.
+        baseline: a run of the same recipe to stand beside it in the card, or None.
+        license_id: of the checkpoint's licence, as the Hub knows it.
+
+    Raises:
+        UsageError: if the card cannot be made, e.g. because the baseline has another recipe.
+    """
+    from .. import __version__
+    from ..cards import render_card
+    from ..curves import draw_curves
+    from ..training_support.run_record import public_record
+
+    record = public_record(run.results.record)
+    files: dict[str, Path | bytes] = {
+        path.name: path for pattern in _TRAVELLING for path in sorted(run.folder.glob(pattern)) if path.is_file()
+    }
+    files[RECORD] = (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
+    draw_curves(run.results.record, run.folder / CURVES)
+    # The picture's bytes depend on the drawing library, and the card names the tag: neither is part of what is hashed.
+    options: dict[str, Any] = {"repo_id": repo_id, "baseline": baseline, "license": license_id}
+    hashed = {**files, CARD: render_card(run.results, revision="TAG", **options).encode()}
+    tag = f"v{__version__}-{_digest(hashed)[:8]}"
+    (run.folder / CARD).write_text(render_card(run.results, revision=tag, **options), encoding="utf-8")
+    return Contents({**files, CARD: run.folder / CARD, CURVES: run.folder / CURVES}, tag)
+
+
+def _digest(files: dict[str, Path | bytes]) -> str:
+    total = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        own = hashlib.sha256(content if isinstance(content, bytes) else content.read_bytes()).hexdigest()
+        total.update(f"{own}  {name}\n".encode())
+    return total.hexdigest()
+
+
+def _check_weights(folder: Path, record: dict[str, Any]) -> None:
+    """The weights are there, are those of the record, and are all numbers."""
+    from ..training_support.run_record import weights_sha256
+
+    found = weights_sha256(str(folder))
+    if not found:
+        raise UsageError(f"run {str(folder)!r} has no weights (*.safetensors)")
+    recorded = record.get("weights_sha256")
+    if found != recorded:
+        raise UsageError(
+            f"run {str(folder)!r} has weights other than those its {RECORD} was written for: SHA-256 {found}, "
+            f"recorded {recorded}"
+        )
+    from safetensors import SafetensorError, safe_open
+
+    for name in found:
+        try:
+            with safe_open(str(folder / name), framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  # not a dictionary: it has no __iter__
+                    tensor = file.get_tensor(key)
+                    if tensor.is_floating_point() and not tensor.isfinite().all():
+                        raise UsageError(
+                            f"run {str(folder)!r} has weights that are not finite numbers: {key} in {name}"
+                        )
+        except SafetensorError as error:
+            raise UsageError(f"the weights {str(folder / name)!r} are truncated or corrupt: {error}") from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{str(path)!r} cannot be read: {error}") from error
+    if config.get("model_type") not in MODEL_TYPES:
+        raise UsageError(
+            f"{str(path)!r} must have a model_type among {', '.join(MODEL_TYPES)}, got {config.get('model_type')!r}"
+        )
+    from ..models.modeling_imgproc_gpt2 import ImgProcGPT2PreTrainedModel
+    from ..models.modeling_imgproc_vit import ImgProcViTPreTrainedModel
+
+    backbone = ImgProcGPT2PreTrainedModel if config["model_type"] == "imgproc_gpt2" else ImgProcViTPreTrainedModel
+    missing = sorted(set(backbone.auto_map) - set(config.get("auto_map") or {}))
+    if missing:
+        raise UsageError(f"{str(path)!r} lacks the auto_map entries {', '.join(missing)}: save the model again")
+    return config
+
+
+def _file_of(reference: str) -> str:
+    """``"modeling_x.Class"`` -> ``"modeling_x.py"``."""
+    return f"{reference.rpartition('.')[0]}.py"
