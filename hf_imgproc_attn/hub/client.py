@@ -15,6 +15,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -27,6 +28,7 @@ ATTEMPTS = 6
 LONGEST_WAIT = 60.0
 """Seconds; a server that asks for more (Retry-After) is not waited for."""
 _BUSY = (429, 500, 502, 503, 504)
+_HUB_ERRORS = (HTTPError, OSError, HFValidationError)
 
 ResultT = TypeVar("ResultT")
 
@@ -69,7 +71,12 @@ def patiently(what: str, call: Callable[[], ResultT], *, wait: float = 1.0) -> R
         attempt += 1
         try:
             return call()
-        except (HTTPError, OSError, HFValidationError) as error:
+        except (*_HUB_ERRORS, RuntimeError) as raised:
+            # Uploads and downloads hand on what went wrong wrapped in an error that says less.
+            wrapped = isinstance(raised, (RuntimeError, LocalEntryNotFoundError))
+            error = raised.__cause__ if wrapped and isinstance(raised.__cause__, _HUB_ERRORS) else raised
+            if not isinstance(error, _HUB_ERRORS):
+                raise
             pause = _pause(error, wait * 2 ** (attempt - 1))
             if pause is None or attempt == ATTEMPTS:
                 again = f" (after {attempt} attempts)" if attempt > 1 else ""

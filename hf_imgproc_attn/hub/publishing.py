@@ -20,8 +20,8 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HFValidationError,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -198,7 +198,7 @@ def repository_model_type(api: HfApi, repo_id: str, revision: str) -> str | None
         with tempfile.TemporaryDirectory() as folder:
             try:
                 path = api.hf_hub_download(repo_id, "config.json", revision=revision, local_dir=folder)
-            except (EntryNotFoundError, RevisionNotFoundError):
+            except (RemoteEntryNotFoundError, RevisionNotFoundError):
                 return None
             try:
                 return str(json.loads(Path(path).read_text(encoding="utf-8")).get("model_type"))

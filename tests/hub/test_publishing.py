@@ -1,0 +1,385 @@
+"""Publishing on a server that speaks the Hub's protocol: what arrives, what is refused, what faults leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+
+from hf_imgproc_attn import cli
+from hf_imgproc_attn.hub.client import HubError
+from hf_imgproc_attn.hub.publishing import Publication, prepare_repository, publish
+from hf_imgproc_attn.hub.run_files import read_run
+from hf_imgproc_attn.hub.travelling_code import ROOM
+from hf_imgproc_attn.training_support.errors import UsageError
+from hf_imgproc_attn.training_support.run_record import weights_sha256
+from tests.helpers import ROOT
+from tests.hub.conftest import READER, TOKEN, CopyOfRun
+from tests.hub_server import HubServer
+
+ID = "ann/digits"
+
+
+def published(*arguments: Any, **options: Any) -> Publication:
+    result = publish(*arguments, **options)
+    assert result is not None
+    return result
+
+
+def edit_record(folder: Path, **changes: Any) -> None:
+    path = folder / "run.json"
+    record = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    path.write_text(json.dumps(record), encoding="utf-8")
+
+
+def test_everything_arrives_in_one_commit_and_is_tagged(
+    hub: HubServer, run: CopyOfRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, baseline = run("vit"), run("vit_softmax")
+    # What must stay at home.
+    (folder / "training_args.bin").write_bytes(b"pickle")
+    (folder / "checkpoint-3").mkdir()
+    (folder / "checkpoint-3" / "optimizer.pt").write_bytes(b"pickle")
+    assert cli.main(["publish", str(folder), "--repo-id", ID, "--baseline", str(baseline)]) == 0
+    printed = capsys.readouterr().out
+    repository = hub.repo(ID)
+    commit, first = repository.commits()
+    assert first.title == "initial commit"
+    assert list(repository.tags.values()) == [commit.sha]
+    (tag,) = repository.tags
+    assert re.fullmatch(r"v\d+\.\d+\.\d+-[0-9a-f]{8}", tag)
+    assert f"revision:  {commit.sha} (tag {tag})" in printed
+    assert f"published: {hub.url}/{ID}" in printed
+    assert "ImgProcViTForImageClassification loads without this package" in printed
+
+    files = repository.files(tag)
+    code = {path.name for path in ROOM.glob("*.py")} & {path.name for path in folder.glob("*.py")}
+    assert {"modeling_imgproc_vit.py", "filter_spec.py"} <= code
+    others = {".gitattributes", "README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
+    others |= {"run.json", "training_curves.png"}
+    assert files.keys() == code | others
+    for name in code | {"config.json", "model.safetensors"}:
+        assert files[name] == (folder / name).read_bytes()
+    assert files["training_curves.png"].startswith(b"\x89PNG")
+    assert not repository.private
+    assert TOKEN not in printed
+
+    card = ModelCard(files["README.md"].decode())
+    assert f'revision="{tag}"' in card.content
+    assert {"hf_imgproc_attn", "bilateral_twicing"} <= set(card.data.tags)
+    measured = json.loads((folder / "run.json").read_text(encoding="utf-8"))["metrics"]["test"]["accuracy"]
+    assert any(result.metric_value == pytest.approx(measured) for result in card.data.eval_results)
+    assert hub.requests("validate_yaml")
+
+
+def test_no_local_path_is_published(hub: HubServer, run: CopyOfRun) -> None:
+    folder = run("vit")
+    published(folder, ID)
+    for name, content in hub.repo(ID).files().items():
+        assert str(folder.parent).encode() not in content, name
+        assert str(ROOT).encode() not in content, name
+
+
+def test_publishing_again_makes_no_second_commit(hub: HubServer, run: CopyOfRun) -> None:
+    folder = run("vit")
+    first, second = published(folder, ID), published(folder, ID)
+    assert first == second
+    assert len(hub.repo(ID).commits()) == 2
+
+
+def test_a_new_run_replaces_the_files_of_the_old_one(hub: HubServer, run: CopyOfRun) -> None:
+    old, new = run("vit"), run("vit_softmax")
+    weights = load_file(old / "model.safetensors")
+    (old / "model.safetensors").unlink()
+    names = sorted(weights)
+    for part, keys in ((1, names[:5]), (2, names[5:])):
+        save_file(
+            {key: weights[key] for key in keys}, old / f"model-0000{part}-of-00002.safetensors", {"format": "pt"}
+        )
+    index = {
+        "metadata": {"total_size": 0},
+        "weight_map": {name: f"model-0000{1 if name in names[:5] else 2}-of-00002.safetensors" for name in names},
+    }
+    (old / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    edit_record(old, weights_sha256=weights_sha256(str(old)))
+    first = published(old, ID)
+    assert "model-00002-of-00002.safetensors" in hub.repo(ID).files(first.tag)
+    second = published(new, ID)
+    assert second.tag != first.tag
+    left = hub.repo(ID).files(second.revision)
+    assert not {name for name in left if name.startswith("model-0000")}
+    assert "model.safetensors.index.json" not in left
+    assert hub.repo(ID).tags == {first.tag: first.revision, second.tag: second.revision}
+
+
+def test_private_on_a_branch_in_the_own_account(hub: HubServer, run: CopyOfRun) -> None:
+    result = published(run("gpt2"), "words", private=True, revision="trial")
+    assert result.repo_id == "ann/words"
+    repository = hub.repo("ann/words")
+    assert repository.private
+    assert repository.branches["trial"] == result.revision
+    assert len(repository.commits("main")) == 1
+    files = repository.files(result.tag)
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "modeling_imgproc_gpt2.py"} <= set(
+        files
+    )
+    assert result.model_class == "ImgProcGPT2LMHeadModel"
+
+
+def test_dry_run_asks_nobody(hub: HubServer, run: CopyOfRun, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run("vit")
+    assert cli.main(["publish", str(folder), "--repo-id", ID, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "nothing was sent" in printed
+    assert "model.safetensors" in printed
+    assert hub.transcript == []
+    assert ID in (folder / "README.md").read_text(encoding="utf-8")
+    assert (folder / "training_curves.png").is_file()
+
+
+# Bad input: refused before anything is sent
+
+
+def spoil_no_folder(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def spoil_no_record(folder: Path) -> None:
+    (folder / "run.json").unlink()
+
+
+def spoil_unfinished(folder: Path) -> None:
+    edit_record(folder, status="running")
+
+
+def spoil_no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def spoil_other_weights(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    next(iter(weights.values())).add_(1)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def spoil_nan(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["classifier.bias"][1] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    edit_record(folder, weights_sha256=weights_sha256(str(folder)))
+
+
+def spoil_truncated(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    edit_record(folder, weights_sha256=weights_sha256(str(folder)))
+
+
+def spoil_code(folder: Path) -> None:
+    with (folder / "filter_spec.py").open("a", encoding="utf-8") as file:
+        file.write("import socket\n")
+
+
+def spoil_missing_code(folder: Path) -> None:
+    (folder / "modeling_imgproc_vit.py").unlink()
+
+
+def spoil_auto_map(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del config["auto_map"]["AutoModelForMaskedImageModeling"]
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_no_folder, "which is no folder"),
+        (spoil_no_record, "run.json"),
+        (spoil_unfinished, "run must be finished, got .* with status 'running'"),
+        (spoil_no_weights, "has no weights"),
+        (spoil_other_weights, "weights other than those its run.json was written for"),
+        (spoil_nan, "weights that are not finite numbers: classifier.bias in model.safetensors"),
+        (spoil_truncated, "truncated or corrupt"),
+        (spoil_code, "filter_spec.py, line [0-9]+: imports socket"),
+        (spoil_missing_code, "lacks modeling_imgproc_vit.py"),
+        (spoil_auto_map, "lacks the auto_map entries AutoModelForMaskedImageModeling"),
+    ],
+)
+def test_a_run_with_something_wrong_is_refused(
+    hub: HubServer, run: CopyOfRun, spoil: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run("vit")
+    spoil(folder)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["publish", str(folder), "--repo-id", ID])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert len(error.splitlines()) == 1
+    assert hub.transcript == []
+
+
+@pytest.mark.parametrize("repo_id", ["a/b/c", "ann/", "ann/x y", "../x"])
+def test_no_name_of_a_repository(hub: HubServer, run: CopyOfRun, repo_id: str) -> None:
+    with pytest.raises(HubError, match="repo_id must be NAME/ID, got "):
+        publish(run("vit"), repo_id)
+
+
+def test_endpoint_is_no_url(run: CopyOfRun) -> None:
+    with pytest.raises(HubError, match="endpoint must be a URL such as .*, got 'somewhere'"):
+        publish(run("vit"), ID, endpoint="somewhere")
+
+
+def test_offline_mode_is_named(run: CopyOfRun) -> None:
+    with pytest.raises(HubError, match="offline mode: unset HF_HUB_OFFLINE"):
+        publish(run("vit"), ID)
+
+
+# What the Hub refuses
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [(None, "there is no token"), (READER, "the token may only read"), ("hf_nobody", "does not know the token")],
+)
+def test_tokens_that_may_not_write(
+    hub: HubServer, run: CopyOfRun, monkeypatch: pytest.MonkeyPatch, token: str | None, message: str
+) -> None:
+    if token is None:
+        monkeypatch.delenv("HF_TOKEN")
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(HubError, match=message) as caught:
+        publish(run("vit"), ID)
+    assert token is None or token not in str(caught.value)
+    with pytest.raises(KeyError):
+        hub.repo(ID)
+
+
+def test_somebody_elses_account(hub: HubServer, run: CopyOfRun) -> None:
+    with pytest.raises(HubError, match="could not create the repository bob/digits"):
+        publish(run("vit"), "bob/digits")
+
+
+def test_a_repository_of_something_else(hub: HubServer, run: CopyOfRun) -> None:
+    api_of = prepare_with(hub)
+    folder = run("vit")
+    api_of.create_repo("ann/bert")
+    api_of.upload_file(path_or_fileobj=b'{"model_type": "bert"}', path_in_repo="config.json", repo_id="ann/bert")
+    api_of.create_repo("ann/data")
+    api_of.upload_file(path_or_fileobj=b"1,2", path_in_repo="table.csv", repo_id="ann/data")
+    api_of.create_repo("ann/card")
+    api_of.upload_file(path_or_fileobj=b"# Soon", path_in_repo="README.md", repo_id="ann/card")
+    with pytest.raises(
+        HubError, match="belongs to another model type: it holds bert, this run is imgproc_vit"
+    ):
+        publish(folder, "ann/bert")
+    with pytest.raises(HubError, match=r"ann/data holds files that are no checkpoint of ours \(table.csv\)"):
+        publish(folder, "ann/data")
+    with pytest.raises(HubError, match="ann/card is public, but private was asked for"):
+        publish(folder, "ann/card", private=True)
+    assert published(folder, "ann/card").repo_id == "ann/card"
+
+
+def prepare_with(hub: HubServer) -> Any:
+    from hf_imgproc_attn.hub.client import connect
+
+    return connect(hub.url)
+
+
+# Faults
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_hub_is_waited_for(
+    hub: HubServer, run: CopyOfRun, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once at every call that a publication makes and that the client itself does not repeat."""
+    routes = ("whoami", "info", "create_repo", "branch", "tree", "refs", "commit", "tag")
+    faults = [hub.fail(route, status=status, retry_after=0) for route in routes]
+    result = published(run("vit"), ID, revision="trial")
+    assert [fault.hits for fault in faults] == [1] * len(routes)
+    assert hub.repo(ID).tags == {result.tag: result.revision}
+    assert "could not" not in capsys.readouterr().out
+
+
+def test_an_upload_that_fails_once(hub: HubServer, run: CopyOfRun) -> None:
+    fault = hub.fail("upload", status=500)
+    result = published(run("vit"), ID)
+    assert fault.hits == 1
+    assert hub.repo(ID).tags == {result.tag: result.revision}
+
+
+def test_a_commit_whose_reply_is_lost_is_made_once(hub: HubServer, run: CopyOfRun) -> None:
+    fault = hub.lose_reply("commit")
+    result = published(run("vit"), ID)
+    assert fault.hits == 1
+    assert [commit.sha for commit in hub.repo(ID).commits()][:-1] == [result.revision]
+
+
+def test_killed_in_the_middle_of_an_upload(hub: HubServer, run: CopyOfRun) -> None:
+    folder = run("vit")
+    fault = hub.stall("upload")
+    command = [sys.executable, "-m", "hf_imgproc_attn.cli", "publish", str(folder), "--repo-id", ID]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert fault.reached.wait(120)
+        process.send_signal(signal.SIGKILL)
+    assert hub.repo(ID).tags == {}
+    assert len(hub.repo(ID).commits()) == 1
+    result = published(folder, ID)
+    assert hub.repo(ID).tags == {result.tag: result.revision}
+    assert len(hub.repo(ID).commits()) == 2
+
+
+def test_what_comes_back_changed_is_not_tagged(hub: HubServer, run: CopyOfRun) -> None:
+    folder = run("vit")
+    hub.flip_byte(at=4000, times=None, path="*model.safetensors")
+    with pytest.raises(HubError, match="not verified and has no tag: the download differs .* in model.safetensors"):
+        publish(folder, ID)
+    assert hub.repo(ID).tags == {}
+    hub.heal()
+    result = published(folder, ID)
+    assert hub.repo(ID).tags == {result.tag: result.revision}
+    assert len(hub.repo(ID).commits()) == 2
+
+
+def test_a_byte_that_changes_once_is_fetched_again(hub: HubServer, run: CopyOfRun) -> None:
+    fault = hub.flip_byte(at=4000, path="*model.safetensors")
+    published(run("vit"), ID)
+    assert fault.hits == 1
+
+
+def test_a_hub_that_is_down_ends_in_one_sentence(
+    hub: HubServer, run: CopyOfRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.fail(status=503, retry_after=0, times=None)
+    with pytest.raises(SystemExit):
+        cli.main(["publish", str(run("vit")), "--repo-id", ID])
+    error = capsys.readouterr().err
+    assert "could not ask who the token belongs to (after 6 attempts): the Hub answered 503" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_run_is_read_without_a_hub(run: CopyOfRun) -> None:
+    checked = read_run(run("vit"))
+    assert checked.config["model_type"] == "imgproc_vit"
+    config = {**checked.config, "model_type": "vit"}
+    (checked.folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UsageError, match="must have a model_type among imgproc_gpt2, imgproc_vit, got 'vit'"):
+        read_run(checked.folder)
+
+
+def test_preparing_takes_the_accounts_name(hub: HubServer) -> None:
+    assert prepare_repository(prepare_with(hub), "digits", "imgproc_vit", private=False) == ID
