@@ -16,6 +16,7 @@ _REFUSED = {
     "do_train": "the script always trains",
     "do_eval": "use --eval_strategy",
     "do_predict": "the test split is evaluated at the end where there is one",
+    "hub_token": "a secret comes from `hf auth login` or the environment variable HF_TOKEN only",
 }
 
 
