@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from . import __version__
 from .hub.commands import add_commands as add_hub_commands
+from .shipped_files import shipped_file
 from .training_support.errors import UsageError
 
 TRAINING_SCRIPTS = {
@@ -117,23 +118,10 @@ def run_training_script(command: str, arguments: Sequence[str]) -> int:
     """
     script = TRAINING_SCRIPTS[command][0]
     # What `python script.py` does: scripts import each other as siblings, and their usage text names the command.
-    sys.path.insert(0, str(training_folder()))
+    sys.path.insert(0, str(shipped_file(f"training/{script}.py").parent))
     sys.argv = [f"imgproc-attn {command}", *arguments]
     status: int = importlib.import_module(script).main(arguments)
     return status
-
-
-def training_folder() -> Path:
-    """Where the training scripts are: inside the package after an installation, beside it in a checkout.
-
-    Raises:
-        FileNotFoundError: if they are in neither place: the installation is incomplete.
-    """
-    package = Path(__file__).resolve().parent
-    for folder in (package / "training", package.parent / "training"):
-        if (folder / "train_image_classification.py").is_file():
-            return folder
-    raise FileNotFoundError(f"the training scripts are neither in {package} nor beside it")
 
 
 def run_convert(options: argparse.Namespace) -> int:

@@ -64,7 +64,7 @@ def run_publish(options: argparse.Namespace) -> int:
         revision=options.revision,
         endpoint=options.endpoint,
         baseline=options.baseline,
-        license_id=options.license,
+        license=options.license,
         dry_run=options.dry_run,
     )
     if publication is not None:

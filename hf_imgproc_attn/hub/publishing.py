@@ -75,7 +75,7 @@ def publish(
     revision: str | None = None,
     endpoint: str | None = None,
     baseline: str | Path | None = None,
-    license_id: str = "apache-2.0",
+    license: str = "apache-2.0",  # noqa: A002  # the Hub's name of the field
     dry_run: bool = False,
 ) -> Publication | None:
     """Publish a finished training run: weights, code, record, curves and card, verified and tagged.
@@ -87,7 +87,7 @@ def publish(
         revision: the branch to commit to, created where it is missing; None: ``main``.
         endpoint: URL of the Hub; None: ``HF_ENDPOINT``, else the public one.
         baseline: folder or results file of a run of the same recipe, to stand beside it in the card.
-        license_id: of the licence, as the Hub knows it.
+        license: of the licence, as the Hub knows it.
         dry_run: make the card and list the files; the Hub is not asked.
 
     Returns:
@@ -103,13 +103,13 @@ def publish(
     checked = read_run(run)
     other = None if baseline is None else load_results(baseline)
     if dry_run:
-        planned = contents(checked, repo_id, other, license_id)
+        planned = contents(checked, repo_id, other, license)
         print(f"would publish {repo_id} as {planned.tag}:\n{file_table(planned)}\nnothing was sent")
         return None
     api = connect(endpoint)
     branch = revision or MAIN
     repo_id = prepare_repository(api, repo_id, checked.config["model_type"], private=private, branch=branch)
-    planned = contents(checked, repo_id, other, license_id)
+    planned = contents(checked, repo_id, other, license)
     commit = _tagged_commit(api, repo_id, planned.tag)
     if commit is None:
         print(f"uploading to {api.endpoint}/{repo_id}:\n{file_table(planned)}", flush=True)

@@ -85,14 +85,14 @@ def read_run(folder: str | Path) -> RunFolder:
     return RunFolder(path, results, config)
 
 
-def contents(run: RunFolder, repo_id: str, baseline: RunResults | None, license_id: str) -> Contents:
+def contents(run: RunFolder, repo_id: str, baseline: RunResults | None, license: str) -> Contents:  # noqa: A002
     """The files of a publication, the card and the curves made anew (they are written into the run's folder too).
 
     Args:
         run: from :func:`read_run`.
         repo_id: ``NAME/ID``, for the card.
         baseline: a run of the same recipe to stand beside it in the card, or None.
-        license_id: of the checkpoint's licence, as the Hub knows it.
+        license: of the checkpoint's licence, as the Hub knows it.
 
     Raises:
         UsageError: if the card cannot be made, e.g. because the baseline has another recipe.
@@ -109,7 +109,7 @@ def contents(run: RunFolder, repo_id: str, baseline: RunResults | None, license_
     files[RECORD] = (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
     draw_curves(run.results.record, run.folder / CURVES)
     # The picture's bytes depend on the drawing library, and the card names the tag: neither is part of what is hashed.
-    options: dict[str, Any] = {"repo_id": repo_id, "baseline": baseline, "license": license_id}
+    options: dict[str, Any] = {"repo_id": repo_id, "baseline": baseline, "license": license}
     hashed = {**files, CARD: render_card(run.results, revision="TAG", **options).encode()}
     tag = f"v{__version__}-{_digest(hashed)[:8]}"
     (run.folder / CARD).write_text(render_card(run.results, revision=tag, **options), encoding="utf-8")

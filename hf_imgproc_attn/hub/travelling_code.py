@@ -119,7 +119,11 @@ def report_differing_code(name: Any, model: Any, options: dict[str, Any]) -> Non
     if name is None or not getattr(model.config, "auto_map", None):
         return  # built in memory, or saved without code
     try:
-        folder = name if os.path.isdir(name) else _download_code(str(name), getattr(model.config, "_commit_hash", None), options)
+        folder = (
+            name
+            if os.path.isdir(name)
+            else _download_code(str(name), getattr(model.config, "_commit_hash", None), options)
+        )
         differing = differing_files(folder)
     except (OSError, ValueError) as error:
         logger.warning(f"the code published with {str(name)!r} could not be compared with this package's: {error}")

@@ -66,6 +66,23 @@ def parse_arguments(
     return Arguments(trainer=trainer, argv=words, **parts)
 
 
+def command_words(arguments: Arguments[Any]) -> list[str]:
+    """The options of a run as one command line that needs no YAML file, without those at their defaults.
+
+    ``--config`` is left out, since what it says stands here, and so is ``--resume``.
+    """
+    words: list[str] = []
+    for part in (arguments.model, arguments.data, arguments.run):
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if field.name not in ("config", "resume") and value not in (field.default, []):
+                values = value if isinstance(value, list) else [value]
+                words += _option_words(field.name, ["none" if item is None else _word(item) for item in values])
+    for name, given in arguments.trainer.items():
+        words += _option_words(name, ["none"] if given is None else given)
+    return words
+
+
 def print_trainer_help() -> None:
     """Print every field of ``transformers.TrainingArguments`` with its type, default and help text."""
     from transformers import TrainingArguments
@@ -184,6 +201,12 @@ def _read_yaml(path: Path, own_names: set[str]) -> tuple[list[str], dict[str, li
         elif values:  # an empty list or a null leaves the default
             own += [f"--{name}={values[0]}"] if not isinstance(value, list) else [f"--{name}", *values]
     return own, others
+
+
+def _option_words(name: str, values: list[str]) -> list[str]:
+    if len(values) == 1 and values[0].startswith("-"):
+        return [f"--{name}={values[0]}"]
+    return [f"--{name}", *values]
 
 
 def _word(value: Any) -> str:

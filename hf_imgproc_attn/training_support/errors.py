@@ -8,6 +8,7 @@ _EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("accelerate", "datasets", "evaluate", "numpy", "PIL", "sklearn", "tokenizers", "yaml"),
     "robustness": ("foolbox",),
     "viz": ("matplotlib",),
+    "hub": ("jinja2", "matplotlib"),
 }
 
 
@@ -19,7 +20,7 @@ def require_extras(*extras: str) -> None:
     """Check that the packages of the named extras are installed.
 
     Args:
-        extras: names among ``train``, ``robustness`` and ``viz``.
+        extras: names among ``train``, ``robustness``, ``viz`` and ``hub``.
 
     Raises:
         UsageError: names the packages that are missing and the extra that brings them.

@@ -3,20 +3,25 @@
 It is written when training starts, which marks the folder as this run's, and again when it ends.
 """
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
-from hf_imgproc_attn.training_support.arguments import EMBEDDED_IMAGES, EMBEDDED_TEXT
+from hf_imgproc_attn.training_support.argument_parser import command_words
+from hf_imgproc_attn.training_support.arguments import EMBEDDED_IMAGES, EMBEDDED_TEXT, Arguments
 from hf_imgproc_attn.training_support.errors import UsageError
 
 FILE_NAME = "run.json"
 FORMAT = 1
+LOCAL_OR_HUB = ("model_name_or_path", "dataset_name", "tokenizer_name")
+"""Options that take a local path or a Hub name; a record has local ones as absolute paths."""
 
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "evaluate", "tokenizers", "safetensors", "numpy")
 # What makes a run another run. The rest (how long, how often to log and save, on how many devices) may change.
@@ -26,6 +31,14 @@ _TRAJECTORY = (
     "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "bf16", "fp16",
     "gradient_accumulation_steps",
 )  # fmt: skip
+
+_ALWAYS_LOCAL = ("output_dir", "config", "resumed_from", "resume_from_checkpoint")
+_START_OF_PATH = r"(?:file:|[A-Za-z]:[\\/]|\\\\|~|\.{1,2}(?:[\\/]|$)|/)"
+_LOCAL = re.compile(_START_OF_PATH)
+# Between quotes a path may hold white space.
+_LOCAL_INSIDE = re.compile(rf"(?<=[\"']){_START_OF_PATH}[^\"']*|(?<=[\s\[({{,]){_START_OF_PATH}[^\s\])}},\"']*")
+# The last component of a home is the name of its user.
+_HOME = re.compile(r"(?:~[^\\/]*|(?:[A-Za-z]:)?[\\/](?:home|Users)[\\/][^\\/]+|/root)[\\/]*")
 
 
 def check_output_dir(output_dir: str, record: dict[str, Any], resume: bool) -> None:
@@ -60,29 +73,35 @@ def check_output_dir(output_dir: str, record: dict[str, Any], resume: bool) -> N
         raise UsageError(f"output_dir must be empty or hold this run, got {output_dir!r}, which holds other files")
 
 
-def start_record(task: str, arguments: Any, training_args: Any) -> dict[str, Any]:
+def start_record(task: str, arguments: Arguments[Any], training_args: Any) -> dict[str, Any]:
     """The record of a run that starts.
+
+    ``argv`` is the command line as it was given, ``command`` the same run without a YAML file.
 
     Args:
         task: ``image-classification`` or ``causal-lm``.
         arguments: the parsed command line.
         training_args: the ``TrainingArguments`` made from it.
     """
+    arguments = dataclasses.replace(
+        arguments, model=_with_absolute_paths(arguments.model), data=_with_absolute_paths(arguments.data)
+    )
     return {
         "format": FORMAT,
         "task": task,
         "status": "running",
-        "argv": _without_secrets(arguments.argv),
+        "argv": arguments.argv,
+        "command": command_words(arguments),
         "arguments": {
             "model": vars(arguments.model).copy(),
-            "data": _absolute_paths(vars(arguments.data)),
+            "data": vars(arguments.data).copy(),
             "run": vars(arguments.run).copy(),
             "trainer": trainer_options(training_args),
         },
         "seed": training_args.seed,
         "versions": package_versions(),
         "git": git_state(),
-        "device": device_description(training_args),
+        "device": device_description(training_args.device, training_args.world_size),
     }
 
 
@@ -101,13 +120,35 @@ def check_same_data(record: dict[str, Any], fingerprints: dict[str, Any]) -> Non
 
 
 def write_record(output_dir: str, record: dict[str, Any]) -> Path:
-    """Write ``run.json``, whole or not at all. Only one process may do so."""
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{FILE_NAME}.{os.getpid()}"
-    temporary.write_text(json.dumps(record, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / FILE_NAME)
-    return folder / FILE_NAME
+    """Write ``run.json``. Only one process may do so."""
+    return write_json(Path(output_dir) / FILE_NAME, record)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> Path:
+    """Write a JSON file, whole or not at all; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def public_record(record: dict[str, Any]) -> dict[str, Any]:
+    """The record as it may be published: no local paths, names of users or machines, and no secrets.
+
+    Of a path the last component stays. ``local_paths`` names the options that held one, which could be taken for a Hub
+    name afterwards.
+
+    Args:
+        record: the content of ``run.json``, or what this function made of it: then nothing changes any more.
+    """
+    public: dict[str, Any] = _public(record)
+    given = [options for part in ("model", "data") if (options := record.get("arguments", {}).get(part))]
+    local = {name for options in given for name in LOCAL_OR_HUB if _LOCAL.match(str(options.get(name)))}
+    public["local_paths"] = sorted(local.union(record.get("local_paths", [])))
+    if "device" in public:  # the release of a kernel may name who built it
+        public["device"]["platform"] = re.sub(r"^(\w+(?: [\d.]*\d)?).*", r"\1", record["device"].get("platform", ""))
+    return public
 
 
 def weights_sha256(folder: str) -> dict[str, str]:
@@ -154,15 +195,14 @@ def git_state() -> dict[str, Any] | None:
         return None
 
 
-def device_description(training_args: Any) -> dict[str, Any]:
-    """What the run computes on."""
+def device_description(device: Any, processes: int) -> dict[str, Any]:
+    """What is computed on: a ``torch.device``, in so many processes."""
     import torch
 
-    device = training_args.device
     return {
         "type": device.type,
         "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name(),
-        "processes": training_args.world_size,
+        "processes": processes,
         "threads": torch.get_num_threads(),
         "platform": f"{platform.system()} {platform.release()}",
     }
@@ -173,14 +213,32 @@ def trainer_options(training_args: Any) -> dict[str, Any]:
     return dict(json.loads(training_args.to_json_string()))
 
 
-def _without_secrets(words: list[str]) -> list[str]:
-    hidden = list(words)
-    for position, word in enumerate(words):
-        if word.startswith("--hub_token="):
-            hidden[position] = "--hub_token=..."
-        elif position > 0 and words[position - 1] == "--hub_token":
-            hidden[position] = "..."
-    return hidden
+def _public(value: Any, name: str = "") -> Any:
+    """A part of a record as it may be published; ``name`` is the option or field it belongs to."""
+    if isinstance(value, dict):
+        kept = {key: item for key, item in value.items() if not (key.endswith("_token") and isinstance(item, str))}
+        return {key: item if key in ("id2label", "label2id") else _public(item, key) for key, item in kept.items()}
+    if isinstance(value, list):  # in a command line the value of an option follows its name
+        names = [name, *(str(word).removeprefix("--") for word in value)]
+        return [_public(item, before) for before, item in zip(names, value, strict=False)]
+    return _public_text(value, name) if isinstance(value, str) else value
+
+
+def _public_text(text: str, name: str) -> str:
+    if assignment := re.fullmatch(r"((?:--)?(\w+)=)(.*)", text, re.DOTALL):
+        return assignment[1] + _public_text(assignment[3], assignment[2])
+    if name.endswith("_token"):
+        return "..."
+    if name in _ALWAYS_LOCAL or _LOCAL.match(text):
+        return _last_component(text)
+    text = re.sub(r"\bhf_[A-Za-z0-9]{16,}", "...", text)  # what the Hub's tokens look like
+    text = re.sub(r"://[^/@\s]+@", "://", text)
+    return _LOCAL_INSIDE.sub(lambda path: _last_component(path[0]), text)
+
+
+def _last_component(path: str) -> str:
+    parts = [part for part in re.split(r"[\\/]+", path) if part not in ("", ".", "..", "~", "file:")]
+    return parts[-1] if parts and not _HOME.fullmatch(path) else "."
 
 
 def _processor_name() -> str:
@@ -190,11 +248,16 @@ def _processor_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _absolute_paths(options: dict[str, Any]) -> dict[str, Any]:
-    """A data set given by a relative path is the same one from another working directory."""
-    name = options["dataset_name"]
-    is_path = name not in (EMBEDDED_IMAGES, EMBEDDED_TEXT) and Path(name).exists()
-    return {**options, "dataset_name": str(Path(name).resolve()) if is_path else name}
+def _with_absolute_paths(options: Any) -> Any:
+    """Data, a tokenizer or a checkpoint given by a relative path are the same from another working directory."""
+    names = [name for name in LOCAL_OR_HUB if hasattr(options, name)]
+    given = {name: value for name in names if (value := getattr(options, name)) and Path(value).expanduser().exists()}
+    paths = {
+        name: str(Path(value).expanduser().resolve())
+        for name, value in given.items()
+        if value not in (EMBEDDED_IMAGES, EMBEDDED_TEXT)
+    }
+    return dataclasses.replace(options, **paths)
 
 
 def _difference(earlier: dict[str, Any], record: dict[str, Any]) -> str | None:

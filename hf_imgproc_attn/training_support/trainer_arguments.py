@@ -18,7 +18,7 @@ _REFUSED = {
     "do_predict": "the test split is evaluated at the end where there is one",
     "hub_strategy": "a run is published once, when it is finished",
     "hub_always_push": "a run is published once, when it is finished",
-    "hub_token": "log in with `hf auth login`, or set HF_TOKEN: a command line is seen by others",
+    "hub_token": "a secret comes from `hf auth login` or the environment variable HF_TOKEN only",
 }
 
 

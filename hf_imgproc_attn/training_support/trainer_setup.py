@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 EMBEDDED_EPOCHS = 10
 
+_TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+
 
 @dataclass
 class Run:
@@ -162,13 +164,16 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
     for name, (dataset, compute_metrics) in splits.items():
         trainer.compute_metrics = compute_metrics
         values = trainer.evaluate(dataset, metric_key_prefix=name)
-        metrics[name] = {key.removeprefix(f"{name}_"): value for key, value in values.items() if key.startswith(name)}
+        metrics[name] = _measured(values, name)
     if main:
-        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        history = trainer.state.log_history
         run.record |= {
             "status": "finished",
+            "steps": trainer.state.global_step,
+            "model_config": model.config.to_dict(),
             "metrics": {"train": outcome.metrics, **metrics},
-            "train_loss": [[entry["step"], entry["loss"]] for entry in history],
+            "train_loss": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
+            "eval_history": [[entry["step"], _measured(entry, "eval")] for entry in history if "eval_loss" in entry],
             # Of all sessions that came to their end; a killed one has left no time.
             "training_seconds": run.record.get("training_seconds", 0.0) + seconds,
             "weights_sha256": run_record.weights_sha256(run.training_args.output_dir),
@@ -203,12 +208,17 @@ def _publish(training_args: "TrainingArguments", repo_id: str) -> None:
 
 def metrics_table(metrics: dict[str, dict[str, float]]) -> str:
     """A small table of the measured values: one row a split."""
-    skipped = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
-    names = list(dict.fromkeys(name for values in metrics.values() for name in values if name not in skipped))
+    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
     rows = [["split", *(name.replace("_", " ") for name in names)]]
     rows += [[split, *(_number(values[name]) for name in names)] for split, values in metrics.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(len(names) + 1)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _measured(entry: dict[str, float], prefix: str) -> dict[str, float]:
+    """The metrics of one evaluation, without the times that the Trainer reports beside them."""
+    values = {key.removeprefix(f"{prefix}_"): value for key, value in entry.items() if key.startswith(f"{prefix}_")}
+    return {name: value for name, value in values.items() if name not in _TIMES}
 
 
 def _number(value: float) -> str:

@@ -281,9 +281,7 @@ def test_a_repository_of_something_else(hub: HubServer, run: CopyOfRun) -> None:
     api_of.upload_file(path_or_fileobj=b"1,2", path_in_repo="table.csv", repo_id="ann/data")
     api_of.create_repo("ann/card")
     api_of.upload_file(path_or_fileobj=b"# Soon", path_in_repo="README.md", repo_id="ann/card")
-    with pytest.raises(
-        HubError, match="belongs to another model type: it holds bert, this run is imgproc_vit"
-    ):
+    with pytest.raises(HubError, match="belongs to another model type: it holds bert, this run is imgproc_vit"):
         publish(folder, "ann/bert")
     with pytest.raises(HubError, match=r"ann/data holds files that are no checkpoint of ours \(table.csv\)"):
         publish(folder, "ann/data")
