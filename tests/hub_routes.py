@@ -98,7 +98,7 @@ def _paged(request: Request, items: list[Any]) -> Reply:
     if end < len(items):
         query = urlencode({**request.query, "cursor": [str(end)]}, doseq=True)
         headers["Link"] = f'<{request.hub.url}{request.path}?{query}>; rel="next"'
-    return json_reply(items[start:end], **headers)
+    return json_reply(items[start:end], headers=headers)
 
 
 @ROUTES.add("GET", "/api/models", "author filter search limit sort full cardData config expand pipeline_tag cursor")

@@ -43,7 +43,8 @@ class HubError(Exception):
         super().__init__(message)
         self.status = status
         self.violation = violation
-        self.headers = {"X-Error-Message": message.splitlines()[0], **(headers or {})}
+        line = message.splitlines()[0].encode("ascii", "backslashreplace").decode()
+        self.headers = {"X-Error-Message": line, **(headers or {})}
         if code is not None:
             self.headers["X-Error-Code"] = code
         self.body = {"error": message, **(body or {})}
