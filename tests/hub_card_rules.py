@@ -1,6 +1,8 @@
 """What the Hub demands of the front matter of a model card, and what it derives from it.
 
-Source: the Hub's documentation of model cards (metadata specification) and its public lists of licences and tasks.
+Sources: ``modelcard.md`` and ``docs/hub/repositories-licenses.md`` of huggingface/hub-docs, and the keys of
+``PIPELINE_DATA`` in huggingface/huggingface.js. The Hub adds to both lists, so what is refused here may be allowed there
+one day.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ _LICENSES = """
     fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma unknown other
 """
 _PIPELINE_TAGS = """
-    any-to-any audio-classification audio-text-to-text audio-to-audio automatic-speech-recognition depth-estimation
+    any-to-any biology text2text-generation audio-classification audio-text-to-text audio-to-audio automatic-speech-recognition depth-estimation
     document-question-answering feature-extraction fill-mask graph-ml image-classification image-feature-extraction
     image-segmentation image-text-to-text image-to-3d image-to-image image-to-text image-to-video keypoint-detection
     mask-generation multiple-choice object-detection other question-answering reinforcement-learning robotics

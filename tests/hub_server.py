@@ -238,7 +238,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         hub, address = self.server.hub, urlsplit(self.path)
-        path = unquote(address.path)
+        path = self._without_tokens(unquote(address.path))
         route, groups = _find(self.command, address.path, self.server.on_storage)
         name = route.name if route else "unknown"
         fault = hub.faults.take("stall fail lose", name, self.command, path)
@@ -315,17 +315,22 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refusal(self, error: HubError) -> Reply:
         if error.violation:
-            self.server.hub.violations.append(f"{self.command} {urlsplit(self.path).path}: {error}")
+            path = self._without_tokens(urlsplit(self.path).path)
+            self.server.hub.violations.append(f"{self.command} {path}: {error}")
         return json_reply(error.body, error.status, error.headers)
 
+    def _without_tokens(self, text: str) -> str:
+        for token in self.server.hub.state.accounts:
+            text = text.replace(token, "…")
+        return text
+
     def _log(self, path: str, route: str, status: int, role: str, fault: Fault | None) -> None:
-        hub = self.server.hub
-        for token in hub.state.accounts:
-            if token in self.path:
-                hub.violations.append("a token is in an address")
-                path = path.replace(token, "…")
+        if self._without_tokens(self.path) != self.path:
+            self.server.hub.violations.append("a token is in an address")
         kind = fault.kind if fault else None
-        hub.transcript.append(Entry(self.command, path, route, status, role, self.headers.get("Range"), kind))
+        self.server.hub.transcript.append(
+            Entry(self.command, path, route, status, role, self.headers.get("Range"), kind)
+        )
 
     def _send(self, reply: Reply, fault: Fault | None) -> None:
         self.send_response(reply.status)

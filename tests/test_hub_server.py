@@ -144,6 +144,11 @@ def test_repositories_are_made_hidden_listed_and_deleted(hub: HubServer, api: Hf
     assert api.create_repo("lab/secret", private=True).repo_id == "lab/secret"
     bob = HfApi(endpoint=hub.url, token="hf_bob")
     assert [model.id for model in bob.list_models(author="ann", filter="custom_code")] == [ID]
+    (listed,) = bob.list_models(search="vit")
+    assert (listed.card_data, listed.siblings, listed.sha) == (None, None, None)
+    (listed,) = bob.list_models(search="vit", full=True, cardData=True)
+    assert listed.card_data is not None
+    assert (listed.card_data.license, listed.sha) == ("apache-2.0", published)
     assert [model.id for model in api.list_models(search="secret", full=True)] == ["lab/secret"]
     assert list(api.list_models(filter=["custom_code", "gguf"])) == []
     assert list(bob.list_models(author="lab")) == []

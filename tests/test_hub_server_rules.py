@@ -62,7 +62,7 @@ def test_a_public_repository_can_be_read_but_not_written_by_all(hub: HubServer, 
 def test_the_transcript_holds_no_token(hub: HubServer, api: HfApi, published: str) -> None:
     assert [entry.route for entry in hub.transcript if entry.method == "PUT"] == ["upload"]
     assert not any(token in str(hub.transcript) for token in hub.state.accounts)
-    assert raw(hub, "GET", "/api/models/hf_ann")[0] == 401
+    assert raw(hub, "GET", "/api/hf_ann")[0] == 404
     assert "hf_ann" not in str(hub.transcript) + str(hub.violations)
     with pytest.raises(AssertionError, match="a token is in an address"):
         hub.check()
