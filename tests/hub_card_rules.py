@@ -1,8 +1,8 @@
 """What the Hub demands of the front matter of a model card, and what it derives from it.
 
 Sources: ``modelcard.md`` and ``docs/hub/repositories-licenses.md`` of huggingface/hub-docs, and the keys of
-``PIPELINE_DATA`` in huggingface/huggingface.js. The Hub adds to both lists, so what is refused here may be allowed there
-one day.
+``PIPELINE_DATA`` in huggingface/huggingface.js. The Hub adds to both lists, so what is refused here may one day be
+allowed there.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ _LICENSES = """
     fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma unknown other
 """
 _PIPELINE_TAGS = """
-    any-to-any biology text2text-generation audio-classification audio-text-to-text audio-to-audio automatic-speech-recognition depth-estimation
+    any-to-any audio-classification audio-text-to-text audio-to-audio automatic-speech-recognition depth-estimation
     document-question-answering feature-extraction fill-mask graph-ml image-classification image-feature-extraction
     image-segmentation image-text-to-text image-to-3d image-to-image image-to-text image-to-video keypoint-detection
     mask-generation multiple-choice object-detection other question-answering reinforcement-learning robotics
     sentence-similarity summarization table-question-answering table-to-text tabular-classification tabular-regression
     tabular-to-text text-classification text-generation text-ranking text-retrieval text-to-3d text-to-audio
     text-to-image text-to-speech text-to-video time-series-forecasting token-classification translation
+    biology text2text-generation
     unconditional-image-generation video-classification video-text-to-text video-to-video visual-document-retrieval
     visual-question-answering voice-activity-detection zero-shot-classification zero-shot-image-classification
     zero-shot-object-detection

@@ -43,7 +43,7 @@ def model_info(repository: Repository, commit: Commit, *, blobs: bool) -> dict[s
 
 
 def brief(info: dict[str, Any], asked: set[str]) -> dict[str, Any]:
-    """What a list of models says of one: no card, configuration or files unless ``asked`` for with these parameters."""
+    """What a list of models says of one: no card, configuration or files unless these parameters ask for it."""
     hidden = {"model-index", *({"cardData", "config"} - asked)}
     if "full" not in asked:
         hidden |= {"author", "sha", "lastModified", "gated", "disabled", "siblings", "usedStorage"}

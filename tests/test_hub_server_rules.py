@@ -122,6 +122,7 @@ def test_cards_through_the_client(hub: HubServer, api: HfApi) -> None:
 
 API = f"/api/models/{ID}"
 SHA = "0" * 64
+BATCH: dict[str, Any] = {"operation": "upload", "hash_algo": "sha256", "transfers": ["basic"]}
 TEXT = {"content": base64.b64encode(b"text").decode(), "encoding": "base64"}
 BREACHES: dict[str, tuple[int, str, str, Any]] = {
     "unknown route": (404, "GET", "/api/nothing", None),
@@ -140,7 +141,7 @@ BREACHES: dict[str, tuple[int, str, str, Any]] = {
         400,
         "POST",
         f"/{ID}.git/info/lfs/objects/batch",
-        {"operation": "upload", "hash_algo": "sha256", "transfers": ["basic"], "objects": [{"oid": SHA}]},
+        {**BATCH, "objects": [{"oid": SHA}]},
     ),
     "verify": (400, "POST", f"/{ID}.git/info/lfs/objects/verify", {"oid": SHA, "size": 1}),
     "commit without header": (400, "POST", f"{API}/commit/main", b'{"key": "file", "value": {}}'),
@@ -184,8 +185,7 @@ def test_a_breach_of_the_protocol_is_refused_and_kept(hub: HubServer, published:
 def test_an_upload_must_be_what_was_announced(hub: HubServer, api: HfApi, body: bytes, message: str) -> None:
     api.create_repo(ID)
     oid = hashlib.sha256(WEIGHTS).hexdigest()
-    asked = {"operation": "upload", "hash_algo": "sha256", "transfers": ["basic"]}
-    asked |= {"objects": [{"oid": oid, "size": len(WEIGHTS)}]}
+    asked = {**BATCH, "objects": [{"oid": oid, "size": len(WEIGHTS)}]}
     status, _, answer = raw(hub, "POST", f"/{ID}.git/info/lfs/objects/batch", asked, "hf_ann")
     href = json.loads(answer)["objects"][0]["actions"]["upload"]["href"]
     assert status == 200
@@ -198,6 +198,27 @@ def test_an_upload_must_be_what_was_announced(hub: HubServer, api: HfApi, body: 
         hub.check()
     assert raw(hub, "PUT", href, iter([WEIGHTS[:1000], WEIGHTS[1000:]]))[0] == 200, "in chunks"
     assert list(hub.repo(ID).lfs.values()) == [WEIGHTS]
+
+
+def test_parts_must_be_what_was_announced() -> None:
+    with HubServer(part_size=1000) as hub, hub.reached_by_this_process():
+        hub.add_account("ann", token="hf_ann")
+        HfApi(endpoint=hub.url, token="hf_ann").create_repo(ID)
+        oid = hashlib.sha256(WEIGHTS).hexdigest()
+        asked = {**BATCH, "objects": [{"oid": oid, "size": len(WEIGHTS)}], "transfers": ["basic", "multipart"]}
+        answer = json.loads(raw(hub, "POST", f"/{ID}.git/info/lfs/objects/batch", asked, "hf_ann")[2])
+        upload = answer["objects"][0]["actions"]["upload"]
+        assert set(upload["header"]) == {"chunk_size", "1", "2", "3"}
+        sent = [raw(hub, "PUT", upload["header"][str(n + 1)], WEIGHTS[1000 * n :][:1000]) for n in range(3)]
+        assert [status for status, _, _ in sent] == [200, 200, 200]
+        hub.check()
+        assert raw(hub, "PUT", upload["header"]["3"], b"x" * 1000)[0] == 400, "a part that is too long"
+        parts = [{"partNumber": n + 1, "etag": headers["etag"]} for n, (_, headers, _) in enumerate(sent)]
+        assert raw(hub, "POST", upload["href"], {"oid": oid, "parts": parts[:2]})[0] == 400, "a part is missing"
+        assert hub.repo(ID).lfs == {}
+        assert raw(hub, "POST", upload["href"], {"oid": oid, "parts": parts})[0] == 200
+        assert hub.repo(ID).lfs == {oid: WEIGHTS}
+        assert len(hub.violations) == 2
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "curves/loss.csv"])
