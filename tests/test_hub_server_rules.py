@@ -192,6 +192,7 @@ def test_an_upload_must_be_what_was_announced(hub: HubServer, api: HfApi, body: 
     assert raw(hub, "PUT", href, body)[0] == 400
     assert raw(hub, "PUT", f"{href[:-1]}", body)[0] == 403, "another signature"
     assert raw(hub, "PUT", href, body, "hf_ann")[0] == 400, "a token does not belong there"
+    assert hub.violations[-1].endswith("a token was sent to the storage")
     assert hub.repo(ID).lfs == {}
     assert len(hub.violations) == 3
     with pytest.raises(AssertionError, match=message):
