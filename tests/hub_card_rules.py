@@ -1,6 +1,8 @@
 """What the Hub demands of the front matter of a model card, and what it derives from it.
 
-Source: the Hub's documentation of model cards (metadata specification) and its public lists of licences and tasks.
+Sources: ``modelcard.md`` and ``docs/hub/repositories-licenses.md`` of huggingface/hub-docs, and the keys of
+``PIPELINE_DATA`` in huggingface/huggingface.js. The Hub adds to both lists, so what is refused here may one day be
+allowed there.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ _PIPELINE_TAGS = """
     sentence-similarity summarization table-question-answering table-to-text tabular-classification tabular-regression
     tabular-to-text text-classification text-generation text-ranking text-retrieval text-to-3d text-to-audio
     text-to-image text-to-speech text-to-video time-series-forecasting token-classification translation
+    biology text2text-generation
     unconditional-image-generation video-classification video-text-to-text video-to-video visual-document-retrieval
     visual-question-answering voice-activity-detection zero-shot-classification zero-shot-image-classification
     zero-shot-object-detection

@@ -32,6 +32,7 @@ class Faults:
 
     def __init__(self) -> None:
         self._pending: list[Fault] = []
+        self._taken: list[Fault] = []
         self._lock = threading.Lock()
 
     def add(self, fault: Fault) -> Fault:
@@ -51,6 +52,7 @@ class Faults:
                 ):
                     fault.hits += 1
                     fault.reached.set()
+                    self._taken.append(fault)
                     if fault.hits == fault.times:
                         self._pending.remove(fault)
                     return fault
@@ -59,6 +61,6 @@ class Faults:
     def heal(self) -> None:
         """No further faults, and what hangs goes on."""
         with self._lock:
-            for fault in self._pending:
+            for fault in self._pending + self._taken:
                 fault.released.set()
             self._pending.clear()

@@ -35,11 +35,19 @@ def model_info(repository: Repository, commit: Commit, *, blobs: bool) -> dict[s
         "usedStorage": sum(len(blob.content) for blob in commit.files.values()),
         "tags": derived_tags(card, config, paths),
         "siblings": [_sibling(path, commit.files[path], blobs) for path in paths],
-        "config": config,
+        "config": {key: config[key] for key in ("architectures", "auto_map", "model_type") if key in config},
         "cardData": card,
         **{key: card[key] for key in ("pipeline_tag", "model-index") if key in card},
         **({"library_name": card.get("library_name", "transformers")} if card or config else {}),
     }
+
+
+def brief(info: dict[str, Any], asked: set[str]) -> dict[str, Any]:
+    """What a list of models says of one: no card, configuration or files unless these parameters ask for it."""
+    hidden = {"model-index", *({"cardData", "config"} - asked)}
+    if "full" not in asked:
+        hidden |= {"author", "sha", "lastModified", "gated", "disabled", "siblings", "usedStorage"}
+    return {key: value for key, value in info.items() if key not in hidden}
 
 
 def chosen(info: dict[str, Any], expand: list[str] | None) -> dict[str, Any]:

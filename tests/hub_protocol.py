@@ -48,7 +48,7 @@ class Hub:
 
 @dataclass
 class Request:
-    """A request with its whole body, after its token was looked up."""
+    """A request with its whole body, after its token was looked up; the names of headers are in lower case."""
 
     hub: Hub
     path: str
@@ -101,8 +101,9 @@ class Reply:
     is_content: bool = False
 
 
-def json_reply(value: Any, status: int = 200, **headers: str) -> Reply:
-    return Reply(json.dumps(value, default=str).encode(), status, {"Content-Type": "application/json", **headers})
+def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
+    own = {"Content-Type": "application/json", **(headers or {})}
+    return Reply(json.dumps(value, default=str).encode(), status, own)
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def _paged(request: Request, items: list[Any]) -> Reply:
     if end < len(items):
         query = urlencode({**request.query, "cursor": [str(end)]}, doseq=True)
         headers["Link"] = f'<{request.hub.url}{request.path}?{query}>; rel="next"'
-    return json_reply(items[start:end], **headers)
+    return json_reply(items[start:end], headers=headers)
 
 
 @ROUTES.add("GET", "/api/models", "author filter search limit sort full cardData config expand pipeline_tag cursor")
@@ -115,7 +115,10 @@ def list_models(request: Request) -> Reply:
     if (sort := wanted.get("sort")) not in (None, "lastModified", "createdAt", "downloads", "likes", "trendingScore"):
         raise breach(f"unknown sort {sort!r}")
     found.sort(key=lambda info: info[sort or "createdAt"], reverse=True)
-    return _paged(request, [hub_listing.chosen(info, request.query.get("expand")) for info in found])
+    if expand := request.query.get("expand"):
+        return _paged(request, [hub_listing.chosen(info, expand) for info in found])
+    asked = {name for name in ("full", "cardData", "config") if request.flag(name)}
+    return _paged(request, [hub_listing.brief(info, asked) for info in found])
 
 
 @ROUTES.add("GET", f"/api/models/{ID}/refs", "include_prs")

@@ -23,12 +23,13 @@ import struct
 import threading
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from unittest import mock
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests import hub_routes, hub_transfer
@@ -109,6 +110,27 @@ class HubServer:
             **({"HF_TOKEN": token} if token is not None else {}),
         }
 
+    @contextlib.contextmanager
+    def reached_by_this_process(self) -> Iterator[None]:
+        """Sets what this process's client took from its environment when it was imported, for as long as it lasts.
+
+        An ``HfApi`` needs its ``endpoint`` all the same, and a token.
+        """
+        from huggingface_hub import close_session, constants
+
+        template = f"{self.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        with mock.patch.multiple(
+            constants,
+            HF_HUB_OFFLINE=False,
+            HF_HUB_DISABLE_XET=True,
+            ENDPOINT=self.url,
+            HUGGINGFACE_CO_URL_TEMPLATE=template,
+        ):
+            try:
+                yield
+            finally:
+                close_session()
+
     def check(self) -> None:
         """Raises AssertionError with all that no correct client would have done."""
         if self.violations:
@@ -147,7 +169,7 @@ class HubServer:
         return self._add("lose", route, path, "*", times)
 
     def stall(self, route: str = "upload", *, times: int | None = 1, path: str = "*") -> Fault:
-        """Does nothing until the client goes away, the fault's ``released`` is set or :meth:`heal` is called."""
+        """Reads the request, then waits until the client is gone, the fault's ``released`` is set or all is healed."""
         return self._add("stall", route, path, "*", times)
 
     def heal(self) -> None:
@@ -171,7 +193,7 @@ class _Listener(ThreadingHTTPServer):
         self.hub, self.on_storage = hub, on_storage
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.connections: set[socket.socket] = set()
-        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05})
+        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
 
     def start(self) -> None:
         self._thread.start()
@@ -216,22 +238,22 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         hub, address = self.server.hub, urlsplit(self.path)
-        path = unquote(address.path)
+        path = self._without_tokens(unquote(address.path))
         route, groups = _find(self.command, address.path, self.server.on_storage)
         name = route.name if route else "unknown"
         fault = hub.faults.take("stall fail lose", name, self.command, path)
         role, reply = "none", Reply()
         try:
+            body = self._body()
             if fault and fault.kind == "stall":
                 self._wait(fault)
-            body = self._body()
             with hub.lock:
                 account, role = self._account()
                 request = Request(
                     hub.state,
                     address.path,
                     parse_qs(address.query, keep_blank_values=True),
-                    self.headers,
+                    {key.lower(): value for key, value in self.headers.items()},
                     body,
                     account,
                 )
@@ -293,17 +315,22 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refusal(self, error: HubError) -> Reply:
         if error.violation:
-            self.server.hub.violations.append(f"{self.command} {urlsplit(self.path).path}: {error}")
-        return json_reply(error.body, error.status, **error.headers)
+            path = self._without_tokens(urlsplit(self.path).path)
+            self.server.hub.violations.append(f"{self.command} {path}: {error}")
+        return json_reply(error.body, error.status, error.headers)
+
+    def _without_tokens(self, text: str) -> str:
+        for token in self.server.hub.state.accounts:
+            text = text.replace(token, "…")
+        return text
 
     def _log(self, path: str, route: str, status: int, role: str, fault: Fault | None) -> None:
-        hub = self.server.hub
-        for token in hub.state.accounts:
-            if token in self.path:
-                hub.violations.append("a token is in an address")
-                path = path.replace(token, "…")
+        if self._without_tokens(self.path) != self.path:
+            self.server.hub.violations.append("a token is in an address")
         kind = fault.kind if fault else None
-        hub.transcript.append(Entry(self.command, path, route, status, role, self.headers.get("Range"), kind))
+        self.server.hub.transcript.append(
+            Entry(self.command, path, route, status, role, self.headers.get("Range"), kind)
+        )
 
     def _send(self, reply: Reply, fault: Fault | None) -> None:
         self.send_response(reply.status)
@@ -347,4 +374,4 @@ def _reply(route: Route | None, groups: dict[str, str], request: Request, role: 
 
 def _planned(fault: Fault) -> Reply:
     headers = {"Retry-After": str(fault.retry_after)} if fault.retry_after is not None else {}
-    return json_reply({"error": f"planned failure {fault.status}"}, fault.status, **headers)
+    return json_reply({"error": f"planned failure {fault.status}"}, fault.status, headers)

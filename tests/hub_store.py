@@ -21,7 +21,9 @@ LFS_SUFFIXES = tuple(_SUFFIXES.split())
 #: Larger files go to large-file storage whatever their name, in bytes.
 REGULAR_LIMIT = 10 * 2**20
 
-_GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
+_GITATTRIBUTES = "".join(
+    f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in (*LFS_SUFFIXES, "tfevents*")
+).encode()
 
 
 class HubError(Exception):
@@ -43,7 +45,8 @@ class HubError(Exception):
         super().__init__(message)
         self.status = status
         self.violation = violation
-        self.headers = {"X-Error-Message": message.splitlines()[0], **(headers or {})}
+        line = message.splitlines()[0].encode("ascii", "backslashreplace").decode()
+        self.headers = {"X-Error-Message": line, **(headers or {})}
         if code is not None:
             self.headers["X-Error-Code"] = code
         self.body = {"error": message, **(body or {})}
@@ -68,7 +71,7 @@ class Account:
 
 def wants_lfs(path: str, size: int) -> bool:
     """Whether the Hub stores a file of this name and size in large-file storage."""
-    return size > 0 and (size >= REGULAR_LIMIT or path.endswith(LFS_SUFFIXES))
+    return size > 0 and (size >= REGULAR_LIMIT or path.endswith(LFS_SUFFIXES) or "tfevents" in path.split("/")[-1])
 
 
 def git_oid(content: bytes) -> str:

@@ -30,7 +30,11 @@ def preupload(request: Request, repo_id: str, revision: str) -> Reply:
         if not isinstance(size, int) or len(base64.b64decode(file.get("sample", ""))) != min(size, 512):
             raise breach(f"preupload of {path}: the sample must be the first 512 bytes of the file's {size!r}")
         mode = "lfs" if wants_lfs(path, size) else "regular"
-        answer = {"path": path, "uploadMode": mode, "oid": present[path].remote_oid if path in present else None}
+        answer: dict[str, Any] = {
+            "path": path,
+            "uploadMode": mode,
+            "oid": present[path].remote_oid if path in present else None,
+        }
         answer["shouldIgnore"] = any(fnmatch.fnmatch(p, rule) for rule in patterns for p in (path, *path.split("/")))
         answers.append(answer)
     return json_reply({"files": answers})
@@ -161,7 +165,7 @@ def _apply(key: str, value: dict[str, Any], files: dict[str, Blob], repository: 
 
 def _content(request: Request, content: bytes, headers: dict[str, str]) -> Reply:
     headers = {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes", **headers}
-    asked = request.headers.get("Range")
+    asked = request.headers.get("range")
     if asked is None:
         return Reply(content, 200, headers, is_content=True)
     size, match = len(content), re.fullmatch(r"bytes=(\d*)-(\d*)", asked)
