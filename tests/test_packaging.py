@@ -96,7 +96,8 @@ def test_sdist_is_complete(distributions: Path) -> None:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     for name in (
         "pyproject.toml", "constraints.txt", "Makefile", "README.md", "LICENSE", "CITATION.cff", "CONTRIBUTING.md",
-        ".ci/run", "hf_imgproc_attn/py.typed", "training/train_causal_lm.py", "model_cards/template.md", "tests/test_packaging.py",
+        ".ci/run", "hf_imgproc_attn/py.typed", "training/train_causal_lm.py", "model_cards/template.md",
+        "tests/test_packaging.py",
     ):  # fmt: skip
         assert name in names
 

@@ -69,9 +69,7 @@ def make_results(names: Sequence[str], output: Path) -> None:
 
     torch.set_num_threads(1)  # models this small gain nothing from a second one
     for name in names:
-        recipe, preset = next(
-            (recipe, name.removeprefix(f"{recipe}_")) for recipe in RECIPES if name.startswith(recipe)
-        )
+        recipe = next(recipe for recipe in RECIPES if name.startswith(f"{recipe}_"))
         with tempfile.TemporaryDirectory() as folder:
             result, robustness = run_recipe(recipe, name.removeprefix(f"{recipe}_"), Path(folder) / name)
         content = {"name": name, "record": public_record(result.record), "robustness": robustness}
