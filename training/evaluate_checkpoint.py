@@ -65,6 +65,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"{name} must be an integer >= {least}, got {value!r}")
+        if self.split not in SPLITS:
+            raise UsageError(f"split must be one of {', '.join(SPLITS)}, got {self.split!r}")
 
 
 def evaluate(run: str | Path, settings: Settings | None = None) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def evaluate(run: str | Path, settings: Settings | None = None) -> dict[str, Any
 
     from hf_imgproc_attn.cards import ROBUSTNESS_FILE, load_record
     from hf_imgproc_attn.training_support import run_record
-    from hf_imgproc_attn.training_support.evaluation import PARAMETERS
+    from hf_imgproc_attn.training_support.evaluation import DEFINITIONS
 
     folder, settings = Path(run), settings or Settings()
     record = load_record(folder)
@@ -99,12 +101,13 @@ def evaluate(run: str | Path, settings: Settings | None = None) -> dict[str, Any
     measure = _measure_images if record["task"] == "image-classification" else _measure_text
     started = time.perf_counter()
     results = measure(folder, record, settings, device)
+    used = {name for result in results for name in (result["disturbance"], *result["parameters"])}
     robustness = {
         "format": FORMAT,
         "weights_sha256": weights,
         "split": settings.split,
         "results": [{**result, "split": settings.split} for result in results],
-        "parameters": {name: PARAMETERS[name] for result in results for name in result["parameters"]},
+        "definitions": {name: text for name, text in DEFINITIONS.items() if name in used},
         "versions": run_record.package_versions(),
         "git": run_record.git_state(),
         "device": run_record.device_description(device, processes=1),

@@ -32,12 +32,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.image_processing_utils import BaseImageProcessor
 
-PARAMETERS = {
+DEFINITIONS = {
+    "Gaussian noise": "white, added to the pixels, which are then clipped",
     "sigma": "standard deviation, in pixel values from 0 to 1",
+    "FGSM": "fast gradient sign method (Goodfellow 2015), one step with the gradient of the evaluated model itself",
     "epsilon": "largest change of a pixel, in pixel values from 0 to 1",
-    "fraction": f"part of the words that is replaced by {SWAPPED_WORD}",
+    "word swap": f"randomly chosen words replaced by {SWAPPED_WORD}, which has to be predicted like the others",
+    "fraction": "part of the words that is replaced",
 }
-"""The parameters of the disturbances."""
+"""The disturbances and their parameters."""
 
 
 class PixelClassifier(nn.Module):
