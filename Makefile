@@ -12,7 +12,7 @@ PYTHON ?= python3 python3.11 python3.12 python3.13 python3.14 python
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test quality bench clean
+.PHONY: help setup demo test quality bench results cards clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -48,6 +48,12 @@ quality: $(STAMP) ## lint, format check, types
 
 bench: $(STAMP) ## time one attention layer of each preset against stock attention
 	$(BIN)/imgproc-attn benchmark
+
+results: $(STAMP) ## train and evaluate every preset again for training/results/ (minutes; from a clean checkout)
+	$(BIN)/python training/make_results.py
+
+cards: $(STAMP) ## render the cards in model_cards/ from training/results/
+	$(BIN)/python training/make_cards.py
 
 clean: ## remove .venv and everything the other targets write
 	rm -rf $(VENV) build dist outputs .mypy_cache .pytest_cache .ruff_cache

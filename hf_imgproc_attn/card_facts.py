@@ -39,7 +39,6 @@ _MODEL_FIELDS = (
 _DATA_OPTIONS = (
     ("random_crop_padding", "random crop, padding (pixels)"),
     ("horizontal_flip", "random mirror image"),
-    ("validation_fraction", "part of the training data held out where there is no other validation split"),
     ("max_train_samples", "training samples used at most"),
     ("max_eval_samples", "validation and test samples used at most"),
     ("block_size", "tokens in a training sample"),
@@ -90,17 +89,16 @@ def dataset_title(record: dict[str, Any]) -> str:
     return title if hub_name(record, "data", "dataset_name") else f"{title} (local data)"
 
 
-def data_facts(record: dict[str, Any]) -> list[list[str]]:
-    """Split, rows, words, tokens and the start of the fingerprint."""
-    return [
-        [
-            split,
-            *(f"{counts[name]:,}" if name in counts else "" for name in ("rows", "words", "tokens")),
-            str(counts.get("sha256") or counts.get("datasets_fingerprint") or NOT_RECORDED)[:16],
-        ]
-        for split in ("train", "validation", "test")
-        if (counts := record.get("data_fingerprint", {}).get(split)) is not None
-    ]
+def split_table(record: dict[str, Any]) -> list[list[str]]:
+    """The size of every split and the start of its fingerprint, below a header."""
+    fingerprints = record.get("data_fingerprint", {})
+    counted = [name for name in ("rows", "words", "tokens") if any(name in counts for counts in fingerprints.values())]
+    table = [["split", *counted, "fingerprint (start)"]]
+    for split in ("train", "validation", "test"):
+        if (counts := fingerprints.get(split)) is not None:
+            digest = str(counts.get("sha256") or counts.get("datasets_fingerprint") or NOT_RECORDED)[:16]
+            table.append([split, *(_count(counts.get(name)) for name in counted), digest])
+    return table
 
 
 def command(record: dict[str, Any]) -> str:
@@ -138,17 +136,20 @@ def hyper_parameters(record: dict[str, Any]) -> Facts:
         ("seed", _text(record, "seed")),
     ]
     facts += [(label, str(data[name])) for name, label in _DATA_OPTIONS if data.get(name) not in (None, False, 0)]
+    if data["dataset_name"] not in (EMBEDDED_IMAGES, EMBEDDED_TEXT):
+        label = "part of the training data held out where there is no validation split"
+        facts.append((label, _text(data, "validation_fraction")))
     return facts
 
 
-def environment(record: dict[str, Any]) -> Facts:
-    """Device, time, versions and the state of the source."""
+def environment(record: dict[str, Any], robustness: dict[str, Any] | None) -> Facts:
+    """Device, time, versions and the state of the source, of training and of evaluation on disturbed inputs."""
     device = record.get("device", {})
     git = record.get("git")
     changed = "" if git is None else ", with uncommitted changes" if git["dirty"] else ", without uncommitted changes"
     versions = [f"{name} {version}" for name, version in sorted(record.get("versions", {}).items()) if version]
-    return [
-        ("device", f"{device['name']} ({device['type']})" if "name" in device else NOT_RECORDED),
+    facts = [
+        ("device", _device(device)),
         ("platform", _text(device, "platform")),
         ("processes", _text(device, "processes")),
         ("threads a process", _text(device, "threads")),
@@ -157,6 +158,12 @@ def environment(record: dict[str, Any]) -> Facts:
         ("versions", ", ".join(versions) or NOT_RECORDED),
         ("git revision of hf_imgproc_attn", NOT_RECORDED if git is None else f"{git['revision']}{changed}"),
     ]
+    if robustness is not None:
+        time, where = _seconds(robustness.get("seconds")), _device(robustness.get("device", {}))
+        revision = (robustness.get("git") or {}).get("revision")
+        same = "the same" if git and revision == git["revision"] else revision or NOT_RECORDED
+        facts.append(("evaluation on disturbed inputs", f"{time} on {where}; git revision: {same}"))
+    return facts
 
 
 def limits(record: dict[str, Any], rows: Sequence[Measurement]) -> list[str]:
@@ -193,6 +200,8 @@ def limits(record: dict[str, Any], rows: Sequence[Measurement]) -> list[str]:
     elif "steps" in record:
         steps = f"{record['steps']:,}"
         texts.append(f"The weights are those after the last step ({steps}), not the best on the validation split.")
+    if "training_seconds" in record:
+        texts.append("The training time is that of one run; what else the machine did is not recorded.")
     if (record.get("git") or {}).get("dirty"):
         texts.append("The source had uncommitted changes: the git revision alone does not reproduce the run.")
     if record.get("resumed_from"):
@@ -217,6 +226,10 @@ def costs(record: dict[str, Any], other: dict[str, Any] | None, *, with_baseline
 
 def _seconds(value: float | None) -> str:
     return NOT_RECORDED if value is None else f"{value:,.0f} s"
+
+
+def _device(device: dict[str, Any]) -> str:
+    return f"{device['name']} ({device.get('type')})" if "name" in device else NOT_RECORDED
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -10,6 +10,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from .training_support.errors import UsageError
+
 NOT_MEASURED = "not measured"
 METRICS = {
     "accuracy": "accuracy",
@@ -62,6 +64,26 @@ class Measurement:
         """The disturbance with its parameters, as ``FGSM, epsilon 8/255``."""
         parameters = (f"{name} {_parameter(value)}" for name, value in self.parameters.items())
         return ", ".join([self.disturbance, *parameters])
+
+
+def check_results(robustness: dict[str, Any]) -> None:
+    """Check that every result of a ``robustness.json`` is one that a card can show.
+
+    Raises:
+        UsageError: names the result and what is wrong with it.
+    """
+    results = robustness.get("results")
+    if not isinstance(results, list):
+        raise UsageError(f"robustness must have a list of results, got {results!r}")
+    for result in results:
+        try:
+            row = Measurement(**result)
+        except TypeError as error:
+            raise UsageError(f"robustness has a result that is none: {result!r}") from error
+        if row.metric not in METRICS:
+            raise UsageError(f"metric of a robustness result must be one of {', '.join(METRICS)}, got {row.metric!r}")
+        if isinstance(row.value, bool) or not isinstance(row.value, int | float):
+            raise UsageError(f"value of the robustness result {row.name!r} must be a number, got {row.value!r}")
 
 
 def measurements(record: dict[str, Any], robustness: dict[str, Any] | None) -> list[Measurement]:

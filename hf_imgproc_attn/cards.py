@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import card_facts
 from .card_baseline import check_same_recipe, environment_differences
-from .card_results import Measurement, evaluation_results, measurements, result_rows
+from .card_results import Measurement, check_results, evaluation_results, measurements, result_rows
 from .card_variants import PACKAGE_PAPERS, PAPERS, VARIANTS
 from .shipped_files import shipped_file
 from .training_support import run_record
@@ -63,7 +63,7 @@ def load_results(path: str | Path) -> RunResults:
     path = Path(path)
     if path.is_dir():
         file = path / run_record.FILE_NAME
-        record = _read_object(file)
+        record = load_record(path)
         robustness = _read_object(path / ROBUSTNESS_FILE) if (path / ROBUSTNESS_FILE).exists() else None
         name = path.resolve().name
     else:
@@ -71,13 +71,26 @@ def load_results(path: str | Path) -> RunResults:
         if not isinstance(content.get("record"), dict) or not isinstance(content.get("robustness"), dict | None):
             raise UsageError(f"{file} must hold a record and, where measured, robustness as objects")
         record, robustness, name = content["record"], content.get("robustness"), content.get("name", path.stem)
-    _check_record(file, record)
+        _check_record(file, record)
     if robustness is not None:
         if robustness.get("weights_sha256") != record.get("weights_sha256"):
             raise UsageError(f"{file}: the robustness was measured on other weights than the run's (weights_sha256)")
-        if not isinstance(robustness.get("results"), list):
-            raise UsageError(f"{file}: the robustness has no list of results")
+        try:
+            check_results(robustness)
+        except UsageError as error:
+            raise UsageError(f"{file}: {error}") from error
     return RunResults(record, robustness, name)
+
+
+def load_record(folder: Path) -> dict[str, Any]:
+    """Read the ``run.json`` of a finished run.
+
+    Raises:
+        UsageError: names the file and what is wrong with it.
+    """
+    record = _read_object(folder / run_record.FILE_NAME)
+    _check_record(folder / run_record.FILE_NAME, record)
+    return record
 
 
 def render_card(
@@ -134,10 +147,11 @@ def render_card(
         compares_positions=card_facts.compares_positions(record),
         papers=[PAPERS[name].reference for name in sources],
         dataset=card_facts.dataset_title(record),
-        splits=card_facts.data_facts(record),
+        splits=card_facts.split_table(record),
         command=card_facts.command(record),
         git=record.get("git"),
         hyper_parameters=card_facts.hyper_parameters(record),
+        definitions=(run.robustness or {}).get("definitions", {}),
         results=result_rows(rows, other_rows, record.get("seed")),
         costs=card_facts.costs(record, other, with_baseline=other_rows is not None),
         has_baseline_column=other_rows is not None,
@@ -146,7 +160,7 @@ def render_card(
         curves=bool(record.get("train_loss") or record.get("eval_history")),
         losses=[record["train_loss"][0], record["train_loss"][-1]] if record.get("train_loss") else [],
         limits=card_facts.limits(record, rows),
-        environment=card_facts.environment(record),
+        environment=card_facts.environment(record, run.robustness),
         citations=[PAPERS[name].bibtex for name in dict.fromkeys([*PACKAGE_PAPERS, *sources])],
         cell=_cell,
     )

@@ -1,4 +1,4 @@
-"""The command line ``imgproc-attn``: train, convert, list presets, benchmark, publish, download.
+"""The command line ``imgproc-attn``: train, evaluate, convert, benchmark, publish, download.
 
 What a sub-command needs is imported when it runs, so ``--help`` does not wait for torch. A mistake of the user ends in
 one line on standard error and exit status 2; any other exception is a bug and keeps its traceback.
@@ -25,6 +25,7 @@ from .training_support.errors import UsageError
 TRAINING_SCRIPTS = {
     "train-image": ("train_image_classification", "train or fine-tune an image classifier"),
     "train-lm": ("train_causal_lm", "train or fine-tune a causal language model"),
+    "evaluate": ("evaluate_checkpoint", "evaluate a finished run on clean and on disturbed test data"),
 }
 
 

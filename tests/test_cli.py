@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hf_imgproc_attn
-from hf_imgproc_attn import PRESETS, cli
+from hf_imgproc_attn import PRESETS, cli, shipped_files
 from tests.helpers import RunPython
 
 MODULE = ("-m", "hf_imgproc_attn.cli")
@@ -55,7 +55,9 @@ def test_what_needs_no_model_imports_no_model(run_python: RunPython, arguments: 
     assert result.stdout
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("train-image", "--help"), ("train-lm", "--help")])
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("train-image", "--help"), ("train-lm", "--help"), ("evaluate", "--help")]
+)
 def test_help_is_instant(run_python: RunPython, arguments: tuple[str, ...]) -> None:
     """Importing torch alone takes longer than this bound; the best of three leaves room for a busy machine."""
     seconds = []
@@ -164,7 +166,7 @@ def test_training_arguments_pass_through(
     (tmp_path / "script.py").write_text(
         "import sys\nfrom sibling import STATUS\ndef main(argv):\n    print(sys.argv, argv)\n    return STATUS\n"
     )
-    monkeypatch.setattr(cli, "training_folder", lambda: tmp_path)
+    monkeypatch.setattr(cli, "shipped_file", lambda name: tmp_path / Path(name).name)
     monkeypatch.setitem(cli.TRAINING_SCRIPTS, "train-lm", ("script", "for this test"))
     monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -174,8 +176,8 @@ def test_training_arguments_pass_through(
 
 
 def test_incomplete_installation_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "package" / "cli.py"))
-    with pytest.raises(FileNotFoundError, match="training scripts are neither in"):
+    monkeypatch.setattr(shipped_files, "__file__", str(tmp_path / "package" / "shipped_files.py"))
+    with pytest.raises(FileNotFoundError, match=r"training/train_image_classification\.py is neither in"):
         cli.main(["train-image", "--help"])
 
 

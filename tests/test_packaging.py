@@ -64,6 +64,9 @@ def test_wheel_holds_the_package_and_the_training_scripts(installed: Path) -> No
         found = {path.relative_to(carried) for path in carried.rglob("*") if path.suffix in (".py", ".yaml")}
         assert expected
         assert expected <= found
+    template = Path("model_cards") / "template.md"
+    assert (package / template).read_bytes() == (ROOT / template).read_bytes()
+    assert [path.name for path in (package / "model_cards").iterdir()] == ["template.md"]
     assert {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")} == {
         "bin",
         "hf_imgproc_attn",
@@ -78,7 +81,7 @@ def test_metadata(installed: Path) -> None:
     requirements = [line for line in metadata.splitlines() if line.startswith("Requires-Dist")]
     runtime = {line.split()[1].split(">")[0] for line in requirements if "extra ==" not in line}
     assert runtime == {"torch", "transformers", "safetensors", "huggingface-hub"}
-    assert {"train", "robustness", "viz", "dev"} == {
+    assert {"train", "robustness", "viz", "hub", "dev"} == {
         line.split()[1] for line in metadata.splitlines() if line.startswith("Provides-Extra")
     }
     scripts = configparser.ConfigParser()
@@ -93,7 +96,8 @@ def test_sdist_is_complete(distributions: Path) -> None:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     for name in (
         "pyproject.toml", "constraints.txt", "Makefile", "README.md", "LICENSE", "CITATION.cff", "CONTRIBUTING.md",
-        ".ci/run", "hf_imgproc_attn/py.typed", "training/train_causal_lm.py", "tests/test_packaging.py",
+        ".ci/run", "hf_imgproc_attn/py.typed", "training/train_causal_lm.py", "model_cards/template.md",
+        "tests/test_packaging.py",
     ):  # fmt: skip
         assert name in names
 

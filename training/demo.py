@@ -18,22 +18,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from evaluate_checkpoint import SIGMAS
+from make_results import SEED, run_recipe
+
 from hf_imgproc_attn.training_support.errors import UsageError, exit_code, require_extras
 
 PRESETS = ("softmax", "bilateral", "twicing", "bilateral_twicing")
-SEED = 0
-NOISE_SIGMAS = (0.1, 0.2, 0.3)
-FGSM_EPSILONS = (8 / 255, 16 / 255)
 PROMPT = 'The "with" statement'
-IMAGE_OPTIONS = (
-    "--config_overrides hidden_size=64 num_hidden_layers=4 num_attention_heads=4 intermediate_size=128 "
-    "--num_train_epochs 20 --learning_rate 2e-3"
-)
-TEXT_OPTIONS = (
-    "--config_overrides n_embd=64 n_layer=2 n_head=2 --tokenizer_vocab_size 1024 --block_size 64 --max_steps 800 "
-    "--learning_rate 4e-3"
-)
-COMMON_OPTIONS = f"--seed {SEED} --eval_strategy no --save_strategy no --logging_steps 0.2"
+# Beside the recipe: nothing is evaluated or saved before the end.
+OPTIONS = "--eval_strategy no --save_strategy no --logging_steps 0.2"
+QUICK_OPTIONS = f"{OPTIONS} --max_steps 3 --max_eval_samples 40"
 
 _MARKER = "demo.json"
 _DIGITS_SHOWN = 8
@@ -57,83 +51,49 @@ print("  said", *(model.config.id2label[answer] for answer in answers))
 """
 
 
-def compare_images(folder: Path, quick: bool) -> dict[str, dict[str, float]]:
-    """Train the four image classifiers and evaluate each on the test digits.
+def compare(recipe: str, folder: Path, quick: bool) -> dict[str, dict[str, float]]:
+    """Train and evaluate the four variants of one recipe.
 
     Args:
-        folder: gets one checkpoint folder a preset, and a few digits as files.
+        recipe: of :mod:`make_results`.
+        folder: gets one checkpoint folder a preset.
         quick: a few steps only.
 
     Returns:
         preset -> column of the table -> value.
     """
-    from train_image_classification import train
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-    from hf_imgproc_attn.training_support.argument_parser import parse_arguments
-    from hf_imgproc_attn.training_support.arguments import IMAGE_TRAINER_DEFAULTS, ImageDataArguments
-    from hf_imgproc_attn.training_support.evaluation import image_robustness
-    from hf_imgproc_attn.training_support.image_data import load_image_splits
-    from hf_imgproc_attn.training_support.image_pixels import load_pixels
-
     table: dict[str, dict[str, float]] = {}
     for preset in PRESETS:
-        print(f"\n== digits, {preset}", flush=True)
-        words = _options(IMAGE_OPTIONS, preset, folder / f"vit_{preset}", quick)
-        arguments = parse_arguments(words, ImageDataArguments, IMAGE_TRAINER_DEFAULTS, "")
-        result = train(arguments)
-        processor = AutoImageProcessor.from_pretrained(result.output_dir)
-        splits = load_image_splits(arguments.data)
-        test = load_pixels(splits, processor, arguments.data, SEED)["test"]
-        model = AutoModelForImageClassification.from_pretrained(result.output_dir)
-        # The digits are grey: they are disturbed as grey images.
-        scores = image_robustness(model, processor, test, sigmas=NOISE_SIGMAS, epsilons=FGSM_EPSILONS, greyscale=True)
-        table[preset] = {**_costs(result.record), **scores}
-    (folder / "digits").mkdir()
-    for index in range(_DIGITS_SHOWN):
-        label = splits.label_names[splits.labels["test"][index]]
-        splits.rows["test"][index][splits.image_column].save(folder / "digits" / f"{index:02d}_{label}.png")
+        print(f"\n== {recipe}, {preset}", flush=True)
+        options = (QUICK_OPTIONS if quick else OPTIONS).split()
+        result, robustness = run_recipe(recipe, preset, folder / f"{recipe}_{preset}", options)
+        record = result.record
+        table[preset] = {"parameters": record["parameters"]["total"], "training s": record["training_seconds"]}
+        table[preset] |= {_column(entry): entry["value"] for entry in robustness["results"]}
     return table
 
 
-def compare_texts(folder: Path, quick: bool) -> tuple[dict[str, dict[str, float]], str]:
-    """Train the four language models, evaluate each on the test text, and let the last one write.
+def save_digits(folder: Path) -> None:
+    """Write a few test digits as ``<number>_<label>.png``."""
+    from hf_imgproc_attn.training_support.arguments import ImageDataArguments
+    from hf_imgproc_attn.training_support.image_data import load_image_splits
 
-    Args:
-        folder: gets one checkpoint folder a preset.
-        quick: a few steps only.
+    splits = load_image_splits(ImageDataArguments())
+    folder.mkdir()
+    for index in range(_DIGITS_SHOWN):
+        label = splits.label_names[splits.labels["test"][index]]
+        splits.rows["test"][index][splits.image_column].save(folder / f"{index:02d}_{label}.png")
 
-    Returns:
-        preset -> column of the table -> value; and the generated text.
-    """
-    from train_causal_lm import train
+
+def write_text(checkpoint: Path) -> str:
+    """Let a language model go on from the prompt, to as many tokens as it has positions."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-    from hf_imgproc_attn.training_support.argument_parser import parse_arguments
-    from hf_imgproc_attn.training_support.arguments import TEXT_TRAINER_DEFAULTS, TextDataArguments
-    from hf_imgproc_attn.training_support.evaluation import text_robustness
-    from hf_imgproc_attn.training_support.text_data import load_text_splits
-
-    table: dict[str, dict[str, float]] = {}
-    for preset in PRESETS:
-        print(f"\n== Python's manual, {preset}", flush=True)
-        words = _options(TEXT_OPTIONS, preset, folder / f"gpt2_{preset}", quick)
-        arguments = parse_arguments(words, TextDataArguments, TEXT_TRAINER_DEFAULTS, "")
-        result = train(arguments)
-        tokenizer = AutoTokenizer.from_pretrained(result.output_dir)
-        model = AutoModelForCausalLM.from_pretrained(result.output_dir)
-        test = load_text_splits(arguments.data)["test"]
-        scores = text_robustness(model, tokenizer, test, arguments.data.block_size or 0, seed=SEED)
-        table[preset] = {
-            **_costs(result.record),
-            **{f"{name}, a word": values["word_perplexity"] for name, values in scores.items()},
-            **{f"{name}, a token": values["perplexity"] for name, values in scores.items()},
-        }
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
     set_seed(SEED)
     inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
-    # As many tokens as the model has positions.
     sampling = {"do_sample": True, "top_k": 20, "temperature": 0.8, "max_length": model.config.n_positions}
-    return table, tokenizer.decode(model.generate(**inputs, **sampling)[0], skip_special_tokens=True)
+    return str(tokenizer.decode(model.generate(**inputs, **sampling)[0], skip_special_tokens=True))
 
 
 def load_in_fresh_process(checkpoint: Path, digits: Path) -> str:
@@ -160,7 +120,7 @@ def draw(table: dict[str, dict[str, float]], path: Path) -> None:
     """Accuracy against the noise level, one line a preset.
 
     Args:
-        table: from :func:`compare_images`.
+        table: from :func:`compare`.
         path: the PNG file to write.
     """
     import matplotlib
@@ -170,8 +130,8 @@ def draw(table: dict[str, dict[str, float]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for preset, values in table.items():
-        heights = [values["clean"], *(values[f"noise {sigma:g}"] for sigma in NOISE_SIGMAS)]
-        axes.plot([0, *NOISE_SIGMAS], [100 * height for height in heights], marker="o", label=preset)
+        heights = [values["clean"], *(values[f"Gaussian noise {sigma:g}"] for sigma in SIGMAS)]
+        axes.plot([0, *SIGMAS], [100 * height for height in heights], marker="o", label=preset)
     axes.set_xlabel("standard deviation of the noise (pixels in [0, 1])")
     axes.set_ylabel("test accuracy (%)")
     axes.set_title("Digits with Gaussian noise, one seed")
@@ -205,10 +165,11 @@ def run(output_dir: Path, quick: bool) -> None:
     output_dir.mkdir(parents=True)
     (output_dir / _MARKER).write_text("{}\n", encoding="utf-8")
 
-    images = compare_images(output_dir, quick)
-    texts, sample = compare_texts(output_dir, quick)
+    images, texts = compare("vit_digits", output_dir, quick), compare("gpt2_pydoc", output_dir, quick)
+    sample = write_text(output_dir / "gpt2_pydoc_bilateral_twicing")
     print("\n== a fresh process without this package", flush=True)
-    fresh = load_in_fresh_process(output_dir / "vit_bilateral_twicing", output_dir / "digits")
+    save_digits(output_dir / "digits")
+    fresh = load_in_fresh_process(output_dir / "vit_digits_bilateral_twicing", output_dir / "digits")
     draw(images, output_dir / "accuracy_against_noise.png")
     seconds = time.perf_counter() - started
 
@@ -234,7 +195,7 @@ Gaussian noise with the given standard deviation and FGSM with the given epsilon
 
 ## Python's manual: test perplexity
 
-Word swap replaces 1.5 % of the words by AAA. A word is a whitespace-separated word or the end of a line.
+Word swap replaces the given part of the words by AAA. A word is a whitespace-separated word or the end of a line.
 
 {text_table}
 
@@ -266,13 +227,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code(lambda: run(options.output_dir, options.quick))
 
 
-def _options(recipe: str, preset: str, folder: Path, quick: bool) -> list[str]:
-    shortened = "--max_steps 3 --max_eval_samples 40" if quick else ""
-    return [*f"{recipe} {COMMON_OPTIONS} {shortened}".split(), "--preset", preset, "--output_dir", str(folder)]
-
-
-def _costs(record: dict[str, Any]) -> dict[str, float]:
-    return {"parameters": record["parameters"]["total"], "training s": record["training_seconds"]}
+def _column(result: dict[str, Any]) -> str:
+    """``FGSM 0.0314``; for a text ``word swap, a word``."""
+    name = " ".join([result["disturbance"], *(f"{value:.3g}" for value in result["parameters"].values())])
+    per = {"perplexity": ", a token", "word_perplexity": ", a word"}
+    return name + per.get(result["metric"], "")
 
 
 def _percent(name: str, value: float) -> str:

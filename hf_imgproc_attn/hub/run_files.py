@@ -67,11 +67,6 @@ def read_run(folder: str | Path) -> RunFolder:
     if not path.is_dir():
         raise UsageError(f"run must be the folder of a finished training run, got {str(folder)!r}, which is no folder")
     results = load_results(path)
-    if results.record.get("status") != "finished":
-        raise UsageError(
-            f"run must be finished, got {str(folder)!r} with status {results.record.get('status')!r} in {RECORD}: "
-            "finish it with --resume"
-        )
     _check_weights(path, results.record)
     config = _read_config(path)
     missing = sorted(

@@ -26,7 +26,7 @@ from hf_imgproc_attn.training_support.errors import UsageError
 _TRUE, _FALSE, _NONE = ("true", "yes", "1"), ("false", "no", "0"), ("none", "null")
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """A parser whose mistakes are one line instead of the whole usage text."""
 
     def error(self, message: str) -> typing.NoReturn:
@@ -107,7 +107,7 @@ def _build_parser(
     groups: dict[str, type[Any]], trainer_defaults: dict[str, Any], description: str
 ) -> argparse.ArgumentParser:
     changed = ", ".join(f"{name} {value}" for name, value in trainer_defaults.items())
-    parser = _Parser(
+    parser = OneLineParser(
         description=description,
         allow_abbrev=False,
         usage="%(prog)s [--option value ...]",

@@ -2,9 +2,13 @@
 
 Images are in [0, 1] with channels first; noise levels and epsilons are in the same unit (8/255 is eight grey levels of
 an 8-bit image). Images are disturbed before normalisation, as files would be, and clipped to [0, 1] afterwards.
+
+A result is a dictionary: ``family`` and name of the ``disturbance``, its ``parameters`` and ``seed`` (None where it
+draws no numbers), the ``metric`` and its ``value``, and on how many ``samples`` of which ``unit`` it was measured.
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,11 +19,28 @@ from torch.utils.data import DataLoader
 from hf_imgproc_attn.training_support.errors import require_extras
 from hf_imgproc_attn.training_support.image_pixels import PixelDataset, channel_statistics
 from hf_imgproc_attn.training_support.metrics import Perplexity, token_losses
-from hf_imgproc_attn.training_support.text_data import IGNORED_LABEL, TextSplit, TokenBlocks, encode, swap_words
+from hf_imgproc_attn.training_support.text_data import (
+    IGNORED_LABEL,
+    SWAPPED_WORD,
+    TextSplit,
+    TokenBlocks,
+    encode,
+    swap_words,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.image_processing_utils import BaseImageProcessor
+
+DEFINITIONS = {
+    "Gaussian noise": "white, added to the pixels, which are then clipped",
+    "sigma": "standard deviation, in pixel values from 0 to 1",
+    "FGSM": "fast gradient sign method (Goodfellow 2015), one step with the gradient of the evaluated model itself",
+    "epsilon": "largest change of a pixel, in pixel values from 0 to 1",
+    "word swap": f"randomly chosen words replaced by {SWAPPED_WORD}, which has to be predicted like the others",
+    "fraction": "part of the words that is replaced",
+}
+"""The disturbances and their parameters."""
 
 
 class PixelClassifier(nn.Module):
@@ -52,15 +73,14 @@ class PixelClassifier(nn.Module):
         return logits
 
 
-def unit_images(dataset: PixelDataset, *, greyscale: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def unit_images(dataset: PixelDataset) -> tuple[torch.Tensor, torch.Tensor]:
     """All images of a split, float32 ``[images, channels, height, width]`` in [0, 1], and their labels ``[images]``.
 
-    Args:
-        dataset: the split.
-        greyscale: keep one channel only; for images whose channels are all the same.
+    Where the channels of every image are all the same, one of them is kept: grey images are disturbed as grey images.
     """
     pixels = torch.stack([dataset[index]["pixel_values"] for index in range(len(dataset))])
-    return (pixels[:, :1] if greyscale else pixels).float() / 255, torch.from_numpy(np.asarray(dataset.labels))
+    is_grey = bool((pixels == pixels[:, :1]).all())
+    return (pixels[:, :1] if is_grey else pixels).float() / 255, torch.from_numpy(np.asarray(dataset.labels))
 
 
 def gaussian_noise(images: torch.Tensor, sigma: float, seed: int = 0) -> torch.Tensor:
@@ -114,24 +134,36 @@ def image_robustness(
     processor: "BaseImageProcessor",
     dataset: PixelDataset,
     *,
-    sigmas: tuple[float, ...],
-    epsilons: tuple[float, ...],
-    greyscale: bool = False,
-    seed: int = 0,
-) -> dict[str, float]:
+    sigmas: Sequence[float],
+    epsilons: Sequence[float],
+    seed: int,
+) -> list[dict[str, Any]]:
     """Accuracy on clean images, with Gaussian noise of every ``sigma``, and under FGSM with every ``epsilon``.
 
+    Args:
+        model: an image classifier.
+        processor: its image processor.
+        dataset: the split.
+        sigmas: standard deviations, pixels in [0, 1].
+        epsilons: largest changes of a pixel in [0, 1].
+        seed: of the noise.
+
     Returns:
-        ``{"clean": ..., "noise 0.1": ..., "FGSM 0.03": ...}``, accuracies in [0, 1].
+        Results, accuracies in [0, 1].
     """
     classifier = PixelClassifier(model, processor)
-    images, labels = unit_images(dataset, greyscale=greyscale)
-    result = {"clean": accuracy(classifier, images, labels)}
+    images, labels = unit_images(dataset)
+    measured = {"metric": "accuracy", "samples": len(labels), "unit": "images"}
+    clean = accuracy(classifier, images, labels)
+    results = [{**measured, "family": "clean", "disturbance": "clean", "parameters": {}, "seed": None, "value": clean}]
     for sigma in sigmas:
-        result[f"noise {sigma:g}"] = accuracy(classifier, gaussian_noise(images, sigma, seed), labels)
+        noise = {"family": "noise", "disturbance": "Gaussian noise", "parameters": {"sigma": sigma}, "seed": seed}
+        value = accuracy(classifier, gaussian_noise(images, sigma, seed), labels)
+        results.append({**measured, **noise, "value": value})
     for epsilon in epsilons:
-        result[f"FGSM {epsilon:.3g}"] = fgsm_accuracy(classifier, images, labels, epsilon)
-    return result
+        attack = {"family": "attack", "disturbance": "FGSM", "parameters": {"epsilon": epsilon}, "seed": None}
+        results.append({**measured, **attack, "value": fgsm_accuracy(classifier, images, labels, epsilon)})
+    return results
 
 
 @torch.no_grad()
@@ -141,8 +173,12 @@ def text_perplexity(
     text: TextSplit,
     block_size: int,
     batch_size: int = 16,
-) -> dict[str, float]:
-    """Perplexity a token and a word on a text, as defined in :mod:`.text_data`."""
+) -> list[dict[str, Any]]:
+    """Perplexity a token and a word on a text, as defined in :mod:`.text_data`.
+
+    Returns:
+        Their ``metric``, ``value``, ``samples`` and ``unit``.
+    """
     blocks = TokenBlocks(encode(text, tokenizer, "tokenising"), block_size, int(tokenizer.pad_token_id or 0))
     model.eval()
     losses = []
@@ -150,23 +186,40 @@ def text_perplexity(
         labels = batch["labels"].to(model.device)
         found = token_losses(model(input_ids=batch["input_ids"].to(model.device), use_cache=False).logits, labels)
         losses.append(found[labels[:, 1:] != IGNORED_LABEL].cpu())
-    values = Perplexity(keep_in_memory=True).compute(predictions=torch.cat(losses).numpy(), words=text.num_words)
-    return dict(values or {})
+    scored = torch.cat(losses)
+    values = Perplexity(keep_in_memory=True).compute(predictions=scored.numpy(), words=text.num_words) or {}
+    return [
+        {"metric": "perplexity", "value": values["perplexity"], "samples": len(scored), "unit": "tokens"},
+        {"metric": "word_perplexity", "value": values["word_perplexity"], "samples": text.num_words, "unit": "words"},
+    ]
 
 
 def text_robustness(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", text: TextSplit, block_size: int, **swap: Any
-) -> dict[str, dict[str, float]]:
-    """Perplexity on the text as it is and after word swap.
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    text: TextSplit,
+    block_size: int,
+    *,
+    fraction: float,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Perplexity on the text as it is and after word swap (:func:`.text_data.swap_words`).
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
-        text: lines of a test split.
+        text: lines of a split.
         block_size: tokens in a block.
-        **swap: ``fraction`` and ``seed`` of :func:`.text_data.swap_words`.
+        fraction: part of the words that is replaced.
+        seed: of the choice of words.
+
+    Returns:
+        Results.
     """
-    return {
-        "clean": text_perplexity(model, tokenizer, text, block_size),
-        "word swap": text_perplexity(model, tokenizer, swap_words(text, **swap), block_size),
-    }
+    swap = {"family": "word swap", "disturbance": "word swap", "parameters": {"fraction": fraction}, "seed": seed}
+    clean: dict[str, Any] = {"family": "clean", "disturbance": "clean", "parameters": {}, "seed": None}
+    return [
+        {**kind, **measured}
+        for kind, lines in ((clean, text), (swap, swap_words(text, fraction, seed)))
+        for measured in text_perplexity(model, tokenizer, lines, block_size)
+    ]

@@ -146,8 +146,8 @@ def public_record(record: dict[str, Any]) -> dict[str, Any]:
     given = [options for part in ("model", "data") if (options := record.get("arguments", {}).get(part))]
     local = {name for options in given for name in LOCAL_OR_HUB if _LOCAL.match(str(options.get(name)))}
     public["local_paths"] = sorted(local.union(record.get("local_paths", [])))
-    if "device" in public:  # the release of a kernel may name who built it
-        public["device"]["platform"] = re.sub(r"^(\w+(?: [\d.]*\d)?).*", r"\1", record["device"].get("platform", ""))
+    if "platform" in public.get("device", {}):
+        public["device"]["platform"] = _without_build(public["device"]["platform"])
     return public
 
 
@@ -204,7 +204,7 @@ def device_description(device: Any, processes: int) -> dict[str, Any]:
         "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name(),
         "processes": processes,
         "threads": torch.get_num_threads(),
-        "platform": f"{platform.system()} {platform.release()}",
+        "platform": _without_build(f"{platform.system()} {platform.release()}"),
     }
 
 
@@ -239,6 +239,11 @@ def _public_text(text: str, name: str) -> str:
 def _last_component(path: str) -> str:
     parts = [part for part in re.split(r"[\\/]+", path) if part not in ("", ".", "..", "~", "file:")]
     return parts[-1] if parts and not _HOME.fullmatch(path) else "."
+
+
+def _without_build(system: str) -> str:
+    """``Linux 6.1.0`` of ``Linux 6.1.0-name-of-a-machine``: the release of a kernel may name who built it."""
+    return re.sub(r"^(\w+(?: [\d.]*\d)?).*", r"\1", system)
 
 
 def _processor_name() -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import close_session, constants
+from huggingface_hub import constants
 
 from tests.hub_server import HubServer
 from tests.models.variants import made_once
@@ -31,19 +31,12 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
         server.add_account("ann", token=TOKEN)
         server.add_account("ann", token=READER, role="read")
         server.add_account("bob", token="hf_bob")
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + template[template.index("/{repo_id}") :]
-        )
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         for name, value in server.environment(tmp_path / "home", TOKEN).items():
             if name.startswith("HF_"):
                 monkeypatch.setenv(name, value)
-        yield server
-        close_session()
+        with server.reached_by_this_process():
+            yield server
         server.check()
         assert not any(TOKEN in entry.path or READER in entry.path for entry in server.transcript)
 

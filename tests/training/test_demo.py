@@ -24,8 +24,8 @@ def test_demo_compares_reports_and_loads_in_a_fresh_process(run_python: RunPytho
     report = (folder / "report.md").read_text(encoding="utf-8")
     for preset in PRESETS:
         assert report.count(f"| {preset} ") == 2
-        assert (folder / f"vit_{preset}" / "model.safetensors").is_file()
-        assert (folder / f"gpt2_{preset}" / "run.json").is_file()
+        assert (folder / f"vit_digits_{preset}" / "model.safetensors").is_file()
+        assert (folder / f"gpt2_pydoc_{preset}" / "robustness.json").is_file()
     assert "ImgProcViTForImageClassification from transformers_modules, without hf_imgproc_attn" in report
     assert "Quick run" in report
     assert (folder / "accuracy_against_noise.png").read_bytes().startswith(b"\x89PNG")
@@ -34,7 +34,7 @@ def test_demo_compares_reports_and_loads_in_a_fresh_process(run_python: RunPytho
     assert list(values["digits"]) == list(values["text"]) == PRESETS
     for row in values["digits"].values():
         assert all(0 <= row[name] <= 1 for name in row if name not in ("parameters", "training s"))
-        assert {"clean", "noise 0.1", "FGSM 0.0314"} <= set(row)
+        assert {"clean", "Gaussian noise 0.1", "FGSM 0.0314"} <= set(row)
 
 
 def test_foreign_folder_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ def record_of(folder: Path, words: str = "", task: str = "image-classification")
 
 
 def test_record_holds_what_a_run_needs_to_be_repeated(tmp_path: Path) -> None:
-    words = "--preset twicing --seed 7 --hub_token secret --hub_token=secret --max_steps 3"
+    words = "--preset twicing --seed 7 --max_steps 3"
     path = run_record.write_record(str(tmp_path), record_of(tmp_path, words))
     text = path.read_text(encoding="utf-8")
     record = json.loads(text)
@@ -38,7 +38,7 @@ def test_record_holds_what_a_run_needs_to_be_repeated(tmp_path: Path) -> None:
     assert record["device"]["type"] == "cpu"
     assert record["device"]["name"]
     assert record["argv"][:2] == ["--preset", "twicing"]
-    assert "secret" not in text
+    assert record["command"] == words.split()
     assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
 
 
@@ -151,3 +151,97 @@ def test_resuming_on_other_data_is_refused(tmp_path: Path) -> None:
     run_record.check_same_data(second, {"train": {"rows": 3, "sha256": "x"}})
     with pytest.raises(UsageError, match="the train split must be the one that the run was started with"):
         run_record.check_same_data(second, {"train": {"rows": 3, "sha256": "y"}})
+
+
+SECRET = "hf_" + "AbCd1234" * 4
+FULL_OF_SECRETS: dict[str, Any] = {
+    "argv": [
+        "--config", "/home/alice/thesis/recipe.yaml", "--output_dir", "outputs/alice/run", "--seed", "3",
+        "--dataset_name=/mnt/lab-7/my data/birds", "--hub_token", "secret-1", "--hub_token=secret-2",
+        "--config_overrides", "note=/home/alice/x", "hidden_size=8",
+        "--fsdp_config", '{"file": "/home/alice smith/f"}',
+        "--model_name_or_path", "you/model", "--learning_rate", "2e-3",
+    ],
+    "command": ["--output_dir", "/home/alice", "--tokenizer_name", "~alice/tok", "--deepspeed", "../alice/ds.json"],
+    "arguments": {
+        "model": {"model_name_or_path": r"C:\Users\alice\checkpoints\vit", "config_overrides": ["a=/home/alice/b"]},
+        "data": {"dataset_name": "/mnt/lab-7/my data/birds", "dataset_config_name": None, "validation_fraction": 0.1},
+        "run": {"config": "thesis/alice.d/recipe.yaml", "output_dir": "/home/alice/"},
+        "trainer": {
+            "output_dir": "/home/alice/run", "hub_token": SECRET, "push_to_hub_token": "secret-3", "deepspeed": None,
+            "run_name": "/scratch/alice/run", "fsdp_config": {"path": "~/f.json", "min": 3}, "debug": [],
+            "hub_model_id": "you/model", "logging_steps": 0.02, "project": f"a note with {SECRET} inside",
+        },
+    },
+    "resumed_from": "outputs/alice/checkpoint-20",
+    "device": {"name": "A processor", "platform": "Linux 6.1.0-13-alice-desktop", "threads": 4},
+    "model_config": {
+        "_name_or_path": "/home/alice/base", "bos_token_id": 0, "id2label": {"0": "/m/01", "1": "~"}, "hidden_size": 8,
+    },
+    "git": None,
+    "source": "https://alice:password@example.org/data/set",
+}  # fmt: skip
+
+
+def test_public_record_has_no_paths_names_or_secrets() -> None:
+    public = run_record.public_record(FULL_OF_SECRETS)
+    text = json.dumps({**public, "model_config": {**public["model_config"], "id2label": {}}})
+    for secret in ("alice", "secret", SECRET, "lab-7", "thesis", "scratch", "password", "my data", "smith", "mnt"):
+        assert secret not in text
+    for path in ("/home", "~", "..", "C:"):
+        assert path not in text.replace("...", "")
+    assert public["argv"] == [
+        "--config", "recipe.yaml", "--output_dir", "run", "--seed", "3", "--dataset_name=birds", "--hub_token", "...",
+        "--hub_token=...", "--config_overrides", "note=x", "hidden_size=8", "--fsdp_config", '{"file": "f"}',
+        "--model_name_or_path", "you/model", "--learning_rate", "2e-3",
+    ]  # fmt: skip
+    assert public["command"] == ["--output_dir", ".", "--tokenizer_name", "tok", "--deepspeed", "ds.json"]
+    assert public["arguments"]["data"] == {
+        "dataset_name": "birds", "dataset_config_name": None, "validation_fraction": 0.1,
+    }  # fmt: skip
+    assert public["arguments"]["model"] == {"model_name_or_path": "vit", "config_overrides": ["a=b"]}
+    trainer = public["arguments"]["trainer"]
+    assert trainer["hub_model_id"] == "you/model"
+    assert trainer["fsdp_config"] == {"path": "f.json", "min": 3}
+    assert trainer["run_name"] == "run"
+    assert "hub_token" not in trainer
+    assert public["resumed_from"] == "checkpoint-20"
+    assert public["device"] == {"name": "A processor", "platform": "Linux 6.1.0", "threads": 4}
+    assert public["model_config"]["id2label"] == {"0": "/m/01", "1": "~"}  # names of classes, whatever they look like
+    assert public["model_config"]["bos_token_id"] == 0
+    assert public["source"] == "https://example.org/data/set"
+    assert public["local_paths"] == ["dataset_name", "model_name_or_path"]
+
+
+def test_public_record_changes_nothing_twice_nor_its_argument() -> None:
+    before = json.dumps(FULL_OF_SECRETS)
+    public = run_record.public_record(FULL_OF_SECRETS)
+    assert json.dumps(FULL_OF_SECRETS) == before
+    assert run_record.public_record(public) == public
+
+
+def test_public_record_of_a_real_run_keeps_what_is_public(tmp_path: Path) -> None:
+    record = record_of(tmp_path / "run", f"--preset twicing --output_dir {tmp_path / 'run'} --max_steps 3")
+    public = run_record.public_record(record)
+    assert str(tmp_path) in json.dumps(record)
+    assert str(tmp_path) not in json.dumps(public)
+    assert public.pop("local_paths") == []
+    changed = {name for name in record if public[name] != record[name]}
+    assert changed == {"argv", "command", "arguments"}
+    assert public["arguments"]["trainer"] == {
+        name: value for name, value in record["arguments"]["trainer"].items() if name != "hub_token"
+    } | {"output_dir": "run"}
+    assert public["arguments"]["data"] == record["arguments"]["data"]
+
+
+def test_local_checkpoints_and_tokenizers_are_recorded_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "start").mkdir()
+    record = record_of(tmp_path, "--model_name_or_path start")
+    assert record["arguments"]["model"]["model_name_or_path"] == str(tmp_path / "start")
+    assert record["command"] == ["--model_name_or_path", str(tmp_path / "start")]
+    assert record["argv"] == ["--model_name_or_path", "start"]
+    assert run_record.public_record(record)["local_paths"] == ["model_name_or_path"]
+    record = record_of(tmp_path, "--model_name_or_path someone/start")
+    assert record["arguments"]["model"]["model_name_or_path"] == "someone/start"
+    assert run_record.public_record(record)["local_paths"] == []

@@ -104,9 +104,8 @@ def test_final_metrics_equal_an_evaluation_of_the_saved_model(tmp_path: Path) ->
     arguments = train_causal_lm.TextDataArguments(max_eval_samples=60)
     text: TextSplit = load_text_splits(arguments)["test"]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    found = text_perplexity(model, tokenizer, text, block_size=32)
-    for name, value in found.items():
-        assert record["metrics"]["test"][name] == pytest.approx(value, rel=1e-4)
+    for found in text_perplexity(model, tokenizer, text, block_size=32):
+        assert record["metrics"]["test"][found["metric"]] == pytest.approx(found["value"], rel=1e-4)
 
 
 def test_stock_checkpoint_is_fine_tuned_as_a_variant(tmp_path: Path, write_text: WriteText) -> None:

@@ -1,0 +1,254 @@
+"""Evaluate the checkpoint of a finished run on clean and on disturbed data, and write robustness.json beside it.
+
+    python training/evaluate_checkpoint.py outputs/digits
+    python training/evaluate_checkpoint.py outputs/digits --sigmas 0.1 0.2 --epsilons 4/255 8/255
+
+Images: Gaussian noise and FGSM; text: word swap. The data are those that run.json names, checked by their fingerprint;
+the training split is never evaluated.
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hf_imgproc_attn.training_support.argument_parser import OneLineParser
+from hf_imgproc_attn.training_support.arguments import ImageDataArguments, TextDataArguments
+from hf_imgproc_attn.training_support.errors import UsageError, exit_code, require_extras
+
+if TYPE_CHECKING:
+    from hf_imgproc_attn.training_support.image_pixels import PixelDataset
+    from hf_imgproc_attn.training_support.text_data import TextSplit
+
+FORMAT = 1
+SIGMAS = (0.1, 0.2, 0.3)
+EPSILONS = (8 / 255, 16 / 255)
+FRACTION = 0.015
+SPLITS = ("test", "validation")
+
+DataT = TypeVar("DataT", "PixelDataset", "TextSplit")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is measured; None: the default of the run's task.
+
+    Attributes:
+        sigmas: standard deviations of the Gaussian noise, pixels in [0, 1].
+        epsilons: largest changes of a pixel in [0, 1] by FGSM.
+        fraction: part of the words that word swap replaces.
+        seed: of the noise or the choice of words.
+        max_samples: use at most so many images or lines.
+        split: ``test`` or ``validation``.
+
+    Raises:
+        UsageError: for a value outside its range.
+    """
+
+    sigmas: Sequence[float] | None = None
+    epsilons: Sequence[float] | None = None
+    fraction: float | None = None
+    seed: int = 0
+    max_samples: int | None = None
+    split: str = "test"
+
+    def __post_init__(self) -> None:
+        for name, values in (("sigmas", self.sigmas), ("epsilons", self.epsilons), ("fraction", (self.fraction,))):
+            for value in values or ():
+                if value is not None and not 0 < value <= 1:
+                    raise UsageError(f"{name} must be > 0 and <= 1, got {value!r}")
+        for name, least in (("seed", 0), ("max_samples", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"{name} must be an integer >= {least}, got {value!r}")
+        if self.split not in SPLITS:
+            raise UsageError(f"split must be one of {', '.join(SPLITS)}, got {self.split!r}")
+
+
+def evaluate(run: str | Path, settings: Settings | None = None) -> dict[str, Any]:
+    """Evaluate a run and write its ``robustness.json``.
+
+    Args:
+        run: the folder of a finished run.
+        settings: what is measured.
+
+    Returns:
+        The content of ``robustness.json``.
+
+    Raises:
+        UsageError: if the folder holds no finished run or other weights than it made, the data are not the run's or
+            have no such split, or a setting does not belong to the run's task.
+    """
+    require_extras("train")
+    import torch
+
+    from hf_imgproc_attn.cards import ROBUSTNESS_FILE, load_record
+    from hf_imgproc_attn.training_support import run_record
+    from hf_imgproc_attn.training_support.evaluation import DEFINITIONS
+
+    folder, settings = Path(run), settings or Settings()
+    record = load_record(folder)
+    weights = run_record.weights_sha256(str(folder))
+    if not weights or weights != record.get("weights_sha256"):
+        raise UsageError(
+            f"{folder} must hold the weights that its run made (weights_sha256 of run.json), got {weights}"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    measure = _measure_images if record["task"] == "image-classification" else _measure_text
+    started = time.perf_counter()
+    results = measure(folder, record, settings, device)
+    used = {name for result in results for name in (result["disturbance"], *result["parameters"])}
+    robustness = {
+        "format": FORMAT,
+        "weights_sha256": weights,
+        "split": settings.split,
+        "results": [{**result, "split": settings.split} for result in results],
+        "definitions": {name: text for name, text in DEFINITIONS.items() if name in used},
+        "versions": run_record.package_versions(),
+        "git": run_record.git_state(),
+        "device": run_record.device_description(device, processes=1),
+        "seconds": time.perf_counter() - started,
+    }
+    run_record.write_json(folder / ROBUSTNESS_FILE, robustness)
+    return robustness
+
+
+def _measure_images(folder: Path, record: dict[str, Any], settings: Settings, device: Any) -> list[dict[str, Any]]:
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    from hf_imgproc_attn.training_support.evaluation import image_robustness
+    from hf_imgproc_attn.training_support.image_data import load_image_splits
+    from hf_imgproc_attn.training_support.image_pixels import load_pixels
+
+    _refuse("fraction", settings, record)
+    sigmas, epsilons = (
+        default if given is None else given
+        for given, default in ((settings.sigmas, SIGMAS), (settings.epsilons, EPSILONS))
+    )
+    if epsilons:
+        require_extras("robustness")
+    processor = AutoImageProcessor.from_pretrained(folder)
+
+    def load(args: ImageDataArguments) -> "PixelDataset":
+        splits, name = load_image_splits(args), settings.split
+        _check_split(splits.rows, settings, args.dataset_name)
+        only = dataclasses.replace(splits, rows={name: splits.rows[name]}, labels={name: splits.labels[name]})
+        return load_pixels(only, processor, args, settings.seed)[name]
+
+    dataset = _same_data(load, ImageDataArguments, record, settings)
+    model = AutoModelForImageClassification.from_pretrained(folder).to(device)
+    return image_robustness(model, processor, dataset, sigmas=sigmas, epsilons=epsilons, seed=settings.seed)
+
+
+def _measure_text(folder: Path, record: dict[str, Any], settings: Settings, device: Any) -> list[dict[str, Any]]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hf_imgproc_attn.training_support.evaluation import text_robustness
+    from hf_imgproc_attn.training_support.model_setup import DEFAULT_BLOCK_SIZE
+    from hf_imgproc_attn.training_support.text_data import load_text_splits
+
+    for name in ("sigmas", "epsilons"):
+        _refuse(name, settings, record)
+
+    def load(args: TextDataArguments) -> "TextSplit":
+        splits = load_text_splits(args)
+        _check_split(splits, settings, args.dataset_name)
+        return splits[settings.split]
+
+    text = _same_data(load, TextDataArguments, record, settings)
+    model = AutoModelForCausalLM.from_pretrained(folder).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    block_size = record["arguments"]["data"].get("block_size") or min(model.config.n_positions, DEFAULT_BLOCK_SIZE)
+    fraction = FRACTION if settings.fraction is None else settings.fraction
+    return text_robustness(model, tokenizer, text, block_size, fraction=fraction, seed=settings.seed)
+
+
+def _refuse(name: str, settings: Settings, record: dict[str, Any]) -> None:
+    value = getattr(settings, name)
+    if value is not None:
+        raise UsageError(f"{name} is not used with a run of task {record['task']}, got {value!r}")
+
+
+def _check_split(splits: dict[str, Any], settings: Settings, dataset_name: str) -> None:
+    if settings.split not in splits:
+        raise UsageError(
+            f"split must be one that the data set {dataset_name!r} has ({', '.join(splits)}) and that is not trained "
+            f"on, got {settings.split!r}"
+        )
+
+
+def _same_data(
+    load: Callable[[Any], DataT], data_class: type[Any], record: dict[str, Any], settings: Settings
+) -> DataT:
+    """Load a split as the run did, check that it is the same, then limit it."""
+    try:
+        args = data_class(**record["arguments"]["data"])
+    except TypeError as error:
+        raise UsageError(f"run.json has data options that this version does not know: {error}") from error
+    data = load(args)
+    found, recorded = data.fingerprint, record.get("data_fingerprint", {}).get(settings.split, {})
+    if any(recorded.get(name) != value for name, value in found.items()):
+        raise UsageError(
+            f"the {settings.split} split must be the one that the run was made with ({recorded}), got {found}"
+        )
+    if settings.max_samples is None or settings.max_samples >= found["rows"]:
+        return data
+    return load(dataclasses.replace(args, max_eval_samples=settings.max_samples))
+
+
+def _number(word: str) -> float:
+    """``0.1`` or ``8/255``."""
+    try:
+        return float(Fraction(word))
+    except (ValueError, ZeroDivisionError) as error:
+        raise argparse.ArgumentTypeError(f"must be a number or a fraction such as 8/255, got {word!r}") from error
+
+
+def _build_parser() -> OneLineParser:
+    parser = OneLineParser(description=str(__doc__).split("\n")[0])
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument(
+        "--sigmas",
+        type=_number,
+        nargs="*",
+        metavar="SIGMA",
+        help="images: standard deviations of Gaussian noise, pixels in [0, 1] (default: 0.1 0.2 0.3)",
+    )
+    parser.add_argument(
+        "--epsilons",
+        type=_number,
+        nargs="*",
+        metavar="EPSILON",
+        help="images: largest changes of a pixel by FGSM, pixels in [0, 1] (default: 8/255 16/255)",
+    )
+    parser.add_argument(
+        "--fraction", type=_number, help=f"text: part of the words that is replaced by AAA (default: {FRACTION})"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of noise and word swap (default: %(default)s)")
+    parser.add_argument("--max_samples", type=int, help="use at most so many images or lines (default: all)")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="(default: %(default)s)")
+    return parser
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    options = vars(_build_parser().parse_args(argv))
+    folder: Path = options.pop("run")
+    robustness = evaluate(folder, Settings(**options))
+    from hf_imgproc_attn.card_results import Measurement, result_rows
+
+    for row in result_rows([Measurement(**result) for result in robustness["results"]], None, None):
+        print(f"{row[0]:30} {row[1]:20} {row[2]:10} {row[3]:>15} {row[-1]:>12}")
+    print(f"{robustness['seconds']:.0f} s; written to {folder / 'robustness.json'}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    return exit_code(lambda: _run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Render model_cards/NAME.md of every training/results/NAME.json, beside the softmax run of the same recipe.
+
+python training/make_cards.py
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_imgproc_attn.cards import load_results, render_card
+from hf_imgproc_attn.training_support.argument_parser import OneLineParser
+from hf_imgproc_attn.training_support.errors import exit_code
+
+OWNER = "hf-imgproc-attn"
+REVISION = "not-published"
+"""These cards show how a card looks; their checkpoints are not published, and each says so."""
+BASELINE = "softmax"
+
+
+def render_all(results: Path) -> dict[str, str]:
+    """The cards of all results files in a folder: name -> text.
+
+    Raises:
+        UsageError: for a file that is no results file, or a baseline of another recipe.
+    """
+    cards = {}
+    for path in sorted(results.glob("*.json")):
+        run = load_results(path)
+        preset = run.record["arguments"]["model"]["preset"]
+        stock = path.with_name(f"{path.stem.removesuffix(preset)}{BASELINE}.json")
+        baseline = load_results(stock) if preset != BASELINE and stock.exists() else None
+        cards[path.stem] = render_card(
+            run, repo_id=f"{OWNER}/{path.stem}", revision=REVISION, baseline=baseline, example=True
+        )
+    return cards
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    parser = OneLineParser(description=str(__doc__).split("\n")[0])
+    parser.add_argument("--results", type=Path, default=Path("training/results"), metavar="DIR")
+    parser.add_argument("--output", type=Path, default=Path("model_cards"), metavar="DIR")
+
+    def work() -> None:
+        options = parser.parse_args(argv)
+        for name, text in render_all(options.results).items():
+            (options.output / f"{name}.md").write_text(text, encoding="utf-8")
+
+    return exit_code(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

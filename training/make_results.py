@@ -1,0 +1,96 @@
+"""Train and evaluate every preset by the small recipes, for training/results/: the facts of the example model cards.
+
+    python training/make_results.py
+    python training/make_results.py --only vit_digits_twicing
+
+Minutes on one CPU core. A file holds the run record as it may be published and the robustness of the checkpoint, which
+itself is not kept.
+"""
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evaluate_checkpoint import evaluate
+
+from hf_imgproc_attn.models.filter_spec import PRESETS
+from hf_imgproc_attn.training_support.argument_parser import OneLineParser, parse_arguments
+from hf_imgproc_attn.training_support.arguments import (
+    IMAGE_TRAINER_DEFAULTS,
+    TEXT_TRAINER_DEFAULTS,
+    ImageDataArguments,
+    TextDataArguments,
+)
+from hf_imgproc_attn.training_support.errors import exit_code, require_extras
+
+if TYPE_CHECKING:
+    from hf_imgproc_attn.training_support.trainer_setup import Result
+
+RECIPES = {"vit_digits": "digits_vit.yaml", "gpt2_pydoc": "pydoc_gpt2.yaml"}
+SEED = 0
+
+_CONFIGS = Path(__file__).resolve().parent / "configs"
+
+
+def run_recipe(recipe: str, preset: str, folder: Path, options: Sequence[str] = ()) -> tuple["Result", dict[str, Any]]:
+    """Train a preset by one of :data:`RECIPES` and evaluate the checkpoint on clean and disturbed test data.
+
+    Args:
+        recipe: ``vit_digits`` or ``gpt2_pydoc``.
+        preset: the variant.
+        folder: new; gets checkpoint, ``run.json`` and ``robustness.json``.
+        options: further words of the training script's command line.
+
+    Returns:
+        The result of the training, and the content of ``robustness.json``.
+    """
+    import train_causal_lm
+    import train_image_classification
+
+    words = ["--config", str(_CONFIGS / RECIPES[recipe]), "--preset", preset, "--seed", str(SEED)]
+    words += ["--output_dir", str(folder), *options]
+    if recipe == "vit_digits":
+        arguments = parse_arguments(words, ImageDataArguments, IMAGE_TRAINER_DEFAULTS, "")
+        result = train_image_classification.train(arguments)
+    else:
+        text_arguments = parse_arguments(words, TextDataArguments, TEXT_TRAINER_DEFAULTS, "")
+        result = train_causal_lm.train(text_arguments)
+    return result, evaluate(folder)
+
+
+def make_results(names: Sequence[str], output: Path) -> None:
+    """Write ``NAME.json`` for every name, which is a recipe and a preset joined by ``_``."""
+    require_extras("train", "robustness")
+    import torch
+
+    from hf_imgproc_attn.training_support.run_record import public_record, write_json
+
+    torch.set_num_threads(1)  # models this small gain nothing from a second one
+    for name in names:
+        recipe = next(recipe for recipe in RECIPES if name.startswith(f"{recipe}_"))
+        with tempfile.TemporaryDirectory() as folder:
+            result, robustness = run_recipe(recipe, name.removeprefix(f"{recipe}_"), Path(folder) / name)
+        content = {"name": name, "record": public_record(result.record), "robustness": robustness}
+        print(f"written: {write_json(output / f'{name}.json', content)}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    names = [f"{recipe}_{preset}" for recipe in RECIPES for preset in PRESETS]
+    parser = OneLineParser(description=str(__doc__).split("\n")[0])
+    parser.add_argument("--only", choices=names, nargs="+", default=names, metavar="NAME", help="(default: all)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("training/results"), metavar="DIR", help="(default: %(default)s)"
+    )
+
+    def work() -> None:
+        options = parser.parse_args(argv)
+        make_results(options.only, options.output)
+
+    return exit_code(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
