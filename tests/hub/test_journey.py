@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,29 +21,23 @@ from tests.hub.conftest import IMAGE_RUN, TEXT_RUN, TOKEN
 from tests.hub_server import HubServer
 
 ELSEWHERE = """
-import sys
+import json, sys
 sys.modules["hf_imgproc_attn"] = None  # every import of it fails
 from transformers import pipeline
-task, name, revision, given = sys.argv[1:]
+task, name, revision, given, options = sys.argv[1:]
 answer = pipeline(task, model=name, revision=revision, trust_remote_code=True, device="cpu")
-if task == "image-classification":
-    found = answer(given)
-    assert abs(sum(item["score"] for item in found) - 1) < 0.51 and all(item["label"] in "0123456789" for item in found)
-    print(type(answer.model).__module__.split(".")[0], *(item["label"] for item in found))
-else:
-    (found,) = answer(given, max_new_tokens=8, do_sample=False)
-    assert found["generated_text"].startswith(given)
-    print(type(answer.model).__module__.split(".")[0], repr(found["generated_text"]))
+assert type(answer.model).__module__.startswith("transformers_modules.")
+print(json.dumps(answer(given, **json.loads(options))))
 """
 
 
-def run_elsewhere(hub: HubServer, home: Path, *arguments: str) -> str:
-    """Without a token, without the package, with an empty cache."""
+def run_elsewhere(hub: HubServer, home: Path, *arguments: str, **options: Any) -> Any:
+    """What a pipeline answers without a token, without the package, with an empty cache."""
     environment = {key: value for key, value in hub.environment(home).items() if key != "PYTHONPATH"}
-    command = [sys.executable, "-I", "-c", ELSEWHERE, *arguments]
+    command = [sys.executable, "-I", "-c", ELSEWHERE, *arguments, json.dumps(options)]
     done = subprocess.run(command, env=environment, cwd=home.parent, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return json.loads(done.stdout)
 
 
 def train(*arguments: str) -> str:
@@ -61,7 +56,9 @@ def revision_in(printed: str) -> str:
 
 
 def test_images_from_training_to_a_pipeline_and_on(hub: HubServer, tmp_path: Path) -> None:
+    from PIL import Image
     from sklearn.datasets import load_digits
+    from transformers import pipeline
 
     folder = tmp_path / "run"
     words = [*IMAGE_RUN, "--preset", "bilateral_twicing", "--push_to_hub", "--hub_model_id", "digits"]
@@ -76,14 +73,14 @@ def test_images_from_training_to_a_pipeline_and_on(hub: HubServer, tmp_path: Pat
     assert f'revision="{tag}"' in card
     assert "generated_from_trainer" not in card
 
-    from PIL import Image
-
-    pixels = (load_digits().images[0] * 15.9).astype("uint8")
-    Image.fromarray(pixels).convert("RGB").save(tmp_path / "zero.png")
-    printed = run_elsewhere(
-        hub, tmp_path / "elsewhere", "image-classification", "ann/digits", revision, str(tmp_path / "zero.png")
-    )
-    assert printed.startswith("transformers_modules ")
+    picture = str(tmp_path / "zero.png")
+    Image.fromarray((load_digits().images[0] * 15.9).astype("uint8")).convert("RGB").save(picture)
+    arguments = ("image-classification", "ann/digits", revision, picture)
+    answer = run_elsewhere(hub, tmp_path / "elsewhere", *arguments, top_k=10)
+    expected = pipeline("image-classification", model=str(folder), device="cpu")(picture, top_k=10)
+    scores = {item["label"]: item["score"] for item in expected}
+    assert len(scores) == 10
+    assert {item["label"]: item["score"] for item in answer} == pytest.approx(scores, abs=1e-5)
 
     # Fine-tuned by its id, with other data settings and seed.
     again = tmp_path / "again"
@@ -95,12 +92,17 @@ def test_images_from_training_to_a_pipeline_and_on(hub: HubServer, tmp_path: Pat
 
 
 def test_text_from_training_to_a_pipeline_and_on(hub: HubServer, tmp_path: Path) -> None:
+    from transformers import pipeline
+
     folder = tmp_path / "run"
     words = [*TEXT_RUN, "--preset", "bilateral_twicing", "--push_to_hub", "--hub_model_id", "ann/words"]
     revision = revision_in(train("train-lm", *words, "--output_dir", str(folder)))
     assert hub.repo("ann/words").head == revision
-    printed = run_elsewhere(hub, tmp_path / "elsewhere", "text-generation", "ann/words", revision, "The import")
-    assert printed.startswith("transformers_modules 'The import")
+    options = {"max_new_tokens": 8, "do_sample": False}
+    arguments = ("text-generation", "ann/words", revision, "The import")
+    answer = run_elsewhere(hub, tmp_path / "elsewhere", *arguments, **options)
+    assert answer == pipeline("text-generation", model=str(folder), device="cpu")("The import", **options)
+    assert len(answer[0]["generated_text"]) > len("The import")
 
     again = tmp_path / "again"
     words = ["--disable_tqdm", "true", "--use_cpu", "--save_strategy", "no", "--max_eval_samples", "40"]
