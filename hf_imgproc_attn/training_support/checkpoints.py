@@ -1,15 +1,23 @@
-"""Checkpoint folders of the Trainer: which of them is complete, and the newest one to resume from."""
+"""Checkpoint folders of the Trainer: which of them is complete, the newest one to resume from, and full disks."""
 
+import contextlib
+import errno
 import json
 import re
 import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+
+from hf_imgproc_attn.training_support.errors import UsageError
 
 _STATE = "trainer_state.json"
 # What FSDP and DeepSpeed write instead of the usual files.
 _SHARDED_OPTIMIZER = ("optimizer.bin", "optimizer_*", "global_step*")
 _SHARDED_WEIGHTS = ("pytorch_model_fsdp*", "global_step*")
+_DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+# How safetensors and torch's archives put the same thing, the latter by finding less in the file than was written.
+_DISK_FULL_TEXT = ("No space left", "File too large", "quota exceeded", "inline_container")
 
 
 def newest_complete_checkpoint(output_dir: str | Path) -> Path | None:
@@ -35,6 +43,31 @@ def newest_complete_checkpoint(output_dir: str | Path) -> Path | None:
             return folder
         warnings.warn(f"{folder} is incomplete and is passed over: {problem}", stacklevel=2)
     return None
+
+
+@contextlib.contextmanager
+def full_disk_named(output_dir: str | Path) -> Iterator[None]:
+    """Put a disk that is full, or a file size that is not allowed, in one sentence that says what is left.
+
+    Raises:
+        UsageError: naming the newest complete checkpoint.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = isinstance(error, OSError) and error.errno in _DISK_FULL
+        if not full and not any(text in str(error) for text in _DISK_FULL_TEXT):
+            raise
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the one just being written is incomplete is what this is about
+            newest = newest_complete_checkpoint(output_dir)
+        left = "there is no complete checkpoint yet" if newest is None else f"{newest} is complete"
+        raise UsageError(
+            f"output_dir {str(output_dir)!r} cannot be written, the disk is full or a file too large "
+            f"({' '.join(str(error).split())}); {left}; with room made, the same command with --resume goes on"
+        ) from error
 
 
 def incomplete_because(folder: Path) -> str | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_imgproc_attn.training_support import run_record
 from hf_imgproc_attn.training_support.arguments import Arguments
-from hf_imgproc_attn.training_support.checkpoints import newest_complete_checkpoint
+from hf_imgproc_attn.training_support.checkpoints import full_disk_named, newest_complete_checkpoint
 from hf_imgproc_attn.training_support.errors import UsageError
 from hf_imgproc_attn.training_support.trainer_arguments import build_training_arguments
 
@@ -137,7 +137,7 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
         splits: split -> data set and ``compute_metrics`` of the final evaluation, in the order of the table.
 
     Raises:
-        UsageError: if a run is resumed on other data.
+        UsageError: if a run is resumed on other data, if the disk is full, or if publishing is refused.
     """
     main = trainer.is_world_process_zero()
     run_record.check_same_data(run.record, fingerprints)
@@ -155,11 +155,12 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
         )
         run_record.write_record(run.training_args.output_dir, run.record)
     started = time.perf_counter()
-    outcome = trainer.train(resume_from_checkpoint=run.resume_from)
-    seconds = time.perf_counter() - started
-    trainer.restore_configuration()
-    trainer.save_model()
-    trainer.save_state()
+    with full_disk_named(run.training_args.output_dir):
+        outcome = trainer.train(resume_from_checkpoint=run.resume_from)
+        seconds = time.perf_counter() - started
+        trainer.restore_configuration()
+        trainer.save_model()
+        trainer.save_state()
     metrics = {}
     for name, (dataset, compute_metrics) in splits.items():
         trainer.compute_metrics = compute_metrics

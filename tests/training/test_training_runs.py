@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
 from hf_imgproc_attn import ImgProcGPT2LMHeadModel, ImgProcViTForImageClassification
+from hf_imgproc_attn.training_support.checkpoints import newest_complete_checkpoint
 from hf_imgproc_attn.training_support.run_record import weights_sha256
 from tests.helpers import ROOT
 from tests.training.conftest import TINY_GPT2, TINY_VIT, WriteText
@@ -199,6 +200,34 @@ def test_killed_run_resumes_past_an_incomplete_checkpoint_to_the_same_weights(tm
     assert Path(record["resumed_from"]).name == f"checkpoint-{int(newest.name.split('-')[1]) - 10}"
     assert weights_sha256(str(folder)) == weights_sha256(str(reference))
     assert record["metrics"]["validation"]["loss"] == read_record(reference)["metrics"]["validation"]["loss"]
+
+
+@pytest.mark.parametrize("allowed", [3000, 25_000], ids=["in the code and weights", "in the optimizer's state"])
+def test_a_disk_that_is_full_while_saving_leaves_the_last_checkpoint(tmp_path: Path, allowed: int) -> None:
+    """From the second checkpoint on no file may be larger than ``allowed`` bytes; then there is room again."""
+    import resource
+
+    folder = tmp_path / "run"
+    words = "--preset twicing --max_steps 60 --save_strategy steps --save_steps 10 --save_total_limit 1"
+    command = [sys.executable, str(ROOT / "training" / IMAGE_SCRIPT), *options(IMAGE_SCRIPT, folder, words)]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 120
+        while not (folder / "checkpoint-10" / "trainer_state.json").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (allowed, allowed))
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 2, error.decode()
+    last = error.decode().splitlines()[-1]
+    assert "the disk is full or a file too large" in last
+    with pytest.warns(UserWarning, match="is incomplete and is passed over"):
+        complete = newest_complete_checkpoint(folder)
+        record = run_here(IMAGE_SCRIPT, folder, f"{words} --resume")
+    assert complete is not None
+    assert f"{complete} is complete" in last
+    assert Path(record["resumed_from"]) == complete
+    assert (record["status"], record["steps"]) == ("finished", 60)
 
 
 @pytest.mark.parametrize(
