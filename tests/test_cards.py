@@ -166,6 +166,7 @@ def test_every_preset_has_its_equation_and_sources(preset: str) -> None:
     assert ("2A - A^2" in variant.equation) == (fields.get("boosting") == "twicing")
     assert ("h_p^2" in variant.equation) == (fields.get("position_kernel") in ("untied", "gaussian"))
     assert ("U_Q" in variant.equation) == (fields.get("position_kernel") == "untied")
+    assert not re.search(r"\\[^A-Za-z]", variant.equation)
     assert variant.papers
     for key in variant.papers:
         assert re.search(r"\b(19|20)\d\d, ", PAPERS[key].reference)
@@ -281,7 +282,7 @@ def test_a_value_that_is_no_number_is_shown_as_that_and_kept_from_the_hub(images
     results = ModelCard(card).data.eval_results
     assert results is not None
     assert all(math.isfinite(result.metric_value) for result in results)
-    # Validation, five kinds of disturbed images, and what was found beside these on clean ones, which is another number.
+    # Validation, five kinds of disturbed images, and what was found beside these on clean ones: another number.
     assert sum(result.metric_type == "accuracy" for result in results) == 7
     again = images.robustness["results"][0]["value"] if images.robustness else None
     (row,) = [row for row in tables(card)[0] if row[0] == "clean, as evaluated with the disturbed"]
@@ -379,7 +380,7 @@ def test_hub_names_reach_the_front_matter_and_local_ones_do_not(images: RunResul
     for run in (changed(images, **names), RunResults(public_record(changed(images, **names).record))):
         card = render(run)
         assert {"datasets", "base_model"}.isdisjoint(front_matter(card))
-        assert "trained on birds (local data)" in card
+        assert "fine-tuned from `vit` on birds (local data)" in card
         assert "alice" not in card
         assert "Something local was used (dataset_name, model_name_or_path)" in card
 
