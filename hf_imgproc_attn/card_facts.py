@@ -200,8 +200,6 @@ def limits(record: dict[str, Any], rows: Sequence[Measurement]) -> list[str]:
     elif "steps" in record:
         steps = f"{record['steps']:,}"
         texts.append(f"The weights are those after the last step ({steps}), not the best on the validation split.")
-    if "training_seconds" in record:
-        texts.append("The training time is that of one run; what else the machine did is not recorded.")
     if (record.get("git") or {}).get("dirty"):
         texts.append("The source had uncommitted changes: the git revision alone does not reproduce the run.")
     if record.get("resumed_from"):
@@ -220,7 +218,11 @@ def costs(record: dict[str, Any], other: dict[str, Any] | None, *, with_baseline
             return [NOT_MEASURED] * 2
         return [_count(run.get("parameters", {}).get("total")), _seconds(run.get("training_seconds"))]
 
-    columns = [["parameters", "training time"], column(record), *([column(other)] if with_baseline else [])]
+    columns = [
+        ["parameters", "training time (what else the machine did is not recorded)"],
+        column(record),
+        *([column(other)] if with_baseline else []),
+    ]
     return [list(row) for row in zip(*columns, strict=True)]
 
 

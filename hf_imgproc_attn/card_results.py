@@ -101,8 +101,11 @@ def measurements(record: dict[str, Any], robustness: dict[str, Any] | None) -> l
         for metric in [name for name in METRICS if name in values] or [_MAIN_METRIC[task]]:
             unit, samples = _samples(task, metric, counts)
             rows.append(Measurement("clean", "clean", metric, split, values.get(metric), samples, unit))
-    found = [Measurement(**result) for result in (robustness or {}).get("results", [])]
-    rows += [row for row in found if not any(_is_repeated(row, clean) for clean in rows)]
+    for row in [Measurement(**result) for result in (robustness or {}).get("results", [])]:
+        if row.family != "clean":
+            rows.append(row)
+        elif not any(_is_repeated(row, clean) for clean in rows):
+            rows.append(replace(row, disturbance="clean, as evaluated with the disturbed"))
     measured = {row.family for row in rows}
     for family in FAMILIES[task]:
         if family not in measured:

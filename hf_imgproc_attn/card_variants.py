@@ -19,7 +19,7 @@ class Variant(NamedTuple):
     """A preset in one equation.
 
     Attributes:
-        equation: LaTeX of the filter's output U.
+        equation: LaTeX of the filter's output U; without a backslash before punctuation, which Markdown may eat.
         symbols: what stands in it beyond queries q, keys k, values V and the width d of a head.
         papers: keys of :data:`PAPERS`.
     """
@@ -95,23 +95,21 @@ PAPERS: dict[str, Paper] = {
 PACKAGE_PAPERS = ("filtering", "twicing")
 """The two papers whose methods the package implements: cited by every card."""
 
-_UNTIED = (
-    r"A_{ij} \propto \exp\left(\frac{2\, q_i^\top k_j}{h_y^2} + \frac{2\, (U_Q p_i)^\top (U_K p_j)}{h_p^2}\right)"
-)
+_UNTIED = r"A_{ij} \propto \exp\left(\frac{2 q_i^\top k_j}{h_y^2} + \frac{2 (U_Q p_i)^\top (U_K p_j)}{h_p^2}\right)"
 _UNTIED_SYMBOLS = (
     "$q$, $k$ come from the content alone; $p$ is the learned vector of a position (layer-normalised), $U_Q$, $U_K$ "
     "are its own projections, and the bandwidths $h_y$, $h_p$ are learned, one of each a head and layer"
 )
 _STOCK = r"A_{ij} \propto \exp\left(\frac{q_i^\top k_j}{\sqrt{d}}\right)"
 _STOCK_SYMBOLS = "learned positions are added to the tokens before the first layer"
-_ONCE, _TWICE = r"U = A V", r"U = (2A - A^2)\, V"
+_ONCE, _TWICE = r"U = A V", r"U = (2A - A^2) V"
 
 VARIANTS: dict[str, Variant] = {
     "softmax": Variant(rf"{_ONCE}, \qquad {_STOCK}", _STOCK_SYMBOLS, ("attention",)),
     "bilateral": Variant(rf"{_ONCE}, \qquad {_UNTIED}", _UNTIED_SYMBOLS, ("filtering", "untied")),
     "bilateral_gaussian": Variant(
-        rf"{_ONCE}, \qquad A_{{ij}} \propto \exp\left(-\frac{{\|q_i - k_j\|^2}}{{h_y^2}}"
-        r" - \frac{\|p_i - p_j\|^2}{h_p^2}\right)",
+        rf"{_ONCE}, \qquad A_{{ij}} \propto \exp\left(-\frac{{\lVert q_i - k_j \rVert^2}}{{h_y^2}}"
+        r" - \frac{\lVert p_i - p_j \rVert^2}{h_p^2}\right)",
         "$p$ is the place itself (the index of a token; row and column of an image patch), and the bandwidths $h_y$, "
         "$h_p$ are learned, one of each a head and layer",
         ("bilateral", "filtering"),

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 ROBUSTNESS_FILE = "robustness.json"
 TEMPLATE = "model_cards/template.md"
 
-_BACKBONES = {"image-classification": ("vit", "Vision Transformer"), "causal-lm": ("gpt2", "GPT-2 language model")}
+_BACKBONES = {
+    "image-classification": ("vit", "A Vision Transformer"),
+    "causal-lm": ("gpt2", "A language model of the GPT-2 architecture"),
+}
 _PIPELINES = {"image-classification": "image-classification", "causal-lm": "text-generation"}
 _REQUIRED = {"task": str, "arguments": dict, "model_config": dict}
 _OPTIONAL = {
@@ -146,6 +149,7 @@ def render_card(
         fields=card_facts.changed_fields(record),
         compares_positions=card_facts.compares_positions(record),
         papers=[PAPERS[name].reference for name in sources],
+        start=record["arguments"]["model"].get("model_name_or_path"),
         dataset=card_facts.dataset_title(record),
         splits=card_facts.split_table(record),
         command=card_facts.command(record),

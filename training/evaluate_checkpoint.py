@@ -94,9 +94,7 @@ def evaluate(run: str | Path, settings: Settings | None = None) -> dict[str, Any
     record = load_record(folder)
     weights = run_record.weights_sha256(str(folder))
     if not weights or weights != record.get("weights_sha256"):
-        raise UsageError(
-            f"{folder} must hold the weights that its run made (weights_sha256 of run.json), got {weights}"
-        )
+        raise UsageError(f"{folder} must hold the weights that its run.json names (weights_sha256), got {weights}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     measure = _measure_images if record["task"] == "image-classification" else _measure_text
     started = time.perf_counter()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hf_imgproc_attn.training_support.argument_parser import parse_arguments
+from hf_imgproc_attn.training_support.argument_parser import command_words, parse_arguments
 from hf_imgproc_attn.training_support.arguments import (
     IMAGE_TRAINER_DEFAULTS,
     TEXT_TRAINER_DEFAULTS,
@@ -116,6 +116,7 @@ def test_help_trainer_lists_the_fields(capsys: pytest.CaptureFixture[str]) -> No
         ("--seed 1 2", "unexpected argument '2'"),
         ("--eval_strategy sometimes", "eval_strategy.*invalid choice: 'sometimes'"),
         ("--do_train", "do_train is not used by this script: the script always trains"),
+        ("--hub_token hf_secret", "hub_token is not used by this script: a secret comes from `hf auth login` or the"),
         ("--resume_from_checkpoint here", "resume_from_checkpoint is not used by this script: use --resume"),
         ("--lr_scheduler_type cosine_with_min_lr --warmup_steps -1", "warmup_steps"),
     ],
@@ -185,3 +186,30 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(errors._EXTRAS, "viz", ("a_package_that_is_not_there",))
     with pytest.raises(UsageError, match=r"a_package_that_is_not_there.*hf-imgproc-attn\[viz\]"):
         errors.require_extras("train", "viz")
+
+
+def test_command_words_say_the_same_without_the_file(tmp_path: Path) -> None:
+    config = write_yaml(
+        tmp_path,
+        "preset: twicing\nconfig_overrides: {boosted_layers: [-2, -1], hidden_act: relu}\nhorizontal_flip: true\n"
+        "max_train_samples: 9\nvalidation_fraction: 0\nlearning_rate: 2e-3\nseed: 3\n"
+        "fsdp_config: {min_num_params: 7}\n",
+    )
+    given = ["--config", config, "--resume", "--max-train-samples=none", "--seed", "4", "--eval_strategy", "no"]
+    given += ["--config_overrides", "hidden_size=8", "--max_steps=-1", "--label_names", "a", "b", "--fp16"]
+    given += ["--output_dir", "x"]
+    first = parse(*given)
+    words = command_words(first)
+    assert "--config" not in words
+    assert "--resume" not in words
+    assert "--max_train_samples" not in words  # the default again
+    again = parse(*words)
+    assert (again.model, again.data, again.trainer) == (first.model, first.data, first.trainer)
+    assert again.run.output_dir == "x"
+    assert command_words(again) == words
+    assert command_words(parse()) == []
+
+
+def test_command_words_of_a_null(tmp_path: Path) -> None:
+    config = write_yaml(tmp_path, "report_to: null\n")
+    assert command_words(parse("--config", config)) == ["--report_to", "none"]

@@ -69,6 +69,7 @@ def test_image_classifier_learns_reloads_and_is_recorded(tmp_path: Path, preset:
     assert record["data_fingerprint"]["test"]["rows"] == 100
     assert record["weights_sha256"] == weights_sha256(str(folder))
     assert record["training_seconds"] > 0
+    assert (record["steps"], record["eval_history"]) == (100, [])
     model = AutoModelForImageClassification.from_pretrained(folder)
     assert type(model) is ImgProcViTForImageClassification
     assert record["parameters"]["total"] == model.num_parameters()
@@ -91,9 +92,23 @@ def test_language_model_learns_reloads_and_is_recorded(tmp_path: Path) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert type(model) is ImgProcGPT2LMHeadModel
     assert model.config.use_cache
+    assert record["model_config"]["use_cache"]
     assert model.config.n_positions == 32
     inputs = tokenizer("The", return_tensors="pt")
     assert model.generate(**inputs, max_new_tokens=5, do_sample=False).shape == (1, inputs["input_ids"].shape[1] + 5)
+
+
+def test_evaluations_during_training_are_recorded(tmp_path: Path) -> None:
+    words = [*TINY[IMAGE_SCRIPT], "--output_dir", str(tmp_path / "run"), "--disable_tqdm", "true", "--use_cpu"]
+    words += ["--max_steps", "9", "--eval_strategy", "steps", "--eval_steps", "4", "--save_strategy", "no"]
+    assert train_image_classification.main([*words, "--max_eval_samples", "50"]) == 0
+    record = read_record(tmp_path / "run")
+    assert record["steps"] == 9
+    assert [step for step, _ in record["eval_history"]] == [4, 8, 9]
+    assert all(set(values) == {"loss", "accuracy"} for _, values in record["eval_history"])
+    assert record["eval_history"][0][1]["loss"] != record["eval_history"][1][1]["loss"]
+    assert record["eval_history"][2][1] == pytest.approx(record["metrics"]["validation"])
+    assert set(record["metrics"]["test"]) == {"loss", "accuracy"}
 
 
 def test_final_metrics_equal_an_evaluation_of_the_saved_model(tmp_path: Path) -> None:
