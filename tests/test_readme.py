@@ -6,17 +6,18 @@ The conventions, all of them enforced:
   fresh process in the same folder. A ```text block right after a python block is its output, exactly.
 - A command has one of the forms that `check_command` knows. Training commands run as shown, but for two steps; what
   takes minutes or installs something is checked for its parts, and runs elsewhere (the comments say where).
-- A Hub name stands for a small folder of that name, since tests are offline.
+- The name of a stock checkpoint stands for a small folder of that name; ``you/…`` is published on, and loaded from, a
+  Hub on the loopback.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ import pytest
 
 from hf_imgproc_attn import PRESETS
 from tests.helpers import ROOT, RunPython
+from tests.hub_server import HubServer
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL_RUN = ["--max_steps", "2", "--use_cpu", "true", "--max_train_samples", "512", "--max_eval_samples", "64"]
@@ -49,8 +51,18 @@ def fenced_blocks() -> list[Block]:
 
 
 @pytest.fixture(scope="module")
+def hub() -> Iterator[HubServer]:
+    """A Hub with the account ``you``."""
+    with HubServer() as server:
+        server.add_account("you", token="hf_you")
+        yield server
+    server.check()
+
+
+@pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty folder with stand-ins for the Hub names, and the scripts at the place where a checkout has them."""
+    from PIL import Image
     from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
     folder = tmp_path_factory.mktemp("readme")
@@ -60,11 +72,12 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=2, num_attention_heads=2, hidden_size=8, intermediate_size=8, image_size=8, patch_size=4
     )
     ViTForImageClassification(vit).save_pretrained(folder / "google" / "vit-base-patch16-224")
+    Image.new("RGB", (8, 8)).save(folder / "zero.png")
     (folder / "training").symlink_to(ROOT / "training", target_is_directory=True)
     return folder
 
 
-def check_command(line: str, workplace: Path) -> None:
+def check_command(line: str, workplace: Path, environment: dict[str, str]) -> None:
     """Run one command of a bash block, or check its parts where it takes minutes or installs something."""
     words = shlex.split(line, comments=True)
     if words[:2] == ["pip", "install"]:
@@ -79,10 +92,14 @@ def check_command(line: str, workplace: Path) -> None:
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     elif words[0] == "imgproc-attn":
         is_training = words[1].startswith("train-")
-        run([sys.executable, "-m", "hf_imgproc_attn.cli", *words[1:], *(SMALL_RUN if is_training else [])], workplace)
+        run(
+            [sys.executable, "-m", "hf_imgproc_attn.cli", *words[1:], *(SMALL_RUN if is_training else [])],
+            workplace,
+            environment,
+        )
     elif words[0] == "torchrun":
         assert words[3].startswith("training/train_")
-        run([sys.executable, "-m", "torch.distributed.run", *words[1:], *SMALL_RUN], workplace)
+        run([sys.executable, "-m", "torch.distributed.run", *words[1:], *SMALL_RUN], workplace, environment)
     elif words[:3] == ["accelerate", "launch", "--config_file"]:
         # Needs the machines that the file describes.
         assert words[3].startswith("training/launch/")
@@ -93,12 +110,12 @@ def check_command(line: str, workplace: Path) -> None:
         pytest.fail(f"README.md shows a command that no test knows how to check: {line}")
 
 
-def run(command: list[str], folder: Path) -> None:
+def run(command: list[str], folder: Path, environment: dict[str, str]) -> None:
     """Run a command that has to succeed."""
     result = subprocess.run(
         command,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=environment,
         capture_output=True,
         text=True,
         timeout=300,
@@ -106,15 +123,20 @@ def run(command: list[str], folder: Path) -> None:
     assert result.returncode == 0, f"{shlex.join(command)}\n{result.stdout}\n{result.stderr}"
 
 
-def test_commands_and_then_code(workplace: Path, run_python: RunPython) -> None:
+def test_commands_and_then_code(
+    workplace: Path, hub: HubServer, run_python: RunPython, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {**hub.environment(tmp_path / "home", "hf_you"), "PYTHONPATH": str(ROOT)}
     blocks = fenced_blocks()
     for block in blocks:
         if block.language == "bash":
             for line in filter(None, block.text.replace("\\\n", " ").splitlines()):
-                check_command(line, workplace)
+                check_command(line, workplace, environment)
 
     programs = [block for block in blocks if block.language == "python"]
     code = "".join(f"print({MARK!r})\n{block.text}" for block in programs)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     result = run_python("-c", code, cwd=workplace)
     assert result.returncode == 0, result.stderr
     printed = dict(zip((block.line for block in programs), result.stdout.split(f"{MARK}\n")[1:], strict=True))
@@ -148,6 +170,7 @@ def test_sections_are_in_the_order_a_reader_needs() -> None:
         "What the variants are",
         "Training your own",
         "Converting",
+        "Publishing",
         "Loading from the Hub",
         "What works with what",
         "Citing",
@@ -161,4 +184,4 @@ def test_links_to_files_lead_somewhere() -> None:
 
 def test_commands_that_no_test_knows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(pytest.fail.Exception, match="curl"):
-        check_command("curl https://example.org", tmp_path)
+        check_command("curl https://example.org", tmp_path, {})
