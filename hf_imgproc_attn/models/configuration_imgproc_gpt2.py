@@ -3,7 +3,8 @@
 from huggingface_hub.dataclasses import strict
 from transformers import GPT2Config
 
-from .filter_spec import FILTER_LAYER_TYPE, FilterSpecMixin, is_stock_layer
+from .filter_axes import FILTER_LAYER_TYPE, is_stock_layer
+from .filter_spec import FilterSpecMixin
 
 
 @strict

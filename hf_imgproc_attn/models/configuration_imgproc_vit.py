@@ -17,6 +17,8 @@ class ImgProcViTConfig(FilterSpecMixin, ViTConfig):
     """
 
     model_type = "imgproc_vit"
+    position_axes = 2
+    default_neutreno_lambda = 0.6
 
 
 ImgProcViTConfig.register_for_auto_class()

@@ -29,7 +29,7 @@ from .filter_positions import (
 )
 from .filter_reference import reference_attention
 from .filter_sdpa import sdpa_attention
-from .filter_spec import LayerSpec, is_stock_layer
+from .filter_axes import LayerSpec, is_stock_layer
 
 logger = logging.get_logger(__name__)
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from .filter_spec import FILTER_LAYER_TYPE
+from .filter_axes import FILTER_LAYER_TYPE
 
 _FILTERED = "a filter other than stock softmax attention"
 

@@ -21,7 +21,7 @@ from .filter_cache import check_cache_implementation
 from .filter_feedback import FEEDBACK, RESIDUAL, LayerState
 from .filter_parameters import PositionProjection
 from .filter_pretrained import FilterPreTrainedMixin, check_attention_mask, prepare_attention_mask
-from .filter_spec import uses_position_table
+from .filter_axes import uses_position_table
 
 
 class ImgProcGPT2Attention(GPT2Attention):

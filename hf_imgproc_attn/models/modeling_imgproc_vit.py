@@ -26,7 +26,7 @@ from .filter_attention import AttentionFilter
 from .filter_feedback import FEEDBACK, RESIDUAL, LayerState
 from .filter_parameters import PositionProjection
 from .filter_pretrained import FilterPreTrainedMixin, check_attention_mask, prepare_attention_mask
-from .filter_spec import uses_position_table
+from .filter_axes import uses_position_table
 
 # On disk ViT has the names of Transformers 4; the stock library renames them on loading by the class name `ViTModel`
 # and would leave our class with random layers.

@@ -1,0 +1,137 @@
+"""The axes of the filter: their allowed values, and which values each layer of a model has.
+
+Self-attention is read as an image filter ``U = A V`` with ``A = D^-1 K`` (Abdullaev, Tkachenko, Nguyen 2025,
+arXiv 2506.10371; Abdullaev, Nguyen 2025, arXiv 2503.00687). A layer is a composition of independent axes
+
+    content kernel x position kernel -> filter A -> boosting -> feedback        (residual scheme around it)
+
+Neither torch nor transformers is imported here, so that command lines can read it at no cost.
+"""
+
+from typing import Any, NamedTuple
+
+CONTENT_KERNELS = ("dot_product", "gaussian", "elliptical")
+POSITION_KERNELS = ("additive", "untied", "gaussian", "alibi", "relative_buckets", "rotary", "none")
+BOOSTINGS = ("none", "twicing", "osher", "learned", "diffusion", "sos", "gradient_boosted")
+RESIDUALS = ("standard", "twicing", "sos", "osher")
+FEEDBACKS = ("none", "neutreno", "pid")
+
+STEPPED_BOOSTINGS = ("twicing", "osher", "diffusion", "sos")
+"""Boosters that take a number of steps."""
+
+KERNELS_WITH_BANDWIDTH = ("untied", "gaussian")
+"""Position kernels that ``position_bandwidth`` goes for."""
+
+MAX_BOOSTING_STEPS = 16
+"""More steps than this only amplify rounding: ``I - (I - A)^k`` is within 2^-k of its limit where A smooths at all."""
+
+MIN_BANDWIDTH, MAX_BANDWIDTH = 1e-4, 1e8
+"""Outside, 2/h^2 leaves the range in which float32 logits mean anything."""
+
+DEFAULT_PID_GAINS = (0.5, 0.05, 0.05)
+DEFAULT_NUM_BUCKETS, DEFAULT_MAX_DISTANCE = 32, 128
+DEFAULT_ROTARY_BASE = 10000.0
+
+FILTER_LAYER_TYPE = "imgproc_filter"
+"""Name of the cache layer that filtered attention needs, as Transformers' ``layer_types`` list it."""
+
+
+class LayerSpec(NamedTuple):
+    """The axes of one layer, with every default resolved and aliases replaced by what they stand for."""
+
+    content_kernel: str
+    position_kernel: str
+    boosting: str
+    boosting_steps: int
+    residual: str
+    feedback: str
+
+    @property
+    def is_boosted(self) -> bool:
+        """Whether the layer filters its residual too."""
+        return self.boosting != "none"
+
+    @property
+    def compares_positions(self) -> bool:
+        """Whether positions enter as a term of the attention logits.
+
+        ``additive`` adds them to the tokens instead, ``rotary`` turns queries and keys by them.
+        """
+        return self.position_kernel in ("untied", "gaussian", "alibi", "relative_buckets")
+
+
+def per_layer(name: str, value: Any, num_layers: int) -> list[Any]:
+    """One value a layer of a field that is a single value or a list.
+
+    Raises:
+        ValueError: if a list has not one value a layer.
+    """
+    if not isinstance(value, list):
+        return [value] * num_layers
+    if len(value) != num_layers:
+        raise ValueError(
+            f"{name} as a list must have one value for each of the {num_layers} layers, got {len(value)}: {value!r}"
+        )
+    return value
+
+
+def default_steps(boosting: str) -> int:
+    """Number of steps where none is given: 3 for ``sos`` (two are plain diffusion, A^2), else 2."""
+    return 3 if boosting == "sos" else 2
+
+
+def layer_schedule(config: Any) -> list[LayerSpec]:
+    """Resolve a configuration to one :class:`LayerSpec` a layer.
+
+    Layer 0 has the ``standard`` residual scheme and no feedback: there is nothing before it.
+
+    Raises:
+        ValueError: if a list field has not one value a layer.
+    """
+    num_layers = config.num_hidden_layers
+    content = per_layer("content_kernel", config.content_kernel, num_layers)
+    position = per_layer("position_kernel", config.position_kernel, num_layers)
+    boosting = per_layer("boosting", config.boosting, num_layers)
+    steps = per_layer("boosting_steps", config.boosting_steps, num_layers)
+    selected = set(range(num_layers))
+    if config.boosted_layers is not None:
+        selected = {layer % max(num_layers, 1) for layer in config.boosted_layers}
+    specs = []
+    for i in range(num_layers):
+        # For a fixed linear A Osher's iterative regularisation is k-step twicing (FRAMEWORK, section 3).
+        booster = {"osher": "twicing"}.get(boosting[i], boosting[i]) if i in selected else "none"
+        specs.append(
+            LayerSpec(
+                content[i],
+                position[i],
+                booster,
+                default_steps(booster) if steps[i] is None else steps[i],
+                config.residual if i else "standard",
+                config.feedback,
+            )
+        )
+    return specs
+
+
+def is_stock_layer(config: Any, spec: LayerSpec) -> bool:
+    """Whether a layer's attention is stock softmax attention, so that the stock code runs it."""
+    return (
+        spec.content_kernel == "dot_product"
+        and spec.position_kernel in ("additive", "none")
+        and not spec.is_boosted
+        and spec.feedback == "none"
+        and not needs_previous_value(config)
+        and not config.learn_bandwidths
+        and config.content_bandwidth is None
+    )
+
+
+def needs_previous_value(config: Any) -> bool:
+    """Whether layers compare their values with the preceding layer's, as the elliptical metric does."""
+    kernels = config.content_kernel
+    return "elliptical" in (kernels if isinstance(kernels, list) else [kernels])
+
+
+def uses_position_table(config: Any) -> bool:
+    """Whether the model has learned position vectors (``additive`` or ``untied`` in any layer)."""
+    return any(spec.position_kernel in ("additive", "untied") for spec in layer_schedule(config))

@@ -1,0 +1,43 @@
+"""Versions of what the filter fields of a configuration mean, and how older files are read."""
+
+from typing import Any
+
+FILTER_SPEC_VERSION = 2
+"""Saved with every configuration. It goes up with each change that older code would misread (a new value, a new field,
+another default); newer code reads all older versions.
+
+1: boosters with two steps by default, written into every file, boosted or not.
+2: all kernels, boosters, residual schemes and feedbacks; ``boosting_steps`` is None for a booster's own default.
+"""
+
+
+def check_version(version: Any) -> None:
+    """Refuse a configuration that newer code has written: its fields may mean what this code does not know.
+
+    Raises:
+        ValueError: naming the version and the newest that is known.
+    """
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ValueError(f"filter_spec_version must be an integer >= 1, got {version!r}")
+    if version > FILTER_SPEC_VERSION:
+        raise ValueError(
+            f"filter_spec_version must be <= {FILTER_SPEC_VERSION}, the newest that this code knows, got {version}: "
+            "the checkpoint was saved by a newer hf_imgproc_attn; upgrade the package, or load it with "
+            "trust_remote_code=True where the package is not imported"
+        )
+
+
+def bring_up_to_date(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a saved configuration as this version writes them; the argument is left as it is.
+
+    Raises:
+        ValueError: for a ``filter_spec_version`` that this code does not know.
+    """
+    # Configurations that were saved before there was a version are of the first one.
+    version = config_dict.get("filter_spec_version", 1)
+    check_version(version)
+    fields = {**config_dict, "filter_spec_version": FILTER_SPEC_VERSION}
+    if version == 1 and fields.get("boosting_steps") == 2:
+        # Two were the default of the only booster there was, and still are.
+        fields["boosting_steps"] = None
+    return fields
