@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .filter_axes import LayerSpec, is_stock_layer
 from .filter_boosting import extra_streams, keep_rows
 from .filter_cache import check_cache_layer
 from .filter_kernels import CONTENT_LOGITS, working_dtype
@@ -29,7 +30,6 @@ from .filter_positions import (
 )
 from .filter_reference import reference_attention
 from .filter_sdpa import sdpa_attention
-from .filter_axes import LayerSpec, is_stock_layer
 
 logger = logging.get_logger(__name__)
 

@@ -1,16 +1,24 @@
 """The filter specification: which filter each attention layer applies, as plain configuration values.
 
 The fields that our configurations add to a stock one, and the named presets; what the values mean layer by layer is in
-``filter_axes``, the rules between fields in ``filter_rules``. None of the three imports torch or transformers, so command
-lines can read them at no cost. (No postponed annotations here: the strict dataclasses check field types only where the
-annotations are real objects.)
+``filter_axes``, the rules between fields in ``filter_rules``. None of the three imports torch or transformers, so
+command lines can read them at no cost. (No postponed annotations here: the strict dataclasses check field types only
+where the annotations are real objects.)
 """
 
 import difflib
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from .filter_axes import LayerSpec, layer_schedule
+from .filter_axes import (
+    DEFAULT_MAX_DISTANCE,
+    DEFAULT_NUM_BUCKETS,
+    DEFAULT_PID_GAINS,
+    DEFAULT_ROTARY_BASE,
+    LayerSpec,
+    default_steps,
+    layer_schedule,
+)
 from .filter_rules import check_filter_spec
 from .filter_versions import FILTER_SPEC_VERSION, bring_up_to_date
 
@@ -173,9 +181,20 @@ def preset_fields(name: str) -> dict[str, Any]:
 
 
 def preset_name(config: Any) -> str:
-    """The name of the preset whose filter fields ``config`` has, or ``"custom"``."""
+    """The name of the preset whose filter fields ``config`` has, or ``"custom"``; defaults may be written out."""
+    written_out = {
+        "boosting_steps": default_steps(config.boosting) if isinstance(config.boosting, str) else None,
+        "neutreno_lambda": config.default_neutreno_lambda,
+        "pid_gains": list(DEFAULT_PID_GAINS),
+        "relative_attention_num_buckets": DEFAULT_NUM_BUCKETS,
+        "relative_attention_max_distance": DEFAULT_MAX_DISTANCE,
+        "rotary_base": DEFAULT_ROTARY_BASE,
+    }
     stock = {field: getattr(FilterSpecMixin, field) for field in _FIELDS}
     fields = {field: getattr(config, field) for field in _FIELDS}
+    for field, default in written_out.items():
+        if fields[field] == default:
+            fields[field] = None
     for name, changes in PRESETS.items():
         if fields == {**stock, **changes}:
             return name

@@ -17,11 +17,11 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_imgproc_gpt2 import ImgProcGPT2Config
 from .filter_attention import AttentionFilter
+from .filter_axes import uses_position_table
 from .filter_cache import check_cache_implementation
 from .filter_feedback import FEEDBACK, RESIDUAL, LayerState
 from .filter_parameters import PositionProjection
 from .filter_pretrained import FilterPreTrainedMixin, check_attention_mask, prepare_attention_mask
-from .filter_axes import uses_position_table
 
 
 class ImgProcGPT2Attention(GPT2Attention):

@@ -23,10 +23,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_imgproc_vit import ImgProcViTConfig
 from .filter_attention import AttentionFilter
+from .filter_axes import uses_position_table
 from .filter_feedback import FEEDBACK, RESIDUAL, LayerState
 from .filter_parameters import PositionProjection
 from .filter_pretrained import FilterPreTrainedMixin, check_attention_mask, prepare_attention_mask
-from .filter_axes import uses_position_table
 
 # On disk ViT has the names of Transformers 4; the stock library renames them on loading by the class name `ViTModel`
 # and would leave our class with random layers.
