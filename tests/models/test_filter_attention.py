@@ -69,7 +69,7 @@ def tensors(
     position: str, *, classes: int = 0, key_heads: int = HEADS, rows: int = 1, length: int = LENGTH, batch: int = BATCH
 ) -> Inputs:
     """Asymmetric inputs with logits of std about 2 and what the position kernel compares, for ``rows`` rows."""
-    kernel, axes, width = KERNELS[position]
+    _, axes, width = KERNELS[position]
     inputs: Inputs = {
         "query": 2 * random(batch, HEADS, length, width) + 0.3,
         "key": 1.5 * random(batch, key_heads, length, width, seed=1) - 0.2,
@@ -204,7 +204,7 @@ def turned_by_hand(states: torch.Tensor, places: torch.Tensor, classes: int) -> 
     blocks = []
     for axis, block in enumerate(states.chunk(axes, dim=-1)):
         first, second = block.chunk(2, dim=-1)
-        frequencies = 10000.0 ** (-torch.arange(first.shape[-1]) / first.shape[-1]).double()
+        frequencies = 10000.0 ** (-torch.arange(first.shape[-1]).double() / first.shape[-1])
         place = places[:, axis].clone()
         place[:classes] = 0
         turned = torch.complex(first, second) * torch.exp(1j * place[:, None] * frequencies)
@@ -369,7 +369,7 @@ def test_fewer_key_heads(content: str, position: str, implementation: str) -> No
         expected[name] = expected[name].unflatten(1, (HEADS, 2)).sum(2)
     assert_same(got, expected)
     query, key, value = (inputs[name] for name in ("query", "key", "value"))
-    plain = make_filter(heads=6, learn_bandwidths=False)
+    plain = make_filter(heads=6, head_dim=query.shape[-1], learn_bandwidths=False)
     torch_output = torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
     output, _ = plain(query, key, value, implementation=implementation)
     torch.testing.assert_close(output, torch_output, **TIGHT)
@@ -672,6 +672,13 @@ def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
     return float((got.detach().double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
 
 
+HALF_PAIRS = [
+    *itertools.product(("dot_product", "gaussian"), ("none", "shared", "gaussian", "rotary")),
+    *itertools.product(("elliptical",), ("none", "alibi")),
+    *itertools.product(("dot_product",), ("alibi", "buckets")),
+]
+
+
 def half_inputs(position: str, dtype: torch.dtype) -> Inputs:
     """Inputs that ``dtype`` holds exactly, 129 tokens of width 32, logits of std 2."""
     length, width = 129, 32
@@ -681,8 +688,9 @@ def half_inputs(position: str, dtype: torch.dtype) -> Inputs:
     inputs["query"] *= 2
     if position == "shared":
         inputs["position_states"] = random(1, HEADS, length, 2 * width, seed=3)
+    inputs["previous_value"] = 0.5 * random(1, HEADS, length, width, seed=4)
     inputs = {name: tensor.to(dtype).double() for name, tensor in inputs.items()}
-    if position == "gaussian":
+    if position in PLACES:
         inputs["coordinates"] = (torch.arange(length) - length // 2).double().view(1, -1, 1)
     return inputs
 
@@ -713,8 +721,7 @@ def bandwidth_direction(layer: AttentionFilter, inputs: Inputs, is_causal: bool)
 
 @pytest.mark.parametrize("learns", [False, True], ids=["fixed", "learned"])
 @pytest.mark.parametrize(("boosting", "steps"), [("none", 2), ("twicing", 2), ("twicing", 3)])
-@pytest.mark.parametrize("position", ["none", "shared", "gaussian"])
-@pytest.mark.parametrize("content", CONTENT)
+@pytest.mark.parametrize(("content", "position"), HALF_PAIRS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_costs_little_more_than_in_plain_attention(
     dtype: torch.dtype, content: str, position: str, boosting: str, steps: int, learns: bool
@@ -724,7 +731,8 @@ def test_half_precision_costs_little_more_than_in_plain_attention(
     Bounds, with the largest value measured over six seeds in brackets. SDPA: output 2 (1.9) for one pass, 2.6 (2.5)
     boosted; gradients of query, key and value 2 (1.9). What exceeds 1 in one pass is the rounding of the query after
     it was scaled. Gradient of the bandwidths: the dtype's epsilon, 0.8 % (0.5 %) in bfloat16, 0.1 % (0.08 %) in
-    float16. Eager computes in float32 and rounds once: 1.0 (0.94).
+    float16. Eager computes in float32 and rounds once: 1.0 (0.94). Rotary rounds both query and key after the turn, in
+    every implementation: output 3 (2.8) for one pass, 4 (3.6) boosted, gradients 2.4 (2.2), eager 2.6 (2.5).
     """
     is_causal = steps != 2
     inputs = half_inputs(position, dtype)
@@ -734,24 +742,24 @@ def test_half_precision_costs_little_more_than_in_plain_attention(
     upstream = upstream.to(dtype)
     plain = plain_errors(inputs, upstream, dtype, is_causal)
     exact = run(layer, inputs, "eager", upstream, is_causal=is_causal)
-    coordinates = {"coordinates": inputs["coordinates"].float()} if position == "gaussian" else {}
+    coordinates = {"coordinates": inputs["coordinates"].float()} if position in PLACES else {}
     given = {name: tensor.to(dtype) for name, tensor in inputs.items()} | coordinates
     layer = layer.to(dtype)
     got = run(layer, given, "sdpa", upstream, is_causal=is_causal)
     errors = {name: relative_error(got[name], exact[name]) for name in exact}
-    assert errors["output"] <= (2 if boosting == "none" else 2.6) * plain["output"]
+    one_pass, boosted, gradient, dense = (3, 4, 2.4, 2.6) if position == "rotary" else (2, 2.6, 2, 1)
+    assert errors["output"] <= (one_pass if boosting == "none" else boosted) * plain["output"]
     for name in ("d query", "d key", "d value"):
-        assert errors[name] <= 2 * plain[name], name
+        assert errors[name] <= gradient * plain[name], name
     for name, error in errors.items():
         if "bandwidth" in name:
             assert error <= torch.finfo(dtype).eps, name
     eager, _ = layer(**given, implementation="eager", is_causal=is_causal)
-    assert relative_error(eager, exact["output"]) <= plain["output"]
+    assert relative_error(eager, exact["output"]) <= dense * plain["output"]
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
-@pytest.mark.parametrize("position", ["none", "shared", "gaussian"])
-@pytest.mark.parametrize("content", CONTENT)
+@pytest.mark.parametrize(("content", "position"), HALF_PAIRS)
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast_is_as_accurate_as_half_precision(
     given: torch.dtype, content: str, position: str, grad: bool
@@ -764,11 +772,11 @@ def test_autocast_is_as_accurate_as_half_precision(
     leaves = {name: tensor.to(torch.float32 if name == "coordinates" else given) for name, tensor in inputs.items()}
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(grad):
         output, _ = layer.float()(**leaves, implementation="sdpa", is_causal=True)
-    assert relative_error(output.detach(), exact.detach()) <= 2 * plain["output"]
+    assert relative_error(output.detach(), exact.detach()) <= (3 if position == "rotary" else 2) * plain["output"]
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("position", ["none", "shared", "gaussian"])
+@pytest.mark.parametrize("position", ["none", "shared", "gaussian", "alibi", "buckets", "rotary"])
 def test_autocast_leaves_float64_alone(position: str, implementation: str) -> None:
     """As it does in torch's own operations."""
     layer, inputs = build("gaussian", position, "twicing", 2), tensors(position)

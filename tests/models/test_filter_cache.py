@@ -17,10 +17,15 @@ from hf_imgproc_attn.models.filter_attention import AttentionFilter
 from hf_imgproc_attn.models.filter_cache import FilterDynamicLayer, check_cache_implementation, check_cache_layer
 from tests.models.helpers import make_filter, tiny_gpt2_config
 
-BATCH, HEADS, LENGTH, WIDTH = 3, 3, 12, 5
+BATCH, HEADS, LENGTH, WIDTH = 3, 3, 12, 6
 TIGHT = {"rtol": 0, "atol": 1e-12}
 CHUNKS = {"steps": [1] * LENGTH, "prefill": [5] + [1] * 7, "chunks": [4, 3, 1, 4], "one": [12]}
-POSITIONS = ("none", "untied", "shared", "gaussian")
+POSITIONS = ("none", "untied", "shared", "gaussian", "alibi", "relative_buckets", "rotary")
+PLACES = ("gaussian", "alibi", "relative_buckets", "rotary")
+PAIRS = (
+    *((content, position) for content in ("dot_product", "gaussian") for position in POSITIONS),
+    *(("elliptical", position) for position in ("none", "untied", "alibi")),
+)
 BOOSTERS = (("none", 2), ("twicing", 1), ("twicing", 2), ("twicing", 3))
 Inputs = dict[str, torch.Tensor]
 
@@ -32,7 +37,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def build(content: str, position: str, boosting: str, steps: int) -> AttentionFilter:
     """A filter; ``shared`` is ``untied`` with the model's projections."""
     share = {"share_position_projections": True} if position == "shared" else {}
-    return make_filter(content, {"shared": "untied"}.get(position, position), boosting, steps, **share)
+    return make_filter(content, {"shared": "untied"}.get(position, position), boosting, steps, head_dim=WIDTH, **share)
 
 
 def tensors(position: str, seed: int = 0, rows: int = 1) -> Inputs:
@@ -41,12 +46,13 @@ def tensors(position: str, seed: int = 0, rows: int = 1) -> Inputs:
         "query": 2 * random(BATCH, HEADS, LENGTH, WIDTH, seed=seed) + 0.3,
         "key": 1.5 * random(BATCH, HEADS, LENGTH, WIDTH, seed=seed + 1) - 0.2,
         "value": random(BATCH, HEADS, LENGTH, WIDTH, seed=seed + 2),
+        "previous_value": 0.5 * random(BATCH, HEADS, LENGTH, WIDTH, seed=seed + 5) + 0.2,
     }
     if position == "untied":
         inputs["position_states"] = random(rows, LENGTH, HEADS * WIDTH, seed=seed + 3)
     if position == "shared":
         inputs["position_states"] = random(rows, HEADS, LENGTH, 2 * WIDTH, seed=seed + 3)
-    if position == "gaussian":
+    if position in PLACES:
         places = (
             torch.arange(LENGTH) - 5 if rows == 1 else random(rows, LENGTH, seed=seed + 4).mul(6).round().cumsum(-1)
         )
@@ -117,19 +123,21 @@ def full_pass(
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("sizes", list(CHUNKS))
 @pytest.mark.parametrize(("boosting", "steps"), BOOSTERS)
-@pytest.mark.parametrize("position", POSITIONS)
-@pytest.mark.parametrize("content", ["dot_product", "gaussian"])
+@pytest.mark.parametrize(("content", "position"), PAIRS)
 def test_decoding_is_the_full_pass(
     content: str, position: str, boosting: str, steps: int, sizes: str, implementation: str
 ) -> None:
-    """Token by token, after a prefill, in chunks: every output, and steps - 1 residual streams beside K and V."""
+    """Token by token, after a prefill, in chunks: every output, and steps - 1 residual streams beside K and V.
+
+    The elliptical metric's sums are one stream more.
+    """
     layer, inputs, cache = build(content, position, boosting, steps), tensors(position), new_cache()
     expected = full_pass(layer, inputs, "eager")
     got = decode(layer, inputs, CHUNKS[sizes], cache, implementation)
     torch.testing.assert_close(got, expected, **TIGHT)
     streams = cache.layers[0].streams
     assert [stream.shape for stream in streams] == [torch.Size((BATCH, HEADS, LENGTH, WIDTH))] * (
-        steps - 1 if boosting == "twicing" else 0
+        (steps - 1 if boosting == "twicing" else 0) + (content == "elliptical")
     )
 
 
