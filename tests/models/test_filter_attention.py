@@ -732,7 +732,7 @@ def test_half_precision_costs_little_more_than_in_plain_attention(
     boosted; gradients of query, key and value 2 (1.9). What exceeds 1 in one pass is the rounding of the query after
     it was scaled. Gradient of the bandwidths: the dtype's epsilon, 0.8 % (0.5 %) in bfloat16, 0.1 % (0.08 %) in
     float16. Eager computes in float32 and rounds once: 1.0 (0.94). Rotary rounds both query and key after the turn, in
-    every implementation: output 3 (2.8) for one pass, 4 (3.6) boosted, gradients 2.4 (2.2), eager 2.6 (2.5).
+    every implementation: output 3 (2.8) for one pass, 4 (3.6) boosted, gradients 3.2 (3.0), eager 2.8 (2.7).
     """
     is_causal = steps != 2
     inputs = half_inputs(position, dtype)
@@ -747,7 +747,7 @@ def test_half_precision_costs_little_more_than_in_plain_attention(
     layer = layer.to(dtype)
     got = run(layer, given, "sdpa", upstream, is_causal=is_causal)
     errors = {name: relative_error(got[name], exact[name]) for name in exact}
-    one_pass, boosted, gradient, dense = (3, 4, 2.4, 2.6) if position == "rotary" else (2, 2.6, 2, 1)
+    one_pass, boosted, gradient, dense = (3, 4, 3.2, 2.8) if position == "rotary" else (2, 2.6, 2, 1)
     assert errors["output"] <= (one_pass if boosting == "none" else boosted) * plain["output"]
     for name in ("d query", "d key", "d value"):
         assert errors[name] <= gradient * plain[name], name
