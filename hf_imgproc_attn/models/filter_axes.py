@@ -22,6 +22,9 @@ STEPPED_BOOSTINGS = ("twicing", "osher", "diffusion", "sos")
 KERNELS_WITH_BANDWIDTH = ("untied", "gaussian")
 """Position kernels that ``position_bandwidth`` goes for."""
 
+COORDINATE_KERNELS = ("gaussian", "alibi", "relative_buckets", "rotary")
+"""Position kernels that see a token's place on the grid and no vector, so that they reach beyond any table."""
+
 MAX_BOOSTING_STEPS = 16
 """More steps than this only amplify rounding: ``I - (I - A)^k`` is within 2^-k of its limit where A smooths at all."""
 

@@ -1,9 +1,10 @@
-"""A cache layer with residual streams beside K and V, for exact decoding of boosted attention.
+"""A cache layer with further streams beside K and V, for exact decoding of boosted and elliptical attention.
 
 Twicing at query i needs row j of A V at every key j <= i. Those rows never change once computed, so the residual
 rows r_j = v_j - (A V)_j are cached as a third stream (a k-step booster caches k - 1 of them), and one decoding step
-costs two products with the cache instead of a pass over all queries. Keys are cached with their position columns, so
-that custom ``position_ids`` and left padding stay exact.
+costs two products with the cache instead of a pass over all queries. The elliptical metric of query i sums over the
+tokens up to i: what it sums is a stream too, one row a token, so that cropping and reordering stay exact. Keys are
+cached with their position columns, so that custom ``position_ids`` and left padding stay exact.
 
 Defining the classes registers them with Transformers under ``FILTER_LAYER_TYPE``; a configuration whose
 ``layer_types`` names it makes ``DynamicCache(config=...)`` and ``generate`` use them.
@@ -23,7 +24,7 @@ _FILTERED = "a filter other than stock softmax attention"
 
 
 class FilterDynamicLayer(DynamicLayer):
-    """A growing cache of keys, values and residual streams, each ``[batch, heads, length, width]``."""
+    """A growing cache of keys, values and streams of other rows, each ``[batch, heads, length, width]``."""
 
     _layer_type = FILTER_LAYER_TYPE
 
@@ -80,6 +81,11 @@ class FilterDynamicLayer(DynamicLayer):
         self._map_streams(lambda stream: stream[indices, ...])
 
 
+def after_first(extend: Callable[[int, torch.Tensor], torch.Tensor]) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """``update_stream`` for what comes behind stream 0, which holds the elliptical metric's rows."""
+    return lambda index, rows: extend(index + 1, rows)
+
+
 class FilterStaticLayer(StaticLayer):
     """Refuses: a pre-allocated cache for filtered attention is not built."""
 
@@ -113,7 +119,7 @@ def check_cache_layer(cache: Cache, layer_idx: int, num_streams: int) -> None:
     Args:
         cache: a Transformers cache.
         layer_idx: index of the attention layer.
-        num_streams: residual streams that the layer's booster keeps.
+        num_streams: streams that the layer keeps beside keys and values.
 
     Raises:
         ValueError: for a static, sliding or quantised layer, and for a plain layer where streams must be kept.
@@ -131,6 +137,6 @@ def check_cache_layer(cache: Cache, layer_idx: int, num_streams: int) -> None:
         )
     if num_streams:
         raise ValueError(
-            f"past_key_values has a plain layer at index {layer_idx}, where boosted attention needs to keep its "
-            "residual stream: build the cache with DynamicCache(config=model.config)"
+            f"past_key_values has a plain layer at index {layer_idx}, where the filter needs to keep its "
+            "residual stream or the elliptical metric's rows: build the cache with DynamicCache(config=model.config)"
         )

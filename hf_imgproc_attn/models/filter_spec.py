@@ -1,7 +1,7 @@
 """The filter specification: which filter each attention layer applies, as plain configuration values.
 
-The fields that our configurations add to a stock one, and the named presets; what the values mean layer by layer is in
-``filter_axes``, the rules between fields in ``filter_rules``. None of the three imports torch or transformers, so
+The fields that our configurations add to a stock one, and the named presets; what the values mean layer by layer is
+in ``filter_axes``, the rules between fields in ``filter_rules``. None of the three imports torch or transformers, so
 command lines can read them at no cost. (No postponed annotations here: the strict dataclasses check field types only
 where the annotations are real objects.)
 """

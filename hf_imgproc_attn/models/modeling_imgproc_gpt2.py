@@ -17,9 +17,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_imgproc_gpt2 import ImgProcGPT2Config
 from .filter_attention import AttentionFilter
-from .filter_axes import uses_position_table
+from .filter_axes import COORDINATE_KERNELS, needs_previous_value, uses_position_table
 from .filter_cache import check_cache_implementation
 from .filter_feedback import FEEDBACK, RESIDUAL, LayerState
+from .filter_masks import new_token_mask
 from .filter_parameters import PositionProjection
 from .filter_pretrained import FilterPreTrainedMixin, check_attention_mask, prepare_attention_mask
 
@@ -29,6 +30,7 @@ class ImgProcGPT2Attention(GPT2Attention):
 
     def __init__(self, config: ImgProcGPT2Config, layer_idx: int) -> None:
         super().__init__(config, layer_idx=layer_idx)
+        self.passes_value = needs_previous_value(config)
         self.filter = AttentionFilter(
             config.layer_specs[layer_idx],
             config,
@@ -48,6 +50,7 @@ class ImgProcGPT2Attention(GPT2Attention):
         position_states: torch.Tensor | None = None,
         coordinates: torch.Tensor | None = None,
         contiguous: bool = False,
+        token_mask: torch.Tensor | None = None,
         state: LayerState | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, LayerState]:
@@ -77,10 +80,14 @@ class ImgProcGPT2Attention(GPT2Attention):
             position_states=position_states,
             coordinates=coordinates,
             contiguous=contiguous,
+            token_mask=token_mask,
+            previous_value=state.previous_value,
             past_key_values=past_key_values,
             need_weights=output_attentions,
         )
         output, state = FEEDBACK[self.filter.spec.feedback](output, value, state)
+        if self.passes_value:
+            state = state._replace(previous_value=value)
         output = output.transpose(1, 2).reshape(hidden_states.shape)
         return self.resid_dropout(self.c_proj(output)), weights, state
 
@@ -198,13 +205,13 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
                 )
 
     def _position_inputs(self, position_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """What the layers' position kernels compare: vectors for ``untied``, centred indices for ``gaussian``."""
+        """What the layers' position kernels compare: vectors for ``untied``, centred indices for others."""
         position_states, coordinates = None, None
         if "untied" in self.position_kernels and self.wpe is not None:
             position_states = self.wpe(position_ids)
             if self.position_projection is not None:
                 position_states = self.position_projection(position_states)
-        if "gaussian" in self.position_kernels:
+        if self.position_kernels & set(COORDINATE_KERNELS):
             # Around a fixed centre, which cached keys and new queries share, float16 has digits for longer texts.
             coordinates = (position_ids - self.config.n_positions // 2).unsqueeze(-1)
         return position_states, coordinates
@@ -256,6 +263,7 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
         is_static = past_key_values is not None and past_key_values.is_compileable
         if not is_static and not torch.compiler.is_compiling():
             check_attention_mask(attention_mask, batch, self.config.n_head, length, past_length + length)
+        padding_mask = attention_mask
         attention_mask = prepare_attention_mask(attention_mask, self.config._attn_implementation, inputs_embeds.dtype)
         self._check_positions(position_ids, batch, length, past_length)
         positions: torch.Tensor = (
@@ -286,6 +294,7 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
         hidden_states = self.drop(hidden_states)
 
         position_states, coordinates = self._position_inputs(positions)
+        token_mask = new_token_mask(padding_mask, length, inputs_embeds.device)
         state = LayerState()
         for block in self.h:
             hidden_states, *state = block(
@@ -298,6 +307,7 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
                 encoder_attention_mask=encoder_attention_mask,
                 coordinates=coordinates,
                 contiguous=position_ids is None and past_length == 0,
+                token_mask=token_mask,
                 use_cache=use_cache,
                 position_ids=positions,
                 output_attentions=output_attentions,
