@@ -98,7 +98,8 @@ class SecondCache:
 
     def __init__(self, cache: Any, layer_idx: int, first_stream: int) -> None:
         self._layer, self._first = cache.layers[layer_idx], first_stream
-        self.layers = {layer_idx: self}
+        # Where the filter looks for the layer's streams.
+        self.layers = [self] * (layer_idx + 1)
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Append key and value of the new tokens and return all of them."""
