@@ -14,10 +14,12 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .filter_axes import LayerSpec, is_stock_layer
-from .filter_boosting import Extend, extra_streams, keep_rows
+from .filter_axes import LayerSpec, is_stock_layer, needs_previous_value
+from .filter_boosting import Extend, extra_streams, keep_rows, operator_on_value
 from .filter_cache import after_first, check_cache_layer
 from .filter_elliptical import elliptical_metric
+from .filter_feedback import feedback_gains
+from .filter_gradient_boosting import GradientBoosting
 from .filter_kernels import CONTENT_LOGITS, working_dtype
 from .filter_layer_positions import LayerPositions
 from .filter_parameters import FilterScalars, PositionProjection, Scalars, bandwidth_scale, per_head
@@ -75,7 +77,12 @@ class AttentionFilter(nn.Module):
         self.head_dim, self.num_heads = head_dim, config.num_attention_heads
         # Layer 0 has no layer before it to compare its values with.
         self.has_metric = spec.content_kernel == "elliptical" and layer_idx > 0
-        self.num_streams = extra_streams(spec.boosting, spec.boosting_steps) + self.has_metric
+        self.operator = operator_on_value(spec.boosting)
+        # The second filter of gradient boosting has sums of its own.
+        num_metrics = self.has_metric * (2 if spec.boosting == "gradient_boosted" else 1)
+        self.num_streams = extra_streams(spec.boosting, spec.boosting_steps) + num_metrics
+        self.feedback_gains = feedback_gains(config)
+        self.passes_value = needs_previous_value(config)
         stock_bandwidth = math.sqrt(2.0 / scaling)
         self._content_bandwidths = (
             per_head(config.content_bandwidth, self.num_heads) or [stock_bandwidth] * self.num_heads
@@ -97,10 +104,14 @@ class AttentionFilter(nn.Module):
             positions.bandwidths if learned and positions.has_bandwidth else None,
             class_token=positions.has_class_logits,
             buckets=positions.bucket_table,
+            gain=spec.boosting == "learned",
         )
         self.position_projection = None
         if spec.position_kernel == "untied" and not config.share_position_projections:
             self.position_projection = PositionProjection(config.hidden_size, self.num_heads, head_dim, layer_norm_eps)
+        self.gradient_boosting = None
+        if spec.boosting == "gradient_boosted":
+            self.gradient_boosting = GradientBoosting(config.hidden_size, self.num_heads, head_dim)
 
     def _content_scale(self, scalars: Scalars, like: torch.Tensor) -> torch.Tensor | float:
         """2/h_y^2: the stock factor as a number, or ``[heads, 1, 1]`` in the working precision."""
@@ -210,16 +221,18 @@ class AttentionFilter(nn.Module):
         if is_causal and key_length > length:  # the new tokens are the last ones
             attention_mask = torch.ones(length, key_length, dtype=torch.bool, device=query.device)
             attention_mask, is_causal = attention_mask.tril(key_length - length), False
+        gain = scalars.boosting_gain
         options: dict[str, Any] = {
             "attention_mask": attention_mask,
             "is_causal": is_causal,
-            "boosting": self.spec.boosting,
+            "boosting": self.operator,
             "boosting_steps": self.spec.boosting_steps,
+            "boosting_gain": None if gain is None else gain.to(working_dtype(query.dtype)).view(-1, 1, 1),
             "dropout": dropout,
             "extend": extend,
         }
         # SDPA draws a new mask at every call; a booster needs the same one in each pass.
-        if implementation == "eager" or (dropout > 0.0 and self.spec.is_boosted):
+        if implementation == "eager" or (dropout > 0.0 and self.operator != "none"):
             logits = self._logits(query, key, content_scale, positions)
             return reference_attention(logits, value, full_value, need_weights=need_weights, **options)
         kernel = self.spec.content_kernel

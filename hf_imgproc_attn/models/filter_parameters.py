@@ -52,16 +52,18 @@ class Scalars(NamedTuple):
     position_log_bandwidth: log h_p, ``[heads]``.
     class_token: logits to the class tokens, from them, within them, ``[heads, 3]``.
     relative_buckets: logits of the buckets of offsets, ``[heads, axes, buckets]``.
+    boosting_gain: gamma of the booster ``learned``, ``[heads]``.
     """
 
     content_log_bandwidth: torch.Tensor | None
     position_log_bandwidth: torch.Tensor | None
     class_token: torch.Tensor | None
     relative_buckets: torch.Tensor | None
+    boosting_gain: torch.Tensor | None
 
 
 class FilterScalars(nn.Module):
-    """Bandwidths, class-token and bucket logits: values a head, as logarithms where they must stay positive.
+    """Bandwidths, class-token and bucket logits, gains: values a head, as logarithms where they must stay positive.
 
     The parameters stay in float32 whatever the model's dtype (a step of 1e-3 in log h vanishes in bfloat16), and the
     module is called ``scalar_bias`` where it is used because ``Trainer`` leaves parameters with "bias" in their name
@@ -74,12 +76,14 @@ class FilterScalars(nn.Module):
         class_token: whether there are class-token logits: to the token, from it, to itself; initially 0.
         buckets: axes of the grid and buckets of offsets along each, or None. Their logits are initially 0, so that a
             model starts without any notion of position; T5 draws them at random instead (*choice*).
+        gain: whether there is a booster's gain gamma, initially 1: twicing.
     """
 
     content_log_bandwidth: nn.Parameter | None
     position_log_bandwidth: nn.Parameter | None
     class_token: nn.Parameter | None
     relative_buckets: nn.Parameter | None
+    boosting_gain: nn.Parameter | None
 
     def __init__(
         self,
@@ -88,6 +92,7 @@ class FilterScalars(nn.Module):
         position: list[float] | None,
         class_token: bool,
         buckets: tuple[int, int] | None = None,
+        gain: bool = False,
     ) -> None:
         super().__init__()
         half = torch.get_default_dtype() in HALF_DTYPES
@@ -97,7 +102,12 @@ class FilterScalars(nn.Module):
             self.register_parameter(
                 name, None if bandwidths is None else nn.Parameter(torch.empty(num_heads, dtype=dtype))
             )
-        for name, shape in (("class_token", (3,) if class_token else None), ("relative_buckets", buckets)):
+        shapes = {
+            "class_token": (3,) if class_token else None,
+            "relative_buckets": buckets,
+            "boosting_gain": () if gain else None,
+        }
+        for name, shape in shapes.items():
             self.register_parameter(
                 name, None if shape is None else nn.Parameter(torch.empty(num_heads, *shape, dtype=dtype))
             )
@@ -114,11 +124,17 @@ class FilterScalars(nn.Module):
         for logits in (self.class_token, self.relative_buckets):
             if logits is not None:
                 init.zeros_(logits)
+        if self.boosting_gain is not None:
+            init.ones_(self.boosting_gain)
 
     def forward(self) -> Scalars:
         """The parameters. A call, not an attribute, so that hooks which bring parameters to the device run first."""
         return Scalars(
-            self.content_log_bandwidth, self.position_log_bandwidth, self.class_token, self.relative_buckets
+            self.content_log_bandwidth,
+            self.position_log_bandwidth,
+            self.class_token,
+            self.relative_buckets,
+            self.boosting_gain,
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FilterScalars:

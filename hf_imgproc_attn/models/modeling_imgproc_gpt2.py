@@ -17,9 +17,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_imgproc_gpt2 import ImgProcGPT2Config
 from .filter_attention import AttentionFilter
-from .filter_axes import COORDINATE_KERNELS, needs_previous_value, uses_position_table
+from .filter_axes import COORDINATE_KERNELS, uses_position_table
 from .filter_cache import check_cache_implementation
-from .filter_feedback import FEEDBACK, RESIDUAL, LayerState
+from .filter_feedback import RESIDUAL, LayerState, initial_state
+from .filter_layer import filter_tokens
 from .filter_masks import new_token_mask
 from .filter_parameters import PositionProjection
 from .filter_pretrained import FilterPreTrainedMixin, check_attention_mask, prepare_attention_mask
@@ -30,7 +31,6 @@ class ImgProcGPT2Attention(GPT2Attention):
 
     def __init__(self, config: ImgProcGPT2Config, layer_idx: int) -> None:
         super().__init__(config, layer_idx=layer_idx)
-        self.passes_value = needs_previous_value(config)
         self.filter = AttentionFilter(
             config.layer_specs[layer_idx],
             config,
@@ -57,7 +57,8 @@ class ImgProcGPT2Attention(GPT2Attention):
         """Filter ``hidden_states`` ``[batch, length, hidden_size]``; the other tensors as in ``AttentionFilter``.
 
         Returns:
-            Output ``[batch, length, hidden_size]``, the operator that multiplies V or None, the new state.
+            Output ``[batch, length, hidden_size]``, the operator that multiplies V (of ``gradient_boosted`` its two
+            filters) or None, the new state.
         """
         state = LayerState() if state is None else state
         if self.filter.is_stock:
@@ -69,10 +70,13 @@ class ImgProcGPT2Attention(GPT2Attention):
         )
         if isinstance(past_key_values, EncoderDecoderCache):
             past_key_values = past_key_values.self_attention_cache
-        output, weights = self.filter(
+        output, weights, state = filter_tokens(
+            self.filter,
+            hidden_states,
             query,
             key,
             value,
+            state,
             implementation=self.config._attn_implementation,
             attention_mask=attention_mask,
             is_causal=self.is_causal,
@@ -81,14 +85,9 @@ class ImgProcGPT2Attention(GPT2Attention):
             coordinates=coordinates,
             contiguous=contiguous,
             token_mask=token_mask,
-            previous_value=state.previous_value,
             past_key_values=past_key_values,
             need_weights=output_attentions,
         )
-        output, state = FEEDBACK[self.filter.spec.feedback](output, value, state)
-        if self.passes_value:
-            state = state._replace(previous_value=value)
-        output = output.transpose(1, 2).reshape(hidden_states.shape)
         return self.resid_dropout(self.c_proj(output)), weights, state
 
 
@@ -295,7 +294,7 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
 
         position_states, coordinates = self._position_inputs(positions)
         token_mask = new_token_mask(padding_mask, length, inputs_embeds.device)
-        state = LayerState()
+        state = initial_state(self.config, hidden_states)
         for block in self.h:
             hidden_states, *state = block(
                 hidden_states,

@@ -23,8 +23,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_imgproc_vit import ImgProcViTConfig
 from .filter_attention import AttentionFilter
-from .filter_axes import COORDINATE_KERNELS, needs_previous_value, uses_position_table
-from .filter_feedback import FEEDBACK, RESIDUAL, LayerState
+from .filter_axes import COORDINATE_KERNELS, uses_position_table
+from .filter_feedback import RESIDUAL, LayerState, initial_state
+from .filter_layer import filter_tokens
 from .filter_masks import new_token_mask
 from .filter_parameters import PositionProjection
 from .filter_pretrained import FilterPreTrainedMixin, check_attention_mask, prepare_attention_mask
@@ -127,7 +128,6 @@ class ImgProcViTAttention(ViTAttention):
     def __init__(self, config: ImgProcViTConfig, layer_idx: int) -> None:
         super().__init__(config)
         self.layer_idx = layer_idx
-        self.passes_value = needs_previous_value(config)
         self.filter = AttentionFilter(
             config.layer_specs[layer_idx],
             config,
@@ -153,7 +153,8 @@ class ImgProcViTAttention(ViTAttention):
         """Filter ``hidden_states`` ``[batch, length, hidden_size]``; the other tensors as in ``AttentionFilter``.
 
         Returns:
-            Output ``[batch, length, hidden_size]``, the operator that multiplies V or None, the new state.
+            Output ``[batch, length, hidden_size]``, the operator that multiplies V (of ``gradient_boosted`` its two
+            filters) or None, the new state.
         """
         state = LayerState() if state is None else state
         if self.filter.is_stock:
@@ -164,10 +165,13 @@ class ImgProcViTAttention(ViTAttention):
             projection(hidden_states).view(shape).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        output, weights = self.filter(
+        output, weights, state = filter_tokens(
+            self.filter,
+            hidden_states,
             query,
             key,
             value,
+            state,
             implementation=self.config._attn_implementation,
             attention_mask=attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
@@ -175,13 +179,9 @@ class ImgProcViTAttention(ViTAttention):
             coordinates=coordinates,
             contiguous=True,
             token_mask=token_mask,
-            previous_value=state.previous_value,
             need_weights=output_attentions,
         )
-        output, state = FEEDBACK[self.filter.spec.feedback](output, value, state)
-        if self.passes_value:
-            state = state._replace(previous_value=value)
-        return self.o_proj(output.transpose(1, 2).flatten(2)), weights, state
+        return self.o_proj(output), weights, state
 
 
 class ImgProcViTLayer(ViTLayer):
@@ -333,7 +333,7 @@ class ImgProcViTModel(ImgProcViTPreTrainedModel, ViTModel):
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
         position_states, coordinates = self._position_inputs(pixel_values, position_table)
-        state = LayerState()
+        state = initial_state(self.config, hidden_states)
         for layer in self.layers:
             hidden_states, *state = layer(
                 hidden_states,
