@@ -172,9 +172,9 @@ def gradients(
     method: Attention, inputs: tuple[torch.Tensor, ...], is_causal: bool, gradient: torch.Tensor
 ) -> list[torch.Tensor]:
     """Output and the gradients of query, key and value."""
-    inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
-    output = method(*inputs, is_causal)  # type: ignore[call-arg]
-    return [output.detach(), *torch.autograd.grad(output, inputs, gradient)]
+    query, key, value = (tensor.detach().requires_grad_() for tensor in inputs)
+    output = method(query, key, value, is_causal)
+    return [output.detach(), *torch.autograd.grad(output, (query, key, value), gradient)]
 
 
 def disagreement(name: str, length: int, width: int, is_causal: bool, dtype: torch.dtype, device: str) -> str | None:

@@ -115,9 +115,9 @@ def peak_memory(call: Callable[[], object], device: str = "cpu") -> float | None
     """
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        held = torch.cuda.memory_allocated()
         call()
-        return (torch.cuda.max_memory_allocated() - before) / MIB
+        return float(torch.cuda.max_memory_allocated() - held) / MIB
     try:
         _CLEAR_PEAK.write_text("5", encoding="ascii")
         before = _status_mib("VmRSS")
