@@ -78,13 +78,18 @@ def test_presets_are_all_listed(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [line.split() for line in out.splitlines()]
     assert status == 0
     assert [row[0] for row in rows[1:]] == list(PRESETS)
-    assert dict(zip(rows[0], rows[-1], strict=True)) == {
+    by_name = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[1:]}
+    assert by_name["bilateral_twicing"] == {
         "preset": "bilateral_twicing",
         "content_kernel": "dot_product",
         "position_kernel": "untied",
         "boosting": "twicing",
+        "residual": "standard",
+        "feedback": "none",
         "learn_bandwidths": "True",
     }
+    assert by_name["boosted_residual"]["residual"] == "twicing"
+    assert by_name["pidformer"]["feedback"] == "pid"
 
 
 def test_convert_saves_a_variant_with_its_tokenizer(

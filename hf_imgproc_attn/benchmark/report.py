@@ -144,7 +144,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axes.set_ylabel(unit)
             axes.set_title(f"{kind}, forward + backward")
             axes.grid(alpha=0.3, which="both")
-            axes.legend(fontsize=7)
+            if axes.lines:
+                axes.legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
 
