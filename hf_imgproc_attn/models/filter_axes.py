@@ -16,6 +16,9 @@ BOOSTINGS = ("none", "twicing", "osher", "learned", "diffusion", "sos", "gradien
 RESIDUALS = ("standard", "twicing", "sos", "osher")
 FEEDBACKS = ("none", "neutreno", "pid")
 
+FILTER_BACKENDS = ("auto", "reference", "sdpa", "blocked", "triton", "flex")
+"""How a filter is computed, chosen at run time: what a model computes does not depend on it."""
+
 STEPPED_BOOSTINGS = ("twicing", "osher", "diffusion", "sos")
 """Boosters that take a number of steps."""
 

@@ -19,6 +19,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from .filter_axes import FILTER_LAYER_TYPE
+from .filter_buffers import GrowingRows
 
 _FILTERED = "a filter other than stock softmax attention"
 
@@ -30,12 +31,30 @@ class FilterDynamicLayer(DynamicLayer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.keys: torch.Tensor | None
+        self.values: torch.Tensor | None
+        self.is_initialized: bool
         self.streams: list[torch.Tensor] = []
+        self._growing: dict[str | int, GrowingRows] = {}
+
+    def _append(self, name: str | int, stored: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+        return self._growing.setdefault(name, GrowingRows()).append(stored, rows)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values ``[batch, heads, new, width]`` and return all of them; nothing is copied."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys = self._append("keys", self.keys, key_states)
+        values = self._append("values", self.values, value_states)
+        self.keys, self.values = keys, values
+        return keys, values
 
     def update_stream(self, index: int, rows: torch.Tensor) -> torch.Tensor:
         """Append the new tokens' rows ``[batch, heads, new, width]`` to stream ``index`` and return all of it."""
-        stored = self.streams.pop(index) if index < len(self.streams) else rows[..., :0, :]
-        stream = torch.cat([stored.to(rows.device, non_blocking=True), rows], dim=-2)
+        stored = self.streams.pop(index).to(rows.device, non_blocking=True) if index < len(self.streams) else None
+        stream = self._append(index, stored, rows)
         self.streams.insert(index, stream)
         keys: torch.Tensor | None = self.keys
         if keys is not None and keys.device != stream.device:
@@ -60,7 +79,7 @@ class FilterDynamicLayer(DynamicLayer):
         # Transformers 5.17 zeroes keys and values here and keeps their length; a growing cache starts anew.
         self.keys = self.values = None
         self.is_initialized = False
-        self.streams = []
+        self.streams, self._growing = [], {}
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)

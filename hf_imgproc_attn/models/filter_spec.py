@@ -15,6 +15,7 @@ from .filter_axes import (
     DEFAULT_NUM_BUCKETS,
     DEFAULT_PID_GAINS,
     DEFAULT_ROTARY_BASE,
+    FILTER_BACKENDS,
     LayerSpec,
     default_steps,
     layer_schedule,
@@ -150,6 +151,30 @@ class FilterSpecMixin:
         refuse_near_misses({key: value for key, value in kwargs.items() if key not in _FIELDS})
         return super().from_dict(bring_up_to_date(config_dict), **kwargs)  # type: ignore[misc]
 
+    @property
+    def filter_backend(self) -> str:
+        """How the filter is computed, one of ``FILTER_BACKENDS``; ``"auto"`` chooses by shape.
+
+        Set at run time, here or in ``from_pretrained(…, filter_backend=…)``, and never saved: another machine has
+        other back-ends. Attention implementation ``eager`` is the dense reference whatever this says.
+
+        Raises:
+            ValueError: on setting an unknown back-end.
+        """
+        return str(self.__dict__.get("_filter_backend", "auto"))
+
+    @filter_backend.setter
+    def filter_backend(self, name: str) -> None:
+        if name not in FILTER_BACKENDS:
+            raise ValueError(f"filter_backend must be one of {', '.join(FILTER_BACKENDS)}, got {name!r}")
+        self.__dict__["_filter_backend"] = name
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stock ``to_dict`` without what is chosen at run time."""
+        fields: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        fields.pop("_filter_backend", None)
+        return fields
+
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_near_misses(kwargs)
         if kwargs.get("per_layer_config"):
@@ -210,7 +235,9 @@ def refuse_near_misses(kwargs: dict[str, Any]) -> None:
         ValueError: naming the keyword and the field that was probably meant.
     """
     for key in kwargs:
+        if key == "filter_backend":
+            continue
         normalised = key.lower().replace("-", "_")
-        matches = difflib.get_close_matches(normalised, _FIELDS, n=1, cutoff=0.8)
+        matches = difflib.get_close_matches(normalised, (*_FIELDS, "filter_backend"), n=1, cutoff=0.8)
         if matches:
             raise ValueError(f"unknown configuration field {key}={kwargs[key]!r}; did you mean {matches[0]}?")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -362,6 +363,7 @@ MISSPELT = [
     ("residuals", "residual"),
     ("feedbacks", "feedback"),
     ("neutreno_lamda", "neutreno_lambda"),
+    ("filter_backends", "filter_backend"),
     ("pid_gain", "pid_gains"),
     ("rotary_bases", "rotary_base"),
     ("relative_attention_num_bucket", "relative_attention_num_buckets"),
@@ -443,6 +445,25 @@ def test_rules_are_checked_when_the_model_is_built(backbone: str, field: str, va
     setattr(config, field, value)
     with pytest.raises(REFUSED, match=message):
         MODELS[backbone](config)
+
+
+def test_the_backend_is_chosen_at_run_time_and_never_saved(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    config = tiny("twicing", filter_backend="blocked")
+    assert config.filter_backend == "blocked"
+    assert tiny("twicing").filter_backend == "auto"
+    config.save_pretrained(tmp_path)
+    assert "backend" not in (tmp_path / "config.json").read_text(encoding="utf-8")
+    assert not any("backend" in key for key in config.to_dict())
+    assert type(config).from_pretrained(tmp_path).filter_backend == "auto"
+    assert type(config).from_pretrained(tmp_path, filter_backend="sdpa").filter_backend == "sdpa"
+    assert copy.deepcopy(config).filter_backend == "blocked"
+    config.filter_backend = "reference"
+    assert config.filter_backend == "reference"
+    for wrong in ("fast", "", None, 3):
+        with pytest.raises(ValueError, match="filter_backend must be one of auto, reference, sdpa, blocked, triton"):
+            config.filter_backend = wrong
+    with pytest.raises(ValueError, match="filter_backend must be one of"):
+        tiny("twicing", filter_backend="fast")
 
 
 # --------------------------------------------------------------------------------------------------------------------
