@@ -3,8 +3,8 @@
 A *group* is a few (batch, head) pairs whose products run as one batched product; a *block* is a range of query rows
 with the keys they may see. Nothing here knows of boosting: ``filter_blocked`` does.
 
-Weights are powers of two, A_ij = 2^(s_ij - L_i) with s the logits in units of log 2 and L_i the row's base-2 log-sum-exp:
-the exponential of base 2 is several times faster than that of base e on a CPU.
+Weights are powers of two, A_ij = 2^(s_ij - L_i) with s the logits in units of log 2 and L_i the row's base-2
+log-sum-exp: the exponential of base 2 takes a third of the time of that of base e on a CPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WHOLE_SCORES = 2**20
 class Block(NamedTuple):
     """Query rows ``start:stop``, which see keys ``0:keys``."""
 
-    index: int
+    number: int
     start: int
     stop: int
     keys: int
@@ -37,7 +37,7 @@ class Block(NamedTuple):
 class Group(NamedTuple):
     """Samples and heads ``[first, last)``: either one sample, or whole samples."""
 
-    index: int
+    number: int
     batch: slice
     heads: slice
 
@@ -102,9 +102,9 @@ class Plan(NamedTuple):
         return [Group(index, *cut) for index, cut in enumerate(cuts)]
 
     def kept(self, group: Group, block: Block, like: torch.Tensor) -> torch.Tensor:
-        """The dropout mask of a block, 0 or 1/(1 - p), ``[pairs, rows, keys]``: the same one whenever it is asked for."""
-        number = group.index * -(-self.length // self.block_rows) + block.index
-        generator = torch.Generator(like.device).manual_seed((self.seed + number) % 2**63)
+        """The dropout mask of a block, 0 or 1/(1 - p), ``[pairs, rows, keys]``: the same whenever it is asked for."""
+        count = group.number * -(-self.length // self.block_rows) + block.number
+        generator = torch.Generator(like.device).manual_seed((self.seed + count) % 2**63)
         shape = (math.prod(group.shape), block.stop - block.start, block.keys)
         return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(
             1.0 - self.dropout, generator=generator
@@ -151,7 +151,7 @@ def make_plan(
 
 
 def cut(x: torch.Tensor, group: Group, block: Block) -> torch.Tensor:
-    """A block's part of a tensor that is broadcastable to ``[batch, heads, length, key_length]``, with its four axes."""
+    """A block's part of a tensor with four axes that is broadcastable to ``[batch, heads, length, key_length]``."""
     wanted = (group.batch, group.heads, slice(block.start, block.stop), slice(0, block.keys))
     return x[tuple(slice(None) if size == 1 else part for size, part in zip(x.shape, wanted, strict=True))]
 
@@ -216,7 +216,7 @@ class Weights:
         self.query = self.key = like
 
     def start(self, group: Group, query: torch.Tensor, key: torch.Tensor) -> None:
-        """Turn to a group: ``[pairs, length, d]`` queries, multiplied by scale / log 2, and ``[pairs, key_length, d]``."""
+        """Turn to a group's queries ``[pairs, length, d]``, multiplied by scale / log 2, and keys."""
         self.group, self.query, self.key = group, query, key
 
     def _logits(self, block: Block) -> torch.Tensor:
