@@ -192,7 +192,9 @@ class AttentionFilter(nn.Module):
             past_streams = []
             if self.num_streams:
                 layer = past_key_values.layers[self.layer_idx]
-                extend, past_streams = layer.update_stream, layer.streams[int(self.has_metric) :]
+                extend = layer.update_stream
+                if self.operator != "none":
+                    past_streams = layer.streams[int(self.has_metric) :]
         if need_weights and implementation != "eager":
             logger.warning_once(
                 f"attn_implementation={implementation!r} does not return attentions: set it to 'eager' for that"

@@ -185,8 +185,9 @@ class BlockedFilter(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor | None, stream_grad: torch.Tensor | None) -> tuple[Any, ...]:
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
-            return _backward(ctx.call, ctx.saved_tensors, grad, stream_grad, ctx.needs_input_grad[3])
+        saved = ctx.saved_tensors  # once: gradient checkpointing hands them out a single time
+        with torch.autocast(saved[0].device.type, enabled=False):
+            return _backward(ctx.call, saved, grad, stream_grad, ctx.needs_input_grad[3])
 
 
 def _backward(
