@@ -10,6 +10,7 @@ import torch
 from hf_imgproc_attn.models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from hf_imgproc_attn.models.configuration_imgproc_vit import ImgProcViTConfig
 from hf_imgproc_attn.models.filter_attention import AttentionFilter
+from hf_imgproc_attn.models.filter_axes import STEPPED_BOOSTINGS
 
 GPT2 = {
     "vocab_size": 61,
@@ -101,7 +102,7 @@ def make_filter(
         content_kernel=content_kernel,
         position_kernel=position_kernel,
         boosting=boosting,
-        boosting_steps=boosting_steps,
+        boosting_steps=boosting_steps if boosting in STEPPED_BOOSTINGS else None,
         **{"learn_bandwidths": True, **fields},
     )
     layer = AttentionFilter(

@@ -17,7 +17,15 @@ GRID = (3, 3)  # beside two class tokens: 11 tokens, rows and columns of patches
 TIGHT = {"rtol": 0, "atol": 1e-11}
 CONTENT = ("dot_product", "gaussian")
 POSITIONS = ("none", "untied", "shared", "gaussian", "patches")
-BOOSTERS = (("none", 2), ("twicing", 1), ("twicing", 2), ("twicing", 3))
+BOOSTERS = (
+    ("none", 2),
+    ("twicing", 1),
+    ("twicing", 2),
+    ("twicing", 3),
+    ("learned", 2),
+    ("diffusion", 3),
+    ("sos", 3),
+)
 Inputs = dict[str, Any]
 
 

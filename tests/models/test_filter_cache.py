@@ -21,7 +21,15 @@ BATCH, HEADS, LENGTH, WIDTH = 3, 3, 12, 5
 TIGHT = {"rtol": 0, "atol": 1e-12}
 CHUNKS = {"steps": [1] * LENGTH, "prefill": [5] + [1] * 7, "chunks": [4, 3, 1, 4], "one": [12]}
 POSITIONS = ("none", "untied", "shared", "gaussian")
-BOOSTERS = (("none", 2), ("twicing", 1), ("twicing", 2), ("twicing", 3))
+BOOSTERS = (
+    ("none", 2),
+    ("twicing", 1),
+    ("twicing", 2),
+    ("twicing", 3),
+    ("learned", 2),
+    ("diffusion", 3),
+    ("sos", 3),
+)
 Inputs = dict[str, torch.Tensor]
 
 
@@ -122,14 +130,14 @@ def full_pass(
 def test_decoding_is_the_full_pass(
     content: str, position: str, boosting: str, steps: int, sizes: str, implementation: str
 ) -> None:
-    """Token by token, after a prefill, in chunks: every output, and steps - 1 residual streams beside K and V."""
+    """Token by token, after a prefill, in chunks: every output, and a stream for each pass but the first."""
     layer, inputs, cache = build(content, position, boosting, steps), tensors(position), new_cache()
     expected = full_pass(layer, inputs, "eager")
     got = decode(layer, inputs, CHUNKS[sizes], cache, implementation)
     torch.testing.assert_close(got, expected, **TIGHT)
     streams = cache.layers[0].streams
     assert [stream.shape for stream in streams] == [torch.Size((BATCH, HEADS, LENGTH, WIDTH))] * (
-        steps - 1 if boosting == "twicing" else 0
+        {"none": 0, "learned": 1}.get(boosting, steps - 1)
     )
 
 
