@@ -183,7 +183,6 @@ class AttentionFilter(nn.Module):
         query, key, coordinates = self.positions.turn(query, key, coordinates)
         key_coordinates, full_value = coordinates, value
         extend: Extend = keep_rows
-        last_sums: torch.Tensor | None = None
         if past_key_values is not None:
             check_cache_layer(past_key_values, self.layer_idx, self.num_streams)
             packed = pack_key(key, position_key, coordinates)
@@ -191,8 +190,6 @@ class AttentionFilter(nn.Module):
             key, position_key, key_coordinates = unpack_key(packed, self.spec.position_kernel, self.head_dim)
             if self.num_streams:
                 extend = past_key_values.layers[self.layer_idx].update_stream
-            if self.has_metric:
-                last_sums = past_key_values.layers[self.layer_idx].last_row(0)
         if need_weights and implementation != "eager":
             logger.warning_once(
                 f"attn_implementation={implementation!r} does not return attentions: set it to 'eager' for that"
@@ -216,7 +213,6 @@ class AttentionFilter(nn.Module):
                 attention_mask=attention_mask,
                 token_mask=token_mask,
                 is_causal=is_causal,
-                cached=last_sums,
                 extend=extend,
             )
             content_scale, extend = metric * content_scale, after_first(extend)

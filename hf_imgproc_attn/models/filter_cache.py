@@ -3,7 +3,7 @@
 Twicing at query i needs row j of A V at every key j <= i. Those rows never change once computed, so the residual
 rows r_j = v_j - (A V)_j are cached as a third stream (a k-step booster caches k - 1 of them), and one decoding step
 costs two products with the cache instead of a pass over all queries. The elliptical metric of query i sums over the
-tokens up to i: its prefix sums are a stream too, one row a token, so that cropping and reordering stay exact. Keys are
+tokens up to i: what it sums is a stream too, one row a token, so that cropping and reordering stay exact. Keys are
 cached with their position columns, so that custom ``position_ids`` and left padding stay exact.
 
 Defining the classes registers them with Transformers under ``FILTER_LAYER_TYPE``; a configuration whose
@@ -42,12 +42,6 @@ class FilterDynamicLayer(DynamicLayer):
             # An offloading cache has moved keys and values away by now; the stream follows them.
             self.streams[index] = stream.to(keys.device, non_blocking=True)
         return stream
-
-    def last_row(self, index: int) -> torch.Tensor | None:
-        """The newest row of a stream, ``[batch, heads, 1, width]``, or None where nothing is cached."""
-        if index >= len(self.streams) or not self.streams[index].shape[-2]:
-            return None
-        return self.streams[index][..., -1:, :]
 
     def _map_streams(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.streams = [function(stream) for stream in self.streams]
@@ -88,7 +82,7 @@ class FilterDynamicLayer(DynamicLayer):
 
 
 def after_first(extend: Callable[[int, torch.Tensor], torch.Tensor]) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    """``update_stream`` for what comes behind stream 0, which holds the elliptical metric's sums."""
+    """``update_stream`` for what comes behind stream 0, which holds the elliptical metric's rows."""
     return lambda index, rows: extend(index + 1, rows)
 
 
@@ -144,5 +138,5 @@ def check_cache_layer(cache: Cache, layer_idx: int, num_streams: int) -> None:
     if num_streams:
         raise ValueError(
             f"past_key_values has a plain layer at index {layer_idx}, where the filter needs to keep its "
-            "residual stream or the elliptical metric's sums: build the cache with DynamicCache(config=model.config)"
+            "residual stream or the elliptical metric's rows: build the cache with DynamicCache(config=model.config)"
         )

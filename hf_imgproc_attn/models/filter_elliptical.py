@@ -27,7 +27,6 @@ def elliptical_metric(
     attention_mask: torch.Tensor | None = None,
     token_mask: torch.Tensor | None = None,
     is_causal: bool = False,
-    cached: torch.Tensor | None = None,
     extend: Extend,
 ) -> torch.Tensor:
     """The diagonal of M_i, between 0 and 1 with a 1 in every row; w is a sum, since its count cancels in w / max w.
@@ -39,8 +38,8 @@ def elliptical_metric(
         token_mask: ``[batch or 1, length]``, which new tokens are no padding, where that is all that a mask hides
             (beside later tokens, if causal); running sums are enough then.
         is_causal: whether a row sees no later token; without ``token_mask`` used where there is no mask.
-        cached: the last row of the sums over earlier tokens, ``[batch, heads, 1, head_dim]``, or None.
-        extend: stores the sums of the new tokens as stream 0 and returns all of them.
+        extend: stores |D| of the new tokens as stream 0 of a cache and returns that of all tokens. Rows rather than
+            their prefix sums: no mask, whatever it shows, needs a difference of large sums then.
 
     Returns:
         ``[batch, heads, length or 1, head_dim]`` in at least float32.
@@ -50,17 +49,20 @@ def elliptical_metric(
     if token_mask is not None:
         # A product would make NaN of what overflowed in padding.
         moved = moved.masked_fill(~token_mask[:, None, :, None], 0.0)
-    sums = moved.cumsum(-2)
-    if cached is not None:
-        sums = sums + cached.to(sums.device)
-    every_sum = extend(0, sums)
+    every = extend(0, moved)
     if token_mask is None and attention_mask is not None:
-        every_row = torch.cat((every_sum[..., :1, :], every_sum.diff(dim=-2)), dim=-2)
-        length, key_length = value.shape[-2], every_row.shape[-2]
-        allowed, _ = visible(attention_mask, False, length, key_length, value.device)
+        allowed, _ = visible(attention_mask, False, moved.shape[-2], every.shape[-2], value.device)
         with torch.autocast(value.device.type, enabled=False):
-            weight = every_row.sum(-2, keepdim=True) if allowed is None else torch.matmul(allowed.to(work), every_row)
+            weight = every.sum(-2, keepdim=True) if allowed is None else _sum_of_visible(every, allowed)
+    elif is_causal:
+        weight = moved.cumsum(-2) + every[..., : -moved.shape[-2], :].sum(-2, keepdim=True)
     else:
-        weight = sums if is_causal else sums[..., -1:, :]
+        weight = every.sum(-2, keepdim=True)
     largest = weight.amax(-1, keepdim=True)
     return torch.where(largest > 0, weight / largest, torch.ones_like(weight))
+
+
+def _sum_of_visible(rows: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """Sums over the keys that each query sees; what no query of a sample sees may be infinite or NaN."""
+    seen = allowed.any(-2).unsqueeze(-1)
+    return torch.matmul(allowed.to(rows.dtype), rows.masked_fill(~seen, 0.0))

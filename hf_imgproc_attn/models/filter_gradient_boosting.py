@@ -111,8 +111,3 @@ class SecondCache:
         """As of the cache layer."""
         whole: torch.Tensor = self._layer.update_stream(self._first + 2 + index, rows)
         return whole
-
-    def last_row(self, index: int) -> torch.Tensor | None:
-        """As of the cache layer."""
-        row: torch.Tensor | None = self._layer.last_row(self._first + 2 + index)
-        return row
