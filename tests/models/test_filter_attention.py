@@ -16,7 +16,15 @@ from tests.models.helpers import make_filter
 BATCH, HEADS, LENGTH, WIDTH = 2, 3, 11, 5
 GRID = (3, 3)  # beside two class tokens: 11 tokens, rows and columns of patches
 TIGHT = {"rtol": 0, "atol": 1e-11}
-BOOSTERS = (("none", 2), ("twicing", 1), ("twicing", 2), ("twicing", 3))
+BOOSTERS = (
+    ("none", 2),
+    ("twicing", 1),
+    ("twicing", 2),
+    ("twicing", 3),
+    ("learned", 2),
+    ("diffusion", 3),
+    ("sos", 3),
+)
 CONTENT = ("dot_product", "gaussian", "elliptical")
 # name here -> position kernel, axes of the grid, width of a head that it can have
 KERNELS = {
