@@ -44,6 +44,14 @@ CUSTOM: dict[str, dict[str, Any]] = {
         "boosting": "twicing",
         "boosted_layers": [-1],
     },
+    "mixed_kernels": {
+        "content_kernel": ["dot_product", "elliptical", "elliptical"],
+        "position_kernel": ["alibi", "relative_buckets", "gaussian"],
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 9,
+        "boosting": ["twicing", "none", "twicing"],
+        "learn_bandwidths": True,
+    },
     "three_steps": {"boosting": "twicing", "boosting_steps": 3, "boosted_layers": [0, -1]},
 }
 VARIANTS = (*PRESETS, *CUSTOM)
