@@ -55,6 +55,7 @@ CUSTOM: dict[str, dict[str, Any]] = {
     "three_steps": {"boosting": "twicing", "boosting_steps": 3, "boosted_layers": [0, -1]},
 }
 VARIANTS = (*PRESETS, *CUSTOM)
+ELLIPTICAL = tuple(name for name in VARIANTS if "elliptical" in {**PRESETS, **CUSTOM}[name].get("content_kernel", ()))
 BOOSTED = tuple(name for name in VARIANTS if "boosting" in {**PRESETS, **CUSTOM}[name])
 
 
