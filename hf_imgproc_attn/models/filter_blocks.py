@@ -106,9 +106,10 @@ class Plan(NamedTuple):
         count = group.number * -(-self.length // self.block_rows) + block.number
         generator = torch.Generator(like.device).manual_seed((self.seed + count) % 2**63)
         shape = (math.prod(group.shape), block.stop - block.start, block.keys)
-        return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(
+        kept = torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(
             1.0 - self.dropout, generator=generator
-        ) * (1.0 / (1.0 - self.dropout))
+        )
+        return kept.mul_(1.0 / (1.0 - self.dropout))
 
 
 def make_plan(
