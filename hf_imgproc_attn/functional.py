@@ -56,8 +56,8 @@ def filter_attention(
         ``[batch, heads, length, d]`` in the value's dtype.
 
     Raises:
-        ValueError: naming the argument, for wrong shapes, dtypes or values, for a boosted filter whose A is not square,
-            and for a back-end that is not there or cannot serve the call.
+        ValueError: naming the argument, for wrong shapes, dtypes or values, for a boosted filter whose A is not
+            square, and for a back-end that is not there or cannot serve the call.
     """
     check_tensors(query, key, value)
     check_options(boosting, boosting_steps, dropout_p)
