@@ -97,7 +97,8 @@ class _GroupInputs:
             shape = (plan.batch, plan.heads, 1, plan.key_length)
             self.hidden = rows_of(call.hidden.expand(shape), group, torch.bool).mT
             self.key = self.key.masked_fill(self.hidden, 0.0)
-            self.all = self.all.masked_fill(self.hidden, 0.0)
+            if self.own.shape[-1]:
+                self.all = self.all.masked_fill(self.hidden, 0.0)
         self.own_value = self.value[:, plan.past :]
         if self.hidden is not None:
             self.value = self.value.masked_fill(self.hidden, 0.0)
