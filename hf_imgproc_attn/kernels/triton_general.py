@@ -20,6 +20,7 @@ from .triton_tiles import (
     hide_transposed,
     load_rows,
     product,
+    rounded,
     seen_keys,
     store_rows,
     tuned,
@@ -57,7 +58,7 @@ def _smooth_range(
         weights = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(highest - base)
         total = total * shrink + tl.sum(weights, 1)
-        average = add_product(weights.to(value.dtype), value, average * shrink[:, None])
+        average = add_product(rounded(weights, value.dtype), value, average * shrink[:, None])
         highest = new_highest
     return average, total, highest
 
@@ -124,7 +125,7 @@ def _apply_range(
         if EDGE or HAS_MASK:
             scores = hide(scores, query_rows, key_rows, seen_keys(mask, key_rows, length, HAS_MASK), CAUSAL and EDGE)
         weights = tl.exp2(scores - lse[:, None])
-        output = add_product(weights.to(residual.dtype), residual, output)
+        output = add_product(rounded(weights, residual.dtype), residual, output)
     return output
 
 
@@ -218,14 +219,14 @@ def residual_gradient_kernel(
         lse = tl.load(lse_pointer + own + query_rows, mask=query_rows < length, other=float("inf"))
         scores = product(key, tl.trans(query)) * scale
         scores = hide_transposed(scores, query_rows, rows, seen, CAUSAL)
-        h = add_product(tl.exp2(scores - lse[None, :]).to(grad.dtype), grad, h)
+        h = add_product(rounded(tl.exp2(scores - lse[None, :]), grad.dtype), grad, h)
     residual_base = residual_pointer + own * HEAD_DIM
     out = load_rows(out_pointer + batch * out_b + head * out_h, out_n, rows, columns, length, HEAD_DIM, BLOCK_D)
     grad = load_rows(grad_base, grad_n, rows, columns, length, HEAD_DIM, BLOCK_D)
     value = load_rows(value_base, value_n, rows, columns, length, HEAD_DIM, BLOCK_D)
     residual = load_rows(residual_base, HEAD_DIM, rows, columns, length, HEAD_DIM, BLOCK_D)
     # Rounded as the other products see it, so that each row of dS sums to 0.
-    negative_h = (-h).to(key.dtype)
+    negative_h = rounded(-h, key.dtype)
     smoothed = 2.0 * value.to(tl.float32) - residual.to(tl.float32)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32) + negative_h.to(tl.float32) * smoothed, 1)
     tl.store(delta_pointer + own + rows, delta, mask=rows < length)
@@ -247,7 +248,7 @@ def residual_gradient_kernel(
             weights = tl.exp2(scores - lse[:, None])
             d_weights = add_product(negative_h, tl.trans(value), product(grad, tl.trans(residual)))
             d_scores = weights * (d_weights - delta[:, None])
-            dq = add_product(d_scores.to(key.dtype), key, dq)
+            dq = add_product(rounded(d_scores, key.dtype), key, dq)
         dq_base = dq_pointer + batch * dq_b + head * dq_h
         store_rows(dq_base, dq_n, rows, columns, dq * softmax_scale, length, HEAD_DIM, BLOCK_D)
 
@@ -309,8 +310,8 @@ def key_value_gradient_kernel(
         weights = tl.exp2(scores - lse[None, :])
         # dA = G W^T - H V^T, transposed.
         d_weights = add_product(value, tl.trans(negative_h), product(residual, tl.trans(grad)))
-        d_scores = (weights * (d_weights - delta[None, :])).to(key.dtype)
-        minus_smoothed_h = add_product(weights.to(key.dtype), negative_h, minus_smoothed_h)
+        d_scores = rounded(weights * (d_weights - delta[None, :]), key.dtype)
+        minus_smoothed_h = add_product(rounded(weights, key.dtype), negative_h, minus_smoothed_h)
         dk = add_product(d_scores, query, dk)
         if ADD_DQ:
             dq = product(tl.trans(d_scores), key) * softmax_scale

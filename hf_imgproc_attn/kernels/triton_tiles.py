@@ -14,6 +14,8 @@ import triton.language as tl
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether the kernels run on the CPU in Triton's interpreter: decided, as by Triton, when they are first imported."""
 
+EMULATED: tl.constexpr = tl.constexpr(INTERPRETED)
+
 
 def tuned(configs: list[tuple[dict[str, int], int, int]], key: list[str], **options: Any) -> Any:
     """``triton.autotune`` over (block sizes, warps, stages); the interpreter, which cannot time, gets the first one.
@@ -40,18 +42,36 @@ def store_rows(pointer, stride, rows, columns, tile, length, HEAD_DIM: tl.conste
     inside = rows[:, None] < length
     if HEAD_DIM != BLOCK_D:
         inside = inside & (columns[None, :] < HEAD_DIM)
-    tl.store(pointer + rows[:, None] * stride + columns[None, :], tile.to(pointer.dtype.element_ty), mask=inside)
+    tl.store(pointer + rows[:, None] * stride + columns[None, :], rounded(tile, pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rounded(tile, dtype: tl.constexpr):
+    """float32 to the dtype, to nearest even. (The interpreter cuts bfloat16 off instead: there it is done by hand.)"""
+    if EMULATED and tile.dtype == tl.float32 and dtype == tl.bfloat16:
+        bits = tile.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return tile.to(dtype)
 
 
 @triton.jit
 def product(left, right):
-    """left @ right, accumulated in float32; float32 operands are not rounded to TF32."""
+    """left @ right, accumulated in float32; float32 operands are not rounded to TF32.
+
+    (The interpreter multiplies bfloat16 as the integers that it stores them in: there it gets float32.)
+    """
+    if EMULATED:
+        left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, input_precision="ieee")
 
 
 @triton.jit
 def add_product(left, right, total):
-    """total + left @ right, accumulated in float32."""
+    """total + left @ right, as :func:`product`."""
+    if EMULATED:
+        left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, total, input_precision="ieee")
 
 
