@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import triton
 
-from . import triton_general
+from . import triton_general, triton_short
 from .triton_tiles import INTERPRETED
 
-ALGORITHMS = ("auto", "general")
+ALGORITHMS = ("auto", "general", "short")
 
 
 def twicing_attention(
@@ -107,6 +107,37 @@ def _common(query: torch.Tensor, key_mask: torch.Tensor | None, is_causal: bool)
     }
 
 
+def _for_short(common: dict[str, Any]) -> dict[str, Any]:
+    return {name: common[name] for name in common if name not in ("length_class", "CAUSAL")}
+
+
+def _short_block(query: torch.Tensor) -> int:
+    """All rows of a head, in one block or two halves of it."""
+    return max(32, triton.next_power_of_2(query.shape[2]))
+
+
+def _heads(query: torch.Tensor) -> tuple[int]:
+    return (query.shape[0] * query.shape[1],)
+
+
+def choose(query: torch.Tensor, is_causal: bool, algorithm: str = "auto") -> str:
+    """The algorithm for a call: what is asked for, or the one with the lowest floor that the shape allows.
+
+    Raises:
+        ValueError: if the shape does not allow what is asked for.
+    """
+    length, head_dim = query.shape[2:]
+    short = not is_causal and length <= triton_short.MAX_LENGTH and head_dim <= triton_short.MAX_HEAD_DIM
+    if algorithm == "auto":
+        return "short" if short else "general"
+    if algorithm == "short" and not short:
+        raise ValueError(
+            f"algorithm='short' needs is_causal=False, length <= {triton_short.MAX_LENGTH} and head_dim <= "
+            f"{triton_short.MAX_HEAD_DIM}, got is_causal={is_causal}, length={length}, head_dim={head_dim}"
+        )
+    return algorithm
+
+
 def _programs(query: torch.Tensor, block: str) -> Any:
     """One program a block of rows and head; one dimension, because the others end at 65535."""
     batch, heads, length, _ = query.shape
@@ -132,6 +163,12 @@ def twicing_forward(
     common = _common(query, key_mask, is_causal)
     common["scale"] = scale / math.log(2.0)
     with _on_device(query):
+        if choose(query, is_causal, algorithm) == "short":
+            triton_short.short_forward_kernel[_heads(query)](
+                query, key, value, mask, residual, lse, out, *_strides(query, key, value, out),
+                **_for_short(common), HALF=_short_block(query) // 2,
+            )  # fmt: skip
+            return out, residual, lse
         triton_general.smooth_kernel[_programs(query, "BLOCK_M")](
             query, key, value, mask, residual, lse, *_strides(query, key, value), **common
         )
@@ -158,6 +195,7 @@ def twicing_backward(
     lse: torch.Tensor,
     scale: float,
     is_causal: bool,
+    algorithm: str,
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dQ, dK, dV, each as its tensor lies in memory; A is computed again from the log-sum-exp."""
@@ -169,6 +207,14 @@ def twicing_backward(
     common = _common(query, key_mask, is_causal)
     common["scale"], common["softmax_scale"] = scale / math.log(2.0), scale
     negative_h, delta = torch.empty_like(residual), torch.empty_like(lse)
+    if choose(query, is_causal, algorithm) == "short":
+        with _on_device(query):
+            triton_short.short_backward_kernel[_heads(query)](
+                query, key, value, mask, residual, lse, out, grad, negative_h, delta, dq, dk, dv,
+                *_strides(query, key, value, out, grad, dq, dk, dv), **_for_short(common),
+                BLOCK_N=_short_block(query),
+            )  # fmt: skip
+        return dq, dk, dv
     # A place for each sum, or, where nothing is summed, a stand-in that timing runs may set to 0.
     sum_shape = (1,) if deterministic else query.shape
     dq_sum = torch.zeros(sum_shape, dtype=torch.float32, device=query.device)
@@ -190,10 +236,10 @@ def _(grad: Any, query: Any, key: Any, value: Any, *rest: Any) -> Any:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    query, key, value, key_mask, scale, is_causal, _ = inputs
+    query, key, value, key_mask, scale, is_causal, algorithm = inputs
     out, residual, lse = output
     ctx.save_for_backward(query, key, value, key_mask, out, residual, lse)
-    ctx.scale, ctx.is_causal = scale, is_causal
+    ctx.options = (scale, is_causal, algorithm)
     ctx.set_materialize_grads(False)
 
 
@@ -202,7 +248,7 @@ def _gradient(ctx: Any, grad: torch.Tensor | None, *unused: Any) -> tuple[torch.
     if grad is None:
         return (None,) * 7
     deterministic = torch.are_deterministic_algorithms_enabled()
-    gradients = twicing_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.is_causal, deterministic)
+    gradients = twicing_backward(grad, *ctx.saved_tensors, *ctx.options, deterministic)
     return (*gradients, None, None, None, None)
 
 

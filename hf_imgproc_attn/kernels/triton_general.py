@@ -31,7 +31,6 @@ KEY = ["length_class", "HEAD_DIM", "CAUSAL", "HAS_MASK"]
 _FORWARD = [
     ({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 3),
     ({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3),
-    ({"BLOCK_M": 128, "BLOCK_N": 64}, 4, 3),
     ({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3),
     ({"BLOCK_M": 128, "BLOCK_N": 128}, 8, 2),
 ]
@@ -176,7 +175,6 @@ def apply_kernel(
         ({"BLOCK_M": 32, "BLOCK_N": 64}, 4, 3),
         ({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2),
         ({"BLOCK_M": 64, "BLOCK_N": 128}, 8, 2),
-        ({"BLOCK_M": 64, "BLOCK_N": 128}, 4, 2),
     ],
     [*KEY, "WITH_DQ"],
 )
@@ -221,34 +219,34 @@ def residual_gradient_kernel(
         scores = hide_transposed(scores, query_rows, rows, seen, CAUSAL)
         h = add_product(rounded(tl.exp2(scores - lse[None, :]), grad.dtype), grad, h)
     residual_base = residual_pointer + own * HEAD_DIM
-    out = load_rows(out_pointer + batch * out_b + head * out_h, out_n, rows, columns, length, HEAD_DIM, BLOCK_D)
-    grad = load_rows(grad_base, grad_n, rows, columns, length, HEAD_DIM, BLOCK_D)
-    value = load_rows(value_base, value_n, rows, columns, length, HEAD_DIM, BLOCK_D)
-    residual = load_rows(residual_base, HEAD_DIM, rows, columns, length, HEAD_DIM, BLOCK_D)
+    own_out = load_rows(out_pointer + batch * out_b + head * out_h, out_n, rows, columns, length, HEAD_DIM, BLOCK_D)
+    own_grad = load_rows(grad_base, grad_n, rows, columns, length, HEAD_DIM, BLOCK_D)
+    own_value = load_rows(value_base, value_n, rows, columns, length, HEAD_DIM, BLOCK_D)
+    own_residual = load_rows(residual_base, HEAD_DIM, rows, columns, length, HEAD_DIM, BLOCK_D)
     # Rounded as the other products see it, so that each row of dS sums to 0.
-    negative_h = rounded(-h, key.dtype)
-    smoothed = 2.0 * value.to(tl.float32) - residual.to(tl.float32)
-    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32) + negative_h.to(tl.float32) * smoothed, 1)
-    tl.store(delta_pointer + own + rows, delta, mask=rows < length)
-    store_rows(negative_h_pointer + own * HEAD_DIM, HEAD_DIM, rows, columns, negative_h, length, HEAD_DIM, BLOCK_D)
+    own_negative_h = rounded(-h, key.dtype)
+    smoothed = 2.0 * own_value.to(tl.float32) - own_residual.to(tl.float32)
+    own_delta = tl.sum(own_grad.to(tl.float32) * own_out.to(tl.float32) + own_negative_h.to(tl.float32) * smoothed, 1)
+    tl.store(delta_pointer + own + rows, own_delta, mask=rows < length)
+    store_rows(negative_h_pointer + own * HEAD_DIM, HEAD_DIM, rows, columns, own_negative_h, length, HEAD_DIM, BLOCK_D)
     if WITH_DQ:
-        query = load_rows(query_base, query_n, rows, columns, length, HEAD_DIM, BLOCK_D)
-        lse = tl.load(lse_pointer + own + rows, mask=rows < length, other=float("inf"))
+        own_query = load_rows(query_base, query_n, rows, columns, length, HEAD_DIM, BLOCK_D)
+        own_lse = tl.load(lse_pointer + own + rows, mask=rows < length, other=float("inf"))
         dq = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
         end = length
         if CAUSAL:
             end = tl.minimum((block + 1) * BLOCK_N, length)
         for start in range(0, end, BLOCK_M):
             key_rows = start + tl.arange(0, BLOCK_M)
-            key = load_rows(key_base, key_n, key_rows, columns, length, HEAD_DIM, BLOCK_D)
-            value = load_rows(value_base, value_n, key_rows, columns, length, HEAD_DIM, BLOCK_D)
-            residual = load_rows(residual_base, HEAD_DIM, key_rows, columns, length, HEAD_DIM, BLOCK_D)
-            scores = product(query, tl.trans(key)) * scale
-            scores = hide(scores, rows, key_rows, seen_keys(mask, key_rows, length, HAS_MASK), CAUSAL)
-            weights = tl.exp2(scores - lse[:, None])
-            d_weights = add_product(negative_h, tl.trans(value), product(grad, tl.trans(residual)))
-            d_scores = weights * (d_weights - delta[:, None])
-            dq = add_product(rounded(d_scores, key.dtype), key, dq)
+            key_tile = load_rows(key_base, key_n, key_rows, columns, length, HEAD_DIM, BLOCK_D)
+            value_tile = load_rows(value_base, value_n, key_rows, columns, length, HEAD_DIM, BLOCK_D)
+            residual_tile = load_rows(residual_base, HEAD_DIM, key_rows, columns, length, HEAD_DIM, BLOCK_D)
+            tile_scores = product(own_query, tl.trans(key_tile)) * scale
+            tile_scores = hide(tile_scores, rows, key_rows, seen_keys(mask, key_rows, length, HAS_MASK), CAUSAL)
+            weights = tl.exp2(tile_scores - own_lse[:, None])
+            d_weights = add_product(own_negative_h, tl.trans(value_tile), product(own_grad, tl.trans(residual_tile)))
+            d_scores = weights * (d_weights - own_delta[:, None])
+            dq = add_product(rounded(d_scores, key_tile.dtype), key_tile, dq)
         dq_base = dq_pointer + batch * dq_b + head * dq_h
         store_rows(dq_base, dq_n, rows, columns, dq * softmax_scale, length, HEAD_DIM, BLOCK_D)
 
@@ -320,8 +318,8 @@ def key_value_gradient_kernel(
                 inside = inside & (columns[None, :] < HEAD_DIM)
             target = dq_sum_base + query_rows[:, None] * HEAD_DIM + columns[None, :]
             tl.atomic_add(target, dq, mask=inside, sem="relaxed")
-    negative_h = load_rows(negative_h_base, HEAD_DIM, rows, columns, length, HEAD_DIM, BLOCK_D)
-    dv = minus_smoothed_h - 2.0 * negative_h.to(tl.float32)
+    own_negative_h = load_rows(negative_h_base, HEAD_DIM, rows, columns, length, HEAD_DIM, BLOCK_D)
+    dv = minus_smoothed_h - 2.0 * own_negative_h.to(tl.float32)
     dk_base = dk_pointer + batch * dk_b + head * dk_h
     store_rows(dk_base, dk_n, rows, columns, dk * softmax_scale, length, HEAD_DIM, BLOCK_D)
     dv_base = dv_pointer + batch * dv_b + head * dv_h
