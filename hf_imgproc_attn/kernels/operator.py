@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import triton
 
-from . import triton_general, triton_short
+from . import triton_general, triton_short, triton_single_pass
 from .triton_tiles import INTERPRETED
 
-ALGORITHMS = ("auto", "general", "short")
+ALGORITHMS = ("auto", "general", "short", "single_pass")
 
 
 def twicing_attention(
@@ -111,6 +111,10 @@ def _for_short(common: dict[str, Any]) -> dict[str, Any]:
     return {name: common[name] for name in common if name not in ("length_class", "CAUSAL")}
 
 
+def _for_single_pass(common: dict[str, Any]) -> dict[str, Any]:
+    return {name: common[name] for name in common if name != "CAUSAL"}
+
+
 def _short_block(query: torch.Tensor) -> int:
     """All rows of a head, in one block or two halves of it."""
     return max(32, triton.next_power_of_2(query.shape[2]))
@@ -120,21 +124,42 @@ def _heads(query: torch.Tensor) -> tuple[int]:
     return (query.shape[0] * query.shape[1],)
 
 
-def choose(query: torch.Tensor, is_causal: bool, algorithm: str = "auto") -> str:
+def choose(
+    query: torch.Tensor, is_causal: bool, algorithm: str = "auto", products: tuple[int, int] = (3, 4)
+) -> str:
     """The algorithm for a call: what is asked for, or the one with the lowest floor that the shape allows.
+
+    All leave the same W and log-sum-exp, so forward and backward may differ.
+
+    Args:
+        query: ``[batch, heads, length, head_dim]``.
+        is_causal: whether the filter is causal.
+        algorithm: one of :data:`ALGORITHMS`.
+        products: N x N products of ``single_pass`` and of ``general``. With one program a head, each round of heads
+            costs a device as much as a full one: ``single_pass`` is chosen where that is still less (*choice*, by
+            floors; not measured).
 
     Raises:
         ValueError: if the shape does not allow what is asked for.
     """
-    length, head_dim = query.shape[2:]
+    batch, heads, length, head_dim = query.shape
     short = not is_causal and length <= triton_short.MAX_LENGTH and head_dim <= triton_short.MAX_HEAD_DIM
     if algorithm == "auto":
-        return "short" if short else "general"
+        if short:
+            return "short"
+        if not is_causal or not query.is_cuda or head_dim > triton_single_pass.MAX_HEAD_DIM:
+            return "general"
+        processors = torch.cuda.get_device_properties(query.device).multi_processor_count
+        rounds = -(-batch * heads // processors)
+        single_pass, general = products
+        return "single_pass" if single_pass * rounds * processors < general * batch * heads else "general"
     if algorithm == "short" and not short:
         raise ValueError(
             f"algorithm='short' needs is_causal=False, length <= {triton_short.MAX_LENGTH} and head_dim <= "
             f"{triton_short.MAX_HEAD_DIM}, got is_causal={is_causal}, length={length}, head_dim={head_dim}"
         )
+    if algorithm == "single_pass" and not is_causal:
+        raise ValueError("algorithm='single_pass' needs is_causal=True, got is_causal=False")
     return algorithm
 
 
@@ -163,10 +188,17 @@ def twicing_forward(
     common = _common(query, key_mask, is_causal)
     common["scale"] = scale / math.log(2.0)
     with _on_device(query):
-        if choose(query, is_causal, algorithm) == "short":
+        chosen = choose(query, is_causal, algorithm, products=(3, 4))
+        if chosen == "short":
             triton_short.short_forward_kernel[_heads(query)](
                 query, key, value, mask, residual, lse, out, *_strides(query, key, value, out),
                 **_for_short(common), HALF=_short_block(query) // 2,
+            )  # fmt: skip
+            return out, residual, lse
+        if chosen == "single_pass":
+            triton_single_pass.single_pass_forward_kernel[_heads(query)](
+                query, key, value, mask, residual, lse, out, *_strides(query, key, value, out),
+                **_for_single_pass(common),
             )  # fmt: skip
             return out, residual, lse
         triton_general.smooth_kernel[_programs(query, "BLOCK_M")](
@@ -207,7 +239,8 @@ def twicing_backward(
     common = _common(query, key_mask, is_causal)
     common["scale"], common["softmax_scale"] = scale / math.log(2.0), scale
     negative_h, delta = torch.empty_like(residual), torch.empty_like(lse)
-    if choose(query, is_causal, algorithm) == "short":
+    chosen = choose(query, is_causal, algorithm, products=(7, 11 if deterministic else 8))
+    if chosen == "short":
         with _on_device(query):
             triton_short.short_backward_kernel[_heads(query)](
                 query, key, value, mask, residual, lse, out, grad, negative_h, delta, dq, dk, dv,
@@ -215,9 +248,16 @@ def twicing_backward(
                 BLOCK_N=_short_block(query),
             )  # fmt: skip
         return dq, dk, dv
+    summed = chosen == "single_pass" or not deterministic
     # A place for each sum, or, where nothing is summed, a stand-in that timing runs may set to 0.
-    sum_shape = (1,) if deterministic else query.shape
-    dq_sum = torch.zeros(sum_shape, dtype=torch.float32, device=query.device)
+    dq_sum = torch.zeros(query.shape if summed else (1,), dtype=torch.float32, device=query.device)
+    if chosen == "single_pass":
+        with _on_device(query):
+            triton_single_pass.single_pass_backward_kernel[_heads(query)](
+                query, key, value, mask, residual, lse, out, grad, negative_h, delta, dq_sum, dk, dv,
+                *_strides(query, key, value, out, grad, dk, dv), **_for_single_pass(common),
+            )  # fmt: skip
+        return dq.copy_(dq_sum), dk, dv
     with _on_device(query):
         triton_general.residual_gradient_kernel[_programs(query, "BLOCK_N")](
             query, key, value, mask, residual, lse, out, grad, negative_h, delta, dq,
@@ -227,7 +267,7 @@ def twicing_backward(
             query, key, value, mask, residual, lse, grad, negative_h, delta, dq_sum, dk, dv,
             *_strides(query, key, value, grad, dk, dv), **common, ADD_DQ=not deterministic,
         )  # fmt: skip
-    return (dq if deterministic else dq.copy_(dq_sum)), dk, dv
+    return (dq.copy_(dq_sum) if summed else dq), dk, dv
 
 
 @twicing_backward.register_fake
