@@ -124,9 +124,7 @@ def _heads(query: torch.Tensor) -> tuple[int]:
     return (query.shape[0] * query.shape[1],)
 
 
-def choose(
-    query: torch.Tensor, is_causal: bool, algorithm: str = "auto", products: tuple[int, int] = (3, 4)
-) -> str:
+def choose(query: torch.Tensor, is_causal: bool, algorithm: str = "auto", products: tuple[int, int] = (3, 4)) -> str:
     """The algorithm for a call: what is asked for, or the one with the lowest floor that the shape allows.
 
     All leave the same W and log-sum-exp, so forward and backward may differ.
@@ -145,14 +143,17 @@ def choose(
     batch, heads, length, head_dim = query.shape
     short = not is_causal and length <= triton_short.MAX_LENGTH and head_dim <= triton_short.MAX_HEAD_DIM
     if algorithm == "auto":
-        if short:
+        device = torch.cuda.get_device_properties(query.device) if query.is_cuda else None
+        # Compiled for other generations, the kernels of 256 rows need more registers or shared memory than there are.
+        roomy = device is None or device.major in (9, 10)
+        if short and (roomy or length <= triton_short.MAX_LENGTH // 2):
             return "short"
-        if not is_causal or not query.is_cuda or head_dim > triton_single_pass.MAX_HEAD_DIM:
+        if not is_causal or device is None or head_dim > triton_single_pass.MAX_HEAD_DIM:
             return "general"
-        processors = torch.cuda.get_device_properties(query.device).multi_processor_count
-        rounds = -(-batch * heads // processors)
+        rounds = -(-batch * heads // device.multi_processor_count)
         single_pass, general = products
-        return "single_pass" if single_pass * rounds * processors < general * batch * heads else "general"
+        filled = single_pass * rounds * device.multi_processor_count < general * batch * heads
+        return "single_pass" if filled else "general"
     if algorithm == "short" and not short:
         raise ValueError(
             f"algorithm='short' needs is_causal=False, length <= {triton_short.MAX_LENGTH} and head_dim <= "

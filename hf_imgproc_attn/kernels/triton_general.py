@@ -172,6 +172,7 @@ def apply_kernel(
 
 @tuned(
     [
+        ({"BLOCK_M": 32, "BLOCK_N": 64}, 4, 1),
         ({"BLOCK_M": 32, "BLOCK_N": 64}, 4, 3),
         ({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2),
         ({"BLOCK_M": 64, "BLOCK_N": 128}, 8, 2),
@@ -253,6 +254,7 @@ def residual_gradient_kernel(
 
 @tuned(
     [
+        ({"BLOCK_M": 32, "BLOCK_N": 64}, 4, 1),
         ({"BLOCK_M": 32, "BLOCK_N": 64}, 4, 2),
         ({"BLOCK_M": 32, "BLOCK_N": 128}, 8, 2),
         ({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2),

@@ -24,7 +24,7 @@ from .triton_tiles import (
     tuned,
 )
 
-MAX_HEAD_DIM = 128
+MAX_HEAD_DIM = 64
 """Up to this width it is chosen by itself: wider tiles leave no registers for three sums."""
 
 KEY = ["length_class", "HEAD_DIM", "HAS_MASK"]
