@@ -144,7 +144,7 @@ def single_pass_backward_kernel(
     negative_h_base = negative_h_pointer + own * HEAD_DIM
     dq_sum_base = dq_sum_pointer + own * HEAD_DIM
     blocks = tl.cdiv(length, BLOCK)
-    for step in range(0, blocks):
+    for step in range(blocks):
         first = (blocks - 1 - step) * BLOCK
         rows = first + tl.arange(0, BLOCK)
         seen = seen_keys(mask_pointer + batch * length, rows, length, HAS_MASK)

@@ -209,7 +209,7 @@ def compiled() -> dict[str, Any]:
 
 def edges() -> dict[str, Any]:
     """What happens at the edges of the domain."""
-    (query, key, value, grad), _ = inputs_of(Case("general", 19, 16, False))
+    (query, key, value, _), _ = inputs_of(Case("general", 19, 16, False))
     nothing = torch.zeros(2, 19, dtype=torch.bool)
     leaf = query.detach().requires_grad_()
     out = twicing_attention(leaf, key, value, nothing)

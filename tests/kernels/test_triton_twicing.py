@@ -53,7 +53,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(found: Any) -> None:
 
 
 def test_half_precision_is_no_worse_than_two_calls_of_attention(found: Any) -> None:
-    """Twice two calls at most; five times plain attention at most, as I + (I - A) is up to 3 and there are two passes."""
+    """At most twice two calls, and five times plain attention: |2I - A| is up to 3, and two passes round."""
     cases = [case for case in found["cases"] if case["dtype"] != "float32"]
     assert {case["dtype"] for case in cases} == {"bfloat16", "float16"}
     for case in cases:
