@@ -4,6 +4,8 @@ A is low-pass; stacking layers smooths detail away. Boosting applies A again to 
 
     none      A V
     twicing   (I - (I - A)^k) V,   k = 2: 2A - A^2      (Tukey 1977; Buehlmann, Yu 2003; arXiv 2503.00687, equation 8)
+    diffusion A^k V
+    sos       sum over m < k of (-1)^m (I - A)^m A V    (Romano, Elad 2015)
 
 Every booster is a function of *how to apply A* and of the value, never of A itself, so that A^2 is not formed and the
 same lines serve two ``scaled_dot_product_attention`` calls, a dense A, the operator itself (value = identity) and a
@@ -58,9 +60,30 @@ def twicing(attend: Attend, extend: Extend, value: torch.Tensor, full_value: tor
     return out
 
 
-BOOSTING = {"none": plain, "twicing": twicing}
+def diffusion(
+    attend: Attend, extend: Extend, value: torch.Tensor, full_value: torch.Tensor, steps: int
+) -> torch.Tensor:
+    """A^k V; arguments as of :func:`twicing`."""
+    out = attend(full_value)
+    for index in range(steps - 1):
+        out = attend(extend(index, out))
+    return out
+
+
+def sos(attend: Attend, extend: Extend, value: torch.Tensor, full_value: torch.Tensor, steps: int) -> torch.Tensor:
+    """Strengthen, operate, subtract: u_m = A (V + u_(m-1)) - u_(m-1), u_0 = 0; arguments as of :func:`twicing`.
+
+    Two steps are A^2. The limit, (2I - A)^-1 A V, is reached where the spectral radius of A - I is below 1.
+    """
+    out = attend(full_value)
+    for index in range(steps - 1):
+        out = attend(extend(index, value + out)) - out
+    return out
+
+
+BOOSTING = {"none": plain, "twicing": twicing, "diffusion": diffusion, "sos": sos}
 
 
 def extra_streams(boosting: str, steps: int) -> int:
     """How many streams a cache has to keep beside K and V."""
-    return steps - 1 if boosting == "twicing" else 0
+    return steps - 1 if boosting in ("twicing", "diffusion", "sos") else 0
