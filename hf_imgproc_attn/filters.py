@@ -1,6 +1,6 @@
 """The filters on images: what the models do to tokens, done to the pixels of a photograph.
 
-A pixel is a token: its content is the patch around it, its value its grey value, its position (row, column), and the
+A pixel is a token: its content is the patch around it, its value its grey value, its position (row, column); the
 projections are the identity. Then the preset ``bilateral_gaussian`` over single pixels is the bilateral filter (Tomasi,
 Manduchi 1998) and ``nlm`` over patches is non-local means (Buades, Coll, Morel 2005), boosters included. Kernels, the
 normalisation and the boosters are the functions of ``models/`` themselves; only what a layer never needs is here: a
@@ -166,7 +166,9 @@ class ImageFilter:
         if boosting_steps is not None and (
             not _is_int(boosting_steps) or not 1 <= boosting_steps <= MAX_BOOSTING_STEPS
         ):
-            raise ValueError(f"boosting_steps must be an integer from 1 to {MAX_BOOSTING_STEPS}, got {boosting_steps!r}")
+            raise ValueError(
+                f"boosting_steps must be an integer from 1 to {MAX_BOOSTING_STEPS}, got {boosting_steps!r}"
+            )
         if boosting_steps is not None and boosting == "none":
             raise ValueError(f"boosting_steps has no effect with boosting 'none', got {boosting_steps!r}")
         grey = self.image if values is None else check_image(values)
@@ -236,7 +238,9 @@ def check_image(image: NDArray[Any]) -> Image:
         raise ValueError("an image must be finite, got NaN or infinity in it")
     largest = float(np.abs(array.astype(np.float64)).max())
     if largest > MAX_GREY_VALUE:
-        raise ValueError(f"grey values must lie between -{MAX_GREY_VALUE:.0f} and {MAX_GREY_VALUE:.0f}, got {largest:g}")
+        raise ValueError(
+            f"grey values must lie between -{MAX_GREY_VALUE:.0f} and {MAX_GREY_VALUE:.0f}, got {largest:g}"
+        )
     return np.array(array, dtype=np.float64 if array.dtype == np.float64 else np.float32)
 
 
@@ -265,7 +269,7 @@ def _patches(image: Image, patch_size: int) -> torch.Tensor:
 
 
 def _in_windows(channels: torch.Tensor, side: int, start: int, stop: int) -> torch.Tensor:
-    """What each pixel of the rows ``start`` to ``stop`` sees: ``[pixels, 1, side², channels]``, 0 outside the image."""
+    """What each pixel of the rows ``start`` to ``stop`` sees: ``[pixels, 1, side², channels]``, 0 outside."""
     count, height, width = channels.shape
     radius = side // 2
     above, below = max(start - radius, 0), min(stop + radius, height)
@@ -279,8 +283,8 @@ def _preset_fields(preset: str) -> dict[str, Any]:
     fields = preset_fields(preset)
     if preset not in IMAGE_PRESETS:
         raise ValueError(
-            f"preset must be one of {', '.join(IMAGE_PRESETS)} on images (the others compare what has to be learned, or "
-            f"are boosters, which are chosen by `boosting`), got {preset!r}"
+            f"preset must be one of {', '.join(IMAGE_PRESETS)} on images (the others compare what has to be learned or "
+            f"are boosters, which `boosting` chooses), got {preset!r}"
         )
     return fields
 
