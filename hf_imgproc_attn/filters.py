@@ -1,7 +1,7 @@
 """The filters on images: what the models do to tokens, done to the pixels of a photograph.
 
-A pixel is a token: its content is the patch around it, its value its grey value, its position (row, column); the
-projections are the identity. Then the preset ``bilateral_gaussian`` over single pixels is the bilateral filter (Tomasi,
+A pixel is a token: its content is the patch around it, its value its grey value, its position (row, column);
+projections are the identity. Then the preset ``bilateral_gaussian`` over pixels is the bilateral filter (Tomasi,
 Manduchi 1998) and ``nlm`` over patches is non-local means (Buades, Coll, Morel 2005), boosters included. Kernels, the
 normalisation and the boosters are the functions of ``models/`` themselves; only what a layer never needs is here: a
 finite search window, without which A of a 512 x 512 image would have 7e10 entries.
@@ -283,7 +283,7 @@ def _preset_fields(preset: str) -> dict[str, Any]:
     fields = preset_fields(preset)
     if preset not in IMAGE_PRESETS:
         raise ValueError(
-            f"preset must be one of {', '.join(IMAGE_PRESETS)} on images (the others compare what has to be learned or "
+            f"preset must be one of {', '.join(IMAGE_PRESETS)} on images (the others compare what must be learned or "
             f"are boosters, which `boosting` chooses), got {preset!r}"
         )
     return fields
