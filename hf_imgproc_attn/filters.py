@@ -36,8 +36,8 @@ MAX_PATCH_SIZE, MAX_WINDOW_RADIUS = 31, 50
 MAX_GREY_VALUE = 2.0**17
 """Twice the range of 16-bit images, with room for noise: far beyond, float32 has no digits for differences."""
 
-_BLOCK_NUMBERS = 2**22
-"""How many numbers the keys of one block of rows may take: 16 MiB in float32 stay near the processor."""
+_BLOCK_NUMBERS = 2**20
+"""How many numbers the keys of one block of rows may take: 4 MiB in float32 stay near the processor."""
 
 Image = NDArray[np.floating[Any]]
 """Grey values ``[height, width]``."""
@@ -115,18 +115,18 @@ class ImageFilter:
         self.weights = self._weights(_patches(guide, patch_size))
 
     def _weights(self, content: torch.Tensor) -> torch.Tensor:
-        """A ``[pixels, 1, 1, side²]`` of contents ``[features, height, width]``, one block of rows at a time."""
-        features, height, width = content.shape
+        """A ``[pixels, 1, 1, side²]`` of contents ``[height, width, features]``, one block of rows at a time."""
+        height, width, features = content.shape
         side = self.window.shape[0]
         keys = side**2
         position_logits = self._position_logits(content.dtype)
         weights = content.new_empty(height * width, 1, 1, keys)
-        inside = torch.ones(1, height, width, dtype=torch.bool)
+        inside = torch.ones(height, width, 1, dtype=torch.bool)
         window = torch.from_numpy(self.window).view(1, 1, 1, keys)
         rows = max(1, _BLOCK_NUMBERS // (width * keys * features))
         for start in range(0, height, rows):
             stop = min(start + rows, height)
-            query = content[:, start:stop].flatten(1).T.view(-1, 1, 1, features)
+            query = content[start:stop].reshape(-1, 1, 1, features)
             key = _in_windows(content, side, start, stop)
             logits = self._content_logits(query, key, self._content_scale)
             if position_logits is not None:
@@ -184,9 +184,9 @@ class ImageFilter:
         """A times a stream ``[1, 1, pixels, d]``, one block of rows at a time."""
         height, width = self.image.shape
         side = self.window.shape[0]
-        on_grid = stream[0, 0].T.reshape(-1, height, width)
+        on_grid = stream[0, 0].view(height, width, -1)
         out = torch.empty_like(stream)
-        rows = max(1, _BLOCK_NUMBERS // (width * side**2 * on_grid.shape[0]))
+        rows = max(1, _BLOCK_NUMBERS // (width * side**2 * on_grid.shape[-1]))
         for start in range(0, height, rows):
             stop = min(start + rows, height)
             block = slice(start * width, stop * width)
@@ -245,7 +245,7 @@ def check_image(image: NDArray[Any]) -> Image:
 
 
 def _patches(image: Image, patch_size: int) -> torch.Tensor:
-    """The content of every pixel, ``[patch_size², height, width]``; squared distances are weighted means."""
+    """The content of every pixel, ``[height, width, patch_size²]``; squared distances are weighted means."""
     height, width = image.shape
     if not _is_int(patch_size) or patch_size < 1 or patch_size % 2 == 0:
         raise ValueError(f"patch_size must be an odd integer >= 1, got {patch_size!r}")
@@ -258,25 +258,25 @@ def _patches(image: Image, patch_size: int) -> torch.Tensor:
     grey = torch.from_numpy(image - image.mean(dtype=np.float64).astype(image.dtype))
     radius = patch_size // 2
     padded = torch.nn.functional.pad(grey[None, None], (radius,) * 4, mode="reflect")[0, 0]
-    patches = padded.unfold(0, patch_size, 1).unfold(1, patch_size, 1).permute(2, 3, 0, 1).flatten(0, 1)
+    patches = padded.unfold(0, patch_size, 1).unfold(1, patch_size, 1).flatten(2)
     if patch_size == 1:
         return patches
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
     profile = torch.exp(-offsets.square() / (2 * ((patch_size - 1) / 4) ** 2))
     pixel_weights = torch.outer(profile, profile).flatten()
     pixel_weights = (pixel_weights / pixel_weights.sum()).sqrt().to(patches.dtype)
-    return patches * pixel_weights.view(-1, 1, 1)
+    return patches * pixel_weights
 
 
-def _in_windows(channels: torch.Tensor, side: int, start: int, stop: int) -> torch.Tensor:
+def _in_windows(channels_last: torch.Tensor, side: int, start: int, stop: int) -> torch.Tensor:
     """What each pixel of the rows ``start`` to ``stop`` sees: ``[pixels, 1, side², channels]``, 0 outside."""
-    count, height, width = channels.shape
+    height, width, channels = channels_last.shape
     radius = side // 2
     above, below = max(start - radius, 0), min(stop + radius, height)
-    missing = (radius, radius, radius - (start - above), radius - (below - stop))
-    strip = torch.nn.functional.pad(channels[:, above:below], missing)
-    seen = strip.unfold(1, side, 1).unfold(2, side, 1)
-    return seen.permute(1, 2, 3, 4, 0).reshape((stop - start) * width, 1, side**2, count)
+    missing = (0, 0, radius, radius, radius - (start - above), radius - (below - stop))
+    strip = torch.nn.functional.pad(channels_last[above:below], missing)
+    seen = strip.unfold(0, side, 1).unfold(1, side, 1)
+    return seen.permute(0, 1, 3, 4, 2).reshape((stop - start) * width, 1, side**2, channels)
 
 
 def _preset_fields(preset: str) -> dict[str, Any]:
