@@ -163,6 +163,9 @@ def run(
     names = [name for name, _ in photographs]
     if len(set(names)) < len(names):
         raise UsageError(f"every image must have a name of its own, got {', '.join(names)}")
+    from .denoising_figure import save_figure
+
+    git = git_state()  # of what runs: files may change meanwhile
     show = show or _to_standard_error
     comparisons, rows = [], []
     jobs = [(name, clean, float(level)) for name, clean in photographs for level in noise]
@@ -182,10 +185,8 @@ def run(
         "crop": crop,
         "results": rows,
         "versions": package_versions("scikit-image", "matplotlib", "pillow"),
-        "git": git_state(),
+        "git": git,
     }
-    from .denoising_figure import save_figure
-
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     save_figure(comparisons, rows, preset, folder / FIGURE)
