@@ -14,6 +14,7 @@ from .registration import register_with_transformers
 
 if TYPE_CHECKING:
     from .convert import ConversionReport, convert
+    from .functional import filter_attention
     from .models.configuration_imgproc_gpt2 import ImgProcGPT2Config
     from .models.configuration_imgproc_vit import ImgProcViTConfig
     from .models.filter_spec import PRESETS
@@ -45,6 +46,7 @@ __all__ = [
     "ImgProcViTModel",
     "__version__",
     "convert",
+    "filter_attention",
 ]
 
 _MODULE_OF = {
@@ -60,6 +62,7 @@ _MODULE_OF = {
     "ImgProcViTForMaskedImageModeling": ".models.modeling_imgproc_vit",
     "ImgProcViTModel": ".models.modeling_imgproc_vit",
     "convert": ".convert",
+    "filter_attention": ".functional",
 }
 
 

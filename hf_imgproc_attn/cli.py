@@ -95,13 +95,29 @@ def build_parser() -> argparse.ArgumentParser:
 
     benchmark = commands.add_parser(
         "benchmark",
-        help="time one attention layer of each preset against stock attention",
-        description="Time one attention layer of each preset, as a ratio to stock attention in the same run.",
+        help="time filters, layers, decoding and whole models against stock attention",
+        description="Time filters, layers, decoding and whole models, as ratios to stock attention in the same run. "
+        "The full run takes the better part of an hour on two cores.",
+    )
+    benchmark.add_argument(
+        "--suite", nargs="+", metavar="NAME", help="attention, decode, layers, models (default: all)"
     )
     benchmark.add_argument(
         "--quick", action="store_true", help="tiny shapes and few repetitions: a check, not a result"
     )
     benchmark.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
+    benchmark.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")
+    benchmark.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    benchmark.add_argument("--lengths", nargs="+", type=int, metavar="N", help="of the sweep (default: 64 to 16384)")
+    benchmark.add_argument(
+        "--max-seconds", type=float, default=20.0, help="skip what is estimated to take longer (default: %(default)s)"
+    )
+    benchmark.add_argument(
+        "--max-mib", type=float, default=None, help="likewise for memory (default: half of the free)"
+    )
+    benchmark.add_argument(
+        "--budget", type=float, default=40.0, help="seconds for the rounds of a table (default: %(default)s)"
+    )
     benchmark.add_argument(
         "--output", type=Path, default=Path("outputs/benchmark.json"), metavar="FILE", help="(default: %(default)s)"
     )
@@ -185,7 +201,7 @@ def run_presets(options: argparse.Namespace) -> int:
     """``imgproc-attn presets``: the table of variants."""
     from .models.filter_spec import PRESETS, FilterSpecMixin
 
-    fields = ("content_kernel", "position_kernel", "boosting", "learn_bandwidths")
+    fields = ("content_kernel", "position_kernel", "boosting", "residual", "feedback", "learn_bandwidths")
     rows = [["preset", *fields]]
     for name, changes in PRESETS.items():
         rows.append([name, *(str(changes.get(field, getattr(FilterSpecMixin, field))) for field in fields)])
@@ -197,10 +213,28 @@ def run_benchmark(options: argparse.Namespace) -> int:
     """``imgproc-attn benchmark``."""
     if options.threads is not None and options.threads < 1:
         _refuse(f"--threads must be an integer >= 1, got {options.threads}")
+    for length in options.lengths or []:
+        if length < 2:
+            _refuse(f"--lengths must be integers >= 2, got {length}")
+    for name in ("max_seconds", "max_mib", "budget"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            _refuse(f"--{name.replace('_', '-')} must be a number > 0, got {value}")
 
-    from .benchmark import run
+    from .benchmark import SUITES, run
 
-    run(quick=options.quick, threads=options.threads, output=options.output)
+    run(
+        suites=options.suite or SUITES,
+        quick=options.quick,
+        threads=options.threads,
+        dtype=options.dtype,
+        device=options.device,
+        lengths=options.lengths,
+        max_seconds=options.max_seconds,
+        max_mib=options.max_mib,
+        budget=options.budget,
+        output=options.output,
+    )
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -79,13 +78,18 @@ def test_presets_are_all_listed(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [line.split() for line in out.splitlines()]
     assert status == 0
     assert [row[0] for row in rows[1:]] == list(PRESETS)
-    assert dict(zip(rows[0], rows[-1], strict=True)) == {
+    by_name = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[1:]}
+    assert by_name["bilateral_twicing"] == {
         "preset": "bilateral_twicing",
         "content_kernel": "dot_product",
         "position_kernel": "untied",
         "boosting": "twicing",
+        "residual": "standard",
+        "feedback": "none",
         "learn_bandwidths": "True",
     }
+    assert by_name["boosted_residual"]["residual"] == "twicing"
+    assert by_name["pidformer"]["feedback"] == "pid"
 
 
 def test_convert_saves_a_variant_with_its_tokenizer(
@@ -129,6 +133,12 @@ def test_convert_saves_a_variant_with_its_tokenizer(
         (("convert", "SOURCE", "--preset", "twicing", "--output", "o", "--set", "a=1", "--set", "a=2"), "a twice"),
         (("benchmark", "--threads", "0"), "--threads must be an integer >= 1"),
         (("benchmark", "--threads", "two"), "--threads"),
+        (("benchmark", "--lengths", "1"), "--lengths must be integers >= 2, got 1"),
+        (("benchmark", "--max-seconds", "0"), "--max-seconds must be a number > 0, got 0.0"),
+        (("benchmark", "--max-mib", "nan"), "--max-mib must be a number > 0, got nan"),
+        (("benchmark", "--suite", "attention", "speed"), "suite must be one of attention, decode, layers, models"),
+        (("benchmark", "--dtype", "float8"), "dtype must be one of float32, bfloat16, float16, got 'float8'"),
+        (("benchmark", "--device", "cuda:0"), "device must be there, got 'cuda:0'"),
     ],
 )
 def test_mistakes_of_the_user_are_one_line(
@@ -179,26 +189,3 @@ def test_incomplete_installation_is_reported(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(shipped_files, "__file__", str(tmp_path / "package" / "shipped_files.py"))
     with pytest.raises(FileNotFoundError, match=r"training/train_image_classification\.py is neither in"):
         cli.main(["train-image", "--help"])
-
-
-def test_quick_benchmark_covers_every_preset(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    output = tmp_path / "new" / "benchmark.json"
-    status, out, _ = run_main(capsys, "benchmark", "--quick", "--threads", "2", "--output", str(output))
-    assert status == 0
-    assert torch.get_num_threads() == threads
-    record = json.loads(output.read_text())
-    assert record["quick"] is True
-    assert record["threads"] == 2
-    rows = {(row["backbone"], row["variant"], row["direction"]) for row in record["timings"]}
-    assert rows == {
-        (backbone, variant, direction)
-        for backbone in ("gpt2", "vit")
-        for variant in ("stock", *PRESETS)
-        for direction in ("forward", "forward + backward")
-    }
-    for row in record["timings"]:
-        assert row["milliseconds"] > 0
-        assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
-        assert row["variant"] != "stock" or row["ratio"] == 1
-    assert len(out.splitlines()) == 1 + 2 * 6 + 1

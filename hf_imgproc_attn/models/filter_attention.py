@@ -14,22 +14,18 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .filter_boosting import extra_streams, keep_rows
-from .filter_cache import check_cache_layer
+from .filter_axes import LayerSpec, is_stock_layer, needs_previous_value
+from .filter_boosting import Extend, extra_streams, keep_rows, operator_on_value
+from .filter_cache import after_first, check_cache_layer
+from .filter_elliptical import elliptical_metric
+from .filter_feedback import feedback_gains
+from .filter_gradient_boosting import GradientBoosting
 from .filter_kernels import CONTENT_LOGITS, working_dtype
-from .filter_parameters import FilterScalars, PositionProjection, Scalars, gaussian_position_bandwidths
-from .filter_positions import (
-    ClassTokens,
-    GaussianPositions,
-    Positions,
-    UntiedPositions,
-    pack_key,
-    position_logits,
-    unpack_key,
-)
+from .filter_layer_positions import LayerPositions
+from .filter_parameters import FilterScalars, PositionProjection, Scalars, bandwidth_scale, per_head
+from .filter_positions import Positions, pack_key, position_logits, unpack_key
 from .filter_reference import reference_attention
 from .filter_sdpa import sdpa_attention
-from .filter_axes import LayerSpec, is_stock_layer
 
 logger = logging.get_logger(__name__)
 
@@ -79,31 +75,49 @@ class AttentionFilter(nn.Module):
         self.spec, self.layer_idx = spec, layer_idx
         self.is_stock = is_stock_layer(config, spec)
         self.head_dim, self.num_heads = head_dim, config.num_attention_heads
-        self.num_class_tokens = num_class_tokens
-        self.num_streams = extra_streams(spec.boosting, spec.boosting_steps)
-        stock_bandwidths = [math.sqrt(2.0 / scaling)] * self.num_heads
-        self._content_bandwidths = _per_head(config.content_bandwidth, self.num_heads) or stock_bandwidths
+        # Layer 0 has no layer before it to compare its values with.
+        self.has_metric = spec.content_kernel == "elliptical" and layer_idx > 0
+        self.operator = operator_on_value(spec.boosting)
+        # The second filter of gradient boosting has sums of its own.
+        num_metrics = self.has_metric * (2 if spec.boosting == "gradient_boosted" else 1)
+        self.num_streams = extra_streams(spec.boosting, spec.boosting_steps) + num_metrics
+        self.feedback_gains = feedback_gains(config)
+        self.passes_value = needs_previous_value(config)
+        stock_bandwidth = math.sqrt(2.0 / scaling)
+        self._content_bandwidths = (
+            per_head(config.content_bandwidth, self.num_heads) or [stock_bandwidth] * self.num_heads
+        )
         # The stock factor is kept as it is, not rounded through h.
         self._stock_scale = scaling if config.content_bandwidth is None else None
-        self._position_bandwidths = _per_head(config.position_bandwidth, self.num_heads) or stock_bandwidths
-        if spec.position_kernel == "gaussian" and config.position_bandwidth is None:
-            self._position_bandwidths = gaussian_position_bandwidths(self.num_heads, head_dim, longest_side)
+        self.positions = positions = LayerPositions(
+            spec,
+            config,
+            head_dim=head_dim,
+            stock_bandwidth=stock_bandwidth,
+            longest_side=longest_side,
+            num_class_tokens=num_class_tokens,
+        )
         learned = config.learn_bandwidths
         self.scalar_bias = FilterScalars(
             self.num_heads,
             self._content_bandwidths if learned else None,
-            self._position_bandwidths if learned and spec.compares_positions else None,
-            class_token=num_class_tokens > 0 and spec.compares_positions,
+            positions.bandwidths if learned and positions.has_bandwidth else None,
+            class_token=positions.has_class_logits,
+            buckets=positions.bucket_table,
+            gain=spec.boosting == "learned",
         )
         self.position_projection = None
         if spec.position_kernel == "untied" and not config.share_position_projections:
             self.position_projection = PositionProjection(config.hidden_size, self.num_heads, head_dim, layer_norm_eps)
+        self.gradient_boosting = None
+        if spec.boosting == "gradient_boosted":
+            self.gradient_boosting = GradientBoosting(config.hidden_size, self.num_heads, head_dim)
 
     def _content_scale(self, scalars: Scalars, like: torch.Tensor) -> torch.Tensor | float:
         """2/h_y^2: the stock factor as a number, or ``[heads, 1, 1]`` in the working precision."""
         if scalars.content_log_bandwidth is None and self._stock_scale is not None:
             return self._stock_scale
-        return _scale(scalars.content_log_bandwidth, self._content_bandwidths, like)
+        return bandwidth_scale(scalars.content_log_bandwidth, self._content_bandwidths, like)
 
     def forward(
         self,
@@ -118,6 +132,8 @@ class AttentionFilter(nn.Module):
         position_states: torch.Tensor | None = None,
         coordinates: torch.Tensor | None = None,
         contiguous: bool = False,
+        token_mask: torch.Tensor | None = None,
+        previous_value: torch.Tensor | None = None,
         past_key_values: Any = None,
         need_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -135,9 +151,13 @@ class AttentionFilter(nn.Module):
             position_states: ``untied``: position vectors of the new tokens ``[batch or 1, length, hidden_size]``, or,
                 with shared projections, their projections ``[batch or 1, heads, length, 2 * head_dim]``; class tokens
                 have none and are left out.
-            coordinates: ``gaussian``: ``[batch or 1, length, dims]`` in index or patch units, class tokens first.
-                Integers, where something on the way may cast floats (mixed precision of sharded models does).
-            contiguous: whether the coordinates are known to have no gaps.
+            coordinates: ``gaussian``, ``alibi``, ``relative_buckets``, ``rotary``: ``[batch or 1, length, axes]`` in
+                index or patch units, class tokens first. Integers, where something on the way may cast floats (mixed
+                precision of sharded models does).
+            contiguous: whether the coordinates are known to be in order and to have no gaps.
+            token_mask: boolean ``[batch or 1, length]``: which new tokens are no padding. Given only where
+                ``attention_mask`` hides nothing but padding and, if ``is_causal``, later tokens.
+            previous_value: ``elliptical`` beyond layer 0: the value of the preceding layer, shaped like ``value``.
             past_key_values: cache, updated in place.
             need_weights: return the operator that multiplies V (eager only).
 
@@ -145,23 +165,24 @@ class AttentionFilter(nn.Module):
             ``[batch, heads, length, head_dim]``, and the operator ``[batch, heads, length, key_length]`` or None.
 
         Raises:
-            ValueError: for an implementation or a cache that is not supported, a mask of integers, or without what
-                the position kernel compares.
+            ValueError: for an implementation or a cache that is not supported, a mask of integers, coordinates of no
+                grid, or without what the kernels compare.
         """
         check_attn_implementation(implementation)
-        needed = {"untied": ("position_states", position_states), "gaussian": ("coordinates", coordinates)}
-        name, given = needed.get(self.spec.position_kernel, ("", query))
-        if given is None:
-            raise ValueError(f"{name} must be given for position_kernel={self.spec.position_kernel!r}, got None")
+        coordinates = self.positions.check(query, position_states, coordinates, contiguous)
+        if self.has_metric and previous_value is None:
+            raise ValueError(
+                f"previous_value must be given for content_kernel='elliptical' in layer {self.layer_idx}, got None"
+            )
         scalars = self.scalar_bias()
         if key.shape[1] != query.shape[1]:
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+            previous_value = None if previous_value is None else previous_value.repeat_interleave(groups, dim=1)
         position_query, position_key = self._position_vectors(position_states, query)
-        if coordinates is not None:
-            compared = self.spec.position_kernel == "gaussian"
-            coordinates = coordinates.to(working_dtype(query.dtype)) if compared else None
-        key_coordinates, full_value, extend = coordinates, value, keep_rows
+        query, key, coordinates = self.positions.turn(query, key, coordinates)
+        key_coordinates, full_value = coordinates, value
+        extend: Extend = keep_rows
         if past_key_values is not None:
             check_cache_layer(past_key_values, self.layer_idx, self.num_streams)
             packed = pack_key(key, position_key, coordinates)
@@ -174,24 +195,44 @@ class AttentionFilter(nn.Module):
                 f"attn_implementation={implementation!r} does not return attentions: set it to 'eager' for that"
             )
             need_weights = False
-        places = (coordinates, key_coordinates, contiguous)
-        positions = self._positions(scalars, position_query, position_key, *places, like=query)
+        # Only a mask known to hide no more than padding and the future leaves a causal layer causal for sure.
+        only_past = is_causal and (attention_mask is None or token_mask is not None)
+        positions = self.positions.compared(
+            scalars,
+            (position_query, position_key),
+            (coordinates, key_coordinates),
+            contiguous=contiguous,
+            only_past=only_past,
+            like=query,
+        )
         content_scale = self._content_scale(scalars, query)
+        if self.has_metric and previous_value is not None:
+            metric = elliptical_metric(
+                value,
+                previous_value,
+                attention_mask=attention_mask,
+                token_mask=token_mask,
+                is_causal=is_causal,
+                extend=extend,
+            )
+            content_scale, extend = metric * content_scale, after_first(extend)
         length, key_length = query.shape[-2], key.shape[-2]
         is_causal = is_causal and attention_mask is None and length > 1
         if is_causal and key_length > length:  # the new tokens are the last ones
             attention_mask = torch.ones(length, key_length, dtype=torch.bool, device=query.device)
             attention_mask, is_causal = attention_mask.tril(key_length - length), False
+        gain = scalars.boosting_gain
         options: dict[str, Any] = {
             "attention_mask": attention_mask,
             "is_causal": is_causal,
-            "boosting": self.spec.boosting,
+            "boosting": self.operator,
             "boosting_steps": self.spec.boosting_steps,
+            "boosting_gain": None if gain is None else gain.to(working_dtype(query.dtype)).view(-1, 1, 1),
             "dropout": dropout,
             "extend": extend,
         }
         # SDPA draws a new mask at every call; a booster needs the same one in each pass.
-        if implementation == "eager" or (dropout > 0.0 and self.spec.is_boosted):
+        if implementation == "eager" or (dropout > 0.0 and self.operator != "none"):
             logits = self._logits(query, key, content_scale, positions)
             return reference_attention(logits, value, full_value, need_weights=need_weights, **options)
         kernel = self.spec.content_kernel
@@ -214,33 +255,9 @@ class AttentionFilter(nn.Module):
         if self.spec.position_kernel != "untied" or position_states is None:
             return None, None
         pair = position_states if self.position_projection is None else self.position_projection(position_states)
-        pair = nn.functional.pad(pair, (0, 0, self.num_class_tokens, 0))
+        pair = nn.functional.pad(pair, (0, 0, self.positions.num_class_tokens, 0))
         position_query, position_key = pair.to(query.dtype).chunk(2, dim=-1)
         return position_query, position_key
-
-    def _positions(
-        self,
-        scalars: Scalars,
-        query: torch.Tensor | None,
-        key: torch.Tensor | None,
-        coordinates: torch.Tensor | None,
-        key_coordinates: torch.Tensor | None,
-        contiguous: bool,
-        like: torch.Tensor,
-    ) -> Positions | None:
-        if not self.spec.compares_positions:
-            return None
-        class_logits = scalars.class_token
-        class_tokens = None if class_logits is None else ClassTokens(self.num_class_tokens, class_logits)
-        scale = _scale(scalars.position_log_bandwidth, self._position_bandwidths, like)
-        if query is not None and key is not None:
-            return UntiedPositions(query, key, scale, class_tokens)
-        if coordinates is not None and key_coordinates is not None:
-            log_bandwidth = scalars.position_log_bandwidth
-            learns = log_bandwidth is not None and log_bandwidth.requires_grad
-            narrowest = min(self._position_bandwidths)
-            return GaussianPositions(coordinates, key_coordinates, scale, class_tokens, narrowest, learns, contiguous)
-        return None
 
     def _logits(
         self, query: torch.Tensor, key: torch.Tensor, content_scale: torch.Tensor | float, positions: Positions | None
@@ -250,17 +267,3 @@ class AttentionFilter(nn.Module):
         with torch.autocast(query.device.type, enabled=False):
             logits = CONTENT_LOGITS[self.spec.content_kernel](query.to(work), key.to(work), content_scale)
             return logits if positions is None else logits + position_logits(positions, query.dtype)
-
-
-def _per_head(bandwidth: Any, num_heads: int) -> list[float] | None:
-    if bandwidth is None:
-        return None
-    return [float(item) for item in bandwidth] if isinstance(bandwidth, list) else [float(bandwidth)] * num_heads
-
-
-def _scale(log_bandwidth: torch.Tensor | None, bandwidths: list[float], like: torch.Tensor) -> torch.Tensor:
-    """2/h^2, ``[heads, 1, 1]``, of learned bandwidths or of fixed ones."""
-    work = working_dtype(like.dtype)
-    if log_bandwidth is None:
-        log_bandwidth = torch.tensor(bandwidths, dtype=work, device=like.device).log()
-    return 2.0 * torch.exp(-2.0 * log_bandwidth.to(work)).view(-1, 1, 1)

@@ -16,11 +16,17 @@ BOOSTINGS = ("none", "twicing", "osher", "learned", "diffusion", "sos", "gradien
 RESIDUALS = ("standard", "twicing", "sos", "osher")
 FEEDBACKS = ("none", "neutreno", "pid")
 
+FILTER_BACKENDS = ("auto", "reference", "sdpa", "blocked", "triton", "flex")
+"""How a filter is computed, chosen at run time: what a model computes does not depend on it."""
+
 STEPPED_BOOSTINGS = ("twicing", "osher", "diffusion", "sos")
 """Boosters that take a number of steps."""
 
 KERNELS_WITH_BANDWIDTH = ("untied", "gaussian")
 """Position kernels that ``position_bandwidth`` goes for."""
+
+COORDINATE_KERNELS = ("gaussian", "alibi", "relative_buckets", "rotary")
+"""Position kernels that see a token's place on the grid and no vector, so that they reach beyond any table."""
 
 MAX_BOOSTING_STEPS = 16
 """More steps than this only amplify rounding: ``I - (I - A)^k`` is within 2^-k of its limit where A smooths at all."""

@@ -1,9 +1,10 @@
-"""A cache layer with residual streams beside K and V, for exact decoding of boosted attention.
+"""A cache layer with further streams beside K and V, for exact decoding of boosted and elliptical attention.
 
 Twicing at query i needs row j of A V at every key j <= i. Those rows never change once computed, so the residual
 rows r_j = v_j - (A V)_j are cached as a third stream (a k-step booster caches k - 1 of them), and one decoding step
-costs two products with the cache instead of a pass over all queries. Keys are cached with their position columns, so
-that custom ``position_ids`` and left padding stay exact.
+costs two products with the cache instead of a pass over all queries. The elliptical metric of query i sums over the
+tokens up to i: what it sums is a stream too, one row a token, so that cropping and reordering stay exact. Keys are
+cached with their position columns, so that custom ``position_ids`` and left padding stay exact.
 
 Defining the classes registers them with Transformers under ``FILTER_LAYER_TYPE``; a configuration whose
 ``layer_types`` names it makes ``DynamicCache(config=...)`` and ``generate`` use them.
@@ -18,23 +19,42 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from .filter_axes import FILTER_LAYER_TYPE
+from .filter_buffers import GrowingRows
 
 _FILTERED = "a filter other than stock softmax attention"
 
 
 class FilterDynamicLayer(DynamicLayer):
-    """A growing cache of keys, values and residual streams, each ``[batch, heads, length, width]``."""
+    """A growing cache of keys, values and streams of other rows, each ``[batch, heads, length, width]``."""
 
     _layer_type = FILTER_LAYER_TYPE
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.keys: torch.Tensor | None
+        self.values: torch.Tensor | None
+        self.is_initialized: bool
         self.streams: list[torch.Tensor] = []
+        self._growing: dict[str | int, GrowingRows] = {}
+
+    def _append(self, name: str | int, stored: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+        return self._growing.setdefault(name, GrowingRows()).append(stored, rows)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values ``[batch, heads, new, width]`` and return all of them; nothing is copied."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys = self._append("keys", self.keys, key_states)
+        values = self._append("values", self.values, value_states)
+        self.keys, self.values = keys, values
+        return keys, values
 
     def update_stream(self, index: int, rows: torch.Tensor) -> torch.Tensor:
         """Append the new tokens' rows ``[batch, heads, new, width]`` to stream ``index`` and return all of it."""
-        stored = self.streams.pop(index) if index < len(self.streams) else rows[..., :0, :]
-        stream = torch.cat([stored.to(rows.device, non_blocking=True), rows], dim=-2)
+        stored = self.streams.pop(index).to(rows.device, non_blocking=True) if index < len(self.streams) else None
+        stream = self._append(index, stored, rows)
         self.streams.insert(index, stream)
         keys: torch.Tensor | None = self.keys
         if keys is not None and keys.device != stream.device:
@@ -59,7 +79,7 @@ class FilterDynamicLayer(DynamicLayer):
         # Transformers 5.17 zeroes keys and values here and keeps their length; a growing cache starts anew.
         self.keys = self.values = None
         self.is_initialized = False
-        self.streams = []
+        self.streams, self._growing = [], {}
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
@@ -78,6 +98,11 @@ class FilterDynamicLayer(DynamicLayer):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
         self._map_streams(lambda stream: stream[indices, ...])
+
+
+def after_first(extend: Callable[[int, torch.Tensor], torch.Tensor]) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """``update_stream`` for what comes behind stream 0, which holds the elliptical metric's rows."""
+    return lambda index, rows: extend(index + 1, rows)
 
 
 class FilterStaticLayer(StaticLayer):
@@ -113,7 +138,7 @@ def check_cache_layer(cache: Cache, layer_idx: int, num_streams: int) -> None:
     Args:
         cache: a Transformers cache.
         layer_idx: index of the attention layer.
-        num_streams: residual streams that the layer's booster keeps.
+        num_streams: streams that the layer keeps beside keys and values.
 
     Raises:
         ValueError: for a static, sliding or quantised layer, and for a plain layer where streams must be kept.
@@ -131,6 +156,6 @@ def check_cache_layer(cache: Cache, layer_idx: int, num_streams: int) -> None:
         )
     if num_streams:
         raise ValueError(
-            f"past_key_values has a plain layer at index {layer_idx}, where boosted attention needs to keep its "
-            "residual stream: build the cache with DynamicCache(config=model.config)"
+            f"past_key_values has a plain layer at index {layer_idx}, where the filter needs to keep its "
+            "residual stream or the elliptical metric's rows: build the cache with DynamicCache(config=model.config)"
         )

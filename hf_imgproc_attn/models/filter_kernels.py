@@ -60,10 +60,16 @@ def left_columns(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def right_columns(b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Columns of the key side of the product a_i * b_j; see :func:`left_columns`."""
+    """Columns of the key side of the product a_i * b_j; see :func:`left_columns`.
+
+    In float16 |b| ends at 2^24: an infinite column would make NaN of the logits.
+    """
     if dtype not in HALF_DTYPES:
         return b.to(dtype).unsqueeze(-1)
-    high, middle, low = _pieces(b / _FLOAT16_SHIFT if dtype == torch.float16 else b, dtype)
+    if dtype == torch.float16:
+        largest = torch.finfo(dtype).max
+        b = (b / _FLOAT16_SHIFT).clamp(-largest, largest)
+    high, middle, low = _pieces(b, dtype)
     return torch.stack((high, middle, high, low, middle, high), dim=-1)
 
 
@@ -100,8 +106,19 @@ def gaussian_content_columns(
     )
 
 
-CONTENT_LOGITS = {"dot_product": dot_product_logits, "gaussian": gaussian_logits}
-CONTENT_COLUMNS = {"dot_product": None, "gaussian": gaussian_content_columns}
+def elliptical_logits(query: torch.Tensor, key: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """q_i^T M_i k_j * 2/h_y^2 with a diagonal M_i (Nielsen 2024), here in ``scale``: 2/h_y^2 times that diagonal.
+
+    Args:
+        query: ``[batch, heads, length, head_dim]``.
+        key: ``[batch, heads, key_length, head_dim]``.
+        scale: broadcastable to the query; :func:`filter_elliptical.elliptical_metric` makes the diagonal.
+    """
+    return torch.matmul(query * scale, key.transpose(-1, -2))
+
+
+CONTENT_LOGITS = {"dot_product": dot_product_logits, "gaussian": gaussian_logits, "elliptical": elliptical_logits}
+CONTENT_COLUMNS = {"dot_product": None, "gaussian": gaussian_content_columns, "elliptical": None}
 
 # --------------------------------------------------------------------------------------------------------------------
 # Position kernels

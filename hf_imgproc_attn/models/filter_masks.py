@@ -15,6 +15,22 @@ def check_mask_dtype(mask: torch.Tensor) -> None:
         raise ValueError(f"attention_mask with four axes must be bool or float, got {mask.dtype}")
 
 
+def new_token_mask(attention_mask: torch.Tensor | None, length: int, device: torch.device) -> torch.Tensor | None:
+    """Which of the new tokens are no padding, from the mask that a model was called with.
+
+    Args:
+        attention_mask: ``[batch, key_length]`` (0 or False = padding), one with four axes, or None.
+        length: number of new tokens, the last ones.
+        device: where to build the answer if there is no mask.
+
+    Returns:
+        Boolean ``[batch or 1, length]``, or None for a mask with four axes, which says row by row what is seen.
+    """
+    if attention_mask is None:
+        return torch.ones(1, length, dtype=torch.bool, device=device)
+    return attention_mask[:, -length:] != 0 if attention_mask.ndim == 2 else None
+
+
 def visible(
     attention_mask: torch.Tensor | None, is_causal: bool, length: int, key_length: int, device: torch.device
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -6,10 +6,12 @@ stands for their position logit to the grid, from it and to themselves.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import NamedTuple, Protocol
 
 import torch
 
+from .filter_axes import COORDINATE_KERNELS
 from .filter_kernels import (
     HALF_DTYPES,
     class_token_columns,
@@ -69,7 +71,8 @@ class GaussianPositions(NamedTuple):
     class_tokens: or None where every token has a place.
     narrowest: the smallest h_p that the layer started with, for the choice of form.
     learns_bandwidth: whether h_p is a parameter.
-    contiguous: whether positions are known to have no gaps, so that their number tells how far they reach.
+    contiguous: whether positions are known to be in order and to have no gaps, so that their number tells how far
+        they reach.
     """
 
     coordinates: torch.Tensor
@@ -126,7 +129,62 @@ class GaussianPositions(NamedTuple):
         return "bias" if needs_gradient or self.class_tokens or dtype == torch.float16 else "features"
 
 
-Positions = UntiedPositions | GaussianPositions
+class Positions(Protocol):
+    """What a position kernel compares; the classes above and those of ``filter_relative``."""
+
+    @property
+    def class_tokens(self) -> ClassTokens | None:
+        """None where every token has a place."""
+
+    def grid_logits(self, work: torch.dtype) -> torch.Tensor:
+        """Dense, ``[batch or 1, heads, length, key_length]`` in dtype ``work``; class tokens are not cared for."""
+
+    def grid_columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Query and key columns, 0 for class tokens, and the row constant that they lack or None."""
+
+    def form(self, dtype: torch.dtype) -> str:
+        """See :func:`position_form`."""
+
+
+def check_coordinates(
+    coordinates: torch.Tensor, batch: int, length: int, axes: int, *, num_class_tokens: int = 0, contiguous: bool
+) -> None:
+    """Refuse coordinates that are no grid of the tokens.
+
+    Values are looked at on the CPU only: an accelerator would be waited for at every decoding step.
+
+    Args:
+        coordinates: what a caller gave.
+        batch: rows of the input.
+        length: its tokens, class tokens included.
+        axes: of the grid: 1 for text, 2 for patches.
+        num_class_tokens: leading tokens without a place, whose coordinates mean nothing.
+        contiguous: whether the grid is said to be in order and without gaps.
+
+    Raises:
+        ValueError: for another shape, numbers that are not finite, or a grid with gaps that is said to have none.
+    """
+    if tuple(coordinates.shape) not in {(batch, length, axes), (1, length, axes)} or coordinates.dtype in HALF_DTYPES:
+        raise ValueError(
+            f"coordinates must have shape {(batch, length, axes)} or {(1, length, axes)} (one row a token, one column "
+            f"an axis of the grid) and not be of half precision, got {tuple(coordinates.shape)}, {coordinates.dtype}"
+        )
+    if coordinates.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if coordinates.is_floating_point() and not bool(coordinates.isfinite().all()):
+        raise ValueError("coordinates must be finite, got inf or nan among them")
+    places = coordinates[:, num_class_tokens:]
+    if not contiguous or not places.shape[1]:
+        return
+    sides = (places.amax(1) - places.amin(1) + 1).tolist()
+    if any(math.prod(side) != places.shape[1] for side in sides):
+        raise ValueError(
+            f"coordinates of a grid without gaps (contiguous=True) must fill it, got {places.shape[1]} places on a "
+            f"grid of {' x '.join(f'{side:g}' for side in sides[0])}"
+        )
+    steps = places.diff(dim=1)[..., 0]
+    if bool((steps < 0).any()):
+        raise ValueError("coordinates of a grid without gaps (contiguous=True) must be in order, got them unsorted")
 
 
 def position_form(positions: Positions, dtype: torch.dtype) -> str:
@@ -173,7 +231,8 @@ def pack_key(key: torch.Tensor, position_key: torch.Tensor | None, coordinates: 
     Args:
         key: ``[batch, heads, length, head_dim]``.
         position_key: ``[batch or 1, heads, length, head_dim]`` of ``untied``, or None.
-        coordinates: ``[batch or 1, length, dims]`` of ``gaussian``, integers, or None.
+        coordinates: ``[batch or 1, length, dims]`` of ``gaussian``, ``alibi`` and ``relative_buckets``, integers, or
+            None.
 
     Returns:
         ``[batch, heads, length, width]``; :func:`unpack_key` is the inverse.
@@ -194,6 +253,6 @@ def unpack_key(
     key, rest = packed[..., :head_dim], packed[..., head_dim:]
     if kernel == "untied":
         return key, rest, None
-    if kernel == "gaussian":
+    if kernel in COORDINATE_KERNELS and rest.shape[-1]:
         return key, None, decode_positions(rest[:, 0])
     return key, None, None

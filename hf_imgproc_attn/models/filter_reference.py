@@ -43,6 +43,7 @@ def reference_attention(
     is_causal: bool = False,
     boosting: str = "none",
     boosting_steps: int = 2,
+    boosting_gain: torch.Tensor | None = None,
     dropout: float = 0.0,
     extend: Extend = keep_rows,
     need_weights: bool = False,
@@ -57,6 +58,7 @@ def reference_attention(
         is_causal: causal without a cache.
         boosting: key of ``BOOSTING``.
         boosting_steps: k >= 1.
+        boosting_gain: gamma of ``learned``, ``[heads, 1, 1]`` in at least float32, or None.
         dropout: probability, applied once to A; every pass of the booster uses the same dropped matrix, as the
             authors' vision code does (their language code drops out 2A - A^2).
         extend: stores residual streams in a cache.
@@ -79,7 +81,7 @@ def reference_attention(
         def attend(stream: torch.Tensor) -> torch.Tensor:
             return torch.matmul(matrix, stream.to(work))
 
-        out = boost(attend, extend, value.to(work), full_value, boosting_steps).to(value.dtype)
+        out = boost(attend, extend, value.to(work), full_value, boosting_steps, boosting_gain).to(value.dtype)
         if not need_weights:
             return out, None
         if boosting == "none":
@@ -90,5 +92,5 @@ def reference_attention(
                 "use output_attentions=True with use_cache=False"
             )
         identity = torch.eye(matrix.shape[-1], dtype=work, device=matrix.device).expand_as(matrix)
-        operator = boost(attend, keep_rows, identity, identity, boosting_steps)
+        operator = boost(attend, keep_rows, identity, identity, boosting_steps, boosting_gain)
         return out, operator.to(value.dtype)

@@ -221,8 +221,10 @@ def _check_depth(config: Any, num_layers: int) -> None:
                 f"{name}={value!r} compares a layer with the ones before it: num_hidden_layers must be >= 2, "
                 f"got {num_layers}"
             )
-    if isinstance(config.content_kernel, list) and set(contents[1:]).isdisjoint({"elliptical"}) and (
-        contents[0] == "elliptical"
+    if (
+        isinstance(config.content_kernel, list)
+        and set(contents[1:]).isdisjoint({"elliptical"})
+        and (contents[0] == "elliptical")
     ):
         raise ValueError(
             "content_kernel 'elliptical' has no effect in layer 0, which has no layer before it: use it in a later "

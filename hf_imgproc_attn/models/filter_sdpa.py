@@ -28,6 +28,7 @@ def sdpa_attention(
     is_causal: bool = False,
     boosting: str = "none",
     boosting_steps: int = 2,
+    boosting_gain: torch.Tensor | None = None,
     dropout: float = 0.0,
     extend: Extend = keep_rows,
 ) -> torch.Tensor:
@@ -45,6 +46,7 @@ def sdpa_attention(
         is_causal: causal without a cache and without a mask.
         boosting: key of ``BOOSTING``.
         boosting_steps: k >= 1.
+        boosting_gain: gamma of ``learned``, ``[heads, 1, 1]`` in at least float32, or None.
         dropout: probability on A; only without boosting, whose passes would each draw their own mask.
         extend: stores residual streams in a cache.
 
@@ -84,7 +86,7 @@ def sdpa_attention(
         out = _sdpa(query, key, stream.to(dtype), mask, is_causal, scale, dropout)
         return out if sees is None else out * sees
 
-    return BOOSTING[boosting](attend, extend, value, full_value, boosting_steps)
+    return BOOSTING[boosting](attend, extend, value, full_value, boosting_steps, boosting_gain)
 
 
 def _augment(x: torch.Tensor, columns: list[torch.Tensor]) -> torch.Tensor:

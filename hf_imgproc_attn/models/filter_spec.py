@@ -1,16 +1,25 @@
 """The filter specification: which filter each attention layer applies, as plain configuration values.
 
-The fields that our configurations add to a stock one, and the named presets; what the values mean layer by layer is in
-``filter_axes``, the rules between fields in ``filter_rules``. None of the three imports torch or transformers, so command
-lines can read them at no cost. (No postponed annotations here: the strict dataclasses check field types only where the
-annotations are real objects.)
+The fields that our configurations add to a stock one, and the named presets; what the values mean layer by layer is
+in ``filter_axes``, the rules between fields in ``filter_rules``. None of the three imports torch or transformers, so
+command lines can read them at no cost. (No postponed annotations here: the strict dataclasses check field types only
+where the annotations are real objects.)
 """
 
 import difflib
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from .filter_axes import LayerSpec, layer_schedule
+from .filter_axes import (
+    DEFAULT_MAX_DISTANCE,
+    DEFAULT_NUM_BUCKETS,
+    DEFAULT_PID_GAINS,
+    DEFAULT_ROTARY_BASE,
+    FILTER_BACKENDS,
+    LayerSpec,
+    default_steps,
+    layer_schedule,
+)
 from .filter_rules import check_filter_spec
 from .filter_versions import FILTER_SPEC_VERSION, bring_up_to_date
 
@@ -142,6 +151,30 @@ class FilterSpecMixin:
         refuse_near_misses({key: value for key, value in kwargs.items() if key not in _FIELDS})
         return super().from_dict(bring_up_to_date(config_dict), **kwargs)  # type: ignore[misc]
 
+    @property
+    def filter_backend(self) -> str:
+        """How the filter is computed, one of ``FILTER_BACKENDS``; ``"auto"`` chooses by shape.
+
+        Set at run time, here or in ``from_pretrained(…, filter_backend=…)``, and never saved: another machine has
+        other back-ends. Attention implementation ``eager`` is the dense reference whatever this says.
+
+        Raises:
+            ValueError: on setting an unknown back-end.
+        """
+        return str(self.__dict__.get("_filter_backend", "auto"))
+
+    @filter_backend.setter
+    def filter_backend(self, name: str) -> None:
+        if name not in FILTER_BACKENDS:
+            raise ValueError(f"filter_backend must be one of {', '.join(FILTER_BACKENDS)}, got {name!r}")
+        self.__dict__["_filter_backend"] = name
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stock ``to_dict`` without what is chosen at run time."""
+        fields: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        fields.pop("_filter_backend", None)
+        return fields
+
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_near_misses(kwargs)
         if kwargs.get("per_layer_config"):
@@ -173,9 +206,20 @@ def preset_fields(name: str) -> dict[str, Any]:
 
 
 def preset_name(config: Any) -> str:
-    """The name of the preset whose filter fields ``config`` has, or ``"custom"``."""
+    """The name of the preset whose filter fields ``config`` has, or ``"custom"``; defaults may be written out."""
+    written_out = {
+        "boosting_steps": default_steps(config.boosting) if isinstance(config.boosting, str) else None,
+        "neutreno_lambda": config.default_neutreno_lambda,
+        "pid_gains": list(DEFAULT_PID_GAINS),
+        "relative_attention_num_buckets": DEFAULT_NUM_BUCKETS,
+        "relative_attention_max_distance": DEFAULT_MAX_DISTANCE,
+        "rotary_base": DEFAULT_ROTARY_BASE,
+    }
     stock = {field: getattr(FilterSpecMixin, field) for field in _FIELDS}
     fields = {field: getattr(config, field) for field in _FIELDS}
+    for field, default in written_out.items():
+        if fields[field] == default:
+            fields[field] = None
     for name, changes in PRESETS.items():
         if fields == {**stock, **changes}:
             return name
@@ -191,7 +235,9 @@ def refuse_near_misses(kwargs: dict[str, Any]) -> None:
         ValueError: naming the keyword and the field that was probably meant.
     """
     for key in kwargs:
+        if key == "filter_backend":
+            continue
         normalised = key.lower().replace("-", "_")
-        matches = difflib.get_close_matches(normalised, _FIELDS, n=1, cutoff=0.8)
+        matches = difflib.get_close_matches(normalised, (*_FIELDS, "filter_backend"), n=1, cutoff=0.8)
         if matches:
             raise ValueError(f"unknown configuration field {key}={kwargs[key]!r}; did you mean {matches[0]}?")

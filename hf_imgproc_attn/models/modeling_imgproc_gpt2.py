@@ -17,11 +17,13 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_imgproc_gpt2 import ImgProcGPT2Config
 from .filter_attention import AttentionFilter
+from .filter_axes import COORDINATE_KERNELS, uses_position_table
 from .filter_cache import check_cache_implementation
-from .filter_feedback import FEEDBACK, RESIDUAL, LayerState
+from .filter_feedback import RESIDUAL, LayerState, initial_state
+from .filter_layer import filter_tokens
+from .filter_masks import new_token_mask
 from .filter_parameters import PositionProjection
 from .filter_pretrained import FilterPreTrainedMixin, check_attention_mask, prepare_attention_mask
-from .filter_axes import uses_position_table
 
 
 class ImgProcGPT2Attention(GPT2Attention):
@@ -48,13 +50,15 @@ class ImgProcGPT2Attention(GPT2Attention):
         position_states: torch.Tensor | None = None,
         coordinates: torch.Tensor | None = None,
         contiguous: bool = False,
+        token_mask: torch.Tensor | None = None,
         state: LayerState | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, LayerState]:
         """Filter ``hidden_states`` ``[batch, length, hidden_size]``; the other tensors as in ``AttentionFilter``.
 
         Returns:
-            Output ``[batch, length, hidden_size]``, the operator that multiplies V or None, the new state.
+            Output ``[batch, length, hidden_size]``, the operator that multiplies V (of ``gradient_boosted`` its two
+            filters) or None, the new state.
         """
         state = LayerState() if state is None else state
         if self.filter.is_stock:
@@ -66,10 +70,13 @@ class ImgProcGPT2Attention(GPT2Attention):
         )
         if isinstance(past_key_values, EncoderDecoderCache):
             past_key_values = past_key_values.self_attention_cache
-        output, weights = self.filter(
+        output, weights, state = filter_tokens(
+            self.filter,
+            hidden_states,
             query,
             key,
             value,
+            state,
             implementation=self.config._attn_implementation,
             attention_mask=attention_mask,
             is_causal=self.is_causal,
@@ -77,11 +84,10 @@ class ImgProcGPT2Attention(GPT2Attention):
             position_states=position_states,
             coordinates=coordinates,
             contiguous=contiguous,
+            token_mask=token_mask,
             past_key_values=past_key_values,
             need_weights=output_attentions,
         )
-        output, state = FEEDBACK[self.filter.spec.feedback](output, value, state)
-        output = output.transpose(1, 2).reshape(hidden_states.shape)
         return self.resid_dropout(self.c_proj(output)), weights, state
 
 
@@ -198,13 +204,13 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
                 )
 
     def _position_inputs(self, position_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """What the layers' position kernels compare: vectors for ``untied``, centred indices for ``gaussian``."""
+        """What the layers' position kernels compare: vectors for ``untied``, centred indices for others."""
         position_states, coordinates = None, None
         if "untied" in self.position_kernels and self.wpe is not None:
             position_states = self.wpe(position_ids)
             if self.position_projection is not None:
                 position_states = self.position_projection(position_states)
-        if "gaussian" in self.position_kernels:
+        if self.position_kernels & set(COORDINATE_KERNELS):
             # Around a fixed centre, which cached keys and new queries share, float16 has digits for longer texts.
             coordinates = (position_ids - self.config.n_positions // 2).unsqueeze(-1)
         return position_states, coordinates
@@ -256,6 +262,7 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
         is_static = past_key_values is not None and past_key_values.is_compileable
         if not is_static and not torch.compiler.is_compiling():
             check_attention_mask(attention_mask, batch, self.config.n_head, length, past_length + length)
+        padding_mask = attention_mask
         attention_mask = prepare_attention_mask(attention_mask, self.config._attn_implementation, inputs_embeds.dtype)
         self._check_positions(position_ids, batch, length, past_length)
         positions: torch.Tensor = (
@@ -286,7 +293,8 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
         hidden_states = self.drop(hidden_states)
 
         position_states, coordinates = self._position_inputs(positions)
-        state = LayerState()
+        token_mask = new_token_mask(padding_mask, length, inputs_embeds.device)
+        state = initial_state(self.config, hidden_states)
         for block in self.h:
             hidden_states, *state = block(
                 hidden_states,
@@ -298,6 +306,7 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
                 encoder_attention_mask=encoder_attention_mask,
                 coordinates=coordinates,
                 contiguous=position_ids is None and past_length == 0,
+                token_mask=token_mask,
                 use_cache=use_cache,
                 position_ids=positions,
                 output_attentions=output_attentions,

@@ -23,10 +23,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_imgproc_vit import ImgProcViTConfig
 from .filter_attention import AttentionFilter
-from .filter_feedback import FEEDBACK, RESIDUAL, LayerState
+from .filter_axes import COORDINATE_KERNELS, uses_position_table
+from .filter_feedback import RESIDUAL, LayerState, initial_state
+from .filter_layer import filter_tokens
+from .filter_masks import new_token_mask
 from .filter_parameters import PositionProjection
 from .filter_pretrained import FilterPreTrainedMixin, check_attention_mask, prepare_attention_mask
-from .filter_axes import uses_position_table
 
 # On disk ViT has the names of Transformers 4; the stock library renames them on loading by the class name `ViTModel`
 # and would leave our class with random layers.
@@ -38,9 +40,17 @@ NUM_CLASS_TOKENS = 1
 
 
 def grid_size(config: ImgProcViTConfig, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of patches in an image of ``height`` x ``width`` pixels."""
+    """Rows and columns of patches in an image of ``height`` x ``width`` pixels.
+
+    Raises:
+        ValueError: for an image that is smaller than one patch.
+    """
     patch = config.patch_size
     patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
+    if height < patch_height or width < patch_width:
+        raise ValueError(
+            f"images must have at least one patch of {patch_height} x {patch_width} pixels, got {height} x {width}"
+        )
     return height // patch_height, width // patch_width
 
 
@@ -136,13 +146,15 @@ class ImgProcViTAttention(ViTAttention):
         output_attentions: bool = False,
         position_states: torch.Tensor | None = None,
         coordinates: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
         state: LayerState | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, LayerState]:
         """Filter ``hidden_states`` ``[batch, length, hidden_size]``; the other tensors as in ``AttentionFilter``.
 
         Returns:
-            Output ``[batch, length, hidden_size]``, the operator that multiplies V or None, the new state.
+            Output ``[batch, length, hidden_size]``, the operator that multiplies V (of ``gradient_boosted`` its two
+            filters) or None, the new state.
         """
         state = LayerState() if state is None else state
         if self.filter.is_stock:
@@ -153,20 +165,23 @@ class ImgProcViTAttention(ViTAttention):
             projection(hidden_states).view(shape).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        output, weights = self.filter(
+        output, weights, state = filter_tokens(
+            self.filter,
+            hidden_states,
             query,
             key,
             value,
+            state,
             implementation=self.config._attn_implementation,
             attention_mask=attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             position_states=position_states,
             coordinates=coordinates,
             contiguous=True,
+            token_mask=token_mask,
             need_weights=output_attentions,
         )
-        output, state = FEEDBACK[self.filter.spec.feedback](output, value, state)
-        return self.o_proj(output.transpose(1, 2).flatten(2)), weights, state
+        return self.o_proj(output), weights, state
 
 
 class ImgProcViTLayer(ViTLayer):
@@ -268,7 +283,7 @@ class ImgProcViTModel(ImgProcViTPreTrainedModel, ViTModel):
         """What the layers' position kernels compare.
 
         Vectors of the patches ``[1, patches, hidden_size]`` (or their shared projections) for ``untied``; (row,
-        column) ``[1, 1 + patches, 2]`` in patch units, zeros for the class token, for ``gaussian``.
+        column) ``[1, 1 + patches, 2]`` in patch units, zeros for the class token, for kernels that see places.
         """
         height, width = pixel_values.shape[-2:]
         position_states, coordinates = None, None
@@ -276,7 +291,7 @@ class ImgProcViTModel(ImgProcViTPreTrainedModel, ViTModel):
             position_states = position_table
             if self.position_projection is not None:
                 position_states = self.position_projection(position_states)
-        if "gaussian" in self.position_kernels:
+        if self.position_kernels & set(COORDINATE_KERNELS):
             sides = grid_size(self.config, height, width)
             axes = [torch.arange(side, device=pixel_values.device) for side in sides]
             grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
@@ -312,12 +327,13 @@ class ImgProcViTModel(ImgProcViTPreTrainedModel, ViTModel):
         batch, length = hidden_states.shape[:2]
         if not torch.compiler.is_compiling():
             check_attention_mask(attention_mask, batch, self.config.num_attention_heads, length, length)
+        token_mask = new_token_mask(attention_mask, length, hidden_states.device)
         attention_mask = prepare_attention_mask(attention_mask, self.config._attn_implementation, hidden_states.dtype)
         attention_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
         position_states, coordinates = self._position_inputs(pixel_values, position_table)
-        state = LayerState()
+        state = initial_state(self.config, hidden_states)
         for layer in self.layers:
             hidden_states, *state = layer(
                 hidden_states,
@@ -325,6 +341,7 @@ class ImgProcViTModel(ImgProcViTPreTrainedModel, ViTModel):
                 position_states,
                 *state,
                 coordinates=coordinates,
+                token_mask=token_mask,
                 output_attentions=output_attentions,
                 **kwargs,
             )

@@ -10,6 +10,7 @@ import torch
 from hf_imgproc_attn.models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from hf_imgproc_attn.models.configuration_imgproc_vit import ImgProcViTConfig
 from hf_imgproc_attn.models.filter_attention import AttentionFilter
+from hf_imgproc_attn.models.filter_axes import STEPPED_BOOSTINGS
 
 GPT2 = {
     "vocab_size": 61,
@@ -60,7 +61,7 @@ def sharpen_(model: torch.nn.Module, seed: int = 0, std: float = 2.0) -> torch.n
         return torch.randn(parameter.shape, generator=generator).to(parameter)
 
     for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 or "class_token" in name:
+        if parameter.ndim < 2 or "scalar_bias" in name:
             parameter.add_(noise(parameter), alpha=0.1 if "log_bandwidth" in name else 0.3)
         elif "embed" in name or name.endswith(("wte.weight", "wpe.weight", "cls_token", "mask_token")):
             parameter.copy_(noise(parameter) * 0.7)
@@ -90,18 +91,25 @@ def make_filter(
     num_class_tokens: int = 0,
     layer_idx: int = 0,
     num_layers: int = 1,
+    position_axes: int = 1,
     seed: int = 0,
     **fields: Any,
 ) -> AttentionFilter:
-    """One layer's filter in float64 with perturbed scalars, different in every head, and random projections."""
-    config = ImgProcGPT2Config(
-        n_embd=heads * head_dim,
-        n_head=heads,
-        n_layer=num_layers,
+    """One layer's filter in float64 with perturbed scalars, different in every head, and random projections.
+
+    One axis of positions is text, two are patches. An elliptical layer is the second one, which has one before it.
+    """
+    if content_kernel == "elliptical":
+        layer_idx, num_layers = 1, 2
+    config_class = ImgProcGPT2Config if position_axes == 1 else ImgProcViTConfig
+    config = config_class(
+        hidden_size=heads * head_dim,
+        num_attention_heads=heads,
+        num_hidden_layers=num_layers,
         content_kernel=content_kernel,
         position_kernel=position_kernel,
         boosting=boosting,
-        boosting_steps=boosting_steps,
+        boosting_steps=boosting_steps if boosting in STEPPED_BOOSTINGS else None,
         **{"learn_bandwidths": True, **fields},
     )
     layer = AttentionFilter(

@@ -25,9 +25,18 @@ from transformers.cache_utils import Cache, DynamicLayer, QuantizedLayer, Static
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2LMHeadModel
 from hf_imgproc_attn.models.modeling_imgproc_vit import ImgProcViTForImageClassification
 from tests.models.helpers import GPT2, VIT
-from tests.models.variants import BOOSTED, IMPLEMENTATIONS, VARIANTS, gpt2_config, images, token_ids, vit_config
+from tests.models.variants import (
+    ALL_STOCK,
+    BOOSTED,
+    IMPLEMENTATIONS,
+    VARIANTS,
+    gpt2_config,
+    images,
+    token_ids,
+    vit_config,
+)
 
-FILTERED = tuple(name for name in VARIANTS if name != "softmax")
+FILTERED = tuple(name for name in VARIANTS if name not in ALL_STOCK)
 CLASSES = {
     "gpt2": (ImgProcGPT2LMHeadModel, gpt2_config, GPT2LMHeadModel, lambda: GPT2Config(**GPT2)),
     "vit": (ImgProcViTForImageClassification, vit_config, ViTForImageClassification, lambda: ViTConfig(**VIT)),
@@ -246,6 +255,10 @@ OTHER_VARIANTS = [
     ("softmax", "bilateral_gaussian"),
     ("shared", "bilateral"),
     ("mixed", "mixed_fixed"),
+    ("gradient_boosted", "softmax"),
+    ("softmax", "gradient_boosted"),
+    ("learned_twicing", "twicing"),
+    ("twicing", "learned_twicing"),
 ]
 
 
@@ -334,7 +347,7 @@ def test_configuration_with_a_wrong_value_on_disk(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
     for field, value, rule in (
-        ("boosting", "thricing", r"boosting must be one of none, twicing, got 'thricing'"),
+        ("boosting", "thricing", r"boosting must be one of none, twicing, .*, got 'thricing'"),
         ("boosting_steps", 0, r"boosting_steps must be an integer >= 1"),
         ("boosting_step", 3, r"unknown configuration field boosting_step=3; did you mean boosting_steps\?"),
         ("boosted_layers", [3], r"boosted_layers must be integers from -3 to 2"),
@@ -419,7 +432,7 @@ def test_plain_caches_where_streams_must_be_kept(variant: str, kind: str) -> Non
         model.generate(token_ids(), max_new_tokens=2, past_key_values=DynamicCache(), pad_token_id=0)
 
 
-@pytest.mark.parametrize("variant", ["twicing", "bilateral_twicing", "mixed", "three_steps"])
+@pytest.mark.parametrize("variant", ["twicing", "bilateral_twicing", "mixed", "three_steps", "sos", "learned_twicing"])
 def test_attentions_of_boosted_layers_need_all_rows(variant: str) -> None:
     model = gpt2(variant, "eager")
     output = model(token_ids(), output_attentions=True)

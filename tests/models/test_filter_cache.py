@@ -17,10 +17,15 @@ from hf_imgproc_attn.models.filter_attention import AttentionFilter
 from hf_imgproc_attn.models.filter_cache import FilterDynamicLayer, check_cache_implementation, check_cache_layer
 from tests.models.helpers import make_filter, tiny_gpt2_config
 
-BATCH, HEADS, LENGTH, WIDTH = 3, 3, 12, 5
+BATCH, HEADS, LENGTH, WIDTH = 3, 3, 12, 6
 TIGHT = {"rtol": 0, "atol": 1e-12}
 CHUNKS = {"steps": [1] * LENGTH, "prefill": [5] + [1] * 7, "chunks": [4, 3, 1, 4], "one": [12]}
-POSITIONS = ("none", "untied", "shared", "gaussian")
+POSITIONS = ("none", "untied", "shared", "gaussian", "alibi", "relative_buckets", "rotary")
+PLACES = ("gaussian", "alibi", "relative_buckets", "rotary")
+PAIRS = (
+    *((content, position) for content in ("dot_product", "gaussian") for position in POSITIONS),
+    *(("elliptical", position) for position in ("none", "untied", "alibi")),
+)
 BOOSTERS = (("none", 2), ("twicing", 1), ("twicing", 2), ("twicing", 3))
 Inputs = dict[str, torch.Tensor]
 
@@ -30,9 +35,9 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def build(content: str, position: str, boosting: str, steps: int) -> AttentionFilter:
-    """A filter; ``shared`` is ``untied`` with the model's projections."""
+    """A filter; ``shared`` is ``untied`` with the model's projections. Its cache layer is that of its index."""
     share = {"share_position_projections": True} if position == "shared" else {}
-    return make_filter(content, {"shared": "untied"}.get(position, position), boosting, steps, **share)
+    return make_filter(content, {"shared": "untied"}.get(position, position), boosting, steps, head_dim=WIDTH, **share)
 
 
 def tensors(position: str, seed: int = 0, rows: int = 1) -> Inputs:
@@ -41,12 +46,13 @@ def tensors(position: str, seed: int = 0, rows: int = 1) -> Inputs:
         "query": 2 * random(BATCH, HEADS, LENGTH, WIDTH, seed=seed) + 0.3,
         "key": 1.5 * random(BATCH, HEADS, LENGTH, WIDTH, seed=seed + 1) - 0.2,
         "value": random(BATCH, HEADS, LENGTH, WIDTH, seed=seed + 2),
+        "previous_value": 0.5 * random(BATCH, HEADS, LENGTH, WIDTH, seed=seed + 5) + 0.2,
     }
     if position == "untied":
         inputs["position_states"] = random(rows, LENGTH, HEADS * WIDTH, seed=seed + 3)
     if position == "shared":
         inputs["position_states"] = random(rows, HEADS, LENGTH, 2 * WIDTH, seed=seed + 3)
-    if position == "gaussian":
+    if position in PLACES:
         places = (
             torch.arange(LENGTH) - 5 if rows == 1 else random(rows, LENGTH, seed=seed + 4).mul(6).round().cumsum(-1)
         )
@@ -69,7 +75,7 @@ def rows_of(inputs: Inputs, rows: Sequence[int]) -> Inputs:
 
 
 def new_cache(layer_class: type[FilterDynamicLayer] = FilterDynamicLayer) -> Cache:
-    return Cache(layers=[layer_class()])
+    return Cache(layers=[layer_class(), layer_class()])
 
 
 def decode(
@@ -79,11 +85,15 @@ def decode(
     cache: Cache,
     implementation: str = "sdpa",
     mask: torch.Tensor | None = None,
+    names_padding: bool = False,
 ) -> torch.Tensor:
-    """Outputs of the tokens from the cache's end on, ``sizes`` at a time, with the masks that a model would pass."""
+    """Outputs of the tokens from the cache's end on, ``sizes`` at a time, with the masks that a model would pass.
+
+    A model called with a mask of two axes also says which new tokens are padding.
+    """
     outputs, keys = [], None if mask is None else mask[:, None, None]
     for size in sizes:
-        start = cache.get_seq_length()
+        start = cache.get_seq_length(layer.layer_idx)
         stop = start + size
         visible = torch.ones(stop, stop, dtype=torch.bool).tril()[start:]
         visible = visible if keys is None else visible & keys[..., :stop]
@@ -93,6 +103,7 @@ def decode(
             implementation=implementation,
             attention_mask=None if single else visible,
             is_causal=True,
+            token_mask=mask[:, start:stop] if names_padding and mask is not None else None,
             past_key_values=cache,
         )
         outputs.append(output)
@@ -117,19 +128,21 @@ def full_pass(
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("sizes", list(CHUNKS))
 @pytest.mark.parametrize(("boosting", "steps"), BOOSTERS)
-@pytest.mark.parametrize("position", POSITIONS)
-@pytest.mark.parametrize("content", ["dot_product", "gaussian"])
+@pytest.mark.parametrize(("content", "position"), PAIRS)
 def test_decoding_is_the_full_pass(
     content: str, position: str, boosting: str, steps: int, sizes: str, implementation: str
 ) -> None:
-    """Token by token, after a prefill, in chunks: every output, and steps - 1 residual streams beside K and V."""
+    """Token by token, after a prefill, in chunks: every output, and steps - 1 residual streams beside K and V.
+
+    The rows that the elliptical metric sums are one stream more.
+    """
     layer, inputs, cache = build(content, position, boosting, steps), tensors(position), new_cache()
     expected = full_pass(layer, inputs, "eager")
     got = decode(layer, inputs, CHUNKS[sizes], cache, implementation)
     torch.testing.assert_close(got, expected, **TIGHT)
-    streams = cache.layers[0].streams
+    streams = cache.layers[layer.layer_idx].streams
     assert [stream.shape for stream in streams] == [torch.Size((BATCH, HEADS, LENGTH, WIDTH))] * (
-        steps - 1 if boosting == "twicing" else 0
+        (steps - 1 if boosting == "twicing" else 0) + (content == "elliptical")
     )
 
 
@@ -137,10 +150,12 @@ def test_decoding_is_the_full_pass(
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("sizes", ["steps", "prefill", "chunks"])
-@pytest.mark.parametrize("position", POSITIONS)
-def test_padding_and_positions_of_each_row(position: str, sizes: str, side: str, implementation: str) -> None:
+@pytest.mark.parametrize(("content", "position"), [pair for pair in PAIRS if pair[0] != "dot_product"])
+def test_padding_and_positions_of_each_row(
+    content: str, position: str, sizes: str, side: str, implementation: str
+) -> None:
     """Padding on either side and custom positions, different in every row, stay exact; padding has no influence."""
-    layer, inputs = build("gaussian", position, "twicing", 3), tensors(position, rows=BATCH)
+    layer, inputs = build(content, position, "twicing", 3), tensors(position, rows=BATCH)
     mask = torch.ones(BATCH, LENGTH, dtype=torch.bool)
     if side == "left":
         mask[0, :3], mask[1, :5] = False, False
@@ -151,8 +166,9 @@ def test_padding_and_positions_of_each_row(position: str, sizes: str, side: str,
     seen = mask[:, None, :, None]
     torch.testing.assert_close(got * seen, expected * seen, **TIGHT)
     inputs["value"][~mask[:, None].expand(-1, HEADS, -1)] = 100.0
-    got = decode(layer, inputs, CHUNKS[sizes], new_cache(), implementation, mask)
-    torch.testing.assert_close(got * seen, expected * seen, **TIGHT)
+    for names_padding in (False, True):
+        got = decode(layer, inputs, CHUNKS[sizes], new_cache(), implementation, mask, names_padding)
+        torch.testing.assert_close(got * seen, expected * seen, **TIGHT)
     if side == "left":
         alone = {name: tensor if len(tensor) == 1 else tensor[1:2] for name, tensor in inputs.items()}
         short = full_pass(layer, part(alone, 5, LENGTH), "eager")
@@ -173,9 +189,10 @@ def test_chunk_without_a_mask_is_causal(boosting: str, steps: int, implementatio
 @torch.no_grad()
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("steps", [1, 3])
-def test_fewer_key_heads(steps: int, implementation: str) -> None:
+@pytest.mark.parametrize("content", ["gaussian", "elliptical"])
+def test_fewer_key_heads(content: str, steps: int, implementation: str) -> None:
     """Grouped queries: the streams have the heads of the queries."""
-    layer = make_filter("gaussian", "gaussian", "twicing", steps, heads=6)
+    layer = make_filter(content, "gaussian", "twicing", steps, heads=6, head_dim=WIDTH)
     inputs = {**tensors("gaussian"), "query": 2 * random(BATCH, 6, LENGTH, WIDTH, seed=9)}
     got = decode(layer, inputs, CHUNKS["chunks"], new_cache(), implementation)
     torch.testing.assert_close(got, full_pass(layer, inputs, "eager"), **TIGHT)
@@ -184,10 +201,12 @@ def test_fewer_key_heads(steps: int, implementation: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("position", POSITIONS)
-def test_half_precision(position: str, implementation: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("content", "position"), [*(("gaussian", name) for name in POSITIONS), ("elliptical", "none")]
+)
+def test_half_precision(content: str, position: str, implementation: str, dtype: torch.dtype) -> None:
     """Cached keys carry their positions without loss: decoding is as far from float64 as the full pass is."""
-    layer, inputs = build("gaussian", position, "twicing", 3).to(dtype).double(), tensors(position)
+    layer, inputs = build(content, position, "twicing", 3).to(dtype).double(), tensors(position)
     if "coordinates" in inputs:
         inputs["coordinates"] += 5000 - 8192
     inputs = {n: t if n == "coordinates" else t.to(dtype).double() for n, t in inputs.items()}
@@ -244,7 +263,7 @@ def crop(layer: AttentionFilter, inputs: Inputs, cache: Cache) -> tuple[torch.Te
     other = {**inputs, **prefix}
     decode(layer, inputs, [5, 1, 1], cache)
     cache.crop(-3)
-    assert cache.get_seq_length() == 4
+    assert cache.get_seq_length(layer.layer_idx) == 4
     return decode(layer, other, [1, 4], cache), full_pass(layer, part(other, 0, 9))[:, :, 4:]
 
 
@@ -285,7 +304,7 @@ def reset(layer: AttentionFilter, inputs: Inputs, cache: Cache) -> tuple[torch.T
     """The same cache for another text, of another batch size."""
     decode(layer, inputs, [5, 1], cache)
     cache.reset()
-    assert cache.get_seq_length() == 0
+    assert cache.get_seq_length(layer.layer_idx) == 0
     other = rows_of(tensors("gaussian", seed=20), [0, 1])
     return decode(layer, other, [3, 1], cache), full_pass(layer, part(other, 0, 4))
 
@@ -294,8 +313,8 @@ def offload(layer: AttentionFilter, inputs: Inputs, cache: Cache) -> tuple[torch
     """To the CPU and back, between the steps."""
     for size in (4, 1, 1):
         decode(layer, inputs, [size], cache)
-        cache.layers[0].offload()
-        cache.layers[0].prefetch()
+        cache.layers[layer.layer_idx].offload()
+        cache.layers[layer.layer_idx].prefetch()
     return decode(layer, inputs, [1, 2], cache), full_pass(layer, part(inputs, 0, 9))[:, :, 6:]
 
 
@@ -330,11 +349,18 @@ OPERATIONS: list[Operation] = [
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("boosting", "steps"), BOOSTERS)
+@pytest.mark.parametrize(
+    ("content", "position", "boosting", "steps"),
+    [
+        *(("gaussian", "gaussian", *booster) for booster in BOOSTERS),
+        *(("elliptical", "gaussian", *booster) for booster in (BOOSTERS[0], BOOSTERS[3])),
+        *(("gaussian", position, "none", 2) for position in ("alibi", "relative_buckets", "rotary")),
+    ],
+)
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_operations(operation: Operation, boosting: str, steps: int) -> None:
+def test_operations(operation: Operation, content: str, position: str, boosting: str, steps: int) -> None:
     """After each operation decoding goes on as if the rows had been like that from the start."""
-    got, expected = operation(build("gaussian", "gaussian", boosting, steps), tensors("gaussian"), new_cache())
+    got, expected = operation(build(content, position, boosting, steps), tensors("gaussian"), new_cache())
     torch.testing.assert_close(got, expected, **TIGHT)
 
 

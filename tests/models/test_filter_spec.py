@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -11,13 +12,14 @@ from typing import Any
 import pytest
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 
-from hf_imgproc_attn.models import filter_spec
+from hf_imgproc_attn.models import filter_axes, filter_spec
 from hf_imgproc_attn.models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from hf_imgproc_attn.models.configuration_imgproc_vit import ImgProcViTConfig
+from hf_imgproc_attn.models.filter_axes import LayerSpec, is_stock_layer
 from hf_imgproc_attn.models.filter_boosting import BOOSTING, extra_streams
 from hf_imgproc_attn.models.filter_feedback import FEEDBACK, RESIDUAL
 from hf_imgproc_attn.models.filter_kernels import CONTENT_COLUMNS, CONTENT_LOGITS
-from hf_imgproc_attn.models.filter_spec import PRESETS, FilterSpecMixin, LayerSpec, is_stock_layer, preset_name
+from hf_imgproc_attn.models.filter_spec import PRESETS, FilterSpecMixin, preset_name
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2Model
 from hf_imgproc_attn.models.modeling_imgproc_vit import ImgProcViTModel
 from tests.helpers import RunPython
@@ -41,6 +43,13 @@ LISTS: dict[str, dict[str, Any]] = {
     "numbers": {"position_kernel": "untied", "content_bandwidth": 3, "position_bandwidth": 0.5},
     "boosted": {"boosting": "twicing", "boosting_steps": 4, "boosted_layers": [0, -1]},
     "shared": {"position_kernel": ["untied", "none", "untied"], "share_position_projections": True},
+    "buckets": {
+        "position_kernel": "relative_buckets",
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 20,
+    },
+    "gains": {"feedback": "pid", "pid_gains": [0, 0.25, -1]},
+    "strength": {"feedback": "neutreno", "neutreno_lambda": 1},
 }
 VARIANTS = [(preset, {}) for preset in PRESETS] + [("softmax", fields) for fields in LISTS.values()]
 
@@ -83,22 +92,68 @@ def test_defaults_are_the_stock_model(config_class: Any, stock_name: str) -> Non
     assert all(is_stock_layer(config, spec) for spec in config.layer_specs)
 
 
+# FRAMEWORK.md, section 6: content, position, boosting and its steps, residual, feedback, learned bandwidths.
+TABLE = {
+    "softmax": ("dot_product", "additive", "none", 2, "standard", "none", False),
+    "bilateral": ("dot_product", "untied", "none", 2, "standard", "none", True),
+    "bilateral_gaussian": ("gaussian", "gaussian", "none", 2, "standard", "none", True),
+    "twicing": ("dot_product", "additive", "twicing", 2, "standard", "none", False),
+    "bilateral_twicing": ("dot_product", "untied", "twicing", 2, "standard", "none", True),
+    "nlm": ("gaussian", "none", "none", 2, "standard", "none", True),
+    "elliptical": ("elliptical", "additive", "none", 2, "standard", "none", False),
+    "neutreno": ("dot_product", "additive", "none", 2, "standard", "neutreno", False),
+    "pidformer": ("dot_product", "additive", "none", 2, "standard", "pid", False),
+    "alibi": ("dot_product", "alibi", "none", 2, "standard", "none", False),
+    "t5_bias": ("dot_product", "relative_buckets", "none", 2, "standard", "none", False),
+    "rope": ("dot_product", "rotary", "none", 2, "standard", "none", False),
+    "nope": ("dot_product", "none", "none", 2, "standard", "none", False),
+    "tupe": ("dot_product", "untied", "none", 2, "standard", "none", False),
+    "sos": ("dot_product", "additive", "sos", 3, "standard", "none", False),
+    "learned_twicing": ("dot_product", "additive", "learned", 2, "standard", "none", False),
+    "gradient_boosted": ("dot_product", "additive", "gradient_boosted", 2, "standard", "none", False),
+    "boosted_residual": ("dot_product", "additive", "none", 2, "twicing", "none", False),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_those_of_the_papers(tiny: Callable[..., Any], preset: str) -> None:
+    """The named variants, and whether they learn their bandwidths; nothing comes before layer 0."""
+    config = tiny(preset)
+    *axes, learned = TABLE[preset]
+    layer = LayerSpec(*axes)
+    assert config.layer_specs == [layer._replace(residual="standard"), layer, layer]
+    assert config.learn_bandwidths is learned
+    assert config.share_position_projections is (preset == "tupe")
+    assert preset_name(config) == preset
+
+
+def test_there_are_no_other_presets() -> None:
+    assert set(PRESETS) == set(TABLE)
+
+
 @pytest.mark.parametrize(
-    ("preset", "expected"),
+    ("preset", "written_out"),
     [
-        ("softmax", LayerSpec("dot_product", "additive", "none", 2, "standard", "none")),
-        ("bilateral", LayerSpec("dot_product", "untied", "none", 2, "standard", "none")),
-        ("bilateral_gaussian", LayerSpec("gaussian", "gaussian", "none", 2, "standard", "none")),
-        ("twicing", LayerSpec("dot_product", "additive", "twicing", 2, "standard", "none")),
-        ("bilateral_twicing", LayerSpec("dot_product", "untied", "twicing", 2, "standard", "none")),
+        ("twicing", {"boosting_steps": 2}),
+        ("sos", {"boosting_steps": 3}),
+        ("pidformer", {"pid_gains": [0.5, 0.05, 0.05]}),
+        ("t5_bias", {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}),
+        ("rope", {"rotary_base": 10000}),
     ],
 )
-def test_presets_are_those_of_the_papers(tiny: Callable[..., Any], preset: str, expected: LayerSpec) -> None:
-    """The named variants, and whether they learn their bandwidths."""
-    config = tiny(preset)
-    assert config.layer_specs == [expected] * 3
-    assert config.learn_bandwidths is preset.startswith("bilateral")
+def test_a_preset_with_its_defaults_written_out_is_that_preset(
+    tiny: Callable[..., Any], preset: str, written_out: dict[str, Any]
+) -> None:
+    config = tiny(preset, **written_out)
     assert preset_name(config) == preset
+    assert config.layer_specs == tiny(preset).layer_specs
+
+
+def test_published_strength_of_the_backbone() -> None:
+    """NeuTRENO: 0.6 for images, 0.4 for text (Nguyen 2023)."""
+    for make, strength, other in ((tiny_vit_config, 0.6, 0.4), (tiny_gpt2_config, 0.4, 0.6)):
+        assert preset_name(make("neutreno", neutreno_lambda=strength)) == "neutreno"
+        assert preset_name(make("neutreno", neutreno_lambda=other)) == "custom"
 
 
 def test_overrides_win_over_the_preset(tiny: Callable[..., Any]) -> None:
@@ -131,6 +186,7 @@ def test_stock_names_of_sizes_work(tiny: Callable[..., Any]) -> None:
 
 GAUSSIAN = {"position_kernel": "gaussian"}
 TWICING = {"boosting": "twicing"}
+BUCKETS = {"position_kernel": "relative_buckets"}
 RULES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     # Wrong types: the strict dataclass names field, type and value.
     ({**TWICING, "boosting_steps": True}, ("boosting_steps", "int", "True")),
@@ -150,12 +206,12 @@ RULES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({**GAUSSIAN, "position_bandwidth": True}, ("position_bandwidth", "True")),
     ({"residual": ["standard"] * 3}, ("residual", "str", "standard")),
     # Unknown values.
-    ({"content_kernel": "gauss"}, ("content_kernel must be one of dot_product, gaussian", "'gauss'")),
+    ({"content_kernel": "gauss"}, ("content_kernel must be one of dot_product, gaussian, elliptical", "'gauss'")),
     ({"content_kernel": ["gaussian", "gaussian", "Gaussian"]}, ("content_kernel must be one of", "'Gaussian'")),
-    ({"position_kernel": "alibi2"}, ("position_kernel must be one of additive, untied, gaussian, none", "'alibi2'")),
-    ({"boosting": "twice"}, ("boosting must be one of none, twicing", "'twice'")),
-    ({"residual": "stanard"}, ("residual must be one of standard", "'stanard'")),
-    ({"feedback": "neutrino"}, ("feedback must be one of none", "'neutrino'")),
+    ({"position_kernel": "alibi2"}, ("position_kernel must be one of additive, untied, gaussian, alibi", "'alibi2'")),
+    ({"boosting": "twice"}, ("boosting must be one of none, twicing, osher, learned, diffusion", "'twice'")),
+    ({"residual": "stanard"}, ("residual must be one of standard, twicing, sos, osher", "'stanard'")),
+    ({"feedback": "neutrino"}, ("feedback must be one of none, neutreno, pid", "'neutrino'")),
     # Lists of the wrong length.
     ({"content_kernel": ["gaussian"] * 2}, ("content_kernel", "one value for each of the 3 layers", "got 2")),
     ({"position_kernel": ["none"] * 4}, ("position_kernel", "one value for each of the 3 layers", "got 4")),
@@ -182,6 +238,10 @@ RULES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({**TWICING, "boosting_steps": 17}, ("boosting_steps", "<= 16", "got 17")),
     ({**TWICING, "boosting_steps": [2, 0, 2]}, ("boosting_steps must be an integer >= 1", "got 0")),
     ({"boosting_steps": 3}, ("boosting_steps has no effect with boosting='none'", "got 3")),
+    ({"boosting_steps": 2}, ("boosting_steps has no effect with boosting='none'", "got 2")),
+    ({"boosting": "learned", "boosting_steps": 2}, ("boosting_steps has no effect with boosting='learned'", "got 2")),
+    ({"boosting": "gradient_boosted", "boosting_steps": 2}, ("no effect with boosting='gradient_boosted'", "got 2")),
+    ({"boosting": "sos", "boosting_steps": 17}, ("boosting_steps", "<= 16", "got 17")),
     ({"boosting": ["none"] * 3, "boosting_steps": 3}, ("boosting_steps has no effect", "got 3")),
     # Positions.
     (
@@ -192,6 +252,62 @@ RULES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"position_kernel": "none", "position_bandwidth": 3}, ("position_bandwidth needs a position_kernel", "'none'")),
     ({"share_position_projections": True}, ("share_position_projections", "'untied'", "'additive'")),
     ({**GAUSSIAN, "share_position_projections": True}, ("share_position_projections", "'untied'", "'gaussian'")),
+    (
+        {"position_kernel": "alibi", "position_bandwidth": 3.0},
+        ("position_bandwidth needs a position_kernel", "'alibi'"),
+    ),
+    (
+        {"content_kernel": "elliptical", "position_kernel": ["none", "none", "rotary"], "num_attention_heads": 5},
+        ("'elliptical' cannot be combined with position_kernel 'rotary'", "'none', 'none', 'rotary'"),
+    ),
+    ({"position_kernel": "rotary"}, ("'rotary' turns pairs of features", "divisible by", "= 5")),
+    (
+        {"position_kernel": ["none", "rotary", "rotary"], "num_attention_heads": 20},
+        ("'rotary' turns pairs of features", "divisible by", "= 1"),
+    ),
+    *(
+        ({"position_kernel": "rotary", "num_attention_heads": 5, "rotary_base": bad}, ("rotary_base", f"got {bad!r}"))
+        for bad in (1, 0.5, math.nan, math.inf)
+    ),
+    ({"rotary_base": 100.0}, ("rotary_base needs position_kernel 'rotary'", "100.0", "'additive'")),
+    ({"relative_attention_num_buckets": 8}, ("relative_attention_num_buckets needs position_kernel", "8")),
+    ({"relative_attention_max_distance": 8}, ("relative_attention_max_distance needs position_kernel", "8")),
+    *(
+        ({**BUCKETS, "relative_attention_num_buckets": bad}, ("num_buckets must be a multiple of 4", f"got {bad}"))
+        for bad in (0, 2, 6, -4, 8192)
+    ),
+    ({**BUCKETS, "relative_attention_num_buckets": 2.0}, ("relative_attention_num_buckets", "int", "2.0")),
+    ({**BUCKETS, "relative_attention_max_distance": 16}, ("max_distance must be larger than half", "16", "got 16")),
+    ({**BUCKETS, "relative_attention_num_buckets": 256}, ("needs a relative_attention_max_distance", "got None")),
+    # Gains, and what looks at the layers before.
+    ({"neutreno_lambda": 0.5}, ("neutreno_lambda needs feedback='neutreno'", "0.5", "'none'")),
+    ({"feedback": "pid", "neutreno_lambda": 0.5}, ("neutreno_lambda needs feedback='neutreno'", "'pid'")),
+    ({"feedback": "neutreno", "pid_gains": [1, 0, 0]}, ("pid_gains needs feedback='pid'", "'neutreno'")),
+    *(
+        ({"feedback": "neutreno", "neutreno_lambda": bad}, ("neutreno_lambda must be a finite number", f"got {bad!r}"))
+        for bad in (math.nan, math.inf, -math.inf, 10**400)
+    ),
+    *(
+        ({"feedback": "pid", "pid_gains": bad}, ("pid_gains must be three finite numbers", f"got {bad!r}"))
+        for bad in ([0.5, 0.1], [], [1, 2, 3, 4], [0.5, math.nan, 0.0], [math.inf, 0, 0])
+    ),
+    ({"feedback": "neutreno", "neutreno_lambda": True}, ("neutreno_lambda", "True")),
+    ({"feedback": "pid", "pid_gains": [True, 0, 0]}, ("pid_gains", "True")),
+    *(
+        ({name: value, "num_hidden_layers": 1}, (f"{name}={value!r}", "num_hidden_layers must be >= 2", "got 1"))
+        for name, value in (
+            ("feedback", "neutreno"),
+            ("feedback", "pid"),
+            ("residual", "twicing"),
+            ("residual", "sos"),
+            ("residual", "osher"),
+            ("content_kernel", "elliptical"),
+        )
+    ),
+    (
+        {"content_kernel": ["elliptical", "gaussian", "gaussian"]},
+        ("'elliptical' has no effect in layer 0", "'elliptical', 'gaussian', 'gaussian'"),
+    ),
     # Bandwidths.
     *(
         ({**GAUSSIAN, name: value}, (f"{name} must be a finite number > 0", f"got {bad!r}"))
@@ -246,6 +362,12 @@ MISSPELT = [
     ("share_position_projection", "share_position_projections"),
     ("residuals", "residual"),
     ("feedbacks", "feedback"),
+    ("neutreno_lamda", "neutreno_lambda"),
+    ("filter_backends", "filter_backend"),
+    ("pid_gain", "pid_gains"),
+    ("rotary_bases", "rotary_base"),
+    ("relative_attention_num_bucket", "relative_attention_num_buckets"),
+    ("relative_attention_max_distances", "relative_attention_max_distance"),
 ]
 
 
@@ -325,6 +447,25 @@ def test_rules_are_checked_when_the_model_is_built(backbone: str, field: str, va
         MODELS[backbone](config)
 
 
+def test_the_backend_is_chosen_at_run_time_and_never_saved(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    config = tiny("twicing", filter_backend="blocked")
+    assert config.filter_backend == "blocked"
+    assert tiny("twicing").filter_backend == "auto"
+    config.save_pretrained(tmp_path)
+    assert "backend" not in (tmp_path / "config.json").read_text(encoding="utf-8")
+    assert not any("backend" in key for key in config.to_dict())
+    assert type(config).from_pretrained(tmp_path).filter_backend == "auto"
+    assert type(config).from_pretrained(tmp_path, filter_backend="sdpa").filter_backend == "sdpa"
+    assert copy.deepcopy(config).filter_backend == "blocked"
+    config.filter_backend = "reference"
+    assert config.filter_backend == "reference"
+    for wrong in ("fast", "", None, 3):
+        with pytest.raises(ValueError, match="filter_backend must be one of auto, reference, sdpa, blocked, triton"):
+            config.filter_backend = wrong
+    with pytest.raises(ValueError, match="filter_backend must be one of"):
+        tiny("twicing", filter_backend="fast")
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Schedule, registries, imports
 # --------------------------------------------------------------------------------------------------------------------
@@ -348,8 +489,30 @@ def test_layer_schedule(tiny: Callable[..., Any], fields: dict[str, Any], booste
     assert [index for index, spec in enumerate(specs) if spec.is_boosted] == boosted
     assert [index for index, spec in enumerate(specs) if not is_stock_layer(config, spec)] == boosted
     if tiny is tiny_gpt2_config:
-        expected = [filter_spec.FILTER_LAYER_TYPE if index in boosted else "full_attention" for index in range(3)]
+        expected = [filter_axes.FILTER_LAYER_TYPE if index in boosted else "full_attention" for index in range(3)]
         assert config.layer_types == expected
+
+
+@pytest.mark.parametrize(
+    ("boosting", "steps", "expected"),
+    [
+        ("twicing", None, ("twicing", 2)),
+        ("osher", None, ("twicing", 2)),
+        ("osher", 5, ("twicing", 5)),
+        ("diffusion", None, ("diffusion", 2)),
+        ("sos", None, ("sos", 3)),
+        ("sos", 2, ("sos", 2)),
+    ],
+)
+def test_default_steps_and_the_alias(
+    tiny: Callable[..., Any], boosting: str, steps: int | None, expected: tuple[str, int]
+) -> None:
+    """Osher's iterative regularisation of a fixed linear filter is k-step twicing; the value is saved as given."""
+    config = tiny("softmax", boosting=boosting, boosting_steps=steps)
+    assert {(spec.boosting, spec.boosting_steps) for spec in config.layer_specs} == {expected}
+    assert config.boosting == boosting
+    mixed = tiny("softmax", boosting=["none", boosting, "sos"], boosting_steps=steps)
+    assert (mixed.layer_specs[1].boosting, mixed.layer_specs[1].boosting_steps) == expected
 
 
 def test_schedule_of_lists(tiny: Callable[..., Any]) -> None:
@@ -371,8 +534,12 @@ def test_schedule_of_lists(tiny: Callable[..., Any]) -> None:
         ({"position_kernel": "untied"}, False),
         ({"boosting": "twicing"}, False),
         ({"boosting": "twicing", "boosting_steps": 1}, False),
+        ({"position_kernel": "alibi"}, False),
         ({"learn_bandwidths": True}, False),
         ({"content_bandwidth": 2}, False),
+        ({"feedback": "pid"}, False),
+        ({"residual": "sos"}, True),
+        ({"content_kernel": ["dot_product", "dot_product", "elliptical"]}, False),
     ],
 )
 def test_which_layers_are_stock(tiny: Callable[..., Any], fields: dict[str, Any], stock: bool) -> None:
@@ -382,11 +549,11 @@ def test_which_layers_are_stock(tiny: Callable[..., Any], fields: dict[str, Any]
 
 def test_registries_have_the_allowed_keys() -> None:
     """A value that validation lets through has its function, and no function is unreachable."""
-    assert set(CONTENT_LOGITS) == set(CONTENT_COLUMNS) == set(filter_spec.CONTENT_KERNELS)
-    assert set(BOOSTING) == set(filter_spec.BOOSTINGS)
-    assert set(RESIDUAL) == set(filter_spec.RESIDUALS)
-    assert set(FEEDBACK) == set(filter_spec.FEEDBACKS)
-    assert [extra_streams(name, 3) for name in filter_spec.BOOSTINGS] == [0, 2]
+    assert set(CONTENT_LOGITS) == set(CONTENT_COLUMNS) == set(filter_axes.CONTENT_KERNELS)
+    assert set(BOOSTING) == set(filter_axes.BOOSTINGS)
+    assert set(RESIDUAL) == set(filter_axes.RESIDUALS)
+    assert set(FEEDBACK) == set(filter_axes.FEEDBACKS)
+    assert [extra_streams(name, 3) for name in filter_axes.BOOSTINGS] == [0, 2]
 
 
 def test_filter_spec_needs_neither_torch_nor_transformers(run_python: RunPython) -> None:

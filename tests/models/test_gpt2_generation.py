@@ -181,7 +181,9 @@ def test_boosted_layers_keep_streams_and_others_none(variant: str) -> None:
     cache = model(token_ids()).past_key_values
     for spec, layer in zip(model.config.layer_specs, cache.layers, strict=True):
         streams = getattr(layer, "streams", [])
-        assert len(streams) == (spec.boosting_steps - 1 if spec.is_boosted else 0)
+        assert len(streams) == {"none": 0, "learned": 1, "gradient_boosted": 2}.get(
+            spec.boosting, spec.boosting_steps - 1
+        )
         assert all(stream.shape == (2, 4, 9, 5) for stream in streams)
 
 

@@ -24,14 +24,18 @@ from hf_imgproc_attn.models.modeling_imgproc_gpt2 import (
 )
 from tests.models.helpers import GPT2, sharpen_
 from tests.models.variants import (
+    ALL_STOCK,
     BOOSTED,
     IMPLEMENTATIONS,
+    SOME_STOCK,
     VARIANTS,
     VOCABULARY,
     assert_same_gradients,
     gpt2_config,
     gradients,
+    heads_by_hand,
     pad,
+    recorded_call,
     token_ids,
 )
 
@@ -280,20 +284,30 @@ def test_attentions_are_the_operator_that_multiplies_v(variant: str, padding: st
     model = build_double(variant, "eager")
     inputs = padded_batch(padding)
     real = inputs.get("attention_mask", torch.ones(2, 9)).bool()
-    for layer, block in enumerate(model.transformer.h):
-        with recorded(block.attn.c_attn, "output") as projected, recorded(block.attn.c_proj, "input") as mixed:
-            attentions = model(**inputs, use_cache=False, output_attentions=True).attentions
-        operator = attentions[layer]
-        assert len(attentions) == model.config.n_layer
-        assert operator.shape == (2, model.config.n_head, 9, 9)
+    output, seen = recorded_call(model, **inputs, use_cache=False, output_attentions=True)
+    heads, names = model.config.n_head, [f"transformer.h.{layer}.attn" for layer in range(model.config.n_layer)]
+    assert len(output.attentions) == model.config.n_layer
+    values = [seen[f"{name}.c_attn"].output.chunk(3, dim=-1)[2] for name in names]
+    values = [value.view(2, 9, heads, -1).transpose(1, 2) for value in values]
+    for layer, (name, operator) in enumerate(zip(names, output.attentions, strict=True)):
+        two_maps = model.config.layer_specs[layer].boosting == "gradient_boosted"
+        assert operator.shape == ((2, 2, heads, 9, 9) if two_maps else (2, heads, 9, 9))
+        maps = operator.view(2, -1, heads, 9, 9)
+        operator = maps.flatten(1, 2)
         assert operator.triu(1).transpose(1, 2)[real].abs().max() == 0
         sums = operator.sum(-1).transpose(1, 2)[real]
         torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-12)
-        value = projected[0].chunk(3, dim=-1)[2].view(2, 9, model.config.n_head, -1).transpose(1, 2)
-        output = (operator @ value).transpose(1, 2).flatten(2)
-        torch.testing.assert_close(output[real], mixed[0][real], rtol=0, atol=1e-12)
+        wanted = heads_by_hand(model.config, layer, maps, values, seen, name)
+        torch.testing.assert_close(wanted[real], seen[f"{name}.c_proj"].input[real], rtol=0, atol=1e-12)
         hidden_keys = ~real[:, None, None, :] & real[:, None, :, None]
         assert operator.masked_select(hidden_keys).abs().sum() == 0
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_which_layers_run_the_stock_code(variant: str) -> None:
+    stock = [block.attn.filter.is_stock for block in build(variant).transformer.h]
+    assert any(stock) == (variant in SOME_STOCK)
+    assert all(stock) == (variant in ALL_STOCK)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -447,7 +461,7 @@ def test_four_dimensional_masks_hide_what_the_flat_mask_hides(variant: str, kind
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_additive_mask_values_are_added_to_the_logits(variant: str, implementation: str) -> None:
     """Moderate values are a bias on the logits, as in the stock model: log 3 counts a key three times."""
-    model = build_double(variant, implementation, boosting="none", boosting_steps=2, boosted_layers=None)
+    model = build_double(variant, implementation, boosting="none", boosting_steps=None, boosted_layers=None)
     ids = token_ids(batch=1, length=6)
     tripled = torch.cat((ids[:, :1], ids[:, :1], ids), dim=1)
     allowed, all_allowed = torch.ones(6, 6).tril().bool(), torch.ones(8, 8).tril().bool()

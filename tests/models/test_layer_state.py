@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import DynamicCache, GPT2LMHeadModel, ViTForImageClassification
 
-from hf_imgproc_attn.models import filter_spec
+from hf_imgproc_attn.models import filter_rules
 from hf_imgproc_attn.models.filter_feedback import FEEDBACK, RESIDUAL, LayerState
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2Block, ImgProcGPT2LMHeadModel
 from hf_imgproc_attn.models.modeling_imgproc_vit import ImgProcViTForImageClassification, ImgProcViTLayer
@@ -48,24 +48,20 @@ def three_terms(output: torch.Tensor, value: torch.Tensor, state: LayerState) ->
 
 
 def remainder(hidden: torch.Tensor, state: LayerState) -> Residual:
-    """x + f(x_0 - x), layer 0 standard."""
-    if state.first_hidden is None:
-        return hidden, hidden, state._replace(first_hidden=hidden)
+    """x + f(x_0 - x)."""
     return state.first_hidden - hidden, hidden, state
 
 
 def opposed(hidden: torch.Tensor, state: LayerState) -> Residual:
-    """f(x_0 + x) - x, layer 0 standard."""
-    if state.first_hidden is None:
-        return hidden, hidden, state._replace(first_hidden=hidden)
+    """f(x_0 + x) - x."""
     return state.first_hidden + hidden, -hidden, state
 
 
 def accumulated(hidden: torch.Tensor, state: LayerState) -> Residual:
-    """x + f(x_0 + sum_{1 <= m <= l} (x_0 - x_m)), layer 0 standard."""
-    if state.first_hidden is None:
-        return hidden, hidden, state._replace(first_hidden=hidden, hidden_sum=torch.zeros_like(hidden))
-    total = state.hidden_sum + state.first_hidden - hidden
+    """x + f(x_0 + sum_{1 <= m <= l} (x_0 - x_m))."""
+    total = state.first_hidden - hidden
+    if state.hidden_sum is not None:
+        total = total + state.hidden_sum
     return state.first_hidden + total, hidden, state._replace(hidden_sum=total)
 
 
@@ -87,8 +83,8 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     for table, schemes in ((FEEDBACK, FEEDBACKS), (RESIDUAL, RESIDUALS)):
         for name, function in schemes.items():
             monkeypatch.setitem(table, name, function)
-    monkeypatch.setattr(filter_spec, "FEEDBACKS", ("none", *FEEDBACKS))
-    monkeypatch.setattr(filter_spec, "RESIDUALS", ("standard", *RESIDUALS))
+    monkeypatch.setattr(filter_rules, "FEEDBACKS", (*filter_rules.FEEDBACKS, *FEEDBACKS))
+    monkeypatch.setattr(filter_rules, "RESIDUALS", (*filter_rules.RESIDUALS, *RESIDUALS))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -252,8 +248,11 @@ def test_what_the_state_holds(backbone: str, states: list[tuple[torch.Tensor | N
     length = 9 if backbone == "gpt2" else 16
     shapes = LayerState(*[(2, length, 20)] * 2, *[(2, 4, length, 5)] * 3)
     assert len(states) == 3
+    assert [state[1] is None for state in states] == [True, False, False]  # a sum over blocks from 1 on
     for state in map(LayerState._make, states):
-        assert [tensor.shape for tensor in state] == [torch.Size(shape) for shape in shapes]
+        assert [tensor.shape for tensor in state if tensor is not None] == [
+            torch.Size(shape) for shape, tensor in zip(shapes, state, strict=True) if tensor is not None
+        ]
     first, last = LayerState._make(states[0]), LayerState._make(states[-1])
     assert last.first_hidden is first.first_hidden
     assert last.first_value is first.first_value

@@ -19,10 +19,13 @@ from tests.models.helpers import VIT, sharpen_
 from tests.models.variants import (
     BOOSTED,
     IMPLEMENTATIONS,
+    SOME_STOCK,
     VARIANTS,
     assert_same_gradients,
     gradients,
+    heads_by_hand,
     images,
+    recorded_call,
     vit_config,
 )
 
@@ -36,9 +39,6 @@ HEADS = {
 SQUARE = {"image_size": 12}
 
 TOKENS = 16  # 5 x 3 patches and the class token
-
-# Stock ViT layers compute their softmax in float32 under eager, whatever the model's precision.
-STOCK_LAYERS = {"softmax", "three_steps"}
 
 STOCK_IN_DISGUISE: dict[str, dict[str, Any]] = {
     "one_step": {"boosting": "twicing", "boosting_steps": 1},
@@ -214,18 +214,23 @@ def test_eager_equals_sdpa(variant: str, mask: str) -> None:
         loss = torch.nn.functional.cross_entropy(logits, torch.tensor([2, 0])) + states[:, 1:].sin().mean()
         results.append((states, gradients(model, loss)))
     (eager, eager_gradients), (sdpa, sdpa_gradients) = results
-    exact = variant not in STOCK_LAYERS
+    # Stock ViT layers compute their softmax in float32 under eager, whatever the model's precision.
+    exact = variant not in SOME_STOCK
     torch.testing.assert_close(
         eager, sdpa, **({"rtol": 1e-10, "atol": 1e-11} if exact else {"rtol": 1e-5, "atol": 1e-5})
     )
     assert_same_gradients(eager_gradients, sdpa_gradients, **({} if exact else {"rtol": 1e-4, "atol": 1e-4}))
     # A key's bias adds the same number to a whole row of dot products.
     flat_directions = {name for name, value in sdpa_gradients.items() if value.abs().max() < 1e-12}
-    assert {name.split(".")[-2] for name in flat_directions} <= {"k_proj"}
+    assert {name.split(".")[-2] for name in flat_directions} <= {"k_proj", "key"}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_heads_of_another_width_than_the_hidden_size_says(variant: str) -> None:
+    if "gradient_boosted" in {spec.boosting for spec in vit_config(variant).layer_specs}:
+        with pytest.raises(ValueError, match=r"'gradient_boosted' subtracts .* hidden_size = 20, got 4 \* 8"):
+            build(variant, head_dim=8)
+        return
     eager, sdpa = (build(variant, name, head_dim=8)(images()).logits for name in IMPLEMENTATIONS)
     torch.testing.assert_close(eager, sdpa, rtol=1e-4, atol=1e-4)
 
@@ -239,7 +244,7 @@ def test_attention_dropout_draws_one_mask_for_all_passes(variant: str, implement
     torch.manual_seed(3)
     model.set_attn_implementation("eager")
     wanted = model(images().double()).logits
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4 if variant in STOCK_LAYERS else 1e-9)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4 if variant in SOME_STOCK else 1e-9)
     assert (got - model.eval()(images().double()).logits).abs().max() > 0.01
 
 
@@ -255,23 +260,23 @@ def test_attentions_are_the_operator_that_multiplies_v(variant: str, masked: boo
     mask = torch.ones(2, TOKENS)
     if masked:
         mask[1, [3, 15]] = 0
-    tolerance = 1e-5 if variant in STOCK_LAYERS else 1e-12
-    for index, layer in enumerate(model.vit.layers):
-        attention = layer.attention
-        with recorded(attention.v_proj, "output") as values, recorded(attention.o_proj, "input") as mixed:
-            attentions = model(images().double(), attention_mask=mask, output_attentions=True).attentions
-        operator = attentions[index]
-        assert len(attentions) == model.config.num_hidden_layers
-        assert operator.shape == (2, model.config.num_attention_heads, TOKENS, TOKENS)
-        sums = operator.sum(-1)
+    tolerance = 1e-5 if variant in SOME_STOCK else 1e-12
+    output, calls = recorded_call(model, images().double(), attention_mask=mask, output_attentions=True)
+    heads, names = model.config.num_attention_heads, [f"vit.layers.{layer}.attention" for layer in range(3)]
+    assert len(output.attentions) == model.config.num_hidden_layers
+    values = [calls[f"{name}.v_proj"].output.view(2, TOKENS, heads, -1).transpose(1, 2) for name in names]
+    seen = mask[1].bool()
+    for layer, (name, operator) in enumerate(zip(names, output.attentions, strict=True)):
+        two_maps = model.config.layer_specs[layer].boosting == "gradient_boosted"
+        assert operator.shape == ((2, 2, heads, TOKENS, TOKENS) if two_maps else (2, heads, TOKENS, TOKENS))
+        maps = operator.view(2, -1, heads, TOKENS, TOKENS)
+        sums = maps.sum(-1)
         torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=tolerance)
-        value = values[0].view(2, TOKENS, model.config.num_attention_heads, -1).transpose(1, 2)
-        output = (operator @ value).transpose(1, 2).flatten(2)
-        torch.testing.assert_close(output[0], mixed[0][0], rtol=0, atol=tolerance)
-        seen = mask[1].bool()
-        torch.testing.assert_close(output[1, seen], mixed[0][1, seen], rtol=0, atol=tolerance)
+        wanted, mixed = heads_by_hand(model.config, layer, maps, values, calls, name), calls[f"{name}.o_proj"].input
+        torch.testing.assert_close(wanted[0], mixed[0], rtol=0, atol=tolerance)
+        torch.testing.assert_close(wanted[1, seen], mixed[1, seen], rtol=0, atol=tolerance)
         if masked:
-            assert operator[1][:, seen][..., ~seen].abs().sum() == 0
+            assert maps[1][..., seen, :][..., ~seen].abs().sum() == 0
 
 
 @pytest.mark.parametrize(("preset", "plain"), [("twicing", "softmax"), ("bilateral_twicing", "bilateral")])
@@ -349,14 +354,14 @@ def test_hidden_states_and_return_dict_false(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_patches_know_where_they_are(variant: str) -> None:
-    """Exchanging two patches of the image changes the class token's output; not in the model without positions."""
+    """Exchanging two patches of the image changes the class token's output; not in a model without positions."""
     model = build_double(variant)
+    sees_positions = any(spec.position_kernel != "none" for spec in model.config.layer_specs)
     pixels = images().double()
     swapped = pixels.clone()
     swapped[..., :4, :4], swapped[..., 16:, 8:] = pixels[..., 16:, 8:], pixels[..., :4, :4]
-    assert (model(swapped).logits - model(pixels).logits).abs().max() > 1e-3
-    blind = build_double("softmax", position_kernel="none")
-    torch.testing.assert_close(blind(swapped).logits, blind(pixels).logits, rtol=0, atol=1e-10)
+    difference = (model(swapped).logits - model(pixels).logits).abs().max()
+    assert difference > 1e-3 if sees_positions else difference < 1e-10
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -45,9 +45,30 @@ CUSTOM: dict[str, dict[str, Any]] = {
         "boosted_layers": [-1],
     },
     "three_steps": {"boosting": "twicing", "boosting_steps": 3, "boosted_layers": [0, -1]},
+    "mixed_boosters": {
+        "content_kernel": ["gaussian", "dot_product", "gaussian"],
+        "boosting": ["learned", "diffusion", "gradient_boosted"],
+        "boosting_steps": [2, 3, 2],
+        "residual": "osher",
+        "feedback": "neutreno",
+    },
+    "looking_back": {
+        "position_kernel": "gaussian",
+        "learn_bandwidths": True,
+        "boosting": "osher",
+        "boosting_steps": 3,
+        "boosted_layers": [1],
+        "residual": "sos",
+        "feedback": "pid",
+        "pid_gains": [0.4, -0.2, 0.3],
+    },
 }
 VARIANTS = (*PRESETS, *CUSTOM)
 BOOSTED = tuple(name for name in VARIANTS if "boosting" in {**PRESETS, **CUSTOM}[name])
+ALL_STOCK = ("softmax", "nope", "boosted_residual")
+"""Variants whose every attention is the stock one."""
+SOME_STOCK = (*ALL_STOCK, "three_steps")
+"""Variants with a layer whose attention is the stock one."""
 
 
 def gpt2_config(variant: str = "softmax", **overrides: Any) -> ImgProcGPT2Config:
@@ -85,6 +106,65 @@ def pad(ids: torch.Tensor, row: int, length: int, side: str) -> dict[str, torch.
 def images(batch: int = 2, height: int = 20, width: int = 12, seed: int = 2) -> torch.Tensor:
     """Random images, ``[batch, 2, height, width]``."""
     return torch.randn(batch, 2, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+class Call(NamedTuple):
+    """The first input and the output of a module."""
+
+    input: Any
+    output: Any
+
+
+def recorded_call(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Call]]:
+    """A model's output, and what went into and came out of each of its modules, by name."""
+    seen: dict[str, Call] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda _, inputs, output: seen.__setitem__(name, Call(inputs[0] if inputs else None, output))
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
+    try:
+        return model(*args, **kwargs), seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def heads_by_hand(
+    config: Any, layer: int, maps: torch.Tensor, values: list[torch.Tensor], seen: dict[str, Call], name: str
+) -> torch.Tensor:
+    """What the output projection of a layer reads, from the attentions that the model returned.
+
+    Args:
+        config: of the model.
+        layer: its index.
+        maps: ``[batch, maps, heads, length, length]``: one operator on V, or the two filters of gradient boosting.
+        values: V of this layer and all before it, ``[batch, heads, length, head_dim]``.
+        seen: of the call.
+        name: of the layer's attention module.
+    """
+
+    def merged(heads: torch.Tensor) -> torch.Tensor:
+        return heads.transpose(1, 2).flatten(2)
+
+    value = values[layer]
+    output = merged(maps[:, 0] @ value)
+    if maps.shape[1] == 2:
+        boosting = f"{name}.filter.gradient_boosting"
+        second = seen[f"{boosting}.value"].output.view(value.transpose(1, 2).shape).transpose(1, 2)
+        correction = merged(maps[:, 1] @ second)
+        gate = seen[f"{boosting}.gate"]
+        torch.testing.assert_close(gate.input, torch.cat((output, correction), dim=-1), rtol=0, atol=1e-12)
+        output = output + gate.output.sigmoid() * correction
+    errors = [values[0] - earlier for earlier in values[: layer + 1]]
+    if layer and config.feedback == "neutreno":
+        strength = {"imgproc_gpt2": 0.4, "imgproc_vit": 0.6}[config.model_type]
+        output = output + strength * merged(errors[layer])
+    if layer and config.feedback == "pid":
+        gains = config.pid_gains or (0.5, 0.05, 0.05)
+        terms = (errors[layer], sum(errors), errors[layer] - errors[layer - 1])
+        output = output + merged(sum(gain * term for gain, term in zip(gains, terms, strict=True)))
+    return output
 
 
 def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,0 +1,108 @@
+"""Attention as an image filter, in the form of ``torch.nn.functional.scaled_dot_product_attention``."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .models.filter_arguments import check_options, check_tensors, check_terms
+from .models.filter_dispatch import Request, run_backend
+
+
+def filter_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    boosting: str = "none",
+    boosting_steps: int = 2,
+    query_features: torch.Tensor | None = None,
+    key_features: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Filter the values: A = softmax(scale q.k + a.b + bias), then p(A) V with p the booster's polynomial.
+
+    The first arguments are those of ``torch.nn.functional.scaled_dot_product_attention``, which this function equals
+    where only they are given (rows that see no key give 0). The spatial kernel of a bilateral filter
+    (arXiv 2506.10371) enters through features or a bias: ``logits_ij = scale q_i.k_j + a_i.b_j + bias_ij``.
+
+    Args:
+        query: ``[batch, heads, length, head_dim]``.
+        key: ``[batch, heads, key_length, head_dim]``.
+        value: ``[batch, heads, key_length, d]``.
+        attn_mask: boolean (True = visible) or additive float (values near the smallest number of its dtype hide a key),
+            broadcastable to ``[batch, heads, length, key_length]``, or None.
+        dropout_p: probability on A, in [0, 1). A boosted filter uses one mask for all its passes.
+        is_causal: whether query i sees keys j <= i only; square, and not together with ``attn_mask``.
+        scale: factor on q.k. None: 1/sqrt(head_dim), of the queries without their features.
+        enable_gqa: whether key and value may have fewer heads than the query, a divisor of them.
+        boosting: ``"none"``, ``"twicing"`` (I - (I - A)^k on V, k = 2: 2A - A^2; arXiv 2503.00687, equation 8) or
+            another key of ``filter_boosting.BOOSTING``. A has to be square.
+        boosting_steps: k >= 1; without boosting it means nothing.
+        query_features: a, ``[batch or 1, heads or 1, length, c]``, or None. They are not multiplied by ``scale``.
+        key_features: b, ``[batch or 1, key heads or 1, key_length, c]``, or None.
+        position_bias: added to the logits, broadcastable to ``[batch, heads, length, key_length]``, or None.
+        backend: ``"auto"`` (by measured shape), ``"reference"`` (dense, at least float32), ``"sdpa"`` (one
+            ``scaled_dot_product_attention`` a pass), ``"blocked"`` (each weight once where A is causal or short; linear
+            memory), ``"triton"`` or ``"flex"``.
+
+    Returns:
+        ``[batch, heads, length, d]`` in the value's dtype.
+
+    Raises:
+        ValueError: naming the argument, for wrong shapes, dtypes or values, for a boosted filter whose A is not square,
+            and for a back-end that is not there or cannot serve the call.
+    """
+    check_tensors(query, key, value)
+    check_options(boosting, boosting_steps, dropout_p)
+    if query.shape[1] != key.shape[1] and not enable_gqa:
+        raise ValueError(
+            f"query and key must have the same number of heads unless enable_gqa, got {query.shape[1]}, {key.shape[1]}"
+        )
+    if is_causal and attn_mask is not None:
+        raise ValueError("attn_mask must be None with is_causal=True: put causality into the mask")
+    if query.shape[2] != key.shape[2]:
+        lengths = f"got {query.shape[2]} queries and {key.shape[2]} keys"
+        if is_causal:
+            raise ValueError(f"is_causal needs as many queries as keys, {lengths}: use attn_mask")
+        if boosting != "none":
+            raise ValueError(
+                f"boosting={boosting!r} applies A to its own output and needs as many queries as keys, {lengths}"
+            )
+    attn_mask, position_bias = check_terms(query, key, attn_mask, position_bias)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if query_features is not None or key_features is not None:
+        if query_features is None or key_features is None:
+            raise ValueError("query_features and key_features must be given together, got only one of them")
+        query = torch.cat([query * scale, _features("query_features", query_features, query)], dim=-1)
+        key = torch.cat([key, _features("key_features", key_features, key)], dim=-1)
+        if query.shape[-1] != key.shape[-1]:
+            raise ValueError(
+                f"query_features and key_features must have the same width, got {query_features.shape[-1]} and "
+                f"{key_features.shape[-1]}"
+            )
+        scale = 1.0
+        padding = (0, -query.shape[-1] % 8)  # fused kernels want a multiple of 8
+        query, key = nn.functional.pad(query, padding), nn.functional.pad(key, padding)
+    request = Request(
+        query, key, value, attn_mask, position_bias, is_causal, scale, dropout_p, boosting, boosting_steps
+    )
+    return run_backend(backend, request)
+
+
+def _features(name: str, features: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
+    """Features in the dtype and with the batch and heads of the tensor that they go beside."""
+    batch, heads, length, _ = beside.shape
+    shape = tuple(features.shape)
+    fits = features.ndim == 4 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2] == length
+    if not fits or not features.is_floating_point():
+        raise ValueError(
+            f"{name} must be floating, [{batch} or 1, {heads} or 1, {length}, c], got {shape} of {features.dtype}"
+        )
+    return features.to(beside.dtype).expand(batch, heads, -1, -1)

@@ -1,0 +1,63 @@
+"""Tensors that grow row by row without being copied at every step, for cached decoding.
+
+``torch.cat`` moves the whole cache for every token, and on the CPU it asks the system for fresh memory each time: at
+1,024 tokens that costs several times the attention itself.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_MIN_SPARE_ROWS = 64
+
+
+class GrowingRows:
+    """Appends along the last but one axis, in place where there is room.
+
+    What is returned is a view of a buffer with up to a quarter of spare rows. Rows that were appended once never
+    change, but those that a crop gave up are written again. Plain concatenation is used where writing in place could
+    be seen: under autograd, in traced code, and on tensors of inference mode outside it.
+    """
+
+    def __init__(self) -> None:
+        self.buffer: torch.Tensor | None = None
+
+    def append(self, stored: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+        """Put rows behind what is stored.
+
+        Args:
+            stored: ``[..., length, width]``: what the previous call returned, or what has taken its place (a part of
+                it, other batch rows, another device); None or an empty tensor: nothing yet.
+            rows: ``[..., new, width]``.
+
+        Returns:
+            ``[..., length + new, width]``.
+        """
+        if stored is None or stored.numel() == 0:
+            return rows
+        needs_graph = torch.is_grad_enabled() and (rows.requires_grad or stored.requires_grad)
+        # Written in place, rows of another batch would be broadcast and rows of another precision rounded.
+        alike = rows.shape[:-2] == stored.shape[:-2] and rows.dtype == stored.dtype
+        if needs_graph or not alike or torch.compiler.is_compiling():
+            return torch.cat([stored, rows], dim=-2)
+        length, total = stored.shape[-2], stored.shape[-2] + rows.shape[-2]
+        if self.buffer is None or not self._continues(stored, total):
+            spare = max(total // 4, _MIN_SPARE_ROWS)
+            self.buffer = stored.new_empty(*stored.shape[:-2], total + spare, stored.shape[-1])
+            self.buffer[..., :length, :] = stored
+        self.buffer[..., length:total, :] = rows
+        return self.buffer[..., :total, :]
+
+    def _continues(self, stored: torch.Tensor, total: int) -> bool:
+        """Whether the buffer begins with what is stored and has room for ``total`` rows."""
+        buffer = self.buffer
+        return (
+            buffer is not None
+            and buffer.device == stored.device
+            and buffer.dtype == stored.dtype
+            and buffer.shape[:-2] == stored.shape[:-2]
+            and buffer.stride() == stored.stride()
+            and buffer.data_ptr() == stored.data_ptr()
+            and buffer.shape[-2] >= total
+            and (torch.is_inference_mode_enabled() or not buffer.is_inference())
+        )

@@ -1,0 +1,118 @@
+"""Gradient boosting in one layer: a second attention filters what the first one left over (arXiv 2604.03190).
+
+    F = Attn_0(z),   c = Attn_1(z - F),   g = sigmoid(W_g [F ; c]),   output = W_O (F + g * c)
+
+z is the input of the attention after its norm, F and c are the heads side by side before the output projection, so the
+head width times the number of heads must be the hidden size. Attn_1 has projections of its own, and g is one number a
+feature and token. This is not an operator on V: there are two attention maps, and decoding caches a second K and V.
+
+*Choices* that the paper leaves open or that this framework makes:
+- Attn_1 applies the same filter as Attn_0: content and position kernels, bandwidths and position projections are
+  shared; only the projections of the tokens differ.
+- The value projection of Attn_1 starts at zero, so that a model starts as the one without boosting, and so that a
+  converted checkpoint computes what it did; it is the first to learn, the others follow.
+- Under ``elliptical`` the layer "before" Attn_1 is Attn_0 of the same layer. Layer 0 has no metric in either.
+- Dropout draws a mask for each of the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+"""(query, key, value), each ``[batch, heads, length, head_dim]``, to the filtered value and the attention map."""
+
+
+class GradientBoosting(nn.Module):
+    """The projections of the second attention and the gate.
+
+    Args:
+        hidden_size: width of the tokens.
+        num_heads: number of heads.
+        head_dim: width of a head.
+
+    Raises:
+        ValueError: if the heads side by side are not as wide as the tokens.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        if num_heads * head_dim != hidden_size:
+            raise ValueError(
+                "boosting 'gradient_boosted' subtracts the heads' output from the input: num_attention_heads * "
+                f"head_dim must be hidden_size = {hidden_size}, got {num_heads} * {head_dim}"
+            )
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key = nn.Linear(hidden_size, hidden_size)
+        self.value = nn.Linear(hidden_size, hidden_size)
+        self.gate = nn.Linear(2 * hidden_size, hidden_size)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start from nothing to add; called by the models' ``_init_weights`` after the layers' own."""
+        init.zeros_(self.value.weight)
+        init.zeros_(self.value.bias)
+
+    def forward(
+        self, hidden_states: torch.Tensor, output: torch.Tensor, weights: torch.Tensor | None, attend: Attention
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """F + g * c.
+
+        Args:
+            hidden_states: z, ``[batch, length, hidden_size]``.
+            output: F, ``[batch, heads, length, head_dim]``.
+            weights: the first map ``[batch, heads, length, key_length]`` or None.
+            attend: the second attention.
+
+        Returns:
+            ``[batch, heads, length, head_dim]``, and both maps ``[batch, 2, heads, length, key_length]`` or None.
+        """
+        first = output.transpose(1, 2).flatten(2)
+        shape = (*first.shape[:-1], self.num_heads, self.head_dim)
+        rest = hidden_states - first
+        query, key, value = (layer(rest).view(shape).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        correction, second_weights = attend(query, key, value)
+        correction = correction.transpose(1, 2).flatten(2)
+        gate = torch.sigmoid(self.gate(torch.cat((first, correction), dim=-1)))
+        output = (first + gate * correction).view(shape).transpose(1, 2)
+        if weights is None or second_weights is None:
+            return output, None
+        return output, torch.stack((weights, second_weights), dim=1)
+
+
+class SecondCache:
+    """Shows the second attention of a layer its part of a cache: further streams of the same cache layer.
+
+    Args:
+        cache: a cache whose layer holds streams.
+        layer_idx: index of the layer.
+        first_stream: streams that the first attention keeps; key, value and the rest come behind them.
+    """
+
+    def __init__(self, cache: Any, layer_idx: int, first_stream: int) -> None:
+        self._layer, self._first = cache.layers[layer_idx], first_stream
+        # Where the filter looks for the layer's streams.
+        self.layers = [self] * (layer_idx + 1)
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append key and value of the new tokens and return all of them."""
+        rows = (key, value)
+        full_key, full_value = (self._layer.update_stream(self._first + i, row) for i, row in enumerate(rows))
+        return full_key, full_value
+
+    def update_stream(self, index: int, rows: torch.Tensor) -> torch.Tensor:
+        """As of the cache layer."""
+        whole: torch.Tensor = self._layer.update_stream(self._first + 2 + index, rows)
+        return whole
+
+    def last_row(self, index: int) -> torch.Tensor | None:
+        """As of the cache layer."""
+        row: torch.Tensor | None = self._layer.last_row(self._first + 2 + index)
+        return row
