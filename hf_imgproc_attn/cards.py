@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from . import card_facts
 from .card_baseline import check_same_recipe, environment_differences
 from .card_results import Measurement, check_results, evaluation_results, measurements, result_rows
-from .card_variants import PACKAGE_PAPERS, PAPERS, VARIANTS
+from .card_variants import VARIANTS
+from .papers import PACKAGE_PAPERS, PAPERS
 from .shipped_files import shipped_file
 from .training_support import run_record
 from .training_support.errors import UsageError, require_extras

@@ -19,9 +19,10 @@ from huggingface_hub import ModelCard
 
 from hf_imgproc_attn import PRESETS
 from hf_imgproc_attn.card_results import METRICS, check_results
-from hf_imgproc_attn.card_variants import PACKAGE_PAPERS, PAPERS, VARIANTS
+from hf_imgproc_attn.card_variants import VARIANTS
 from hf_imgproc_attn.cards import RunResults, load_results, render_card
 from hf_imgproc_attn.models.filter_spec import preset_fields
+from hf_imgproc_attn.papers import PACKAGE_PAPERS, PAPERS
 from hf_imgproc_attn.training_support.argument_parser import parse_arguments
 from hf_imgproc_attn.training_support.arguments import (
     IMAGE_TRAINER_DEFAULTS,

@@ -1,4 +1,4 @@
-"""Errors that a user can mend, shown as one line, and the check for the optional packages that training needs."""
+"""Errors that a user can mend, shown as one line, and the check for optional packages."""
 
 import importlib.util
 import sys
@@ -9,6 +9,7 @@ _EXTRAS: dict[str, tuple[str, ...]] = {
     "robustness": ("foolbox",),
     "viz": ("matplotlib",),
     "hub": ("jinja2", "matplotlib"),
+    "filters": ("matplotlib", "numpy", "PIL", "skimage"),
 }
 
 
@@ -20,7 +21,7 @@ def require_extras(*extras: str) -> None:
     """Check that the packages of the named extras are installed.
 
     Args:
-        extras: names among ``train``, ``robustness``, ``viz`` and ``hub``.
+        extras: names among ``train``, ``robustness``, ``viz``, ``hub`` and ``filters``.
 
     Raises:
         UsageError: names the packages that are missing and the extra that brings them.

@@ -160,12 +160,12 @@ def weights_sha256(folder: str) -> dict[str, str]:
     return digests
 
 
-def package_versions() -> dict[str, str | None]:
-    """Versions of Python, this package and those that take part in training; None for one that is not installed."""
+def package_versions(*further: str) -> dict[str, str | None]:
+    """Versions of Python, this package, those that take part in training and ``further`` ones; None: not installed."""
     from hf_imgproc_attn import __version__
 
     versions: dict[str, str | None] = {"python": platform.python_version(), "hf_imgproc_attn": __version__}
-    for name in _PACKAGES:
+    for name in (*_PACKAGES, *further):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
