@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from . import kernels
 from .models.filter_arguments import check_options, check_tensors, check_terms
-from .models.filter_dispatch import Request, run_backend
+from .models.filter_dispatch import BACKENDS, Backend, Request, run_backend
+
+kernels.register(BACKENDS, Backend)
 
 
 def filter_attention(

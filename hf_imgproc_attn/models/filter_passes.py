@@ -111,7 +111,9 @@ class _GroupInputs:
         """x_m of all keys, ``[pairs, key_length, d]``."""
         return self.all[..., self.columns(stream)] if stream else self.value
 
-    def combine(self, stream: int, index: int, smooth: torch.Tensor, rows: slice, coefficients: tuple[float, ...]) -> None:
+    def combine(
+        self, stream: int, index: int, smooth: torch.Tensor, rows: slice, coefficients: tuple[float, ...]
+    ) -> None:
         """Add s_index to x_stream of a block; the first s_j that it has brings the share of V."""
         share, factor = coefficients[0], coefficients[index + 1]
         if not factor:
