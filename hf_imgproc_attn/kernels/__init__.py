@@ -1,15 +1,15 @@
 """Fused kernels for NVIDIA GPUs, written in Triton: optional, and no part of what a checkpoint takes along.
 
 Twicing, ``(2A - A^2) V``, without A in memory, forward and backward, with head widths up to 128, float16 and bfloat16,
-causal or not, with an optional mask of padded keys. Three algorithms (:mod:`.operator` chooses by shape):
+causal or not, with an optional mask of padded keys. Three algorithms (:mod:`.twicing` chooses by shape):
 
     module                 for                                   N x N products, forward / backward (plain: 2 / 5)
     triton_short           not causal, N <= 256, width <= 64     3 / 8
     triton_single_pass     causal, heads enough for the device   3 / 7
     triton_general         everything else                       4 / 8, or 11 in a fixed order of additions
 
-*Checked* without a GPU: outputs and gradients against float64 in Triton's interpreter; every kernel compiles for compute
-capability 9.0 (H100), where its products are warp-group instructions and its tiles fit into shared memory.
+*Checked* without a GPU: outputs and gradients against float64 in Triton's interpreter; every kernel compiles for
+compute capability 9.0 (H100), where its products are warp-group instructions and its tiles fit into shared memory.
 
 *Not measured:* time, on any GPU; the choice between the algorithms is by the number of products; numerical error
 on a device. ``python -m hf_imgproc_attn.kernels.check`` measures them on a machine with a CUDA device.
@@ -112,7 +112,7 @@ def refuses(request: Any) -> str | None:
 
 def run(request: Any) -> torch.Tensor:
     """Serve a request that is not refused: ``[batch, heads, length, head_dim]``."""
-    from .operator import twicing_attention
+    from .twicing import twicing_attention
 
     key_mask = request.attn_mask
     if key_mask is not None:
@@ -122,17 +122,25 @@ def run(request: Any) -> torch.Tensor:
     )
 
 
-def register(backends: MutableMapping[str, Any], backend_type: Any = TritonBackend) -> bool:
-    """Insert ``"triton"`` into a table of back-ends, where the package triton is there.
+def register(backends: MutableMapping[str, Any], backend_type: Any = TritonBackend) -> None:
+    """Insert ``"flex"`` into a table of back-ends, and ``"triton"`` where the package triton is there.
 
     Args:
         backends: from names to back-ends.
-        backend_type: what the table holds, made of :func:`run` and :func:`refuses`.
-
-    Returns:
-        Whether it was inserted.
+        backend_type: what the table holds, made of a function that runs a request and one that refuses it.
     """
-    if not _TRITON_IS_THERE:
-        return False
-    backends["triton"] = backend_type(run, refuses)
-    return True
+    backends["flex"] = backend_type(_run_flex, _flex_refuses)
+    if _TRITON_IS_THERE:
+        backends["triton"] = backend_type(run, refuses)
+
+
+def _run_flex(request: Any) -> torch.Tensor:
+    from . import flex
+
+    return flex.run(request)
+
+
+def _flex_refuses(request: Any) -> str | None:
+    from . import flex
+
+    return flex.refuses(request)

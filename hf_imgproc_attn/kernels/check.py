@@ -1,8 +1,8 @@
 """What a GPU has to say about the kernels: ``python -m hf_imgproc_attn.kernels.check [--output FILE]``.
 
 Compiles and tunes them on the CUDA device, compares outputs and gradients with float64, times them against
-``scaled_dot_product_attention`` in the same process (once: plain attention; twice: twicing as the plain back-end does
-it), prints a table and writes a JSON file. Exit status: 0 if every error is within its bound, 1 if not, 2 without a CUDA
+``scaled_dot_product_attention`` in the same process (once: plain attention; twice: twicing without these kernels),
+prints a table and writes a JSON file. Exit status: 0 if every error is within its bound, 1 if not, 2 without a CUDA
 device or without Triton.
 """
 
@@ -23,6 +23,8 @@ from torch import nn
 from .. import __version__
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Bench = Callable[[Callable[[], None]], float]
+"""Milliseconds of a call."""
 
 ERROR_BOUND = 2.0
 """Largest error over that of two SDPA calls in the same dtype, both against float64."""
@@ -39,11 +41,11 @@ class Case:
     is_causal: bool
     algorithms: tuple[str, ...]
 
-    def tensors(self, dtype: torch.dtype) -> list[torch.Tensor]:
+    def tensors(self, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
         """Query, key, value and the output's gradient, laid out as a model's projections leave them."""
         torch.manual_seed(0)
         shape = (self.batch, self.length, self.heads, self.head_dim)
-        return [torch.randn(shape, device="cuda").transpose(1, 2).to(dtype) for _ in range(4)]
+        return [torch.randn(shape, device=device).transpose(1, 2).to(dtype) for _ in range(4)]
 
 
 CORRECT = (
@@ -72,14 +74,25 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("error: no CUDA device: the kernels can only be measured on one", file=sys.stderr)
         return 2
+    from triton.testing import do_bench
+
+    def bench(call: Callable[[], None]) -> float:
+        return float(do_bench(call, warmup=100, rep=400, return_mode="median"))
+
+    return measure(options.output, CORRECT, TIMED, torch.device("cuda"), bench)
+
+
+def measure(
+    output: Path, correct: tuple[Case, ...], timed: tuple[Case, ...], device: torch.device, bench: Bench
+) -> int:
+    """Compare and time the cases, print and write what was found; returns the exit status."""
     import triton
 
-    errors = [row for case in CORRECT for row in compare(case)]
-    timings = [row for case in TIMED for row in time_case(case)]
+    errors = [row for case in correct for row in compare(case, device)]
+    timings = [row for case in timed for row in time_case(case, device, bench)]
     worst = max(row["error_ratio"] for row in errors)
     record = {
-        "device": torch.cuda.get_device_name(),
-        "capability": list(torch.cuda.get_device_capability()),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "versions": {"hf_imgproc_attn": __version__, "torch": torch.__version__, "triton": triton.__version__},
         "error_bound": ERROR_BOUND,
         "errors": errors,
@@ -87,15 +100,15 @@ def main(arguments: list[str] | None = None) -> int:
     }
     for row in (*errors, *timings):
         print("  ".join(f"{name}={value}" for name, value in row.items() if name != "case"), " ", row["case"])
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(f"{record['device']}: largest error {worst:.2f} x that of two SDPA calls; written to {options.output}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(f"{record['device']}: largest error {worst:.2f} x that of two SDPA calls; written to {output}")
     return 0 if worst <= ERROR_BOUND else 1
 
 
 def candidates(case: Case, *, plain: bool) -> dict[str, Attention]:
     """Twicing by two SDPA calls and by each algorithm; with ``plain`` also one SDPA call, which is not twicing."""
-    from .operator import twicing_attention
+    from .twicing import twicing_attention
 
     def once(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=case.is_causal)
@@ -114,18 +127,18 @@ def candidates(case: Case, *, plain: bool) -> dict[str, Attention]:
     return found | {"sdpa twice": twice} | {name: fused(name) for name in case.algorithms}
 
 
-def compare(case: Case) -> list[dict[str, Any]]:
+def compare(case: Case, device: torch.device) -> list[dict[str, Any]]:
     """Errors of output, dQ, dK and dV against float64, over those of two SDPA calls."""
     rows = []
     for dtype in (torch.bfloat16, torch.float16):
-        *inputs, grad = case.tensors(dtype)
+        *inputs, grad = case.tensors(dtype, device)
 
         def results(
             attend: Attention, work: torch.dtype, inputs: list[torch.Tensor] = inputs, grad: torch.Tensor = grad
         ) -> list[torch.Tensor]:
             leaves = [tensor.detach().to(work).requires_grad_() for tensor in inputs]
             out = attend(*leaves)
-            return [tensor.double() for tensor in (out, *torch.autograd.grad(out, leaves, grad.to(work)))]
+            return [tensor.detach().double() for tensor in (out, *torch.autograd.grad(out, leaves, grad.to(work)))]
 
         tried = candidates(case, plain=False)
         wanted = results(lambda query, key, value: _dense(query, key, value, case.is_causal), torch.float64)
@@ -160,11 +173,9 @@ def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causa
     return out
 
 
-def time_case(case: Case) -> list[dict[str, Any]]:
+def time_case(case: Case, device: torch.device, bench: Bench) -> list[dict[str, Any]]:
     """Median milliseconds of every candidate and their ratio to one SDPA call, forward and forward + backward."""
-    from triton.testing import do_bench
-
-    *inputs, grad = case.tensors(torch.bfloat16)
+    *inputs, grad = case.tensors(torch.bfloat16, device)
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     rows: list[dict[str, Any]] = []
     for direction in ("forward", "forward + backward"):
@@ -179,7 +190,7 @@ def time_case(case: Case) -> list[dict[str, Any]]:
                     torch.autograd.grad(attend(*leaves), leaves, grad)
 
             call()  # compiles and tunes
-            milliseconds[name] = float(do_bench(call, warmup=100, rep=400, return_mode="median"))
+            milliseconds[name] = bench(call)
         for name, time in milliseconds.items():
             ratio = time / milliseconds["sdpa once"]
             rows.append(

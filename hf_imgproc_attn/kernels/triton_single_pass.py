@@ -1,9 +1,9 @@
 """Causal twicing with each tile of scores computed once: one program a head walks its blocks in order.
 
-    forward     blocks of queries in ascending order: every W_j that block b needs, j <= b, is known by then, so AV and
-                AW share one online softmax                                             3 products, 1.5x plain attention
+    forward     blocks of queries in ascending order: every W_j that block b needs, j <= b, is known by then, so that
+                AV and AW share one online softmax                            3 products, 1.5x plain attention
     backward    blocks of keys in descending order: H_i is final for every i above the diagonal, and H_j is complete
-                when the queries below its diagonal are done                            7 products, 1.4x
+                when the queries below its diagonal are done                  7 products, 1.4x
 
 The order is what forbids blocks of one head to run side by side, so that only batch * heads programs exist: worth it
 where they fill the device. What a program writes and later reads (W, -H) it reads behind a barrier.
@@ -128,7 +128,7 @@ def single_pass_backward_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """dK, dV and a float32 sum of dQ of one head; only this program adds to it, in one order. BLOCK_M divides BLOCK."""
+    """dK, dV and a float32 sum of dQ of one head; only this program adds to it, in one order."""
     item = tl.program_id(0)
     batch, head = (item // heads).to(tl.int64), (item % heads).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)

@@ -1,7 +1,7 @@
 """Device functions that the Triton kernels share, and the rule of their configurations.
 
 Every tensor is walked by pointers: ``rows`` ``[block]`` along the length, ``columns`` ``[BLOCK_D]`` along the head,
-whose elements are adjacent. ``BLOCK_D`` is the head width rounded up to a power of two; the columns beyond it read as 0.
+where elements are adjacent. ``BLOCK_D`` is the head width rounded up to a power of two; columns beyond it read as 0.
 Logits are in units of log 2 (the scale carries log2 e), because the hardware's exponential is base 2.
 """
 

@@ -44,7 +44,8 @@ def make_request(mask: str, bias: bool, key_heads: int, boosting: str, dtype: to
 
 
 @pytest.mark.parametrize(
-    ("mask", "bias", "key_heads"), product(("none", "causal", "padding", "both", "additive"), (False, True), (4, 2))
+    ("mask", "bias", "key_heads"),
+    [*product(("none", "causal", "padding", "both", "additive"), (False, True), (4, 2))],
 )
 @pytest.mark.parametrize("boosting", ["none", "twicing", "sos"])
 def test_it_agrees_with_the_reference(mask: str, bias: bool, key_heads: int, boosting: str) -> None:

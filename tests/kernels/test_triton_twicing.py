@@ -172,7 +172,7 @@ def test_without_a_gpu_calls_are_refused_in_words(run_python: RunPython) -> None
         "from hf_imgproc_attn.kernels import supports\n"
         "q = torch.zeros(1, 1, 2, 16)\n"
         "print(supports(q, q, q), 'triton' in sys.modules)\n"
-        "from hf_imgproc_attn.kernels.operator import twicing_attention\n"
+        "from hf_imgproc_attn.kernels.twicing import twicing_attention\n"
         "try:\n"
         "    twicing_attention(q, q, q)\n"
         "except ValueError as error:\n"
@@ -184,6 +184,26 @@ def test_without_a_gpu_calls_are_refused_in_words(run_python: RunPython) -> None
         "needs tensors on a CUDA device, got cpu False",
         "the Triton kernels need tensors on a GPU, got cpu",
     ]
+
+
+def test_check_compares_times_and_writes(found: Any) -> None:
+    checked = found["gpu_check"]
+    assert checked["status"] == 0
+    record = checked["record"]
+    assert record["device"] == "cpu"
+    assert record["versions"].keys() == {"hf_imgproc_attn", "torch", "triton"}
+    tried = {(row["algorithm"], row["dtype"]) for row in record["errors"]}
+    assert tried == {
+        (algorithm, f"torch.{dtype}")
+        for algorithm in ("general", "single_pass", "short")
+        for dtype in ("bfloat16", "float16")
+    }
+    assert all(0.0 < row["error_ratio"] <= record["error_bound"] for row in record["errors"])
+    timed = {(row["candidate"], row["direction"]) for row in record["timings"]}
+    names = ("sdpa once", "sdpa twice", "general", "single_pass")
+    assert timed == {(name, way) for name in names for way in ("forward", "forward + backward")}
+    assert {row["over_sdpa_once"] for row in record["timings"]} == {1.0}
+    assert checked["last_line"].startswith("cpu: largest error ")
 
 
 def test_check_needs_a_gpu(run_python: RunPython) -> None:

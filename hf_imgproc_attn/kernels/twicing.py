@@ -54,6 +54,8 @@ def twicing_attention(
     if not (query.dtype == key.dtype == value.dtype) or query.dtype not in _DTYPES:
         names = ", ".join(str(tensor.dtype) for tensor in (query, key, value))
         raise ValueError(f"query, key and value must be all float16, bfloat16 or float32, got {names}")
+    if query.is_cuda and query.dtype == torch.float32:
+        raise ValueError("on a GPU query, key and value must be float16 or bfloat16, got torch.float32")
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (query.shape[0], query.shape[2])):
         raise ValueError(
             f"key_mask must be boolean [batch, length] = {(query.shape[0], query.shape[2])}, "
@@ -180,7 +182,7 @@ def twicing_forward(
     is_causal: bool,
     algorithm: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """out, W = 2V - AV in the value's dtype, and the log2-sum-exp2 of the rows, ``[batch, heads, length]``, float32."""
+    """out, W = 2V - AV in the value's dtype, and log2-sum-exp2 of the rows, ``[batch, heads, length]``, float32."""
     query, key, value = _adjacent(query), _adjacent(key), _adjacent(value)
     out, residual, lse = _outputs(query, value)
     if out.numel() == 0:
