@@ -1,8 +1,8 @@
 """The back-end ``flex``: PyTorch's FlexAttention, one call a booster pass, with any mask and bias.
 
-On a CUDA device the calls are compiled to a fused kernel, with mask and bias looked up inside it: the fallback where the
-Triton kernels refuse. On the CPU FlexAttention runs dense and forward only, which is enough to test it. *Not measured*
-on a GPU.
+On a CUDA device the calls are compiled to a fused kernel, with mask and bias looked up inside it: the fallback where
+the Triton kernels refuse. On the CPU FlexAttention runs dense and forward only, which is enough to test it.
+*Not measured* on a GPU.
 """
 
 from __future__ import annotations
