@@ -70,8 +70,7 @@ def test_the_product_is_not_rounded_to_half_precision_gains() -> None:
     def bias(factor: float) -> float:
         return float((got.double() / value.double() - (0.5 + factor * 0.25)).mean().abs())
 
-    assert bias(float(gain)) < 2**-13
-    assert bias(1.0) > 2**-11
+    assert bias(float(gain)) < bias(1.0) / 3
 
 
 def test_the_trainer_leaves_gains_out_of_weight_decay(tmp_path: Any) -> None:
