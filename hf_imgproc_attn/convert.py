@@ -4,7 +4,11 @@ Initialisation of what the stock model lacks (arXiv 2506.10371 leaves it open, *
 LayerNorm before the position projections is a copy of the layer's first norm, and U_Q, U_K start as that layer's W_Q,
 W_K without bias (shared projections: layer 0's); bandwidths and class-token logits have their defaults. Where
 positions are no longer added to the tokens, the stock class position is added to the class token's content.
-``softmax`` and ``twicing`` need no new parameter.
+``softmax`` and ``twicing`` need no new parameter. ``learned`` starts as twicing (gamma 1), and ``gradient_boosted`` as
+the stock model: the value projection of its second attention starts at 0, its queries, keys and gate at random.
+
+Another residual scheme than ``standard`` is another function of the same weights, far from the stock model's: such a
+conversion is a starting point for training, and the report and the log say so.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from transformers import (
     ViTForMaskedImageModeling,
     ViTModel,
 )
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from .models.filter_spec import preset_fields
 from .models.modeling_imgproc_gpt2 import (
@@ -42,6 +46,8 @@ from .models.modeling_imgproc_vit import (
     ImgProcViTForMaskedImageModeling,
     ImgProcViTModel,
 )
+
+logger = logging.get_logger(__name__)
 
 ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], type[PreTrainedModel]]] = {
     stock.__name__: (stock, variant)
@@ -77,6 +83,7 @@ class ConversionReport:
         max_difference: largest absolute difference of the outputs (logits, or hidden states of a bare model) on a
             probe.
         output_std: standard deviation of the stock outputs on the probe, to compare it with.
+        warnings: what a user should know before using the model, one sentence each.
     """
 
     source: str
@@ -87,6 +94,7 @@ class ConversionReport:
     new: list[str] = field(default_factory=list)
     max_difference: float = float("nan")
     output_std: float = float("nan")
+    warnings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         changed = {name: made_of for name, made_of in self.mapped.items() if made_of != [name]}
@@ -99,6 +107,7 @@ class ConversionReport:
             f"  outputs on a random probe differ by at most {self.max_difference:.3g} "
             f"(standard deviation of the stock outputs {self.output_std:.3g})"
         )
+        lines += [f"  warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
 
@@ -135,6 +144,13 @@ def convert(
         config._attn_implementation = implementation
     variant = variant_class(config)
     report = ConversionReport(str(source), type(stock).__name__, preset)
+    if config.residual != "standard":
+        report.warnings.append(
+            f"the residual scheme {config.residual!r} changes the function of the checkpoint, which was trained with "
+            "'standard': train the model before using it"
+        )
+    for warning in report.warnings:
+        logger.warning(warning)
 
     weights, report.mapped, used = _variant_weights(stock, variant)
     state = variant.state_dict()

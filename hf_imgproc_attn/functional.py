@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from . import kernels
 from .models.filter_arguments import check_options, check_tensors, check_terms
-from .models.filter_dispatch import Request, run_backend
+from .models.filter_dispatch import BACKENDS, Backend, Request, run_backend
+
+kernels.register(BACKENDS, Backend)
 
 
 def filter_attention(
@@ -36,28 +39,28 @@ def filter_attention(
         query: ``[batch, heads, length, head_dim]``.
         key: ``[batch, heads, key_length, head_dim]``.
         value: ``[batch, heads, key_length, d]``.
-        attn_mask: boolean (True = visible) or additive float (values near the smallest number of its dtype hide a key),
-            broadcastable to ``[batch, heads, length, key_length]``, or None.
+        attn_mask: boolean (True = visible) or additive float, broadcastable to
+            ``[batch, heads, length, key_length]``, or None. Values near the smallest of its dtype hide a key.
         dropout_p: probability on A, in [0, 1). A boosted filter uses one mask for all its passes.
         is_causal: whether query i sees keys j <= i only; square, and not together with ``attn_mask``.
         scale: factor on q.k. None: 1/sqrt(head_dim), of the queries without their features.
         enable_gqa: whether key and value may have fewer heads than the query, a divisor of them.
-        boosting: ``"none"``, ``"twicing"`` (I - (I - A)^k on V, k = 2: 2A - A^2; arXiv 2503.00687, equation 8) or
-            another key of ``filter_boosting.BOOSTING``. A has to be square.
+        boosting: ``"none"``, ``"twicing"`` ((I - (I - A)^k) V, k = 2: (2A - A^2) V; arXiv 2503.00687, eq. 8) or any
+            other key of ``filter_boosting.BOOSTING``. A has to be square.
         boosting_steps: k >= 1; without boosting it means nothing.
         query_features: a, ``[batch or 1, heads or 1, length, c]``, or None. They are not multiplied by ``scale``.
         key_features: b, ``[batch or 1, key heads or 1, key_length, c]``, or None.
         position_bias: added to the logits, broadcastable to ``[batch, heads, length, key_length]``, or None.
         backend: ``"auto"`` (by measured shape), ``"reference"`` (dense, at least float32), ``"sdpa"`` (one
-            ``scaled_dot_product_attention`` a pass), ``"blocked"`` (each weight once where A is causal or short; linear
-            memory), ``"triton"`` or ``"flex"``.
+            ``scaled_dot_product_attention`` a pass), ``"blocked"`` (each weight once where A is causal or short;
+            linear memory), ``"triton"`` or ``"flex"``.
 
     Returns:
         ``[batch, heads, length, d]`` in the value's dtype.
 
     Raises:
-        ValueError: naming the argument, for wrong shapes, dtypes or values, for a boosted filter whose A is not square,
-            and for a back-end that is not there or cannot serve the call.
+        ValueError: naming the argument, for wrong shapes, dtypes or values, for a boosted filter whose A is not
+            square, and for a back-end that is not there or cannot serve the call.
     """
     check_tensors(query, key, value)
     check_options(boosting, boosting_steps, dropout_p)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -93,13 +94,47 @@ def test_every_tensor_is_accounted_for(stock_spec: tuple, preset: str, tmp_path:
         # Not 0: products of a memory-mapped and of a copied weight may differ in the last bit.
         assert report.max_difference < 1e-6
         assert report.unused == report.new == []
+    elif preset == "gradient_boosted":
+        assert report.max_difference < 1e-6  # it starts as the stock model
+        assert report.unused == []
+        assert all(".filter.gradient_boosting." in name for name in report.new)
     else:
         assert report.max_difference > 0.0
-    if preset == "twicing":
+    if preset == "learned_twicing":
+        assert report.unused == []
+        assert len(report.new) == 3
+        assert all(name.endswith("scalar_bias.boosting_gain") for name in report.new)
+    assert bool(report.warnings) == (preset == "boosted_residual")
+    if preset in ("twicing", "sos", "neutreno", "pidformer", "elliptical", "boosted_residual"):
         assert report.unused == report.new == []
     if preset == "bilateral_gaussian":
         expected = ["wpe.weight"] if "gpt2" in stock.config.model_type else []
         assert [name.split("transformer.")[-1] for name in report.unused] == expected
+
+
+@pytest.mark.parametrize("stock_spec", [STOCK[1], STOCK[5]], ids=["gpt2", "vit"])
+@pytest.mark.parametrize("scheme", ["twicing", "sos", "osher"])
+def test_another_residual_scheme_is_warned_of(
+    scheme: str, stock_spec: tuple, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sentence in the report and in the log, with presets and with overrides."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("hf_imgproc_attn"), "propagate", True)
+    stock = make_stock(*stock_spec)
+    _, report = convert(stock, "twicing", return_report=True, residual=scheme)
+    assert len(report.warnings) == 1
+    assert f"the residual scheme {scheme!r} changes the function of the checkpoint" in report.warnings[0]
+    assert f"warning: {report.warnings[0]}" in str(report)
+    assert report.warnings[0] in caplog.text
+    caplog.clear()
+    _, report = convert(stock, "twicing", return_report=True)
+    assert report.warnings == []
+    assert "residual scheme" not in caplog.text
+
+
+def test_learned_twicing_starts_as_twicing() -> None:
+    stock = make_stock(*STOCK[1])
+    torch.testing.assert_close(outputs(convert(stock, "learned_twicing")), outputs(convert(stock, "twicing")))
 
 
 def test_untied_positions_start_from_the_content_projections() -> None:

@@ -1,8 +1,8 @@
 """One attention layer as a filter: composes content kernel, position kernel, boosting and cache. Knows no backbone.
 
 A backbone's attention projects its tokens to query, key and value and hands them to :class:`AttentionFilter`, together
-with what the position kernel compares. Two back-ends apply the same filter: ``eager``, the dense reference, and
-``sdpa``, one ``scaled_dot_product_attention`` a booster pass on augmented queries and keys.
+with what the position kernel compares. Attention implementation ``eager`` is the dense reference; ``sdpa`` leaves the
+choice of a fast path to ``filter_run``, or to the configuration's ``filter_backend``.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .filter_cache import after_first, check_cache_layer
 from .filter_elliptical import elliptical_metric
 from .filter_feedback import feedback_gains
 from .filter_gradient_boosting import GradientBoosting
-from .filter_kernels import CONTENT_LOGITS, working_dtype
+from .filter_kernels import working_dtype
 from .filter_layer_positions import LayerPositions
 from .filter_parameters import FilterScalars, PositionProjection, Scalars, bandwidth_scale, per_head
-from .filter_positions import Positions, pack_key, position_logits, unpack_key
+from .filter_positions import pack_key, unpack_key
 from .filter_reference import reference_attention
-from .filter_sdpa import sdpa_attention
+from .filter_run import dense_logits, run_filter
 
 logger = logging.get_logger(__name__)
 
@@ -72,7 +72,7 @@ class AttentionFilter(nn.Module):
         num_class_tokens: int = 0,
     ) -> None:
         super().__init__()
-        self.spec, self.layer_idx = spec, layer_idx
+        self.spec, self.layer_idx, self._config = spec, layer_idx, config
         self.is_stock = is_stock_layer(config, spec)
         self.head_dim, self.num_heads = head_dim, config.num_attention_heads
         # Layer 0 has no layer before it to compare its values with.
@@ -183,13 +183,18 @@ class AttentionFilter(nn.Module):
         query, key, coordinates = self.positions.turn(query, key, coordinates)
         key_coordinates, full_value = coordinates, value
         extend: Extend = keep_rows
+        past_streams: list[torch.Tensor] | None = None
         if past_key_values is not None:
             check_cache_layer(past_key_values, self.layer_idx, self.num_streams)
             packed = pack_key(key, position_key, coordinates)
             packed, full_value = past_key_values.update(packed, value, self.layer_idx)
             key, position_key, key_coordinates = unpack_key(packed, self.spec.position_kernel, self.head_dim)
+            past_streams = []
             if self.num_streams:
-                extend = past_key_values.layers[self.layer_idx].update_stream
+                layer = past_key_values.layers[self.layer_idx]
+                extend = layer.update_stream
+                if self.operator != "none":
+                    past_streams = layer.streams[int(self.has_metric) :]
         if need_weights and implementation != "eager":
             logger.warning_once(
                 f"attn_implementation={implementation!r} does not return attentions: set it to 'eager' for that"
@@ -231,19 +236,23 @@ class AttentionFilter(nn.Module):
             "dropout": dropout,
             "extend": extend,
         }
-        # SDPA draws a new mask at every call; a booster needs the same one in each pass.
-        if implementation == "eager" or (dropout > 0.0 and self.operator != "none"):
-            logits = self._logits(query, key, content_scale, positions)
+        kernels: dict[str, Any] = {
+            "content_kernel": self.spec.content_kernel,
+            "content_scale": content_scale,
+            "positions": positions,
+        }
+        if implementation == "eager":
+            logits = dense_logits(query, key, **kernels)
             return reference_attention(logits, value, full_value, need_weights=need_weights, **options)
-        kernel = self.spec.content_kernel
-        output = sdpa_attention(
+        output = run_filter(
             query,
             key,
             value,
             full_value,
-            content_kernel=kernel,
-            content_scale=content_scale,
-            positions=positions,
+            backend=self._config.filter_backend,
+            kernels=kernels,
+            only_past=only_past,
+            past_streams=past_streams,
             **options,
         )
         return output, None
@@ -258,12 +267,3 @@ class AttentionFilter(nn.Module):
         pair = nn.functional.pad(pair, (0, 0, self.positions.num_class_tokens, 0))
         position_query, position_key = pair.to(query.dtype).chunk(2, dim=-1)
         return position_query, position_key
-
-    def _logits(
-        self, query: torch.Tensor, key: torch.Tensor, content_scale: torch.Tensor | float, positions: Positions | None
-    ) -> torch.Tensor:
-        """log K, dense, ``[batch, heads, length, key_length]``, in the working precision."""
-        work = working_dtype(query.dtype)
-        with torch.autocast(query.device.type, enabled=False):
-            logits = CONTENT_LOGITS[self.spec.content_kernel](query.to(work), key.to(work), content_scale)
-            return logits if positions is None else logits + position_logits(positions, query.dtype)

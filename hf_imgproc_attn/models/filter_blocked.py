@@ -119,16 +119,17 @@ def _blocked(
 
 def _past(past_streams: Sequence[torch.Tensor], plan: Plan, extra: int, width: int) -> torch.Tensor | None:
     """The earlier keys' streams side by side, or None where there is nothing to be known of them."""
-    if not plan.past or not extra:
-        if plan.past < 0 and (extra or plan.is_causal):
-            raise ValueError(f"key must not be shorter than query here, got {plan.key_length} < {plan.length}")
-        return None
+    if plan.past < 0 and (extra or plan.is_causal):
+        raise ValueError(f"key must not be shorter than query here, got {plan.key_length} < {plan.length}")
     shape = (plan.batch, plan.heads, plan.past, width)
-    if len(past_streams) != extra or any(tuple(stream.shape) != shape for stream in past_streams):
+    needed = extra if plan.past else len(past_streams) and extra
+    if len(past_streams) != needed or any(tuple(stream.shape) != shape for stream in past_streams):
         raise ValueError(
-            f"a boosted filter needs every row of A: past_streams with {plan.key_length} keys and {plan.length} queries "
-            f"must hold {extra} of shape {shape}, got {[tuple(stream.shape) for stream in past_streams]}"
+            f"A of {plan.length} queries and {plan.key_length} keys lacks the earlier keys' rows: past_streams must "
+            f"hold {extra} of shape {shape}, got {[tuple(stream.shape) for stream in past_streams]}"
         )
+    if not plan.past or not extra:
+        return None
     return torch.cat(list(past_streams), dim=-1)
 
 

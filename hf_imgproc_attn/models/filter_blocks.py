@@ -106,9 +106,10 @@ class Plan(NamedTuple):
         count = group.number * -(-self.length // self.block_rows) + block.number
         generator = torch.Generator(like.device).manual_seed((self.seed + count) % 2**63)
         shape = (math.prod(group.shape), block.stop - block.start, block.keys)
-        return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(
+        kept = torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(
             1.0 - self.dropout, generator=generator
-        ) * (1.0 / (1.0 - self.dropout))
+        )
+        return kept.mul_(1.0 / (1.0 - self.dropout))
 
 
 def make_plan(
@@ -176,11 +177,17 @@ class KeyHeads:
         x = x[self.part].to(dtype)
         return (x if self.repeats == 1 else x.index_select(1, self.index)).flatten(0, 1)
 
+    @staticmethod
+    def total(plan: Plan, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Room for the gradient of keys or values ``[batch, key_heads, n, d]``, to be filled by :meth:`add`."""
+        # Groups may share a key head, and then add to it.
+        return (torch.empty_like if plan.heads == plan.key_heads else torch.zeros_like)(x, dtype=dtype)
+
     def add(self, total: torch.Tensor, x: torch.Tensor) -> None:
-        """Add the group's ``[pairs, n, d]`` to ``[batch, key_heads, n, d]``."""
+        """Bring in the group's ``[pairs, n, d]``."""
         x = x.unflatten(0, (-1, self.index.shape[0]))
         if self.repeats == 1:
-            total[self.part] += x
+            total[self.part] = x
         else:
             total[self.part].index_add_(1, self.index, x)
 
@@ -194,6 +201,48 @@ class Buffer:
     def view(self, *shape: int) -> torch.Tensor:
         """A contiguous tensor of this shape; its content is what was there before."""
         return self.memory[: math.prod(shape)].view(shape)
+
+
+class KeySums:
+    """A sum over blocks of products A^T g with the rows of keys, begun by the last block, which sees all keys.
+
+    Held transposed where there are several blocks: a product with A on the right is faster than one with A^T on the left,
+    but has to be turned in the end.
+
+    Args:
+        plan: what is computed.
+        pairs: of the group.
+        width: d.
+        scratch: for one product.
+    """
+
+    def __init__(self, plan: Plan, pairs: int, width: int, scratch: Buffer) -> None:
+        self.plan, self.shape, self.scratch = plan, (pairs, width, plan.key_length), scratch
+        self.transposed = plan.block_rows < plan.length
+        self.given: torch.Tensor | None = None
+        self.sums: torch.Tensor | None = None
+
+    def begin(self, given: torch.Tensor) -> None:
+        """Add a term to the queries' own rows, ``[pairs, length, d]``."""
+        self.given = given
+
+    def add(self, matrix: torch.Tensor, rows: torch.Tensor) -> None:
+        """Add A^T g of a block: ``[pairs, rows, keys]`` and ``[pairs, rows, d]``."""
+        pairs, width, _ = self.shape
+        left, right = (rows.mT, matrix) if self.transposed else (matrix.mT, rows)
+        if self.sums is not None:
+            part = self.scratch.view(pairs, width, matrix.shape[-1])
+            self.sums[..., : matrix.shape[-1]] += torch.bmm(left, right, out=part)
+            return
+        self.sums = torch.bmm(left, right)
+        if self.given is not None:
+            self.rows(slice(self.plan.past, self.plan.key_length)).add_(self.given)
+
+    def rows(self, keys: slice) -> torch.Tensor:
+        """The sum so far for some keys, ``[pairs, keys, d]``, a view."""
+        if self.sums is None:
+            raise RuntimeError("the sum has not begun")
+        return (self.sums.mT if self.transposed else self.sums)[:, keys]
 
 
 class Weights:
@@ -216,13 +265,14 @@ class Weights:
         self.query = self.key = like
 
     def start(self, group: Group, query: torch.Tensor, key: torch.Tensor) -> None:
-        """Turn to a group's queries ``[pairs, length, d]``, multiplied by scale / log 2, and keys."""
+        """Turn to a group's queries ``[pairs, length, d]`` and keys ``[pairs, key_length, d]``."""
         self.group, self.query, self.key = group, query, key
 
     def _logits(self, block: Block) -> torch.Tensor:
         rows = block.stop - block.start
         scores = self.buffer.view(self.query.shape[0], rows, block.keys)
-        torch.bmm(self.query[:, block.start : block.stop], self.key[:, : block.keys].mT, out=scores)
+        query, key = self.query[:, block.start : block.stop], self.key[:, : block.keys].mT
+        torch.baddbmm(scores, query, key, beta=0.0, alpha=self.plan.scale * LOG2_E, out=scores)
         shaped = scores.view(*self.group.shape, rows, block.keys)
         if self.bias is not None:
             shaped.add_(cut(self.bias, self.group, block), alpha=LOG2_E)
@@ -257,6 +307,13 @@ class Weights:
     def recall(self, block: Block, log_sum: torch.Tensor) -> torch.Tensor:
         """A's block again, normalised and without dropout, from the log-sum-exp of all rows ``[pairs, length, 1]``."""
         return self._logits(block).sub_(log_sum[:, block.start : block.stop]).exp2_()
+
+    @staticmethod
+    def through_softmax(d_matrix: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """The gradient of the logits, A o (dA - (A o dA) 1), in the memory of dA."""
+        softmax_backward = torch.ops.aten._softmax_backward_data.out
+        softmax_backward(d_matrix, matrix, -1, matrix.dtype, grad_input=d_matrix)
+        return d_matrix
 
     def add_to_bias(self, total: torch.Tensor, d_logits: torch.Tensor, block: Block) -> None:
         """Add a block's gradient of the logits, ``[pairs, rows, keys]``, to that of the bias."""

@@ -28,6 +28,17 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Ten
 """(query, key, value), each ``[batch, heads, length, head_dim]``, to the filtered value and the attention map."""
 
 
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero: a learner that adds nothing yet."""
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Called by the constructor and by the models' ``_init_weights``."""
+        init.zeros_(self.weight)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+
 class GradientBoosting(nn.Module):
     """The projections of the second attention and the gate.
 
@@ -50,15 +61,8 @@ class GradientBoosting(nn.Module):
         self.num_heads, self.head_dim = num_heads, head_dim
         self.query = nn.Linear(hidden_size, hidden_size)
         self.key = nn.Linear(hidden_size, hidden_size)
-        self.value = nn.Linear(hidden_size, hidden_size)
+        self.value = ZeroLinear(hidden_size, hidden_size)
         self.gate = nn.Linear(2 * hidden_size, hidden_size)
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Start from nothing to add; called by the models' ``_init_weights`` after the layers' own."""
-        init.zeros_(self.value.weight)
-        init.zeros_(self.value.bias)
 
     def forward(
         self, hidden_states: torch.Tensor, output: torch.Tensor, weights: torch.Tensor | None, attend: Attention
@@ -111,8 +115,3 @@ class SecondCache:
         """As of the cache layer."""
         whole: torch.Tensor = self._layer.update_stream(self._first + 2 + index, rows)
         return whole
-
-    def last_row(self, index: int) -> torch.Tensor | None:
-        """As of the cache layer."""
-        row: torch.Tensor | None = self._layer.last_row(self._first + 2 + index)
-        return row

@@ -12,10 +12,10 @@ streams instead of 2k. The same holds where all rows are one block. Otherwise th
 
     g_m  = o_m G + sum_{m'>m} c_m'm T_m'                        complete for a block's rows when the block is reached
     dA   = [g_0 .. g_{k-1}] [x_0 .. x_{k-1}]^T                  one product
-    dS   = A o (dA - D),  D_i = G_i . out_i + sum_{m>=1} T_m,i . (x_m,i - d_m v_i)
+    dS   = A o (dA - (A o dA) 1)
     dV   = sum_m d_m T_m
 
-2k + 3 products where one pass suffices. Saved are x_m, the output and the row log-sum-exp: memory is O(length), never
+2k + 3 products where one pass suffices. Saved are x_1, x_2, ... and the row log-sum-exp: memory is O(length), never
 O(length * key_length). Plain attention is the case k = 1 (FlashAttention-2's backward, Dao 2023).
 """
 
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .filter_blocks import LOG2_E, Buffer, Group, KeyHeads, Plan, Weights, rows_of
+from .filter_blocks import Buffer, Group, KeyHeads, KeySums, Plan, Weights, rows_of
 from .filter_boosting import BOOSTING
 from .filter_kernels import working_dtype
 
@@ -81,38 +81,61 @@ class _GroupInputs:
         streams: torch.Tensor,
     ) -> None:
         plan, dtype = call.plan, working_dtype(query.dtype)
+        self.past, self.width = plan.past, value.shape[-1]
         self.key_heads = KeyHeads(plan, group, query.device)
-        self.query = rows_of(query, group, dtype) * (plan.scale * LOG2_E)
+        self.query = rows_of(query, group, dtype)
         self.key = self.key_heads.read(key, dtype)
-        value = self.key_heads.read(value, dtype)
-        self.width = value.shape[-1]
+        self.value = self.key_heads.read(value, dtype)
         self.own = rows_of(streams, group, dtype)
         """x_1, x_2, ... of the queries side by side, ``[pairs, length, (k - 1) * d]``: a view of what is saved."""
+        self.all = self.own
+        """The same of all keys, 0 where a key is hidden."""
+        if past is not None:
+            self.all = torch.cat([rows_of(past, group, dtype), self.own], dim=1)
         self.hidden = None
-        if len(call.booster.streams) == 1:
-            self.raw = value
-        else:
-            earlier = self.own[:, :0] if past is None else rows_of(past, group, dtype)
-            self.raw = torch.cat([value, torch.cat([earlier, self.own], dim=1)], dim=-1)
-        """x_0, x_1, ... of all keys side by side, ``[pairs, key_length, k * d]``."""
-        self.streams = self.raw
         if call.hidden is not None:
             shape = (plan.batch, plan.heads, 1, plan.key_length)
             self.hidden = rows_of(call.hidden.expand(shape), group, torch.bool).mT
             self.key = self.key.masked_fill(self.hidden, 0.0)
-            self.streams = self.raw.masked_fill(self.hidden, 0.0)
+            if self.own.shape[-1]:
+                self.all = self.all.masked_fill(self.hidden, 0.0)
+        self.own_value = self.value[:, plan.past :]
+        if self.hidden is not None:
+            self.value = self.value.masked_fill(self.hidden, 0.0)
 
     def columns(self, stream: int) -> slice:
-        """Where a stream stands among those side by side."""
-        return slice(stream * self.width, (stream + 1) * self.width)
+        """Where x_1, x_2, ... stand side by side."""
+        return slice((stream - 1) * self.width, stream * self.width)
 
-    def publish(self, stream: int, rows: slice, past: int) -> None:
+    def stream(self, stream: int) -> torch.Tensor:
+        """x_m of all keys, ``[pairs, key_length, d]``."""
+        return self.all[..., self.columns(stream)] if stream else self.value
+
+    def combine(
+        self, stream: int, index: int, smooth: torch.Tensor, rows: slice, coefficients: tuple[float, ...]
+    ) -> None:
+        """Add s_index to x_stream of a block; the first s_j that it has brings the share of V."""
+        share, factor = coefficients[0], coefficients[index + 1]
+        if not factor:
+            return
+        target = self.own[:, rows, self.columns(stream)]
+        if any(coefficients[1 : index + 1]):
+            target.add_(smooth, alpha=factor)
+        elif share:
+            value = self.own_value[:, rows]
+            torch.add(value if share == 1.0 else value * share, smooth, alpha=factor, out=target)
+        else:
+            torch.mul(smooth, factor, out=target)
+
+    def publish(self, stream: int, rows: slice) -> None:
         """Make rows of a stream, complete in ``own``, visible to the products."""
-        keys = slice(past + rows.start, past + rows.stop)
-        values = self.own[:, rows, self.columns(stream - 1)]
+        if self.all is self.own:
+            return
+        keys = slice(self.past + rows.start, self.past + rows.stop)
+        values = self.own[:, rows, self.columns(stream)]
         if self.hidden is not None:
             values = values.masked_fill(self.hidden[:, keys], 0.0)
-        self.streams[:, keys, self.columns(stream)] = values
+        self.all[:, keys, self.columns(stream)] = values
 
 
 def _passes(plan: Plan, num_streams: int) -> list[range]:
@@ -139,54 +162,50 @@ class BlockedFilter(torch.autograd.Function):
         work, width, num_streams = working_dtype(query.dtype), value.shape[-1], len(booster.streams)
         shape = (plan.batch, plan.heads, plan.length)
         like = query.new_empty(0, dtype=work)
-        output = like.new_zeros(*shape, width)
-        streams = like.new_zeros(*shape, (num_streams - 1) * width)
+        output = like.new_empty(*shape, width)
+        streams = like.new_empty(*shape, (num_streams - 1) * width)
         log_sums = like.new_empty(*shape, 1)
         weights = Weights(plan, call.mask, bias, like)
         blocks = plan.blocks()
         for group in plan.groups():
             inputs = _GroupInputs(call, group, query, key, value, past, streams)
             out, log_sum = rows_of(output, group, work), rows_of(log_sums, group, work)
-            for m in range(1, num_streams):
-                if booster.streams[m][0]:
-                    own_value = inputs.raw[:, plan.past :, :width]
-                    inputs.own[..., inputs.columns(m - 1)] = own_value * booster.streams[m][0]
             weights.start(group, inputs.query, inputs.key)
             factor: torch.Tensor | None
-            for number, steps in enumerate(_passes(plan, num_streams)):
-                if number:
-                    inputs.publish(steps.start, slice(0, plan.length), plan.past)
+            for steps in _passes(plan, num_streams):
+                if steps.start:
+                    inputs.publish(steps.start, slice(0, plan.length))
                 for block in blocks:
                     rows = slice(block.start, block.stop)
-                    if number == 0:
-                        matrix, factor, log_sum[:, rows] = weights.compute(block)
-                    else:
+                    if steps.start:
                         matrix, factor = weights.recall(block, log_sum), None
+                    else:
+                        matrix, factor, log_sum[:, rows] = weights.compute(block)
                     if plan.dropout:
                         matrix = matrix.mul_(plan.kept(group, block, like))
                     for m in steps:
                         if m > steps.start:
-                            inputs.publish(m, rows, plan.past)
-                        smooth = torch.bmm(matrix, inputs.streams[:, : block.keys, inputs.columns(m)])
+                            inputs.publish(m, rows)
+                        smooth = torch.bmm(matrix, inputs.stream(m)[:, : block.keys])
                         if factor is not None:
                             smooth.mul_(factor)
                         for later in range(m + 1, num_streams):
-                            if booster.streams[later][m + 1]:
-                                target = inputs.own[:, rows, inputs.columns(later - 1)]
-                                target.add_(smooth, alpha=booster.streams[later][m + 1])
-                        if booster.output[m + 1]:
+                            inputs.combine(later, m, smooth, rows, booster.streams[later])
+                        if any(booster.output[1 : m + 1]):
                             out[:, rows].add_(smooth, alpha=booster.output[m + 1])
-        output = output.to(value.dtype)
+                        else:
+                            torch.mul(smooth, booster.output[m + 1], out=out[:, rows])
         ctx.call = call
-        ctx.save_for_backward(query, key, value, bias, past, output, streams, log_sums)
+        ctx.save_for_backward(query, key, value, bias, past, streams, log_sums)
         ctx.set_materialize_grads(False)
-        return output, streams
+        return output.to(value.dtype), streams
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor | None, stream_grad: torch.Tensor | None) -> tuple[Any, ...]:
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
-            return _backward(ctx.call, ctx.saved_tensors, grad, stream_grad, ctx.needs_input_grad[3])
+        saved = ctx.saved_tensors  # once: gradient checkpointing hands them out a single time
+        with torch.autocast(saved[0].device.type, enabled=False):
+            return _backward(ctx.call, saved, grad, stream_grad, ctx.needs_input_grad[3])
 
 
 def _backward(
@@ -196,33 +215,33 @@ def _backward(
     stream_grad: torch.Tensor | None,
     needs_bias_grad: bool,
 ) -> tuple[Any, ...]:
-    query, key, value, bias, past, output, streams, log_sums = saved
+    query, key, value, bias, past, streams, log_sums = saved
     plan, booster = call.plan, call.booster
     work, width, num_streams = working_dtype(query.dtype), value.shape[-1], len(booster.streams)
     like = query.new_empty(0, dtype=work)
     if grad is None:
-        grad = torch.zeros_like(output)
+        grad = like.new_zeros(*query.shape[:3], width)
     query_grad = query.new_empty(query.shape, dtype=work)
-    key_grad, value_grad = (x.new_zeros(x.shape, dtype=work) for x in (key, value))
+    key_grad, value_grad = (KeyHeads.total(plan, x, work) for x in (key, value))
     bias_grad = like.new_zeros(bias.shape) if needs_bias_grad else None
     past_grad = None if past is None else torch.empty_like(past, dtype=work)
     weights = Weights(plan, call.mask, bias, like)
     weight_grads = Buffer(like, weights.size)
-    products = Buffer(like, plan.group_pairs * max(width, key.shape[-1]) * plan.key_length)
     blocks = plan.blocks()[::-1]
     passes = _passes(plan, num_streams)[::-1]
+    scratch = Buffer(like, plan.group_pairs * plan.key_length * max(width, key.shape[-1]) if len(blocks) > 1 else 0)
     for group in plan.groups():
         inputs = _GroupInputs(call, group, query, key, value, past, streams)
         pairs = inputs.query.shape[0]
-        grad_rows, out_rows = rows_of(grad, group, work), rows_of(output, group, work)
-        log_sum, d_query = rows_of(log_sums, group, work), rows_of(query_grad, group, work)
-        # Transposed, [pairs, d, keys]: a product with A on the right is faster than one with A^T on the left.
-        d_key = like.new_zeros(pairs, key.shape[-1], plan.key_length)
-        totals = like.new_zeros(pairs, num_streams * width, plan.key_length)
-        read = inputs.streams
+        grad_rows, d_query = rows_of(grad, group, work), rows_of(query_grad, group, work)
+        log_sum = rows_of(log_sums, group, work)
+        side_by_side = torch.cat([inputs.value, inputs.all], dim=-1) if num_streams > 1 else inputs.value
+        d_key = KeySums(plan, pairs, key.shape[-1], scratch)
+        totals = [KeySums(plan, pairs, width, scratch) for _ in range(num_streams)]
         if stream_grad is not None:
-            totals[:, width:, plan.past :] = rows_of(stream_grad, group, work).mT
-            read = inputs.raw
+            given = rows_of(stream_grad, group, work)
+            for m in range(1, num_streams):
+                totals[m].begin(given[..., inputs.columns(m)])
         weights.start(group, inputs.query, inputs.key)
         for steps in passes:
             for block in blocks:
@@ -233,47 +252,36 @@ def _backward(
                 dropped = matrix if kept is None else matrix * kept
                 smooth_grads = like.new_empty(pairs, block.stop - block.start, num_streams * width)
                 for m in reversed(range(steps.start, num_streams)):
-                    d_smooth = smooth_grads[..., inputs.columns(m)]
+                    d_smooth = smooth_grads[..., m * width : (m + 1) * width]
                     torch.mul(grad_rows[:, rows], booster.output[m + 1], out=d_smooth)
                     for later in range(m + 1, num_streams):
                         if booster.streams[later][m + 1]:
-                            total = totals[:, inputs.columns(later), own].mT
-                            d_smooth.add_(total, alpha=booster.streams[later][m + 1])
+                            d_smooth.add_(totals[later].rows(own), alpha=booster.streams[later][m + 1])
                     if m in steps:
-                        part = products.view(pairs, width, block.keys)
-                        totals[:, inputs.columns(m), keys] += torch.bmm(d_smooth.mT, dropped, out=part)
+                        totals[m].add(dropped, d_smooth)
                 if steps.start:
                     continue
-                row_term = (grad_rows[:, rows] * out_rows[:, rows]).sum(-1, keepdim=True)
-                for m in range(1, num_streams):
-                    rest = read[:, own, inputs.columns(m)]
-                    if booster.streams[m][0]:
-                        rest = rest - read[:, own, :width] * booster.streams[m][0]
-                    row_term += (totals[:, inputs.columns(m), own].mT * rest).sum(-1, keepdim=True)
-                d_matrix = weight_grads.view(pairs, block.stop - block.start, block.keys)
-                torch.bmm(smooth_grads, inputs.streams[:, keys].mT, out=d_matrix)
+                d_matrix = weight_grads.view(*matrix.shape)
+                torch.bmm(smooth_grads, side_by_side[:, keys].mT, out=d_matrix)
                 if kept is not None:
                     d_matrix.mul_(kept)
-                d_logits = d_matrix.sub_(row_term).mul_(matrix)
+                d_logits = weights.through_softmax(d_matrix, matrix)
                 d_query[:, rows] = torch.bmm(d_logits, inputs.key[:, keys])
-                part = products.view(pairs, key.shape[-1], block.keys)
-                d_key[..., keys] += torch.bmm(inputs.query[:, rows].mT, d_logits, out=part)
+                d_key.add(d_logits, inputs.query[:, rows])
                 if bias_grad is not None:
                     weights.add_to_bias(bias_grad, d_logits, block)
-        inputs.key_heads.add(key_grad, d_key.mT)
-        for m in range(num_streams):
+        every, own = slice(0, plan.key_length), slice(plan.past, plan.key_length)
+        inputs.key_heads.add(key_grad, d_key.rows(every).mul_(plan.scale))
+        # Of earlier keys only x_0 is a function of V here; the rest came in as streams.
+        d_value = totals[0].rows(every)
+        for m in range(1, num_streams):
             if booster.streams[m][0]:
-                factor = booster.streams[m][0]
-                # Of earlier keys only x_0 is a function of V here; the rest came in as streams.
-                first = 0 if m == 0 else plan.past
-                total = totals[:, inputs.columns(m), first:].mT
-                inputs.key_heads.add(value_grad[:, :, first:], total if factor == 1.0 else total * factor)
-        if past_grad is not None:
-            rows_of(past_grad, group, work).copy_(totals[:, width:, : plan.past].mT)
-    query_grad.mul_(plan.scale)
-    key_grad.mul_(1.0 / LOG2_E)  # the queries above carried scale / log 2
+                d_value[:, own].add_(totals[m].rows(own), alpha=booster.streams[m][0])
+            if past_grad is not None:
+                rows_of(past_grad, group, work)[..., inputs.columns(m)] = totals[m].rows(slice(0, plan.past))
+        inputs.key_heads.add(value_grad, d_value)
     return (
-        query_grad.to(query.dtype),
+        query_grad.mul_(plan.scale).to(query.dtype),
         key_grad.to(key.dtype),
         value_grad.to(value.dtype),
         None if bias_grad is None else bias_grad.to(bias.dtype),

@@ -164,7 +164,9 @@ def check_coordinates(
     Raises:
         ValueError: for another shape, numbers that are not finite, or a grid with gaps that is said to have none.
     """
-    if tuple(coordinates.shape) not in {(batch, length, axes), (1, length, axes)} or coordinates.dtype in HALF_DTYPES:
+    # No set: hashing a shape would compile anew for every length.
+    allowed = ((batch, length, axes), (1, length, axes))
+    if tuple(coordinates.shape) not in allowed or coordinates.dtype in HALF_DTYPES:
         raise ValueError(
             f"coordinates must have shape {(batch, length, axes)} or {(1, length, axes)} (one row a token, one column "
             f"an axis of the grid) and not be of half precision, got {tuple(coordinates.shape)}, {coordinates.dtype}"
@@ -254,5 +256,6 @@ def unpack_key(
     if kernel == "untied":
         return key, rest, None
     if kernel in COORDINATE_KERNELS and rest.shape[-1]:
-        return key, None, decode_positions(rest[:, 0])
+        # Constants, although they lie beside what has a gradient.
+        return key, None, decode_positions(rest[:, 0].detach())
     return key, None, None

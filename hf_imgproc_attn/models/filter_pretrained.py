@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .filter_attention import check_attn_implementation
-from .filter_gradient_boosting import GradientBoosting
+from .filter_gradient_boosting import ZeroLinear
 from .filter_masks import check_mask_dtype
 from .filter_parameters import FilterScalars
 
@@ -42,7 +42,7 @@ class FilterPreTrainedMixin:
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
-        if isinstance(module, FilterScalars | GradientBoosting):
+        if isinstance(module, FilterScalars | ZeroLinear):
             module.reset_parameters()
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:

@@ -6,6 +6,8 @@ enough, dense position logits go in as an additive mask. ``filter_reference`` is
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -13,6 +15,57 @@ from .filter_boosting import BOOSTING, Extend, keep_rows
 from .filter_kernels import CONTENT_COLUMNS, working_dtype
 from .filter_masks import additive_mask, visible
 from .filter_positions import Positions, position_columns, position_form, position_logits
+
+
+class Augmented(NamedTuple):
+    """A filter as inner products: logits_ij = scale <query_i, key_j> + bias_ij.
+
+    query: ``[batch, heads, length, width]``.
+    key: ``[batch, heads, key_length, width]``.
+    scale: a number.
+    bias: ``[batch or 1, heads or 1, length, key_length]``, or None.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    scale: float
+    bias: torch.Tensor | None
+
+
+def augment(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    content_kernel: str,
+    content_scale: torch.Tensor | float,
+    positions: Positions | None,
+) -> Augmented:
+    """Write content and position kernel as columns beside queries and keys, or as a bias where columns lose digits.
+
+    Args:
+        query: ``[batch, heads, length, head_dim]``.
+        key: ``[batch, heads, key_length, head_dim]``.
+        content_kernel: key of ``CONTENT_COLUMNS``.
+        content_scale: 2/h_y^2, a number or ``[heads, 1, 1]``.
+        positions: what the position kernel compares, or None.
+    """
+    dtype = query.dtype
+    columns, bias = [], None
+    content_columns = CONTENT_COLUMNS[content_kernel]
+    if content_columns is not None:
+        columns.append(content_columns(query, key, content_scale))
+    if positions is not None:
+        if position_form(positions, dtype) == "features":
+            columns += position_columns(positions, dtype)
+        else:
+            bias = position_logits(positions, dtype)
+    scale = 1.0
+    if not columns and not isinstance(content_scale, torch.Tensor):
+        scale = content_scale
+    else:  # the columns carry their own factors, so the content's goes into the query
+        query = (query * content_scale).to(dtype)
+    left, right = [left for left, _ in columns], [right for _, right in columns]
+    return Augmented(_beside(query, left), _beside(key, right), scale, bias)
 
 
 def sdpa_attention(
@@ -59,28 +112,16 @@ def sdpa_attention(
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value, full_value = (tensor.to(dtype) for tensor in (query, key, value, full_value))
     dtype = query.dtype
-    allowed, bias = visible(attention_mask, False, query.shape[-2], key.shape[-2], query.device)
-    columns = []
-    content_columns = CONTENT_COLUMNS[content_kernel]
-    if content_columns is not None:
-        columns.append(content_columns(query, key, content_scale))
-    if positions is not None:
-        if position_form(positions, dtype) == "features":
-            columns += position_columns(positions, dtype)
-        else:
-            logits = position_logits(positions, dtype)
-            bias = logits if bias is None else logits + bias
+    query, key, scale, bias = augment(
+        query, key, content_kernel=content_kernel, content_scale=content_scale, positions=positions
+    )
+    allowed, additive = visible(attention_mask, False, query.shape[-2], key.shape[-2], query.device)
+    if additive is not None:
+        bias = additive if bias is None else bias + additive
     mask, sees = allowed, None
     if bias is not None:
         allowed, _ = visible(allowed, is_causal, query.shape[-2], key.shape[-2], query.device)
         (mask, sees), is_causal = additive_mask(bias.to(working_dtype(dtype)), allowed, dtype), False
-    scale = 1.0
-    if not columns and not isinstance(content_scale, torch.Tensor):
-        scale = content_scale
-    else:  # the columns carry their own factors, so the content's goes into the query
-        query = (query * content_scale).to(dtype)
-    query = _augment(query, [left for left, _ in columns])
-    key = _augment(key, [right for _, right in columns])
 
     def attend(stream: torch.Tensor) -> torch.Tensor:
         out = _sdpa(query, key, stream.to(dtype), mask, is_causal, scale, dropout)
@@ -89,7 +130,7 @@ def sdpa_attention(
     return BOOSTING[boosting](attend, extend, value, full_value, boosting_steps, boosting_gain)
 
 
-def _augment(x: torch.Tensor, columns: list[torch.Tensor]) -> torch.Tensor:
+def _beside(x: torch.Tensor, columns: list[torch.Tensor]) -> torch.Tensor:
     """Append columns, and zeros up to a multiple of 8, the width that fused kernels want."""
     if not columns:
         return x

@@ -11,6 +11,7 @@ from hf_imgproc_attn.models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from hf_imgproc_attn.models.configuration_imgproc_vit import ImgProcViTConfig
 from hf_imgproc_attn.models.filter_attention import AttentionFilter
 from hf_imgproc_attn.models.filter_axes import STEPPED_BOOSTINGS
+from hf_imgproc_attn.models.filter_spec import PRESETS
 
 GPT2 = {
     "vocab_size": 61,
@@ -37,14 +38,19 @@ VIT = {
 }
 
 
+def _heads(preset: str, field: str) -> dict[str, int]:
+    """``rotary`` turns pairs of features along two axes: five heads of width 4 in place of four of width 5."""
+    return {field: 5} if PRESETS[preset].get("position_kernel") == "rotary" else {}
+
+
 def tiny_gpt2_config(preset: str = "softmax", **overrides: Any) -> ImgProcGPT2Config:
     """Three layers, four heads of width 5, 24 positions, no dropout."""
-    return ImgProcGPT2Config.from_preset(preset, **{**GPT2, **overrides})
+    return ImgProcGPT2Config.from_preset(preset, **{**GPT2, **_heads(preset, "n_head"), **overrides})
 
 
 def tiny_vit_config(preset: str = "softmax", **overrides: Any) -> ImgProcViTConfig:
     """Three layers, four heads of width 5, a grid of 5 x 3 patches, no dropout."""
-    return ImgProcViTConfig.from_preset(preset, **{**VIT, **overrides})
+    return ImgProcViTConfig.from_preset(preset, **{**VIT, **_heads(preset, "num_attention_heads"), **overrides})
 
 
 @torch.no_grad()

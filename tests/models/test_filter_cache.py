@@ -26,7 +26,15 @@ PAIRS = (
     *((content, position) for content in ("dot_product", "gaussian") for position in POSITIONS),
     *(("elliptical", position) for position in ("none", "untied", "alibi")),
 )
-BOOSTERS = (("none", 2), ("twicing", 1), ("twicing", 2), ("twicing", 3))
+BOOSTERS = (
+    ("none", 2),
+    ("twicing", 1),
+    ("twicing", 2),
+    ("twicing", 3),
+    ("learned", 2),
+    ("diffusion", 3),
+    ("sos", 3),
+)
 Inputs = dict[str, torch.Tensor]
 
 
@@ -132,7 +140,7 @@ def full_pass(
 def test_decoding_is_the_full_pass(
     content: str, position: str, boosting: str, steps: int, sizes: str, implementation: str
 ) -> None:
-    """Token by token, after a prefill, in chunks: every output, and steps - 1 residual streams beside K and V.
+    """Token by token, after a prefill, in chunks: every output, and a stream for each pass but the first.
 
     The rows that the elliptical metric sums are one stream more.
     """
@@ -142,7 +150,7 @@ def test_decoding_is_the_full_pass(
     torch.testing.assert_close(got, expected, **TIGHT)
     streams = cache.layers[layer.layer_idx].streams
     assert [stream.shape for stream in streams] == [torch.Size((BATCH, HEADS, LENGTH, WIDTH))] * (
-        (steps - 1 if boosting == "twicing" else 0) + (content == "elliptical")
+        {"none": 0, "learned": 1}.get(boosting, steps - 1) + (content == "elliptical")
     )
 
 

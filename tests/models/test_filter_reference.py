@@ -115,6 +115,61 @@ def test_twicing_is_oshers_iterative_regularisation(steps: int) -> None:
     torch.testing.assert_close(output, estimate, **EXACT)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_diffusion_and_sos_are_polynomials_of_a(steps: int, is_causal: bool) -> None:
+    """A^k and sum_{m<k} (-1)^m (I - A)^m A; for k = 2 both are A^2; what is returned is what was applied."""
+    logits, value = sharp_logits(), random(BATCH, HEADS, LENGTH, WIDTH, seed=1)
+    allowed = torch.ones(LENGTH, LENGTH, dtype=torch.bool)
+    matrix = softmax_by_hand(logits, allowed.tril() if is_causal else allowed)
+    power, identity = torch.linalg.matrix_power, torch.eye(LENGTH, dtype=torch.float64)
+    operators = {
+        "diffusion": power(matrix, steps),
+        "sos": sum((-1) ** m * power(identity - matrix, m) @ matrix for m in range(steps)),
+    }
+    for boosting, operator in operators.items():
+        output, returned = apply(
+            logits, value, boosting=boosting, boosting_steps=steps, is_causal=is_causal, need_weights=True
+        )
+        torch.testing.assert_close(returned, operator, **EXACT)
+        torch.testing.assert_close(output, operator @ value, **EXACT)
+    if steps == 2:
+        torch.testing.assert_close(operators["sos"], operators["diffusion"], **EXACT)
+
+
+def test_learned_boosting_is_twicing_with_a_gain() -> None:
+    """A + gamma A(I - A), a gamma a head; 0 is A, 1 (also where there is none) is 2A - A^2."""
+    logits, value = sharp_logits(), random(BATCH, HEADS, LENGTH, WIDTH, seed=1)
+    matrix, identity = logits.softmax(-1), torch.eye(LENGTH, dtype=torch.float64)
+    gain = torch.tensor([0.0, 1.0, -0.7], dtype=torch.float64).view(HEADS, 1, 1)
+    operator = matrix + gain * (matrix @ (identity - matrix))
+    output, returned = apply(logits, value, boosting="learned", boosting_gain=gain, need_weights=True)
+    torch.testing.assert_close(returned, operator, **EXACT)
+    torch.testing.assert_close(output, operator @ value, **EXACT)
+    torch.testing.assert_close(returned[:, 0], matrix[:, 0], **EXACT)
+    twicing, without = (apply(logits, value, boosting=boosting)[0] for boosting in ("twicing", "learned"))
+    torch.testing.assert_close(output[:, 1], twicing[:, 1], **EXACT)
+    torch.testing.assert_close(without, twicing, **EXACT)
+
+
+def test_sos_reaches_its_fixed_point_only_where_the_rest_contracts() -> None:
+    """(2I - A)^-1 A V for a symmetric positive kernel; a swap of two tokens, eigenvalue -1, moves away instead."""
+    points = random(LENGTH, 2)
+    positive = -torch.cdist(points, points).square().expand(1, 1, -1, -1)
+    swap = torch.tensor([[-40.0, 0.0], [0.0, -40.0]], dtype=torch.float64).expand(1, 1, -1, -1)
+    distances: dict[str, list[float]] = {}
+    for name, logits in (("positive", positive), ("swap", swap)):
+        matrix = logits.softmax(-1)
+        value = random(1, 1, matrix.shape[-1], WIDTH, seed=1)
+        limit = torch.linalg.solve(2 * torch.eye(matrix.shape[-1], dtype=torch.float64) - matrix, matrix @ value)
+        distances[name] = [
+            float((apply(logits, value, boosting="sos", boosting_steps=steps)[0] - limit).abs().max())
+            for steps in (2, 8, 16)
+        ]
+    assert distances["positive"][2] < 0.1 * distances["positive"][0]
+    assert distances["swap"][2] > 100 * distances["swap"][1] > 1000 * distances["swap"][0]
+
+
 def test_steps_mean_nothing_without_boosting() -> None:
     logits, value = sharp_logits(), random(BATCH, HEADS, LENGTH, WIDTH, seed=1)
     for steps in (1, 2, 7):

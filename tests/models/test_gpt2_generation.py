@@ -11,6 +11,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from transformers import DynamicCache, EncoderDecoderCache, GPT2Config, GPT2LMHeadModel, StaticCache
 
+from hf_imgproc_attn.models.filter_axes import uses_position_table
 from hf_imgproc_attn.models.filter_cache import FilterDynamicLayer
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2LMHeadModel
 from tests.models.helpers import GPT2, sharpen_
@@ -132,7 +133,7 @@ def test_cached_logits_with_custom_positions(variant: str, implementation: str) 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_half_precision_cache_keeps_positions(variant: str) -> None:
     """bfloat16 has no number 257: a cached key far into the text must still know where it is."""
-    free = all(spec.position_kernel in ("gaussian", "none") for spec in gpt2_config(variant).layer_specs)
+    free = not uses_position_table(gpt2_config(variant))
     length = 330 if free else 24
     ids = token_ids(batch=1, length=length)
     for dtype, tolerance in ((torch.bfloat16, 0.06), (torch.float16, 0.01)):
@@ -179,11 +180,12 @@ def test_gradients_flow_through_a_cache(variant: str) -> None:
 def test_boosted_layers_keep_streams_and_others_none(variant: str) -> None:
     model = build(variant)
     cache = model(token_ids()).past_key_values
-    for spec, layer in zip(model.config.layer_specs, cache.layers, strict=True):
+    for index, (spec, layer) in enumerate(zip(model.config.layer_specs, cache.layers, strict=True)):
         streams = getattr(layer, "streams", [])
-        assert len(streams) == {"none": 0, "learned": 1, "gradient_boosted": 2}.get(
-            spec.boosting, spec.boosting_steps - 1
-        )
+        metric = spec.content_kernel == "elliptical" and index > 0
+        expected = {"none": 0, "learned": 1, "gradient_boosted": 2}.get(spec.boosting, spec.boosting_steps - 1)
+        # Each of the two filters of gradient boosting has a metric of its own.
+        assert len(streams) == expected + metric * (2 if spec.boosting == "gradient_boosted" else 1)
         assert all(stream.shape == (2, 4, 9, 5) for stream in streams)
 
 
@@ -254,7 +256,8 @@ def test_generation_with_custom_positions(variant: str) -> None:
         for cache, ids in ((True, positions), (False, positions), (False, None))
     )
     assert_same_generation(got, wanted)
-    assert (wanted.logits[0] - other.logits[0]).abs().max() > 1e-3
+    sees_positions = any(spec.position_kernel != "none" for spec in model.config.layer_specs)
+    assert ((wanted.logits[0] - other.logits[0]).abs().max() > 1e-3) == sees_positions
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 9, 50])

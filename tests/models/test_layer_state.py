@@ -1,7 +1,6 @@
-"""What travels from layer to layer: proven with schemes that exist only here, on both backbones.
+"""What travels from layer to layer: the package's schemes, and others that exist only here, on both backbones.
 
-The schemes are like those of the literature (NeuTRENO, PID, twicing and Osher residuals); the expected values come
-from a forward pass written out below, which keeps the state in plain Python lists.
+The expected values come from a forward pass written out below, which keeps the state in plain Python lists.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from hf_imgproc_attn.models.filter_feedback import FEEDBACK, RESIDUAL, LayerStat
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2Block, ImgProcGPT2LMHeadModel
 from hf_imgproc_attn.models.modeling_imgproc_vit import ImgProcViTForImageClassification, ImgProcViTLayer
 from tests.models.helpers import sharpen_, tiny_gpt2_config, tiny_vit_config
+from tests.models.variants import heads_by_hand, recorded_call
 
 TIGHT = {"rtol": 0, "atol": 1e-11}
 Model = torch.nn.Module
@@ -75,6 +75,19 @@ SCHEMES: list[dict[str, str]] = [
     {"residual": "accumulated"},
     {"feedback": "three_terms", "residual": "accumulated"},
 ]
+OURS: list[dict[str, Any]] = [
+    {"residual": "twicing"},
+    {"residual": "sos"},
+    {"residual": "osher"},
+    {"feedback": "neutreno"},
+    {"feedback": "neutreno", "neutreno_lambda": 1.3},
+    {"feedback": "pid"},
+    {"feedback": "pid", "pid_gains": [0.7, -0.3, 0.4], "residual": "osher"},
+]
+
+
+def scheme_name(scheme: dict[str, Any]) -> str:
+    return "+".join(str(value) for value in scheme.values()) or "none"
 
 
 @pytest.fixture(autouse=True)
@@ -97,25 +110,33 @@ def attention_input(scheme: str, inputs: list[torch.Tensor]) -> torch.Tensor:
     first, newest = inputs[0], inputs[-1]
     if scheme == "standard" or len(inputs) == 1:
         return newest
-    if scheme == "remainder":
+    if scheme in ("remainder", "twicing"):
         return first - newest
-    if scheme == "opposed":
+    if scheme in ("opposed", "sos"):
         return first + newest
     return first + sum(first - earlier for earlier in inputs[1:])
 
 
 def skip(scheme: str, inputs: list[torch.Tensor]) -> torch.Tensor:
     """What the attention of the newest layer is added to."""
-    return -inputs[-1] if scheme == "opposed" and len(inputs) > 1 else inputs[-1]
+    return -inputs[-1] if scheme in ("opposed", "sos") and len(inputs) > 1 else inputs[-1]
 
 
-def head_output(scheme: str, output: torch.Tensor, values: list[torch.Tensor]) -> torch.Tensor:
+def head_output(config: Any, output: torch.Tensor, values: list[torch.Tensor]) -> torch.Tensor:
     """What leaves the heads of the newest layer, given the values of all layers so far."""
+    scheme = config.feedback
     if scheme == "none" or len(values) == 1:
         return output
     errors = [values[0] - value for value in values[1:]]
     if scheme == "pull_to_first":
         return output + errors[-1] / 2
+    if scheme == "neutreno":
+        default = {"imgproc_gpt2": 0.4, "imgproc_vit": 0.6}[config.model_type]
+        return output + (default if config.neutreno_lambda is None else config.neutreno_lambda) * errors[-1]
+    if scheme == "pid":
+        gains = config.pid_gains or [0.5, 0.05, 0.05]
+        before = errors[-2] if len(errors) > 1 else 0
+        return output + gains[0] * errors[-1] + gains[1] * sum(errors) + gains[2] * (errors[-1] - before)
     return output + 0.3 * errors[-1] + 0.2 * sum(errors) + 0.1 * (values[-2] - values[-1])
 
 
@@ -142,7 +163,7 @@ def gpt2_by_hand(model: Model, ids: torch.Tensor) -> torch.Tensor:
             heads, block.attn.c_attn(block.ln_1(attention_input(config.residual, inputs))).split(20, dim=-1)
         )
         values.append(value)
-        output = head_output(config.feedback, filtered(query, key, value, config.boosting == "twicing", True), values)
+        output = head_output(config, filtered(query, key, value, config.boosting == "twicing", True), values)
         hidden = skip(config.residual, inputs) + block.attn.c_proj(output.transpose(1, 2).flatten(2))
         hidden = hidden + block.mlp(block.ln_2(hidden))
     return body.ln_f(hidden) @ body.wte.weight.T
@@ -159,7 +180,7 @@ def vit_by_hand(model: Model, pixels: torch.Tensor) -> torch.Tensor:
             heads(projection(normed)) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         values.append(value)
-        output = head_output(config.feedback, filtered(query, key, value, config.boosting == "twicing", False), values)
+        output = head_output(config, filtered(query, key, value, config.boosting == "twicing", False), values)
         hidden = skip(config.residual, inputs) + attention.o_proj(output.transpose(1, 2).flatten(2))
         hidden = hidden + layer.mlp(layer.layernorm_after(hidden))
     return model.classifier(body.layernorm(hidden)[:, 0])
@@ -227,7 +248,7 @@ def states() -> Iterator[list[tuple[torch.Tensor | None, ...]]]:
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("preset", ["softmax", "twicing"])
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: "+".join(scheme.values()))
+@pytest.mark.parametrize("scheme", [*SCHEMES, *OURS], ids=scheme_name)
 @pytest.mark.parametrize("backbone", list(BACKBONES))
 def test_state_reaches_every_layer(backbone: str, scheme: dict[str, str], preset: str, implementation: str) -> None:
     """Logits and all gradients, those through the first layer's values too, are those of the written-out model."""
@@ -261,9 +282,7 @@ def test_what_the_state_holds(backbone: str, states: list[tuple[torch.Tensor | N
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["re-entrant", "not re-entrant"])
 @pytest.mark.parametrize("preset", ["softmax", "bilateral_twicing", "bilateral_gaussian"])
-@pytest.mark.parametrize(
-    "scheme", [{}, SCHEMES[0], SCHEMES[-1]], ids=lambda scheme: "+".join(scheme.values()) or "none"
-)
+@pytest.mark.parametrize("scheme", [{}, SCHEMES[0], SCHEMES[-1], OURS[1], OURS[-1]], ids=scheme_name)
 @pytest.mark.parametrize("backbone", list(BACKBONES))
 def test_gradient_checkpointing(backbone: str, scheme: dict[str, str], preset: str, reentrant: bool) -> None:
     """Equal outputs and gradients, and the layers did run twice."""
@@ -281,7 +300,7 @@ def test_gradient_checkpointing(backbone: str, scheme: dict[str, str], preset: s
 
 @torch.no_grad()
 @pytest.mark.parametrize("preset", ["softmax", "bilateral_twicing"])
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: "+".join(scheme.values()))
+@pytest.mark.parametrize("scheme", [*SCHEMES, *OURS], ids=scheme_name)
 def test_cached_decoding_with_state(scheme: dict[str, str], preset: str) -> None:
     """The state is that of the new tokens: chunks and steps give the logits of the full pass."""
     model = build("gpt2", preset, **scheme).eval()
@@ -309,6 +328,56 @@ def test_state_does_not_outlive_a_call() -> None:
     expected = model(ids()).logits
     model(ids().flip(0, 1))
     assert torch.equal(model(ids()).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "filled"),
+    [
+        ({"residual": "twicing"}, {"first_hidden"}),
+        ({"residual": "sos"}, {"first_hidden"}),
+        ({"residual": "osher"}, {"first_hidden", "hidden_sum"}),
+        ({"feedback": "neutreno"}, {"first_value"}),
+        ({"feedback": "pid"}, {"first_value", "previous_value", "feedback_sum"}),
+        ({"content_kernel": "elliptical"}, {"previous_value"}),
+        ({"content_kernel": "elliptical", "feedback": "neutreno"}, {"first_value", "previous_value"}),
+    ],
+)
+@pytest.mark.parametrize("backbone", list(BACKBONES))
+def test_only_what_is_needed_travels(
+    backbone: str, fields: dict[str, str], filled: set[str], states: list[tuple[torch.Tensor | None, ...]]
+) -> None:
+    """The other fields stay empty, so that nothing is kept alive or sent to another device in vain."""
+    build(backbone, **fields)(BACKBONES[backbone][2]())
+    state = LayerState._make(states[-1])._asdict()
+    assert {name for name, tensor in state.items() if tensor is not None} == filled
+
+
+@pytest.mark.parametrize("scheme", [OURS[4], OURS[-1]], ids=scheme_name)
+@pytest.mark.parametrize("backbone", list(BACKBONES))
+def test_the_first_layer_learns_from_what_later_layers_take_of_it(backbone: str, scheme: dict[str, Any]) -> None:
+    """With its own output cut off, layer 0's value projection still has a gradient: through V_0 alone."""
+    model = build(backbone, **scheme)
+    layer = model.transformer.h[0] if backbone == "gpt2" else model.vit.layers[0]
+    attention = layer.attn if backbone == "gpt2" else layer.attention
+    output = attention.c_proj if backbone == "gpt2" else attention.o_proj
+    output.register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(),))
+    outcome(model, model(BACKBONES[backbone][2]()).logits)
+    weight = attention.c_attn.weight[:, 40:] if backbone == "gpt2" else attention.v_proj.weight
+    full = attention.c_attn.weight.grad[:, 40:] if backbone == "gpt2" else attention.v_proj.weight.grad
+    assert full.shape == weight.shape
+    assert full.abs().max() > 1e-3
+
+
+def test_feedback_is_not_dropped_out() -> None:
+    """What leaves the heads is A' V_l with the dropped A', which is returned, and the whole of the feedback."""
+    model = build("gpt2", implementation="eager", feedback="neutreno", attn_pdrop=0.5)
+    output, seen = recorded_call(model, ids(), output_attentions=True, use_cache=False)
+    names = [f"transformer.h.{layer}.attn" for layer in range(3)]
+    values = [heads(seen[f"{name}.c_attn"].output[..., 40:]) for name in names]
+    for layer, (name, operator) in enumerate(zip(names, output.attentions, strict=True)):
+        assert (operator.tril() == 0).double().mean() > 0.6
+        wanted = heads_by_hand(model.config, layer, operator.unsqueeze(1), values, seen, name)
+        torch.testing.assert_close(seen[f"{name}.c_proj"].input, wanted, **TIGHT)
 
 
 # --------------------------------------------------------------------------------------------------------------------

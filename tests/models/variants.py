@@ -44,6 +44,14 @@ CUSTOM: dict[str, dict[str, Any]] = {
         "boosting": "twicing",
         "boosted_layers": [-1],
     },
+    "mixed_kernels": {
+        "content_kernel": ["dot_product", "elliptical", "elliptical"],
+        "position_kernel": ["alibi", "relative_buckets", "gaussian"],
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 9,
+        "boosting": ["twicing", "none", "twicing"],
+        "learn_bandwidths": True,
+    },
     "three_steps": {"boosting": "twicing", "boosting_steps": 3, "boosted_layers": [0, -1]},
     "mixed_boosters": {
         "content_kernel": ["gaussian", "dot_product", "gaussian"],
@@ -64,6 +72,7 @@ CUSTOM: dict[str, dict[str, Any]] = {
     },
 }
 VARIANTS = (*PRESETS, *CUSTOM)
+ELLIPTICAL = tuple(name for name in VARIANTS if "elliptical" in {**PRESETS, **CUSTOM}[name].get("content_kernel", ()))
 BOOSTED = tuple(name for name in VARIANTS if "boosting" in {**PRESETS, **CUSTOM}[name])
 ALL_STOCK = ("softmax", "nope", "boosted_residual")
 """Variants whose every attention is the stock one."""
