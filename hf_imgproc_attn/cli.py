@@ -93,6 +93,14 @@ def build_parser() -> argparse.ArgumentParser:
     presets = commands.add_parser("presets", help="list the variants", description="List the variants.")
     presets.set_defaults(run_command=run_presets)
 
+    variants = commands.add_parser(
+        "variants",
+        help="describe every preset: equation, source, parameters, cost, limits",
+        description="Describe every preset: equation, source, parameters, cost and limits.",
+    )
+    variants.add_argument("--markdown", action="store_true", help="as one Markdown table")
+    variants.set_defaults(run_command=run_variants)
+
     benchmark = commands.add_parser(
         "benchmark",
         help="time filters, layers, decoding and whole models against stock attention",
@@ -206,6 +214,16 @@ def run_presets(options: argparse.Namespace) -> int:
     for name, changes in PRESETS.items():
         rows.append([name, *(str(changes.get(field, getattr(FilterSpecMixin, field))) for field in fields)])
     _print_table(rows)
+    return 0
+
+
+def run_variants(options: argparse.Namespace) -> int:
+    """``imgproc-attn variants``."""
+    from .variants import LEGEND, markdown_table, plain_text
+
+    text = f"{markdown_table()}\n\n{LEGEND}" if options.markdown else plain_text()
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, errors="replace").decode(encoding))  # a pipe may have no room for formulas
     return 0
 
 

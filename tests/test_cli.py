@@ -41,7 +41,16 @@ def stock_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--help",), ("--version",), ("convert", "--help"), ("benchmark", "--help"), ("presets",)]
+    "arguments",
+    [
+        ("--help",),
+        ("--version",),
+        ("convert", "--help"),
+        ("benchmark", "--help"),
+        ("denoise", "--help"),
+        ("variants", "--help"),
+        ("presets",),
+    ],
 )
 def test_what_needs_no_model_imports_no_model(run_python: RunPython, arguments: tuple[str, ...]) -> None:
     code = (

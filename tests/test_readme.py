@@ -168,6 +168,7 @@ def test_sections_are_in_the_order_a_reader_needs() -> None:
         "Ten lines",
         "Two commands",
         "What the variants are",
+        "Filters on images",
         "Training your own",
         "Converting",
         "Publishing",
