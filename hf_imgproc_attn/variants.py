@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .models.configuration_imgproc_gpt2 import ImgProcGPT2Config
-from .models.filter_attention import SUPPORTED_IMPLEMENTATIONS, AttentionFilter
-from .models.filter_axes import is_stock_layer, uses_position_table
+from .models.filter_attention import AttentionFilter
+from .models.filter_axes import FILTER_BACKENDS, is_stock_layer, uses_position_table
 from .models.filter_boosting import BOOSTING, keep_rows, operator_on_value
 from .models.filter_spec import PRESETS
 from .papers import PAPERS, PAPERS_OF
@@ -44,7 +44,6 @@ EQUATIONS = {
 REASONS = {
     "static caches": "the layers keep tensors that static and quantised caches do not hold",
     "longer texts": "the table of positions ends at N",
-    "fused dropout": "all passes need one mask of attention dropout, so it takes the eager path",
     "one-layer models": "a layer is compared with one before it",
     "rotary positions": "they mix the features that M weighs",
     "every head width": "features turn in pairs, for each axis: a multiple of 2 for text, of 4 for images",
@@ -109,8 +108,8 @@ COLUMNS = {
 LEGEND = (
     "d is the width of the model (of a head under the root), H the number of heads, L of layers, N of tokens or of "
     "positions in the table. Parameters are those of a GPT-2; a class token adds 3HL where positions are compared. A "
-    "pass applies A to values once, in so many floating-point operations forward where A is not kept between passes, "
-    "as in the fused back-end. Causal is GPT-2; ViT is not, with every preset. Not supported, and why: "
+    "pass applies A to values once, in so many floating-point operations forward; `blocked` computes the weights of A "
+    "once for all passes. Causal is GPT-2; ViT is not, with every preset. Not supported, and why: "
     + "; ".join(f"{name}: {reason}" for name, reason in REASONS.items())
     + "."
 )
@@ -180,6 +179,9 @@ def cost(preset: str) -> str:
     }.get(spec.position_kernel)
     number, each = passes(preset), "6N²d" if spec.position_kernel == "untied" else "4N²d"
     parts = [f"{number} pass of {each}" if number == 1 else f"{number} passes of {each}"]
+    if spec.is_boosted and spec.boosting != "gradient_boosted":
+        # Weights once, then a product with each stream.
+        parts[0] += f", `blocked` {(2 if each == '4N²d' else 4) + 2 * number}N²d"
     if extra is not None:
         parts.append(extra)
     if spec.content_kernel != "dot_product" or spec.feedback != "none" or spec.residual != "standard":
@@ -187,6 +189,18 @@ def cost(preset: str) -> str:
     if spec.boosting == "gradient_boosted":
         parts.append("10Nd² (projections, gate)")
     return " + ".join(parts)
+
+
+def back_ends(preset: str) -> str:
+    """What computes the preset's layers: values of ``filter_backend``, or the stock model's own code."""
+    config, layer = example(preset)
+    if all(is_stock_layer(config, spec) for spec in config.layer_specs):
+        return "stock"
+    names = [name for name in FILTER_BACKENDS if name not in ("auto", "triton")]
+    spec = layer.spec
+    # The Triton kernels know twicing of plain inner products alone.
+    has_kernel = spec.boosting == "twicing" and spec.content_kernel == "dot_product" and not spec.compares_positions
+    return ", ".join([*names, "triton"] if has_kernel else names)
 
 
 def cached_decoding(preset: str) -> str:
@@ -204,14 +218,12 @@ def cached_decoding(preset: str) -> str:
 
 def limits(preset: str) -> list[str]:
     """What the preset does not support: keys of :data:`REASONS`."""
-    config, layer = example(preset)
+    config, _ = example(preset)
     found = []
     if not all(is_stock_layer(config, spec) for spec in config.layer_specs):
         found.append("static caches")
     if uses_position_table(config):
         found.append("longer texts")
-    if layer.operator != "none":
-        found.append("fused dropout")
     return [*found, *LIMITS.get(preset, ())]
 
 
@@ -228,7 +240,7 @@ def row(preset: str, markdown: bool = False) -> Row:
         source(preset, markdown),
         parameters(preset),
         cost(preset),
-        ", ".join(SUPPORTED_IMPLEMENTATIONS),
+        back_ends(preset),
         cached_decoding(preset),
         "yes",
         ", ".join(limits(preset)) or "-",
