@@ -260,7 +260,8 @@ class Weights:
         rows = min(plan.block_rows, plan.length)
         self.size = plan.group_pairs * rows * plan.key_length
         self.buffer = Buffer(like, self.size)
-        self.future = torch.ones(rows, rows, dtype=torch.bool, device=like.device).triu(1) if plan.is_causal else None
+        # Adding -inf is several times faster than filling in by a boolean mask.
+        self.future = like.new_full((rows, rows), float("-inf")).triu(1) if plan.is_causal else None
         self.group = Group(0, slice(0, 0), slice(0, 0))
         self.query = self.key = like
 
@@ -284,7 +285,7 @@ class Weights:
             if allowed is not None:
                 shaped.masked_fill_(~allowed, float("-inf"))
         if self.future is not None:
-            scores[:, :, block.keys - rows :].masked_fill_(self.future[:rows, :rows], float("-inf"))
+            scores[:, :, block.keys - rows :].add_(self.future[:rows, :rows])
         return scores
 
     def compute(self, block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
