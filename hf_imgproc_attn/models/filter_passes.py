@@ -117,22 +117,6 @@ class _Inputs:
         """x_m of all keys, ``[pairs, key_length, d]``."""
         return self.all[..., self.columns(stream)] if stream else self.value
 
-    def combine(
-        self, stream: int, index: int, smooth: torch.Tensor, rows: slice, coefficients: tuple[float, ...]
-    ) -> None:
-        """Add s_index to x_stream of a block; the first s_j that it has brings the share of V."""
-        share, factor = coefficients[0], coefficients[index + 1]
-        if not factor:
-            return
-        target = self.own[:, rows, self.columns(stream)]
-        if any(coefficients[1 : index + 1]):
-            target.add_(smooth, alpha=factor)
-        elif share:
-            value = self.own_value[:, rows]
-            torch.add(value if share == 1.0 else value * share, smooth, alpha=factor, out=target)
-        else:
-            torch.mul(smooth, factor, out=target)
-
     def publish(self, stream: int, rows: slice) -> None:
         """Make rows of a stream, complete in ``own``, visible to the products."""
         if self.all is self.own:
@@ -142,6 +126,26 @@ class _Inputs:
         if self.hidden is not None:
             values = values.masked_fill(self.hidden[:, keys], 0.0)
         self.all[:, keys, self.columns(stream)] = values
+
+
+def _combine(
+    target: torch.Tensor,
+    coefficients: tuple[float, ...],
+    index: int,
+    value: torch.Tensor,
+    product: torch.Tensor,
+    factor: torch.Tensor,
+) -> None:
+    """Add s_index = ``product * factor`` to a stream or the output; the first s_j that it has brings the share of V."""
+    share, weight = coefficients[0], coefficients[index + 1]
+    if not weight:
+        return
+    if any(coefficients[1 : index + 1]):
+        target.addcmul_(product, factor, value=weight)
+    elif share:
+        torch.addcmul(value if share == 1.0 else value * share, product, factor, value=weight, out=target)
+    else:
+        torch.mul(product, factor if weight == 1.0 else factor * weight, out=target)
 
 
 def _passes(plan: Plan, num_streams: int) -> list[range]:
@@ -169,21 +173,20 @@ class BlockedFilter(torch.autograd.Function):
         like = query.new_empty(0, dtype=work)
         streams = like.new_empty(plan.batch, plan.heads, plan.length, (num_streams - 1) * width)
         output, log_sums = (like.new_empty(plan.batch * plan.heads, plan.length, size) for size in (width, 1))
-        weights = Weights(plan, call.mask, bias, like)
+        weights, one = Weights(plan, call.mask, bias, like), like.new_ones(1)
         blocks = plan.blocks()
         inputs = _Inputs(call, query, key, value, past, streams)
         for group in plan.groups():
             inputs.start(group)
             out, log_sum = output[group.pairs], log_sums[group.pairs]
             weights.start(group, inputs.query, inputs.key)
-            factor: torch.Tensor | None
             for steps in _passes(plan, num_streams):
                 if steps.start:
                     inputs.publish(steps.start, slice(0, plan.length))
                 for block in blocks:
                     rows = slice(block.start, block.stop)
                     if steps.start:
-                        matrix, factor = weights.recall(block, log_sum), None
+                        matrix, factor = weights.recall(block, log_sum), one
                     else:
                         matrix, factor, log_sum[:, rows] = weights.compute(block)
                     if plan.dropout:
@@ -191,15 +194,11 @@ class BlockedFilter(torch.autograd.Function):
                     for m in steps:
                         if m > steps.start:
                             inputs.publish(m, rows)
-                        smooth = torch.bmm(matrix, inputs.stream(m)[:, : block.keys])
-                        if factor is not None:
-                            smooth.mul_(factor)
+                        product = torch.bmm(matrix, inputs.stream(m)[:, : block.keys])
+                        common = (m, inputs.own_value[:, rows], product, factor)
                         for later in range(m + 1, num_streams):
-                            inputs.combine(later, m, smooth, rows, booster.streams[later])
-                        if any(booster.output[1 : m + 1]):
-                            out[:, rows].add_(smooth, alpha=booster.output[m + 1])
-                        else:
-                            torch.mul(smooth, booster.output[m + 1], out=out[:, rows])
+                            _combine(inputs.own[:, rows, inputs.columns(later)], booster.streams[later], *common)
+                        _combine(out[:, rows], booster.output, *common)
         ctx.call = call
         ctx.save_for_backward(query, key, value, bias, past, streams, log_sums)
         ctx.set_materialize_grads(False)
@@ -259,10 +258,15 @@ def _backward(
                 smooth_grads = like.new_empty(pairs, block.stop - block.start, num_streams * width)
                 for m in reversed(range(steps.start, num_streams)):
                     d_smooth = smooth_grads[..., m * width : (m + 1) * width]
-                    torch.mul(grad_rows[:, rows], booster.output[m + 1], out=d_smooth)
+                    first = grad_rows[:, rows]
+                    if booster.output[m + 1] != 1.0:
+                        first = first * booster.output[m + 1]
                     for later in range(m + 1, num_streams):
                         if booster.streams[later][m + 1]:
-                            d_smooth.add_(totals[later].rows(own), alpha=booster.streams[later][m + 1])
+                            weight = booster.streams[later][m + 1]
+                            first = torch.add(first, totals[later].rows(own), alpha=weight, out=d_smooth)
+                    if first is not d_smooth:
+                        d_smooth.copy_(first)
                     if m in steps:
                         totals[m].add(dropped, d_smooth)
                 if steps.start:
@@ -272,7 +276,7 @@ def _backward(
                 if kept is not None:
                     d_matrix.mul_(kept)
                 d_logits = weights.through_softmax(d_matrix, matrix)
-                d_query[:, rows] = torch.bmm(d_logits, inputs.key[:, keys])
+                d_query[:, rows].baddbmm_(d_logits, inputs.key[:, keys], beta=0.0, alpha=plan.scale)
                 d_key.add(d_logits, inputs.query[:, rows])
                 if bias_grad is not None:
                     weights.add_to_bias(bias_grad, d_logits, block)
@@ -288,7 +292,7 @@ def _backward(
                 past_grad.flatten(0, 1)[group.pairs, :, inputs.columns(m)] = earlier
         inputs.key_heads.add(value_grad, d_value, group)
     return (
-        query_grad.mul_(plan.scale).to(query.dtype),
+        query_grad.to(query.dtype),
         key_grad.to(key.dtype),
         value_grad.to(value.dtype),
         None if bias_grad is None else bias_grad.to(bias.dtype),

@@ -1,7 +1,7 @@
 """The attention weights of one block, and what is read and summed around them, for ``filter_passes``.
 
-Nothing here knows of boosting. Weights are powers of two, A_ij = 2^(s_ij - L_i) with s the logits in units of log 2 and
-L_i the row's base-2 log-sum-exp: the exponential of base 2 takes a third of the time of that of base e on a CPU.
+Nothing here knows of boosting. Weights are powers of two, A_ij = 2^(s_ij - L_i) with s the logits in units of log 2
+and L_i the row's base-2 log-sum-exp: the exponential of base 2 takes a third of the time of that of base e on a CPU.
 """
 
 from __future__ import annotations
