@@ -47,8 +47,11 @@ class KeyHeads:
 
     def add(self, total: torch.Tensor, x: torch.Tensor, group: Group) -> None:
         """Bring in the group's ``[pairs, n, d]``."""
-        if self.repeats == 1:
+        if self.repeats == 1 and x.stride(-1) == 1:
             total.flatten(0, 1)[group.pairs] = x
+        elif self.repeats == 1:  # a matrix at a time, or the copy would not go by tiles
+            for room, part in zip(total.flatten(0, 1)[group.pairs], x, strict=True):
+                room.copy_(part)
         else:
             total.flatten(0, 1).index_add_(0, self._index(group, x.device), x)
 
