@@ -136,7 +136,7 @@ def _combine(
     product: torch.Tensor,
     factor: torch.Tensor,
 ) -> None:
-    """Add s_index = ``product * factor`` to a stream or the output; the first s_j that it has brings the share of V."""
+    """Add s_index = ``product * factor`` to a stream or the output; the first s_j of each brings the share of V."""
     share, weight = coefficients[0], coefficients[index + 1]
     if not weight:
         return

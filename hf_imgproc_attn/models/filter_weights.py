@@ -104,8 +104,11 @@ class KeySums:
 
     def rows(self, keys: slice) -> torch.Tensor:
         """The sum so far for some keys, ``[pairs, keys, d]``, a view."""
-        if self.sums is None:
-            raise RuntimeError("the sum has not begun")
+        if self.sums is None:  # no query at all
+            pairs, width, length = self.shape
+            self.sums = self.scratch.memory.new_zeros(
+                (pairs, width, length) if self.transposed else (pairs, length, width)
+            )
         return (self.sums.mT if self.transposed else self.sums)[:, keys]
 
 
