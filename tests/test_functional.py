@@ -12,7 +12,7 @@ import torch
 import hf_imgproc_attn
 from hf_imgproc_attn import filter_attention
 from hf_imgproc_attn.models import filter_dispatch
-from hf_imgproc_attn.models.filter_dispatch import BACKENDS, CHOICES, Request, choose_backend, register_backend
+from hf_imgproc_attn.models.filter_dispatch import BACKENDS, Request, choose_backend, register_backend
 from tests.helpers import RunPython
 
 BATCH, HEADS, LENGTH, WIDTH, FEATURES = 2, 4, 13, 6, 3
@@ -217,24 +217,49 @@ def test_only_known_names_register() -> None:
     assert "mine" not in BACKENDS
 
 
-def request(device: str, boosting: str = "twicing", dropout_p: float = 0.0, width: int = WIDTH) -> Request:
-    tensors = [torch.empty(2, 4, 13, size, device=device) for size in (width, width, WIDTH)]
-    return Request(*tensors, None, None, True, 1.0, dropout_p, boosting, 2)
+def request(
+    device: str = "cpu",
+    length: int = 200,
+    boosting: str = "twicing",
+    *,
+    causal: bool = True,
+    extra: int = 0,
+    **options: Any,
+) -> Request:
+    """Only shapes matter; nothing is computed."""
+    query, value = (torch.empty(2, 4, length, size, device=device) for size in (WIDTH + extra, WIDTH))
+    return Request(query, query, value, None, None, causal, 1.0, options.get("dropout_p", 0.0), boosting, 2)
 
 
 @pytest.mark.usefixtures("_clean_table")
-def test_auto_follows_the_table() -> None:
-    for row in CHOICES:
-        given = request(row.device, "twicing" if row.boosted else "none", width=WIDTH + (0 if row.equal_widths else 8))
-        first = next(other.order[0] for other in CHOICES if other[:3] == row[:3])
-        assert choose_backend(given) == first
-    # Elsewhere kernels come first, but only where they serve the call.
-    assert choose_backend(request("meta")) == "sdpa"
-    assert choose_backend(request("meta", dropout_p=0.1)) == "blocked"
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"boosting": "none"}, "sdpa"),
+        ({"boosting": "none", "extra": 8}, "blocked"),
+        ({"boosting": "none", "dropout_p": 0.1}, "blocked"),
+        ({}, "blocked"),
+        ({"causal": False}, "blocked"),
+        ({"length": 12}, "sdpa"),
+        ({"length": 12, "dropout_p": 0.1}, "reference"),
+        ({"length": 2000}, "blocked"),
+        ({"length": 2000, "causal": False}, "sdpa"),
+        ({"length": 2000, "causal": False, "dropout_p": 0.1}, "blocked"),
+        ({"device": "meta"}, "sdpa"),
+        ({"device": "meta", "dropout_p": 0.1}, "blocked"),
+    ],
+)
+def test_auto_follows_the_table(given: dict[str, Any], expected: str) -> None:
+    assert choose_backend(request(**given)) == expected
+
+
+@pytest.mark.usefixtures("_clean_table")
+def test_kernels_come_first_where_they_serve_the_call() -> None:
     register_backend("triton", lambda call: call.value, lambda call: "has no dropout" if call.dropout_p else None)
     assert choose_backend(request("meta")) == "triton"
     assert choose_backend(request("meta", dropout_p=0.1)) == "blocked"
-    assert choose_backend(request("meta", "none", dropout_p=0.1)) == "sdpa"
+    assert choose_backend(request("meta", boosting="none", dropout_p=0.1)) == "sdpa"
+    assert choose_backend(request("cpu")) == "blocked"
 
 
 def test_exported_lazily(run_python: RunPython) -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .filter_blocked import blocked_attention
+from .filter_blocks import WHOLE_SCORES
 from .filter_kernels import working_dtype
 from .filter_masks import visible
 from .filter_reference import reference_attention
@@ -174,32 +175,53 @@ def register_backend(name: str, run: Run, refuses: Refuse = _never) -> None:
 
 
 class Choice(NamedTuple):
-    """A row of the table of measured shapes: what is tried first on a device, for key lengths up to a limit."""
+    """A row of the table of measured shapes."""
 
     device: str
-    boosted: bool
-    equal_widths: bool
-    max_length: float
+    shapes: str
+    """What the row is for, in words."""
+    fits: Callable[[Request], bool]
     order: tuple[str, ...]
+    """What is tried, in order."""
 
 
-ANY = float("inf")
+FEW_SCORES = 2**15
+"""With fewer scores than this in all, the time goes into calls and not into products."""
+
+
+def _is_plain(request: Request) -> bool:
+    return not (request.is_boosted or request.dropout_p) and request.query.shape[-1] == request.value.shape[-1]
+
+
+def _has_few_scores(request: Request) -> bool:
+    return request.query.shape[:3].numel() * request.key.shape[-2] <= FEW_SCORES
+
+
+def _takes_several_passes(request: Request) -> bool:
+    scores = request.query.shape[-2] * request.key.shape[-2]
+    return request.is_boosted and not request.is_causal and scores > WHOLE_SCORES
+
+
 CHOICES = (
-    # CPU, ratio to one SDPA call on the same tensors, forward / forward + backward, two cores, float32:
-    Choice("cpu", False, True, ANY, ("sdpa",)),
-    Choice("cpu", False, False, ANY, ("blocked",)),
-    Choice("cpu", True, True, ANY, ("blocked",)),
-    Choice("cpu", True, False, ANY, ("blocked",)),
+    # Twicing, in units of one SDPA call on the same tensors: forward / forward + backward, float32, head_dim 64.
+    Choice("cpu", "not boosted, values as wide as queries", _is_plain, ("sdpa",)),
+    # 4 heads, N = 64: SDPA 2.6 / 2.0, blocked 6.8 / 5.3
+    Choice("cpu", "few scores", _has_few_scores, ("sdpa", "reference")),
+    # N = 2048: SDPA 2.1 / 2.0, blocked 2.5 / 1.9
+    Choice("cpu", "boosted, long, not causal", _takes_several_passes, ("sdpa", "blocked")),
+    # Causal N = 1024: SDPA 2.0 / 2.0, blocked 1.5 / 1.3; bidirectional N = 197: SDPA 2.0 / 2.0, blocked 1.7 / 1.6. Not
+    # boosted, 64 feature columns beside 64: SDPA with padded values 2.2 / 2.0, blocked 1.5 / 1.4.
+    Choice("cpu", "all else", lambda request: True, ("blocked",)),
 )
-"""The first row that fits decides. Elsewhere: kernels where they are there, SDPA, then blocks."""
+"""The first row that fits decides."""
 ELSEWHERE = ("triton", "sdpa", "blocked")
+"""On other devices, and where everything in a row is missing or refuses."""
 
 
 def choose_backend(request: Request) -> str:
     """The fastest back-end, by measured shape, of those that are there and do not refuse."""
-    length, device = request.key.shape[-2], request.query.device.type
-    kind = (device, request.is_boosted, request.query.shape[-1] == request.value.shape[-1])
-    order = next((row.order for row in CHOICES if row[:3] == kind and length <= row.max_length), ELSEWHERE)
+    device = request.query.device.type
+    order = next((row.order for row in CHOICES if row.device == device and row.fits(request)), ())
     for name in (*order, *ELSEWHERE):
         if name in BACKENDS and BACKENDS[name].refuses(request) is None:
             return name

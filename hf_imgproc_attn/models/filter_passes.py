@@ -26,9 +26,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .filter_blocks import Buffer, Group, KeyHeads, KeySums, Plan, Weights, rows_of
+from .filter_blocks import Group, Plan
 from .filter_boosting import BOOSTING
 from .filter_kernels import working_dtype
+from .filter_weights import Buffer, KeyHeads, KeySums, Weights, flat
 
 
 class Recurrence(NamedTuple):
@@ -67,13 +68,12 @@ class Call(NamedTuple):
     """Keys that no query sees, ``[batch or 1, heads or 1, 1, key_length or 1]``: whatever stands there is not read."""
 
 
-class _GroupInputs:
-    """A group's rows of all inputs, in working precision: ``[pairs, ..., ...]``."""
+class _Inputs:
+    """All inputs in working precision, ``[pairs, ..., ...]``, and a group's rows of them."""
 
     def __init__(
         self,
         call: Call,
-        group: Group,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -82,26 +82,32 @@ class _GroupInputs:
     ) -> None:
         plan, dtype = call.plan, working_dtype(query.dtype)
         self.past, self.width = plan.past, value.shape[-1]
-        self.key_heads = KeyHeads(plan, group, query.device)
-        self.query = rows_of(query, group, dtype)
-        self.key = self.key_heads.read(key, dtype)
-        self.value = self.key_heads.read(value, dtype)
-        self.own = rows_of(streams, group, dtype)
-        """x_1, x_2, ... of the queries side by side, ``[pairs, length, (k - 1) * d]``: a view of what is saved."""
-        self.all = self.own
-        """The same of all keys, 0 where a key is hidden."""
-        if past is not None:
-            self.all = torch.cat([rows_of(past, group, dtype), self.own], dim=1)
-        self.hidden = None
+        self.key_heads = KeyHeads(plan)
+        self._all = tuple(flat(x, dtype) for x in (query, key, value, streams))
+        self._past = None if past is None else flat(past, dtype)
+        self._hidden = None
         if call.hidden is not None:
             shape = (plan.batch, plan.heads, 1, plan.key_length)
-            self.hidden = rows_of(call.hidden.expand(shape), group, torch.bool).mT
+            self._hidden = flat(call.hidden.expand(shape), torch.bool).mT
+
+    def start(self, group: Group) -> None:
+        """Turn to a group."""
+        query, key, value, streams = self._all
+        self.query = query[group.pairs]
+        self.key = self.key_heads.read(key, group)
+        self.value = self.key_heads.read(value, group)
+        self.own_value = self.value[:, self.past :]
+        self.own = streams[group.pairs]
+        """x_1, x_2, ... of the queries side by side, ``[pairs, length, (k - 1) * d]``: a view of what is saved."""
+        self.all = self.own if self._past is None else torch.cat([self._past[group.pairs], self.own], dim=1)
+        """The same of all keys, 0 where a key is hidden."""
+        self.hidden = None
+        if self._hidden is not None:
+            self.hidden = self._hidden[group.pairs]
             self.key = self.key.masked_fill(self.hidden, 0.0)
+            self.value = self.value.masked_fill(self.hidden, 0.0)
             if self.own.shape[-1]:
                 self.all = self.all.masked_fill(self.hidden, 0.0)
-        self.own_value = self.value[:, plan.past :]
-        if self.hidden is not None:
-            self.value = self.value.masked_fill(self.hidden, 0.0)
 
     def columns(self, stream: int) -> slice:
         """Where x_1, x_2, ... stand side by side."""
@@ -110,22 +116,6 @@ class _GroupInputs:
     def stream(self, stream: int) -> torch.Tensor:
         """x_m of all keys, ``[pairs, key_length, d]``."""
         return self.all[..., self.columns(stream)] if stream else self.value
-
-    def combine(
-        self, stream: int, index: int, smooth: torch.Tensor, rows: slice, coefficients: tuple[float, ...]
-    ) -> None:
-        """Add s_index to x_stream of a block; the first s_j that it has brings the share of V."""
-        share, factor = coefficients[0], coefficients[index + 1]
-        if not factor:
-            return
-        target = self.own[:, rows, self.columns(stream)]
-        if any(coefficients[1 : index + 1]):
-            target.add_(smooth, alpha=factor)
-        elif share:
-            value = self.own_value[:, rows]
-            torch.add(value if share == 1.0 else value * share, smooth, alpha=factor, out=target)
-        else:
-            torch.mul(smooth, factor, out=target)
 
     def publish(self, stream: int, rows: slice) -> None:
         """Make rows of a stream, complete in ``own``, visible to the products."""
@@ -136,6 +126,26 @@ class _GroupInputs:
         if self.hidden is not None:
             values = values.masked_fill(self.hidden[:, keys], 0.0)
         self.all[:, keys, self.columns(stream)] = values
+
+
+def _combine(
+    target: torch.Tensor,
+    coefficients: tuple[float, ...],
+    index: int,
+    value: torch.Tensor,
+    product: torch.Tensor,
+    factor: torch.Tensor,
+) -> None:
+    """Add s_index = ``product * factor`` to a stream or the output; the first s_j of each brings the share of V."""
+    share, weight = coefficients[0], coefficients[index + 1]
+    if not weight:
+        return
+    if any(coefficients[1 : index + 1]):
+        target.addcmul_(product, factor, value=weight)
+    elif share:
+        torch.addcmul(value if share == 1.0 else value * share, product, factor, value=weight, out=target)
+    else:
+        torch.mul(product, factor if weight == 1.0 else factor * weight, out=target)
 
 
 def _passes(plan: Plan, num_streams: int) -> list[range]:
@@ -160,25 +170,23 @@ class BlockedFilter(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         plan, booster = call.plan, call.booster
         work, width, num_streams = working_dtype(query.dtype), value.shape[-1], len(booster.streams)
-        shape = (plan.batch, plan.heads, plan.length)
         like = query.new_empty(0, dtype=work)
-        output = like.new_empty(*shape, width)
-        streams = like.new_empty(*shape, (num_streams - 1) * width)
-        log_sums = like.new_empty(*shape, 1)
-        weights = Weights(plan, call.mask, bias, like)
+        streams = like.new_empty(plan.batch, plan.heads, plan.length, (num_streams - 1) * width)
+        output, log_sums = (like.new_empty(plan.batch * plan.heads, plan.length, size) for size in (width, 1))
+        weights, one = Weights(plan, call.mask, bias, like), like.new_ones(1)
         blocks = plan.blocks()
+        inputs = _Inputs(call, query, key, value, past, streams)
         for group in plan.groups():
-            inputs = _GroupInputs(call, group, query, key, value, past, streams)
-            out, log_sum = rows_of(output, group, work), rows_of(log_sums, group, work)
+            inputs.start(group)
+            out, log_sum = output[group.pairs], log_sums[group.pairs]
             weights.start(group, inputs.query, inputs.key)
-            factor: torch.Tensor | None
             for steps in _passes(plan, num_streams):
                 if steps.start:
                     inputs.publish(steps.start, slice(0, plan.length))
                 for block in blocks:
                     rows = slice(block.start, block.stop)
                     if steps.start:
-                        matrix, factor = weights.recall(block, log_sum), None
+                        matrix, factor = weights.recall(block, log_sum), one
                     else:
                         matrix, factor, log_sum[:, rows] = weights.compute(block)
                     if plan.dropout:
@@ -186,24 +194,20 @@ class BlockedFilter(torch.autograd.Function):
                     for m in steps:
                         if m > steps.start:
                             inputs.publish(m, rows)
-                        smooth = torch.bmm(matrix, inputs.stream(m)[:, : block.keys])
-                        if factor is not None:
-                            smooth.mul_(factor)
+                        product = torch.bmm(matrix, inputs.stream(m)[:, : block.keys])
+                        common = (m, inputs.own_value[:, rows], product, factor)
                         for later in range(m + 1, num_streams):
-                            inputs.combine(later, m, smooth, rows, booster.streams[later])
-                        if any(booster.output[1 : m + 1]):
-                            out[:, rows].add_(smooth, alpha=booster.output[m + 1])
-                        else:
-                            torch.mul(smooth, booster.output[m + 1], out=out[:, rows])
+                            _combine(inputs.own[:, rows, inputs.columns(later)], booster.streams[later], *common)
+                        _combine(out[:, rows], booster.output, *common)
         ctx.call = call
         ctx.save_for_backward(query, key, value, bias, past, streams, log_sums)
         ctx.set_materialize_grads(False)
-        return output.to(value.dtype), streams
+        return output.to(value.dtype).unflatten(0, (plan.batch, plan.heads)), streams
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor | None, stream_grad: torch.Tensor | None) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors  # once: gradient checkpointing hands them out a single time
+        saved = ctx.saved_tensors
         with torch.autocast(saved[0].device.type, enabled=False):
             return _backward(ctx.call, saved, grad, stream_grad, ctx.needs_input_grad[3])
 
@@ -221,27 +225,28 @@ def _backward(
     like = query.new_empty(0, dtype=work)
     if grad is None:
         grad = like.new_zeros(*query.shape[:3], width)
+    inputs = _Inputs(call, query, key, value, past, streams)
     query_grad = query.new_empty(query.shape, dtype=work)
-    key_grad, value_grad = (KeyHeads.total(plan, x, work) for x in (key, value))
+    key_grad, value_grad = (inputs.key_heads.total(x, work) for x in (key, value))
     bias_grad = like.new_zeros(bias.shape) if needs_bias_grad else None
-    past_grad = None if past is None else torch.empty_like(past, dtype=work)
+    past_grad = None if past is None else torch.empty(past.shape, dtype=work, device=past.device)
+    all_grads, stream_grads = flat(grad, work), None if stream_grad is None else flat(stream_grad, work)
     weights = Weights(plan, call.mask, bias, like)
     weight_grads = Buffer(like, weights.size)
     blocks = plan.blocks()[::-1]
     passes = _passes(plan, num_streams)[::-1]
     scratch = Buffer(like, plan.group_pairs * plan.key_length * max(width, key.shape[-1]) if len(blocks) > 1 else 0)
     for group in plan.groups():
-        inputs = _GroupInputs(call, group, query, key, value, past, streams)
+        inputs.start(group)
         pairs = inputs.query.shape[0]
-        grad_rows, d_query = rows_of(grad, group, work), rows_of(query_grad, group, work)
-        log_sum = rows_of(log_sums, group, work)
+        grad_rows, log_sum = all_grads[group.pairs], log_sums[group.pairs]
+        d_query = query_grad.flatten(0, 1)[group.pairs]
         side_by_side = torch.cat([inputs.value, inputs.all], dim=-1) if num_streams > 1 else inputs.value
         d_key = KeySums(plan, pairs, key.shape[-1], scratch)
         totals = [KeySums(plan, pairs, width, scratch) for _ in range(num_streams)]
-        if stream_grad is not None:
-            given = rows_of(stream_grad, group, work)
+        if stream_grads is not None:
             for m in range(1, num_streams):
-                totals[m].begin(given[..., inputs.columns(m)])
+                totals[m].begin(stream_grads[group.pairs, :, inputs.columns(m)])
         weights.start(group, inputs.query, inputs.key)
         for steps in passes:
             for block in blocks:
@@ -253,10 +258,15 @@ def _backward(
                 smooth_grads = like.new_empty(pairs, block.stop - block.start, num_streams * width)
                 for m in reversed(range(steps.start, num_streams)):
                     d_smooth = smooth_grads[..., m * width : (m + 1) * width]
-                    torch.mul(grad_rows[:, rows], booster.output[m + 1], out=d_smooth)
+                    first = grad_rows[:, rows]
+                    if booster.output[m + 1] != 1.0:
+                        first = first * booster.output[m + 1]
                     for later in range(m + 1, num_streams):
                         if booster.streams[later][m + 1]:
-                            d_smooth.add_(totals[later].rows(own), alpha=booster.streams[later][m + 1])
+                            weight = booster.streams[later][m + 1]
+                            first = torch.add(first, totals[later].rows(own), alpha=weight, out=d_smooth)
+                    if first is not d_smooth:
+                        d_smooth.copy_(first)
                     if m in steps:
                         totals[m].add(dropped, d_smooth)
                 if steps.start:
@@ -266,22 +276,23 @@ def _backward(
                 if kept is not None:
                     d_matrix.mul_(kept)
                 d_logits = weights.through_softmax(d_matrix, matrix)
-                d_query[:, rows] = torch.bmm(d_logits, inputs.key[:, keys])
+                d_query[:, rows].baddbmm_(d_logits, inputs.key[:, keys], beta=0.0, alpha=plan.scale)
                 d_key.add(d_logits, inputs.query[:, rows])
                 if bias_grad is not None:
                     weights.add_to_bias(bias_grad, d_logits, block)
         every, own = slice(0, plan.key_length), slice(plan.past, plan.key_length)
-        inputs.key_heads.add(key_grad, d_key.rows(every).mul_(plan.scale))
+        inputs.key_heads.add(key_grad, d_key.rows(every).mul_(plan.scale), group)
         # Of earlier keys only x_0 is a function of V here; the rest came in as streams.
         d_value = totals[0].rows(every)
         for m in range(1, num_streams):
             if booster.streams[m][0]:
                 d_value[:, own].add_(totals[m].rows(own), alpha=booster.streams[m][0])
             if past_grad is not None:
-                rows_of(past_grad, group, work)[..., inputs.columns(m)] = totals[m].rows(slice(0, plan.past))
-        inputs.key_heads.add(value_grad, d_value)
+                earlier = totals[m].rows(slice(0, plan.past))
+                past_grad.flatten(0, 1)[group.pairs, :, inputs.columns(m)] = earlier
+        inputs.key_heads.add(value_grad, d_value, group)
     return (
-        query_grad.mul_(plan.scale).to(query.dtype),
+        query_grad.to(query.dtype),
         key_grad.to(key.dtype),
         value_grad.to(value.dtype),
         None if bias_grad is None else bias_grad.to(bias.dtype),

@@ -192,6 +192,12 @@ def test_fewer_keys_than_queries_without_boosting() -> None:
     compare(inputs(19, 11), steps=1, **SMALL)
 
 
+def test_nothing_to_do() -> None:
+    """No sample, and no query: empty outputs, and gradients of 0."""
+    compare([x[:0] for x in inputs(9)], is_causal=True, **SMALL)
+    compare(inputs(0, 9), steps=1)
+
+
 @pytest.mark.parametrize("boosting", ["none", "twicing"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradcheck(boosting: str, bias: bool) -> None:
