@@ -3,7 +3,8 @@
 Initialisation of what the stock model lacks (arXiv 2506.10371 leaves it open, *choice*): for ``untied`` positions the
 LayerNorm before the position projections is a copy of the layer's first norm, and U_Q, U_K start as that layer's W_Q,
 W_K without bias (shared projections: layer 0's); bandwidths and class-token logits have their defaults. Where
-positions are no longer added to the tokens, the stock class position is added to the class token's content.
+positions are no longer added to the tokens, the stock class position is added to the class token's content; kernels
+that need no position table leave the rest of it unused, buckets of offsets start at 0, which is no positions at all.
 ``softmax`` and ``twicing`` need no new parameter. ``learned`` starts as twicing (gamma 1), and ``gradient_boosted`` as
 the stock model: the value projection of its second attention starts at 0, its queries, keys and gate at random.
 
@@ -78,7 +79,7 @@ class ConversionReport:
         architecture: the stock class.
         preset: the variant.
         mapped: parameter of the variant -> the source tensors it was made of.
-        unused: source tensors that nothing was made of.
+        unused: source tensors, or rows of one, that nothing was made of.
         new: parameters of the variant that no source tensor went into, with their default values.
         max_difference: largest absolute difference of the outputs (logits, or hidden states of a bare model) on a
             probe.
@@ -155,7 +156,7 @@ def convert(
     weights, report.mapped, used = _variant_weights(stock, variant)
     state = variant.state_dict()
     report.new = sorted(set(state) - set(weights))
-    report.unused = sorted({*file_unused, *(set(stock.state_dict()) - used)})
+    report.unused = sorted({*file_unused, *(set(stock.state_dict()) - used), *_unused_rows(stock, variant)})
     wrong = [name for name, tensor in weights.items() if name not in state or state[name].shape != tensor.shape]
     if wrong:
         raise ValueError(
@@ -268,6 +269,15 @@ def _class_position(
     if variant.base_model.embeddings.position_embeddings is not None:
         made[table] = (source[table][:, 1:], [table])
     return made
+
+
+def _unused_rows(stock: PreTrainedModel, variant: PreTrainedModel) -> list[str]:
+    """The stock table's rows of the patches, where only that of the class token went into something."""
+    embeddings = getattr(variant.base_model, "embeddings", None)
+    if embeddings is None or embeddings.position_embeddings is not None:
+        return []
+    prefix = "" if type(stock) is type(stock.base_model) else f"{stock.base_model_prefix}."
+    return [f"{prefix}embeddings.position_embeddings (rows of the patches)"]
 
 
 def _position_projections(

@@ -41,13 +41,14 @@ def _pieces(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Te
     return high, middle, low
 
 
-def left_columns(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def left_columns(a: torch.Tensor, dtype: torch.dtype, shift: torch.Tensor | float = _FLOAT16_SHIFT) -> torch.Tensor:
     """Columns of the query side of the product a_i * b_j.
 
     Args:
         a: ``[..., length]`` in at least float32.
         dtype: of the columns. In half precision a number is split into three pieces whose sum has about 24 bits, and
             the six products of pieces above rounding get a column each; else one column is exact.
+        shift: a power of two that moves from b to a in float16, whose range is short.
 
     Returns:
         ``[..., length, 6]`` in half precision, ``[..., length, 1]`` otherwise, to be paired with
@@ -55,22 +56,22 @@ def left_columns(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
     if dtype not in HALF_DTYPES:
         return a.to(dtype).unsqueeze(-1)
-    high, middle, low = _pieces(a * _FLOAT16_SHIFT if dtype == torch.float16 else a, dtype)
+    high, middle, low = _pieces(inside(a * shift, dtype) if dtype == torch.float16 else a, dtype)
     return torch.stack((high, high, middle, high, middle, low), dim=-1)
 
 
-def right_columns(b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Columns of the key side of the product a_i * b_j; see :func:`left_columns`.
-
-    In float16 |b| ends at 2^24: an infinite column would make NaN of the logits.
-    """
+def right_columns(b: torch.Tensor, dtype: torch.dtype, shift: torch.Tensor | float = _FLOAT16_SHIFT) -> torch.Tensor:
+    """Columns of the key side of the product a_i * b_j; see :func:`left_columns`."""
     if dtype not in HALF_DTYPES:
         return b.to(dtype).unsqueeze(-1)
-    if dtype == torch.float16:
-        largest = torch.finfo(dtype).max
-        b = (b / _FLOAT16_SHIFT).clamp(-largest, largest)
-    high, middle, low = _pieces(b, dtype)
+    high, middle, low = _pieces(inside(b / shift, dtype) if dtype == torch.float16 else b, dtype)
     return torch.stack((high, middle, high, low, middle, high), dim=-1)
+
+
+def inside(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Inside the range of ``dtype``: an infinite column would make NaN of the logits."""
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -99,10 +100,15 @@ def gaussian_content_columns(
     """
     dtype, work = query.dtype, working_dtype(query.dtype)
     minus_half_scale = torch.as_tensor(scale, dtype=work, device=query.device) * -0.5
-    left = left_columns(minus_half_scale.expand(query.shape[1], 1, 1)[..., 0], dtype)
+    squared = key.to(work).square().sum(-1)
+    shift: torch.Tensor | float = _FLOAT16_SHIFT
+    if dtype == torch.float16 and key.shape[-2]:
+        # Keys may be longer than 2^12, whose square over the usual shift leaves float16. Logits end at 2^32.
+        shift = torch.exp2((squared.detach().amax() / 2.0**15).log2().ceil()).clamp(min=_FLOAT16_SHIFT)
+    left = left_columns(minus_half_scale.expand(query.shape[1], 1, 1)[..., 0], dtype, shift)
     return (
         left.expand(query.shape[0], query.shape[1], query.shape[2], left.shape[-1]),
-        right_columns(key.to(work).square().sum(-1), dtype),
+        right_columns(squared, dtype, shift),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .filter_boosting import BOOSTING, Extend, keep_rows
-from .filter_kernels import CONTENT_COLUMNS, working_dtype
+from .filter_kernels import CONTENT_COLUMNS, inside, working_dtype
 from .filter_masks import additive_mask, visible
 from .filter_positions import Positions, position_columns, position_form, position_logits
 
@@ -78,7 +78,8 @@ def sdpa_attention(
     if not columns and not isinstance(content_scale, torch.Tensor):
         scale = content_scale
     else:  # the columns carry their own factors, so the content's goes into the query
-        query = (query * content_scale).to(dtype)
+        scaled = query * content_scale
+        query = (scaled if dtype != torch.float16 else inside(scaled, dtype)).to(dtype)
     query = _augment(query, [left for left, _ in columns])
     key = _augment(key, [right for _, right in columns])
 

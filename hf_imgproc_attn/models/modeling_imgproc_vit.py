@@ -94,9 +94,10 @@ class ImgProcViTEmbeddings(ViTEmbeddings):
         or offload parameters expect them to be used.
 
         Raises:
-            ValueError: for an image of another size without ``interpolate_pos_encoding``.
+            ValueError: for an image of another size without ``interpolate_pos_encoding``, or smaller than a patch.
         """
         height, width = pixel_values.shape[-2:]
+        grid_size(self.config, height, width)  # refuses images without a patch
         expected = tuple(self.image_size)
         if not interpolate_pos_encoding and (height, width) != expected:
             raise ValueError(

@@ -253,6 +253,8 @@ OTHER_VARIANTS = [
     ("bilateral", "bilateral_gaussian"),
     ("bilateral_gaussian", "softmax"),
     ("softmax", "bilateral_gaussian"),
+    ("softmax", "t5_bias"),
+    ("t5_bias", "bilateral_gaussian"),
     ("shared", "bilateral"),
     ("mixed", "mixed_fixed"),
     ("gradient_boosted", "softmax"),
@@ -280,7 +282,7 @@ def test_checkpoint_of_another_variant(backbone: str, saved: str, wanted: str, t
     assert unexpected <= found[1] <= unexpected | reshaped
 
 
-@pytest.mark.parametrize("wanted", ["bilateral", "bilateral_gaussian", "mixed"])
+@pytest.mark.parametrize("wanted", ["bilateral", "bilateral_gaussian", "t5_bias", "mixed", "mixed_kernels"])
 @pytest.mark.parametrize("backbone", CLASSES)
 def test_stock_checkpoint_into_a_variant(backbone: str, wanted: str, tmp_path: Path) -> None:
     model_class, config, stock_class, stock_config = CLASSES[backbone]
@@ -451,3 +453,22 @@ def test_a_refused_cache_is_left_as_it_was() -> None:
         gpt2("twicing")(token_ids(), past_key_values=cache)
     assert cache.get_seq_length() == 0
     assert not [layer for layer in cache.layers if not isinstance(layer, (DynamicLayer, StaticLayer))]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Images without a patch
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("height", "width"), [(3, 12), (20, 3), (0, 12), (1, 1)])
+@pytest.mark.parametrize("variant", ["softmax", "bilateral", "alibi", "nope"])
+def test_images_smaller_than_a_patch(variant: str, height: int, width: int) -> None:
+    """One sentence in place of an error of a convolution or of an empty grid."""
+    model = ImgProcViTForImageClassification(vit_config(variant)).eval()
+    with pytest.raises(ValueError, match=rf"at least one patch of 4 x 4 pixels, got {height} x {width}"):
+        model(images(height=height, width=width), interpolate_pos_encoding=True)
+
+
+def test_a_configuration_of_images_smaller_than_a_patch() -> None:
+    with pytest.raises(ValueError, match="at least one patch of 16 x 16 pixels, got 8 x 8"):
+        ImgProcViTForImageClassification(vit_config("alibi", image_size=8, patch_size=16))

@@ -54,7 +54,7 @@ pytestmark = pytest.mark.filterwarnings(
 BACKBONES = ("gpt2", "vit")
 CLASSES = {"gpt2": ImgProcGPT2LMHeadModel, "vit": ImgProcViTForImageClassification}
 CONFIGS = {"gpt2": gpt2_config, "vit": vit_config}
-WITH_SCALARS = ("bilateral", "bilateral_gaussian", "bilateral_twicing", "mixed", "shared")
+WITH_SCALARS = ("bilateral", "bilateral_gaussian", "bilateral_twicing", "t5_bias", "mixed", "mixed_kernels", "shared")
 
 
 def build(backbone: str, variant: str, implementation: str = "sdpa", **overrides: Any) -> Any:
@@ -259,6 +259,8 @@ def documented_scalars(backbone: str, model: Any) -> dict[str, torch.Tensor]:
         kernel = model.config.layer_specs[int(re.search(r"\.(\d+)\.", name).group(1))].position_kernel
         if name.endswith("class_token"):
             wanted[name] = torch.zeros(heads, 3)
+        elif name.endswith("relative_buckets"):
+            wanted[name] = torch.zeros(heads, config.position_axes, config.relative_attention_num_buckets or 32)
         elif name.endswith("position_log_bandwidth") and kernel == "gaussian":
             wanted[name] = torch.tensor([math.log(item) for item in spread])
         else:
@@ -275,7 +277,9 @@ def test_scalars_start_where_the_framework_says(backbone: str, variant: str) -> 
 
 
 @pytest.mark.parametrize("meta", [False, True])
-@pytest.mark.parametrize("variant", ["bilateral", "bilateral_gaussian", "mixed", "shared"])
+@pytest.mark.parametrize(
+    "variant", ["bilateral", "bilateral_gaussian", "alibi", "t5_bias", "mixed", "mixed_kernels", "shared"]
+)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_parameters_that_a_checkpoint_lacks_are_initialised(
     backbone: str, variant: str, meta: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -66,9 +66,9 @@ def square(side: int, classes: int) -> torch.Tensor:
     return torch.cat((torch.zeros(classes, 2, dtype=torch.float64), grid)).unsqueeze(0)
 
 
-def layer_for(classes: int = 0, **options: Any) -> AttentionFilter:
+def layer_for(classes: int = 0, axes: int = 1, **options: Any) -> AttentionFilter:
     """A filter with the bandwidths above; scalars that are parameters are exactly representable in float32."""
-    options = {"position_bandwidth": BANDWIDTHS, "heads": HEADS, "head_dim": WIDTH, **options}
+    options = {"position_axes": axes, "position_bandwidth": BANDWIDTHS, "heads": HEADS, "head_dim": WIDTH, **options}
     layer = make_filter("dot_product", "gaussian", num_class_tokens=classes, **options)
     with torch.no_grad():
         if layer.scalar_bias.position_log_bandwidth is not None:
@@ -135,7 +135,7 @@ def truth(case: str, stock_content: bool = False) -> Truth:
     places, classes, is_causal = CASES[case]()
     inputs, options = tokens(places.shape[1]), {"is_causal": is_causal}
     upstream = random(*inputs["value"].shape, seed=9).bfloat16().half().double()
-    layer = layer_for(classes)
+    layer = layer_for(classes, places.shape[-1])
     if stock_content:
         layer.scalar_bias.content_log_bandwidth.data.fill_(math.log(2 * WIDTH**0.5) / 2)
     output, gradient = evaluate(layer, inputs, places, torch.float64, upstream, "eager", **options)
@@ -171,7 +171,7 @@ def gradient_bound(dtype: torch.dtype, case: str) -> float:
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 def test_output_and_bandwidth_gradient(dtype: torch.dtype, case: str, mode: str) -> None:
     """Every head, without gradients (feature columns may do) and with (they may not)."""
-    known, layer = truth(case), layer_for(truth(case).classes)
+    known, layer = truth(case), layer_for(truth(case).classes, truth(case).places.shape[-1])
     upstream = known.upstream if mode == "training" else None
     output, _ = evaluate(layer, known.inputs, known.places, dtype, upstream, **known.options)
     assert output.dtype == dtype
@@ -185,7 +185,7 @@ def test_output_and_bandwidth_gradient(dtype: torch.dtype, case: str, mode: str)
 @pytest.mark.parametrize("case", ["text", "patches and class token"])
 def test_bandwidths_that_are_not_learned(case: str) -> None:
     """Their features may be used in training too."""
-    known, layer = truth(case), layer_for(truth(case).classes, learn_bandwidths=False)
+    known, layer = truth(case), layer_for(truth(case).classes, truth(case).places.shape[-1], learn_bandwidths=False)
     exact, _ = evaluate(layer, known.inputs, known.places, torch.float64, implementation="eager", **known.options)
     for dtype in PRECISIONS:
         output, _ = evaluate(layer, known.inputs, known.places, dtype, **known.options)
@@ -196,7 +196,7 @@ def test_bandwidths_that_are_not_learned(case: str) -> None:
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_eager_is_no_worse_than_plain_attention(dtype: torch.dtype, case: str) -> None:
     """The dense form computes in float32 and rounds the output once."""
-    known, layer = truth(case), layer_for(truth(case).classes)
+    known, layer = truth(case), layer_for(truth(case).classes, truth(case).places.shape[-1])
     output, _ = evaluate(layer, known.inputs, known.places, dtype, implementation="eager", **known.options)
     assert relative_error(output, known.output).max() <= output_bound(dtype, case) / HALF_BOUND[case]
 
@@ -206,7 +206,7 @@ def test_eager_is_no_worse_than_plain_attention(dtype: torch.dtype, case: str) -
 @pytest.mark.parametrize("given", [torch.bfloat16, torch.float32], ids=str)
 def test_autocast(given: torch.dtype, case: str, mode: str) -> None:
     """Under autocast SDPA runs in bfloat16, whatever dtype query and key come in: the bounds are those of bfloat16."""
-    known, layer = truth(case), layer_for(truth(case).classes).float()
+    known, layer = truth(case), layer_for(truth(case).classes, truth(case).places.shape[-1]).float()
     leaves = {name: tensor.to(given) for name, tensor in known.inputs.items()}
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(mode == "training"):
         output, _ = layer(**leaves, coordinates=known.places.float(), implementation="sdpa", **known.options)
