@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from .models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from .models.filter_attention import SUPPORTED_IMPLEMENTATIONS, AttentionFilter
-from .models.filter_axes import is_stock_layer, uses_position_table
+from .models.filter_axes import FILTER_BACKENDS, is_stock_layer, uses_position_table
 from .models.filter_boosting import BOOSTING, keep_rows, operator_on_value
 from .models.filter_spec import PRESETS
 from .papers import PAPERS, PAPERS_OF
@@ -44,7 +44,7 @@ EQUATIONS = {
 REASONS = {
     "static caches": "the layers keep tensors that static and quantised caches do not hold",
     "longer texts": "the table of positions ends at N",
-    "fused dropout": "all passes need one mask of attention dropout, so it takes the eager path",
+    "fused dropout": "all passes need one mask of attention dropout, so another back-end than one fused call a pass runs",
     "one-layer models": "a layer is compared with one before it",
     "rotary positions": "they mix the features that M weighs",
     "every head width": "features turn in pairs, for each axis: a multiple of 2 for text, of 4 for images",
@@ -110,7 +110,9 @@ LEGEND = (
     "d is the width of the model (of a head under the root), H the number of heads, L of layers, N of tokens or of "
     "positions in the table. Parameters are those of a GPT-2; a class token adds 3HL where positions are compared. A "
     "pass applies A to values once, in so many floating-point operations forward where A is not kept between passes, "
-    "as in the fused back-end. Causal is GPT-2; ViT is not, with every preset. Not supported, and why: "
+    "as with one fused call a pass (beneath sdpa `filter_backend` chooses among "
+    + ", ".join(name for name in FILTER_BACKENDS if name != "auto")
+    + "). Causal is GPT-2; ViT is not, with every preset. Not supported, and why: "
     + "; ".join(f"{name}: {reason}" for name, reason in REASONS.items())
     + "."
 )
