@@ -44,7 +44,7 @@ EQUATIONS = {
 REASONS = {
     "static caches": "the layers keep tensors that static and quantised caches do not hold",
     "longer texts": "the table of positions ends at N",
-    "fused dropout": "all passes need one mask of attention dropout, so another back-end than one fused call a pass runs",
+    "fused dropout": "all passes need one dropout mask, so another back-end than one fused call a pass runs",
     "one-layer models": "a layer is compared with one before it",
     "rotary positions": "they mix the features that M weighs",
     "every head width": "features turn in pairs, for each axis: a multiple of 2 for text, of 4 for images",
