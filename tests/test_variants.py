@@ -82,7 +82,6 @@ def test_passes_are_counted_in_a_model(preset: str, monkeypatch: pytest.MonkeyPa
         intermediate_size=8,
         image_size=8,
         patch_size=4,
-        filter_backend="sdpa",
     )
     config.filter_backend = "sdpa"
     ImgProcViTModel(config)(torch.zeros(1, 3, 8, 8))
