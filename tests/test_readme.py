@@ -169,11 +169,13 @@ def test_sections_are_in_the_order_a_reader_needs() -> None:
         "Two commands",
         "What the variants are",
         "Filters on images",
+        "In your own model",
         "Training your own",
         "Converting",
         "Publishing",
         "Loading from the Hub",
         "What works with what",
+        "Speed",
         "Citing",
     ]
 

@@ -69,7 +69,7 @@ class AlibiPositions(NamedTuple):
         """Features where the distance is linear in p_j: causal, one axis, positions in order."""
         if not self.is_causal or self.class_tokens is not None or self.key_coordinates.shape[-1] > 1:
             return "bias"
-        places = self.key_coordinates[..., 0]
+        places = self.key_coordinates[..., 0].detach()
         if self.contiguous:
             side = float(places.shape[-1])
         else:
