@@ -11,7 +11,6 @@ from hf_imgproc_attn.models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from hf_imgproc_attn.models.configuration_imgproc_vit import ImgProcViTConfig
 from hf_imgproc_attn.models.filter_attention import AttentionFilter
 from hf_imgproc_attn.models.filter_axes import STEPPED_BOOSTINGS
-from hf_imgproc_attn.models.filter_spec import PRESETS
 
 GPT2 = {
     "vocab_size": 61,
@@ -40,7 +39,7 @@ VIT = {
 
 def _heads(preset: str, field: str) -> dict[str, int]:
     """``rotary`` turns pairs of features along two axes: five heads of width 4 in place of four of width 5."""
-    return {field: 5} if PRESETS[preset].get("position_kernel") == "rotary" else {}
+    return {field: 5} if preset == "rope" else {}
 
 
 def tiny_gpt2_config(preset: str = "softmax", **overrides: Any) -> ImgProcGPT2Config:

@@ -550,10 +550,12 @@ def test_which_layers_are_stock(tiny: Callable[..., Any], fields: dict[str, Any]
 def test_registries_have_the_allowed_keys() -> None:
     """A value that validation lets through has its function, and no function is unreachable."""
     assert set(CONTENT_LOGITS) == set(CONTENT_COLUMNS) == set(filter_axes.CONTENT_KERNELS)
-    assert set(BOOSTING) == set(filter_axes.BOOSTINGS)
+    # An alias, and the one booster that is no operator on V.
+    assert set(BOOSTING) == set(filter_axes.BOOSTINGS) - {"osher", "gradient_boosted"}
     assert set(RESIDUAL) == set(filter_axes.RESIDUALS)
     assert set(FEEDBACK) == set(filter_axes.FEEDBACKS)
-    assert [extra_streams(name, 3) for name in filter_axes.BOOSTINGS] == [0, 2]
+    streams = {name: extra_streams(name, 3) for name in (*BOOSTING, "gradient_boosted")}
+    assert streams == {"none": 0, "twicing": 2, "learned": 1, "diffusion": 2, "sos": 2, "gradient_boosted": 2}
 
 
 def test_filter_spec_needs_neither_torch_nor_transformers(run_python: RunPython) -> None:
