@@ -15,18 +15,31 @@ def check_mask_dtype(mask: torch.Tensor) -> None:
         raise ValueError(f"attention_mask with four axes must be bool or float, got {mask.dtype}")
 
 
-def new_token_mask(attention_mask: torch.Tensor | None, length: int, device: torch.device) -> torch.Tensor | None:
+def new_token_mask(
+    attention_mask: torch.Tensor | None,
+    length: int,
+    device: torch.device,
+    position_ids: torch.Tensor | None = None,
+) -> torch.Tensor | None:
     """Which of the new tokens are no padding, from the mask that a model was called with.
 
     Args:
         attention_mask: ``[batch, key_length]`` (0 or False = padding), one with four axes, or None.
         length: number of new tokens, the last ones.
         device: where to build the answer if there is no mask.
+        position_ids: what the model was called with, ``[batch or 1, length]``. Without a mask Transformers takes
+            positions that jump for several texts in one row, and hides them from each other.
 
     Returns:
-        Boolean ``[batch or 1, length]``, or None for a mask with four axes, which says row by row what is seen.
+        Boolean ``[batch or 1, length]``, or None for a mask with four axes and for several texts in one row, where
+        only the mask itself says what is seen.
     """
     if attention_mask is None:
+        # Transformers looks at them in the same way, so that an accelerator is waited for anyway.
+        if position_ids is not None and (
+            torch.compiler.is_compiling() or bool((position_ids.diff(dim=-1) != 1).any())
+        ):
+            return None
         return torch.ones(1, length, dtype=torch.bool, device=device)
     return attention_mask[:, -length:] != 0 if attention_mask.ndim == 2 else None
 

@@ -293,9 +293,7 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
         hidden_states = self.drop(hidden_states)
 
         position_states, coordinates = self._position_inputs(positions)
-        # Without a mask Transformers takes positions that jump for several texts in one row, and masks them.
-        may_be_packed = padding_mask is None and position_ids is not None
-        token_mask = None if may_be_packed else new_token_mask(padding_mask, length, inputs_embeds.device)
+        token_mask = new_token_mask(padding_mask, length, inputs_embeds.device, position_ids)
         state = initial_state(self.config, hidden_states)
         for block in self.h:
             hidden_states, *state = block(
