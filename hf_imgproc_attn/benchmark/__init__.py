@@ -19,7 +19,7 @@ import torch
 from ..training_support.errors import UsageError, require_extras
 from ..training_support.run_record import device_description, git_state, package_versions, write_json
 from . import attention, decoding, layers, whole_models
-from .report import draw, render, slopes
+from .report import draw, goals_table, render, slopes
 from .timing import Row
 
 SUITES = ("attention", "decode", "layers", "models")
@@ -98,6 +98,8 @@ def run(
     print(render(rows))
     for item in record["slopes"]:
         print(f"{item['kind']}, {item['method']}, {item['direction']}: {item['value']} grows as N^{item['exponent']}")
+    if not quick:
+        print(f"\n{goals_table(record)}\n")
     if output is not None:
         path = write_json(Path(output), record)
         if "attention" in suites:

@@ -33,6 +33,7 @@ class Request(NamedTuple):
         dropout_p: probability on A, one mask for all passes.
         boosting: key of ``BOOSTING``; other than ``"none"`` only where ``key_length == length``.
         boosting_steps: k >= 1.
+        gets_wider: whether columns of a position or content kernel will be put beside the queries before it is run.
     """
 
     query: torch.Tensor
@@ -45,6 +46,7 @@ class Request(NamedTuple):
     dropout_p: float
     boosting: str
     boosting_steps: int
+    gets_wider: bool = False
 
     @property
     def is_boosted(self) -> bool:
@@ -190,7 +192,8 @@ FEW_SCORES = 2**15
 
 
 def _is_plain(request: Request) -> bool:
-    return not (request.is_boosted or request.dropout_p) and request.query.shape[-1] == request.value.shape[-1]
+    as_wide = request.query.shape[-1] == request.value.shape[-1] and not request.gets_wider
+    return as_wide and not (request.is_boosted or request.dropout_p)
 
 
 def _has_few_scores(request: Request) -> bool:

@@ -87,8 +87,10 @@ def run_filter(
         "dropout": dropout,
         "extend": extend,
     }
-    request = Request(query, key, full_value, attention_mask, None, is_causal, 1.0, dropout, boosting, boosting_steps)
-    name = backend if backend != "auto" else _choose(request, kernels, boosting_gain, past_streams)
+    gets_wider = kernels["positions"] is not None or kernels["content_kernel"] == "gaussian"
+    tensors = (query, key, full_value, attention_mask, None)
+    request = Request(*tensors, is_causal, 1.0, dropout, boosting, boosting_steps, gets_wider)
+    name = backend if backend != "auto" else _choose(request, boosting_gain, past_streams)
     if name not in BACKENDS:
         raise ValueError(f"filter_backend={name!r} is not available: {OPTIONAL_BACKENDS[name]}")
     reason = _refuses(name, request, boosting_gain, past_streams)
@@ -101,23 +103,15 @@ def run_filter(
         return sdpa_attention(query, key, value, full_value, **kernels, **options)
     if name == "blocked":
         return _blocked(query, key, value, full_value, kernels, only_past, past_streams or (), options)
-    augmented = augment(query, key, **kernels)
-    output = BACKENDS[name].run(
-        request._replace(query=augmented.query, key=augmented.key, scale=augmented.scale, position_bias=augmented.bias)
-    )
-    return output.to(value.dtype)
+    wide, wide_key, scale, bias = augment(query, key, **kernels)
+    request = request._replace(query=wide, key=wide_key, scale=scale, position_bias=bias)
+    return BACKENDS[name].run(request).to(value.dtype)
 
 
-def _choose(
-    request: Request,
-    kernels: dict[str, Any],
-    gain: torch.Tensor | None,
-    past_streams: Sequence[torch.Tensor] | None,
-) -> str:
+def _choose(request: Request, gain: torch.Tensor | None, past_streams: Sequence[torch.Tensor] | None) -> str:
     """The cheapest back-end for a call; see the table in ``filter_dispatch`` for whole sequences."""
     dtype, length = request.query.dtype, request.query.shape[-2]
-    is_plain = not request.is_boosted and kernels["positions"] is None and kernels["content_kernel"] != "gaussian"
-    if length == 1 and dtype not in HALF_DTYPES and not is_plain:
+    if length == 1 and dtype not in HALF_DTYPES and (request.is_boosted or request.gets_wider):
         # One row of weights serves all passes, and no columns have to be put beside every cached key.
         return "reference"
     if torch.compiler.is_compiling():  # a traced graph without breaks
@@ -142,6 +136,8 @@ def _refuses(
             return "does not hand out the streams that a cache of boosted attention keeps"
         if gain is not None:
             return "knows no learned gain"
+        if name == "triton" and request.gets_wider:
+            return "takes plain inner products, without columns of a position or content kernel"
     return BACKENDS[name].refuses(request)
 
 

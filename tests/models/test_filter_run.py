@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from hf_imgproc_attn.models.filter_attention import AttentionFilter
 from hf_imgproc_attn.models.filter_axes import FILTER_BACKENDS
-from hf_imgproc_attn.models.filter_dispatch import BACKENDS
+from hf_imgproc_attn.models.filter_dispatch import BACKENDS, Backend, Request
 from tests.models.test_filter_attention import (
     BOOSTERS,
     LENGTH,
@@ -118,7 +118,7 @@ def test_half_precision_is_as_good_as_two_fused_calls(position: str, dtype: torc
 
 
 def test_what_a_backend_cannot_do_is_refused_in_words() -> None:
-    layer, inputs = build("gaussian", "none", "twicing", 2), tensors("none")
+    layer, inputs = build("dot_product", "none", "twicing", 2), tensors("none")
     options: dict[str, Any] = {**inputs, "implementation": "sdpa"}
     with pytest.raises(ValueError, match="filter_backend='sdpa' cannot serve this call: it draws a new dropout mask"):
         choose(layer, "sdpa")(**options, dropout=0.1)
@@ -134,10 +134,24 @@ def test_what_a_backend_cannot_do_is_refused_in_words() -> None:
         choose(learned, "flex")(**options)
 
 
+def test_kernels_for_plain_products_are_not_given_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that would take the tensors as they are and know nothing of positions is not asked."""
+
+    def never(request: Request) -> torch.Tensor:
+        raise AssertionError
+
+    monkeypatch.setitem(BACKENDS, "triton", Backend(never, lambda request: None))
+    for content, position in (("gaussian", "none"), ("dot_product", "untied"), ("dot_product", "gaussian")):
+        layer, inputs = build(content, position, "twicing", 2), tensors(position)
+        with pytest.raises(ValueError, match="filter_backend='triton' cannot serve this call: it takes plain inner"):
+            choose(layer, "triton")(**inputs, implementation="sdpa")
+        choose(layer, "auto")(**inputs, implementation="sdpa")
+
+
 def test_a_backend_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Code that came with a checkpoint has no kernels beside it."""
     monkeypatch.delitem(BACKENDS, "triton", raising=False)
-    layer = choose(build("gaussian", "none", "twicing", 2), "triton")
+    layer = choose(build("dot_product", "none", "twicing", 2), "triton")
     with pytest.raises(ValueError, match="filter_backend='triton' is not available: the kernels need a CUDA device"):
         layer(**tensors("none"), implementation="sdpa")
 
