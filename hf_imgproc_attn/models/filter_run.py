@@ -154,7 +154,8 @@ def _blocked(
     """Every weight once. Half precision is computed in float32, so the columns are made in it."""
     work = working_dtype(query.dtype)
     with torch.autocast(query.device.type, enabled=False):
-        augmented = augment(query.to(work), key.to(work), **kernels)
+        # Where half precision wants the gradient of h_p exact, float32 columns would lose it too.
+        augmented = augment(query.to(work), key.to(work), form_dtype=query.dtype, **kernels)
     gain = options["boosting_gain"]
     output, streams = blocked_attention(
         augmented.query,

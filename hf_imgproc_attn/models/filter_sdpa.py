@@ -39,6 +39,7 @@ def augment(
     content_kernel: str,
     content_scale: torch.Tensor | float,
     positions: Positions | None,
+    form_dtype: torch.dtype | None = None,
 ) -> Augmented:
     """Write content and position kernel as columns beside queries and keys, or as a bias where columns lose digits.
 
@@ -48,6 +49,7 @@ def augment(
         content_kernel: key of ``CONTENT_COLUMNS``.
         content_scale: 2/h_y^2, a number or ``[heads, 1, 1]``.
         positions: what the position kernel compares, or None.
+        form_dtype: the precision whose choice between columns and bias is taken. None: the query's.
     """
     dtype = query.dtype
     columns, bias = [], None
@@ -55,7 +57,7 @@ def augment(
     if content_columns is not None:
         columns.append(content_columns(query, key, content_scale))
     if positions is not None:
-        if position_form(positions, dtype) == "features":
+        if position_form(positions, form_dtype or dtype) == "features":
             columns += position_columns(positions, dtype)
         else:
             bias = position_logits(positions, dtype)

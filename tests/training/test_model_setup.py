@@ -68,8 +68,14 @@ def test_scalar_filter_parameters_are_left_out_of_weight_decay(preset: str, tmp_
         trainer = Trainer(model=model, args=args)
         trainer.create_optimizer()
         decay = {id(p) for group in trainer.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
-        scalars = [n for n, p in model.named_parameters() if "bandwidth" in n or n.endswith("scalar_bias.class_token")]
-        assert bool(scalars) == PRESETS[preset].get("learn_bandwidths", False)
+        scalars = [name for name, _ in model.named_parameters() if ".scalar_bias." in name]
+        spec, has_class_token = model.config.layer_specs[-1], model is image_model
+        assert bool(scalars) == (
+            model.config.learn_bandwidths
+            or spec.position_kernel == "relative_buckets"
+            or spec.boosting == "learned"
+            or (has_class_token and spec.compares_positions)
+        )
         assert not [name for name, p in model.named_parameters() if name in scalars and id(p) in decay]
         assert all(id(p) in decay for name, p in model.named_parameters() if name.endswith("mlp.fc1.weight"))
 
