@@ -13,8 +13,14 @@ import torch
 
 BLOCK_ROWS = 128
 """Query rows of a block of causal or long attention."""
-GROUP_SCORES = 2**19
-"""Scores that a block may have over all pairs of a group: 2 MB in float32."""
+GROUP_SCORES = 2**21
+"""Scores that a block may have over all pairs of a group: 8 MB in float32."""
+MIN_GROUP_PAIRS = 4
+"""Fewer would leave cores idle: batched products are shared out by pairs."""
+BACKWARD_LENGTH = 2048
+"""Queries from which on the backward pass takes blocks of twice the rows: its sums over keys are then half as many."""
+WHOLE_GROUP_SCORES = 2**20
+"""The same where all rows are one block."""
 WHOLE_SCORES = 2**20
 """Bidirectional attention with at most so many scores a head is one block: its weights are computed once."""
 
@@ -71,6 +77,12 @@ class Plan(NamedTuple):
     seed: int
     block_rows: int
     group_pairs: int
+
+    @property
+    def backward(self) -> Plan:
+        """How the backward pass is cut. A dropout mask belongs to its block, so that there nothing may change."""
+        is_long = BLOCK_ROWS <= self.block_rows < self.length >= BACKWARD_LENGTH
+        return self._replace(block_rows=2 * self.block_rows) if is_long and not self.dropout else self
 
     @property
     def past(self) -> int:
@@ -133,7 +145,8 @@ def make_plan(
         one_pass: whether every block is visited once however long the queries are.
         block_rows: rows of a block. None: all of them where a head's weights fit in cache and no causal half would be
             wasted, else ``BLOCK_ROWS``.
-        group_pairs: pairs of a group. None: as many as keep a block within ``GROUP_SCORES``.
+        group_pairs: pairs of a group. None: as many as keep a block within ``GROUP_SCORES`` (``WHOLE_GROUP_SCORES``),
+            but at least ``MIN_GROUP_PAIRS``.
     """
     batch, heads, length, _ = query.shape
     key_length = key.shape[-2]
@@ -142,7 +155,8 @@ def make_plan(
         block_rows = length if whole else BLOCK_ROWS
     block_rows = max(min(block_rows, length), 1)
     if group_pairs is None:
-        group_pairs = GROUP_SCORES // max(block_rows * key_length, 1)
+        most = WHOLE_GROUP_SCORES if block_rows == length else GROUP_SCORES
+        group_pairs = max(most // max(block_rows * key_length, 1), MIN_GROUP_PAIRS)
     group_pairs = max(min(group_pairs, batch * heads), 1)
     sizes = (batch, heads, key.shape[1], length, key_length)
     return Plan(*sizes, is_causal, scale, dropout, seed, block_rows, group_pairs)

@@ -220,6 +220,7 @@ def _backward(
     needs_bias_grad: bool,
 ) -> tuple[Any, ...]:
     query, key, value, bias, past, streams, log_sums = saved
+    call = call._replace(plan=call.plan.backward)
     plan, booster = call.plan, call.booster
     work, width, num_streams = working_dtype(query.dtype), value.shape[-1], len(booster.streams)
     like = query.new_empty(0, dtype=work)
