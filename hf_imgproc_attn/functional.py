@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from . import kernels
 from .models.filter_arguments import check_options, check_tensors, check_terms
 from .models.filter_dispatch import BACKENDS, Backend, Request, run_backend
+from .models.filter_kernels import HALF_DTYPES
+from .models.filter_sdpa import beside
 
 kernels.register(BACKENDS, Backend)
 
@@ -83,29 +84,28 @@ def filter_attention(
     if query_features is not None or key_features is not None:
         if query_features is None or key_features is None:
             raise ValueError("query_features and key_features must be given together, got only one of them")
-        query = torch.cat([query * scale, _features("query_features", query_features, query)], dim=-1)
-        key = torch.cat([key, _features("key_features", key_features, key)], dim=-1)
-        if query.shape[-1] != key.shape[-1]:
+        _check_features("query_features", query_features, query)
+        _check_features("key_features", key_features, key)
+        if query_features.shape[-1] != key_features.shape[-1]:
             raise ValueError(
                 f"query_features and key_features must have the same width, got {query_features.shape[-1]} and "
                 f"{key_features.shape[-1]}"
             )
-        scale = 1.0
-        padding = (0, -query.shape[-1] % 8)  # fused kernels want a multiple of 8
-        query, key = nn.functional.pad(query, padding), nn.functional.pad(key, padding)
+        if query.dtype in HALF_DTYPES or scale == 0.0:  # what is split into exact pieces must stay as it is
+            query, scale = query * scale, 1.0
+        # The few columns take the factor, not the queries: a copy less.
+        query, key = beside(query, [query_features / scale]), beside(key, [key_features])
     request = Request(
         query, key, value, attn_mask, position_bias, is_causal, scale, dropout_p, boosting, boosting_steps
     )
     return run_backend(backend, request)
 
 
-def _features(name: str, features: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
-    """Features in the dtype and with the batch and heads of the tensor that they go beside."""
-    batch, heads, length, _ = beside.shape
+def _check_features(name: str, features: torch.Tensor, columns_of: torch.Tensor) -> None:
+    batch, heads, length, _ = columns_of.shape
     shape = tuple(features.shape)
     fits = features.ndim == 4 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2] == length
     if not fits or not features.is_floating_point():
         raise ValueError(
             f"{name} must be floating, [{batch} or 1, {heads} or 1, {length}, c], got {shape} of {features.dtype}"
         )
-    return features.to(beside.dtype).expand(batch, heads, -1, -1)

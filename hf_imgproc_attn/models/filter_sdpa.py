@@ -6,6 +6,7 @@ enough, dense position logits go in as an additive mask. ``filter_reference`` is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -68,7 +69,7 @@ def augment(
         scaled = query * content_scale
         query = (scaled if dtype != torch.float16 else inside(scaled, dtype)).to(dtype)
     left, right = [left for left, _ in columns], [right for _, right in columns]
-    return Augmented(_beside(query, left), _beside(key, right), scale, bias)
+    return Augmented(beside(query, left), beside(key, right), scale, bias)
 
 
 def sdpa_attention(
@@ -133,13 +134,20 @@ def sdpa_attention(
     return BOOSTING[boosting](attend, extend, value, full_value, boosting_steps, boosting_gain)
 
 
-def _beside(x: torch.Tensor, columns: list[torch.Tensor]) -> torch.Tensor:
-    """Append columns, and zeros up to a multiple of 8, the width that fused kernels want."""
+def beside(x: torch.Tensor, columns: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Append columns, and zeros up to a multiple of 8, the width that fused kernels want.
+
+    Args:
+        x: ``[batch, heads, length, width]``.
+        columns: each ``[batch or 1, heads or 1, length, c]``; without any, x is returned as it is.
+    """
     if not columns:
         return x
     parts = [x, *(column.to(x.dtype).expand(x.shape[0], x.shape[1], -1, -1) for column in columns)]
-    width = sum(part.shape[-1] for part in parts)
-    return nn.functional.pad(torch.cat(parts, dim=-1), (0, -width % 8))
+    missing = -sum(part.shape[-1] for part in parts) % 8
+    if missing:
+        parts.append(x.new_zeros(()).expand(*x.shape[:-1], missing))
+    return torch.cat(parts, dim=-1)
 
 
 def _sdpa(
@@ -153,10 +161,11 @@ def _sdpa(
 ) -> torch.Tensor:
     """SDPA with V padded to the width of Q: fused kernels want equal widths; padding costs less."""
     width = value.shape[-1]
+    missing = query.shape[-1] - width
     out = nn.functional.scaled_dot_product_attention(
         query,
         key,
-        nn.functional.pad(value, (0, query.shape[-1] - width)),
+        nn.functional.pad(value, (0, missing)) if missing else value,  # padding by nothing would copy
         attn_mask=attention_mask,
         dropout_p=dropout,
         is_causal=is_causal,
