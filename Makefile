@@ -46,7 +46,7 @@ quality: $(STAMP) ## lint, format check, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP) ## time one attention layer of each preset against stock attention
+bench: $(STAMP) ## time filters, layers, decoding and whole models against stock attention (the better part of an hour)
 	$(BIN)/imgproc-attn benchmark
 
 results: $(STAMP) ## train and evaluate every preset again for training/results/ (minutes; from a clean checkout)
