@@ -154,14 +154,13 @@ def test_ratios_are_taken_within_a_round(monkeypatch: pytest.MonkeyPatch) -> Non
     assert spreads["base"].milliseconds == 2000.0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
 def test_peak_memory_sees_what_is_allocated_and_freed() -> None:
     def call() -> None:
         torch.ones(64 * 2**18).sum()
 
     peak = peak_memory(call)
-    assert peak is not None
-    assert 63 <= peak <= 80
+    # Only Linux tells the peak of a process.
+    assert peak is None if sys.platform != "linux" else 63 <= peak <= 80
 
 
 def sweep_rows(exponent: float, method: str = "m", lengths: tuple[int, ...] = (64, 1024, 2048, 8192)) -> list[Any]:
