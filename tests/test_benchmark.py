@@ -19,8 +19,8 @@ from hf_imgproc_attn.benchmark import SUITES, attention, decoding, run, whole_mo
 from hf_imgproc_attn.benchmark.attention import Limits, Shape, run_attention, too_much
 from hf_imgproc_attn.benchmark.methods import FILTERS, METHODS, PLAIN, Method, disagreement, published_vision
 from hf_imgproc_attn.benchmark.report import goals_table, render, slopes
-from hf_imgproc_attn.benchmark.timing import Row, interleave, peak_memory
-from tests.helpers import ROOT
+from hf_imgproc_attn.benchmark.timing import Row, interleave
+from tests.helpers import ROOT, RunPython
 
 NO_LIMITS = Limits(seconds=100.0, mib=1000.0, budget=0.0)
 
@@ -154,13 +154,17 @@ def test_ratios_are_taken_within_a_round(monkeypatch: pytest.MonkeyPatch) -> Non
     assert spreads["base"].milliseconds == 2000.0
 
 
-def test_peak_memory_sees_what_is_allocated_and_freed() -> None:
-    def call() -> None:
-        torch.ones(64 * 2**18).sum()
-
-    peak = peak_memory(call)
+def test_peak_memory_sees_what_is_allocated_and_freed(run_python: RunPython) -> None:
+    """In a process of its own: what others free meanwhile would be taken off."""
+    code = (
+        "import torch\n"
+        "from hf_imgproc_attn.benchmark.timing import peak_memory\n"
+        "print(peak_memory(lambda: torch.ones(64 * 2**18).sum()))\n"
+    )
+    result = run_python("-c", code)
+    assert result.returncode == 0, result.stderr
     # Only Linux tells the peak of a process.
-    assert peak is None if sys.platform != "linux" else 63 <= peak <= 80
+    assert result.stdout == "None\n" if sys.platform != "linux" else 63 <= float(result.stdout) <= 80
 
 
 def sweep_rows(exponent: float, method: str = "m", lengths: tuple[int, ...] = (64, 1024, 2048, 8192)) -> list[Any]:

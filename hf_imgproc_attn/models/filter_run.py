@@ -15,7 +15,7 @@ from .filter_blocked import blocked_attention
 from .filter_boosting import Extend
 from .filter_dispatch import BACKENDS, OPTIONAL_BACKENDS, Request, choose_backend
 from .filter_kernels import CONTENT_LOGITS, HALF_DTYPES, working_dtype
-from .filter_positions import Positions, position_logits
+from .filter_positions import Positions, UntiedPositions, position_logits
 from .filter_reference import reference_attention
 from .filter_sdpa import augment, sdpa_attention
 
@@ -90,7 +90,7 @@ def run_filter(
     gets_wider = kernels["positions"] is not None or kernels["content_kernel"] == "gaussian"
     tensors = (query, key, full_value, attention_mask, None)
     request = Request(*tensors, is_causal, 1.0, dropout, boosting, boosting_steps, gets_wider)
-    name = backend if backend != "auto" else _choose(request, boosting_gain, past_streams)
+    name = backend if backend != "auto" else _choose(request, kernels["positions"], boosting_gain, past_streams)
     if name not in BACKENDS:
         raise ValueError(f"filter_backend={name!r} is not available: {OPTIONAL_BACKENDS[name]}")
     reason = _refuses(name, request, boosting_gain, past_streams)
@@ -108,7 +108,12 @@ def run_filter(
     return BACKENDS[name].run(request).to(value.dtype)
 
 
-def _choose(request: Request, gain: torch.Tensor | None, past_streams: Sequence[torch.Tensor] | None) -> str:
+def _choose(
+    request: Request,
+    positions: Positions | None,
+    gain: torch.Tensor | None,
+    past_streams: Sequence[torch.Tensor] | None,
+) -> str:
     """The cheapest back-end for a call; see the table in ``filter_dispatch`` for whole sequences."""
     dtype, length = request.query.dtype, request.query.shape[-2]
     if length == 1 and dtype not in HALF_DTYPES and (request.is_boosted or request.gets_wider):
@@ -116,6 +121,9 @@ def _choose(request: Request, gain: torch.Tensor | None, past_streams: Sequence[
         return "reference"
     if torch.compiler.is_compiling():  # a traced graph without breaks
         return "reference" if request.is_boosted and request.dropout_p else "sdpa"
+    if not isinstance(positions, UntiedPositions | None) and not (request.is_boosted or request.dropout_p):
+        # Columns of p^2 / h^2 are large numbers that cancel: the units of log 2 of the blocks would cost more digits.
+        return "sdpa"
     name = choose_backend(request)
     if _refuses(name, request, gain, past_streams) is None:
         return name
@@ -152,10 +160,12 @@ def _blocked(
     options: dict[str, Any],
 ) -> torch.Tensor:
     """Every weight once. Half precision is computed in float32, so the columns are made in it."""
-    work = working_dtype(query.dtype)
-    with torch.autocast(query.device.type, enabled=False):
+    work, form, device_type = working_dtype(query.dtype), query.dtype, query.device.type
+    if torch.is_autocast_enabled(device_type) and form != torch.float64:
+        form = torch.get_autocast_dtype(device_type)
+    with torch.autocast(device_type, enabled=False):
         # Where half precision wants the gradient of h_p exact, float32 columns would lose it too.
-        augmented = augment(query.to(work), key.to(work), form_dtype=query.dtype, **kernels)
+        augmented = augment(query.to(work), key.to(work), form_dtype=form, **kernels)
     gain = options["boosting_gain"]
     output, streams = blocked_attention(
         augmented.query,
