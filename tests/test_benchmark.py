@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from hf_imgproc_attn.benchmark.attention import Limits, Shape, run_attention, to
 from hf_imgproc_attn.benchmark.methods import FILTERS, METHODS, PLAIN, Method, disagreement, published_vision
 from hf_imgproc_attn.benchmark.report import goals_table, render, slopes
 from hf_imgproc_attn.benchmark.timing import Row, interleave
-from tests.helpers import RunPython
+from tests.helpers import ROOT, RunPython
 
 NO_LIMITS = Limits(seconds=100.0, mib=1000.0, budget=0.0)
 
@@ -217,3 +218,12 @@ def test_cases_of_the_goals_exist() -> None:
     known = {*METHODS, *decoding.VARIANTS, *whole_models.VARIANTS}
     assert {goal[0] for goal in GOALS} <= made
     assert {goal[1] for goal in GOALS} <= known
+
+
+def test_readme_holds_the_table_of_the_committed_results() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    between = re.search(r"<!-- costs: begin -->\n(.*?)\n<!-- costs: end -->", readme, re.DOTALL)
+    assert between is not None, "the markers around the table of costs are missing"
+    record = json.loads((ROOT / "docs" / "benchmark.json").read_text(encoding="utf-8"))
+    assert not record["quick"]
+    assert goals_table(record) in between[1]

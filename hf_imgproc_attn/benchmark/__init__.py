@@ -19,7 +19,7 @@ import torch
 from ..training_support.errors import UsageError, require_extras
 from ..training_support.run_record import device_description, git_state, package_versions, write_json
 from . import attention, decoding, layers, whole_models
-from .report import draw, goals_table, render, slopes
+from .report import draw, goals_table, render, slope_rows
 from .timing import Row
 
 SUITES = ("attention", "decode", "layers", "models")
@@ -80,7 +80,7 @@ def run(
                 rows.append(asdict(row))
     finally:
         torch.set_num_threads(before)
-    record = {
+    record: dict[str, Any] = {
         "quick": quick,
         "dtype": dtype,
         "device": description,
@@ -88,11 +88,7 @@ def run(
         "versions": package_versions(),
         "git": git_state(),
         "seconds": round(time.perf_counter() - started, 1),
-        "slopes": [
-            {"kind": kind, "method": method, "direction": direction, "value": value, "exponent": round(slope, 3)}
-            for value in ("milliseconds", "peak_mib")
-            for (kind, method, direction), slope in slopes(rows, value).items()
-        ],
+        "slopes": slope_rows(rows),
         "rows": rows,
     }
     print(render(rows))

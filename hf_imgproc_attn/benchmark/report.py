@@ -11,6 +11,8 @@ from ..training_support.errors import require_extras
 
 FIT_FROM = 1024
 """Slopes are fitted to lengths from here on: below, fixed costs weigh."""
+LEAST = {"milliseconds": 0.0, "peak_mib": 32.0}
+"""Smaller values say nothing: pages that the process holds already do not count as new memory."""
 
 GOALS: tuple[tuple[str, str, str, str, float], ...] = (
     ("causal (2, 12, 1024, 64) float32", "twicing, auto", "causal twicing, N = 1,024", "forward", 1.50),
@@ -103,11 +105,21 @@ def slopes(rows: Iterable[dict[str, Any]], value: str = "milliseconds") -> dict[
     points: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     for row in rows:
         kind, _, shape = row["case"].partition(" ")
-        if row["suite"] == "attention" and shape.startswith("(1, 2,") and row["length"] >= FIT_FROM and row[value]:
+        is_sweep = row["suite"] == "attention" and shape.startswith("(1, 2,") and row["length"] >= FIT_FROM
+        if is_sweep and row[value] and row[value] >= LEAST[value]:
             points.setdefault((kind, row["method"], row["direction"]), []).append(
                 (math.log(row["length"]), math.log(row[value]))
             )
     return {key: _slope(found) for key, found in points.items() if len(found) >= 2}
+
+
+def slope_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The :func:`slopes` of time and memory, one dictionary for each."""
+    return [
+        {"kind": kind, "method": method, "direction": direction, "value": value, "exponent": round(slope, 3)}
+        for value in LEAST
+        for (kind, method, direction), slope in slopes(rows, value).items()
+    ]
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -134,7 +146,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 points = [
                     (row["length"], row[value])
                     for row in sweep
-                    if row["method"] == method and row["case"].startswith(kind) and row[value]
+                    if row["method"] == method and row["case"].startswith(kind) and (row[value] or 0) > LEAST[value]
                 ]
                 if points:
                     slope = exponents.get((kind, method, "forward + backward"))
