@@ -6,18 +6,15 @@ Importing this package is cheap (neither torch nor transformers is imported), an
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .registration import register_with_transformers
 
 if TYPE_CHECKING:
-    from .convert import ConversionReport, convert
+    from .conversion import ConversionReport, convert
     from .functional import filter_attention
     from .models.configuration_imgproc_gpt2 import ImgProcGPT2Config
     from .models.configuration_imgproc_vit import ImgProcViTConfig
-    from .models.filter_spec import PRESETS
     from .models.modeling_imgproc_gpt2 import (
         ImgProcGPT2ForSequenceClassification,
         ImgProcGPT2ForTokenClassification,
@@ -29,6 +26,7 @@ if TYPE_CHECKING:
         ImgProcViTForMaskedImageModeling,
         ImgProcViTModel,
     )
+    from .models.spec_fields import PRESETS
 
 __version__ = "0.2.0"
 
@@ -50,8 +48,8 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "PRESETS": ".models.filter_spec",
-    "ConversionReport": ".convert",
+    "PRESETS": ".models.spec_fields",
+    "ConversionReport": ".conversion",
     "ImgProcGPT2Config": ".models.configuration_imgproc_gpt2",
     "ImgProcGPT2ForSequenceClassification": ".models.modeling_imgproc_gpt2",
     "ImgProcGPT2ForTokenClassification": ".models.modeling_imgproc_gpt2",
@@ -61,21 +59,9 @@ _MODULE_OF = {
     "ImgProcViTForImageClassification": ".models.modeling_imgproc_vit",
     "ImgProcViTForMaskedImageModeling": ".models.modeling_imgproc_vit",
     "ImgProcViTModel": ".models.modeling_imgproc_vit",
-    "convert": ".convert",
+    "convert": ".conversion",
     "filter_attention": ".functional",
 }
-
-
-class _Package(ModuleType):
-    """The module type of this package: ``convert`` is the function, also after its module has been imported.
-
-    The import system binds a sub-module as an attribute of its package, which would replace the function.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "convert" and isinstance(value, ModuleType):
-            value = value.convert
-        super().__setattr__(name, value)
 
 
 def __getattr__(name: str) -> Any:
@@ -90,5 +76,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-sys.modules[__name__].__class__ = _Package
 register_with_transformers()

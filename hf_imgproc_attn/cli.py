@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
+from .errors import UsageError, require_extras
 from .hub.commands import add_commands as add_hub_commands
 from .shipped_files import shipped_file
-from .training_support.errors import UsageError, require_extras
 
 TRAINING_SCRIPTS = {
     "train-image": ("train_image_classification", "train or fine-tune an image classifier"),
@@ -179,7 +179,7 @@ def run_training_script(command: str, arguments: Sequence[str]) -> int:
 
 def run_convert(options: argparse.Namespace) -> int:
     """``imgproc-attn convert``: convert, save with the source's tokenizer or image processor, print the report."""
-    from .models.filter_spec import preset_fields
+    from .models.spec_fields import preset_fields
 
     fields = _parse_fields(options.set)
     # No Hub name looks like a path; asking the Hub for it would end in a message about something else.
@@ -193,7 +193,7 @@ def run_convert(options: argparse.Namespace) -> int:
 
     from huggingface_hub.errors import StrictDataclassError
 
-    from .convert import convert_checkpoint
+    from .conversion import convert_checkpoint
 
     _check_field_names(fields)
     try:
@@ -207,7 +207,7 @@ def run_convert(options: argparse.Namespace) -> int:
 
 def run_presets(options: argparse.Namespace) -> int:
     """``imgproc-attn presets``: the table of variants."""
-    from .models.filter_spec import PRESETS, FilterSpecMixin
+    from .models.spec_fields import PRESETS, FilterSpecMixin
 
     fields = ("content_kernel", "position_kernel", "boosting", "residual", "feedback", "learn_bandwidths")
     rows = [["preset", *fields]]
@@ -219,7 +219,7 @@ def run_presets(options: argparse.Namespace) -> int:
 
 def run_variants(options: argparse.Namespace) -> int:
     """``imgproc-attn variants``."""
-    from .variants import LEGEND, markdown_table, plain_text
+    from .catalogue.table import LEGEND, markdown_table, plain_text
 
     text = f"{markdown_table()}\n\n{LEGEND}" if options.markdown else plain_text()
     encoding = sys.stdout.encoding or "utf-8"
@@ -239,7 +239,7 @@ def run_benchmark(options: argparse.Namespace) -> int:
         if value is not None and not value > 0:
             _refuse(f"--{name.replace('_', '-')} must be a number > 0, got {value}")
 
-    from .benchmark import SUITES, run
+    from .measure.benchmark import SUITES, run
 
     run(
         suites=options.suite or SUITES,
@@ -260,7 +260,7 @@ def run_denoise(options: argparse.Namespace) -> int:
     """``imgproc-attn denoise``: print the table, leave a figure and a record."""
     require_extras("filters")
 
-    from .denoising import run, table_rows
+    from .images.denoising import run, table_rows
 
     record = run(
         options.images,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from . import kernels
-from .models.filter_arguments import check_options, check_tensors, check_terms
-from .models.filter_dispatch import BACKENDS, Backend, Request, run_backend
-from .models.filter_kernels import HALF_DTYPES
-from .models.filter_sdpa import beside
+from . import gpu
+from .models.backend_checks import check_options, check_tensors, check_terms
+from .models.backend_sdpa import beside
+from .models.backend_table import BACKENDS, Backend, Request, run_backend
+from .models.kernel_content import HALF_DTYPES
 
-kernels.register(BACKENDS, Backend)
+gpu.register(BACKENDS, Backend)
 
 
 def filter_attention(
@@ -47,7 +47,7 @@ def filter_attention(
         scale: factor on q.k. None: 1/sqrt(head_dim), of the queries without their features.
         enable_gqa: whether key and value may have fewer heads than the query, a divisor of them.
         boosting: ``"none"``, ``"twicing"`` ((I - (I - A)^k) V, k = 2: (2A - A^2) V; arXiv 2503.00687, eq. 8) or any
-            other key of ``filter_boosting.BOOSTING``. A has to be square.
+            other key of ``boost_operators.BOOSTING``. A has to be square.
         boosting_steps: k >= 1; without boosting it means nothing.
         query_features: a, ``[batch or 1, heads or 1, length, c]``, or None. They are not multiplied by ``scale``.
         key_features: b, ``[batch or 1, key heads or 1, key_length, c]``, or None.

@@ -172,7 +172,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, stock_gpt2: 
     def broken(*_: object, **__: object) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(sys.modules["hf_imgproc_attn.convert"], "convert_checkpoint", broken)
+    monkeypatch.setattr(sys.modules["hf_imgproc_attn.conversion"], "convert_checkpoint", broken)
     with pytest.raises(KeyError, match="a bug"):
         cli.main(["convert", str(stock_gpt2), "--preset", "twicing", "--output", str(tmp_path / "o")])
 

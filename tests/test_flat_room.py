@@ -121,12 +121,12 @@ def _reachable(name: str) -> set[str]:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("from . import filter_spec", "is not copied"),
+        ("from . import spec_fields", "is not copied"),
         ("from .. import convert", "outside the folder"),
         ("from ..convert import convert", "outside the folder"),
-        ("from .deep.filter_spec import x", "sub-folder"),
+        ("from .deep.spec_fields import x", "sub-folder"),
         ("from .filter_sepc import x", "not in the folder"),
-        ("from hf_imgproc_attn.models.filter_spec import x", "absolute import"),
+        ("from hf_imgproc_attn.models.spec_fields import x", "absolute import"),
         ("import hf_imgproc_attn", "absolute import"),
         ("import numpy as np", "numpy becomes a requirement"),
         ("def f():\n    from safetensors.torch import load_file", "safetensors becomes a requirement"),
@@ -137,20 +137,20 @@ def _reachable(name: str) -> set[str]:
     ],
 )
 def test_each_rule_is_enforced(source: str, message: str) -> None:
-    found = violations(source, {"filter_spec", "filter_cache"})
+    found = violations(source, {"spec_fields", "cache_layer"})
     assert any(message in violation for violation in found), found
 
 
 @pytest.mark.parametrize(
     "source",
     [
-        "from .filter_spec import x",
-        "def f():\n    from .filter_spec import x",
+        "from .spec_fields import x",
+        "def f():\n    from .spec_fields import x",
         "import math, torch.nn\nfrom transformers.models.gpt2.modeling_gpt2 import GPT2Attention",
         "from huggingface_hub.dataclasses import strict",
         "try:\n    import triton\nexcept ImportError:\n    triton = None",
-        '"""Everything may import from .filter_spec; see there."""',
+        '"""Everything may import from .spec_fields; see there."""',
     ],
 )
 def test_what_travels_is_allowed(source: str) -> None:
-    assert violations(source, {"filter_spec"}) == []
+    assert violations(source, {"spec_fields"}) == []

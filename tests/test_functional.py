@@ -11,8 +11,8 @@ import torch
 
 import hf_imgproc_attn
 from hf_imgproc_attn import filter_attention
-from hf_imgproc_attn.models import filter_dispatch
-from hf_imgproc_attn.models.filter_dispatch import BACKENDS, Request, choose_backend, register_backend
+from hf_imgproc_attn.models import backend_table
+from hf_imgproc_attn.models.backend_table import BACKENDS, Request, choose_backend, register_backend
 from tests.helpers import RunPython
 
 BATCH, HEADS, LENGTH, WIDTH, FEATURES = 2, 4, 13, 6, 3
@@ -193,7 +193,7 @@ def test_wrong_lengths_and_heads() -> None:
 @pytest.fixture
 def _clean_table(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = {name: BACKENDS[name] for name in ("reference", "sdpa", "blocked")}
-    monkeypatch.setattr(filter_dispatch, "BACKENDS", plain)
+    monkeypatch.setattr(backend_table, "BACKENDS", plain)
 
 
 @pytest.mark.usefixtures("_clean_table")

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import nn
 
-from hf_imgproc_attn.models import filter_attention
-from hf_imgproc_attn.models.filter_attention import AttentionFilter
-from hf_imgproc_attn.models.filter_axes import BOOSTINGS, CONTENT_KERNELS, POSITION_KERNELS, default_steps
-from hf_imgproc_attn.models.filter_boosting import BOOSTING, keep_rows
-from hf_imgproc_attn.models.filter_feedback import RESIDUAL, LayerState
-from hf_imgproc_attn.models.filter_layer import filter_tokens
-from hf_imgproc_attn.models.filter_reference import filter_matrix, reference_attention
+from hf_imgproc_attn.models import layer_filter
+from hf_imgproc_attn.models.backend_reference import filter_matrix, reference_attention
+from hf_imgproc_attn.models.boost_depth import RESIDUAL, LayerState
+from hf_imgproc_attn.models.boost_operators import BOOSTING, keep_rows
+from hf_imgproc_attn.models.layer_filter import AttentionFilter
+from hf_imgproc_attn.models.layer_tokens import filter_tokens
+from hf_imgproc_attn.models.spec_axes import BOOSTINGS, CONTENT_KERNELS, POSITION_KERNELS, default_steps
 from tests.models.helpers import make_filter
 
 TIGHT = {"rtol": 0, "atol": 1e-12}
@@ -317,16 +317,16 @@ def test_7_gradients(content: str, position: str, boosting: str, monkeypatch: py
     # The elliptical metric is a constant by definition: finite differences must not see it move.
     metrics: list[torch.Tensor] = []
     calls = itertools.count()
-    compute = filter_attention.elliptical_metric
+    compute = layer_filter.elliptical_metric
 
     def recorded(*arguments: Any, **keywords: Any) -> torch.Tensor:
         metrics.append(compute(*arguments, **keywords))
         return metrics[-1]
 
-    monkeypatch.setattr(filter_attention, "elliptical_metric", recorded)
+    monkeypatch.setattr(layer_filter, "elliptical_metric", recorded)
     layer(*inputs, implementation="eager", **options)
     assert len(metrics) == (content == "elliptical") * (2 if boosting == "gradient_boosted" else 1)
-    monkeypatch.setattr(filter_attention, "elliptical_metric", lambda *_, **__: metrics[next(calls) % len(metrics)])
+    monkeypatch.setattr(layer_filter, "elliptical_metric", lambda *_, **__: metrics[next(calls) % len(metrics)])
 
     for implementation in ("eager", "sdpa"):
 

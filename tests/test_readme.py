@@ -26,7 +26,7 @@ import pytest
 
 from hf_imgproc_attn import PRESETS
 from tests.helpers import ROOT, RunPython
-from tests.hub_server import HubServer
+from tests.hub.server import HubServer
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL_RUN = ["--max_steps", "2", "--use_cpu", "true", "--max_train_samples", "512", "--max_eval_samples", "64"]

@@ -55,7 +55,7 @@ SMALL_VIT = dict(
         "from hf_imgproc_attn import PRESETS\nimport transformers",
         "import hf_imgproc_attn.models.modeling_imgproc_gpt2",
         "import hf_imgproc_attn.models.modeling_imgproc_vit",
-        "import hf_imgproc_attn.models.filter_attention",
+        "import hf_imgproc_attn.models.layer_filter",
         "from hf_imgproc_attn import convert",
         "from hf_imgproc_attn.registration import register\nregister()\nregister()",
     ],
@@ -113,9 +113,9 @@ def test_unknown_name_is_an_attribute_error() -> None:
 @pytest.mark.parametrize(
     "imports",
     [
-        "from hf_imgproc_attn.convert import ConversionReport",
-        "import hf_imgproc_attn; hf_imgproc_attn.convert; import hf_imgproc_attn.convert",
-        "import importlib; importlib.import_module('hf_imgproc_attn.convert')",
+        "from hf_imgproc_attn.conversion import ConversionReport",
+        "import hf_imgproc_attn; hf_imgproc_attn.convert; import hf_imgproc_attn.conversion",
+        "import importlib; importlib.import_module('hf_imgproc_attn.conversion')",
     ],
 )
 def test_convert_is_the_function_after_its_module_was_imported(run_python: RunPython, imports: str) -> None:

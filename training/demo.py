@@ -21,7 +21,7 @@ from typing import Any
 from evaluate_checkpoint import SIGMAS
 from make_results import SEED, run_recipe
 
-from hf_imgproc_attn.training_support.errors import UsageError, exit_code, require_extras
+from hf_imgproc_attn.errors import UsageError, exit_code, require_extras
 
 PRESETS = ("softmax", "bilateral", "twicing", "bilateral_twicing")
 PROMPT = 'The "with" statement'

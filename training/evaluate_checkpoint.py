@@ -16,9 +16,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from hf_imgproc_attn.errors import UsageError, exit_code, require_extras
 from hf_imgproc_attn.training_support.argument_parser import OneLineParser
 from hf_imgproc_attn.training_support.arguments import ImageDataArguments, TextDataArguments
-from hf_imgproc_attn.training_support.errors import UsageError, exit_code, require_extras
 
 if TYPE_CHECKING:
     from hf_imgproc_attn.training_support.image_pixels import PixelDataset
@@ -86,13 +86,13 @@ def evaluate(run: str | Path, settings: Settings | None = None) -> dict[str, Any
     require_extras("train")
     import torch
 
-    from hf_imgproc_attn.cards import ROBUSTNESS_FILE, load_record
-    from hf_imgproc_attn.training_support import run_record
+    from hf_imgproc_attn import records
+    from hf_imgproc_attn.cards.rendering import ROBUSTNESS_FILE, load_record
     from hf_imgproc_attn.training_support.evaluation import DEFINITIONS
 
     folder, settings = Path(run), settings or Settings()
     record = load_record(folder)
-    weights = run_record.weights_sha256(str(folder))
+    weights = records.weights_sha256(str(folder))
     if not weights or weights != record.get("weights_sha256"):
         raise UsageError(f"{folder} must hold the weights that its run.json names (weights_sha256), got {weights}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -106,12 +106,12 @@ def evaluate(run: str | Path, settings: Settings | None = None) -> dict[str, Any
         "split": settings.split,
         "results": [{**result, "split": settings.split} for result in results],
         "definitions": {name: text for name, text in DEFINITIONS.items() if name in used},
-        "versions": run_record.package_versions(),
-        "git": run_record.git_state(),
-        "device": run_record.device_description(device, processes=1),
+        "versions": records.package_versions(),
+        "git": records.git_state(),
+        "device": records.device_description(device, processes=1),
         "seconds": time.perf_counter() - started,
     }
-    run_record.write_json(folder / ROBUSTNESS_FILE, robustness)
+    records.write_json(folder / ROBUSTNESS_FILE, robustness)
     return robustness
 
 
@@ -236,7 +236,7 @@ def _run(argv: Sequence[str] | None) -> None:
     options = vars(_build_parser().parse_args(argv))
     folder: Path = options.pop("run")
     robustness = evaluate(folder, Settings(**options))
-    from hf_imgproc_attn.card_results import Measurement, result_rows
+    from hf_imgproc_attn.cards.results import Measurement, result_rows
 
     for row in result_rows([Measurement(**result) for result in robustness["results"]], None, None):
         print(f"{row[0]:30} {row[1]:20} {row[2]:10} {row[3]:>15} {row[-1]:>12}")

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_imgproc_attn.cards import load_results, render_card
+from hf_imgproc_attn.cards.rendering import load_results, render_card
+from hf_imgproc_attn.errors import exit_code
 from hf_imgproc_attn.training_support.argument_parser import OneLineParser
-from hf_imgproc_attn.training_support.errors import exit_code
 
 OWNER = "hf-imgproc-attn"
 REVISION = "not-published"

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from evaluate_checkpoint import evaluate
 
-from hf_imgproc_attn.models.filter_spec import PRESETS
+from hf_imgproc_attn.errors import exit_code, require_extras
+from hf_imgproc_attn.models.spec_fields import PRESETS
 from hf_imgproc_attn.training_support.argument_parser import OneLineParser, parse_arguments
 from hf_imgproc_attn.training_support.arguments import (
     IMAGE_TRAINER_DEFAULTS,
@@ -23,7 +24,6 @@ from hf_imgproc_attn.training_support.arguments import (
     ImageDataArguments,
     TextDataArguments,
 )
-from hf_imgproc_attn.training_support.errors import exit_code, require_extras
 
 if TYPE_CHECKING:
     from hf_imgproc_attn.training_support.trainer_setup import Result
@@ -65,7 +65,7 @@ def make_results(names: Sequence[str], output: Path) -> None:
     require_extras("train", "robustness")
     import torch
 
-    from hf_imgproc_attn.training_support.run_record import public_record, write_json
+    from hf_imgproc_attn.records import public_record, write_json
 
     torch.set_num_threads(1)  # models this small gain nothing from a second one
     for name in names:

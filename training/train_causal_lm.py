@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from hf_imgproc_attn.errors import exit_code, require_extras
 from hf_imgproc_attn.training_support.argument_parser import parse_arguments
 from hf_imgproc_attn.training_support.arguments import (
     EMBEDDED_TEXT,
@@ -17,7 +18,6 @@ from hf_imgproc_attn.training_support.arguments import (
     Arguments,
     TextDataArguments,
 )
-from hf_imgproc_attn.training_support.errors import exit_code, require_extras
 
 if TYPE_CHECKING:
     from hf_imgproc_attn.training_support.trainer_setup import Result

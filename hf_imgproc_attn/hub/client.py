@@ -22,7 +22,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
     RevisionNotFoundError,
 )
 
-from ..training_support.errors import UsageError
+from ..errors import UsageError
 
 ATTEMPTS = 6
 LONGEST_WAIT = 60.0

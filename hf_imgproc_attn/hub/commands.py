@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..training_support.errors import UsageError
+from ..errors import UsageError
 
 
 def add_commands(commands: Any) -> None:

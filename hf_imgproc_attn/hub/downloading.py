@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from ..models.filter_spec import PRESETS
+from ..models.spec_fields import PRESETS
 from .client import HubError, connect, patiently
 from .publishing import check_repo_id, repository_model_type
 from .run_files import MODEL_TYPES

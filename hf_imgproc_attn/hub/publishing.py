@@ -97,7 +97,7 @@ def publish(
         UsageError: if the run or its baseline cannot be published (see :func:`.run_files.read_run`).
         HubError: if the Hub refuses, or what comes back from it is not what was sent.
     """
-    from ..cards import load_results
+    from ..cards.rendering import load_results
 
     check_repo_id(repo_id)
     checked = read_run(run)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..training_support.errors import UsageError
+from ..errors import UsageError
 from .travelling_code import audit_folder
 
 if TYPE_CHECKING:
-    from ..cards import RunResults
+    from ..cards.rendering import RunResults
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 # Of the run's folder; optimizer states, checkpoints, logs and pickled arguments stay at home.
@@ -61,7 +61,7 @@ def read_run(folder: str | Path) -> RunFolder:
             weights, weights other than the record's, values that are not finite, code that is missing or that does
             what a model has no need for.
     """
-    from ..cards import load_results
+    from ..cards.rendering import load_results
 
     path = Path(folder)
     if not path.is_dir():
@@ -93,9 +93,9 @@ def contents(run: RunFolder, repo_id: str, baseline: RunResults | None, license:
         UsageError: if the card cannot be made, e.g. because the baseline has another recipe.
     """
     from .. import __version__
-    from ..cards import render_card
-    from ..curves import draw_curves
-    from ..training_support.run_record import public_record
+    from ..cards.curves import draw_curves
+    from ..cards.rendering import render_card
+    from ..records import public_record
 
     record = public_record(run.results.record)
     files: dict[str, Path | bytes] = {
@@ -121,7 +121,7 @@ def _digest(files: dict[str, Path | bytes]) -> str:
 
 def _check_weights(folder: Path, record: dict[str, Any]) -> None:
     """The weights are there, are those of the record, and are all numbers."""
-    from ..training_support.run_record import weights_sha256
+    from ..records import weights_sha256
 
     found = weights_sha256(str(folder))
     if not found:

@@ -3,8 +3,8 @@
 from huggingface_hub.dataclasses import strict
 from transformers import GPT2Config
 
-from .filter_axes import FILTER_LAYER_TYPE, is_stock_layer
-from .filter_spec import FilterSpecMixin
+from .spec_axes import FILTER_LAYER_TYPE, is_stock_layer
+from .spec_fields import FilterSpecMixin
 
 
 @strict

@@ -3,7 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import ViTConfig
 
-from .filter_spec import FilterSpecMixin
+from .spec_fields import FilterSpecMixin
 
 
 @strict

@@ -15,15 +15,15 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block, GPT
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .boost_depth import RESIDUAL, LayerState, initial_state
+from .cache_layer import check_cache_implementation
 from .configuration_imgproc_gpt2 import ImgProcGPT2Config
-from .filter_attention import AttentionFilter
-from .filter_axes import COORDINATE_KERNELS, uses_position_table
-from .filter_cache import check_cache_implementation
-from .filter_feedback import RESIDUAL, LayerState, initial_state
-from .filter_layer import filter_tokens
-from .filter_masks import new_token_mask
-from .filter_parameters import PositionProjection
-from .filter_pretrained import FilterPreTrainedMixin, check_attention_mask, prepare_attention_mask
+from .layer_filter import AttentionFilter
+from .layer_parameters import PositionProjection
+from .layer_tokens import filter_tokens
+from .modeling_shared import FilterPreTrainedMixin, check_attention_mask, prepare_attention_mask
+from .spec_axes import COORDINATE_KERNELS, uses_position_table
+from .visibility import new_token_mask
 
 
 class ImgProcGPT2Attention(GPT2Attention):

@@ -21,14 +21,14 @@ from transformers.models.vit.modeling_vit import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .boost_depth import RESIDUAL, LayerState, initial_state
 from .configuration_imgproc_vit import ImgProcViTConfig
-from .filter_attention import AttentionFilter
-from .filter_axes import COORDINATE_KERNELS, uses_position_table
-from .filter_feedback import RESIDUAL, LayerState, initial_state
-from .filter_layer import filter_tokens
-from .filter_masks import new_token_mask
-from .filter_parameters import PositionProjection
-from .filter_pretrained import FilterPreTrainedMixin, check_attention_mask, prepare_attention_mask
+from .layer_filter import AttentionFilter
+from .layer_parameters import PositionProjection
+from .layer_tokens import filter_tokens
+from .modeling_shared import FilterPreTrainedMixin, check_attention_mask, prepare_attention_mask
+from .spec_axes import COORDINATE_KERNELS, uses_position_table
+from .visibility import new_token_mask
 
 # On disk ViT has the names of Transformers 4; the stock library renames them on loading by the class name `ViTModel`
 # and would leave our class with random layers.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.training_support.arguments import (
     EXPLAINED_TRAINER_DEFAULTS,
     Arguments,
@@ -21,7 +22,6 @@ from hf_imgproc_attn.training_support.arguments import (
     ModelArguments,
     RunArguments,
 )
-from hf_imgproc_attn.training_support.errors import UsageError
 
 _TRUE, _FALSE, _NONE = ("true", "yes", "1"), ("false", "no", "0"), ("none", "null")
 

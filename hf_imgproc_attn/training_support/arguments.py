@@ -7,8 +7,8 @@ from the library's it stands in :data:`IMAGE_TRAINER_DEFAULTS` and :data:`TEXT_T
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from hf_imgproc_attn.models.filter_spec import PRESETS
-from hf_imgproc_attn.training_support.errors import UsageError
+from hf_imgproc_attn.errors import UsageError
+from hf_imgproc_attn.models.spec_fields import PRESETS
 
 EMBEDDED_IMAGES = "digits"
 EMBEDDED_TEXT = "pydoc_topics"

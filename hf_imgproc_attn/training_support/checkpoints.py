@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from hf_imgproc_attn.training_support.errors import UsageError
+from hf_imgproc_attn.errors import UsageError
 
 _STATE = "trainer_state.json"
 # What FSDP and DeepSpeed write instead of the usual files.

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.training_support.arguments import DataArguments
-from hf_imgproc_attn.training_support.errors import UsageError
 
 if TYPE_CHECKING:
     from datasets import Dataset

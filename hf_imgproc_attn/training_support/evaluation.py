@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from hf_imgproc_attn.training_support.errors import require_extras
+from hf_imgproc_attn.errors import require_extras
 from hf_imgproc_attn.training_support.image_pixels import PixelDataset, channel_statistics
 from hf_imgproc_attn.training_support.metrics import Perplexity, token_losses
 from hf_imgproc_attn.training_support.text_data import (

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.training_support.arguments import EMBEDDED_IMAGES, ImageDataArguments
 from hf_imgproc_attn.training_support.data_loading import (
     SPLIT_SEED,
@@ -13,7 +14,6 @@ from hf_imgproc_attn.training_support.data_loading import (
     refuse_config_name,
     require_column,
 )
-from hf_imgproc_attn.training_support.errors import UsageError
 
 if TYPE_CHECKING:
     from datasets import Dataset

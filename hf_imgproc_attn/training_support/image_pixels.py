@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import Dataset as TorchDataset
 from transformers import TrainerCallback, TrainerState
 
+from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.training_support.arguments import ImageDataArguments
 from hf_imgproc_attn.training_support.data_loading import content_fingerprint
-from hf_imgproc_attn.training_support.errors import UsageError
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from hf_imgproc_attn.models.filter_spec import PRESETS
+from hf_imgproc_attn.errors import UsageError
+from hf_imgproc_attn.models.spec_fields import PRESETS
 from hf_imgproc_attn.training_support.arguments import ModelArguments
-from hf_imgproc_attn.training_support.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset as TorchDataset
 
+from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.training_support.arguments import EMBEDDED_TEXT, TextDataArguments
 from hf_imgproc_attn.training_support.data_loading import (
     choose_column,
@@ -27,7 +28,6 @@ from hf_imgproc_attn.training_support.data_loading import (
     refuse_config_name,
     require_column,
 )
-from hf_imgproc_attn.training_support.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,8 +5,8 @@ import typing
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.training_support.arguments import Arguments
-from hf_imgproc_attn.training_support.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

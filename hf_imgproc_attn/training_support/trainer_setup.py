@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_imgproc_attn.training_support import run_record
+from hf_imgproc_attn import records
+from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.training_support.arguments import Arguments
 from hf_imgproc_attn.training_support.checkpoints import full_disk_named, newest_complete_checkpoint
-from hf_imgproc_attn.training_support.errors import UsageError
 from hf_imgproc_attn.training_support.trainer_arguments import build_training_arguments
 
 if TYPE_CHECKING:
@@ -78,9 +78,9 @@ def begin_run(task: str, arguments: Arguments[Any], defaults: dict[str, Any], *,
     variant = arguments.model.preset or ("softmax" if start is None else _last_part(start))
     output_dir = arguments.run.output_dir or f"outputs/{_last_part(arguments.data.dataset_name)}-{variant}"
     training_args = build_training_arguments(arguments, defaults, output_dir)
-    record = run_record.start_record(task, arguments, training_args)
+    record = records.start_record(task, arguments, training_args)
     if training_args.process_index == 0:
-        run_record.check_output_dir(output_dir, record, arguments.run.resume)
+        records.check_output_dir(output_dir, record, arguments.run.resume)
     resume_from = None
     if arguments.run.resume:
         checkpoint = newest_complete_checkpoint(output_dir)
@@ -140,9 +140,9 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
         UsageError: if a run is resumed on other data, if the disk is full, or if publishing is refused.
     """
     main = trainer.is_world_process_zero()
-    run_record.check_same_data(run.record, fingerprints)
+    records.check_same_data(run.record, fingerprints)
     model = trainer.model
-    run.record["arguments"]["trainer"] = run_record.trainer_options(run.training_args)
+    run.record["arguments"]["trainer"] = records.trainer_options(run.training_args)
     run.record |= {
         "data_fingerprint": fingerprints,
         "parameters": {"total": model.num_parameters(), "trained": model.num_parameters(only_trainable=True)},
@@ -153,7 +153,7 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
         print(
             f"{type(model).__name__}: {model.num_parameters():,} parameters; output in {run.training_args.output_dir}"
         )
-        run_record.write_record(run.training_args.output_dir, run.record)
+        records.write_record(run.training_args.output_dir, run.record)
     started = time.perf_counter()
     with full_disk_named(run.training_args.output_dir):
         outcome = trainer.train(resume_from_checkpoint=run.resume_from)
@@ -177,9 +177,9 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
             "eval_history": [[entry["step"], _measured(entry, "eval")] for entry in history if "eval_loss" in entry],
             # Of all sessions that came to their end; a killed one has left no time.
             "training_seconds": run.record.get("training_seconds", 0.0) + seconds,
-            "weights_sha256": run_record.weights_sha256(run.training_args.output_dir),
+            "weights_sha256": records.weights_sha256(run.training_args.output_dir),
         }
-        path = run_record.write_record(run.training_args.output_dir, run.record)
+        path = records.write_record(run.training_args.output_dir, run.record)
         print(metrics_table(metrics))
         print(
             f"trained {trainer.state.global_step} steps in {seconds:.0f} s; checkpoint and run.json in {path.parent}"

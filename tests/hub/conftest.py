@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from tests.hub_server import HubServer
+from tests.hub.server import HubServer
 from tests.models.variants import made_once
 from tests.training.conftest import TINY_GPT2, TINY_VIT
 

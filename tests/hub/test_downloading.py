@@ -15,7 +15,7 @@ from hf_imgproc_attn import cli
 from hf_imgproc_attn.hub.client import HubError, connect
 from hf_imgproc_attn.hub.downloading import list_checkpoints, pull
 from tests.hub.conftest import CopyOfRun
-from tests.hub_server import HubServer
+from tests.hub.server import HubServer
 
 ID = "ann/digits"
 WEIGHTS = "model.safetensors"
@@ -120,11 +120,11 @@ def test_pickles_stay_where_they_are(hub: HubServer, api: HfApi, digits: Path) -
 
 
 def test_code_that_is_not_the_packages_is_remarked(hub: HubServer, api: HfApi, digits: Path) -> None:
-    changed = (digits / "filter_spec.py").read_bytes() + b"import socket\n"
-    api.upload_file(path_or_fileobj=changed, path_in_repo="filter_spec.py", repo_id=ID)
+    changed = (digits / "spec_fields.py").read_bytes() + b"import socket\n"
+    api.upload_file(path_or_fileobj=changed, path_in_repo="spec_fields.py", repo_id=ID)
     differs, audited = pull(ID).remarks
-    assert differs == "its code differs from this package's in filter_spec.py"
-    assert audited.startswith("its code has what a model has no need for: filter_spec.py, line ")
+    assert differs == "its code differs from this package's in spec_fields.py"
+    assert audited.startswith("its code has what a model has no need for: spec_fields.py, line ")
     assert audited.endswith("imports socket")
 
 
@@ -137,13 +137,13 @@ def test_published_code_is_compared_when_the_package_loads_it(
     caplog.set_level("WARNING", logger="hf_imgproc_attn.hub.travelling_code")
     AutoModelForImageClassification.from_pretrained(ID, revision="v1")
     assert not [text for text in caplog.messages if "published with" in text]
-    changed = (digits / "filter_spec.py").read_bytes() + b"# changed\n"
-    api.upload_file(path_or_fileobj=changed, path_in_repo="filter_spec.py", repo_id=ID)
+    changed = (digits / "spec_fields.py").read_bytes() + b"# changed\n"
+    api.upload_file(path_or_fileobj=changed, path_in_repo="spec_fields.py", repo_id=ID)
     AutoModelForImageClassification.from_pretrained(ID, revision="v1")
     assert not [text for text in caplog.messages if "published with" in text]
     AutoModelForImageClassification.from_pretrained(ID)
     (message,) = (text for text in caplog.messages if "published with" in text)
-    assert f"the code published with '{ID}' differs from this package's in filter_spec.py" in message
+    assert f"the code published with '{ID}' differs from this package's in spec_fields.py" in message
 
 
 @pytest.mark.parametrize(

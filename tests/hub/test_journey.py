@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from hf_imgproc_attn.training_support.run_record import weights_sha256
+from hf_imgproc_attn.records import weights_sha256
 from tests.helpers import ROOT
 from tests.hub.conftest import IMAGE_RUN, TEXT_RUN, TOKEN
-from tests.hub_server import HubServer
+from tests.hub.server import HubServer
 
 ELSEWHERE = """
 import json, sys

@@ -18,15 +18,15 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from hf_imgproc_attn import cli
+from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.hub.client import HubError
 from hf_imgproc_attn.hub.publishing import Publication, prepare_repository, publish
 from hf_imgproc_attn.hub.run_files import read_run
 from hf_imgproc_attn.hub.travelling_code import ROOM
-from hf_imgproc_attn.training_support.errors import UsageError
-from hf_imgproc_attn.training_support.run_record import weights_sha256
+from hf_imgproc_attn.records import weights_sha256
 from tests.helpers import ROOT
 from tests.hub.conftest import READER, TOKEN, CopyOfRun
-from tests.hub_server import HubServer
+from tests.hub.server import HubServer
 
 ID = "ann/digits"
 
@@ -65,7 +65,7 @@ def test_everything_arrives_in_one_commit_and_is_tagged(
 
     files = repository.files(tag)
     code = {path.name for path in ROOM.glob("*.py")} & {path.name for path in folder.glob("*.py")}
-    assert {"modeling_imgproc_vit.py", "filter_spec.py"} <= code
+    assert {"modeling_imgproc_vit.py", "spec_fields.py"} <= code
     others = {".gitattributes", "README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
     others |= {"run.json", "training_curves.png"}
     assert files.keys() == code | others
@@ -187,7 +187,7 @@ def spoil_truncated(folder: Path) -> None:
 
 
 def spoil_code(folder: Path) -> None:
-    with (folder / "filter_spec.py").open("a", encoding="utf-8") as file:
+    with (folder / "spec_fields.py").open("a", encoding="utf-8") as file:
         file.write("import socket\n")
 
 
@@ -211,7 +211,7 @@ def spoil_auto_map(folder: Path) -> None:
         (spoil_other_weights, "weights other than those its run.json was written for"),
         (spoil_nan, "weights that are not finite numbers: classifier.bias in model.safetensors"),
         (spoil_truncated, "truncated or corrupt"),
-        (spoil_code, "filter_spec.py, line [0-9]+: imports socket"),
+        (spoil_code, "spec_fields.py, line [0-9]+: imports socket"),
         (spoil_missing_code, "lacks modeling_imgproc_vit.py"),
         (spoil_auto_map, "lacks the auto_map entries AutoModelForMaskedImageModeling"),
     ],

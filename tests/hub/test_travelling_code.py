@@ -82,7 +82,7 @@ def test_what_a_model_has_no_need_for_is_found(line: str, what: str) -> None:
         "from torch import nn",
         "import os; name: os.PathLike = x",
         "from transformers import GPT2Model",
-        "from .filter_spec import PRESETS",
+        "from .spec_fields import PRESETS",
     ],
 )
 def test_what_models_do_is_allowed(line: str) -> None:
@@ -99,13 +99,13 @@ def test_saved_code_is_the_packages(saved: Path, warnings_of_a_load: pytest.LogC
 def test_changed_code_is_reported_when_the_package_loads_it(
     saved: Path, warnings_of_a_load: pytest.LogCaptureFixture
 ) -> None:
-    with (saved / "filter_spec.py").open("a", encoding="utf-8") as file:
+    with (saved / "spec_fields.py").open("a", encoding="utf-8") as file:
         file.write("# changed\n")
-    shutil.copy(saved / "filter_spec.py", saved / "helper.py")
-    assert differing_files(saved) == ["filter_spec.py", "helper.py (not a file of the package)"]
+    shutil.copy(saved / "spec_fields.py", saved / "helper.py")
+    assert differing_files(saved) == ["spec_fields.py", "helper.py (not a file of the package)"]
     ImgProcGPT2LMHeadModel.from_pretrained(saved)
     (message,) = warnings_of_a_load.messages
-    assert "differs from this package's in filter_spec.py, helper.py (not a file of the package)" in message
+    assert "differs from this package's in spec_fields.py, helper.py (not a file of the package)" in message
     assert str(saved) in message
 
 
@@ -115,6 +115,6 @@ def test_a_checkpoint_without_code_has_nothing_to_report(
     config = json.loads((saved / "config.json").read_text(encoding="utf-8"))
     del config["auto_map"]
     (saved / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (saved / "filter_spec.py").write_text("# changed\n", encoding="utf-8")
+    (saved / "spec_fields.py").write_text("# changed\n", encoding="utf-8")
     ImgProcGPT2LMHeadModel.from_pretrained(saved)
     assert warnings_of_a_load.messages == []

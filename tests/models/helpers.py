@@ -9,8 +9,8 @@ import torch
 
 from hf_imgproc_attn.models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from hf_imgproc_attn.models.configuration_imgproc_vit import ImgProcViTConfig
-from hf_imgproc_attn.models.filter_attention import AttentionFilter
-from hf_imgproc_attn.models.filter_axes import STEPPED_BOOSTINGS
+from hf_imgproc_attn.models.layer_filter import AttentionFilter
+from hf_imgproc_attn.models.spec_axes import STEPPED_BOOSTINGS
 
 GPT2 = {
     "vocab_size": 61,

@@ -15,7 +15,9 @@ import torch
 
 from hf_imgproc_attn.models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from hf_imgproc_attn.models.configuration_imgproc_vit import ImgProcViTConfig
-from hf_imgproc_attn.models.filter_axes import (
+from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2LMHeadModel
+from hf_imgproc_attn.models.modeling_imgproc_vit import ImgProcViTForImageClassification
+from hf_imgproc_attn.models.spec_axes import (
     BOOSTINGS,
     CONTENT_KERNELS,
     FEEDBACKS,
@@ -24,8 +26,6 @@ from hf_imgproc_attn.models.filter_axes import (
     RESIDUALS,
     STEPPED_BOOSTINGS,
 )
-from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2LMHeadModel
-from hf_imgproc_attn.models.modeling_imgproc_vit import ImgProcViTForImageClassification
 from tests.models.helpers import GPT2, VIT, sharpen_
 from tests.models.variants import IMPLEMENTATIONS, assert_same_gradients, gradients, images, pad, token_ids
 

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, Trainer, TrainingArguments
 
-from hf_imgproc_attn.models.filter_attention import AttentionFilter
-from hf_imgproc_attn.models.filter_parameters import FilterScalars
+from hf_imgproc_attn.models.layer_filter import AttentionFilter
+from hf_imgproc_attn.models.layer_parameters import FilterScalars
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2Block, ImgProcGPT2LMHeadModel
 from hf_imgproc_attn.models.modeling_imgproc_vit import (
     ImgProcViTEmbeddings,

@@ -11,9 +11,9 @@ import torch
 from torch._subclasses import FakeTensorMode
 from transformers import DynamicCache, EncoderDecoderCache, GPT2Config, GPT2LMHeadModel, StaticCache
 
-from hf_imgproc_attn.models.filter_axes import uses_position_table
-from hf_imgproc_attn.models.filter_cache import FilterDynamicLayer
+from hf_imgproc_attn.models.cache_layer import FilterDynamicLayer
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2LMHeadModel
+from hf_imgproc_attn.models.spec_axes import uses_position_table
 from tests.models.helpers import GPT2, sharpen_
 from tests.models.variants import BOOSTED, IMPLEMENTATIONS, VARIANTS, VOCABULARY, gpt2_config, pad, token_ids
 

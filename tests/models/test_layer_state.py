@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import DynamicCache, GPT2LMHeadModel, ViTForImageClassification
 
-from hf_imgproc_attn.models import filter_rules
-from hf_imgproc_attn.models.filter_feedback import FEEDBACK, RESIDUAL, LayerState
+from hf_imgproc_attn.models import spec_rules
+from hf_imgproc_attn.models.boost_depth import FEEDBACK, RESIDUAL, LayerState
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2Block, ImgProcGPT2LMHeadModel
 from hf_imgproc_attn.models.modeling_imgproc_vit import ImgProcViTForImageClassification, ImgProcViTLayer
 from tests.models.helpers import sharpen_, tiny_gpt2_config, tiny_vit_config
@@ -96,8 +96,8 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     for table, schemes in ((FEEDBACK, FEEDBACKS), (RESIDUAL, RESIDUALS)):
         for name, function in schemes.items():
             monkeypatch.setitem(table, name, function)
-    monkeypatch.setattr(filter_rules, "FEEDBACKS", (*filter_rules.FEEDBACKS, *FEEDBACKS))
-    monkeypatch.setattr(filter_rules, "RESIDUALS", (*filter_rules.RESIDUALS, *RESIDUALS))
+    monkeypatch.setattr(spec_rules, "FEEDBACKS", (*spec_rules.FEEDBACKS, *FEEDBACKS))
+    monkeypatch.setattr(spec_rules, "RESIDUALS", (*spec_rules.RESIDUALS, *RESIDUALS))
 
 
 # --------------------------------------------------------------------------------------------------------------------

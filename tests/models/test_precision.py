@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from hf_imgproc_attn.models.filter_attention import AttentionFilter
-from hf_imgproc_attn.models.filter_kernels import gaussian_position_columns
+from hf_imgproc_attn.models.kernel_content import gaussian_position_columns
+from hf_imgproc_attn.models.layer_filter import AttentionFilter
 from tests.models.helpers import make_filter
 
 LENGTH, WIDTH = 1024, 16

@@ -28,7 +28,7 @@ from hf_imgproc_attn import (
     ImgProcViTConfig,
     ImgProcViTForImageClassification,
 )
-from hf_imgproc_attn.models.filter_versions import FILTER_SPEC_VERSION
+from hf_imgproc_attn.models.spec_versions import FILTER_SPEC_VERSION
 from tests.helpers import ROOT
 from tests.models.helpers import sharpen_
 from tests.models.variants import gpt2_config, images, token_ids, vit_config

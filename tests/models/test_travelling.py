@@ -16,7 +16,6 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 
-from hf_imgproc_attn.models.filter_spec import PRESETS
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import (
     ImgProcGPT2ForSequenceClassification,
     ImgProcGPT2ForTokenClassification,
@@ -28,6 +27,7 @@ from hf_imgproc_attn.models.modeling_imgproc_vit import (
     ImgProcViTForMaskedImageModeling,
     ImgProcViTModel,
 )
+from hf_imgproc_attn.models.spec_fields import PRESETS
 from tests.helpers import ROOT
 from tests.models.helpers import sharpen_
 from tests.models.variants import gpt2_config, made_once, token_ids, vit_config

@@ -15,7 +15,7 @@ from torch import nn
 
 from hf_imgproc_attn.models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from hf_imgproc_attn.models.configuration_imgproc_vit import ImgProcViTConfig
-from hf_imgproc_attn.models.filter_spec import PRESETS
+from hf_imgproc_attn.models.spec_fields import PRESETS
 from tests.models.helpers import GPT2, VIT, tiny_gpt2_config, tiny_vit_config
 
 IMPLEMENTATIONS = ("eager", "sdpa")

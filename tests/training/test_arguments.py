@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.training_support.argument_parser import command_words, parse_arguments
 from hf_imgproc_attn.training_support.arguments import (
     IMAGE_TRAINER_DEFAULTS,
@@ -16,7 +17,6 @@ from hf_imgproc_attn.training_support.arguments import (
     ImageDataArguments,
     TextDataArguments,
 )
-from hf_imgproc_attn.training_support.errors import UsageError
 from hf_imgproc_attn.training_support.trainer_arguments import build_training_arguments
 from tests.helpers import ROOT, RunPython
 
@@ -181,7 +181,7 @@ def test_mistake_ends_in_one_line_and_exit_code_2(run_python: RunPython, tmp_pat
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_imgproc_attn.training_support import errors
+    from hf_imgproc_attn import errors
 
     monkeypatch.setitem(errors._EXTRAS, "viz", ("a_package_that_is_not_there",))
     with pytest.raises(UsageError, match=r"a_package_that_is_not_there.*hf-imgproc-attn\[viz\]"):

@@ -15,8 +15,8 @@ import train_causal_lm
 import train_image_classification
 from evaluate_checkpoint import Settings, evaluate
 
-from hf_imgproc_attn.card_results import METRICS
-from hf_imgproc_attn.cards import load_results, render_card
+from hf_imgproc_attn.cards.rendering import load_results, render_card
+from hf_imgproc_attn.cards.results import METRICS
 from tests.helpers import RunPython
 from tests.training.conftest import TINY_GPT2, TINY_VIT
 

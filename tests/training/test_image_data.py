@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.training_support import image_pixels
 from hf_imgproc_attn.training_support.arguments import ImageDataArguments
-from hf_imgproc_attn.training_support.errors import UsageError
 from hf_imgproc_attn.training_support.image_data import load_image_splits, stratified_split
 from hf_imgproc_attn.training_support.image_pixels import (
     NormalizingCollator,

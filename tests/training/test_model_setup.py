@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, ResNetConfig, Trainer, Tra
 from transformers import ViTForImageClassification as StockViT
 
 from hf_imgproc_attn import PRESETS
+from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.training_support.arguments import ModelArguments
-from hf_imgproc_attn.training_support.errors import UsageError
 from hf_imgproc_attn.training_support.model_setup import (
     build_causal_lm,
     build_image_classifier,

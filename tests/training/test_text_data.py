@@ -9,8 +9,8 @@ import datasets
 import numpy as np
 import pytest
 
+from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.training_support.arguments import TextDataArguments
-from hf_imgproc_attn.training_support.errors import UsageError
 from hf_imgproc_attn.training_support.text_data import (
     TextSplit,
     TokenBlocks,

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
 from hf_imgproc_attn import ImgProcGPT2LMHeadModel, ImgProcViTForImageClassification
+from hf_imgproc_attn.records import weights_sha256
 from hf_imgproc_attn.training_support.checkpoints import newest_complete_checkpoint
-from hf_imgproc_attn.training_support.run_record import weights_sha256
 from tests.helpers import ROOT
 from tests.training.conftest import TINY_GPT2, TINY_VIT, WriteText
 

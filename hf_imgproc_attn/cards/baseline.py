@@ -1,0 +1,54 @@
+"""The run that a model card shows beside its own: whether it is of the same recipe, and where it still differs."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ..errors import UsageError
+
+# Where a run is kept, which is no part of its recipe.
+_PLACES = re.compile(r"output_dir|run_name|push_to_hub|hub_\w+")
+
+
+def check_same_recipe(record: dict[str, Any], other: dict[str, Any]) -> None:
+    """Refuse a baseline that differs in anything but its preset and where it is kept.
+
+    Raises:
+        UsageError: names the first difference.
+    """
+    own_parts, other_parts = _recipe(record), _recipe(other)
+    for part, own in own_parts.items():
+        theirs = other_parts[part]
+        for name in dict.fromkeys([*own, *theirs]):
+            if own.get(name) != theirs.get(name) and not _PLACES.fullmatch(name):
+                raise UsageError(
+                    f"the baseline must be a run of the same recipe, but its {part}{name} is {theirs.get(name)!r} "
+                    f"instead of {own.get(name)!r}"
+                )
+
+
+def environment_differences(record: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """What of the baseline's versions, source and device differs, in words."""
+    own, theirs = _environment(record), _environment(other)
+    return [
+        f"{name} {theirs.get(name)} instead of {own.get(name)}"
+        for name in dict.fromkeys([*own, *theirs])
+        if own.get(name) != theirs.get(name)
+    ]
+
+
+def _recipe(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    arguments = record["arguments"]
+    return {
+        "": {name: record.get(name) for name in ("task", "seed", "steps", "local_paths")},
+        "model option ": {name: value for name, value in arguments["model"].items() if name != "preset"},
+        "data option ": arguments["data"],
+        "trainer option ": arguments["trainer"],
+        "fingerprint of split ": record.get("data_fingerprint", {}),
+    }
+
+
+def _environment(record: dict[str, Any]) -> dict[str, Any]:
+    device = {f"device {name}": value for name, value in record.get("device", {}).items()}
+    return {**record.get("versions", {}), "git revision": (record.get("git") or {}).get("revision"), **device}

@@ -1,0 +1,267 @@
+"""What a model card tells of a run beside its results: data, recipe, model, environment and limits.
+
+Everything is read from a record that may be published (``records.public_record``); what it lacks reads
+"not recorded".
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from ..models.spec_fields import FilterSpecMixin, preset_name
+from ..training_support.arguments import EMBEDDED_IMAGES, EMBEDDED_TEXT
+from .results import FAMILIES, NOT_MEASURED, Measurement
+
+NOT_RECORDED = "not recorded"
+COMMANDS = {"image-classification": "train-image", "causal-lm": "train-lm"}
+
+Facts = list[tuple[str, str]]
+
+_PRECISIONS = {"bf16": "bfloat16 (mixed)", "fp16": "float16 (mixed)"}
+# Label, and the field of the configuration of ViT or GPT-2.
+_MODEL_FIELDS = (
+    ("layers", ("num_hidden_layers", "n_layer")),
+    ("heads", ("num_attention_heads", "n_head")),
+    ("width", ("hidden_size", "n_embd")),
+    ("width of the MLP", ("intermediate_size", "n_inner")),
+    ("image size (pixels)", ("image_size",)),
+    ("patch size (pixels)", ("patch_size",)),
+    ("channels", ("num_channels",)),
+    ("positions", ("n_positions",)),
+    ("vocabulary", ("vocab_size",)),
+    ("dropout", ("hidden_dropout_prob", "resid_pdrop")),
+    ("dropout of the attention", ("attention_probs_dropout_prob", "attn_pdrop")),
+)
+_DATA_OPTIONS = (
+    ("random_crop_padding", "random crop, padding (pixels)"),
+    ("horizontal_flip", "random mirror image"),
+    ("max_train_samples", "training samples used at most"),
+    ("max_eval_samples", "validation and test samples used at most"),
+    ("block_size", "tokens in a training sample"),
+    ("tokenizer_name", "tokenizer"),
+    ("tokenizer_vocab_size", "vocabulary of a tokenizer trained for the run"),
+)
+
+
+def variant_of(record: dict[str, Any]) -> str:
+    """The preset whose filter the model has, or ``custom``."""
+    return preset_name(SimpleNamespace(**filter_fields(record)))
+
+
+def filter_fields(record: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the filter specification; one that an older record lacks is at its default."""
+    config = record["model_config"]
+    return {name: config.get(name, getattr(FilterSpecMixin, name)) for name in FilterSpecMixin.__annotations__}
+
+
+def changed_fields(record: dict[str, Any]) -> list[list[str]]:
+    """The fields of the filter specification, with their values, in which the model differs from the stock model."""
+    return [
+        [name, str(value)] for name, value in filter_fields(record).items() if value != getattr(FilterSpecMixin, name)
+    ]
+
+
+def compares_positions(record: dict[str, Any]) -> bool:
+    """Whether positions enter through the attention logits of a layer instead of being added to the tokens."""
+    return bool({"untied", "gaussian"} & set(_as_list(filter_fields(record)["position_kernel"])))
+
+
+def hub_name(record: dict[str, Any], part: str, option: str) -> str | None:
+    """The value of an option if it is a Hub name: neither a local path nor data embedded in a Python package."""
+    name = record["arguments"][part].get(option)
+    is_local = option in record["local_paths"] or name in (EMBEDDED_IMAGES, EMBEDDED_TEXT)
+    return None if is_local else name
+
+
+def dataset_title(record: dict[str, Any]) -> str:
+    """The data set in words."""
+    data = record["arguments"]["data"]
+    name = str(data["dataset_name"])
+    if name == EMBEDDED_IMAGES:
+        return "scikit-learn's digits"
+    if name == EMBEDDED_TEXT:
+        return f"the manual of Python {record.get('versions', {}).get('python', '')}".rstrip() + " (pydoc_data.topics)"
+    title = f"{name}, {data['dataset_config_name']}" if data.get("dataset_config_name") else name
+    return title if hub_name(record, "data", "dataset_name") else f"{title} (local data)"
+
+
+def split_table(record: dict[str, Any]) -> list[list[str]]:
+    """The size of every split and the start of its fingerprint, below a header."""
+    fingerprints = record.get("data_fingerprint", {})
+    counted = [name for name in ("rows", "words", "tokens") if any(name in counts for counts in fingerprints.values())]
+    table = [["split", *counted, "fingerprint (start)"]]
+    for split in ("train", "validation", "test"):
+        if (counts := fingerprints.get(split)) is not None:
+            digest = str(counts.get("sha256") or counts.get("datasets_fingerprint") or NOT_RECORDED)[:16]
+            table.append([split, *(_count(counts.get(name)) for name in counted), digest])
+    return table
+
+
+def command(record: dict[str, Any]) -> str:
+    """The command line of the run, which needs no YAML file."""
+    words = record.get("command")
+    return NOT_RECORDED if words is None else shlex.join(["imgproc-attn", COMMANDS[record["task"]], *words])
+
+
+def hyper_parameters(record: dict[str, Any]) -> Facts:
+    """Model, optimiser, schedule, batch, precision and data options."""
+    config, options, data = record["model_config"], record["arguments"]["trainer"], record["arguments"]["data"]
+    facts: Facts = []
+    for label, names in _MODEL_FIELDS:
+        name = next((name for name in names if name in config), None)
+        if name == "n_inner" and config[name] is None:  # the library's default
+            facts.append((label, f"{4 * config['n_embd']} (4 x width)"))
+        elif name is not None:
+            facts.append((label, str(config[name])))
+    facts.append(("parameters", _count(record.get("parameters", {}).get("total"))))
+    start = record["arguments"]["model"].get("model_name_or_path")
+    facts.append(("weights start from", "random numbers" if start is None else start))
+    facts += [
+        ("optimiser", _text(options, "optim")),
+        ("beta1, beta2, epsilon", ", ".join(_text(options, f"adam_{name}") for name in ("beta1", "beta2", "epsilon"))),
+        ("learning rate (highest)", _text(options, "learning_rate")),
+        ("schedule", _text(options, "lr_scheduler_type")),
+        ("warm-up", _warm_up(options.get("warmup_steps"))),
+        ("weight decay", _text(options, "weight_decay")),
+        ("gradient norm clipped at", _text(options, "max_grad_norm")),
+        ("label smoothing", _text(options, "label_smoothing_factor")),
+        ("optimiser steps", _count(record.get("steps"))),
+        ("epochs", _text(record.get("metrics", {}).get("train", {}), "epoch")),
+        ("batch (samples a step)", _batch(record)),
+        ("precision", next((text for name, text in _PRECISIONS.items() if options.get(name)), "float32")),
+        ("seed", _text(record, "seed")),
+    ]
+    facts += [(label, str(data[name])) for name, label in _DATA_OPTIONS if data.get(name) not in (None, False, 0)]
+    if data["dataset_name"] not in (EMBEDDED_IMAGES, EMBEDDED_TEXT):
+        label = "part of the training data held out where there is no validation split"
+        facts.append((label, _text(data, "validation_fraction")))
+    return facts
+
+
+def environment(record: dict[str, Any], robustness: dict[str, Any] | None) -> Facts:
+    """Device, time, versions and the state of the source, of training and of evaluation on disturbed inputs."""
+    device = record.get("device", {})
+    git = record.get("git")
+    changed = "" if git is None else ", with uncommitted changes" if git["dirty"] else ", without uncommitted changes"
+    versions = [f"{name} {version}" for name, version in sorted(record.get("versions", {}).items()) if version]
+    facts = [
+        ("device", _device(device)),
+        ("platform", _text(device, "platform")),
+        ("processes", _text(device, "processes")),
+        ("threads a process", _text(device, "threads")),
+        ("training time", _seconds(record.get("training_seconds"))),
+        ("energy", NOT_MEASURED),
+        ("versions", ", ".join(versions) or NOT_RECORDED),
+        ("git revision of hf_imgproc_attn", NOT_RECORDED if git is None else f"{git['revision']}{changed}"),
+    ]
+    if robustness is not None:
+        time, where = _seconds(robustness.get("seconds")), _device(robustness.get("device", {}))
+        revision = (robustness.get("git") or {}).get("revision")
+        same = "the same" if git and revision == git["revision"] else revision or NOT_RECORDED
+        facts.append(("evaluation on disturbed inputs", f"{time} on {where}; git revision: {same}"))
+    return facts
+
+
+def limits(record: dict[str, Any], rows: Sequence[Measurement]) -> list[str]:
+    """What the numbers cannot show, as far as the record tells."""
+    texts = []
+    if "seed" in record:
+        texts.append(
+            f"One training run (seed {record['seed']}): no confidence interval. A difference between two columns of "
+            "the table may be chance."
+        )
+    for row in rows:
+        if row.family == "clean" and row.split == "test" and row.metric == "accuracy" and row.value and row.samples:
+            error = 100 * math.sqrt(max(row.value * (1 - row.value), 0.0) / row.samples)
+            texts.append(
+                f"With {row.samples:,} test images the clean accuracy has a standard error of {error:.1f} percentage "
+                "points from the choice of these images alone (binomial)."
+            )
+            break
+    name = record["arguments"]["data"]["dataset_name"]
+    counts = record.get("data_fingerprint", {}).get("train", {})
+    size = f" ({counts['rows']:,} training {'images' if name == EMBEDDED_IMAGES else 'lines'})" if counts else ""
+    if name in (EMBEDDED_IMAGES, EMBEDDED_TEXT):
+        texts.append(
+            f"The data are a small set that comes with a Python package{size}: the checkpoint shows how the method is "
+            "used, it is not meant for use itself."
+        )
+    if name == EMBEDDED_TEXT:
+        texts.append("The manual changes with Python, so another version gives other data and other numbers.")
+    missing = [row.name for row in rows if row.value is None and row.family in FAMILIES[record["task"]]]
+    untested = f" Not measured among these: {', '.join(missing)}." if missing else ""
+    texts.append(f"Nothing was tested but what the table of results shows, on the data set named there.{untested}")
+    if record["arguments"]["trainer"].get("load_best_model_at_end"):
+        texts.append("The checkpoint was chosen by its validation score, which is therefore optimistic.")
+    elif "steps" in record:
+        steps = f"{record['steps']:,}"
+        texts.append(f"The weights are those after the last step ({steps}), not the best on the validation split.")
+    if (record.get("git") or {}).get("dirty"):
+        texts.append("The source had uncommitted changes: the git revision alone does not reproduce the run.")
+    if record.get("resumed_from"):
+        texts.append("The run was interrupted and resumed: the training time leaves out what a killed session spent.")
+    if record["local_paths"]:
+        names = ", ".join(record["local_paths"])
+        texts.append(f"Something local was used ({names}), which the command above does not find elsewhere.")
+    return texts
+
+
+def costs(record: dict[str, Any], other: dict[str, Any] | None, *, with_baseline: bool) -> list[list[str]]:
+    """Parameters and training time, beside the baseline's."""
+
+    def column(run: dict[str, Any] | None) -> list[str]:
+        if run is None:
+            return [NOT_MEASURED] * 2
+        return [_count(run.get("parameters", {}).get("total")), _seconds(run.get("training_seconds"))]
+
+    columns = [
+        ["parameters", "training time (what else the machine did is not recorded)"],
+        column(record),
+        *([column(other)] if with_baseline else []),
+    ]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _seconds(value: float | None) -> str:
+    return NOT_RECORDED if value is None else f"{value:,.0f} s"
+
+
+def _device(device: dict[str, Any]) -> str:
+    return f"{device['name']} ({device.get('type')})" if "name" in device else NOT_RECORDED
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _text(values: dict[str, Any], name: str) -> str:
+    value = values.get(name)
+    if value is None:
+        return NOT_RECORDED
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _count(value: int | None) -> str:
+    return NOT_RECORDED if value is None else f"{value:,}"
+
+
+def _warm_up(steps: float | None) -> str:
+    if steps is None:
+        return NOT_RECORDED
+    return f"{100 * steps:g} % of the steps" if 0 < steps < 1 else f"{steps:g} steps"
+
+
+def _batch(record: dict[str, Any]) -> str:
+    options = record["arguments"]["trainer"]
+    numbers = (
+        options.get("per_device_train_batch_size"),
+        record.get("device", {}).get("processes"),
+        options.get("gradient_accumulation_steps"),
+    )
+    if None in numbers:
+        return NOT_RECORDED
+    return f"{math.prod(numbers):,} (a process {numbers[0]}, processes {numbers[1]}, accumulated {numbers[2]})"

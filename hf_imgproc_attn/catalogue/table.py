@@ -1,0 +1,281 @@
+"""The table of variants: equation, source, parameters, cost and limits of every preset.
+
+``imgproc-attn variants`` prints it and the README shows it. What the code knows is asked of the code: the number of
+passes by applying the boosters, cached streams by building a layer, fields by the presets themselves. The rest is
+:data:`EQUATIONS` and :data:`LIMITS`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ..models.boost_operators import BOOSTING, keep_rows, operator_on_value
+from ..models.configuration_imgproc_gpt2 import ImgProcGPT2Config
+from ..models.layer_filter import AttentionFilter
+from ..models.spec_axes import FILTER_BACKENDS, is_stock_layer, uses_position_table
+from ..models.spec_fields import PRESETS
+from .works import PAPERS, PAPERS_OF
+
+EQUATIONS = {
+    "softmax": "A ∝ exp(qᵀk/√d), positions added to the tokens; U = A V",
+    "bilateral": "A ∝ exp(2qᵀk/h_y² + 2(U_Q p_i)ᵀ(U_K p_j)/h_p²); U = A V",
+    "bilateral_gaussian": "A ∝ exp(-‖q - k‖²/h_y² - ‖p_i - p_j‖²/h_p²); U = A V",
+    "twicing": "A of softmax; U = (2A - A²) V",
+    "bilateral_twicing": "A of bilateral; U = (2A - A²) V",
+    "nlm": "A ∝ exp(-‖q - k‖²/h_y²), no positions; U = A V",
+    "elliptical": "A ∝ exp(qᵀM k/√d), M = diag(mean abs(V_l - V_(l-1))) / its maximum; U = A V",
+    "neutreno": "A of softmax; U = A V_l + λ(V_0 - V_l)",
+    "pidformer": "A of softmax; U = A V_l + λ_P e_l + λ_I Σ e_m + λ_D(e_l - e_(l-1)), e_l = V_0 - V_l",
+    "alibi": "A ∝ exp(qᵀk/√d - m‖i - j‖); U = A V",
+    "t5_bias": "A ∝ exp(qᵀk/√d + b[bucket(i - j)]); U = A V",
+    "rope": "A ∝ exp((R_i q)ᵀ(R_j k)/√d); U = A V",
+    "nope": "A ∝ exp(qᵀk/√d), no positions; U = A V",
+    "tupe": "A of bilateral, h fixed, U_Q, U_K shared by all layers; U = A V",
+    "sos": "A of softmax; U = u_3, u_m = A(V + u_(m-1)) - u_(m-1), u_0 = 0",
+    "learned_twicing": "A of softmax; U = (A + γA(I - A)) V",
+    "gradient_boosted": "F = Attn_0(z), c = Attn_1(z - F); U = F + σ(W_g[F; c]) ∘ c",
+    "boosted_residual": "A of softmax; x + Attn(LN(x_0 - x)) instead of x + Attn(LN(x))",
+}
+"""preset -> what it computes, in a line of plain text, without the `|` that separates the columns of a table."""
+
+REASONS = {
+    "static caches": "the layers keep tensors that static and quantised caches do not hold",
+    "longer texts": "the table of positions ends at N",
+    "one-layer models": "a layer is compared with one before it",
+    "rotary positions": "they mix the features that M weighs",
+    "every head width": "features turn in pairs, for each axis: a multiple of 2 for text, of 4 for images",
+    "one attention map": "there are two",
+}
+"""What some presets do not support, and why."""
+
+LIMITS = {
+    "elliptical": ("one-layer models", "rotary positions"),
+    "neutreno": ("one-layer models",),
+    "pidformer": ("one-layer models",),
+    "rope": ("every head width",),
+    "gradient_boosted": ("one attention map",),
+    "boosted_residual": ("one-layer models",),
+}
+"""preset -> keys of :data:`REASONS`, beyond what :func:`limits` finds out."""
+
+
+class Sizes(NamedTuple):
+    """What formulas are made of: width d, heads H, layers L, positions N of the table."""
+
+    d: int
+    H: int
+    L: int
+    N: int
+
+
+@dataclass(frozen=True)
+class Term:
+    """A part of a number of parameters: as text, and as a function of the sizes."""
+
+    text: str
+    count: Callable[[Sizes], int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table."""
+
+    preset: str
+    equation: str
+    source: str
+    parameters: str
+    cost: str
+    back_ends: str
+    cached_decoding: str
+    causal: str
+    not_supported: str
+
+
+COLUMNS = {
+    "preset": "preset",
+    "equation": "filter A and head output U",
+    "source": "source",
+    "parameters": "parameters more than `softmax`",
+    "cost": "cost of attention",
+    "back_ends": "back-ends",
+    "cached_decoding": "cached decoding",
+    "causal": "causal",
+    "not_supported": "not supported",
+}
+LEGEND = (
+    "d is the width of the model (of a head under the root), H the number of heads, L of layers, N of tokens or of "
+    "positions in the table. Parameters are those of a GPT-2; a class token adds 3HL where positions are compared. A "
+    "pass applies A to values once, in so many floating-point operations forward; `blocked` computes the weights of A "
+    "once for all passes. Causal is GPT-2; ViT is not, with every preset. Not supported, and why: "
+    + "; ".join(f"{name}: {reason}" for name, reason in REASONS.items())
+    + "."
+)
+
+
+def example(preset: str) -> tuple[ImgProcGPT2Config, AttentionFilter]:
+    """A small model's configuration, and the filter of its last layer."""
+    config = ImgProcGPT2Config.from_preset(preset, n_layer=2, n_head=2, n_embd=8, n_positions=4)
+    layer = AttentionFilter(
+        config.layer_specs[1], config, layer_idx=1, head_dim=4, scaling=0.5, longest_side=4, layer_norm_eps=1e-5
+    )
+    return config, layer
+
+
+def parameter_terms(preset: str) -> list[Term]:
+    """What a GPT-2 of the preset has more, or less, than the stock model."""
+    config, layer = example(preset)
+    spec, terms = layer.spec, []
+    has_bandwidth = layer.positions.has_bandwidth
+    if config.learn_bandwidths:
+        terms.append(Term("2HL", lambda s: 2 * s.H * s.L) if has_bandwidth else Term("HL", lambda s: s.H * s.L))
+    if spec.position_kernel == "untied":
+        if config.share_position_projections:
+            terms.append(Term("2d² + 2d", lambda s: 2 * s.d**2 + 2 * s.d))
+        else:
+            terms.append(Term("(2d² + 2d)L", lambda s: (2 * s.d**2 + 2 * s.d) * s.L))
+    if layer.positions.bucket_table is not None:
+        axes, buckets = layer.positions.bucket_table
+        terms.append(Term(f"{axes * buckets}HL", lambda s: axes * buckets * s.H * s.L))
+    if spec.boosting == "learned":
+        terms.append(Term("HL", lambda s: s.H * s.L))
+    if spec.boosting == "gradient_boosted":
+        terms.append(Term("(5d² + 4d)L", lambda s: (5 * s.d**2 + 4 * s.d) * s.L))
+    if not uses_position_table(config):
+        terms.append(Term("-Nd", lambda s: -s.N * s.d))
+    return terms
+
+
+def parameters(preset: str) -> str:
+    """The sum of :func:`parameter_terms` as text."""
+    return " + ".join(term.text for term in parameter_terms(preset)).replace("+ -", "- ") or "none"
+
+
+def passes(preset: str) -> int:
+    """How often a boosted layer applies A, counted while its booster runs."""
+    spec = example(preset)[0].layer_specs[1]
+    calls = []
+
+    def attend(stream: Any) -> Any:
+        calls.append(stream)
+        return stream
+
+    # The boosters only add, subtract and multiply: a number will do for a tensor.
+    one: Any = 1.0
+    BOOSTING[operator_on_value(spec.boosting)](attend, keep_rows, one, one, spec.boosting_steps)
+    return len(calls) * (2 if spec.boosting == "gradient_boosted" else 1)
+
+
+def cost(preset: str) -> str:
+    """Passes of A, and what comes on top of them, to leading order."""
+    spec = example(preset)[1].spec
+    extra = {
+        "gaussian": "O(N²H) (position logits)",
+        "alibi": "O(N²H) (position logits)",
+        "relative_buckets": "O(N²H) (position logits)",
+        "rotary": "O(Nd)",
+    }.get(spec.position_kernel)
+    number, each = passes(preset), "6N²d" if spec.position_kernel == "untied" else "4N²d"
+    parts = [f"{number} pass of {each}" if number == 1 else f"{number} passes of {each}"]
+    if spec.is_boosted and spec.boosting != "gradient_boosted":
+        # Weights once, then a product with each stream.
+        parts[0] += f", `blocked` {(2 if each == '4N²d' else 4) + 2 * number}N²d"
+    if extra is not None:
+        parts.append(extra)
+    if spec.content_kernel != "dot_product" or spec.feedback != "none" or spec.residual != "standard":
+        parts.append("O(Nd)")
+    if spec.boosting == "gradient_boosted":
+        parts.append("10Nd² (projections, gate)")
+    return " + ".join(parts)
+
+
+def back_ends(preset: str) -> str:
+    """What computes the preset's layers: values of ``filter_backend``, or the stock model's own code."""
+    config, layer = example(preset)
+    if all(is_stock_layer(config, spec) for spec in config.layer_specs):
+        return "stock"
+    names = [name for name in FILTER_BACKENDS if name not in ("auto", "triton")]
+    spec = layer.spec
+    # The Triton kernels know twicing of plain inner products alone.
+    has_kernel = spec.boosting == "twicing" and spec.content_kernel == "dot_product" and not spec.compares_positions
+    return ", ".join([*names, "triton"] if has_kernel else names)
+
+
+def cached_decoding(preset: str) -> str:
+    """What a cache keeps beside keys and values."""
+    layer = example(preset)[1]
+    parts = []
+    if layer.num_streams:
+        parts.append(f"{layer.num_streams} stream{'s' * (layer.num_streams > 1)} as wide as V")
+    if layer.spec.position_kernel == "untied":
+        parts.append("U_K p")
+    elif layer.spec.compares_positions:
+        parts.append("the position")
+    return f"yes; keeps {', '.join(parts)} too" if parts else "yes"
+
+
+def limits(preset: str) -> list[str]:
+    """What the preset does not support: keys of :data:`REASONS`."""
+    config, _ = example(preset)
+    found = []
+    if not all(is_stock_layer(config, spec) for spec in config.layer_specs):
+        found.append("static caches")
+    if uses_position_table(config):
+        found.append("longer texts")
+    return [*found, *LIMITS.get(preset, ())]
+
+
+def source(preset: str, markdown: bool = False) -> str:
+    """The works of a preset: authors and year, with a link where there is one."""
+    return "; ".join(_cite(PAPERS[key].reference, markdown) for key in PAPERS_OF[preset])
+
+
+def row(preset: str, markdown: bool = False) -> Row:
+    """The line of a preset."""
+    return Row(
+        preset,
+        EQUATIONS[preset],
+        source(preset, markdown),
+        parameters(preset),
+        cost(preset),
+        back_ends(preset),
+        cached_decoding(preset),
+        "yes",
+        ", ".join(limits(preset)) or "-",
+    )
+
+
+def plain_text() -> str:
+    """All rows as paragraphs, one line a column: the table is too wide for a terminal."""
+    width = max(map(len, COLUMNS.values()))
+    paragraphs = []
+    for preset in PRESETS:
+        cells = {name: value for name, value in vars(row(preset)).items() if name != "preset"}
+        lines = [f"  {COLUMNS[name].replace('`', '').ljust(width)}  {value}" for name, value in cells.items()]
+        paragraphs.append("\n".join([preset, *lines]))
+    return "\n\n".join([*paragraphs, LEGEND])
+
+
+def markdown_table() -> str:
+    """All rows as a Markdown table, formulas as code."""
+    lines = [f"| {' | '.join(COLUMNS.values())} |", "|" + "---|" * len(COLUMNS)]
+    for preset in PRESETS:
+        cells = vars(row(preset, markdown=True)).copy()
+        for name in ("preset", "equation", "parameters"):
+            if cells[name] != "none":
+                cells[name] = f"`{cells[name]}`"
+        lines.append(f"| {' | '.join(cells.values())} |")
+    return "\n".join(lines)
+
+
+def _cite(reference: str, markdown: bool) -> str:
+    """``Authors 2025, [Title](link)`` to ``[Authors 2025](link)`` or to ``Authors 2025 (link)``."""
+    found = re.match(r"(.*?\b\d{4}), (?:\[.*\]\((.*)\))?", reference)
+    if found is None:
+        raise ValueError(f"a reference must start with authors and year, got {reference!r}")
+    authors, link = found.groups()
+    if link is None:
+        return authors
+    return f"[{authors}]({link})" if markdown else f"{authors} ({link.replace('https://arxiv.org/abs/', 'arXiv:')})"

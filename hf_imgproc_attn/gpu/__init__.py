@@ -1,0 +1,146 @@
+"""Fused kernels for NVIDIA GPUs, written in Triton: optional, and no part of what a checkpoint takes along.
+
+Twicing, ``(2A - A^2) V``, without A in memory, forward and backward, with head widths up to 128, float16 and bfloat16,
+causal or not, with an optional mask of padded keys. Three algorithms (:mod:`.twicing` chooses by shape):
+
+    module                 for                                   N x N products, forward / backward (plain: 2 / 5)
+    triton_short           not causal, N <= 256, width <= 64     3 / 8
+    triton_single_pass     causal, heads enough for the device   3 / 7
+    triton_general         everything else                       4 / 8, or 11 in a fixed order of additions
+
+*Checked* without a GPU: outputs and gradients against float64 in Triton's interpreter; every kernel compiles for
+compute capability 9.0 (H100), where its products are warp-group instructions and its tiles fit into shared memory.
+
+*Not measured:* time, on any GPU; the choice between the algorithms is by the number of products; numerical error
+on a device. ``python -m hf_imgproc_attn.gpu.check`` measures them on a machine with a CUDA device.
+
+Importing this package needs neither Triton nor a GPU. ``supports`` says why a call cannot be served.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import MutableMapping
+from typing import Any, NamedTuple
+
+import torch
+
+_TRITON_IS_THERE = importlib.util.find_spec("triton") is not None
+
+MAX_HEAD_DIM = 128
+
+
+class TritonBackend(NamedTuple):
+    """How to run a request of the dispatch table, and when not to."""
+
+    run: Any
+    refuses: Any
+
+
+def supports(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    is_causal: bool = False,
+    attn_mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    boosting: str = "twicing",
+    steps: int = 2,
+) -> str | None:
+    """Why the kernels cannot serve a call, as the rest of a sentence about them, or None if they can.
+
+    Args:
+        query: ``[batch, heads, length, head_dim]``.
+        key: ``[batch, key_heads, key_length, head_dim]``.
+        value: ``[batch, key_heads, key_length, d]``.
+        is_causal: whether query i sees keys j <= i only.
+        attn_mask: None, or boolean ``[batch or 1, 1, 1, key_length]``, True = visible; other masks are refused.
+        bias: what is added to the logits; refused.
+        dropout_p: probability on A; refused unless 0.
+        boosting: only ``"twicing"`` is served.
+        steps: only 2 are served.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if not _TRITON_IS_THERE:
+        return "needs the package triton: pip install 'hf-imgproc-attn[kernels]'"
+    if not query.is_cuda and not interpreted:
+        return f"needs tensors on a CUDA device, got {query.device}"
+    if query.is_cuda and torch.cuda.get_device_properties(query.device).major < 8:
+        return "needs a GPU of compute capability 8.0 or newer"
+    if boosting != "twicing" or steps != 2:
+        return f"does twicing with 2 steps only, got boosting={boosting!r} with {steps} steps"
+    if not (query.shape == key.shape == value.shape):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
+        return f"needs query, key and value of one shape, got {shapes}"
+    if query.shape[-1] > MAX_HEAD_DIM:
+        return f"needs head_dim <= {MAX_HEAD_DIM}, got {query.shape[-1]}"
+    dtypes = (torch.float16, torch.bfloat16, *((torch.float32,) if interpreted else ()))
+    if not (query.dtype == key.dtype == value.dtype and query.dtype in dtypes):
+        return f"needs float16 or bfloat16, got {query.dtype}, {key.dtype}, {value.dtype}"
+    if bias is not None:
+        return "adds nothing to the logits, got a bias"
+    if dropout_p > 0.0:
+        return f"drops nothing out, got dropout_p={dropout_p}"
+    if attn_mask is not None:
+        batch, key_length = key.shape[0], key.shape[-2]
+        form = attn_mask.shape in ((batch, 1, 1, key_length), (1, 1, 1, key_length))
+        if attn_mask.dtype != torch.bool or not form:
+            return (
+                "takes boolean masks of keys, [batch or 1, 1, 1, key_length], only, "
+                f"got {attn_mask.dtype} {tuple(attn_mask.shape)}"
+            )
+    return None
+
+
+def refuses(request: Any) -> str | None:
+    """:func:`supports` for a request of the dispatch table."""
+    return supports(
+        request.query,
+        request.key,
+        request.value,
+        is_causal=request.is_causal,
+        attn_mask=request.attn_mask,
+        bias=request.position_bias,
+        dropout_p=request.dropout_p,
+        boosting=request.boosting,
+        steps=request.boosting_steps,
+    )
+
+
+def run(request: Any) -> torch.Tensor:
+    """Serve a request that is not refused: ``[batch, heads, length, head_dim]``."""
+    from .twicing import twicing_attention
+
+    key_mask = request.attn_mask
+    if key_mask is not None:
+        key_mask = key_mask[:, 0, 0].expand(request.key.shape[0], -1)
+    return twicing_attention(
+        request.query, request.key, request.value, key_mask, scale=request.scale, is_causal=request.is_causal
+    )
+
+
+def register(backends: MutableMapping[str, Any], backend_type: Any = TritonBackend) -> None:
+    """Insert ``"flex"`` into a table of back-ends, and ``"triton"`` where the package triton is there.
+
+    Args:
+        backends: from names to back-ends.
+        backend_type: what the table holds, made of a function that runs a request and one that refuses it.
+    """
+    backends["flex"] = backend_type(_run_flex, _flex_refuses)
+    if _TRITON_IS_THERE:
+        backends["triton"] = backend_type(run, refuses)
+
+
+def _run_flex(request: Any) -> torch.Tensor:
+    from . import flex
+
+    return flex.run(request)
+
+
+def _flex_refuses(request: Any) -> str | None:
+    from . import flex
+
+    return flex.refuses(request)

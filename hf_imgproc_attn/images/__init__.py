@@ -1,0 +1,1 @@
+"""The filters of the models, used directly on photographs."""

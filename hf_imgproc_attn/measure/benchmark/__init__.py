@@ -1,0 +1,139 @@
+"""What the filters cost: every path against stock attention, interleaved in one run, as ratios with their spread.
+
+Suites: ``attention`` (plain tensors: back-ends, published algorithms, over lengths), ``decode`` (one token with a
+cache), ``layers`` (the attention module of every preset) and ``models`` (training steps and generation). A path whose
+results are wrong is not timed, and what would take too long or too much memory is skipped; both are named.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import UsageError, require_extras
+from ...records import device_description, git_state, package_versions, write_json
+from . import attention, decoding, layers, whole_models
+from .report import draw, goals_table, render, slope_rows
+from .timing import Row
+
+SUITES = ("attention", "decode", "layers", "models")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def run(
+    *,
+    suites: Sequence[str] = SUITES,
+    quick: bool = False,
+    threads: int | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    lengths: Sequence[int] | None = None,
+    max_seconds: float = 20.0,
+    max_mib: float | None = None,
+    budget: float = 40.0,
+    output: str | Path | None = None,
+) -> dict[str, Any]:
+    """Run suites, print tables, write JSON and a plot beside it.
+
+    Args:
+        suites: names among :data:`SUITES`.
+        quick: tiny shapes and few rounds; checks that everything runs, the ratios mean nothing.
+        threads: CPU threads for torch, restored afterwards; None leaves torch's choice.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        device: ``cpu`` or a CUDA device.
+        lengths: of the sweep over N; None: powers of two from 64 to 16,384.
+        max_seconds: methods with a higher estimate for one call are skipped.
+        max_mib: likewise for memory; None: half of what is free.
+        budget: seconds that the rounds of one table may take.
+        output: a JSON file, overwritten; None writes none. The plot has its name with ``.png``.
+
+    Returns:
+        The record: settings, versions, device and ``rows``, one dictionary for each :class:`Row`.
+
+    Raises:
+        UsageError: for an unknown suite or dtype, or a device that is not there.
+    """
+    for suite in suites:
+        if suite not in SUITES:
+            raise UsageError(f"suite must be one of {', '.join(SUITES)}, got {suite!r}")
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"device must be there, got {device!r}, and torch sees no GPU")
+    if output is not None:
+        require_extras("viz")  # before minutes of work whose plot could not be drawn
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    started = time.perf_counter()
+    limits = attention.Limits(max_seconds, max_mib, 0.0 if quick else budget)
+    rows: list[dict[str, Any]] = []
+    try:
+        description = device_description(torch.device(device), 1)
+        for suite in suites:
+            for row in _rows(suite, quick, DTYPES[dtype], device, lengths, limits):
+                rows.append(asdict(row))
+    finally:
+        torch.set_num_threads(before)
+    record: dict[str, Any] = {
+        "quick": quick,
+        "dtype": dtype,
+        "device": description,
+        "threads": description["threads"],
+        "versions": package_versions(),
+        "git": git_state(),
+        "seconds": round(time.perf_counter() - started, 1),
+        "slopes": slope_rows(rows),
+        "rows": rows,
+    }
+    print(render(rows))
+    for item in record["slopes"]:
+        print(f"{item['kind']}, {item['method']}, {item['direction']}: {item['value']} grows as N^{item['exponent']}")
+    if not quick:
+        print(f"\n{goals_table(record)}\n")
+    if output is not None:
+        path = write_json(Path(output), record)
+        if "attention" in suites:
+            draw(rows, path.with_suffix(".png"))
+        print(f"written to {path}")
+    return record
+
+
+def _rows(
+    suite: str, quick: bool, dtype: torch.dtype, device: str, lengths: Sequence[int] | None, limits: attention.Limits
+) -> Iterator[Row]:
+    """The rows of one suite; what is being timed is said on standard error."""
+
+    def say(text: str) -> None:
+        print(f"timing {text} ...", file=sys.stderr, flush=True)
+
+    if suite == "attention":
+        named = attention.GPU_GOALS if device.startswith("cuda") else attention.GOALS
+        over = lengths or attention.LENGTHS
+        shapes = [*named, *attention.sweep(over, True), *attention.sweep(over, False)]
+        if quick:
+            shapes = [*attention.sweep((48, 96), True), *attention.sweep((33,), False)]
+        yield from attention.run_attention(shapes, dtype=dtype, device=device, limits=limits, say=say)
+    elif suite == "decode":
+        sizes = whole_models.GPT2_TINY if quick else {**whole_models.GPT2_SMALL, "n_positions": 1025}
+        length = sizes["n_positions"] - 1
+        yield from decoding.run_decoding(length, fields=sizes, device=device, budget=limits.budget, say=say)
+    elif suite == "layers":
+        for shape in layers.QUICK if quick else layers.FULL:
+            yield from layers.run_layers(shape, budget=limits.budget, say=say)
+    else:
+        yield from whole_models.run_models(
+            gpt2=whole_models.GPT2_TINY if quick else whole_models.GPT2_SMALL,
+            vit=whole_models.VIT_TINY if quick else whole_models.VIT_BASE,
+            batch=2 if quick else 4,
+            new_tokens=4 if quick else 32,
+            device=device,
+            dtype=dtype,
+            budget=limits.budget,
+            say=say,
+        )

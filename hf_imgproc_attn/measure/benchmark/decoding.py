@@ -1,0 +1,118 @@
+"""One token with a cache: the attention of a layer alone, and the whole of GPT-2 small."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+
+from ...models.configuration_imgproc_gpt2 import ImgProcGPT2Config
+from ...models.layer_filter import AttentionFilter
+from ...models.modeling_imgproc_gpt2 import ImgProcGPT2LMHeadModel
+from .timing import Row, interleave
+
+STOCK = "stock"
+VARIANTS: dict[str, dict[str, Any]] = {
+    "twicing": {"boosting": "twicing"},
+    "twicing, 3 steps": {"boosting": "twicing", "boosting_steps": 3},
+    "bilateral": {"position_kernel": "untied", "learn_bandwidths": True},
+    "bilateral_gaussian": {"content_kernel": "gaussian", "position_kernel": "gaussian", "learn_bandwidths": True},
+}
+
+_ROUNDS_OF_STEPS = 8
+
+
+def run_decoding(
+    length: int, *, fields: dict[str, Any], device: str, budget: float, say: Callable[[str], None] = print
+) -> Iterator[Row]:
+    """Time one decoding step after ``length`` cached tokens.
+
+    Args:
+        length: cached tokens.
+        fields: sizes of the GPT-2 (``n_layer``, ``n_head``, ``n_embd``, ``vocab_size``, ``n_positions``).
+        device: where.
+        budget: seconds for all rounds of a table.
+        say: told what is being timed.
+
+    Yields:
+        A row for each variant: attention alone, then the whole model.
+    """
+    for case, make in (("attention alone", attention_step), ("whole model", model_step)):
+        say(f"decoding step at {length} tokens, {case}")
+        calls = {name: make(length, fields, variant, device) for name, variant in {STOCK: None, **VARIANTS}.items()}
+        for name, spread in interleave(calls, STOCK, budget=budget, device=device).items():
+            yield Row("decode", f"{case}, {length} cached tokens", length, name, "step", **spread.fields())
+
+
+def attention_step(length: int, fields: dict[str, Any], variant: dict[str, Any] | None, device: str) -> Any:
+    """A call that filters one token after ``length`` cached ones, and forgets it again; None is stock attention."""
+    heads, width = fields["n_head"], fields["n_embd"] // fields["n_head"]
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randn(3, 1, heads, length, width, generator=generator).to(device)
+    query, key, value = torch.randn(3, 1, heads, 1, width, generator=generator).to(device)
+    if variant is None:
+        cache = DynamicCache()
+        cache.update(prompt[1], prompt[2], 0)
+
+        def stock() -> None:
+            for _ in range(_ROUNDS_OF_STEPS):
+                keys, values = cache.update(key, value, 0)
+                scaled_dot_product_attention(query, keys, values)
+                cache.crop(-1)
+
+        return stock
+    config = ImgProcGPT2Config(**{**fields, "n_layer": 1, **variant})
+    layer = AttentionFilter(
+        config.layer_specs[0],
+        config,
+        layer_idx=0,
+        head_dim=width,
+        scaling=width**-0.5,
+        longest_side=fields["n_positions"],
+        layer_norm_eps=1e-5,
+    ).to(device)
+    cache = DynamicCache(config=config)
+
+    def inputs(start: int, count: int) -> dict[str, torch.Tensor]:
+        places = torch.arange(start, start + count, device=device).unsqueeze(0)
+        vectors = torch.randn(1, count, fields["n_embd"], generator=torch.Generator().manual_seed(start))
+        return {"position_states": vectors.to(device), "coordinates": places.unsqueeze(-1)}
+
+    options: dict[str, Any] = {"implementation": "sdpa", "is_causal": True, "past_key_values": cache}
+    with torch.no_grad():
+        layer(*prompt, contiguous=True, **inputs(0, length), **options)
+    step_inputs = inputs(length, 1)
+
+    @torch.no_grad()
+    def step() -> None:
+        for _ in range(_ROUNDS_OF_STEPS):
+            layer(query, key, value, **step_inputs, **options)
+            cache.crop(-1)
+
+    return step
+
+
+def model_step(length: int, fields: dict[str, Any], variant: dict[str, Any] | None, device: str) -> Any:
+    """A call that gives the logits of one token after ``length`` cached ones, and forgets it again."""
+    torch.manual_seed(0)
+    fields = {**fields, "bos_token_id": 0, "eos_token_id": 0}
+    model = (
+        GPT2LMHeadModel(GPT2Config(**fields))
+        if variant is None
+        else ImgProcGPT2LMHeadModel(ImgProcGPT2Config(**fields, **variant))
+    )
+    model = model.eval().to(device)
+    ids = torch.randint(fields["vocab_size"], (1, length + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
+
+    @torch.no_grad()
+    def step() -> None:
+        model(ids[:, -1:], past_key_values=cache)
+        cache.crop(-1)
+
+    return step

@@ -1,0 +1,200 @@
+"""Tables, plot and the README's summary of a benchmark, all made of its JSON file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...errors import require_extras
+
+FIT_FROM = 1024
+"""Slopes are fitted to lengths from here on: below, fixed costs weigh."""
+LEAST = {"milliseconds": 0.0, "peak_mib": 32.0}
+"""Smaller values say nothing: pages that the process holds already do not count as new memory."""
+
+GOALS: tuple[tuple[str, str, str, str, float], ...] = (
+    ("causal (2, 12, 1024, 64) float32", "twicing, auto", "causal twicing, N = 1,024", "forward", 1.50),
+    ("causal (2, 12, 1024, 64) float32", "twicing, auto", "causal twicing, N = 1,024", "forward + backward", 1.60),
+    ("causal (1, 12, 4096, 64) float32", "twicing, auto", "causal twicing, N = 4,096", "forward", 1.50),
+    ("causal (1, 12, 4096, 64) float32", "twicing, auto", "causal twicing, N = 4,096", "forward + backward", 1.60),
+    ("bidirectional (16, 12, 197, 64) float32", "twicing, auto", "ViT twicing, 197 tokens", "forward", 1.45),
+    (
+        "bidirectional (16, 12, 197, 64) float32",
+        "twicing, auto",
+        "ViT twicing, 197 tokens",
+        "forward + backward",
+        1.50,
+    ),
+    ("causal (2, 12, 1024, 64) float32", "bilateral gaussian", "bilateral Gaussian, causal", "forward", 1.15),
+    (
+        "causal (2, 12, 1024, 64) float32",
+        "bilateral gaussian",
+        "bilateral Gaussian, causal",
+        "forward + backward",
+        1.30,
+    ),
+    ("bidirectional (16, 12, 197, 64) float32", "bilateral gaussian", "bilateral Gaussian, ViT", "forward", 1.15),
+    (
+        "bidirectional (16, 12, 197, 64) float32",
+        "bilateral gaussian",
+        "bilateral Gaussian, ViT",
+        "forward + backward",
+        1.30,
+    ),
+    ("causal (2, 12, 1024, 64) float32", "bilateral untied", "bilateral untied, causal", "forward + backward", 1.85),
+    (
+        "bidirectional (16, 12, 197, 64) float32",
+        "bilateral untied",
+        "bilateral untied, ViT",
+        "forward + backward",
+        1.85,
+    ),
+    ("attention alone, 1024 cached tokens", "twicing", "decoding step, attention alone", "step", 1.60),
+    ("whole model, 1024 cached tokens", "twicing", "decoding step, GPT-2 small", "step", 1.15),
+    (
+        "GPT-2, one text of 1024 tokens",
+        "twicing in all layers",
+        "training step, GPT-2 small, twicing in all layers",
+        "step",
+        1.08,
+    ),
+    (
+        "GPT-2, one text of 1024 tokens",
+        "twicing in the last 3 layers",
+        "training step, GPT-2 small, twicing in 3 layers",
+        "step",
+        1.03,
+    ),
+)
+"""(case, method, in words, direction, ratio to reach) on two CPU cores."""
+
+
+def render(rows: Sequence[dict[str, Any]]) -> str:
+    """The measured rows as a text table for each suite and case, the skipped ones named below."""
+    blocks = []
+    for case in dict.fromkeys((row["suite"], row["case"], row["direction"]) for row in rows):
+        mine = [row for row in rows if (row["suite"], row["case"], row["direction"]) == case]
+        with_floors = any(row["flop_floor"] for row in mine)
+        header = ["method", "ms", "ratio (quartiles)"] + ["floor", "peak MiB", "least MiB moved"] * with_floors
+        table = [header]
+        for row in mine:
+            if row["ratio"] is None:
+                continue
+            cells = [row["method"], f"{row['milliseconds']:,.2f}", _ratio(row)]
+            if with_floors:
+                cells += [
+                    _number(row["flop_floor"], ".2f"),
+                    _number(row["peak_mib"], ",.0f"),
+                    _number(row["byte_floor_mib"], ",.1f"),
+                ]
+            table.append(cells)
+        left_out = [f"  {row['method']}: {row['skipped']}" for row in mine if row["skipped"]]
+        blocks.append("\n".join([f"{case[1]}, {case[2]}", *_aligned(table), *left_out]))
+    return "\n\n".join(blocks)
+
+
+def slopes(rows: Iterable[dict[str, Any]], value: str = "milliseconds") -> dict[tuple[str, str, str], float]:
+    """Exponent of N in time or memory, for (kind, method, direction), fitted to lengths from 1,024 on.
+
+    Args:
+        rows: measured rows of the attention suite, of which those with one batch row and two heads count.
+        value: ``milliseconds`` or ``peak_mib``.
+    """
+    points: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    for row in rows:
+        kind, _, shape = row["case"].partition(" ")
+        is_sweep = row["suite"] == "attention" and shape.startswith("(1, 2,") and row["length"] >= FIT_FROM
+        if is_sweep and row[value] and row[value] >= LEAST[value]:
+            points.setdefault((kind, row["method"], row["direction"]), []).append(
+                (math.log(row["length"]), math.log(row[value]))
+            )
+    return {key: _slope(found) for key, found in points.items() if len(found) >= 2}
+
+
+def slope_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The :func:`slopes` of time and memory, one dictionary for each."""
+    return [
+        {"kind": kind, "method": method, "direction": direction, "value": value, "exponent": round(slope, 3)}
+        for value in LEAST
+        for (kind, method, direction), slope in slopes(rows, value).items()
+    ]
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Time and memory of forward + backward against N on logarithmic axes; the legend has the slopes.
+
+    Raises:
+        UsageError: if matplotlib is not installed.
+    """
+    require_extras("viz")
+    from matplotlib.figure import Figure  # without pyplot: no window system and no global state
+
+    sweep = [
+        row
+        for row in rows
+        if row["suite"] == "attention" and "(1, 2," in row["case"] and row["direction"] == "forward + backward"
+    ]
+    kinds = sorted({row["case"].partition(" ")[0] for row in sweep}, reverse=True)
+    figure = Figure(figsize=(13, 4.6 * max(len(kinds), 1)), layout="constrained")
+    panels = figure.subplots(max(len(kinds), 1), 2, squeeze=False)
+    for kind, (left, right) in zip(kinds, panels, strict=False):
+        for axes, value, unit in ((left, "milliseconds", "milliseconds"), (right, "peak_mib", "peak memory, MiB")):
+            exponents = slopes(sweep, value)
+            for index, method in enumerate(dict.fromkeys(row["method"] for row in sweep)):
+                points = [
+                    (row["length"], row[value])
+                    for row in sweep
+                    if row["method"] == method and row["case"].startswith(kind) and (row[value] or 0) > LEAST[value]
+                ]
+                if points:
+                    slope = exponents.get((kind, method, "forward + backward"))
+                    label = method if slope is None else f"{method}: N^{slope:.2f}"
+                    axes.loglog(*zip(*points, strict=True), marker="o", markersize=3, label=label, color=f"C{index}")
+            axes.set_xlabel("tokens N")
+            axes.set_ylabel(unit)
+            axes.set_title(f"{kind}, forward + backward")
+            axes.grid(alpha=0.3, which="both")
+            if axes.lines:
+                axes.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def goals_table(record: dict[str, Any]) -> str:
+    """The README's table of costs, in Markdown: what was measured beside what was to be reached."""
+    lines = ["| case | direction | × plain (quartiles) | goal | reached |", "|---|---|---|---|---|"]
+    for case, method, words, direction, goal in GOALS:
+        row = next(
+            (
+                row
+                for row in record["rows"]
+                if (row["case"], row["method"], row["direction"]) == (case, method, direction) and row["ratio"]
+            ),
+            None,
+        )
+        measured = "not measured" if row is None else _ratio(row)
+        reached = (
+            "" if row is None else "yes" if row["ratio"] <= goal + 0.005 else f"no, {row['ratio'] / goal - 1:+.0%}"
+        )
+        lines.append(f"| {words} | {direction} | {measured} | {goal:.2f} | {reached} |")
+    return "\n".join(lines)
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    return f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
+
+
+def _slope(points: Sequence[tuple[float, float]]) -> float:
+    mean_x, mean_y = (sum(point[axis] for point in points) / len(points) for axis in (0, 1))
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread

@@ -1,0 +1,162 @@
+"""Boosted attention that forms no N x N matrix: the entry to the blocked passes of ``backend_blocked_passes``.
+
+Plain PyTorch, for any device; made for CPUs. Its truth is ``backend_reference``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .backend_blocked_passes import BlockedFilter, Call, recurrence
+from .backend_blocked_plan import Plan, make_plan
+from .backend_checks import check_options, check_tensors, check_terms
+from .visibility import visible
+
+
+def blocked_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    attn_mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    boosting: str = "twicing",
+    steps: int = 2,
+    past_streams: Sequence[torch.Tensor] = (),
+    seed: int | None = None,
+    block_rows: int | None = None,
+    group_pairs: int | None = None,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Apply a boosted filter in memory O(length), with its own backward (once differentiable).
+
+    Half precision is computed in float32. Rows that see no key give 0. A key that no query sees may hold anything, NaN
+    included. Queries may be fewer than keys: they are then the last ones.
+
+    Args:
+        query: ``[batch, heads, length, head_dim]``.
+        key: ``[batch, key_heads, key_length, head_dim]``; ``key_heads`` divides ``heads`` (grouped-query attention).
+        value: ``[batch, key_heads, key_length, d]``.
+        attn_mask: boolean (True = visible) or additive float, broadcastable to ``[batch, heads, length, key_length]``,
+            or None. Together with ``is_causal`` both apply.
+        bias: added to the logits, broadcastable likewise, or None. If it needs a gradient, so much memory is taken.
+        is_causal: whether query i sees no key after its own, ``key_length - length + i``. A mask that happens to be
+            causal does the same, but takes one pass more a step where the queries do not fit in one block.
+        scale: factor on q.k. None: 1/sqrt(head_dim).
+        dropout_p: probability on A, in [0, 1). All products use the same dropped A.
+        boosting: key of ``BOOSTING``.
+        steps: k >= 1.
+        past_streams: rows ``[batch, heads, key_length - length, d]`` of x_1, x_2, ..., those of earlier keys, as this
+            function returned them; needed where A is boosted and not square.
+        seed: of the dropout mask, >= 0. None: drawn from torch's default generator.
+        block_rows: query rows of a block. None: chosen.
+        group_pairs: (batch, head) pairs that are computed together. None: chosen.
+
+    Returns:
+        ``[batch, heads, length, d]`` in the value's dtype, and the queries' rows of x_1, x_2, ..., each
+        ``[batch, heads, length, d]``, for a cache. They have gradients too.
+
+    Raises:
+        ValueError: for shapes, dtypes or options that do not fit, and for a boosted filter with more keys than queries
+            but not the earlier keys' streams.
+    """
+    check_tensors(query, key, value)
+    check_options(boosting, steps, dropout_p)
+    attn_mask, bias = check_terms(query, key, attn_mask, bias)
+    return _blocked(
+        query, key, value, attn_mask, bias, is_causal, scale, dropout_p, boosting, steps, past_streams, seed,
+        block_rows, group_pairs,
+    )  # fmt: skip
+
+
+@torch.compiler.disable  # a generator a block, and a backward of its own: a graph break costs less than tracing it
+def _blocked(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    dropout: float,
+    boosting: str,
+    steps: int,
+    past_streams: Sequence[torch.Tensor],
+    seed: int | None,
+    block_rows: int | None,
+    group_pairs: int | None,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    booster = recurrence(boosting, steps)
+    extra, width = len(booster.streams) - 1, value.shape[-1]
+    if mask is not None and mask.requires_grad:
+        mask, additive = visible(mask, False, query.shape[-2], key.shape[-2], query.device)
+        if additive is not None:
+            bias = additive if bias is None else bias + additive
+    if dropout and seed is None:
+        seed = int(torch.randint(2**62, ()))
+    plan = make_plan(
+        query,
+        key,
+        is_causal=is_causal,
+        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+        dropout=dropout,
+        seed=seed or 0,
+        one_pass=is_causal or not extra,
+        block_rows=block_rows,
+        group_pairs=group_pairs,
+    )
+    past = _past(past_streams, plan, extra, width)
+    call = Call(plan, booster, mask, _hidden_keys(mask))
+    # Autocast would run the products in half precision.
+    with torch.autocast(query.device.type, enabled=False):
+        output, streams = BlockedFilter.apply(query, key, value, bias, past, call)
+    return output, [stream.to(value.dtype) for stream in streams.split(width, dim=-1)] if extra else []
+
+
+def _past(past_streams: Sequence[torch.Tensor], plan: Plan, extra: int, width: int) -> torch.Tensor | None:
+    """The earlier keys' streams side by side, or None where there is nothing to be known of them."""
+    if plan.past < 0 and (extra or plan.is_causal):
+        raise ValueError(f"key must not be shorter than query here, got {plan.key_length} < {plan.length}")
+    shape = (plan.batch, plan.heads, plan.past, width)
+    needed = extra if plan.past else len(past_streams) and extra
+    if len(past_streams) != needed or any(tuple(stream.shape) != shape for stream in past_streams):
+        raise ValueError(
+            f"A of {plan.length} queries and {plan.key_length} keys lacks the earlier keys' rows: past_streams must "
+            f"hold {extra} of shape {shape}, got {[tuple(stream.shape) for stream in past_streams]}"
+        )
+    if not plan.past or not extra:
+        return None
+    return torch.cat(list(past_streams), dim=-1)
+
+
+def _hidden_keys(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The keys that no query sees, ``[batch or 1, heads or 1, 1, key_length or 1]``, or None if there is none."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        seen = mask.any(-2, keepdim=True)
+    else:
+        seen = mask.amax(-2, keepdim=True) > torch.finfo(mask.dtype).min / 2
+    return None if bool(seen.all()) else ~seen
+
+
+def dropout_factors(plan: Plan, like: torch.Tensor) -> torch.Tensor:
+    """What a call multiplies A with, put together densely: for tests and for looking at a layer.
+
+    Args:
+        plan: of the call, as :func:`make_plan` gives it.
+        like: a tensor of the device and dtype that the call works in.
+
+    Returns:
+        ``[batch, heads, length, key_length]``, 0 or 1/(1 - p); 0 where a block does not look.
+    """
+    factors = like.new_zeros(plan.batch, plan.heads, plan.length, plan.key_length)
+    for group in plan.groups():
+        for block in plan.blocks():
+            part = plan.kept(group, block, like).unflatten(0, group.shape)
+            factors[group.batch, group.heads, block.start : block.stop, : block.keys] = part
+    return factors

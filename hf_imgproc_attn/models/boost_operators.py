@@ -1,0 +1,141 @@
+"""Boosting: operators on V that filter the residual too, written once for training, dense operators and decoding.
+
+A is low-pass; stacking layers smooths detail away. Boosting applies A again to what A removed:
+
+    none       A V
+    twicing    (I - (I - A)^k) V,   k = 2: 2A - A^2   (Tukey 1977; Buehlmann, Yu 2003; arXiv 2503.00687, equation 8)
+    learned    (A + gamma A(I - A)) V, one gamma a head, 1 at the start: equal to twicing
+    diffusion  A^k V
+    sos        u_k = A(V + u_{k-1}) - u_{k-1}, u_0 = 0  (Romano, Elad 2015);   k = 2: A^2
+
+Osher's iterative regularisation (2005) is k-step twicing, since A is fixed and linear: an alias. ``gradient_boosted``
+is no operator on V and has its own file, ``boost_gradient``. ``sos`` smooths *more* than A does: an
+eigenvalue m of its limit (2I - A)^-1 A is l/(2 - l) <= l for an eigenvalue l of A in [0, 1]. It reaches the limit only
+if the spectral radius of A - I is below 1, as for symmetric positive kernels, not for attention in general.
+
+Every booster is a function of *how to apply A* and of the value, never of A itself, so that A^2 is not formed and the
+same lines serve two ``scaled_dot_product_attention`` calls, a dense A, the operator itself (value = identity) and a
+cache. Row j of what A is applied to never changes once computed (A is causal where there is a cache), so decoding
+caches these streams beyond V, :func:`extra_streams` of them, and stays exact.
+
+Arguments of every booster:
+    attend: applies A.
+    extend: stores the rows of the new tokens in a stream.
+    value: ``[batch, heads, length, d]``, the new tokens' rows of V.
+    full_value: ``[batch, heads, key_length, d]``, all of V.
+    steps: k >= 1; ``plain`` and ``learned`` have none.
+    gain: gamma, ``[heads, 1, 1]`` in at least float32; only ``learned`` has one, for the others it is None.
+Each returns ``[batch, heads, length, d]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+Attend = Callable[[torch.Tensor], torch.Tensor]
+"""Applies A: a stream ``[batch, heads, key_length, d]`` to ``[batch, heads, length, d]``."""
+
+Extend = Callable[[int, torch.Tensor], torch.Tensor]
+"""``extend(m, rows)`` appends the new tokens' rows ``[batch, heads, length, d]`` to stream m and returns all of it."""
+
+
+def keep_rows(index: int, rows: torch.Tensor) -> torch.Tensor:
+    """The :data:`Extend` of a call without a cache: the new rows are all rows."""
+    return rows
+
+
+def plain(
+    attend: Attend,
+    extend: Extend,
+    value: torch.Tensor,
+    full_value: torch.Tensor,
+    steps: int,
+    gain: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A V."""
+    return attend(full_value)
+
+
+def twicing(
+    attend: Attend,
+    extend: Extend,
+    value: torch.Tensor,
+    full_value: torch.Tensor,
+    steps: int,
+    gain: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(I - (I - A)^k) V by the recurrence r = V, out = 0; k times: s = A r, out += s, r -= s."""
+    smooth = attend(full_value)
+    out, residual = smooth, value
+    for index in range(steps - 1):
+        residual = residual - smooth
+        smooth = attend(extend(index, residual))
+        out = out + smooth
+    return out
+
+
+def learned(
+    attend: Attend,
+    extend: Extend,
+    value: torch.Tensor,
+    full_value: torch.Tensor,
+    steps: int,
+    gain: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(A + gamma A(I - A)) V as A V + gamma A r with the residual r = V - A V; without a gain gamma is 1."""
+    smooth = attend(full_value)
+    correction = attend(extend(0, value - smooth))
+    # The product is in the gain's precision: near 1 half precision would round gamma away.
+    return smooth + (correction if gain is None else (gain * correction).to(smooth.dtype))
+
+
+def diffusion(
+    attend: Attend,
+    extend: Extend,
+    value: torch.Tensor,
+    full_value: torch.Tensor,
+    steps: int,
+    gain: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A^k V: the filter applied k times."""
+    out = attend(full_value)
+    for index in range(steps - 1):
+        out = attend(extend(index, out))
+    return out
+
+
+def sos(
+    attend: Attend,
+    extend: Extend,
+    value: torch.Tensor,
+    full_value: torch.Tensor,
+    steps: int,
+    gain: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """u_k = A(V + u_{k-1}) - u_{k-1} with u_0 = 0, which is sum_{m<k} (-1)^m (I - A)^m A V."""
+    out = attend(full_value)
+    for index in range(steps - 1):
+        out = attend(extend(index, value + out)) - out
+    return out
+
+
+BOOSTING = {"none": plain, "twicing": twicing, "learned": learned, "diffusion": diffusion, "sos": sos}
+"""The boosters that are operators on V, each linear in it."""
+
+
+def operator_on_value(boosting: str) -> str:
+    """The key of :data:`BOOSTING` for a layer's booster: each of the two filters of ``gradient_boosted`` is plain."""
+    return "none" if boosting == "gradient_boosted" else boosting
+
+
+def extra_streams(boosting: str, steps: int) -> int:
+    """How many streams a cache has to keep beside K and V.
+
+    One for each application of A after the first, and the keys and values of the second filter of
+    ``gradient_boosted``.
+    """
+    if boosting in ("twicing", "diffusion", "sos"):
+        return steps - 1
+    return {"learned": 1, "gradient_boosted": 2}.get(boosting, 0)

@@ -1,0 +1,161 @@
+"""A cache layer with further streams beside K and V, for exact decoding of boosted and elliptical attention.
+
+Twicing at query i needs row j of A V at every key j <= i. Those rows never change once computed, so the residual
+rows r_j = v_j - (A V)_j are cached as a third stream (a k-step booster caches k - 1 of them), and one decoding step
+costs two products with the cache instead of a pass over all queries. The elliptical metric of query i sums over the
+tokens up to i: what it sums is a stream too, one row a token, so that cropping and reordering stay exact. Keys are
+cached with their position columns, so that custom ``position_ids`` and left padding stay exact.
+
+Defining the classes registers them with Transformers under ``FILTER_LAYER_TYPE``; a configuration whose
+``layer_types`` names it makes ``DynamicCache(config=...)`` and ``generate`` use them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+from .cache_rows import GrowingRows
+from .spec_axes import FILTER_LAYER_TYPE
+
+_FILTERED = "a filter other than stock softmax attention"
+
+
+class FilterDynamicLayer(DynamicLayer):
+    """A growing cache of keys, values and streams of other rows, each ``[batch, heads, length, width]``."""
+
+    _layer_type = FILTER_LAYER_TYPE
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.keys: torch.Tensor | None
+        self.values: torch.Tensor | None
+        self.is_initialized: bool
+        self.streams: list[torch.Tensor] = []
+        self._growing: dict[str | int, GrowingRows] = {}
+
+    def _append(self, name: str | int, stored: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+        return self._growing.setdefault(name, GrowingRows()).append(stored, rows)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values ``[batch, heads, new, width]`` and return all of them; nothing is copied."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys = self._append("keys", self.keys, key_states)
+        values = self._append("values", self.values, value_states)
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def update_stream(self, index: int, rows: torch.Tensor) -> torch.Tensor:
+        """Append the new tokens' rows ``[batch, heads, new, width]`` to stream ``index`` and return all of it."""
+        stored = self.streams.pop(index).to(rows.device, non_blocking=True) if index < len(self.streams) else None
+        stream = self._append(index, stored, rows)
+        self.streams.insert(index, stream)
+        keys: torch.Tensor | None = self.keys
+        if keys is not None and keys.device != stream.device:
+            # An offloading cache has moved keys and values away by now; the stream follows them.
+            self.streams[index] = stream.to(keys.device, non_blocking=True)
+        return stream
+
+    def _map_streams(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.streams = [function(stream) for stream in self.streams]
+
+    def offload(self) -> None:
+        super().offload()
+        self._map_streams(lambda stream: stream.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        super().prefetch()
+        if self.is_initialized:
+            self._map_streams(lambda stream: stream.to(self.device, non_blocking=True))
+
+    def reset(self) -> None:
+        super().reset()
+        # Transformers 5.17 zeroes keys and values here and keeps their length; a growing cache starts anew.
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.streams, self._growing = [], {}
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        # By the length that is left: what the argument means has changed between versions of Transformers.
+        length = self.get_seq_length()
+        self._map_streams(lambda stream: stream[..., :length, :])
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._map_streams(lambda stream: stream.index_select(0, beam_idx.to(stream.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map_streams(lambda stream: stream.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map_streams(lambda stream: stream[indices, ...])
+
+
+def after_first(extend: Callable[[int, torch.Tensor], torch.Tensor]) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """``update_stream`` for what comes behind stream 0, which holds the elliptical metric's rows."""
+    return lambda index, rows: extend(index + 1, rows)
+
+
+class FilterStaticLayer(StaticLayer):
+    """Refuses: a pre-allocated cache for filtered attention is not built."""
+
+    _layer_type = FILTER_LAYER_TYPE
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            f"cache_implementation='static' is not supported for layers with {_FILTERED}: use the dynamic cache"
+        )
+
+
+def check_cache_implementation(name: str | None) -> None:
+    """Refuse the caches that generation could be asked for and that are not built.
+
+    Args:
+        name: ``generation_config.cache_implementation``.
+
+    Raises:
+        ValueError: naming the value and what is allowed.
+    """
+    allowed = (None, "dynamic", "offloaded")
+    if name not in allowed:
+        raise ValueError(
+            f"cache_implementation={name!r} is not supported for layers with {_FILTERED}: use 'dynamic' or 'offloaded'"
+        )
+
+
+def check_cache_layer(cache: Cache, layer_idx: int, num_streams: int) -> None:
+    """Check that a cache's layer can hold what a filtered layer stores.
+
+    Args:
+        cache: a Transformers cache.
+        layer_idx: index of the attention layer.
+        num_streams: streams that the layer keeps beside keys and values.
+
+    Raises:
+        ValueError: for a static, sliding or quantised layer, and for a plain layer where streams must be kept.
+    """
+    layers = cache.layers
+    layer = layers[layer_idx] if layer_idx < len(layers) else None
+    layer_class = type(layer) if layer is not None else cache.layer_class_to_replicate
+    # By attribute and not by class: the same file may be loaded twice, from the package and from a checkpoint.
+    if hasattr(layer_class, "update_stream"):
+        return
+    if layer_class is not DynamicLayer:
+        raise ValueError(
+            f"past_key_values with layers of type {getattr(layer_class, '__name__', layer_class)} is not supported "
+            f"for layers with {_FILTERED} (layer {layer_idx}): use DynamicCache(config=model.config)"
+        )
+    if num_streams:
+        raise ValueError(
+            f"past_key_values has a plain layer at index {layer_idx}, where the filter needs to keep its "
+            "residual stream or the elliptical metric's rows: build the cache with DynamicCache(config=model.config)"
+        )

@@ -1,0 +1,261 @@
+"""The position kernel of one layer: s(p_i, p_j) as dense logits or as feature columns, and positions in cached keys.
+
+Tokens come as ``[class tokens, grid tokens]``. Class or register tokens have no place on the grid; a scalar a head
+stands for their position logit to the grid, from it and to themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+
+from .kernel_content import (
+    HALF_DTYPES,
+    class_token_columns,
+    class_token_logits,
+    decode_positions,
+    dot_product_logits,
+    encode_positions,
+    gaussian_position_columns,
+    gaussian_position_logits,
+    working_dtype,
+)
+from .spec_axes import COORDINATE_KERNELS
+
+MAX_FEATURE_SIDE = 256
+"""Longest side of the grid, in units of the smallest bandwidth, up to which feature columns are used."""
+
+
+class ClassTokens(NamedTuple):
+    """Leading tokens without a place on the grid: how many, and their logits ``[heads, 3]`` (to, from, within)."""
+
+    num_tokens: int
+    logits: torch.Tensor
+
+
+class UntiedPositions(NamedTuple):
+    """<U_Q p_i, U_K p_j> * 2/h_p^2.
+
+    query: U_Q p of the new tokens, ``[batch or 1, heads, length, head_dim]``, 0 for class tokens.
+    key: U_K p of all tokens, ``[batch or 1, heads, key_length, head_dim]``, likewise.
+    scale: 2/h_p^2, ``[heads, 1, 1]``, in at least float32.
+    class_tokens: or None where every token has a place.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    scale: torch.Tensor
+    class_tokens: ClassTokens | None
+
+    def grid_logits(self, work: torch.dtype) -> torch.Tensor:
+        """Dense, ``[batch or 1, heads, length, key_length]`` in dtype ``work``; class tokens are not cared for."""
+        return dot_product_logits(self.query.to(work), self.key.to(work), self.scale)
+
+    def grid_columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Query and key columns, and the row constant that they lack (none); 0 for class tokens."""
+        return (self.query * self.scale).to(dtype), self.key, None
+
+    def form(self, dtype: torch.dtype) -> str:
+        """See :func:`position_form`."""
+        return "features"
+
+
+class GaussianPositions(NamedTuple):
+    """-|p_i - p_j|^2 / h_p^2.
+
+    coordinates: p of the new tokens, ``[batch or 1, length, dims]`` in index or patch units, in at least float32.
+    key_coordinates: p of all tokens, ``[batch or 1, key_length, dims]``.
+    scale: 2/h_p^2, ``[heads, 1, 1]``, in at least float32.
+    class_tokens: or None where every token has a place.
+    narrowest: the smallest h_p that the layer started with, for the choice of form.
+    learns_bandwidth: whether h_p is a parameter.
+    contiguous: whether positions are known to be in order and to have no gaps, so that their number tells how far
+        they reach.
+    """
+
+    coordinates: torch.Tensor
+    key_coordinates: torch.Tensor
+    scale: torch.Tensor
+    class_tokens: ClassTokens | None
+    narrowest: float
+    learns_bandwidth: bool
+    contiguous: bool
+
+    def centred(self) -> GaussianPositions:
+        """The same with positions around 0: columns lose digits with |p|^2, and only differences matter."""
+        on_grid = self._on_grid()
+        centre = (on_grid.amax(-2, keepdim=True) + on_grid.amin(-2, keepdim=True)) / 2
+        return self._replace(coordinates=self.coordinates - centre, key_coordinates=self.key_coordinates - centre)
+
+    def _on_grid(self) -> torch.Tensor:
+        return self.key_coordinates[..., self.class_tokens.num_tokens if self.class_tokens else 0 :, :]
+
+    def _side(self) -> float:
+        """Longest side of the grid in index or patch units."""
+        places, dims = self.key_coordinates.shape[-2:]
+        if self.contiguous:
+            return places if dims == 1 else 2 * places ** (1 / dims)
+        on_grid = self._on_grid().detach()
+        return float((on_grid.amax(-2) - on_grid.amin(-2)).max()) + 1
+
+    def grid_logits(self, work: torch.dtype) -> torch.Tensor:
+        """Dense, ``[batch or 1, heads, length, key_length]``; class tokens are not cared for."""
+        return gaussian_position_logits(self.coordinates, self.key_coordinates, self.scale)
+
+    def grid_columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Query and key columns, 0 for class tokens, and the row constant |p_i|^2 / h_p^2 that they dropped."""
+        centred = self.centred()
+        left, right = gaussian_position_columns(centred.coordinates, centred.key_coordinates, self.scale, dtype)
+        if self.class_tokens is None:
+            return left, right, None
+        on_grid = (torch.arange(left.shape[-2], device=left.device) >= self.class_tokens.num_tokens).view(-1, 1)
+        row_constant = centred.coordinates.square().sum(-1).unsqueeze(1) * (self.scale.squeeze(-1) / 2)
+        return left * on_grid, right * on_grid, row_constant
+
+    def form(self, dtype: torch.dtype) -> str:
+        """See :func:`position_form`."""
+        if dtype == torch.float64:
+            return "features"
+        # Positions with gaps would have to be looked at, which one query and a traced graph are not worth.
+        if not self.contiguous and (self.coordinates.shape[-2] == 1 or torch.compiler.is_compiling()):
+            return "bias"
+        if self._side() > MAX_FEATURE_SIDE * self.narrowest:
+            return "bias"
+        if dtype not in HALF_DTYPES:
+            return "features"
+        needs_gradient = self.learns_bandwidth and torch.is_grad_enabled()
+        return "bias" if needs_gradient or self.class_tokens or dtype == torch.float16 else "features"
+
+
+class Positions(Protocol):
+    """What a position kernel compares; the classes above and those of ``kernel_relative``."""
+
+    @property
+    def class_tokens(self) -> ClassTokens | None:
+        """None where every token has a place."""
+
+    def grid_logits(self, work: torch.dtype) -> torch.Tensor:
+        """Dense, ``[batch or 1, heads, length, key_length]`` in dtype ``work``; class tokens are not cared for."""
+
+    def grid_columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Query and key columns, 0 for class tokens, and the row constant that they lack or None."""
+
+    def form(self, dtype: torch.dtype) -> str:
+        """See :func:`position_form`."""
+
+
+def check_coordinates(
+    coordinates: torch.Tensor, batch: int, length: int, axes: int, *, num_class_tokens: int = 0, contiguous: bool
+) -> None:
+    """Refuse coordinates that are no grid of the tokens.
+
+    Values are looked at on the CPU only: an accelerator would be waited for at every decoding step.
+
+    Args:
+        coordinates: what a caller gave.
+        batch: rows of the input.
+        length: its tokens, class tokens included.
+        axes: of the grid: 1 for text, 2 for patches.
+        num_class_tokens: leading tokens without a place, whose coordinates mean nothing.
+        contiguous: whether the grid is said to be in order and without gaps.
+
+    Raises:
+        ValueError: for another shape, numbers that are not finite, or a grid with gaps that is said to have none.
+    """
+    # No set: hashing a shape would compile anew for every length.
+    allowed = ((batch, length, axes), (1, length, axes))
+    if tuple(coordinates.shape) not in allowed or coordinates.dtype in HALF_DTYPES:
+        raise ValueError(
+            f"coordinates must have shape {(batch, length, axes)} or {(1, length, axes)} (one row a token, one column "
+            f"an axis of the grid) and not be of half precision, got {tuple(coordinates.shape)}, {coordinates.dtype}"
+        )
+    if coordinates.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if coordinates.is_floating_point() and not bool(coordinates.isfinite().all()):
+        raise ValueError("coordinates must be finite, got inf or nan among them")
+    places = coordinates[:, num_class_tokens:]
+    if not contiguous or not places.shape[1]:
+        return
+    sides = (places.amax(1) - places.amin(1) + 1).tolist()
+    if any(math.prod(side) != places.shape[1] for side in sides):
+        raise ValueError(
+            f"coordinates of a grid without gaps (contiguous=True) must fill it, got {places.shape[1]} places on a "
+            f"grid of {' x '.join(f'{side:g}' for side in sides[0])}"
+        )
+    steps = places.diff(dim=1)[..., 0]
+    if bool((steps < 0).any()):
+        raise ValueError("coordinates of a grid without gaps (contiguous=True) must be in order, got them unsorted")
+
+
+def position_form(positions: Positions, dtype: torch.dtype) -> str:
+    """How SDPA gets s(p_i, p_j): ``"features"``, or ``"bias"``, dense logits as an additive mask.
+
+    Features of the Gaussian kernel are exact enough in float32 as long as the side of the grid is at most 256 times
+    the smallest bandwidth (their rounding error grows with the square of that ratio). In bfloat16 the split columns
+    keep the output as accurate as plain attention, but neither the gradient of h_p (large columns cancel in it) nor
+    the row constant that class tokens need survives, and float16 has no room for p^2 / h^2: there the bias is formed
+    in float32. The bounds are in tests/models/test_precision.py.
+    """
+    return positions.form(dtype)
+
+
+def position_logits(positions: Positions, dtype: torch.dtype) -> torch.Tensor:
+    """s(p_i, p_j), dense, ``[batch or 1, heads, length, key_length]``, in the working precision of ``dtype``."""
+    work = working_dtype(dtype)
+    logits = positions.grid_logits(work)
+    if positions.class_tokens is None:
+        return logits
+    count, class_logits = positions.class_tokens
+    length, key_length = logits.shape[-2:]
+    is_class_query = torch.arange(length, device=logits.device).view(-1, 1) < count
+    is_class_key = torch.arange(key_length, device=logits.device).view(1, -1) < count
+    bias = class_token_logits(class_logits.to(work), length, key_length, count)
+    return logits.masked_fill(is_class_query | is_class_key, 0.0) + bias
+
+
+def position_columns(positions: Positions, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Pairs of query and key columns with <left_i, right_j> = s(p_i, p_j) + const_i, in ``dtype``."""
+    left, right, row_constant = positions.grid_columns(dtype)
+    columns = [(left, right)]
+    if positions.class_tokens is not None:
+        count, class_logits = positions.class_tokens
+        lengths = left.shape[-2], right.shape[-2]
+        class_logits = class_logits.to(working_dtype(dtype))
+        columns.append(class_token_columns(class_logits, row_constant, *lengths, count, dtype))
+    return columns
+
+
+def pack_key(key: torch.Tensor, position_key: torch.Tensor | None, coordinates: torch.Tensor | None) -> torch.Tensor:
+    """What a cache stores for a key: its content, and what the position kernel compares.
+
+    Args:
+        key: ``[batch, heads, length, head_dim]``.
+        position_key: ``[batch or 1, heads, length, head_dim]`` of ``untied``, or None.
+        coordinates: ``[batch or 1, length, dims]`` of ``gaussian``, ``alibi`` and ``relative_buckets``, integers, or
+            None.
+
+    Returns:
+        ``[batch, heads, length, width]``; :func:`unpack_key` is the inverse.
+    """
+    parts = [key]
+    if position_key is not None:
+        parts.append(position_key.expand(key.shape[0], -1, -1, -1))
+    if coordinates is not None:
+        columns = encode_positions(coordinates, key.dtype).unsqueeze(1)
+        parts.append(columns.expand(key.shape[0], key.shape[1], -1, -1))
+    return torch.cat(parts, dim=-1)
+
+
+def unpack_key(
+    packed: torch.Tensor, kernel: str, head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Content, position vectors and coordinates of all cached keys."""
+    key, rest = packed[..., :head_dim], packed[..., head_dim:]
+    if kernel == "untied":
+        return key, rest, None
+    if kernel in COORDINATE_KERNELS and rest.shape[-1]:
+        # Constants, although they lie beside what has a gradient.
+        return key, None, decode_positions(rest[:, 0].detach())
+    return key, None, None

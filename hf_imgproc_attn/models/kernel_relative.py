@@ -1,0 +1,165 @@
+"""Position kernels of the offset between two tokens: ``alibi``, linear in the distance, and ``relative_buckets``.
+
+Sources: Press, Smith, Lewis 2021 (arXiv 2108.12409); Raffel 2019 (T5, arXiv 1910.10683). Coordinates, class tokens and
+the two forms (feature columns or an additive bias) are as in ``kernel_position``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from .kernel_content import left_columns, right_columns
+from .kernel_position import MAX_FEATURE_SIDE, ClassTokens
+
+# --------------------------------------------------------------------------------------------------------------------
+# ALiBi
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """m of every head: 2^(-8/n), 2^(-16/n), ... for n heads.
+
+    Where n is no power of two: the slopes of the next lower power, then every other one of twice that number, as the
+    authors' code does.
+    """
+    power = 2 ** int(math.log2(num_heads))
+    slopes = [2.0 ** (-8.0 * (head + 1) / power) for head in range(power)]
+    return slopes + [2.0 ** (-4.0 * (head + 1) / power) for head in range(0, 2 * (num_heads - power), 2)]
+
+
+class AlibiPositions(NamedTuple):
+    """-m |p_i - p_j|, Euclidean where there are two axes: a Laplacian spatial kernel of fixed width 1/m.
+
+    coordinates: p of the new tokens, ``[batch or 1, length, axes]`` in index or patch units, in at least float32.
+    key_coordinates: p of all tokens, ``[batch or 1, key_length, axes]``.
+    slopes: m, ``[heads, 1, 1]``, in at least float32.
+    class_tokens: or None where every token has a place.
+    steepest: the largest slope, for the choice of form.
+    is_causal: whether nothing shows a row any later token.
+    contiguous: whether positions are known to be in order and to have no gaps.
+    """
+
+    coordinates: torch.Tensor
+    key_coordinates: torch.Tensor
+    slopes: torch.Tensor
+    class_tokens: ClassTokens | None
+    steepest: float
+    is_causal: bool
+    contiguous: bool
+
+    def grid_logits(self, work: torch.dtype) -> torch.Tensor:
+        """Dense, ``[batch or 1, heads, length, key_length]``; class tokens are not cared for."""
+        difference = self.coordinates.unsqueeze(-2) - self.key_coordinates.unsqueeze(-3)
+        axes = difference.shape[-1]
+        distance = difference[..., 0].abs() if axes == 1 else difference.square().sum(-1).sqrt()
+        return distance.unsqueeze(1) * -self.slopes
+
+    def grid_columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """-m (p_i - p_j) = m p_j + const_i where p_j <= p_i: one product, split in half precision."""
+        places = self.key_coordinates[..., 0]
+        places = places - (places.amax(-1, keepdim=True) + places.amin(-1, keepdim=True)) / 2
+        left = left_columns(self.slopes.squeeze(-1).expand(-1, self.coordinates.shape[-2]), dtype)
+        right = right_columns(places, dtype)
+        return left.unsqueeze(0), right.unsqueeze(1).expand(-1, left.shape[0], -1, -1), None
+
+    def form(self, dtype: torch.dtype) -> str:
+        """Features where the distance is linear in p_j: causal, one axis, positions in order."""
+        if not self.is_causal or self.class_tokens is not None or self.key_coordinates.shape[-1] > 1:
+            return "bias"
+        places = self.key_coordinates[..., 0].detach()
+        if self.contiguous:
+            side = float(places.shape[-1])
+        else:
+            # They would have to be looked at, which one query and a traced graph are not worth.
+            unseen = self.coordinates.shape[-2] == 1 or torch.compiler.is_compiling()
+            if unseen or bool((places.diff(dim=-1) < 0).any()):
+                return "bias"
+            side = float((places[..., -1] - places[..., 0]).max())
+        return "features" if side * self.steepest <= MAX_FEATURE_SIDE**2 else "bias"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Buckets of offsets
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def bucket_boundaries(num_buckets: int, max_distance: int) -> list[int]:
+    """The smallest distance of every bucket but the first, of ``num_buckets`` in one direction.
+
+    Half of the buckets hold one distance each; the others grow geometrically and the last one starts at or before
+    ``max_distance``. Integers, found without rounding: T5's float32 logarithm, whose result at a boundary hangs on its
+    last digit, gives the same buckets wherever it is not exactly on one.
+
+    Args:
+        num_buckets: of one direction, even.
+        max_distance: > num_buckets / 2.
+    """
+    exact = num_buckets // 2
+    steps = num_buckets - exact
+    boundaries = list(range(1, exact + 1))
+    for step in range(1, steps):
+        # The smallest r with (r / exact) ** steps >= (max_distance / exact) ** step.
+        wanted = max_distance**step * exact ** (steps - step)
+        distance = max(int(exact * (max_distance / exact) ** (step / steps)) - 1, exact)
+        while distance**steps < wanted:
+            distance += 1
+        boundaries.append(distance)
+    return boundaries
+
+
+def relative_buckets(offset: torch.Tensor, boundaries: list[int], bidirectional: bool) -> torch.Tensor:
+    """Bucket of each offset p_j - p_i (T5): integers of the same shape, from 0.
+
+    Args:
+        offset: of any shape.
+        boundaries: of one direction, see :func:`bucket_boundaries`.
+        bidirectional: whether keys behind the query (larger p) have buckets of their own, after the others; if not,
+            they share bucket 0 with the query itself.
+    """
+    distance = offset.abs() if bidirectional else (-offset).clamp(min=0)
+    buckets = torch.bucketize(distance, torch.tensor(boundaries, dtype=offset.dtype, device=offset.device), right=True)
+    return buckets + (offset > 0) * (len(boundaries) + 1) if bidirectional else buckets
+
+
+class BucketPositions(NamedTuple):
+    """sum over axes of b[axis, bucket(p_j - p_i)]: a learned spatial kernel, constant where offsets share a bucket.
+
+    T5 has one axis and one table for all layers, drawn at random; here every layer has its own, initially 0, and
+    patches have one table for rows and one for columns, which add up (*choice*: few parameters, and every offset of a
+    larger grid has been trained).
+
+    coordinates: p of the new tokens, ``[batch or 1, length, axes]`` in index or patch units, in at least float32.
+    key_coordinates: p of all tokens, ``[batch or 1, key_length, axes]``.
+    table: b, ``[heads, axes, buckets]``.
+    class_tokens: or None where every token has a place.
+    boundaries: the smallest distance of every bucket but the first, in one direction.
+    bidirectional: whether both directions have buckets.
+    """
+
+    coordinates: torch.Tensor
+    key_coordinates: torch.Tensor
+    table: torch.Tensor
+    class_tokens: ClassTokens | None
+    boundaries: list[int]
+    bidirectional: bool
+
+    def grid_logits(self, work: torch.dtype) -> torch.Tensor:
+        """Dense, ``[batch or 1, heads, length, key_length]`` in dtype ``work``; class tokens are not cared for."""
+        offset = self.key_coordinates.unsqueeze(-3) - self.coordinates.unsqueeze(-2)
+        buckets = relative_buckets(offset, self.boundaries, self.bidirectional)
+        # One look-up in all axes' tables: the bucket of a later axis is moved behind those of the earlier ones.
+        count = self.table.shape[-1]
+        buckets = buckets + torch.arange(buckets.shape[-1], device=buckets.device) * count
+        logits = torch.nn.functional.embedding(buckets, self.table.to(work).flatten(1).T).sum(-2)
+        return logits.permute(0, 3, 1, 2)
+
+    def grid_columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """There are none: a table of buckets is no inner product of few columns."""
+        raise NotImplementedError
+
+    def form(self, dtype: torch.dtype) -> str:
+        """Always a bias, through which the table gets its gradient."""
+        return "bias"

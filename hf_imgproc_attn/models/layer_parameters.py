@@ -1,0 +1,171 @@
+"""What a filter learns beside the backbone's projections: bandwidths, class-token logits, position projections."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .kernel_content import HALF_DTYPES, working_dtype
+
+
+def default_bandwidth(head_dim: int) -> float:
+    """(4 d)^(1/4), the equal bandwidth of stock attention: 2/h^2 = 1/sqrt(d)."""
+    return (4.0 * head_dim) ** 0.25
+
+
+def gaussian_position_bandwidths(num_heads: int, head_dim: int, longest_side: int) -> list[float]:
+    """h_p of the Gaussian position kernel: geometric over the heads from (4 d)^(1/4) to the longest side.
+
+    One bandwidth for all would either see nothing far or nothing near. *Choice*: a single head gets the geometric
+    mean.
+    """
+    low, high = math.log(default_bandwidth(head_dim)), math.log(longest_side)
+    if num_heads == 1:
+        return [math.exp((low + high) / 2)]
+    return [math.exp(low + (high - low) * head / (num_heads - 1)) for head in range(num_heads)]
+
+
+def per_head(bandwidth: Any, num_heads: int) -> list[float] | None:
+    """A configuration's bandwidth as one number a head, or None where it has the default."""
+    if bandwidth is None:
+        return None
+    return [float(item) for item in bandwidth] if isinstance(bandwidth, list) else [float(bandwidth)] * num_heads
+
+
+def bandwidth_scale(log_bandwidth: torch.Tensor | None, bandwidths: list[float], like: torch.Tensor) -> torch.Tensor:
+    """2/h^2, ``[heads, 1, 1]``, of learned bandwidths or else of fixed ones, in the working precision of ``like``."""
+    work = working_dtype(like.dtype)
+    if log_bandwidth is None:
+        log_bandwidth = torch.tensor(bandwidths, dtype=work, device=like.device).log()
+    return 2.0 * torch.exp(-2.0 * log_bandwidth.to(work)).view(-1, 1, 1)
+
+
+class Scalars(NamedTuple):
+    """What :class:`FilterScalars` holds, None where the layer has no such parameter.
+
+    content_log_bandwidth: log h_y, ``[heads]``.
+    position_log_bandwidth: log h_p, ``[heads]``.
+    class_token: logits to the class tokens, from them, within them, ``[heads, 3]``.
+    relative_buckets: logits of the buckets of offsets, ``[heads, axes, buckets]``.
+    boosting_gain: gamma of the booster ``learned``, ``[heads]``.
+    """
+
+    content_log_bandwidth: torch.Tensor | None
+    position_log_bandwidth: torch.Tensor | None
+    class_token: torch.Tensor | None
+    relative_buckets: torch.Tensor | None
+    boosting_gain: torch.Tensor | None
+
+
+class FilterScalars(nn.Module):
+    """Bandwidths, class-token and bucket logits, gains: values a head, as logarithms where they must stay positive.
+
+    The parameters stay in float32 whatever the model's dtype (a step of 1e-3 in log h vanishes in bfloat16), and the
+    module is called ``scalar_bias`` where it is used because ``Trainer`` leaves parameters with "bias" in their name
+    out of weight decay, which would pull every bandwidth towards 1.
+
+    Args:
+        num_heads: number of heads.
+        content: initial h_y, one a head, or None where the layer does not learn it.
+        position: initial h_p, likewise.
+        class_token: whether there are class-token logits: to the token, from it, to itself; initially 0.
+        buckets: axes of the grid and buckets of offsets along each, or None. Their logits are initially 0, so that a
+            model starts without any notion of position; T5 draws them at random instead (*choice*).
+        gain: whether there is a booster's gain gamma, initially 1: twicing.
+    """
+
+    content_log_bandwidth: nn.Parameter | None
+    position_log_bandwidth: nn.Parameter | None
+    class_token: nn.Parameter | None
+    relative_buckets: nn.Parameter | None
+    boosting_gain: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_heads: int,
+        content: list[float] | None,
+        position: list[float] | None,
+        class_token: bool,
+        buckets: tuple[int, int] | None = None,
+        gain: bool = False,
+    ) -> None:
+        super().__init__()
+        half = torch.get_default_dtype() in HALF_DTYPES
+        dtype = torch.float32 if half else torch.get_default_dtype()
+        self._initial = {"content_log_bandwidth": content, "position_log_bandwidth": position}
+        for name, bandwidths in self._initial.items():
+            self.register_parameter(
+                name, None if bandwidths is None else nn.Parameter(torch.empty(num_heads, dtype=dtype))
+            )
+        shapes = {
+            "class_token": (3,) if class_token else None,
+            "relative_buckets": buckets,
+            "boosting_gain": () if gain else None,
+        }
+        for name, shape in shapes.items():
+            self.register_parameter(
+                name, None if shape is None else nn.Parameter(torch.empty(num_heads, *shape, dtype=dtype))
+            )
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the initial values; called by the models' ``_init_weights``."""
+        for name, bandwidths in self._initial.items():
+            parameter = getattr(self, name)
+            if parameter is not None and bandwidths is not None:
+                logs = [math.log(bandwidth) for bandwidth in bandwidths]
+                init.copy_(parameter, torch.tensor(logs, dtype=parameter.dtype, device=parameter.device))
+        for logits in (self.class_token, self.relative_buckets):
+            if logits is not None:
+                init.zeros_(logits)
+        if self.boosting_gain is not None:
+            init.ones_(self.boosting_gain)
+
+    def forward(self) -> Scalars:
+        """The parameters. A call, not an attribute, so that hooks which bring parameters to the device run first."""
+        return Scalars(
+            self.content_log_bandwidth,
+            self.position_log_bandwidth,
+            self.class_token,
+            self.relative_buckets,
+            self.boosting_gain,
+        )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FilterScalars:
+        kept = {
+            name: (parameter.detach(), None if parameter.grad is None else parameter.grad.detach())
+            for name, parameter in self.named_parameters()
+        }
+        super()._apply(fn, recurse)
+        for name, parameter in self.named_parameters():
+            if parameter.dtype in HALF_DTYPES:
+                value, gradient = kept[name]
+                parameter.grad = None
+                parameter.data = value.to(device=parameter.device, dtype=torch.float32)
+                if gradient is not None:
+                    parameter.grad = gradient.to(device=parameter.device, dtype=torch.float32)
+        return self
+
+
+class PositionProjection(nn.Module):
+    """U_Q p, U_K p of the ``untied`` position kernel; p passes a LayerNorm first, the projections have no bias."""
+
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, layer_norm_eps: float) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.query = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
+        self.key = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
+
+    def forward(self, position_embeddings: torch.Tensor) -> torch.Tensor:
+        """``[batch, length, hidden_size]`` to ``[batch, heads, length, 2 * head_dim]``, queries before keys."""
+        normed = self.norm(position_embeddings)
+        shape = (*normed.shape[:-1], self.num_heads, self.head_dim)
+        pair = torch.cat((self.query(normed).view(shape), self.key(normed).view(shape)), dim=-1)
+        return pair.transpose(1, 2)

@@ -1,0 +1,139 @@
+"""One layer's position kernel as its configuration has it: what it needs, and what it compares in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .kernel_content import working_dtype
+from .kernel_position import ClassTokens, GaussianPositions, Positions, UntiedPositions, check_coordinates
+from .kernel_relative import AlibiPositions, BucketPositions, alibi_slopes, bucket_boundaries
+from .kernel_rotary import rotate
+from .layer_parameters import Scalars, bandwidth_scale, gaussian_position_bandwidths, per_head
+from .spec_axes import (
+    COORDINATE_KERNELS,
+    DEFAULT_MAX_DISTANCE,
+    DEFAULT_NUM_BUCKETS,
+    DEFAULT_ROTARY_BASE,
+    KERNELS_WITH_BANDWIDTH,
+    LayerSpec,
+)
+
+
+class LayerPositions:
+    """The position kernel of one layer; its parameters are in ``FilterScalars``.
+
+    Args:
+        spec: the layer's axes.
+        config: the model's configuration.
+        head_dim: width of a head.
+        stock_bandwidth: h of stock attention, the default of ``untied``.
+        longest_side: of the grid of positions, in index or patch units.
+        num_class_tokens: leading tokens that have no place on the grid.
+    """
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        config: Any,
+        *,
+        head_dim: int,
+        stock_bandwidth: float,
+        longest_side: int,
+        num_class_tokens: int,
+    ) -> None:
+        self.kernel, self.axes, self.num_class_tokens = spec.position_kernel, config.position_axes, num_class_tokens
+        heads = config.num_attention_heads
+        self.has_class_logits = num_class_tokens > 0 and spec.compares_positions
+        self.bandwidths = per_head(config.position_bandwidth, heads) or [stock_bandwidth] * heads
+        if self.kernel == "gaussian" and config.position_bandwidth is None:
+            self.bandwidths = gaussian_position_bandwidths(heads, head_dim, longest_side)
+        self.has_bandwidth = self.kernel in KERNELS_WITH_BANDWIDTH
+        self._rotary_base = float(config.rotary_base or DEFAULT_ROTARY_BASE)
+        self._slopes = alibi_slopes(heads)
+        # Text is read in one direction: what lies behind a query, which only a mask of the caller's shows, shares the
+        # bucket of the query itself.
+        self._bidirectional = self.axes > 1
+        self.bucket_table: tuple[int, int] | None = None
+        self._boundaries: list[int] = []
+        if self.kernel == "relative_buckets":
+            count = config.relative_attention_num_buckets or DEFAULT_NUM_BUCKETS
+            max_distance = config.relative_attention_max_distance or DEFAULT_MAX_DISTANCE
+            self.bucket_table = (self.axes, count)
+            self._boundaries = bucket_boundaries(count // (1 + self._bidirectional), max_distance)
+
+    def check(
+        self,
+        query: torch.Tensor,
+        position_states: torch.Tensor | None,
+        coordinates: torch.Tensor | None,
+        contiguous: bool,
+    ) -> torch.Tensor | None:
+        """Refuse a call without what the kernel compares, or with coordinates of no grid.
+
+        Returns:
+            The coordinates in the working precision, or None where the kernel does not see them.
+
+        Raises:
+            ValueError: naming what is missing, or what is wrong with the coordinates.
+        """
+        needed = {"untied": ("position_states", position_states)}
+        needed |= dict.fromkeys(COORDINATE_KERNELS, ("coordinates", coordinates))
+        name, given = needed.get(self.kernel, ("", query))
+        if given is None:
+            raise ValueError(f"{name} must be given for position_kernel={self.kernel!r}, got None")
+        if coordinates is None or self.kernel not in COORDINATE_KERNELS:
+            return None
+        size = (query.shape[0], query.shape[-2], self.axes)
+        check_coordinates(coordinates, *size, num_class_tokens=self.num_class_tokens, contiguous=contiguous)
+        return coordinates.to(working_dtype(query.dtype))
+
+    def turn(
+        self, query: torch.Tensor, key: torch.Tensor, coordinates: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """``rotary``: query and key turned by their place, which then need not be known any more."""
+        if self.kernel != "rotary" or coordinates is None:
+            return query, key, coordinates
+        options: dict[str, Any] = {"base": self._rotary_base, "num_class_tokens": self.num_class_tokens}
+        return rotate(query, coordinates, **options), rotate(key, coordinates, **options), None
+
+    def compared(
+        self,
+        scalars: Scalars,
+        vectors: tuple[torch.Tensor | None, torch.Tensor | None],
+        coordinates: tuple[torch.Tensor | None, torch.Tensor | None],
+        *,
+        contiguous: bool,
+        only_past: bool,
+        like: torch.Tensor,
+    ) -> Positions | None:
+        """What enters the logits, or None.
+
+        Args:
+            scalars: the layer's parameters.
+            vectors: U_Q p of the new tokens and U_K p of all, or None.
+            coordinates: of the new tokens and of all, or None.
+            contiguous: whether coordinates are known to be in order and to have no gaps.
+            only_past: whether nothing shows a row any later token.
+            like: a tensor of the query's dtype and device.
+        """
+        class_logits = scalars.class_token
+        class_tokens = None if class_logits is None else ClassTokens(self.num_class_tokens, class_logits)
+        query, key = vectors
+        if query is not None and key is not None:
+            scale = bandwidth_scale(scalars.position_log_bandwidth, self.bandwidths, like)
+            return UntiedPositions(query, key, scale, class_tokens)
+        new, every = coordinates
+        if new is None or every is None:
+            return None
+        if self.kernel == "alibi":
+            slopes = torch.tensor(self._slopes, dtype=new.dtype, device=new.device).view(-1, 1, 1)
+            return AlibiPositions(new, every, slopes, class_tokens, max(self._slopes), only_past, contiguous)
+        if scalars.relative_buckets is not None:
+            table = scalars.relative_buckets
+            return BucketPositions(new, every, table, class_tokens, self._boundaries, self._bidirectional)
+        log_bandwidth = scalars.position_log_bandwidth
+        scale = bandwidth_scale(log_bandwidth, self.bandwidths, like)
+        learns = log_bandwidth is not None and log_bandwidth.requires_grad
+        return GaussianPositions(new, every, scale, class_tokens, min(self.bandwidths), learns, contiguous)

@@ -1,0 +1,159 @@
+"""What our pre-trained models share on both backbones: loading, saving, initialisation and input checks."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from .boost_gradient import ZeroLinear
+from .layer_filter import check_attn_implementation
+from .layer_parameters import FilterScalars
+from .visibility import check_mask_dtype
+
+# Parameters that exist or not, or change their meaning, with the variant.
+_VARIANT_PARAMETER = re.compile(r"\.filter\.|(^|\.)position_projection\.|(^|\.)wpe\.|(^|\.)position_embeddings$")
+
+
+class FilterPreTrainedMixin:
+    """Put before the backbone's stock ``PreTrainedModel`` class.
+
+    ``auto_map`` lists every Auto class of the backbone: Transformers itself writes only the saved class, and the
+    folder of a classifier would then not load as a base model.
+    """
+
+    auto_map: dict[str, str] = {}
+    load_listeners: ClassVar[list[Callable[[Any, Any, dict[str, Any]], None]]] = []
+    """Called after every load with what was loaded, the model and the options; empty in code that came with a
+    checkpoint, where nobody fills it."""
+
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _supports_attention_backend = False
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        check_attn_implementation(attn_implementation)
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, FilterScalars | ZeroLinear):
+            module.reset_parameters()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """The stock ``save_pretrained``, with all Auto classes of the backbone in the configuration's ``auto_map``."""
+        self.config.auto_map = dict(self.auto_map)  # type: ignore[attr-defined]
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """The stock ``from_pretrained``, which refuses a checkpoint of another variant.
+
+        Transformers would initialise what is missing, drop what is unexpected and only log it: another model than was
+        saved. ``ignore_mismatched_sizes=True`` asks for exactly that and switches the check off. Weights are read from
+        safetensors files only, unless ``use_safetensors=False`` asks for pickles, which can run code.
+
+        Raises:
+            ValueError: if parameters of the filter are missing in the checkpoint or unexpected, naming them.
+            OSError: if a weights file is truncated or corrupt.
+        """
+        forced = kwargs.pop("ignore_mismatched_sizes", False)
+        options = {"use_safetensors": True, **kwargs}
+        try:
+            # Transformers' own error for other shapes names no tensor; ours names them all.
+            model, info = super().from_pretrained(  # type: ignore[misc]
+                pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+        except Exception as error:
+            # By name: safetensors is not among the packages that code travelling with a checkpoint may import.
+            if type(error).__name__ != "SafetensorError":
+                raise
+            raise OSError(
+                f"the weights of {str(pretrained_model_name_or_path)!r} cannot be read, the safetensors file is "
+                f"truncated or corrupt: {error}"
+            ) from error
+        if not forced:
+            refuse_other_variant(pretrained_model_name_or_path, info)
+        for listener in cls.load_listeners:
+            listener(pretrained_model_name_or_path, model, kwargs)
+        return (model, info) if output_loading_info else model
+
+
+def refuse_other_variant(source: Any, loading_info: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose filter parameters are not those of the model it was loaded into.
+
+    Args:
+        source: name of the checkpoint, for the message.
+        loading_info: ``missing_keys``, ``unexpected_keys``, ``mismatched_keys`` as ``from_pretrained`` reports them.
+
+    Raises:
+        ValueError: naming the missing and the unexpected parameters, or those of another shape.
+    """
+    found = {
+        kind: sorted(key for key in loading_info[f"{kind}_keys"] if _VARIANT_PARAMETER.search(key))
+        for kind in ("missing", "unexpected")
+    }
+    reshaped = {
+        key: f"{list(saved)} in place of {list(wanted)}" for key, saved, wanted in loading_info["mismatched_keys"]
+    }
+    message = f"parameters of another shape {reshaped}" if reshaped else ""
+    if any(found.values()) or any(_VARIANT_PARAMETER.search(key) for key in reshaped):
+        raise ValueError(
+            f"the checkpoint {str(source)!r} is of another variant than the configuration it is loaded into: "
+            f"missing parameters {found['missing']}, unexpected parameters {found['unexpected']}"
+            f"{', ' * bool(message)}{message}. Load it with its own configuration; hf_imgproc_attn.conversion turns a "
+            "stock checkpoint into a variant"
+        )
+    if reshaped:
+        raise ValueError(
+            f"the checkpoint {str(source)!r} has {message}: load it with its own configuration, or pass "
+            "ignore_mismatched_sizes=True to have them initialised anew"
+        )
+
+
+def check_attention_mask(mask: torch.Tensor | None, batch: int, heads: int, length: int, key_length: int) -> None:
+    """Refuse a mask that does not fit the input.
+
+    Args:
+        mask: ``[batch, key_length]``, or ``[batch or 1, heads or 1, length, key_length]``, or None.
+        batch: rows of the input.
+        heads: attention heads.
+        length: new tokens.
+        key_length: new and cached tokens.
+
+    Raises:
+        ValueError: naming the shapes (with four axes also the dtypes) that are allowed and what was given.
+    """
+    if mask is None:
+        return
+    shape = tuple(mask.shape)
+    if len(shape) == 4:
+        check_mask_dtype(mask)
+    fits_2d = shape == (batch, key_length)
+    fits_4d = (
+        len(shape) == 4 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2:] == (length, key_length)
+    )
+    if not fits_2d and not fits_4d:
+        raise ValueError(
+            f"attention_mask must have shape {(batch, key_length)} or {(batch, 1, length, key_length)} "
+            f"(heads may be {heads} in place of 1), got {shape}"
+        )
+
+
+def prepare_attention_mask(mask: torch.Tensor | None, implementation: str, dtype: torch.dtype) -> torch.Tensor | None:
+    """Mend a mask with four axes for stock ``eager`` attention, which adds it to the logits as it is.
+
+    A boolean one would add 0 and 1, and rows of nothing but -inf would be NaN.
+    """
+    if mask is None or mask.ndim != 4 or implementation != "eager":
+        return mask
+    if mask.dtype != torch.bool:
+        return mask.clamp(min=torch.finfo(mask.dtype).min)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)

@@ -1,0 +1,243 @@
+"""The filter specification: which filter each attention layer applies, as plain configuration values.
+
+The fields that our configurations add to a stock one, and the named presets; what the values mean layer by layer is
+in ``spec_axes``, the rules between fields in ``spec_rules``. None of the three imports torch or transformers, so
+command lines can read them at no cost. (No postponed annotations here: the strict dataclasses check field types only
+where the annotations are real objects.)
+"""
+
+import difflib
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from .spec_axes import (
+    DEFAULT_MAX_DISTANCE,
+    DEFAULT_NUM_BUCKETS,
+    DEFAULT_PID_GAINS,
+    DEFAULT_ROTARY_BASE,
+    FILTER_BACKENDS,
+    LayerSpec,
+    default_steps,
+    layer_schedule,
+)
+from .spec_rules import check_filter_spec
+from .spec_versions import FILTER_SPEC_VERSION, bring_up_to_date
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "softmax": {},
+    "bilateral": {"position_kernel": "untied", "learn_bandwidths": True},
+    "bilateral_gaussian": {"content_kernel": "gaussian", "position_kernel": "gaussian", "learn_bandwidths": True},
+    "twicing": {"boosting": "twicing"},
+    "bilateral_twicing": {"position_kernel": "untied", "learn_bandwidths": True, "boosting": "twicing"},
+    "nlm": {"content_kernel": "gaussian", "position_kernel": "none", "learn_bandwidths": True},
+    "elliptical": {"content_kernel": "elliptical"},
+    "neutreno": {"feedback": "neutreno"},
+    "pidformer": {"feedback": "pid"},
+    "alibi": {"position_kernel": "alibi"},
+    "t5_bias": {"position_kernel": "relative_buckets"},
+    "rope": {"position_kernel": "rotary"},
+    "nope": {"position_kernel": "none"},
+    "tupe": {"position_kernel": "untied", "share_position_projections": True},
+    "sos": {"boosting": "sos"},
+    "learned_twicing": {"boosting": "learned"},
+    "gradient_boosted": {"boosting": "gradient_boosted"},
+    "boosted_residual": {"residual": "twicing"},
+}
+"""Named variants: the fields in which each differs from the stock model."""
+
+_FIELDS = (
+    "content_kernel",
+    "position_kernel",
+    "content_bandwidth",
+    "position_bandwidth",
+    "learn_bandwidths",
+    "share_position_projections",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
+    "rotary_base",
+    "boosting",
+    "boosting_steps",
+    "boosted_layers",
+    "residual",
+    "feedback",
+    "neutreno_lambda",
+    "pid_gains",
+)
+"""The fields below, but for the version, which is never chosen."""
+
+ConfigT = TypeVar("ConfigT", bound="FilterSpecMixin")
+
+
+@dataclass(repr=False, kw_only=True)
+class FilterSpecMixin:
+    """Fields, validation and presets that our configurations add to a stock Transformers configuration.
+
+    Args:
+        content_kernel: ``"dot_product"``, ``"gaussian"`` or ``"elliptical"``; one value, or a list with one a layer.
+        position_kernel: ``"additive"`` (positions added to the tokens, the stock model), ``"untied"``, ``"gaussian"``,
+            ``"alibi"``, ``"relative_buckets"``, ``"rotary"`` or ``"none"``; one value, or a list with one a layer.
+            ``additive`` goes for all layers or none.
+        content_bandwidth: h_y > 0, a number or a list with one number a head. None: 2/h_y^2 = the stock scaling.
+        position_bandwidth: h_p > 0, likewise, of ``untied`` and ``gaussian``. None: as h_y for ``untied``; geometric
+            over the heads from (4 head_dim)^(1/4) to the longest side of the grid, in index or patch units, for
+            ``gaussian``.
+        learn_bandwidths: whether the bandwidths are parameters (their logarithms are trained, one a head and layer).
+        share_position_projections: ``untied`` only: one pair of position projections for all layers.
+        relative_attention_num_buckets: ``relative_buckets`` only: number of buckets, a multiple of 4. None: 32.
+        relative_attention_max_distance: ``relative_buckets`` only: from this distance on all offsets share the last
+            bucket, in index or patch units. None: 128.
+        rotary_base: ``rotary`` only: base of the geometric frequencies, > 1. None: 10000.
+        boosting: ``"none"``, ``"twicing"`` (the operator on V is I - (I - A)^steps), its alias ``"osher"``,
+            ``"learned"`` (A + gamma A(I - A), one gamma a head), ``"diffusion"`` (A^steps), ``"sos"`` or
+            ``"gradient_boosted"``; one value, or one a layer.
+        boosting_steps: number of steps, an integer from 1 to 16, or a list with one a layer. None: 3 for ``sos``, else
+            2, which for ``twicing`` is 2A - A^2.
+        boosted_layers: indices of the layers that are boosted, negative ones count from the end; None: all layers.
+        residual: scheme across depth: ``"standard"`` is x + f(x), ``"twicing"``, ``"sos"``, ``"osher"``.
+        feedback: cross-layer feedback on the head output: ``"none"``, ``"neutreno"``, ``"pid"``.
+        neutreno_lambda: ``neutreno`` only: its strength. None: the published 0.6 for images, 0.4 for text.
+        pid_gains: ``pid`` only: the gains P, I, D. None: 0.5, 0.05, 0.05 (*choice*: none are published with code).
+        filter_spec_version: written by ``save_pretrained``, never chosen by a user.
+
+    Raises:
+        ValueError: for an unknown field that is a near miss of one of these names (wrong values are reported by
+            ``huggingface_hub``'s strict dataclasses, with the field, the rule and the value).
+    """
+
+    content_kernel: str | list[str] = "dot_product"
+    position_kernel: str | list[str] = "additive"
+    content_bandwidth: float | int | list[float | int] | None = None
+    position_bandwidth: float | int | list[float | int] | None = None
+    learn_bandwidths: bool = False
+    share_position_projections: bool = False
+    relative_attention_num_buckets: int | None = None
+    relative_attention_max_distance: int | None = None
+    rotary_base: float | int | None = None
+    boosting: str | list[str] = "none"
+    boosting_steps: int | list[int] | None = None
+    boosted_layers: list[int] | None = None
+    residual: str = "standard"
+    feedback: str = "none"
+    neutreno_lambda: float | int | None = None
+    pid_gains: list[float | int] | None = None
+    filter_spec_version: int = FILTER_SPEC_VERSION
+
+    position_axes: ClassVar[int] = 1
+    """Axes of the grid that positions lie on: 1 for text, 2 for patches."""
+    default_neutreno_lambda: ClassVar[float] = 0.4
+    """The published strength for this kind of data."""
+
+    @classmethod
+    def from_preset(cls: type[ConfigT], name: str, **overrides: Any) -> ConfigT:
+        """Build a configuration from a named variant.
+
+        Args:
+            name: one of :data:`PRESETS`.
+            **overrides: further configuration fields, of the variant or of the stock model; they win over the
+                preset's.
+
+        Raises:
+            ValueError: if there is no such preset.
+        """
+        return cls(**{**preset_fields(name), **overrides})
+
+    @classmethod
+    def from_dict(cls: type[ConfigT], config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The stock ``from_dict`` (also of ``from_pretrained``): refuses near misses among the overrides, newer files.
+
+        Raises:
+            ValueError: for a near miss, or a ``filter_spec_version`` that this code does not know.
+        """
+        refuse_near_misses({key: value for key, value in kwargs.items() if key not in _FIELDS})
+        return super().from_dict(bring_up_to_date(config_dict), **kwargs)  # type: ignore[misc]
+
+    @property
+    def filter_backend(self) -> str:
+        """How the filter is computed, one of ``FILTER_BACKENDS``; ``"auto"`` chooses by shape.
+
+        Set at run time, here or in ``from_pretrained(…, filter_backend=…)``, and never saved: another machine has
+        other back-ends. Attention implementation ``eager`` is the dense reference whatever this says.
+
+        Raises:
+            ValueError: on setting an unknown back-end.
+        """
+        return str(self.__dict__.get("_filter_backend", "auto"))
+
+    @filter_backend.setter
+    def filter_backend(self, name: str) -> None:
+        if name not in FILTER_BACKENDS:
+            raise ValueError(f"filter_backend must be one of {', '.join(FILTER_BACKENDS)}, got {name!r}")
+        self.__dict__["_filter_backend"] = name
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stock ``to_dict`` without what is chosen at run time."""
+        fields: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        fields.pop("_filter_backend", None)
+        return fields
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        refuse_near_misses(kwargs)
+        if kwargs.get("per_layer_config"):
+            raise ValueError(
+                "per_layer_config is not supported: give kernel and boosting fields as lists with one value a layer, "
+                f"got per_layer_config={kwargs['per_layer_config']!r}"
+            )
+        super().__post_init__(**kwargs)  # type: ignore[misc]  # the stock configuration's
+
+    def validate_filter_spec(self) -> None:
+        """Check the filter fields against their rules and against each other (run by the strict dataclass)."""
+        check_filter_spec(self)
+
+    @property
+    def layer_specs(self) -> list[LayerSpec]:
+        """The resolved axes of every layer, ``num_hidden_layers`` of them."""
+        return layer_schedule(self)
+
+
+def preset_fields(name: str) -> dict[str, Any]:
+    """The configuration fields of a preset, as a new dictionary.
+
+    Raises:
+        ValueError: if there is no such preset.
+    """
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return dict(PRESETS[name])
+
+
+def preset_name(config: Any) -> str:
+    """The name of the preset whose filter fields ``config`` has, or ``"custom"``; defaults may be written out."""
+    written_out = {
+        "boosting_steps": default_steps(config.boosting) if isinstance(config.boosting, str) else None,
+        "neutreno_lambda": config.default_neutreno_lambda,
+        "pid_gains": list(DEFAULT_PID_GAINS),
+        "relative_attention_num_buckets": DEFAULT_NUM_BUCKETS,
+        "relative_attention_max_distance": DEFAULT_MAX_DISTANCE,
+        "rotary_base": DEFAULT_ROTARY_BASE,
+    }
+    stock = {field: getattr(FilterSpecMixin, field) for field in _FIELDS}
+    fields = {field: getattr(config, field) for field in _FIELDS}
+    for field, default in written_out.items():
+        if fields[field] == default:
+            fields[field] = None
+    for name, changes in PRESETS.items():
+        if fields == {**stock, **changes}:
+            return name
+    return "custom"
+
+
+def refuse_near_misses(kwargs: dict[str, Any]) -> None:
+    """Refuse unknown keywords that look like a mistyped filter field.
+
+    Transformers stores unknown keywords silently, so ``boosting_step=3`` would train another model than was asked for.
+
+    Raises:
+        ValueError: naming the keyword and the field that was probably meant.
+    """
+    for key in kwargs:
+        if key == "filter_backend":
+            continue
+        normalised = key.lower().replace("-", "_")
+        matches = difflib.get_close_matches(normalised, (*_FIELDS, "filter_backend"), n=1, cutoff=0.8)
+        if matches:
+            raise ValueError(f"unknown configuration field {key}={kwargs[key]!r}; did you mean {matches[0]}?")

@@ -1,0 +1,213 @@
+"""The Triton kernels without a GPU: in Triton's interpreter, and compiled for a GPU that is not there.
+
+Both in processes of their own, which report in JSON: whether Triton interprets is decided when it is first imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import ROOT, RunPython
+
+# The workers run once, for all tests of this file.
+pytestmark = pytest.mark.xdist_group("triton")
+
+SHARED_MEMORY = 227 * 1024
+"""What a block of threads can have on compute capability 9.0, in bytes."""
+
+
+def run_worker(name: str, folder: Path, **environment: str) -> Any:
+    result = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name(name))],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(folder), **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run_worker("interpreter_worker.py", tmp_path_factory.mktemp("triton"), TRITON_INTERPRET="1")
+
+
+@pytest.fixture(scope="module")
+def binaries(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run_worker("compile_worker.py", tmp_path_factory.mktemp("triton"), TRITON_INTERPRET="0")
+
+
+def test_outputs_and_gradients_are_those_of_the_formula(found: Any) -> None:
+    """Against float64: odd lengths, widths 16 to 128, causal or not, hidden keys, rows that see nothing."""
+    cases = [case for case in found["cases"] if case["dtype"] == "float32"]
+    assert {case["case"].split("-")[0] for case in cases} == {"general", "short", "single_pass"}
+    assert not [case for case in cases if max(case["errors"]) > 5e-6]
+
+
+def test_half_precision_is_no_worse_than_two_calls_of_attention(found: Any) -> None:
+    """At most twice two calls, and five times plain attention: |2I - A| is up to 3, and two passes round."""
+    cases = [case for case in found["cases"] if case["dtype"] != "float32"]
+    assert {case["dtype"] for case in cases} == {"bfloat16", "float16"}
+    for case in cases:
+        for mine, twice, once in zip(case["errors"], case["sdpa_2_errors"], case["sdpa_1_errors"], strict=True):
+            assert mine <= 2.0 * twice, case
+            assert mine <= 5.0 * once, case
+
+
+def test_joining_heads_copies_nothing(found: Any) -> None:
+    assert all(case["strides_follow"] for case in found["cases"])
+
+
+@pytest.mark.parametrize("algorithm", ["general", "single_pass"])
+def test_causal_outputs_do_not_see_later_tokens(found: Any, algorithm: str) -> None:
+    earlier, later = found["causality"][algorithm]
+    assert earlier == 0.0
+    assert later > 1e-3
+
+
+def test_any_backward_can_follow_any_forward(found: Any) -> None:
+    assert found["saved_tensors"].keys() == {"single_pass", "short"}
+    assert max(found["saved_tensors"].values()) < 1e-5
+
+
+def test_operators_pass_the_checks_of_torch_library(found: Any) -> None:
+    checks = found["operator_checks"]
+    assert {"test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"} <= set(checks)
+    assert set(checks.values()) == {"SUCCESS"}
+
+
+def test_compiles_in_one_graph_for_all_lengths(found: Any) -> None:
+    assert max(found["compiled"]["differences"]) < 1e-6
+    assert found["compiled"]["graphs"] <= 2
+
+
+def test_queries_without_keys_give_zero(found: Any) -> None:
+    assert found["edges"]["hidden"] == [0.0, 0.0]
+    assert found["edges"]["empty"] == [0, 2, 5, 16]
+
+
+def test_algorithm_is_chosen_by_shape(found: Any) -> None:
+    assert found["edges"]["chosen"] == ["short", "general", "general"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("shape", "must have one shape [batch, heads, length, head_dim], got (2, 2, 19, 16), (2, 2, 18, 16)"),
+        ("dtype", "must be all float16, bfloat16 or float32, got torch.float64"),
+        ("width", "head_dim must be <= 128, got 136"),
+        ("mask", "key_mask must be boolean [batch, length] = (2, 19), got torch.float32"),
+        ("algorithm", "algorithm must be one of auto, general, short, single_pass, got 'fast'"),
+        ("short", "needs is_causal=False, length <= 256 and head_dim <= 64, got is_causal=True"),
+        ("single_pass", "needs is_causal=True, got is_causal=False"),
+        ("twice", "no autograd formula was registered"),
+    ],
+)
+def test_misuse_is_refused_by_name(found: Any, name: str, message: str) -> None:
+    assert message in found["edges"]["refused"][name]
+
+
+def test_requests_of_the_dispatch_table(found: Any) -> None:
+    assert len(found["dispatch"]["served"]) == 3
+    assert max(found["dispatch"]["served"]) < 5e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("mask", "takes boolean masks of keys, [batch or 1, 1, 1, key_length], only, got torch.bool (19, 19)"),
+        ("float mask", "only, got torch.float32 (2, 1, 1, 19)"),
+        ("bias", "adds nothing to the logits, got a bias"),
+        ("dropout", "drops nothing out, got dropout_p=0.1"),
+        ("steps", "does twicing with 2 steps only, got boosting='twicing' with 3 steps"),
+        ("boosting", "does twicing with 2 steps only, got boosting='none' with 2 steps"),
+        ("groups", "needs query, key and value of one shape"),
+        ("dtype", "needs float16 or bfloat16, got torch.float64"),
+        ("width", "needs head_dim <= 128, got 136"),
+    ],
+)
+def test_reasons_for_refusing(found: Any, name: str, reason: str) -> None:
+    assert reason in found["dispatch"]["reasons"][name]
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_there(binaries: Any) -> None:
+    """Every kernel, with its largest blocks: on the fast instructions, and within a device's shared memory."""
+    assert len(binaries) == 8
+    for binary in binaries:
+        assert binary["bytes"] > 0
+        assert binary["warp_group_products"] > 0, binary
+        assert binary["shared_memory"] <= SHARED_MEMORY, binary
+
+
+def test_without_triton_the_package_imports_and_says_so(run_python: RunPython) -> None:
+    code = (
+        "import importlib.util, sys\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'triton' else find(name, *rest)\n"
+        "sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from hf_imgproc_attn.gpu import register, supports\n"
+        "from hf_imgproc_attn.gpu.check import main\n"
+        "table, q = {}, torch.zeros(1, 1, 2, 16)\n"
+        "register(table)\n"
+        "print(list(table), supports(q, q, q), main([]))\n"
+    )
+    result = run_python("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "['flex'] needs the package triton: pip install 'hf-imgproc-attn[kernels]' 2\n"
+    assert result.stderr.startswith("error: the package triton is not installed")
+    assert result.stderr.count("\n") == 1
+
+
+def test_without_a_gpu_calls_are_refused_in_words(run_python: RunPython) -> None:
+    code = (
+        "import sys, torch\n"
+        "from hf_imgproc_attn.gpu import supports\n"
+        "q = torch.zeros(1, 1, 2, 16)\n"
+        "print(supports(q, q, q), 'triton' in sys.modules)\n"
+        "from hf_imgproc_attn.gpu.twicing import twicing_attention\n"
+        "try:\n"
+        "    twicing_attention(q, q, q)\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+    )
+    result = run_python("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [
+        "needs tensors on a CUDA device, got cpu False",
+        "the Triton kernels need tensors on a GPU, got cpu",
+    ]
+
+
+def test_check_compares_times_and_writes(found: Any) -> None:
+    checked = found["gpu_check"]
+    assert checked["status"] == 0
+    record = checked["record"]
+    assert record["device"] == "cpu"
+    assert record["versions"].keys() == {"hf_imgproc_attn", "torch", "triton"}
+    tried = {(row["algorithm"], row["dtype"]) for row in record["errors"]}
+    assert tried == {
+        (algorithm, f"torch.{dtype}")
+        for algorithm in ("general", "single_pass", "short")
+        for dtype in ("bfloat16", "float16")
+    }
+    assert all(0.0 < row["error_ratio"] <= record["error_bound"] for row in record["errors"])
+    timed = {(row["candidate"], row["direction"]) for row in record["timings"]}
+    names = ("sdpa once", "sdpa twice", "general", "single_pass")
+    assert timed == {(name, way) for name in names for way in ("forward", "forward + backward")}
+    assert {row["over_sdpa_once"] for row in record["timings"]} == {1.0}
+    assert checked["last_line"].startswith("cpu: largest error ")
+
+
+def test_check_needs_a_gpu(run_python: RunPython) -> None:
+    result = run_python("-m", "hf_imgproc_attn.gpu.check")
+    assert result.returncode == 2
+    assert result.stderr == "error: no CUDA device: the kernels can only be measured on one\n"

@@ -1,0 +1,47 @@
+"""``docs/precision.md``: its rows, the measurement on small tokens, the command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_imgproc_attn.measure import precision
+from hf_imgproc_attn.models.spec_axes import CONTENT_KERNELS, POSITION_KERNELS
+from tests.helpers import ROOT
+
+SMALL = (precision.Data("text", (40,), 0), precision.Data("images", (5, 4), 1))
+
+
+def test_the_committed_page_has_a_row_of_every_kernel() -> None:
+    text = (ROOT / "docs" / "precision.md").read_text(encoding="utf-8")
+    assert text.index(precision.COMMAND) < text.index("|")
+    kernels = [f"content `{name}`" for name in CONTENT_KERNELS]
+    kernels += [f"position `{name}`" for name in POSITION_KERNELS if name not in ("additive", "none")]
+    for row in kernels:
+        assert text.count(f"\n| {row} |") == 2, f"{row}: once for text, once for images"
+
+
+@pytest.mark.parametrize("data", SMALL, ids=lambda data: data.name)
+def test_errors_are_those_of_the_precision(data: precision.Data) -> None:
+    """Each row in each precision: not exact, and within a small multiple of plain attention's error."""
+    plain = precision.plain_errors(data)
+    assert 1e-8 < plain[torch.float32] < 1e-6
+    assert 5e-4 < plain[torch.bfloat16] < 5e-3
+    for row, fields in precision.cases().items():
+        for (dtype, implementation), error in precision.measure(fields, data).items():
+            assert 0 < error < 8 * plain[dtype], (row, dtype, implementation)
+
+
+def test_the_command_writes_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(precision, "TEXT", SMALL[0])
+    monkeypatch.setattr(precision, "IMAGES", SMALL[1])
+    monkeypatch.setattr(precision, "cases", lambda: {"a row": {"position_kernel": "alibi"}})
+    assert precision.main([str(tmp_path / "page.md")]) == 0
+    text = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert text.count("\n| a row |") == 2
+    assert precision.main([str(tmp_path / "missing" / "page.md")]) == 2
+    assert capsys.readouterr().err.startswith("error: output must be in a folder that exists")

@@ -1,0 +1,473 @@
+"""Blocked attention against the dense reference: outputs, every gradient, memory.
+
+Blocks of 8 rows and groups of 2 pairs, so that a few dozen tokens cross several of both.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hf_imgproc_attn.models.backend_blocked import blocked_attention, dropout_factors
+from hf_imgproc_attn.models.backend_blocked_passes import recurrence
+from hf_imgproc_attn.models.backend_blocked_plan import make_plan
+from hf_imgproc_attn.models.backend_reference import filter_matrix, reference_attention
+from hf_imgproc_attn.models.boost_operators import BOOSTING
+
+BATCH, HEADS, WIDTH, VALUE_WIDTH, SCALE = 2, 3, 5, 4, 0.6
+SMALL = {"block_rows": 8, "group_pairs": 2}
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def inputs(
+    length: int, key_length: int | None = None, heads: int = HEADS, key_heads: int | None = None, batch: int = BATCH
+) -> list[torch.Tensor]:
+    """Query, key and value with logits of std 2 to 3."""
+    key_length, key_heads = key_length or length, key_heads or heads
+    return [
+        2 * random(batch, heads, length, WIDTH, seed=0),
+        random(batch, key_heads, key_length, WIDTH, seed=1),
+        random(batch, key_heads, key_length, VALUE_WIDTH, seed=2),
+    ]
+
+
+def make_mask(kind: str, length: int, key_length: int) -> torch.Tensor | None:
+    """Masks of every form; the full ones have rows that see nothing."""
+    shape = {"padding": (BATCH, 1, 1, key_length), "full": (BATCH, HEADS, length, key_length)}
+    shape |= {"float": (1, 1, length, key_length), "shared": (length, key_length)}
+    if kind == "none":
+        return None
+    seen = random(*shape[kind], seed=7) > -0.5
+    if kind == "padding":
+        seen[0, ..., :2] = False
+    elif kind == "full":
+        seen[1, 2, length // 2] = False
+    if kind != "float":
+        return seen
+    hidden = torch.where(random(*seen.shape, seed=9) > 0, torch.finfo(torch.float32).min, float("-inf"))
+    return torch.where(seen, random(*seen.shape, seed=8), hidden).float()
+
+
+def dense(
+    tensors: list[torch.Tensor],
+    *,
+    attn_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    boosting: str = "twicing",
+    steps: int = 2,
+    factors: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The same with a dense A, multiplied by ``factors`` (dropout), and the booster's streams."""
+    query, key, value, *bias = tensors
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    logits = query @ key.mT * SCALE
+    matrix = filter_matrix(logits + bias[0] if bias else logits, attn_mask, is_causal)
+    matrix = matrix if factors is None else matrix * factors
+    streams = []
+
+    def extend(index: int, rows: torch.Tensor) -> torch.Tensor:
+        streams.append(rows)
+        return rows
+
+    return BOOSTING[boosting](lambda stream: matrix @ stream, extend, value, value, steps), streams
+
+
+def compare(tensors: list[torch.Tensor], *, dropout_p: float = 0.0, **options: Any) -> None:
+    """Output, streams and the gradients of a sum over all of them."""
+    blocked, plain = ([x.clone().requires_grad_() for x in tensors] for _ in range(2))
+    bias = blocked[3] if len(blocked) > 3 else None
+    cutting = {name: options.pop(name) for name in tuple(options) if name in SMALL}
+    output, streams = blocked_attention(
+        *blocked[:3], bias=bias, scale=SCALE, dropout_p=dropout_p, seed=5, **options, **cutting
+    )
+    factors = None
+    if dropout_p:
+        causal = options.get("is_causal", False)
+        one_pass = causal or options.get("steps", 2) == 1
+        chosen = {"scale": SCALE, "dropout": dropout_p, "seed": 5, "one_pass": one_pass, **cutting}
+        factors = dropout_factors(make_plan(*tensors[:2], is_causal=causal, **chosen), tensors[0])
+        assert 0.2 < float((factors == 0).double().mean()) < 0.9
+    expected, expected_streams = dense(plain, factors=factors, **options)
+    torch.testing.assert_close(output, expected, **EXACT)
+    torch.testing.assert_close(streams, expected_streams, **EXACT)
+    results = [(output, expected), *zip(streams, expected_streams, strict=True)]
+    directions = [random(*output.shape, seed=20 + index) for index in range(len(results))]
+    # Streams are outputs too; the output alone must do without their gradients.
+    for used in (1, len(results)):
+        ours, theirs = (
+            torch.autograd.grad([pair[side] for pair in results[:used]], leaves, directions[:used], retain_graph=True)
+            for side, leaves in enumerate((blocked, plain))
+        )
+        torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Agreement in float64
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 16, 29])
+def test_lengths_around_the_edges_of_blocks(length: int, steps: int, is_causal: bool) -> None:
+    compare(inputs(length), is_causal=is_causal, steps=steps, **SMALL)
+
+
+@pytest.mark.parametrize("mask", ["padding", "full", "float", "shared"])
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("cutting", [SMALL, {}, {"group_pairs": 4}], ids=["small", "whole", "samples"])
+def test_masks(mask: str, is_causal: bool, cutting: dict[str, int]) -> None:
+    compare(inputs(19), attn_mask=make_mask(mask, 19, 19), is_causal=is_causal, steps=3, **cutting)
+
+
+@pytest.mark.parametrize("shape", [(BATCH, HEADS, 13, 13), (1, HEADS, 13, 13), (1, 1, 13, 13), (1, HEADS, 1, 13)])
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("mask", ["none", "float"])
+def test_bias_and_its_gradient(shape: tuple[int, ...], is_causal: bool, mask: str) -> None:
+    tensors = [*inputs(13), random(*shape, seed=3)]
+    compare(tensors, is_causal=is_causal, attn_mask=make_mask(mask, 13, 13), **SMALL)
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 4, 6, 12])
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+def test_grouped_query_heads(pairs: int, is_causal: bool) -> None:
+    compare(inputs(11, heads=6, key_heads=2), is_causal=is_causal, block_rows=4, group_pairs=pairs)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("cutting", [SMALL, {}], ids=["small", "whole"])
+def test_dropout_is_one_mask_for_all_products(steps: int, is_causal: bool, cutting: dict[str, int]) -> None:
+    compare(inputs(17), is_causal=is_causal, steps=steps, dropout_p=0.3, **cutting)
+
+
+def test_dropout_follows_the_seed() -> None:
+    tensors = inputs(17)
+
+    def run(seed: int | None) -> torch.Tensor:
+        return blocked_attention(*tensors, dropout_p=0.5, seed=seed, **SMALL)[0]
+
+    torch.testing.assert_close(run(1), run(1), rtol=0, atol=0)
+    assert not torch.equal(run(1), run(2))
+    torch.manual_seed(3)
+    first, second = run(None), run(None)
+    torch.manual_seed(3)
+    torch.testing.assert_close(run(None), first, rtol=0, atol=0)
+    assert not torch.equal(first, second)
+
+
+def test_dropout_keeps_the_mean() -> None:
+    """Averaged over seeds, A with dropout is A."""
+    tensors = inputs(9)
+    expected = dense(tensors, steps=1)[0]
+    runs = [blocked_attention(*tensors, scale=SCALE, dropout_p=0.25, steps=1, seed=seed)[0] for seed in range(800)]
+    torch.testing.assert_close(torch.stack(runs).mean(0), expected, rtol=0, atol=0.12)
+
+
+@pytest.mark.parametrize("name", sorted(BOOSTING))
+def test_every_booster_of_the_table(name: str) -> None:
+    """Coefficients are read off the booster itself, so that there is one definition."""
+    compare(inputs(11), boosting=name, steps=3, is_causal=True, **SMALL)
+    compare(inputs(11), boosting=name, steps=3, **SMALL)
+
+
+def test_coefficients_of_twicing() -> None:
+    assert recurrence("none", 4) == (((1, 0, 0, 0, 0),), (0, 1, 0, 0, 0))
+    assert recurrence("twicing", 3) == (((1, 0, 0, 0), (1, -1, 0, 0), (1, -1, -1, 0)), (0, 1, 1, 1))
+
+
+def test_fewer_keys_than_queries_without_boosting() -> None:
+    compare(inputs(19, 11), steps=1, **SMALL)
+
+
+def test_nothing_to_do() -> None:
+    """No sample, and no query: empty outputs, and gradients of 0."""
+    compare([x[:0] for x in inputs(9)], is_causal=True, **SMALL)
+    compare(inputs(0, 9), steps=1)
+
+
+@pytest.mark.parametrize("boosting", ["none", "twicing"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradcheck(boosting: str, bias: bool) -> None:
+    """Numerical derivatives, with a mask that leaves one row without keys, and causal."""
+    tensors = [x[:1, :2].clone().requires_grad_() for x in inputs(5)]
+    extra = random(1, 2, 5, 5, seed=3).requires_grad_() if bias else None
+    mask = torch.tensor([False, True, True, False, True])
+
+    def run(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        term = leaves[3] if bias else None
+        options = {"attn_mask": mask, "bias": term, "is_causal": True, "block_rows": 2}
+        output, streams = blocked_attention(*leaves[:3], boosting=boosting, **options)
+        return output, *streams
+
+    assert torch.autograd.gradcheck(run, [*tensors, extra] if extra is not None else tensors)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Chunks: later queries with the streams of earlier keys
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("padded", [False, True])
+def test_chunks_are_the_whole(steps: int, padded: bool) -> None:
+    """Three chunks, each with what the ones before returned: outputs and gradients through the streams."""
+    length, cuts = 23, (0, 5, 6, 23)
+    mask = None
+    if padded:
+        mask = torch.ones(BATCH, 1, 1, length, dtype=torch.bool)
+        mask[0, ..., :7] = False
+    leaves, whole = ([x.clone().requires_grad_() for x in inputs(length)] for _ in range(2))
+    outputs, past = [], []
+    for start, stop in itertools.pairwise(cuts):
+        output, streams = blocked_attention(
+            leaves[0][:, :, start:stop],
+            leaves[1][:, :, :stop],
+            leaves[2][:, :, :stop],
+            attn_mask=None if mask is None else mask[..., :stop],
+            is_causal=True,
+            scale=SCALE,
+            steps=steps,
+            past_streams=past if start else (),
+            **SMALL,
+        )
+        outputs.append(output)
+        past = [torch.cat(pair, 2) for pair in zip(past, streams, strict=True)] if past else streams
+    output = torch.cat(outputs, 2)
+    expected, _ = dense(whole, attn_mask=mask, is_causal=True, steps=steps)
+    torch.testing.assert_close(output, expected, **EXACT)
+    direction = random(*output.shape, seed=4)
+    ours = torch.autograd.grad(output, leaves, direction)
+    torch.testing.assert_close(ours, torch.autograd.grad(expected, whole, direction), **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "past_streams must hold 1 of shape (2, 3, 4, 4), got []"),
+        ({"past_streams": [random(2, 3, 5, 4, seed=0)]}, "got [(2, 3, 5, 4)]"),
+        ({"past_streams": [random(2, 3, 4, 4, seed=0)], "steps": 1, "boosting": "none"}, "must hold 0"),
+        ({"steps": 0}, "boosting_steps must be an integer >= 1, got 0"),
+        ({"steps": True}, "boosting_steps must be an integer >= 1, got True"),
+        ({"dropout_p": 1.0}, "dropout_p must be in [0, 1), got 1.0"),
+        ({"boosting": "thricing"}, "boosting must be one of none, twicing"),
+        ({"attn_mask": torch.ones(7, 7, dtype=torch.bool)}, "attn_mask must be broadcastable to (2, 3, 5, 9)"),
+        ({"attn_mask": torch.ones(1, 1, 1, 5, 9, dtype=torch.bool)}, "attn_mask must be broadcastable"),
+        ({"attn_mask": torch.ones(5, 9, dtype=torch.int64)}, "must be bool or float, got torch.int64"),
+        ({"bias": torch.ones(5, 9, dtype=torch.bool)}, "position bias must be of a floating dtype, got torch.bool"),
+        ({"bias": torch.ones(3, 5, 8)}, "position bias must be broadcastable to (2, 3, 5, 9), got shape (3, 5, 8)"),
+    ],
+)
+def test_what_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        blocked_attention(*inputs(5, 9), **change)
+
+
+def test_more_queries_than_keys_are_refused_where_rows_matter() -> None:
+    for options in ({"steps": 2}, {"steps": 1, "is_causal": True}):
+        with pytest.raises(ValueError, match="key must not be shorter than query here, got 5 < 9"):
+            blocked_attention(*inputs(9, 5), **options)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What must not leak
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+def test_no_key_no_output(is_causal: bool) -> None:
+    leaves = [x.requires_grad_() for x in inputs(11)]
+    mask = torch.ones(BATCH, 1, 11, 11, dtype=torch.bool)
+    mask[0, :, 3] = False
+    output, _ = blocked_attention(*leaves, attn_mask=mask, is_causal=is_causal, **SMALL)
+    assert torch.equal(output[0, :, 3], torch.zeros(HEADS, VALUE_WIDTH, dtype=torch.float64))
+    grads = torch.autograd.grad(output, leaves, random(*output.shape, seed=4))
+    assert torch.equal(grads[0][0, :, 3], torch.zeros(HEADS, WIDTH, dtype=torch.float64))
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e300])
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("floating", [False, True], ids=["bool", "float"])
+def test_hidden_keys_may_hold_anything(poison: float, is_causal: bool, floating: bool) -> None:
+    """Padding whose keys and values are NaN changes neither outputs nor gradients; its own gradients are 0."""
+    mask = torch.ones(BATCH, 1, 1, 13, dtype=torch.bool)
+    mask[0, ..., :4] = mask[1, ..., 9] = False
+    given = torch.where(mask, 0.0, float("-inf")) if floating else mask
+    results = []
+    for value in (0.0, poison):
+        leaves = inputs(13)
+        for x in leaves[1:]:
+            x.masked_fill_(~mask.mT, value)
+        leaves = [x.requires_grad_() for x in leaves]
+        output, _ = blocked_attention(*leaves, attn_mask=given, is_causal=is_causal, steps=3, **SMALL)
+        results.append([output, *torch.autograd.grad(output, leaves, random(*output.shape, seed=4))])
+    torch.testing.assert_close(results[1], results[0], **EXACT)
+    hidden = (~mask.mT).expand(-1, HEADS, -1, 1)
+    for grad in results[1][2:]:
+        assert not grad.masked_select(hidden).any()
+
+
+@pytest.mark.parametrize("token", [0, 7, 8, 12])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_causality(token: int, steps: int) -> None:
+    """A changed token changes no earlier output, to the last bit, and its own."""
+    outputs = []
+    for shift in (0.0, 1.5):
+        tensors = inputs(13)
+        for x in tensors:
+            x[:, :, token] += shift
+        outputs.append(blocked_attention(*tensors, is_causal=True, steps=steps, **SMALL)[0])
+    assert torch.equal(outputs[0][:, :, :token], outputs[1][:, :, :token])
+    assert not torch.isclose(outputs[0][:, :, token], outputs[1][:, :, token]).all(-1).any()
+    if token < 12:
+        assert not torch.allclose(outputs[0][:, :, token + 1 :], outputs[1][:, :, token + 1 :])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Precision, layout, compilation
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def two_sdpa_calls(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, steps: int) -> torch.Tensor:
+    boosting = "twicing" if steps > 1 else "none"
+
+    def attend(stream: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(query, key, stream, is_causal=True)
+
+    return BOOSTING[boosting](attend, lambda index, rows: rows, value, value, steps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_error_is_at_most_twice_that_of_sdpa(dtype: torch.dtype, steps: int) -> None:
+    """Root mean squared error against float64, of the output and of every gradient."""
+    shape = (2, 2, 150, 16)
+    exact = [random(*shape, seed=seed).to(dtype).double().requires_grad_() for seed in range(3)]
+    direction = random(*shape, seed=4).to(dtype)
+    expected = two_sdpa_calls(*exact, steps)
+    truth = [expected, *torch.autograd.grad(expected, exact, direction.double())]
+    errors = []
+    for blocked in (False, True):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in exact]
+        if blocked:
+            output, _ = blocked_attention(*leaves, is_causal=True, steps=steps)
+        else:
+            output = two_sdpa_calls(*leaves, steps)
+        assert output.dtype == dtype
+        results = [output, *torch.autograd.grad(output, leaves, direction)]
+        errors.append(
+            [(a.detach().double() - b).square().mean().sqrt().item() for a, b in zip(results, truth, strict=True)]
+        )
+    for sdpa, ours in zip(*errors, strict=True):
+        assert ours <= 2 * sdpa
+
+
+def test_autocast_does_not_reach_the_products() -> None:
+    tensors = [x.float().requires_grad_() for x in inputs(19)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, _ = blocked_attention(*tensors, scale=SCALE, **SMALL)
+        grads = torch.autograd.grad(output, tensors, torch.ones_like(output))
+    plain, _ = blocked_attention(*tensors, scale=SCALE, **SMALL)
+    torch.testing.assert_close(output, plain, rtol=0, atol=0)
+    torch.testing.assert_close(grads, torch.autograd.grad(plain, tensors, torch.ones_like(plain)), rtol=0, atol=0)
+
+
+def test_transposed_layout() -> None:
+    """Heads split off a projection, as models do, and inputs are left as they were."""
+    tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(19)]
+    copies = [x.clone() for x in tensors]
+    output, _ = blocked_attention(*tensors, scale=SCALE, is_causal=True, group_pairs=6)
+    torch.testing.assert_close(output, dense(copies, is_causal=True)[0], **EXACT)
+    torch.testing.assert_close(tensors, copies, rtol=0, atol=0)
+
+
+def test_float_mask_with_a_gradient() -> None:
+    leaves, plain = ([*inputs(9), random(1, 1, 9, 9, seed=3)] for _ in range(2))
+    leaves, plain = ([x.requires_grad_() for x in tensors] for tensors in (leaves, plain))
+    output, _ = blocked_attention(*leaves[:3], attn_mask=leaves[3], scale=SCALE, **SMALL)
+    expected, _ = dense(plain)
+    ours, theirs = (torch.autograd.grad(x.square().sum(), y) for x, y in ((output, leaves), (expected, plain)))
+    torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+# Dynamo hides this warning of its own at a graph break, but not where warnings are errors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
+def test_compiled() -> None:
+    """A graph break, and the same numbers."""
+    tensors = [x.requires_grad_() for x in inputs(9)]
+
+    def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return blocked_attention(query * 2, key, value, is_causal=True, **SMALL)[0].sin()
+
+    output, expected = torch.compile(run, backend="aot_eager")(*tensors), run(*tensors)
+    torch.testing.assert_close(output, expected, **EXACT)
+    ours, theirs = (torch.autograd.grad(x.sum(), tensors) for x in (output, expected))
+    torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Memory
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Memory(TorchDispatchMode):
+    """The largest number of bytes that tensors made under it held at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.seen:
+                storage = tensor.untyped_storage()
+                self.seen.add(storage)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        return result
+
+    def _freed(self, size: int) -> None:
+        self.now -= size
+
+
+def peak_memory(length: int, is_causal: bool) -> int:
+    leaves = [torch.randn(1, 1, length, 4, requires_grad=True) for _ in range(3)]
+    mask = torch.ones(1, 1, 1, length, dtype=torch.bool)
+    mask[..., :3] = False
+    with Memory() as memory:
+        output, _ = blocked_attention(*leaves, attn_mask=mask, is_causal=is_causal, dropout_p=0.1)
+        output.sum().backward()
+    return memory.peak
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+def test_memory_is_linear(is_causal: bool) -> None:
+    """Forward and backward with dropout at 8,192 tokens: less than a tenth of one matrix, four times that of 2,048."""
+    torch.manual_seed(0)
+    short, long = peak_memory(2048, is_causal), peak_memory(8192, is_causal)
+    assert long < 8192 * 8192 * 4 / 10
+    assert long < 4.3 * short
+
+
+def test_the_memory_meter_sees_a_matrix() -> None:
+    logits = torch.randn(1, 1, 300, 300)
+    with Memory() as memory:
+        reference_attention(logits, logits, logits)
+    assert memory.peak >= 300 * 300 * 4
+    assert memory.now <= memory.peak

@@ -1,0 +1,184 @@
+"""Every back-end of a layer gives what the dense reference gives: outputs, all gradients, cached decoding, dropout."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from hf_imgproc_attn.models.backend_table import BACKENDS, Backend, Request
+from hf_imgproc_attn.models.layer_filter import AttentionFilter
+from hf_imgproc_attn.models.spec_axes import FILTER_BACKENDS
+from tests.models.test_layer_filter import (
+    BOOSTERS,
+    LENGTH,
+    MASKS,
+    PAIRS,
+    POSITIONS,
+    TIGHT,
+    Inputs,
+    assert_same,
+    build,
+    masks,
+    run,
+    tensors,
+)
+from tests.models.variants import gpt2_config, images, token_ids, vit_config
+
+FAST = ("sdpa", "blocked")
+
+
+def choose(layer: AttentionFilter, backend: str) -> AttentionFilter:
+    layer._config.filter_backend = backend
+    return layer
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("boosting", "steps"), BOOSTERS)
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
+def test_boosters_and_masks(backend: str, boosting: str, steps: int, mask: str) -> None:
+    layer, inputs = build("gaussian", "gaussian", boosting, steps), tensors("gaussian")
+    expected = run(layer, inputs, "eager", **masks()[mask])
+    assert_same(run(choose(layer, backend), inputs, "sdpa", **masks()[mask]), expected)
+
+
+@pytest.mark.parametrize(("boosting", "steps"), [("none", 2), ("twicing", 2), ("learned", 2)])
+@pytest.mark.parametrize(("content", "position"), PAIRS)
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
+def test_kernels(backend: str, content: str, position: str, boosting: str, steps: int) -> None:
+    causal = not position.endswith("patches")
+    classes = 0 if causal else 2
+    layer = build(content, position, boosting, steps, num_class_tokens=classes)
+    inputs, options = tensors(position, classes=classes), masks()["left" if causal else "keys"]
+    expected = run(layer, inputs, "eager", **options)
+    assert_same(run(choose(layer, backend), inputs, "sdpa", **options), expected)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_flex_attention_forward(position: str) -> None:
+    layer, inputs = build("gaussian", position, "twicing", 2), tensors(position)
+    options = masks()["left" if not position.endswith("patches") else "keys"]
+    with torch.no_grad():
+        expected, _ = layer(**inputs, implementation="eager", **options)
+        got, _ = choose(layer, "flex")(**inputs, implementation="sdpa", **options)
+    torch.testing.assert_close(got, expected, **TIGHT)
+
+
+def pieces_of(inputs: Inputs, start: int, stop: int) -> Inputs:
+    """The tokens from ``start`` to ``stop``: the length is the last axis but one of everything."""
+    return {name: value[..., start:stop, :] for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize("sizes", [(LENGTH,), (4, 1, LENGTH - 5), (3, *[1] * (LENGTH - 3))], ids=str)
+@pytest.mark.parametrize(("boosting", "steps"), BOOSTERS)
+@pytest.mark.parametrize("position", ["none", "untied", "gaussian", "alibi"])
+@pytest.mark.parametrize("backend", [*FAST, "reference", "auto"])
+def test_cached_pieces(backend: str, position: str, boosting: str, steps: int, sizes: tuple[int, ...]) -> None:
+    """A prompt read at once, in pieces and token by token: the streams that one back-end keeps serve the next one."""
+    layer, inputs = build("elliptical", position, boosting, steps), tensors(position)
+    expected, _ = layer(**inputs, implementation="eager", is_causal=True)
+    choose(layer, backend)
+    cache, outputs, start = DynamicCache(config=gpt2_config("twicing", n_layer=2)), [], 0
+    for size in sizes:
+        piece = pieces_of(inputs, start, start + size)
+        outputs.append(layer(**piece, implementation="sdpa", is_causal=True, past_key_values=cache)[0])
+        start += size
+    torch.testing.assert_close(torch.cat(outputs, dim=-2), expected, **TIGHT)
+
+
+@pytest.mark.parametrize("order", [("blocked", "sdpa"), ("sdpa", "blocked"), ("reference", "blocked")])
+def test_streams_of_one_backend_are_those_of_another(order: tuple[str, str]) -> None:
+    layer, inputs = build("gaussian", "none", "twicing", 3), tensors("none")
+    caches = []
+    for backend in order:
+        caches.append(DynamicCache(config=gpt2_config("twicing")))
+        choose(layer, backend)(**inputs, implementation="sdpa", is_causal=True, past_key_values=caches[-1])
+    first, second = (cache.layers[0].streams for cache in caches)
+    assert len(first) == len(second) == 2
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(one, other, **TIGHT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("position", ["none", "untied", "gaussian"])
+def test_half_precision_is_as_good_as_two_fused_calls(position: str, dtype: torch.dtype) -> None:
+    layer, inputs = build("dot_product", position, "twicing", 2), tensors(position, length=67)
+    exact, _ = layer(**inputs, implementation="eager", is_causal=True)
+    half = {name: value if name == "coordinates" else value.to(dtype) for name, value in inputs.items()}
+    layer = layer.to(dtype)
+    errors = {}
+    for backend in FAST:
+        output, _ = choose(layer, backend)(**half, implementation="sdpa", is_causal=True)
+        assert output.dtype == dtype
+        errors[backend] = (output.double() - exact).abs().max()
+    assert errors["blocked"] <= 1.2 * errors["sdpa"]
+
+
+def test_what_a_backend_cannot_do_is_refused_in_words() -> None:
+    layer, inputs = build("dot_product", "none", "twicing", 2), tensors("none")
+    options: dict[str, Any] = {**inputs, "implementation": "sdpa"}
+    with pytest.raises(ValueError, match="filter_backend='sdpa' cannot serve this call: it draws a new dropout mask"):
+        choose(layer, "sdpa")(**options, dropout=0.1)
+    with pytest.raises(ValueError, match="filter_backend='flex' cannot serve this call: it drops nothing out"):
+        choose(layer, "flex")(**options, dropout=0.1)
+    with pytest.raises(ValueError, match="filter_backend='triton' .* a CUDA device"):
+        choose(layer, "triton")(**options)
+    cache = DynamicCache(config=gpt2_config("twicing"))
+    with pytest.raises(ValueError, match="filter_backend='flex' cannot .* does not hand out the streams"):
+        choose(layer, "flex")(**options, is_causal=True, past_key_values=cache)
+    learned = build("gaussian", "none", "learned", 2)
+    with torch.no_grad(), pytest.raises(ValueError, match="filter_backend='flex' cannot .* knows no learned gain"):
+        choose(learned, "flex")(**options)
+
+
+def test_kernels_for_plain_products_are_not_given_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that would take the tensors as they are and know nothing of positions is not asked."""
+
+    def never(request: Request) -> torch.Tensor:
+        raise AssertionError
+
+    monkeypatch.setitem(BACKENDS, "triton", Backend(never, lambda request: None))
+    for content, position in (("gaussian", "none"), ("dot_product", "untied"), ("dot_product", "gaussian")):
+        layer, inputs = build(content, position, "twicing", 2), tensors(position)
+        with pytest.raises(ValueError, match="filter_backend='triton' cannot serve this call: it takes plain inner"):
+            choose(layer, "triton")(**inputs, implementation="sdpa")
+        choose(layer, "auto")(**inputs, implementation="sdpa")
+
+
+def test_a_backend_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that came with a checkpoint has no kernels beside it."""
+    monkeypatch.delitem(BACKENDS, "triton", raising=False)
+    layer = choose(build("dot_product", "none", "twicing", 2), "triton")
+    with pytest.raises(ValueError, match="filter_backend='triton' is not available: the kernels need a CUDA device"):
+        layer(**tensors("none"), implementation="sdpa")
+
+
+def test_the_package_fills_the_table() -> None:
+    """Triton comes for Linux only."""
+    expected = set(FILTER_BACKENDS) if find_spec("triton") else set(FILTER_BACKENDS) - {"triton"}
+    assert {*BACKENDS, "auto"} == expected
+
+
+@pytest.mark.parametrize("backend", ["auto", *FAST])
+@pytest.mark.parametrize("variant", ["twicing", "bilateral_twicing", "sos", "learned_twicing", "mixed_boosters"])
+@pytest.mark.parametrize("backbone", ["gpt2", "vit"])
+def test_whole_models(backbone: str, variant: str, backend: str) -> None:
+    """The choice is made at run time, on the model that is there, and changes nothing but rounding."""
+    from hf_imgproc_attn import ImgProcGPT2LMHeadModel, ImgProcViTForImageClassification
+
+    torch.manual_seed(0)
+    if backbone == "gpt2":
+        model: Any = ImgProcGPT2LMHeadModel(gpt2_config(variant, attn_implementation="sdpa"))
+        inputs = token_ids()
+    else:
+        model = ImgProcViTForImageClassification(vit_config(variant, attn_implementation="sdpa"))
+        inputs = images().double()
+    model = model.double().eval()
+    results = []
+    for name in ("reference", backend):
+        model.config.filter_backend = name
+        results.append(model(inputs).logits)
+    torch.testing.assert_close(results[1], results[0], **TIGHT)
