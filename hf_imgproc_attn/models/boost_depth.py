@@ -19,7 +19,7 @@ Feedback adds to the head output, before the output projection, with e_l = V_0 -
     pid       lambda_P e_l + lambda_I sum_{m <= l} e_m + lambda_D (e_l - e_{l-1})     (PIDformer, Nguyen 2024)
 
 It is not dropped out, and gradient flows through V_0 too. The factors are numbers of the configuration or, with
-``learn_feedback``, parameters of every head and layer (FilterScalars). With ``gradient_boosted`` V is the value of the first filter
+``learn_feedback``, parameters of every head and layer. With ``gradient_boosted`` V is the value of the first filter
 and the head output is F + g * c.
 """
 

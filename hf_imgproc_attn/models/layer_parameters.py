@@ -79,7 +79,7 @@ class FilterScalars(nn.Module):
         buckets: axes of the grid and buckets of offsets along each, or None. Their logits are initially 0, so that a
             model starts without any notion of position; T5 draws them at random instead (*choice*).
         gain: whether there is a booster's gain gamma, initially 1: twicing.
-        feedback: initial factors of the feedback, the same for every head, or None where the layer does not learn them.
+        feedback: initial factors of the feedback, the same for every head, or None where they are not learned.
     """
 
     content_log_bandwidth: nn.Parameter | None

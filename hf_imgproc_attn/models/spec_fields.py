@@ -98,8 +98,8 @@ class FilterSpecMixin:
         feedback: cross-layer feedback on the head output: ``"none"``, ``"neutreno"``, ``"pid"``.
         neutreno_lambda: ``neutreno`` only: its strength. None: the published 0.6 for images, 0.4 for text.
         pid_gains: ``pid`` only: the gains P, I, D. None: 0.5, 0.05, 0.05 (*choice*: none are published with code).
-        learn_feedback: ``neutreno`` and ``pid`` only: whether lambda or the gains are parameters, one (or three) a head
-            and layer, that start at the values above.
+        learn_feedback: ``neutreno`` and ``pid`` only: whether lambda or the three gains are parameters of every head
+            and layer, which start at the values above.
         filter_spec_version: written by ``save_pretrained``, never chosen by a user.
 
     Raises:
