@@ -200,6 +200,9 @@ def build_causal_lm(
             )
         model.resize_token_embeddings(len(tokenizer))
     positions = model.config.n_positions
+    # Without it a pipeline asks for 256 tokens more than the prompt has, which may be more than there are positions.
+    own = model.generation_config.to_diff_dict().get("max_length")
+    model.generation_config.max_length = positions if own is None else min(own, positions)
     block_size = min(positions, DEFAULT_BLOCK_SIZE) if block_size is None else block_size
     if block_size > positions:
         raise UsageError(f"block_size must not exceed the model's {positions} positions, got {block_size}")
@@ -310,11 +313,16 @@ def _image_processor(name: str | None, config: Any) -> "BaseImageProcessor":
     from transformers import AutoImageProcessor
     from transformers.utils import cached_file
 
+    from hf_imgproc_attn.models.image_processing_imgproc import ImgProcGreyImageProcessor
     from hf_imgproc_attn.training_support.image_pixels import build_image_processor
 
     if name is not None and cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False):
         with _as_usage_errors(f"the image processor of model_name_or_path {name!r}"):
-            return AutoImageProcessor.from_pretrained(name)
+            processor = AutoImageProcessor.from_pretrained(name)
+        if config.num_channels == 3 or isinstance(processor, ImgProcGreyImageProcessor):
+            return processor
+        fields = {key: value for key, value in processor.to_dict().items() if not key.startswith("image_processor")}
+        return ImgProcGreyImageProcessor(**fields)  # a stock one leaves the three channels that a pipeline gives it
     return build_image_processor(_pair(config.image_size), config.num_channels)
 
 
