@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +104,7 @@ def render_card(
     repo_id: str,
     revision: str,
     baseline: RunResults | None = None,
-    license: str = "apache-2.0",  # noqa: A002  # the Hub's name of the field
+    license: str | Mapping[str, Any] | None = None,  # noqa: A002  # the Hub's name of the field
     example: bool = False,
 ) -> str:
     """The README.md of a checkpoint.
@@ -113,7 +114,8 @@ def render_card(
         repo_id: the Hub repository, ``owner/name``.
         revision: the tag, branch or commit that the quick start pins.
         baseline: a run of the same recipe with another preset, shown beside it.
-        license: the Hub's identifier of the licence of the weights.
+        license: the Hub's identifier of the licence of the weights, or the keys ``license``, ``license_name`` and
+            ``license_link`` of a card; None: the card names none.
         example: the card of a run that is kept but whose checkpoint is not published; the card says so.
 
     Raises:
@@ -135,7 +137,7 @@ def render_card(
     sources = PACKAGE_PAPERS if variant is None else variant.papers
     title = repo_id.rpartition("/")[2]
     card = ModelCard.from_template(
-        _front_matter(record, rows, title, license),
+        _front_matter(record, rows, title, {"license": license} if isinstance(license, str) else license or {}),
         template_str=shipped_file(TEMPLATE).read_text(encoding="utf-8"),
         title=title,
         example=example,
@@ -172,14 +174,18 @@ def render_card(
     return str(card).rstrip() + "\n"
 
 
-def _front_matter(record: dict[str, Any], rows: list[Measurement], title: str, license_name: str) -> ModelCardData:
+def _front_matter(
+    record: dict[str, Any], rows: list[Measurement], title: str, licence: Mapping[str, Any]
+) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
     task = _PIPELINES[record["task"]]
     results = evaluation_results(rows, record, task=task, dataset_title=facts.dataset_title(record))
     dataset = facts.hub_name(record, "data", "dataset_name")
     return ModelCardData(
-        license=license_name,
+        license=licence.get("license"),
+        license_name=licence.get("license_name"),
+        license_link=licence.get("license_link"),
         library_name="transformers",
         pipeline_tag=task,
         base_model=facts.hub_name(record, "model", "model_name_or_path"),
