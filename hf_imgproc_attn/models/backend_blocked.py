@@ -11,7 +11,9 @@ import torch
 
 from .backend_blocked_passes import BlockedFilter, Call, recurrence
 from .backend_blocked_plan import Plan, make_plan
+from .backend_blocked_positions import check_positions
 from .backend_checks import check_options, check_tensors, check_terms
+from .kernel_position import BlockedPositions
 from .visibility import visible
 
 
@@ -22,6 +24,7 @@ def blocked_attention(
     *,
     attn_mask: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    positions: BlockedPositions | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     dropout_p: float = 0.0,
@@ -44,6 +47,8 @@ def blocked_attention(
         attn_mask: boolean (True = visible) or additive float, broadcastable to ``[batch, heads, length, key_length]``,
             or None. Together with ``is_causal`` both apply.
         bias: added to the logits, broadcastable likewise, or None. If it needs a gradient, so much memory is taken.
+        positions: ``GaussianPositions``, ``AlibiPositions`` or ``BucketPositions``, whose kernel is added to the
+            logits inside each block, or None. Its parameters have gradients, its coordinates do not.
         is_causal: whether query i sees no key after its own, ``key_length - length + i``. A mask that happens to be
             causal does the same, but takes one pass more a step where the queries do not fit in one block.
         scale: factor on q.k. None: 1/sqrt(head_dim).
@@ -67,9 +72,11 @@ def blocked_attention(
     check_tensors(query, key, value)
     check_options(boosting, steps, dropout_p)
     attn_mask, bias = check_terms(query, key, attn_mask, bias)
+    if positions is not None:
+        check_positions(positions, query, key)
     return _blocked(
-        query, key, value, attn_mask, bias, is_causal, scale, dropout_p, boosting, steps, past_streams, seed,
-        block_rows, group_pairs,
+        query, key, value, attn_mask, bias, positions, is_causal, scale, dropout_p, boosting, steps, past_streams,
+        seed, block_rows, group_pairs,
     )  # fmt: skip
 
 
@@ -80,6 +87,7 @@ def _blocked(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     bias: torch.Tensor | None,
+    positions: BlockedPositions | None,
     is_causal: bool,
     scale: float | None,
     dropout: float,
@@ -110,10 +118,11 @@ def _blocked(
         group_pairs=group_pairs,
     )
     past = _past(past_streams, plan, extra, width)
-    call = Call(plan, booster, mask, _hidden_keys(mask))
+    call = Call(plan, booster, mask, _hidden_keys(mask), positions)
+    parameters = () if positions is None else positions.parameters()
     # Autocast would run the products in half precision.
     with torch.autocast(query.device.type, enabled=False):
-        output, streams = BlockedFilter.apply(query, key, value, bias, past, call)
+        output, streams = BlockedFilter.apply(query, key, value, bias, past, call, *parameters)
     return output, [stream.to(value.dtype) for stream in streams.split(width, dim=-1)] if extra else []
 
 

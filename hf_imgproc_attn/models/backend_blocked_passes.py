@@ -27,9 +27,11 @@ from typing import Any, NamedTuple
 import torch
 
 from .backend_blocked_plan import Group, Plan
+from .backend_blocked_positions import PositionTerm
 from .backend_blocked_weights import Buffer, KeyHeads, KeySums, Weights, flat
 from .boost_operators import BOOSTING
 from .kernel_content import working_dtype
+from .kernel_position import BlockedPositions
 
 
 class Recurrence(NamedTuple):
@@ -66,6 +68,16 @@ class Call(NamedTuple):
     mask: torch.Tensor | None
     hidden: torch.Tensor | None
     """Keys that no query sees, ``[batch or 1, heads or 1, 1, key_length or 1]``: whatever stands there is not read."""
+    positions: BlockedPositions | None = None
+    """Of the position kernel, or None; its parameters are inputs of their own."""
+
+    def position_term(
+        self, parameters: tuple[torch.Tensor, ...], like: torch.Tensor, needs_grad: tuple[bool, ...] = ()
+    ) -> PositionTerm | None:
+        """The position kernel's part in the blocks; arguments as in :class:`PositionTerm`."""
+        if self.positions is None:
+            return None
+        return PositionTerm(self.positions, parameters, self.plan, like, needs_grad)
 
 
 class _Inputs:
@@ -156,7 +168,10 @@ def _passes(plan: Plan, num_streams: int) -> list[range]:
 
 
 class BlockedFilter(torch.autograd.Function):
-    """``apply(query, key, value, bias, past, call)`` -> output, and x_1, x_2, ... of the queries side by side."""
+    """``apply(query, key, value, bias, past, call, *parameters)`` -> output, and x_1, x_2, ... of the queries.
+
+    The streams stand side by side; the parameters are those of the position kernel.
+    """
 
     @staticmethod
     def forward(
@@ -167,13 +182,15 @@ class BlockedFilter(torch.autograd.Function):
         bias: torch.Tensor | None,
         past: torch.Tensor | None,
         call: Call,
+        *parameters: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         plan, booster = call.plan, call.booster
         work, width, num_streams = working_dtype(query.dtype), value.shape[-1], len(booster.streams)
         like = query.new_empty(0, dtype=work)
         streams = like.new_empty(plan.batch, plan.heads, plan.length, (num_streams - 1) * width)
         output, log_sums = (like.new_empty(plan.batch * plan.heads, plan.length, size) for size in (width, 1))
-        weights, one = Weights(plan, call.mask, bias, like), like.new_ones(1)
+        weights = Weights(plan, call.mask, bias, call.position_term(parameters, like), like)
+        one = like.new_ones(1)
         blocks = plan.blocks()
         inputs = _Inputs(call, query, key, value, past, streams)
         for group in plan.groups():
@@ -200,7 +217,7 @@ class BlockedFilter(torch.autograd.Function):
                             _combine(inputs.own[:, rows, inputs.columns(later)], booster.streams[later], *common)
                         _combine(out[:, rows], booster.output, *common)
         ctx.call = call
-        ctx.save_for_backward(query, key, value, bias, past, streams, log_sums)
+        ctx.save_for_backward(query, key, value, bias, past, streams, log_sums, *parameters)
         ctx.set_materialize_grads(False)
         return output.to(value.dtype).unflatten(0, (plan.batch, plan.heads)), streams
 
@@ -209,7 +226,7 @@ class BlockedFilter(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor | None, stream_grad: torch.Tensor | None) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         with torch.autocast(saved[0].device.type, enabled=False):
-            return _backward(ctx.call, saved, grad, stream_grad, ctx.needs_input_grad[3])
+            return _backward(ctx.call, saved, grad, stream_grad, ctx.needs_input_grad)
 
 
 def _backward(
@@ -217,9 +234,9 @@ def _backward(
     saved: tuple[Any, ...],
     grad: torch.Tensor | None,
     stream_grad: torch.Tensor | None,
-    needs_bias_grad: bool,
+    needs_grad: tuple[bool, ...],
 ) -> tuple[Any, ...]:
-    query, key, value, bias, past, streams, log_sums = saved
+    query, key, value, bias, past, streams, log_sums, *parameters = saved
     call = call._replace(plan=call.plan.backward)
     plan, booster = call.plan, call.booster
     work, width, num_streams = working_dtype(query.dtype), value.shape[-1], len(booster.streams)
@@ -229,10 +246,11 @@ def _backward(
     inputs = _Inputs(call, query, key, value, past, streams)
     query_grad = query.new_empty(query.shape, dtype=work)
     key_grad, value_grad = (inputs.key_heads.total(x, work) for x in (key, value))
-    bias_grad = like.new_zeros(bias.shape) if needs_bias_grad else None
+    bias_grad = like.new_zeros(bias.shape) if needs_grad[3] else None
     past_grad = None if past is None else torch.empty(past.shape, dtype=work, device=past.device)
     all_grads, stream_grads = flat(grad, work), None if stream_grad is None else flat(stream_grad, work)
-    weights = Weights(plan, call.mask, bias, like)
+    positions = call.position_term(tuple(parameters), like, needs_grad[6:])
+    weights = Weights(plan, call.mask, bias, positions, like)
     weight_grads = Buffer(like, weights.size)
     blocks = plan.blocks()[::-1]
     passes = _passes(plan, num_streams)[::-1]
@@ -281,6 +299,7 @@ def _backward(
                 d_key.add(d_logits, inputs.query[:, rows])
                 if bias_grad is not None:
                     weights.add_to_bias(bias_grad, d_logits, block)
+                weights.add_to_positions(d_logits, block)
         every, own = slice(0, plan.key_length), slice(plan.past, plan.key_length)
         inputs.key_heads.add(key_grad, d_key.rows(every).mul_(plan.scale), group)
         # Of earlier keys only x_0 is a function of V here; the rest came in as streams.
@@ -299,4 +318,14 @@ def _backward(
         None if bias_grad is None else bias_grad.to(bias.dtype),
         None if past_grad is None else past_grad.to(past.dtype),
         None,
+        *_parameter_grads(parameters, positions),
     )
+
+
+def _parameter_grads(parameters: list[torch.Tensor], positions: PositionTerm | None) -> list[torch.Tensor | None]:
+    """The gradients of the position kernel's parameters, in their own dtypes."""
+    gradients = [] if positions is None else positions.gradients
+    return [
+        None if gradient is None else gradient.to(parameter.dtype)
+        for parameter, gradient in zip(parameters, gradients, strict=True)
+    ]

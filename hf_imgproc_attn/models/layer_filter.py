@@ -8,6 +8,7 @@ choice of a fast path to ``backend_run``, or to the configuration's ``filter_bac
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers.utils import logging
 
 from .backend_reference import reference_attention
 from .backend_run import dense_logits, run_filter
-from .boost_depth import feedback_gains
+from .boost_depth import feedback_gains, gain_arguments
 from .boost_gradient import GradientBoosting
 from .boost_operators import Extend, extra_streams, keep_rows, operator_on_value
 from .cache_layer import after_first, check_cache_layer
@@ -81,7 +82,7 @@ class AttentionFilter(nn.Module):
         # The second filter of gradient boosting has sums of its own.
         num_metrics = self.has_metric * (2 if spec.boosting == "gradient_boosted" else 1)
         self.num_streams = extra_streams(spec.boosting, spec.boosting_steps) + num_metrics
-        self.feedback_gains = feedback_gains(config)
+        self._feedback_gains = feedback_gains(config)
         self.passes_value = needs_previous_value(config)
         stock_bandwidth = math.sqrt(2.0 / scaling)
         self._content_bandwidths = (
@@ -105,6 +106,8 @@ class AttentionFilter(nn.Module):
             class_token=positions.has_class_logits,
             buckets=positions.bucket_table,
             gain=spec.boosting == "learned",
+            # Layer 0 hands its values on and has no feedback of its own.
+            feedback=self._feedback_gains if config.learn_feedback and layer_idx > 0 else None,
         )
         self.position_projection = None
         if spec.position_kernel == "untied" and not config.share_position_projections:
@@ -112,6 +115,14 @@ class AttentionFilter(nn.Module):
         self.gradient_boosting = None
         if spec.boosting == "gradient_boosted":
             self.gradient_boosting = GradientBoosting(config.hidden_size, self.num_heads, head_dim)
+
+    def feedback_arguments(self) -> dict[str, Any]:
+        """What the layer's feedback function takes: numbers, or learned factors ``[heads, 1, 1]``."""
+        gains: Sequence[float | torch.Tensor] = self._feedback_gains
+        if self.scalar_bias.feedback_gains is not None:
+            learned = self.scalar_bias().feedback_gains
+            gains = [] if learned is None else [gain.view(-1, 1, 1) for gain in learned.unbind(-1)]
+        return gain_arguments(self.spec.feedback, gains)
 
     def _content_scale(self, scalars: Scalars, like: torch.Tensor) -> torch.Tensor | float:
         """2/h_y^2: the stock factor as a number, or ``[heads, 1, 1]`` in the working precision."""

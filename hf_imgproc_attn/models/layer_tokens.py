@@ -54,7 +54,7 @@ def filter_tokens(
             return layer(*projected, past_key_values=second_cache, previous_value=value, **options)
 
         output, weights = layer.gradient_boosting(hidden_states, output, weights, attend)
-    output, state = FEEDBACK[layer.spec.feedback](output, value, state, **layer.feedback_gains)
+    output, state = FEEDBACK[layer.spec.feedback](output, value, state, **layer.feedback_arguments())
     if layer.passes_value:
         state = state._replace(previous_value=value)
     return output.transpose(1, 2).flatten(2), weights, state
