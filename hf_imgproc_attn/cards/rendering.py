@@ -20,7 +20,7 @@ from ..errors import UsageError, require_extras
 from ..shipped_files import shipped_file
 from . import facts
 from .baseline import check_same_recipe, environment_differences
-from .results import Measurement, check_results, evaluation_results, measurements, result_rows
+from .results import FAMILIES, Measurement, check_results, evaluation_results, measurements, result_rows
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -131,8 +131,6 @@ def render_card(
         check_same_recipe(record, other)
         other_rows = measurements(other, baseline.robustness)
     preset = facts.variant_of(record)
-    if other_rows is None and preset != "softmax":
-        other_rows = []  # that the baseline is missing shows; the stock model is the baseline of the others
     variant = None if preset == "custom" else VARIANTS[preset]
     sources = PACKAGE_PAPERS if variant is None else variant.papers
     title = repo_id.rpartition("/")[2]
@@ -159,10 +157,18 @@ def render_card(
         git=record.get("git"),
         hyper_parameters=facts.hyper_parameters(record),
         definitions=(run.robustness or {}).get("definitions", {}),
-        results=result_rows(rows, other_rows, record.get("seed")),
-        costs=facts.costs(record, other, with_baseline=other_rows is not None),
-        has_baseline_column=other_rows is not None,
+        results=result_rows(
+            # One sentence says what an evaluation would add; rows without a number would only bury the others.
+            [row for row in rows if row.family == "clean" or run.robustness is not None],
+            other_rows,
+            record.get("seed"),
+            with_disturbed=baseline is not None and baseline.robustness is not None,
+        ),
+        not_evaluated="" if run.robustness is not None else ", ".join(FAMILIES[record["task"]]),
+        costs=facts.costs(record, other),
         baseline=None if other is None else facts.variant_of(other),
+        baseline_not_evaluated=baseline is not None and baseline.robustness is None and run.robustness is not None,
+        baseline_name="" if baseline is None else baseline.name,
         baseline_differences=[] if other is None else environment_differences(record, other),
         curves=bool(record.get("train_loss") or record.get("eval_history")),
         losses=[record["train_loss"][0], record["train_loss"][-1]] if record.get("train_loss") else [],

@@ -75,10 +75,10 @@ def check_folder(folder: str) -> dict[str, Any]:
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
     if hasattr(config, "patch_size"):
         if os.path.isfile(os.path.join(folder, "preprocessor_config.json")):
-            transformers.AutoImageProcessor.from_pretrained(folder)
+            transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
     elif os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
         # By name of a file: without one AutoTokenizer makes up an empty tokenizer.
-        tokens = len(transformers.AutoTokenizer.from_pretrained(folder))
+        tokens = len(transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True))
         if tokens > config.vocab_size:
             raise WrongCheckpointError(f"the tokenizer has {tokens} tokens, the model {config.vocab_size}")
     return {"class": model_class.__name__}

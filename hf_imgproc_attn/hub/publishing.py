@@ -187,7 +187,6 @@ def prepare_repository(
     *,
     private: bool,
     branch: str = MAIN,
-    license: str | None = None,  # noqa: A002
 ) -> str:
     """Make sure that a token may write, that the repository is there, and that it is for this type of model.
 
@@ -199,7 +198,6 @@ def prepare_repository(
         model_type: of the checkpoint to come.
         private: what a new repository becomes; an existing public one is refused then.
         branch: is created where it is missing.
-        license: of the licence that the card is going to name; None: not known yet.
 
     Returns:
         The full ``NAME/ID``.
@@ -211,8 +209,6 @@ def prepare_repository(
     found = look_at(api, repo_id, branch)
     check_may_write(api, repo_id, found)
     check_purpose(api, repo_id, found, model_type, private=private)
-    if license is not None:
-        check_card(api, f"---\nlicense: {json.dumps(license)}\n---\n")
     create(api, repo_id, found, private=private, branch=branch)
     return repo_id
 
@@ -355,7 +351,9 @@ def _run_fresh_process(endpoint: str | None, *arguments: str) -> dict[str, Any]:
             if token is not None:
                 environment["HF_TOKEN"] = token  # the login is a file of the usual HF_HOME
         command = [sys.executable, "-I", str(fresh_process.__file__), *arguments]
-        done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=home, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
     try:
         return dict(json.loads(done.stdout.splitlines()[-1]))
     except (ValueError, IndexError):

@@ -235,6 +235,15 @@ def check_card(api: HfApi, card: str) -> None:
         raise HubError(f"the Hub does not take the card: {' '.join('; '.join(errors).split())}")
 
 
+def check_licence(api: HfApi, identifier: str) -> None:
+    """Ask the Hub whether it knows a licence.
+
+    Raises:
+        HubError: if it does not.
+    """
+    check_card(api, f"---\nlicense: {json.dumps(identifier)}\n---\n")
+
+
 def check_may_write(api: HfApi, repo_id: str, found: Found) -> None:
     """Refuse a token that may not write.
 
@@ -307,8 +316,8 @@ def commit_files(api: HfApi, repo_id: str, wanted: Files, *, branch: str, head: 
     commit = patiently(f"upload to {repo_id}", send)
     if wrong := differences(list_files(api, repo_id, commit), wanted):
         raise HubError(
-            f"{repo_id} at {commit} does not hold what was sent: {', '.join(wrong)} (is there a .gitignore?); it is not "
-            "verified and has no tag"
+            f"{repo_id} at {commit} does not hold what was sent: {', '.join(wrong)} (is there a .gitignore?); it is "
+            "not verified and has no tag"
         )
     return commit
 
