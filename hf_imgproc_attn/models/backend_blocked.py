@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .backend_blocked_passes import BlockedFilter, Call, recurrence
+from .backend_blocked_autograd import BlockedFilter
+from .backend_blocked_passes import Call, recurrence
 from .backend_blocked_plan import Plan, make_plan
 from .backend_blocked_positions import check_positions
 from .backend_checks import check_options, check_tensors, check_terms

@@ -187,13 +187,6 @@ class Weights:
         """A's block again, normalised and without dropout, from the log-sum-exp of all rows ``[pairs, length, 1]``."""
         return self._logits(block).sub_(log_sum[:, block.start : block.stop]).exp2_()
 
-    @staticmethod
-    def through_softmax(d_matrix: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        """The gradient of the logits, A o (dA - (A o dA) 1), in the memory of dA."""
-        softmax_backward = torch.ops.aten._softmax_backward_data.out
-        softmax_backward(d_matrix, matrix, -1, matrix.dtype, grad_input=d_matrix)
-        return d_matrix
-
     def add_to_positions(self, d_logits: torch.Tensor, block: Block) -> None:
         """Add a block's gradient of the logits, which may be overwritten, to those of the position kernel."""
         if self.positions is not None:
