@@ -63,6 +63,10 @@ class Gradients:
             stream_grad: of the streams side by side, ``[batch, heads, length, (k - 1) * d]``, or None.
         """
         plan, dtype = self.plan, self.like.dtype
+        if not plan.groups():  # nothing to attend, and what was allocated stays unwritten
+            for gradient in (self.key, self.value, self.past):
+                if gradient is not None:
+                    gradient.zero_()
         if grad is None:
             grad = self.like.new_zeros(plan.batch, plan.heads, plan.length, self.width)
         output_grads = flat(grad, dtype)
@@ -81,6 +85,8 @@ class Gradients:
         pairs = inputs.query.shape[0]
         self.group, self.output_grad = group, output_grads[group.pairs]
         self.output, self.log_sum = self.computed.output[group.pairs], self.computed.log_sums[group.pairs]
+        if self.call.mask is not None:  # queries that see no key may hold anything
+            inputs.query = inputs.query.masked_fill(self.log_sum == float("inf"), 0.0)
         self.d_query = self.query.flatten(0, 1)[group.pairs]
         minus_one = self.like.new_full((1, 1, 1), -1.0).expand(pairs, plan.key_length, 1)
         boosted = [inputs.all] if self.num_streams > 1 else []

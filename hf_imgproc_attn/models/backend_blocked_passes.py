@@ -35,7 +35,7 @@ import torch
 from .backend_blocked_plan import Group, Plan
 from .backend_blocked_positions import PositionTerm
 from .backend_blocked_weights import KeyHeads, Weights, flat
-from .boost_operators import BOOSTING
+from .boost_operators import BOOSTING, extra_streams
 from .kernel_content import working_dtype
 from .kernel_position import BlockedPositions
 
@@ -55,7 +55,8 @@ def recurrence(boosting: str, steps: int) -> Recurrence:
         boosting: key of ``BOOSTING``.
         steps: k >= 1.
     """
-    units = torch.eye(steps + 1, dtype=torch.float64)
+    # One for V and one for each application of A; "learned" has two whatever its steps.
+    units = torch.eye(max(steps, extra_streams(boosting, steps) + 1) + 1, dtype=torch.float64)
     streams: list[torch.Tensor] = []
 
     def attend(stream: torch.Tensor) -> torch.Tensor:
@@ -72,10 +73,10 @@ class Call(NamedTuple):
     plan: Plan
     booster: Recurrence
     mask: torch.Tensor | None
-    hidden: torch.Tensor | None
-    """Keys that no query sees, ``[batch or 1, heads or 1, 1, key_length or 1]``: whatever stands there is not read."""
     positions: BlockedPositions | None = None
     """Of the position kernel, or None; its parameters are inputs of their own."""
+    hidden: torch.Tensor | None = None
+    """Keys that no query sees, ``[batch or 1, heads or 1, 1, key_length or 1]``: whatever stands there is not read."""
 
     def position_term(
         self, parameters: tuple[torch.Tensor, ...], like: torch.Tensor, needs_grad: tuple[bool, ...] = ()

@@ -163,7 +163,11 @@ class Weights:
             if allowed is not None:
                 shaped.masked_fill_(~allowed, float("-inf"))
         if self.future is not None:
-            scores[:, :, block.keys - rows :].add_(self.future[:rows, :rows])
+            own = scores[:, :, block.keys - rows :]
+            if self.mask is None:
+                own.add_(self.future[:rows, :rows])
+            else:  # a query that sees no key may be NaN, which adding -inf does not hide
+                own.masked_fill_(self.future[:rows, :rows] < 0.0, float("-inf"))
         return scores
 
     def compute(self, block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
