@@ -24,6 +24,7 @@ from .conversion_source import ARCHITECTURES, Source, load_source, new_variant
 from .conversion_weights import check_structure, unused_rows, variant_fields, variant_weights
 from .models.spec_axes import STEPPED_BOOSTINGS
 from .models.spec_fields import preset_fields, preset_name
+from .output_paths import writing
 
 __all__ = ["ARCHITECTURES", "ConversionReport", "convert", "convert_checkpoint"]
 
@@ -201,8 +202,9 @@ def convert_checkpoint(source: str, preset: str, output_dir: str, **config_overr
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"output must be a new or empty folder, got {output_dir!r}, which holds files")
     model, report = convert(source, preset, return_report=True, **config_overrides)
-    model.save_pretrained(folder)
-    _copy_processor(source, folder)
+    with writing(folder):
+        model.save_pretrained(folder)
+        _copy_processor(source, folder)
     return report
 
 

@@ -9,9 +9,13 @@ from collections.abc import Sequence
 
 import torch
 
-from .backend_blocked_passes import BlockedFilter, Call, recurrence
+from .backend_blocked_autograd import BlockedFilter
+from .backend_blocked_dense import dense_passes, is_transformed
+from .backend_blocked_passes import Call, recurrence
 from .backend_blocked_plan import Plan, make_plan
+from .backend_blocked_positions import check_positions
 from .backend_checks import check_options, check_tensors, check_terms
+from .kernel_position import BlockedPositions
 from .visibility import visible
 
 
@@ -22,6 +26,7 @@ def blocked_attention(
     *,
     attn_mask: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    positions: BlockedPositions | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     dropout_p: float = 0.0,
@@ -32,7 +37,10 @@ def blocked_attention(
     block_rows: int | None = None,
     group_pairs: int | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Apply a boosted filter in memory O(length), with its own backward (once differentiable).
+    """Apply a boosted filter in memory O(length), with its own backward, likewise O(length).
+
+    A gradient of a gradient (``create_graph=True``), a forward-mode derivative and the transforms of ``torch.func``
+    are computed densely instead, in memory O(length * key_length).
 
     Half precision is computed in float32. Rows that see no key give 0. A key that no query sees may hold anything, NaN
     included. Queries may be fewer than keys: they are then the last ones.
@@ -44,6 +52,8 @@ def blocked_attention(
         attn_mask: boolean (True = visible) or additive float, broadcastable to ``[batch, heads, length, key_length]``,
             or None. Together with ``is_causal`` both apply.
         bias: added to the logits, broadcastable likewise, or None. If it needs a gradient, so much memory is taken.
+        positions: ``GaussianPositions``, ``AlibiPositions`` or ``BucketPositions``, whose kernel is added to the
+            logits inside each block, or None. Its parameters have gradients, its coordinates do not.
         is_causal: whether query i sees no key after its own, ``key_length - length + i``. A mask that happens to be
             causal does the same, but takes one pass more a step where the queries do not fit in one block.
         scale: factor on q.k. None: 1/sqrt(head_dim).
@@ -67,9 +77,11 @@ def blocked_attention(
     check_tensors(query, key, value)
     check_options(boosting, steps, dropout_p)
     attn_mask, bias = check_terms(query, key, attn_mask, bias)
+    if positions is not None:
+        check_positions(positions, query, key)
     return _blocked(
-        query, key, value, attn_mask, bias, is_causal, scale, dropout_p, boosting, steps, past_streams, seed,
-        block_rows, group_pairs,
+        query, key, value, attn_mask, bias, positions, is_causal, scale, dropout_p, boosting, steps, past_streams,
+        seed, block_rows, group_pairs,
     )  # fmt: skip
 
 
@@ -80,6 +92,7 @@ def _blocked(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     bias: torch.Tensor | None,
+    positions: BlockedPositions | None,
     is_causal: bool,
     scale: float | None,
     dropout: float,
@@ -110,10 +123,15 @@ def _blocked(
         group_pairs=group_pairs,
     )
     past = _past(past_streams, plan, extra, width)
-    call = Call(plan, booster, mask, _hidden_keys(mask))
+    call = Call(plan, booster, mask, positions)
+    parameters = () if positions is None else positions.parameters()
     # Autocast would run the products in half precision.
     with torch.autocast(query.device.type, enabled=False):
-        output, streams = BlockedFilter.apply(query, key, value, bias, past, call)
+        if is_transformed((query, key, value, mask, bias, past, *parameters)):
+            output, streams = dense_passes(call, query, key, value, bias, past, parameters)
+        else:
+            call = call._replace(hidden=_hidden_keys(mask))
+            output, streams = BlockedFilter.apply(query, key, value, bias, past, call, *parameters)
     return output, [stream.to(value.dtype) for stream in streams.split(width, dim=-1)] if extra else []
 
 
@@ -142,21 +160,3 @@ def _hidden_keys(mask: torch.Tensor | None) -> torch.Tensor | None:
     else:
         seen = mask.amax(-2, keepdim=True) > torch.finfo(mask.dtype).min / 2
     return None if bool(seen.all()) else ~seen
-
-
-def dropout_factors(plan: Plan, like: torch.Tensor) -> torch.Tensor:
-    """What a call multiplies A with, put together densely: for tests and for looking at a layer.
-
-    Args:
-        plan: of the call, as :func:`make_plan` gives it.
-        like: a tensor of the device and dtype that the call works in.
-
-    Returns:
-        ``[batch, heads, length, key_length]``, 0 or 1/(1 - p); 0 where a block does not look.
-    """
-    factors = like.new_zeros(plan.batch, plan.heads, plan.length, plan.key_length)
-    for group in plan.groups():
-        for block in plan.blocks():
-            part = plan.kept(group, block, like).unflatten(0, group.shape)
-            factors[group.batch, group.heads, block.start : block.stop, : block.keys] = part
-    return factors
