@@ -13,6 +13,7 @@ from huggingface_hub import HfApi
 
 from ..cards.merging import LIBRARY_TAG
 from ..models.spec_fields import PRESETS
+from ..output_paths import check_output_folder
 from .client import HubError, connect, patiently
 from .repository import check_repo_id, list_files, repository_model_type, same_content
 from .run_files import MODEL_TYPES, RECORD
@@ -88,7 +89,7 @@ def pull(
     """
     check_repo_id(repo_id)
     if output is not None:
-        _check_writable(Path(output))
+        check_output_folder(output)
     api = connect(endpoint)
     info = patiently(f"find {repo_id}", lambda: api.model_info(repo_id, revision=revision))
     commit = str(info.sha)
@@ -148,15 +149,6 @@ def _differing(api: HfApi, repo_id: str, commit: str, options: dict[str, Any]) -
     )
     missing = [path for path in found.missing_paths if not any(fnmatch(path, pattern) for pattern in _PICKLES)]
     return sorted([item["path"] for item in found.mismatches] + missing), found.checked_count
-
-
-def _check_writable(folder: Path) -> None:
-    """Refuse, before anything is downloaded, a place where nothing can be written."""
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not existing.is_dir():
-        raise HubError(f"output must be a folder, got {str(folder)!r}, where {str(existing)!r} is a file")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise HubError(f"output must be a folder that can be written to, got {str(folder)!r}")
 
 
 def _check_overwrites(api: HfApi, repo_id: str, commit: str, folder: Path) -> None:

@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..errors import UsageError, exit_code
 from ..models.boost_operators import BOOSTING
 from ..models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from ..models.configuration_imgproc_vit import ImgProcViTConfig
 from ..models.layer_filter import SUPPORTED_IMPLEMENTATIONS, AttentionFilter
 from ..models.spec_axes import BOOSTINGS, CONTENT_KERNELS, POSITION_KERNELS
+from ..output_paths import check_output_file, write_or_keep
 
 COMMAND = "python -m hf_imgproc_attn.measure.precision docs/precision.md"
 PRECISIONS = (torch.float32, torch.bfloat16)
@@ -205,11 +207,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("output", type=Path, help="the Markdown file to write")
     output = parser.parse_args(arguments).output
-    if not output.parent.is_dir():
-        print(f"error: output must be in a folder that exists, got {output}", file=sys.stderr)
-        return 2
-    output.write_text(page(), encoding="utf-8")
-    return 0
+
+    def work() -> None:
+        check_output_file(output)
+        if not output.parent.is_dir():
+            raise UsageError(f"output must be in a folder that exists, got {str(output)!r}")
+        text = page()
+        write_or_keep(output, lambda file: file.write_text(text, encoding="utf-8"))
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -163,7 +163,11 @@ class Weights:
             if allowed is not None:
                 shaped.masked_fill_(~allowed, float("-inf"))
         if self.future is not None:
-            scores[:, :, block.keys - rows :].add_(self.future[:rows, :rows])
+            own = scores[:, :, block.keys - rows :]
+            if self.mask is None:
+                own.add_(self.future[:rows, :rows])
+            else:  # a query that sees no key may be NaN, which adding -inf does not hide
+                own.masked_fill_(self.future[:rows, :rows] < 0.0, float("-inf"))
         return scores
 
     def compute(self, block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -186,13 +190,6 @@ class Weights:
     def recall(self, block: Block, log_sum: torch.Tensor) -> torch.Tensor:
         """A's block again, normalised and without dropout, from the log-sum-exp of all rows ``[pairs, length, 1]``."""
         return self._logits(block).sub_(log_sum[:, block.start : block.stop]).exp2_()
-
-    @staticmethod
-    def through_softmax(d_matrix: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        """The gradient of the logits, A o (dA - (A o dA) 1), in the memory of dA."""
-        softmax_backward = torch.ops.aten._softmax_backward_data.out
-        softmax_backward(d_matrix, matrix, -1, matrix.dtype, grad_input=d_matrix)
-        return d_matrix
 
     def add_to_positions(self, d_logits: torch.Tensor, block: Block) -> None:
         """Add a block's gradient of the logits, which may be overwritten, to those of the position kernel."""

@@ -205,7 +205,9 @@ def preset_fields(name: str) -> dict[str, Any]:
         ValueError: if there is no such preset.
     """
     if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        near = difflib.get_close_matches(str(name), list(PRESETS), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}{hint}")
     return dict(PRESETS[name])
 
 
