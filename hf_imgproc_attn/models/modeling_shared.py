@@ -108,7 +108,7 @@ def refuse_other_variant(source: Any, loading_info: dict[str, Any]) -> None:
         raise ValueError(
             f"the checkpoint {str(source)!r} is of another variant than the configuration it is loaded into: "
             f"missing parameters {found['missing']}, unexpected parameters {found['unexpected']}"
-            f"{', ' * bool(message)}{message}. Load it with its own configuration; hf_imgproc_attn.conversion turns a "
+            f"{', ' * bool(message)}{message}. Load it with its own configuration; hf_imgproc_attn.convert turns a "
             "stock checkpoint into a variant"
         )
     if reshaped:
