@@ -9,7 +9,9 @@ from collections.abc import Sequence
 
 import torch
 
-from .backend_blocked_passes import BlockedFilter, Call, recurrence
+from .backend_blocked_autograd import BlockedFilter
+from .backend_blocked_dense import dense_passes, is_transformed
+from .backend_blocked_passes import Call, recurrence
 from .backend_blocked_plan import Plan, make_plan
 from .backend_blocked_positions import check_positions
 from .backend_checks import check_options, check_tensors, check_terms
@@ -35,7 +37,10 @@ def blocked_attention(
     block_rows: int | None = None,
     group_pairs: int | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Apply a boosted filter in memory O(length), with its own backward (once differentiable).
+    """Apply a boosted filter in memory O(length), with its own backward, likewise O(length).
+
+    A gradient of a gradient (``create_graph=True``), a forward-mode derivative and the transforms of ``torch.func``
+    are computed densely instead, in memory O(length * key_length).
 
     Half precision is computed in float32. Rows that see no key give 0. A key that no query sees may hold anything, NaN
     included. Queries may be fewer than keys: they are then the last ones.
@@ -118,11 +123,15 @@ def _blocked(
         group_pairs=group_pairs,
     )
     past = _past(past_streams, plan, extra, width)
-    call = Call(plan, booster, mask, _hidden_keys(mask), positions)
+    call = Call(plan, booster, mask, positions)
     parameters = () if positions is None else positions.parameters()
     # Autocast would run the products in half precision.
     with torch.autocast(query.device.type, enabled=False):
-        output, streams = BlockedFilter.apply(query, key, value, bias, past, call, *parameters)
+        if is_transformed((query, key, value, mask, bias, past, *parameters)):
+            output, streams = dense_passes(call, query, key, value, bias, past, parameters)
+        else:
+            call = call._replace(hidden=_hidden_keys(mask))
+            output, streams = BlockedFilter.apply(query, key, value, bias, past, call, *parameters)
     return output, [stream.to(value.dtype) for stream in streams.split(width, dim=-1)] if extra else []
 
 
@@ -151,21 +160,3 @@ def _hidden_keys(mask: torch.Tensor | None) -> torch.Tensor | None:
     else:
         seen = mask.amax(-2, keepdim=True) > torch.finfo(mask.dtype).min / 2
     return None if bool(seen.all()) else ~seen
-
-
-def dropout_factors(plan: Plan, like: torch.Tensor) -> torch.Tensor:
-    """What a call multiplies A with, put together densely: for tests and for looking at a layer.
-
-    Args:
-        plan: of the call, as :func:`make_plan` gives it.
-        like: a tensor of the device and dtype that the call works in.
-
-    Returns:
-        ``[batch, heads, length, key_length]``, 0 or 1/(1 - p); 0 where a block does not look.
-    """
-    factors = like.new_zeros(plan.batch, plan.heads, plan.length, plan.key_length)
-    for group in plan.groups():
-        for block in plan.blocks():
-            part = plan.kept(group, block, like).unflatten(0, group.shape)
-            factors[group.batch, group.heads, block.start : block.stop, : block.keys] = part
-    return factors

@@ -170,7 +170,7 @@ class Positions(Protocol):
 
 
 @runtime_checkable
-class BlockedPositions(Protocol):
+class BlockedPositions(Positions, Protocol):
     """Positions whose kernel is a function of coordinates: it can be computed inside a block of attention.
 
     The coordinates of the queries and of all keys are given separately; their leading axis is 1 where the rows of a
@@ -184,10 +184,6 @@ class BlockedPositions(Protocol):
     @property
     def key_coordinates(self) -> torch.Tensor:
         """p of all keys, ``[batch or 1, key_length, axes]``."""
-
-    @property
-    def class_tokens(self) -> ClassTokens | None:
-        """None where every token has a place."""
 
     def block_kernel(self) -> BlockKernel:
         """The formula; see ``kernel_blocks``."""

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from hf_imgproc_attn.models.backend_blocked import blocked_attention, dropout_factors
+from hf_imgproc_attn.models.backend_blocked import blocked_attention
+from hf_imgproc_attn.models.backend_blocked_dense import dropout_factors
 from hf_imgproc_attn.models.backend_blocked_plan import make_plan
 from hf_imgproc_attn.models.backend_reference import filter_matrix
 from hf_imgproc_attn.models.boost_operators import BOOSTING, extra_streams
@@ -115,9 +116,10 @@ class Sides(NamedTuple):
     results: list[torch.Tensor]
     leaves: list[torch.Tensor]
 
-    def gradients(self) -> list[torch.Tensor]:
+    def gradients(self, create_graph: bool = False) -> list[torch.Tensor]:
         directions = [random(*result.shape, seed=20 + index) for index, result in enumerate(self.results)]
-        return list(torch.autograd.grad(self.results, self.leaves, directions))
+        options = {"retain_graph": True, "create_graph": create_graph}
+        return list(torch.autograd.grad(self.results, self.leaves, directions, **options))
 
 
 def copies(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -211,7 +213,10 @@ def test_positions_in_blocks_are_the_dense_logits(case: dict[str, Any]) -> None:
     positions = make_positions(case["kernel"], case["axes"], heads, **options)
     ours, expected = blocked(case, tensors, positions), dense(case, tensors, positions)
     torch.testing.assert_close(ours.results, expected.results, **EXACT)
-    torch.testing.assert_close(ours.gradients(), expected.gradients(), **EXACT)
+    gradients = expected.gradients()
+    torch.testing.assert_close(ours.gradients(), gradients, **EXACT)
+    # Gradients that can be differentiated themselves are computed densely.
+    torch.testing.assert_close(ours.gradients(create_graph=True), gradients, **EXACT)
 
 
 def test_every_pair_of_options_meets() -> None:
