@@ -18,11 +18,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..models.boost_depth import LayerState
 from ..models.boost_operators import BOOSTING
 from ..models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from ..models.configuration_imgproc_vit import ImgProcViTConfig
 from ..models.layer_filter import SUPPORTED_IMPLEMENTATIONS, AttentionFilter
+from ..models.layer_inputs import LayerInputs
 from ..models.spec_axes import BOOSTINGS, CONTENT_KERNELS, POSITION_KERNELS
+from ..models.visibility import Visibility
 
 COMMAND = "python -m hf_imgproc_attn.measure.precision docs/precision.md"
 PRECISIONS = (torch.float32, torch.bfloat16)
@@ -107,6 +110,23 @@ def inputs_for(layer: AttentionFilter, data: Data) -> dict[str, torch.Tensor]:
     return given
 
 
+def apply_layer(
+    layer: AttentionFilter, given: dict[str, torch.Tensor], data: Data, implementation: str
+) -> torch.Tensor:
+    """The output of a layer for what :func:`inputs_for` has made, ``[1, heads, length, head_dim]``."""
+    layer._config._attn_implementation = implementation
+    length = given["query"].shape[-2]
+    inputs = LayerInputs(
+        Visibility(length, length, data.is_causal),
+        given["coordinates"],
+        contiguous=True,
+        position_states=given.get("position_states"),
+        state=LayerState(previous_value=given["previous_value"]),
+    )
+    output: torch.Tensor = layer(given["query"], given["key"], given["value"], inputs)[0]
+    return output
+
+
 def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
     """Root mean square of the error over that of the truth."""
     return float((got.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
@@ -136,12 +156,11 @@ def measure(fields: Fields, data: Data) -> dict[tuple[torch.dtype, str], float]:
     """Errors of one row, by precision and implementation."""
     layer = build_layer(fields, data)
     given = inputs_for(layer, data)
-    options: dict[str, Any] = {"is_causal": data.is_causal, "contiguous": True}
-    exact, _ = layer.double()(**given, implementation="eager", **options)
+    exact = apply_layer(layer.double(), given, data, "eager")
     errors = {}
     for dtype in PRECISIONS:
         for implementation in SUPPORTED_IMPLEMENTATIONS:
-            got, _ = layer.to(dtype)(**_cast(given, dtype), implementation=implementation, **options)
+            got = apply_layer(layer.to(dtype), _cast(given, dtype), data, implementation)
             errors[dtype, implementation] = relative_error(got, exact)
             layer.double()
     return errors

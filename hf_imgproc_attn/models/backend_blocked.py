@@ -11,7 +11,10 @@ import torch
 
 from .backend_blocked_passes import BlockedFilter, Call, recurrence
 from .backend_blocked_plan import Plan, make_plan
-from .backend_checks import check_options, check_tensors, check_terms
+from .backend_call import FilterCall, check_options, check_tensors, check_terms
+from .backend_sdpa import augment
+from .cache_streams import boost_stream
+from .kernel_content import HALF_DTYPES, working_dtype
 from .visibility import visible
 
 
@@ -160,3 +163,48 @@ def dropout_factors(plan: Plan, like: torch.Tensor) -> torch.Tensor:
             part = plan.kept(group, block, like).unflatten(0, group.shape)
             factors[group.batch, group.heads, block.start : block.stop, : block.keys] = part
     return factors
+
+
+def refuses(call: FilterCall) -> str | None:
+    """Why the blocked passes cannot serve a call, as the rest of a sentence about them, or None if they can."""
+    if call.booster.gain is not None and call.query.dtype in HALF_DTYPES:
+        return "hands out its streams in half precision, from which a learned gain is not exact"
+    if call.is_boosted and not call.visibility.is_square and not call.streams.is_cached:
+        return "needs the streams of earlier keys"
+    return None
+
+
+def run(call: FilterCall) -> torch.Tensor:
+    """The back-end ``blocked``: every weight once. Half precision is computed in float32."""
+    dtype, form_dtype, device_type = working_dtype(call.query.dtype), call.query.dtype, call.query.device.type
+    if torch.is_autocast_enabled(device_type) and form_dtype != torch.float64:
+        form_dtype = torch.get_autocast_dtype(device_type)
+    with torch.autocast(device_type, enabled=False):
+        # Columns or bias are chosen as for the original dtype: even float32 columns lose the gradient of h_p.
+        query, key, scale, bias = augment(call, dtype, form_dtype)
+    name, steps, gain = call.booster
+    visibility, value = call.visibility, call.value.to(dtype)
+    if key.shape[1] != value.shape[1]:
+        value = value.repeat_interleave(call.groups, dim=1)
+    if visibility.bias is not None:
+        bias = visibility.bias if bias is None else bias + visibility.bias
+    output, streams = blocked_attention(
+        query,
+        key,
+        value,
+        attn_mask=visibility.keys if visibility.mask is None else visibility.mask,
+        bias=bias,
+        is_causal=visibility.causal,
+        scale=scale,
+        dropout_p=call.dropout,
+        # With the residual r = V - A V both parts of the learned booster can be told from the output: A V = V - r.
+        boosting="twicing" if gain is not None else name,
+        steps=2 if gain is not None else steps,
+        past_streams=[rows.to(dtype) for rows in call.past_streams()],
+    )
+    for index, rows in enumerate(streams):
+        call.streams.append(boost_stream(index + 1), rows.to(call.value.dtype))
+    if gain is not None:
+        smooth = call.new_value.to(dtype) - streams[0]
+        output = smooth + gain * (output - smooth)
+    return output.to(call.value.dtype)

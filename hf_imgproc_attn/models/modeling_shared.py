@@ -12,8 +12,7 @@ from torch import nn
 
 from .boost_gradient import ZeroLinear
 from .layer_filter import check_attn_implementation
-from .layer_parameters import FilterScalars
-from .visibility import check_mask_dtype
+from .layer_parameters import FilterScalars, PositionProjection
 
 # Parameters that exist or not, or change their meaning, with the variant.
 _VARIANT_PARAMETER = re.compile(r"\.filter\.|(^|\.)position_projection\.|(^|\.)wpe\.|(^|\.)position_embeddings$")
@@ -108,7 +107,7 @@ def refuse_other_variant(source: Any, loading_info: dict[str, Any]) -> None:
         raise ValueError(
             f"the checkpoint {str(source)!r} is of another variant than the configuration it is loaded into: "
             f"missing parameters {found['missing']}, unexpected parameters {found['unexpected']}"
-            f"{', ' * bool(message)}{message}. Load it with its own configuration; hf_imgproc_attn.conversion turns a "
+            f"{', ' * bool(message)}{message}. Load it with its own configuration; hf_imgproc_attn.convert turns a "
             "stock checkpoint into a variant"
         )
     if reshaped:
@@ -118,42 +117,17 @@ def refuse_other_variant(source: Any, loading_info: dict[str, Any]) -> None:
         )
 
 
-def check_attention_mask(mask: torch.Tensor | None, batch: int, heads: int, length: int, key_length: int) -> None:
-    """Refuse a mask that does not fit the input.
-
-    Args:
-        mask: ``[batch, key_length]``, or ``[batch or 1, heads or 1, length, key_length]``, or None.
-        batch: rows of the input.
-        heads: attention heads.
-        length: new tokens.
-        key_length: new and cached tokens.
-
-    Raises:
-        ValueError: naming the shapes (with four axes also the dtypes) that are allowed and what was given.
-    """
-    if mask is None:
-        return
-    shape = tuple(mask.shape)
-    if len(shape) == 4:
-        check_mask_dtype(mask)
-    fits_2d = shape == (batch, key_length)
-    fits_4d = (
-        len(shape) == 4 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2:] == (length, key_length)
-    )
-    if not fits_2d and not fits_4d:
-        raise ValueError(
-            f"attention_mask must have shape {(batch, key_length)} or {(batch, 1, length, key_length)} "
-            f"(heads may be {heads} in place of 1), got {shape}"
-        )
+def shared_position_projection(
+    config: Any, num_heads: int, head_dim: int, layer_norm_eps: float
+) -> PositionProjection | None:
+    """The position projections that all layers share, or None where each has its own or none."""
+    if not config.share_position_projections:
+        return None
+    return PositionProjection(config.hidden_size, num_heads, head_dim, layer_norm_eps)
 
 
-def prepare_attention_mask(mask: torch.Tensor | None, implementation: str, dtype: torch.dtype) -> torch.Tensor | None:
-    """Mend a mask with four axes for stock ``eager`` attention, which adds it to the logits as it is.
-
-    A boolean one would add 0 and 1, and rows of nothing but -inf would be NaN.
-    """
-    if mask is None or mask.ndim != 4 or implementation != "eager":
-        return mask
-    if mask.dtype != torch.bool:
-        return mask.clamp(min=torch.finfo(mask.dtype).min)
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+def wanted_attentions(config: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether attentions are to be returned; takes what ``capture_outputs`` handles out of a model's arguments."""
+    wanted = kwargs.pop("output_attentions", None)
+    kwargs.pop("output_hidden_states", None)
+    return bool(config.output_attentions if wanted is None else wanted)
