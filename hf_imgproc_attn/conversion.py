@@ -47,6 +47,7 @@ from .models.modeling_imgproc_vit import (
     ImgProcViTModel,
 )
 from .models.spec_fields import preset_fields
+from .output_paths import writing
 
 logger = logging.get_logger(__name__)
 
@@ -187,8 +188,9 @@ def convert_checkpoint(source: str, preset: str, output_dir: str, **config_overr
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"output must be a new or empty folder, got {output_dir!r}, which holds files")
     model, report = convert(source, preset, return_report=True, **config_overrides)
-    model.save_pretrained(folder)
-    _copy_processor(source, folder)
+    with writing(folder):
+        model.save_pretrained(folder)
+        _copy_processor(source, folder)
     return report
 
 

@@ -281,6 +281,9 @@ COMBINATIONS = [
 ]
 
 
+BACKENDS = {"eager": "reference", "sdpa": "auto"}
+
+
 class Layer(nn.Module):
     """A filter with everything that happens to its output, as one module."""
 
@@ -291,8 +294,7 @@ class Layer(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, *projected: torch.Tensor, implementation: str, **options: Any
     ) -> torch.Tensor:
-        self.filter._config._attn_implementation = implementation
-        inputs = layer_inputs(hidden_states.shape[1], **options)
+        inputs = layer_inputs(hidden_states.shape[1], backend=BACKENDS[implementation], **options)
         return filter_tokens(self.filter, hidden_states, projected, inputs)[0]
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_imgproc_attn.cards.rendering import load_results, render_card
-from hf_imgproc_attn.errors import exit_code
-from hf_imgproc_attn.training_support.argument_parser import OneLineParser
+from hf_imgproc_attn.errors import OneLineParser, exit_code
+from hf_imgproc_attn.output_paths import check_output_folder
 
 OWNER = "hf-imgproc-attn"
 REVISION = "not-published"
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         options = parser.parse_args(argv)
+        check_output_folder(options.output).mkdir(parents=True, exist_ok=True)
         for name, text in render_all(options.results).items():
             (options.output / f"{name}.md").write_text(text, encoding="utf-8")
 

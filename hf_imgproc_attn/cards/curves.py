@@ -19,7 +19,7 @@ def draw_curves(record: dict[str, Any], path: Path) -> None:
     Raises:
         UsageError: if the record has neither, or matplotlib is not installed.
     """
-    require_extras("viz")
+    require_extras("hub")
     from matplotlib.figure import Figure  # without pyplot: no window system and no global state
 
     training, history = record.get("train_loss") or [], record.get("eval_history") or []

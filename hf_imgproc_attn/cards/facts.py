@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..models.spec_fields import FilterSpecMixin, preset_name
+from ..models.spec_versions import bring_up_to_date
 from ..training_support.arguments import EMBEDDED_IMAGES, EMBEDDED_TEXT
 from .results import FAMILIES, NOT_MEASURED, Measurement
 
@@ -54,7 +55,7 @@ def variant_of(record: dict[str, Any]) -> str:
 
 def filter_fields(record: dict[str, Any]) -> dict[str, Any]:
     """The fields of the filter specification; one that an older record lacks is at its default."""
-    config = record["model_config"]
+    config = bring_up_to_date(record["model_config"])
     return {name: config.get(name, getattr(FilterSpecMixin, name)) for name in FilterSpecMixin.__annotations__}
 
 

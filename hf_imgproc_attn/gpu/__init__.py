@@ -25,6 +25,7 @@ import os
 
 import torch
 
+from ..errors import install_hint
 from ..models.backend_call import FilterCall
 from ..models.backend_table import Backend, register
 from . import flex
@@ -62,7 +63,7 @@ def supports(
     """
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if not _TRITON_IS_THERE:
-        return "needs the package triton: pip install 'hf-imgproc-attn[kernels]'"
+        return f"needs the package triton: {install_hint('kernels')}"
     if not query.is_cuda and not interpreted:
         return f"needs tensors on a CUDA device, got {query.device}"
     if query.is_cuda and torch.cuda.get_device_properties(query.device).major < 8:

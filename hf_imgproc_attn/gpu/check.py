@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from .. import __version__
+from ..errors import install_hint
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Bench = Callable[[Callable[[], None]], float]
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("kernels_check.json"), help="JSON file, overwritten")
     options = parser.parse_args(arguments)
     if importlib.util.find_spec("triton") is None:
-        print("error: the package triton is not installed: pip install 'hf-imgproc-attn[kernels]'", file=sys.stderr)
+        print(f"error: the package triton is not installed: {install_hint('kernels')}", file=sys.stderr)
         return 2
     if not torch.cuda.is_available():
         print("error: no CUDA device: the kernels can only be measured on one", file=sys.stderr)

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from ..models.spec_fields import PRESETS
+from ..output_paths import check_output_folder
 from .client import HubError, connect, patiently
 from .publishing import check_repo_id, repository_model_type
 from .run_files import MODEL_TYPES
@@ -80,6 +81,8 @@ def pull(
         HubError: if there is no such checkpoint, it is none of ours, or it does not arrive unchanged.
     """
     check_repo_id(repo_id)
+    if output is not None:
+        check_output_folder(output)
     api = connect(endpoint)
     info = patiently(f"find {repo_id}", lambda: api.model_info(repo_id, revision=revision))
     commit = str(info.sha)

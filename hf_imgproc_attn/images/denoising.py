@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import UsageError
+from ..output_paths import check_output_folder, write_or_keep
 from ..records import git_state, package_versions, write_json
 from .filters import Image, ImageFilter, square_window
 from .photographs import load_photograph
@@ -187,10 +188,13 @@ def run(
         "versions": package_versions("scikit-image", "matplotlib", "pillow"),
         "git": git,
     }
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_figure(comparisons, rows, preset, folder / FIGURE)
-    write_json(folder / RECORD, record)
+
+    def write(folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_figure(comparisons, rows, preset, folder / FIGURE)
+        write_json(folder / RECORD, record)
+
+    write_or_keep(output, write)
     return record
 
 
@@ -223,8 +227,7 @@ def _check_arguments(sources: Sequence[str], noise: Sequence[float], output: str
         raise UsageError(f"noise must name every level once, got {' '.join(f'{level:g}' for level in noise)}")
     if seed < 0:
         raise UsageError(f"seed must be an integer >= 0, got {seed}")
-    if Path(output).exists() and not Path(output).is_dir():
-        raise UsageError(f"output must be a folder, got {str(output)!r}, which is a file")
+    check_output_folder(output)
 
 
 def _to_standard_error(line: str) -> None:

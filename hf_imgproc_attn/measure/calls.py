@@ -7,6 +7,7 @@ tokens: a number to keep small when the core is changed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -34,7 +35,7 @@ class Journey(NamedTuple):
             "calls": len(self.calls),
             "functions": len(set(self.calls)),
             "files": len(set(files)),
-            "switches of file": sum(before != after for before, after in zip(files, files[1:], strict=False)),
+            "switches of file": sum(before != after for before, after in itertools.pairwise(files)),
             "depth": self.depth,
         }
 

@@ -18,14 +18,17 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..errors import UsageError, exit_code
 from ..models.boost_depth import LayerState
 from ..models.boost_operators import BOOSTING
 from ..models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from ..models.configuration_imgproc_vit import ImgProcViTConfig
-from ..models.layer_filter import SUPPORTED_IMPLEMENTATIONS, AttentionFilter
+from ..models.layer_filter import AttentionFilter
 from ..models.layer_inputs import LayerInputs
+from ..models.modeling_shared import SUPPORTED_IMPLEMENTATIONS
 from ..models.spec_axes import BOOSTINGS, CONTENT_KERNELS, POSITION_KERNELS
 from ..models.visibility import Visibility
+from ..output_paths import check_output_file, write_or_keep
 
 COMMAND = "python -m hf_imgproc_attn.measure.precision docs/precision.md"
 PRECISIONS = (torch.float32, torch.bfloat16)
@@ -114,12 +117,12 @@ def apply_layer(
     layer: AttentionFilter, given: dict[str, torch.Tensor], data: Data, implementation: str
 ) -> torch.Tensor:
     """The output of a layer for what :func:`inputs_for` has made, ``[1, heads, length, head_dim]``."""
-    layer._config._attn_implementation = implementation
     length = given["query"].shape[-2]
     inputs = LayerInputs(
         Visibility(length, length, data.is_causal),
         given["coordinates"],
         contiguous=True,
+        backend="reference" if implementation == "eager" else "auto",
         position_states=given.get("position_states"),
         state=LayerState(previous_value=given["previous_value"]),
     )
@@ -224,11 +227,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("output", type=Path, help="the Markdown file to write")
     output = parser.parse_args(arguments).output
-    if not output.parent.is_dir():
-        print(f"error: output must be in a folder that exists, got {output}", file=sys.stderr)
-        return 2
-    output.write_text(page(), encoding="utf-8")
-    return 0
+
+    def work() -> None:
+        check_output_file(output)
+        if not output.parent.is_dir():
+            raise UsageError(f"output must be in a folder that exists, got {str(output)!r}")
+        text = page()
+        write_or_keep(output, lambda file: file.write_text(text, encoding="utf-8"))
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from .boost_operators import BOOSTING, Attend
-from .cache_streams import NoStreams, Streams, boost_stream
+from .cache_streams import NO_STREAMS, Streams, boost_stream
 from .kernel_content import CONTENT_COLUMNS
 from .kernel_position import Positions
 from .visibility import Visibility, check_mask_dtype, four_axes
@@ -59,7 +59,7 @@ class FilterCall(NamedTuple):
     positions: tuple[Positions, ...] = ()
     booster: Booster = Booster()
     dropout: float = 0.0
-    streams: Streams = NoStreams()
+    streams: Streams = NO_STREAMS
 
     @property
     def is_boosted(self) -> bool:

@@ -20,8 +20,6 @@ from .backend_reference import run as run_reference
 from .backend_sdpa import refuses as sdpa_refuses
 from .backend_sdpa import run as run_sdpa
 from .kernel_content import HALF_DTYPES
-from .kernel_given import FeaturePositions
-from .kernel_position import UntiedPositions
 
 Run = Callable[[FilterCall], torch.Tensor]
 """Returns ``[batch, heads, length, d]``, differentiable in all tensors; stores streams by ``call.streams``."""
@@ -94,11 +92,6 @@ def _is_plain(call: FilterCall) -> bool:
     return as_wide and not (call.is_boosted or call.dropout)
 
 
-def _cancels(call: FilterCall) -> bool:
-    by_place = [term for term in call.positions if not isinstance(term, UntiedPositions | FeaturePositions)]
-    return bool(by_place) and not (call.is_boosted or call.dropout)
-
-
 def _has_few_scores(call: FilterCall) -> bool:
     return call.query.shape[:3].numel() * call.key.shape[-2] <= FEW_SCORES
 
@@ -113,8 +106,6 @@ CHOICES = (
     Choice(None, "traced by torch.compile or torch.export", _is_traced, ("sdpa", "reference")),
     # One row of weights serves all passes, and no columns have to be put beside every cached key.
     Choice(None, "one query, boosted or with columns", _is_one_row, ("reference",)),
-    # Columns of p^2 / h^2 are large numbers that cancel: the units of log 2 of the blocks would cost more digits.
-    Choice(None, "not boosted, positions by place", _cancels, ("sdpa",)),
     # Twicing, in units of one SDPA call on the same tensors: forward / forward + backward, float32, head_dim 64.
     Choice("cpu", "not boosted, values as wide as queries", _is_plain, ("sdpa",)),
     # 4 heads, N = 64: SDPA 2.6 / 2.0, blocked 6.8 / 5.3

@@ -60,6 +60,9 @@ class NoStreams:
         return self
 
 
+NO_STREAMS = NoStreams()
+
+
 class CachedStreams:
     """What a layer's first filter sees of a Transformers cache.
 

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 
+from .kernel_blocks import BlockKernel, DistanceKernel
 from .kernel_content import left_columns, right_columns
-from .kernel_position import MAX_FEATURE_SIDE, ClassTokens
+from .kernel_position import MAX_FEATURE_SIDE, ClassTokens, join_parameters, replace_class_logits
 
 # --------------------------------------------------------------------------------------------------------------------
 # ALiBi
@@ -64,6 +65,18 @@ class AlibiPositions(NamedTuple):
         left = left_columns(self.slopes.squeeze(-1).expand(-1, self.coordinates.shape[-2]), dtype)
         right = right_columns(places, dtype)
         return left.unsqueeze(0), right.unsqueeze(1).expand(-1, left.shape[0], -1, -1), None
+
+    def block_kernel(self) -> BlockKernel:
+        """See ``kernel_position.BlockedPositions``."""
+        return DistanceKernel(squared=False)
+
+    def parameters(self) -> tuple[torch.Tensor, ...]:
+        """The slopes, and the class tokens' scalars."""
+        return join_parameters(self.slopes, self.class_tokens)
+
+    def with_parameters(self, first: torch.Tensor, *class_logits: torch.Tensor) -> AlibiPositions:
+        """The same with other parameters, in the order of :meth:`parameters`."""
+        return self._replace(slopes=first, class_tokens=replace_class_logits(self.class_tokens, class_logits))
 
     def form(self, dtype: torch.dtype) -> str:
         """Features where the distance is linear in p_j: causal, one axis, positions in order."""
@@ -124,6 +137,63 @@ def relative_buckets(offset: torch.Tensor, boundaries: list[int], bidirectional:
     return buckets + (offset > 0) * (len(boundaries) + 1) if bidirectional else buckets
 
 
+class BucketKernel(NamedTuple):
+    """b[axis, bucket of the offset], summed over the axes, inside a block; see ``kernel_blocks``.
+
+    What the heads share is one bucket of all axes, the axes' buckets as the digits of a number, so that a head looks
+    up each logit once; the parameter is b, ``[heads, axes, buckets]``.
+
+    boundaries: see :class:`BucketPositions`.
+    bidirectional: see there.
+    axes: of the grid.
+    buckets: of one axis.
+    """
+
+    boundaries: list[int]
+    bidirectional: bool
+    axes: int
+    buckets: int
+
+    def compare(self, rows: torch.Tensor, columns: torch.Tensor, work: torch.dtype) -> torch.Tensor:
+        """The joint bucket, ``[samples or 1, rows, columns]``; see ``kernel_blocks.BlockKernel``."""
+        total: torch.Tensor | None = None
+        for axis in range(self.axes):
+            offset = columns[..., axis].unsqueeze(-2) - rows[..., axis].unsqueeze(-1)
+            buckets = relative_buckets(offset, self.boundaries, self.bidirectional)
+            total = buckets if total is None else total.mul_(self.buckets).add_(buckets)
+        if total is None:
+            raise ValueError("coordinates must have at least one axis, got 0")
+        return total
+
+    def clear_(self, compared: torch.Tensor) -> None:
+        """A bucket of its own, whose logit is 0."""
+        compared.fill_(self.buckets**self.axes)
+
+    def joint_table(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The logit of every joint bucket, ``[heads, buckets ** axes + 1]``."""
+        table = parameter[:, 0]
+        for axis in range(1, self.axes):
+            table = (table.unsqueeze(-1) + parameter[:, axis].unsqueeze(-2)).flatten(1)
+        return torch.nn.functional.pad(table, (0, 1))
+
+    def add_(self, logits: torch.Tensor, compared: torch.Tensor, parameter: torch.Tensor, factor: float) -> None:
+        """A look-up a head; see ``kernel_blocks.BlockKernel``."""
+        for head, table in enumerate(self.joint_table(parameter * factor)):
+            logits[:, head] += table[compared]
+
+    def gradient(self, d_logits: torch.Tensor, compared: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+        """The sum of each joint bucket, and of those over the other axes; see ``kernel_blocks.BlockKernel``."""
+        heads = parameter.shape[0]
+        if compared.shape[0] == 1:
+            d_logits = d_logits.sum(0, keepdim=True)
+        sums = d_logits.new_zeros(heads, self.buckets**self.axes + 1)
+        places = compared.unsqueeze(1).expand_as(d_logits).transpose(0, 1).flatten(1)
+        sums.scatter_add_(1, places, d_logits.transpose(0, 1).flatten(1))
+        joint = sums[:, :-1].view(heads, *[self.buckets] * self.axes)
+        others = [[other + 1 for other in range(self.axes) if other != axis] for axis in range(self.axes)]
+        return torch.stack([joint.sum(rest) if rest else joint for rest in others], dim=1)
+
+
 class BucketPositions(NamedTuple):
     """sum over axes of b[axis, bucket(p_j - p_i)]: a learned spatial kernel, constant where offsets share a bucket.
 
@@ -159,6 +229,18 @@ class BucketPositions(NamedTuple):
     def grid_columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """There are none: a table of buckets is no inner product of few columns."""
         raise NotImplementedError
+
+    def block_kernel(self) -> BlockKernel:
+        """See ``kernel_position.BlockedPositions``."""
+        return BucketKernel(self.boundaries, self.bidirectional, *self.table.shape[1:])
+
+    def parameters(self) -> tuple[torch.Tensor, ...]:
+        """The table, and the class tokens' scalars."""
+        return join_parameters(self.table, self.class_tokens)
+
+    def with_parameters(self, first: torch.Tensor, *class_logits: torch.Tensor) -> BucketPositions:
+        """The same with other parameters, in the order of :meth:`parameters`."""
+        return self._replace(table=first, class_tokens=replace_class_logits(self.class_tokens, class_logits))
 
     def form(self, dtype: torch.dtype) -> str:
         """Always a bias, through which the table gets its gradient."""

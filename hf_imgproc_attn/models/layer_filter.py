@@ -1,26 +1,25 @@
 """One attention layer as a filter: composes content kernel, position kernel, boosting and cache. Knows no backbone.
 
 A backbone's attention projects its tokens to query, key and value and hands them to :class:`AttentionFilter`, together
-with what the position kernel compares. Attention implementation ``eager`` is the dense reference; ``sdpa`` leaves the
-choice of a back-end to ``backend_table``, or to the configuration's ``filter_backend``.
+with what the position kernel compares. :class:`AttentionFilter` makes one call of them, which a back-end computes.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import logging
 
 from .backend_call import Booster, Content, FilterCall
 from .backend_reference import filter_logits, reference_attention
 from .backend_table import run_filter
-from .boost_depth import feedback_gains
+from .boost_depth import feedback_gains, gain_arguments
 from .boost_gradient import GradientBoosting
 from .boost_operators import extra_streams, operator_on_value
-from .cache_streams import SECOND, NoStreams, Streams, boost_stream
+from .cache_streams import NO_STREAMS, SECOND, Streams, boost_stream
 from .kernel_content import working_dtype
 from .kernel_elliptical import elliptical_metric
 from .kernel_position import Positions, pack_key, unpack_key
@@ -29,20 +28,6 @@ from .layer_parameters import FilterScalars, PositionProjection, Scalars, bandwi
 from .layer_positions import LayerPositions
 from .spec_axes import LayerSpec, is_stock_layer, needs_previous_value
 from .visibility import Visibility
-
-logger = logging.get_logger(__name__)
-
-SUPPORTED_IMPLEMENTATIONS = ("eager", "sdpa")
-
-
-def check_attn_implementation(name: str | None) -> None:
-    """Refuse attention back-ends that are not built, by name.
-
-    Raises:
-        ValueError: naming the value and what is allowed.
-    """
-    if name is not None and name not in SUPPORTED_IMPLEMENTATIONS:
-        raise ValueError(f"attn_implementation must be one of {', '.join(SUPPORTED_IMPLEMENTATIONS)}, got {name!r}")
 
 
 class AttentionFilter(nn.Module):
@@ -82,7 +67,7 @@ class AttentionFilter(nn.Module):
         self.has_metric = spec.content_kernel == "elliptical" and layer_idx > 0
         self.operator = operator_on_value(spec.boosting)
         self.stream_names = self._stream_names()
-        self.feedback_gains = feedback_gains(config)
+        self._feedback_gains = feedback_gains(config)
         self.passes_value = needs_previous_value(config)
         stock_bandwidth = math.sqrt(2.0 / scaling)
         self._content_bandwidths = (
@@ -106,7 +91,11 @@ class AttentionFilter(nn.Module):
             class_token=positions.has_class_logits,
             buckets=positions.bucket_table,
             gain=spec.boosting == "learned",
+            # Layer 0 hands its values on and has no feedback of its own.
+            feedback=self._feedback_gains if config.learn_feedback and layer_idx > 0 else None,
         )
+        self._has_scalars = any(True for _ in self.scalar_bias.parameters())
+        self._sees_positions = spec.position_kernel not in ("additive", "none")
         self.position_projection = None
         if spec.position_kernel == "untied" and not config.share_position_projections:
             self.position_projection = PositionProjection(config.hidden_size, self.num_heads, head_dim, layer_norm_eps)
@@ -122,10 +111,16 @@ class AttentionFilter(nn.Module):
         applications = extra_streams(self.spec.boosting, self.spec.boosting_steps)
         return (*own, *(boost_stream(number + 1) for number in range(applications)))
 
-    def _content_scale(self, scalars: Scalars, like: torch.Tensor) -> torch.Tensor | float:
-        """2/h_y^2: the stock factor as a number, or ``[heads, 1, 1]`` in the working precision."""
-        if scalars.content_log_bandwidth is None and self._stock_scale is not None:
-            return self._stock_scale
+    def feedback_arguments(self) -> dict[str, Any]:
+        """What the layer's feedback function takes: numbers, or learned factors ``[heads, 1, 1]``."""
+        gains: Sequence[float | torch.Tensor] = self._feedback_gains
+        if self.scalar_bias.feedback_gains is not None:
+            learned = self.scalar_bias().feedback_gains
+            gains = [] if learned is None else [gain.view(-1, 1, 1) for gain in learned.unbind(-1)]
+        return gain_arguments(self.spec.feedback, gains)
+
+    def _content_scale(self, scalars: Scalars, like: torch.Tensor) -> torch.Tensor:
+        """2/h_y^2, ``[heads, 1, 1]`` in the working precision."""
         return bandwidth_scale(scalars.content_log_bandwidth, self._content_bandwidths, like)
 
     def forward(
@@ -149,23 +144,16 @@ class AttentionFilter(nn.Module):
             dropout: probability on A.
 
         Returns:
-            ``[batch, heads, length, head_dim]``, and the attentions ``[batch, heads, length, key_length]`` that the
-            configuration's ``attention_output`` names, or None.
+            ``[batch, heads, length, head_dim]``, and the attentions ``[batch, heads, length, key_length]`` that were
+            asked for, or None.
 
         Raises:
-            ValueError: for an attention implementation that is not supported, or without what the kernels compare.
+            ValueError: without what the kernels compare, or for a back-end that cannot serve the call.
         """
-        implementation = self._config._attn_implementation
-        check_attn_implementation(implementation)
-        call = self.compose(query, key, value, inputs, streams or NoStreams(), dropout)
-        if implementation == "eager":
-            wanted = self._config.attention_output if inputs.output_attentions else None
-            return reference_attention(filter_logits(call), call, wanted)
-        if inputs.output_attentions:
-            logger.warning_once(
-                f"attn_implementation={implementation!r} does not return attentions: set it to 'eager' for that"
-            )
-        return run_filter(call, self._config.filter_backend, "filter_backend"), None
+        call = self.compose(query, key, value, inputs, streams or NO_STREAMS, dropout)
+        if inputs.attentions is not None:
+            return reference_attention(filter_logits(call), call, inputs.attentions)
+        return run_filter(call, inputs.backend, "filter_backend"), None
 
     def compose(
         self,
@@ -179,17 +167,24 @@ class AttentionFilter(nn.Module):
         """The call that a back-end receives; arguments as of :meth:`forward`. Keys and values go into the cache."""
         if inputs.visibility is None:
             raise ValueError("inputs.visibility must be given for a layer whose attention is not stock, got None")
-        scalars = self.scalar_bias()
+        scalars = self.scalar_bias() if self._has_scalars else Scalars()
         new_value = value
-        query, key, value, positions = self._with_positions(query, key, value, inputs, scalars, streams)
-        scale = self._content_scale(scalars, query)
+        positions: tuple[Positions, ...] = ()
+        if self._sees_positions:
+            query, key, value, positions = self._with_positions(query, key, value, inputs, scalars, streams)
+        elif streams.is_cached:
+            key, value = streams.update(key, value)
+        scale: torch.Tensor | float | None = self._stock_scale
+        if scale is None or scalars.content_log_bandwidth is not None:
+            scale = self._content_scale(scalars, query)
         if self.has_metric:
             metric = self._metric(new_value, inputs.state.previous_value, inputs.visibility, streams)
             if metric.shape[1] != query.shape[1]:
                 metric = metric.repeat_interleave(query.shape[1] // metric.shape[1], dim=1)
             scale = metric * scale
         gain = scalars.boosting_gain
-        gain = None if gain is None else gain.to(working_dtype(query.dtype)).view(-1, 1, 1)
+        if gain is not None:
+            gain = gain.to(working_dtype(query.dtype)).view(-1, 1, 1)
         return FilterCall(
             query,
             key,

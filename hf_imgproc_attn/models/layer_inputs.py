@@ -24,7 +24,8 @@ class LayerInputs(NamedTuple):
     state: what the layers before have handed on.
     past_key_values: cache, updated in place.
     stock_mask: what Transformers' own attention code takes in layers that are stock.
-    output_attentions: whether attentions are to be returned.
+    backend: what computes the filters, ``"auto"`` or a key of ``BACKENDS``.
+    attentions: which attentions are to be returned, one of ``ATTENTION_OUTPUTS``, or None.
     """
 
     visibility: Visibility | None = None
@@ -34,4 +35,5 @@ class LayerInputs(NamedTuple):
     state: LayerState = LayerState()
     past_key_values: Any = None
     stock_mask: torch.Tensor | None = None
-    output_attentions: bool = False
+    backend: str = "auto"
+    attentions: str | None = None

@@ -12,7 +12,7 @@ import torch
 
 from .boost_depth import FEEDBACK, RESIDUAL, LayerState
 from .cache_layer import check_cache_layer
-from .cache_streams import CachedStreams, NoStreams, Streams
+from .cache_streams import NO_STREAMS, CachedStreams, Streams
 from .layer_filter import AttentionFilter
 from .layer_inputs import LayerInputs
 
@@ -41,7 +41,7 @@ def filter_tokens(
         ``[batch, heads, length, key_length]`` (of ``gradient_boosted`` those of its two filters,
         ``[batch, 2, heads, length, key_length]``) or None; the new state.
     """
-    streams: Streams = NoStreams()
+    streams: Streams = NO_STREAMS
     # A decoder with cross-attention keeps the cache of its self-attention inside another one.
     cache = getattr(inputs.past_key_values, "self_attention_cache", inputs.past_key_values)
     if cache is not None:
@@ -57,7 +57,8 @@ def filter_tokens(
             return layer(*second, second_inputs, streams=streams.second(), dropout=dropout)
 
         output, weights = layer.gradient_boosting(hidden_states, output, weights, attend)
-    output, state = FEEDBACK[layer.spec.feedback](output, value, state, **layer.feedback_gains)
+    if layer.spec.feedback != "none":
+        output, state = FEEDBACK[layer.spec.feedback](output, value, state, **layer.feedback_arguments())
     if layer.passes_value:
         state = state._replace(previous_value=value)
     return output.transpose(1, 2).flatten(2), weights, state

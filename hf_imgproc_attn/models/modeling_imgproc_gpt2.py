@@ -22,7 +22,7 @@ from .kernel_position import check_coordinates
 from .layer_filter import AttentionFilter
 from .layer_inputs import LayerInputs
 from .layer_tokens import FilteredAttentionMixin, Projected, filter_residual
-from .modeling_shared import FilterPreTrainedMixin, shared_position_projection, wanted_attentions
+from .modeling_shared import FilterPreTrainedMixin, run_time_choices, shared_position_projection, wanted_attentions
 from .spec_axes import COORDINATE_KERNELS, is_stock_layer, uses_position_table
 from .visibility import check_model_mask, model_visibility, stock_mask
 
@@ -250,7 +250,7 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
         contiguous = position_ids is None and past_length == 0
         if coordinates is not None:
             check_coordinates(coordinates, batch, length, axes=1, contiguous=contiguous)
-        visibility = None
+        visibility, choices = None, {}
         if not self.is_stock:
             visibility = model_visibility(
                 attention_mask,
@@ -260,13 +260,14 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
                 causal=True,
                 position_ids=position_ids,
             )
+            choices = run_time_choices(self.config, output_attentions)._asdict()
         inputs = LayerInputs(
             visibility,
             coordinates,
             contiguous,
             past_key_values=None if self.gradient_checkpointing and self.training else past_key_values,
             stock_mask=causal_mask,
-            output_attentions=output_attentions,
+            **choices,
         )
         state = initial_state(self.config, hidden_states)
         for block in self.h:

@@ -10,7 +10,7 @@ from transformers import ViTForImageClassification, ViTForMaskedImageModeling, V
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedImageModelingOutput
 from transformers.models.vit.modeling_vit import (
     ViTAttention,
     ViTEmbeddings,
@@ -18,15 +18,16 @@ from transformers.models.vit.modeling_vit import (
     ViTPooler,
     ViTPreTrainedModel,
 )
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .boost_depth import LayerState, initial_state
 from .configuration_imgproc_vit import ImgProcViTConfig
 from .layer_filter import AttentionFilter
+from .layer_grid import check_images, check_patch_mask, grid_size, masked_patch_loss, resize_table, trained_grid
 from .layer_inputs import LayerInputs
 from .layer_tokens import FilteredAttentionMixin, Projected, filter_residual
-from .modeling_shared import FilterPreTrainedMixin, shared_position_projection, wanted_attentions
+from .modeling_shared import FilterPreTrainedMixin, run_time_choices, shared_position_projection, wanted_attentions
 from .spec_axes import COORDINATE_KERNELS, is_stock_layer, uses_position_table
 from .visibility import check_model_mask, model_visibility, stock_mask
 
@@ -37,27 +38,6 @@ register_checkpoint_conversion_mapping(
 )
 
 NUM_CLASS_TOKENS = 1
-
-
-def grid_size(config: ImgProcViTConfig, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of patches in an image of ``height`` x ``width`` pixels.
-
-    Raises:
-        ValueError: for an image that is smaller than one patch.
-    """
-    patch = config.patch_size
-    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
-    if height < patch_height or width < patch_width:
-        raise ValueError(
-            f"images must have at least one patch of {patch_height} x {patch_width} pixels, got {height} x {width}"
-        )
-    return height // patch_height, width // patch_width
-
-
-def trained_grid(config: ImgProcViTConfig) -> tuple[int, int]:
-    """Rows and columns of patches in an image of the configured size."""
-    size = config.image_size
-    return grid_size(config, *((size, size) if isinstance(size, int) else size))
 
 
 class ImgProcViTEmbeddings(ViTEmbeddings):
@@ -73,14 +53,17 @@ class ImgProcViTEmbeddings(ViTEmbeddings):
             self.position_embeddings = table if uses_position_table(config) else None
 
     def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """What stock ``forward`` adds to the tokens ``[batch, 1 + patches, hidden_size]``: 0 unless ``additive``."""
-        if not self.adds_positions:
-            return embeddings.new_zeros(())
+        """What stock ``forward`` adds to the tokens ``[batch, 1 + patches, hidden_size]``: 0 unless ``additive``.
+
+        The stock function takes patches and the grid of the table to be square; where they are, it gives the same.
+        """
         table = self.position_embeddings
-        # The stock test for this takes every image to be square.
-        if table is not None and (height, width) == tuple(self.image_size):
+        if not self.adds_positions or table is None:
+            return embeddings.new_zeros(())
+        trained, wanted = trained_grid(self.config), grid_size(self.config, height, width)
+        if trained == wanted:
             return table
-        return super().interpolate_pos_encoding(embeddings, height, width)
+        return torch.cat((table[:, :NUM_CLASS_TOKENS], resize_table(table[:, NUM_CLASS_TOKENS:], trained, wanted)), 1)
 
     def forward(
         self,
@@ -118,9 +101,7 @@ class ImgProcViTEmbeddings(ViTEmbeddings):
         trained, wanted = trained_grid(self.config), grid_size(self.config, height, width)
         if trained == wanted:
             return table.clone()  # what shards parameters frees the parameter itself after this module's forward
-        grid = table.unflatten(1, trained).permute(0, 3, 1, 2)
-        grid = nn.functional.interpolate(grid, size=wanted, mode="bicubic", align_corners=False)
-        return grid.permute(0, 2, 3, 1).flatten(1, 2)
+        return resize_table(table, trained, wanted)
 
 
 class ImgProcViTAttention(FilteredAttentionMixin, ViTAttention):
@@ -262,8 +243,8 @@ class ImgProcViTModel(ImgProcViTPreTrainedModel, ViTModel):
             if self.position_projection is not None:
                 position_states = self.position_projection(position_states)
         if self.position_kernels & set(COORDINATE_KERNELS):
-            sides = grid_size(self.config, height, width)
-            axes = [torch.arange(side, device=pixel_values.device) for side in sides]
+            grid_sides = grid_size(self.config, height, width)
+            axes = [torch.arange(side, device=pixel_values.device) for side in grid_sides]
             grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
             coordinates = nn.functional.pad(grid, (0, 0, NUM_CLASS_TOKENS, 0)).unsqueeze(0)
         return position_states, coordinates
@@ -284,9 +265,7 @@ class ImgProcViTModel(ImgProcViTPreTrainedModel, ViTModel):
             ValueError: without ``pixel_values``, for an image of another size without ``interpolate_pos_encoding``, or
                 for a mask of the wrong shape.
         """
-        if pixel_values is None or pixel_values.ndim != 4:
-            got = None if pixel_values is None else tuple(pixel_values.shape)
-            raise ValueError(f"pixel_values must be images [batch, channels, height, width], got {got}")
+        pixel_values = check_images(pixel_values)
         output_attentions = wanted_attentions(self.config, kwargs)
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         hidden_states, position_table = self.embeddings(
@@ -301,12 +280,11 @@ class ImgProcViTModel(ImgProcViTPreTrainedModel, ViTModel):
             attention_mask=stock_mask(attention_mask, self.config._attn_implementation, hidden_states.dtype),
         )
         position_states, coordinates = self._position_inputs(pixel_values, position_table)
-        visibility = None
+        visibility, choices = None, {}
         if not self.is_stock:
             visibility = model_visibility(attention_mask, built_mask, length=length, key_length=length, causal=False)
-        inputs = LayerInputs(
-            visibility, coordinates, contiguous=True, stock_mask=built_mask, output_attentions=output_attentions
-        )
+            choices = run_time_choices(self.config, output_attentions)._asdict()
+        inputs = LayerInputs(visibility, coordinates, contiguous=True, stock_mask=built_mask, **choices)
         state = initial_state(self.config, hidden_states)
         for layer in self.layers:
             hidden_states, *state = layer(
@@ -344,6 +322,46 @@ class ImgProcViTForMaskedImageModeling(ImgProcViTPreTrainedModel, ViTForMaskedIm
             nn.Conv2d(config.hidden_size, channels, kernel_size=1), nn.PixelShuffle(config.encoder_stride)
         )
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        bool_masked_pos: torch.BoolTensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> MaskedImageModelingOutput:
+        """As the stock ``forward``, which takes every image to be square; see there for the arguments.
+
+        An image's last rows and columns that no patch covers are not reconstructed and not part of the loss.
+
+        Raises:
+            ValueError: without images; for a mask that has not one value a patch, or any mask if ``patch_size`` is not
+                ``encoder_stride``.
+        """
+        pixel_values = check_images(pixel_values)
+        if bool_masked_pos is not None:
+            check_patch_mask(self.config, pixel_values, bool_masked_pos)
+        outputs = self.vit(
+            pixel_values,
+            bool_masked_pos=bool_masked_pos,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        grid = grid_size(self.config, *pixel_values.shape[-2:])
+        patches = outputs.last_hidden_state[:, NUM_CLASS_TOKENS:]
+        reconstruction = self.decoder(patches.mT.unflatten(2, grid))
+        loss = None
+        if bool_masked_pos is not None:
+            loss = masked_patch_loss(pixel_values, reconstruction, bool_masked_pos, grid) / self.config.num_channels
+        return MaskedImageModelingOutput(
+            loss=loss,
+            reconstruction=reconstruction,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
 
 ImgProcViTModel.register_for_auto_class("AutoModel")

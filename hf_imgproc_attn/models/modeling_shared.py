@@ -5,14 +5,29 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from .boost_gradient import ZeroLinear
-from .layer_filter import check_attn_implementation
 from .layer_parameters import FilterScalars, PositionProjection
+
+logger = logging.get_logger(__name__)
+
+SUPPORTED_IMPLEMENTATIONS = ("eager", "sdpa")
+
+
+def check_attn_implementation(name: str | None) -> None:
+    """Refuse attention back-ends that are not built, by name.
+
+    Raises:
+        ValueError: naming the value and what is allowed.
+    """
+    if name is not None and name not in SUPPORTED_IMPLEMENTATIONS:
+        raise ValueError(f"attn_implementation must be one of {', '.join(SUPPORTED_IMPLEMENTATIONS)}, got {name!r}")
+
 
 # Parameters that exist or not, or change their meaning, with the variant.
 _VARIANT_PARAMETER = re.compile(r"\.filter\.|(^|\.)position_projection\.|(^|\.)wpe\.|(^|\.)position_embeddings$")
@@ -124,6 +139,34 @@ def shared_position_projection(
     if not config.share_position_projections:
         return None
     return PositionProjection(config.hidden_size, num_heads, head_dim, layer_norm_eps)
+
+
+class RunTimeChoices(NamedTuple):
+    """How the layers of one forward pass compute; fields of ``LayerInputs``.
+
+    backend: of the filters.
+    attentions: which attentions the filters return, or None.
+    """
+
+    backend: str
+    attentions: str | None
+
+
+def run_time_choices(config: Any, output_attentions: bool) -> RunTimeChoices:
+    """What the configuration asks for now: ``eager`` is the dense reference, ``sdpa`` leaves it to ``filter_backend``.
+
+    Raises:
+        ValueError: for an attention implementation that is not supported.
+    """
+    implementation = config._attn_implementation
+    check_attn_implementation(implementation)
+    if implementation == "eager":
+        return RunTimeChoices("reference", config.attention_output if output_attentions else None)
+    if output_attentions:
+        logger.warning_once(
+            f"attn_implementation={implementation!r} does not return attentions: set it to 'eager' for that"
+        )
+    return RunTimeChoices(config.filter_backend, None)
 
 
 def wanted_attentions(config: Any, kwargs: dict[str, Any]) -> bool:

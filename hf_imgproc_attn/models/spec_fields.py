@@ -64,6 +64,7 @@ _FIELDS = (
     "feedback",
     "neutreno_lambda",
     "pid_gains",
+    "learn_feedback",
 )
 """The fields below, but for the version, which is never chosen."""
 
@@ -99,6 +100,8 @@ class FilterSpecMixin:
         feedback: cross-layer feedback on the head output: ``"none"``, ``"neutreno"``, ``"pid"``.
         neutreno_lambda: ``neutreno`` only: its strength. None: the published 0.6 for images, 0.4 for text.
         pid_gains: ``pid`` only: the gains P, I, D. None: 0.5, 0.05, 0.05 (*choice*: none are published with code).
+        learn_feedback: ``neutreno`` and ``pid`` only: whether lambda or the three gains are parameters of every head
+            and layer, which start at the values above.
         filter_spec_version: written by ``save_pretrained``, never chosen by a user.
 
     Raises:
@@ -122,6 +125,7 @@ class FilterSpecMixin:
     feedback: str = "none"
     neutreno_lambda: float | int | None = None
     pid_gains: list[float | int] | None = None
+    learn_feedback: bool = False
     filter_spec_version: int = FILTER_SPEC_VERSION
 
     position_axes: ClassVar[int] = 1
@@ -223,7 +227,9 @@ def preset_fields(name: str) -> dict[str, Any]:
         ValueError: if there is no such preset.
     """
     if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        near = difflib.get_close_matches(str(name), list(PRESETS), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}{hint}")
     return dict(PRESETS[name])
 
 

@@ -2,12 +2,12 @@
 
 import contextlib
 import dataclasses
-import difflib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from hf_imgproc_attn.errors import UsageError
+from hf_imgproc_attn.errors import UsageError, plain_message
 from hf_imgproc_attn.models.spec_fields import PRESETS
+from hf_imgproc_attn.training_support.argument_parser import check_override_names
 from hf_imgproc_attn.training_support.arguments import ModelArguments
 
 if TYPE_CHECKING:
@@ -123,20 +123,12 @@ def parse_overrides(words: list[str], config_class: type[Any]) -> dict[str, Any]
     """
     import yaml
 
-    known = {field.name for field in dataclasses.fields(config_class)}
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    check_override_names(words, fields | set(config_class.attribute_map))
     overrides: dict[str, Any] = {}
     for word in words:
-        key, separator, text = word.partition("=")
-        if not separator:
-            raise UsageError(f"config_overrides must be key=value, got {word!r}")
+        key, _, text = word.partition("=")
         key = config_class.attribute_map.get(key, key)
-        if key not in known:
-            names = sorted(known | set(config_class.attribute_map))
-            near = difflib.get_close_matches(key, names, n=1)
-            raise UsageError(
-                f"config_overrides must name fields of {config_class.__name__}, got {key!r}"
-                + (f"; did you mean {near[0]}?" if near else "")
-            )
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -248,6 +240,4 @@ def _as_usage_errors(what: str) -> Iterator[None]:
     except UsageError:
         raise
     except (StrictDataclassError, SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        # The strict dataclasses wrap the message proper.
-        inner = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-        raise UsageError(f"{what}: {' '.join(str(inner).split())}") from error
+        raise UsageError(f"{what}: {plain_message(error)}") from error

@@ -387,7 +387,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(errors.importlib.util, "find_spec", lambda name: None if name == "skimage" else find(name))
     with pytest.raises(SystemExit, match="2"):
         cli.main(["denoise", "camera"])
-    assert "skimage, which is not installed: pip install 'hf-imgproc-attn[filters]'" in capsys.readouterr().err
+    assert 'skimage, which is not installed: pip install ".[filters]"' in capsys.readouterr().err
 
 
 def test_boosters_see_one_sequence_of_pixels() -> None:

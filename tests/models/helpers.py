@@ -17,6 +17,7 @@ from hf_imgproc_attn.models.configuration_imgproc_vit import ImgProcViTConfig
 from hf_imgproc_attn.models.kernel_position import check_coordinates
 from hf_imgproc_attn.models.layer_filter import AttentionFilter
 from hf_imgproc_attn.models.layer_inputs import LayerInputs
+from hf_imgproc_attn.models.modeling_shared import run_time_choices
 from hf_imgproc_attn.models.spec_axes import STEPPED_BOOSTINGS
 from hf_imgproc_attn.models.visibility import Visibility, attention_visibility
 
@@ -144,6 +145,7 @@ class LooseFilter(AttentionFilter):
         if inputs is not None:
             return super().forward(query, key, value, inputs, streams=streams, dropout=dropout)
         self._config._attn_implementation = implementation
+        options |= run_time_choices(self._config, need_weights)._asdict()
         length, key_length = query.shape[-2], query.shape[-2]
         if past_key_values is not None:
             check_cache_layer(past_key_values, self.layer_idx, bool(self.stream_names))
@@ -154,7 +156,7 @@ class LooseFilter(AttentionFilter):
             size = (query.shape[0], length, self._config.position_axes)
             classes = self.positions.num_class_tokens
             check_coordinates(coordinates, *size, num_class_tokens=classes, contiguous=contiguous)
-        inputs = layer_inputs(length, key_length, output_attentions=need_weights, **options)
+        inputs = layer_inputs(length, key_length, **options)
         return super().forward(query, key, value, inputs, streams=streams, dropout=dropout)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ...errors import UsageError, require_extras
+from ...output_paths import check_output_file, write_or_keep
 from ...records import device_description, git_state, package_versions, write_json
 from . import attention, decoding, layers, whole_models
 from .report import draw, goals_table, render, slope_rows
@@ -66,8 +67,10 @@ def run(
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"device must be there, got {device!r}, and torch sees no GPU")
-    if output is not None:
-        require_extras("viz")  # before minutes of work whose plot could not be drawn
+    if output is not None:  # before minutes of work whose results could not be written
+        require_extras("viz")
+        for file in (Path(output), Path(output).with_suffix(".png")):
+            check_output_file(file)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     started = time.perf_counter()
@@ -97,9 +100,10 @@ def run(
     if not quick:
         print(f"\n{goals_table(record)}\n")
     if output is not None:
-        path = write_json(Path(output), record)
+        path = Path(output)
+        write_or_keep(path, lambda file: write_json(file, record))
         if "attention" in suites:
-            draw(rows, path.with_suffix(".png"))
+            write_or_keep(path.with_suffix(".png"), lambda file: draw(rows, file))
         print(f"written to {path}")
     return record
 
