@@ -268,7 +268,7 @@ def dispatch() -> dict[str, Any]:
     double = {"query": query.double(), "key": key.double(), "value": value.double()}
     reasons = {
         "mask": refuses(call(square)),
-        "float mask": refuses(call(torch.zeros(2, 1, 1, 19))),
+        "float mask": refuses(call(torch.linspace(0, 1, 19).expand(2, 1, 1, 19))),
         "bias": refuses(call(positions=(BiasPositions(torch.zeros(1, 2, 19, 19)),))),
         "dropout": refuses(call(dropout=0.1)),
         "steps": refuses(call(booster=Booster("twicing", 3))),
