@@ -150,5 +150,12 @@ def register() -> None:
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
         AutoImageProcessor.register(ImgProcViTConfig, image_processor_classes=image_processors, exist_ok=True)
+    if is_vision_available():
+        from .models.image_processing_imgproc import ImgProcGreyImageProcessor
+
+        # Under a key of its own: it is found by the name in a checkpoint, never by the type of the model.
+        AutoImageProcessor.register(
+            ImgProcGreyImageProcessor, image_processor_classes={"pil": ImgProcGreyImageProcessor}, exist_ok=True
+        )
 
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _RegistrationFinder)]

@@ -15,6 +15,8 @@ OWNER = "hf-imgproc-attn"
 REVISION = "not-published"
 """These cards show how a card looks; their checkpoints are not published, and each says so."""
 BASELINE = "softmax"
+LICENSE = "apache-2.0"
+"""What this project's own checkpoints are under: trained from scratch, on data that come with Python packages."""
 
 
 def render_all(results: Path) -> dict[str, str]:
@@ -30,7 +32,12 @@ def render_all(results: Path) -> dict[str, str]:
         stock = path.with_name(f"{path.stem.removesuffix(preset)}{BASELINE}.json")
         baseline = load_results(stock) if preset != BASELINE and stock.exists() else None
         cards[path.stem] = render_card(
-            run, repo_id=f"{OWNER}/{path.stem}", revision=REVISION, baseline=baseline, example=True
+            run,
+            repo_id=f"{OWNER}/{path.stem}",
+            revision=REVISION,
+            baseline=baseline,
+            license=LICENSE,
+            example=True,
         )
     return cards
 

@@ -211,19 +211,12 @@ def limits(record: dict[str, Any], rows: Sequence[Measurement]) -> list[str]:
     return texts
 
 
-def costs(record: dict[str, Any], other: dict[str, Any] | None, *, with_baseline: bool) -> list[list[str]]:
-    """Parameters and training time, beside the baseline's."""
-
-    def column(run: dict[str, Any] | None) -> list[str]:
-        if run is None:
-            return [NOT_MEASURED] * 2
-        return [_count(run.get("parameters", {}).get("total")), _seconds(run.get("training_seconds"))]
-
-    columns = [
-        ["parameters", "training time (what else the machine did is not recorded)"],
-        column(record),
-        *([column(other)] if with_baseline else []),
-    ]
+def costs(record: dict[str, Any], other: dict[str, Any] | None) -> list[list[str]]:
+    """Parameters and training time, beside the baseline's where there is one."""
+    columns = [["parameters", "training time (what else the machine did is not recorded)"]]
+    for run in (record, other):
+        if run is not None:
+            columns.append([_count(run.get("parameters", {}).get("total")), _seconds(run.get("training_seconds"))])
     return [list(row) for row in zip(*columns, strict=True)]
 
 

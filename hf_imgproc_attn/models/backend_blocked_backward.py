@@ -84,13 +84,11 @@ class Gradients:
         inputs.start(group)
         pairs = inputs.query.shape[0]
         self.group, self.output_grad = group, output_grads[group.pairs]
-        self.output, self.log_sum = self.computed.output[group.pairs], self.computed.log_sums[group.pairs]
+        self.output, self.row_sums = self.computed.output[group.pairs], self.computed.row_sums[group.pairs]
         if self.call.mask is not None:  # queries that see no key may hold anything
-            inputs.query = inputs.query.masked_fill(self.log_sum == float("inf"), 0.0)
+            inputs.query = inputs.query.masked_fill(self.row_sums[..., :1] == float("inf"), 0.0)
         self.d_query = self.query.flatten(0, 1)[group.pairs]
-        minus_one = self.like.new_full((1, 1, 1), -1.0).expand(pairs, plan.key_length, 1)
-        boosted = [inputs.all] if self.num_streams > 1 else []
-        self.side_by_side = torch.cat([inputs.value, *boosted, minus_one], dim=-1)
+        self.side_by_side = torch.cat([inputs.value, inputs.all], dim=-1) if self.num_streams > 1 else inputs.value
         self.d_key = KeySums(plan, pairs, inputs.key.shape[-1], self.scratch)
         self.totals = [KeySums(plan, pairs, width, self.scratch) for _ in range(self.num_streams)]
         if stream_grads is not None:
@@ -101,24 +99,21 @@ class Gradients:
     def _block(self, block: Block, steps: range) -> None:
         """Add a block's share to T_m of the streams ``steps`` and, with x_0 among them, to all other gradients."""
         inputs, plan, rows, keys = self.inputs, self.plan, slice(block.start, block.stop), slice(0, block.keys)
-        matrix = self.weights.recall(block, self.log_sum)
+        matrix, correction = self.weights.recall(block, self.row_sums)
         kept = plan.kept(self.group, block, self.like) if plan.dropout else None
         dropped = matrix if kept is None else matrix * kept
-        # g_0, g_1, ... and D side by side.
-        row_grads = self.like.new_empty(matrix.shape[0], block.stop - block.start, self.num_streams * self.width + 1)
+        # g_0, g_1, ... side by side.
+        row_grads = self.like.new_empty(matrix.shape[0], block.stop - block.start, self.num_streams * self.width)
         for m in reversed(range(steps.start, self.num_streams)):
-            smooth_grad = self._smooth_grad(block, m, row_grads)
+            smooth_grad = self._smooth_grad(block, m, row_grads).mul_(correction)
             if m in steps:
                 self.totals[m].add(dropped, smooth_grad)
         if steps.start:
             return
-        row_term = self._row_term(block, row_grads)
-        if kept is not None:
-            row_grads[..., -1:] = 0.0  # dropout takes part in dA, not in D
         d_matrix = torch.bmm(row_grads, self.side_by_side[:, keys].mT, out=self.buffer.view(*matrix.shape))
         if kept is not None:
-            d_matrix.mul_(kept).sub_(row_term)
-        d_logits = d_matrix.mul_(matrix)
+            d_matrix.mul_(kept)
+        d_logits = d_matrix.sub_(self._row_term(block).mul_(correction)).mul_(matrix)
         self.d_query[:, rows].baddbmm_(d_logits, inputs.key[:, keys], beta=0.0, alpha=plan.scale)
         self.d_key.add(d_logits, inputs.query[:, rows])
         if self.bias is not None:
@@ -141,8 +136,8 @@ class Gradients:
                 total = torch.add(total, self.totals[later].rows(self._own(block)), alpha=weight, out=smooth_grad)
         return smooth_grad if total is smooth_grad else smooth_grad.copy_(total)
 
-    def _row_term(self, block: Block, row_grads: torch.Tensor) -> torch.Tensor:
-        """Write D of a block's rows into the last column of ``row_grads``, and return a copy, ``[pairs, rows, 1]``."""
+    def _row_term(self, block: Block) -> torch.Tensor:
+        """D of a block's rows, ``[pairs, rows, 1]``."""
         inputs, rows = self.inputs, slice(block.start, block.stop)
         pairs = [(self.output_grad[:, rows], self.output[:, rows], self.booster.output[0])]
         for m in range(1, self.num_streams):
@@ -154,7 +149,6 @@ class Gradients:
             if inputs.hidden is not None:
                 smooth = smooth.masked_fill(grad == 0.0, 0.0)  # a hidden value, which may be NaN
             term = term + (grad * smooth).sum(-1, keepdim=True)
-        row_grads[..., -1:] = term
         return term
 
     def _finish(self) -> None:

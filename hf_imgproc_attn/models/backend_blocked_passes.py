@@ -12,7 +12,8 @@ streams instead of 2k. The same holds where all rows are one block. Otherwise th
 
     g_m  = o_m G + sum_{m'>m} c_m'm T_m'                        complete for a block's rows when the block is reached
     D    = G . (out - o_V V) + sum_{m>0} T_m . (x_m - d_m V)    a number a row, equal to sum_m g_m . s_m
-    dS   = A o ([g_0 .. g_{k-1}, D] [x_0 .. x_{k-1}, -1]^T)     one product
+    dA   = [g_0 .. g_{k-1}] [x_0 .. x_{k-1}]^T                  one product
+    dS   = A o (dA - D 1^T)
     dV   = sum_m d_m T_m
 
 2k + 3 products where one pass suffices. Saved are out, x_1, x_2, ... and the row log-sum-exp: memory is O(length),
@@ -20,7 +21,8 @@ never O(length * key_length). Plain attention is the case k = 1 (FlashAttention-
 
 D is also the row sum of A o dA, if the rows of A sum to 1. They do not quite: recomputed from a rounded log-sum-exp at
 logits of 1e4, they sum to 1 within 1e-3 only, and that error times all of dA would swamp dS = A o (dA - D) where one
-key has all the weight and dA = D. The outputs' D has no such error.
+key has all the weight and dA = D. The outputs' D has no such error. The rounding itself is known, and a factor a row
+on all g_m and D makes it good.
 
 This file computes forward; ``backend_blocked_backward`` is the other direction.
 """
@@ -179,12 +181,12 @@ class Computed(NamedTuple):
 
     output: ``[pairs, length, d]``.
     streams: x_1, x_2, ... of the queries side by side, ``[batch, heads, length, (k - 1) * d]``.
-    log_sums: base-2 log-sum-exp of each row of logits, ``[pairs, length, 1]``, infinite for rows that see no key.
+    row_sums: of each row of logits, ``[pairs, length, 2]``; see :meth:`Weights.compute`.
     """
 
     output: torch.Tensor
     streams: torch.Tensor
-    log_sums: torch.Tensor
+    row_sums: torch.Tensor
 
 
 def forward_passes(
@@ -211,13 +213,13 @@ def forward_passes(
     work, width, num_streams = working_dtype(query.dtype), value.shape[-1], len(booster.streams)
     like = query.new_empty(0, dtype=work)
     streams = like.new_empty(plan.batch, plan.heads, plan.length, (num_streams - 1) * width)
-    output, log_sums = (like.new_empty(plan.batch * plan.heads, plan.length, size) for size in (width, 1))
+    output, row_sums = (like.new_empty(plan.batch * plan.heads, plan.length, size) for size in (width, 2))
     weights = Weights(plan, call.mask, bias, call.position_term(parameters, like), like)
-    one, blocks = like.new_ones(1), plan.blocks()
+    blocks = plan.blocks()
     inputs = Inputs(call, query, key, value, past, streams)
     for group in plan.groups():
         inputs.start(group)
-        out, log_sum = output[group.pairs], log_sums[group.pairs]
+        out, row_sum = output[group.pairs], row_sums[group.pairs]
         weights.start(group, inputs.query, inputs.key)
         for steps in passes_over_blocks(plan, num_streams):
             if steps.start:
@@ -225,9 +227,9 @@ def forward_passes(
             for block in blocks:
                 rows = slice(block.start, block.stop)
                 if steps.start:
-                    matrix, factor = weights.recall(block, log_sum), one
+                    matrix, factor = weights.recall(block, row_sum)
                 else:
-                    matrix, factor, log_sum[:, rows] = weights.compute(block)
+                    matrix, factor, row_sum[:, rows] = weights.compute(block)
                 if plan.dropout:
                     matrix = matrix.mul_(plan.kept(group, block, like))
                 for m in steps:
@@ -238,4 +240,4 @@ def forward_passes(
                     for later in range(m + 1, num_streams):
                         _combine(inputs.own[:, rows, inputs.columns(later)], booster.streams[later], *common)
                     _combine(out[:, rows], booster.output, *common)
-    return Computed(output, streams, log_sums)
+    return Computed(output, streams, row_sums)

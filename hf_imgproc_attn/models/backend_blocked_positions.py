@@ -88,7 +88,7 @@ class PositionTerm:
             self._kept = {}
 
     def _compared(self, group: Group, block: Block) -> torch.Tensor:
-        """What the block's rows and columns have in common for all heads, ``[samples or 1, rows, keys, ...]``."""
+        """What the block's rows and columns have in common for all heads, ``[..., samples or 1, rows, keys]``."""
         per_sample = max(self.coordinates.shape[0], self.key_coordinates.shape[0]) > 1
         place = (block.number, group.batch.start if per_sample else 0)
         if self._kept is not None and place in self._kept:
@@ -97,8 +97,8 @@ class PositionTerm:
         compared = self.kernel.compare(rows[:, block.start : block.stop], columns[:, : block.keys], self.work)
         count = self.num_class_tokens
         if count:
-            self.kernel.clear_(compared[:, :, :count])
-            self.kernel.clear_(compared[:, : max(count - block.start, 0)])
+            self.kernel.clear_(compared[..., :count])
+            self.kernel.clear_(compared[..., : max(count - block.start, 0), :])
         if self._kept is not None:
             self._kept[place] = compared
         return compared

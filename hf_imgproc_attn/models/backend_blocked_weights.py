@@ -175,21 +175,31 @@ class Weights:
 
         Returns:
             ``[pairs, rows, keys]``, valid until the next block; the factor that normalises them, ``[pairs, rows, 1]``,
-            0 for rows that see no key; and the base-2 log-sum-exp, ``[pairs, rows, 1]``, infinite for those rows.
+            0 for rows that see no key; and what :meth:`recall` needs, ``[pairs, rows, 2]``: the base-2 log-sum-exp,
+            infinite for rows that see no key, and the factor that makes good its rounding.
         """
         scores = self._logits(block)
-        largest = scores.amax(-1, keepdim=True)
-        if self.mask is None and self.bias is None:
-            total = scores.sub_(largest).exp2_().sum(-1, keepdim=True)
-            return scores, total.reciprocal(), total.log2_().add_(largest)
-        empty = largest == float("-inf")
-        largest.masked_fill_(empty, 0.0)
-        total = scores.sub_(largest).exp2_().sum(-1, keepdim=True).masked_fill_(empty, float("inf"))
-        return scores, total.reciprocal(), total.log2_().add_(largest)
+        largest, empty = scores.amax(-1, keepdim=True), None
+        if self.mask is not None or self.bias is not None:
+            empty = largest == float("-inf")
+            largest.masked_fill_(empty, 0.0)
+        total = scores.sub_(largest).exp2_().sum(-1, keepdim=True)
+        if empty is not None:
+            total.masked_fill_(empty, float("inf"))
+        factor, log_sum = total.reciprocal(), total.log2_().add_(largest)
+        correction = (log_sum - largest).exp2_().mul_(factor)
+        if empty is not None:
+            correction.masked_fill_(empty, 1.0)
+        return scores, factor, torch.cat((log_sum, correction), dim=-1)
 
-    def recall(self, block: Block, log_sum: torch.Tensor) -> torch.Tensor:
-        """A's block again, normalised and without dropout, from the log-sum-exp of all rows ``[pairs, length, 1]``."""
-        return self._logits(block).sub_(log_sum[:, block.start : block.stop]).exp2_()
+    def recall(self, block: Block, row_sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A's block again, without dropout, from what :meth:`compute` found of all rows, ``[pairs, length, 2]``.
+
+        Returns:
+            ``[pairs, rows, keys]``, and the factor near 1 that normalises them, ``[pairs, rows, 1]``.
+        """
+        log_sum, correction = row_sums[:, block.start : block.stop].split(1, dim=-1)
+        return self._logits(block).sub_(log_sum).exp2_(), correction
 
     def add_to_positions(self, d_logits: torch.Tensor, block: Block) -> None:
         """Add a block's gradient of the logits, which may be overwritten, to those of the position kernel."""

@@ -34,7 +34,7 @@ class BlockKernel(Protocol):
         """c_ij from coordinates ``[samples or 1, rows, axes]`` and ``[samples or 1, columns, axes]``.
 
         Returns:
-            ``[samples or 1, rows, columns]``; of dtype ``work``, or integer.
+            ``[..., samples or 1, rows, columns]``; of dtype ``work``, or integer.
         """
 
     def clear_(self, compared: torch.Tensor) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -60,9 +61,24 @@ class FilterPreTrainedMixin:
             module.reset_parameters()
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """The stock ``save_pretrained``, with all Auto classes of the backbone in the configuration's ``auto_map``."""
-        self.config.auto_map = dict(self.auto_map)  # type: ignore[attr-defined]
-        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        """The stock ``save_pretrained``, with all Auto classes of the backbone in the configuration's ``auto_map``.
+
+        A class that was derived elsewhere, e.g. in a notebook, has no file that could travel. Its checkpoint is saved
+        as one of the class here that it derives from, which loads anywhere, and that is said. A class in a module of
+        its own travels, with that module, once it is registered (``MyModel.register_for_auto_class(...)``).
+        """
+        config, own = self.config, type(self)  # type: ignore[attr-defined]
+        home = next((kind for kind in own.__mro__ if _is_of_this_folder(kind) and vars(kind).get("_auto_class")), None)
+        is_registered = "_auto_class" in vars(own) and own.__module__ != "__main__"
+        if home is own or not (home is None or is_registered):
+            config.auto_map = dict(self.auto_map)
+        else:
+            # Transformers adds what the user registered; files of the other classes would not be there.
+            config.auto_map = {key: name for key, name in self.auto_map.items() if key == "AutoConfig"}
+        if not is_registered:
+            _say_what_stays_behind(own, home)
+        with contextlib.nullcontext() if is_registered or home in (None, own) else _under_the_name_of(home, self):
+            return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(
@@ -98,6 +114,40 @@ class FilterPreTrainedMixin:
         for listener in cls.load_listeners:
             listener(pretrained_model_name_or_path, model, kwargs)
         return (model, info) if output_loading_info else model
+
+
+@contextlib.contextmanager
+def _under_the_name_of(home: type, model: Any) -> Iterator[None]:
+    """Give a model the name and module of a class that travels, so that Transformers copies that one's files."""
+    own, config = type(model), model.config
+    model.__class__ = type(
+        home.__name__, (own,), {"__module__": home.__module__, "_auto_class": vars(home)["_auto_class"]}
+    )
+    if not _is_of_this_folder(type(config)):
+        config._auto_class = None  # its file would not load elsewhere; the one here comes with the model's
+    try:
+        yield
+    finally:
+        model.__class__ = own
+        vars(config).pop("_auto_class", None)
+
+
+def _say_what_stays_behind(own: type, home: type | None) -> None:
+    """Warn that a class cannot travel with its checkpoint, and say what an Auto class is going to load."""
+    if own is home or own.__module__.startswith("torch."):  # FSDP derives classes too
+        return
+    instead = (
+        "no Auto class loads it" if home is None else f"an Auto class loads {home.__name__}, without what it changes"
+    )
+    logger.warning_once(
+        f"{own.__name__} is defined in {own.__module__}, which does not travel with the checkpoint: {instead}. "
+        f"{own.__name__}.from_pretrained loads it as it is"
+    )
+
+
+def _is_of_this_folder(kind: type) -> bool:
+    """Whether a class is defined in this package's folder of models, or in the one that came with a checkpoint."""
+    return kind.__module__.rpartition(".")[0] == __name__.rpartition(".")[0]
 
 
 def refuse_other_variant(source: Any, loading_info: dict[str, Any]) -> None:

@@ -136,6 +136,11 @@ class RunArguments:
         None, "folder of checkpoint and run.json. Default: outputs/<data set>-<preset or start model>"
     )
     resume: bool = _option(False, "go on from the newest complete checkpoint in output_dir")
+    license: str | None = _option(
+        None,
+        "licence of the checkpoint when it is published, as the Hub names it, e.g. apache-2.0. Default: that of the "
+        "checkpoint or the data that it was made of, else none",
+    )
 
 
 DataT = TypeVar("DataT", bound=DataArguments)

@@ -2,6 +2,7 @@
 
 import netrc
 import os
+import shlex
 import tempfile
 import time
 import urllib.parse
@@ -91,6 +92,11 @@ def begin_run(task: str, arguments: Arguments[Any], defaults: dict[str, Any], *,
     training_args = build_training_arguments(arguments, defaults, output_dir)
     _check_processes(training_args)
     _check_reports(training_args)
+    if training_args.push_to_hub and arguments.run.license is not None and training_args.process_index == 0:
+        from hf_imgproc_attn.hub.client import connect
+        from hf_imgproc_attn.hub.repository import check_licence
+
+        check_licence(connect(), arguments.run.license)
     record = records.start_record(task, arguments, training_args)
     if training_args.process_index == 0:
         records.check_output_dir(output_dir, record, arguments.run.resume)
@@ -245,7 +251,7 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
             f"trained {trainer.state.global_step} steps in {seconds:.0f} s; checkpoint and run.json in {path.parent}"
         )
         if run.training_args.push_to_hub:
-            _publish(run.training_args, str(trainer.hub_model_id))
+            _publish(run.training_args, str(trainer.hub_model_id), run.arguments.run.license)
     return Result(run.training_args.output_dir, metrics, run.record)
 
 
@@ -289,17 +295,21 @@ def _tracker_named(names: Sequence[str]) -> Iterator[None]:
         raise UsageError(f"report_to {package}: {plain_message(error)}") from error
 
 
-def _publish(training_args: "TrainingArguments", repo_id: str) -> None:
+def _publish(training_args: "TrainingArguments", repo_id: str, license: str | None) -> None:  # noqa: A002
     """Publish the finished run; what it has learned is on disk, whatever the Hub says."""
     from hf_imgproc_attn.hub.publishing import publish
 
-    again = f"imgproc-attn publish {training_args.output_dir} --repo-id {repo_id}"
+    words = ["imgproc-attn", "publish", str(training_args.output_dir), "--repo-id", repo_id]
+    words += ["--private"] if training_args.hub_private_repo else []
+    words += ["--revision", training_args.hub_revision] if training_args.hub_revision else []
+    again = shlex.join(words)
     try:
         publication = publish(
             training_args.output_dir,
             repo_id,
             private=bool(training_args.hub_private_repo),
             revision=training_args.hub_revision,
+            license=license,
         )
     except UsageError as error:
         raise UsageError(f"the run is finished, but not published: {error}; to publish it later: {again}") from error

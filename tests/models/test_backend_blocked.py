@@ -20,6 +20,8 @@ from hf_imgproc_attn.models.backend_blocked_dense import dropout_factors
 from hf_imgproc_attn.models.backend_blocked_passes import recurrence
 from hf_imgproc_attn.models.backend_blocked_plan import make_plan
 from hf_imgproc_attn.models.boost_operators import BOOSTING, extra_streams
+from hf_imgproc_attn.models.kernel_position import BlockedPositions, GaussianPositions
+from hf_imgproc_attn.models.kernel_relative import AlibiPositions, BucketPositions, bucket_boundaries
 from tests.models.helpers import dense_attention, dense_matrix
 
 BATCH, HEADS, WIDTH, VALUE_WIDTH, SCALE = 2, 3, 5, 4, 0.6
@@ -593,21 +595,44 @@ class Memory(TorchDispatchMode):
         self.now -= size
 
 
-def peak_memory(length: int, is_causal: bool) -> int:
+def some_positions(kernel: str, length: int, repeated: bool) -> BlockedPositions | None:
+    """Of one head, in order, or as left padding makes them."""
+    places = torch.arange(length).float().view(1, -1, 1)
+    places = (places - 5).clamp(min=0) if repeated else places
+    if kernel == "gaussian":
+        return GaussianPositions(places, places, torch.full((1, 1, 1), 0.1).requires_grad_(), None, 4.0, True, False)
+    if kernel == "alibi":
+        return AlibiPositions(places, places, torch.full((1, 1, 1), 0.1), None, 0.1, True, False)
+    table = torch.randn(1, 1, 32, requires_grad=True)
+    return BucketPositions(places, places, table, None, bucket_boundaries(16, 128), True) if kernel != "none" else None
+
+
+def peak_memory(length: int, is_causal: bool, kernel: str, repeated: bool) -> int:
     leaves = [torch.randn(1, 1, length, 4, requires_grad=True) for _ in range(3)]
+    positions = some_positions(kernel, length, repeated)
     mask = torch.ones(1, 1, 1, length, dtype=torch.bool)
     mask[..., :3] = False
     with Memory() as memory:
-        output, _ = blocked_attention(*leaves, attn_mask=mask, is_causal=is_causal, dropout_p=0.1)
+        output, _ = blocked_attention(*leaves, attn_mask=mask, positions=positions, is_causal=is_causal, dropout_p=0.1)
         output.sum().backward()
     return memory.peak
 
 
-@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
-def test_memory_is_linear(is_causal: bool) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "repeated", "is_causal"),
+    [
+        ("none", False, True),
+        ("none", False, False),
+        ("gaussian", False, True),
+        ("gaussian", True, False),
+        ("alibi", False, True),
+        ("buckets", True, True),
+    ],
+)
+def test_memory_is_linear(kernel: str, repeated: bool, is_causal: bool) -> None:
     """Forward and backward with dropout at 8,192 tokens: less than a tenth of one matrix, four times that of 2,048."""
     torch.manual_seed(0)
-    short, long = peak_memory(2048, is_causal), peak_memory(8192, is_causal)
+    short, long = (peak_memory(length, is_causal, kernel, repeated) for length in (2048, 8192))
     assert long < 8192 * 8192 * 4 / 10
     assert long < 4.3 * short
 
