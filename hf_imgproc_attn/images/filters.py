@@ -23,6 +23,7 @@ from ..models.boost_operators import BOOSTING, keep_rows
 from ..models.kernel_content import gaussian_position_logits
 from ..models.spec_axes import MAX_BANDWIDTH, MAX_BOOSTING_STEPS, MIN_BANDWIDTH, STEPPED_BOOSTINGS, default_steps
 from ..models.spec_fields import PRESETS, preset_fields
+from ..models.visibility import Visibility
 from .windows import Image, Patches, in_windows, is_int, overlap
 
 IMAGE_PRESETS = tuple(
@@ -138,7 +139,7 @@ class ImageFilter:
             block = slice(start * width, stop * width)
             logits = weights[block] if position_logits is None else weights[block] + position_logits
             visible = in_windows(inside, side, start, stop).view(-1, 1, 1, keys) & window
-            weights[block] = filter_matrix(logits, visible)
+            weights[block] = filter_matrix(logits, Visibility(1, keys, mask=visible))
         return weights
 
     def _content_logits(self, patches: Patches) -> torch.Tensor:
