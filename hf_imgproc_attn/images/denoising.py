@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import UsageError
+from ..errors import UsageError, did_you_mean
 from ..output_paths import check_output_folder, write_or_keep
 from ..records import git_state, package_versions, write_json
 from .filters import Image, ImageFilter, square_window
@@ -86,7 +86,8 @@ def filter_settings(preset: str, noise: float) -> dict[str, Any]:
         UsageError: for a preset without a rule.
     """
     if preset not in RULES:
-        raise UsageError(f"preset must be one of {', '.join(RULES)} on images, got {preset!r}")
+        hint = did_you_mean(preset, RULES)
+        raise UsageError(f"preset must be one of {', '.join(RULES)} on images, got {preset!r}{hint}")
     rule = RULES[preset]
     return {
         "preset": preset,

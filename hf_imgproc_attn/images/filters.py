@@ -21,6 +21,7 @@ from ..models.boost_operators import BOOSTING, keep_rows
 from ..models.kernel_content import CONTENT_LOGITS, gaussian_position_logits
 from ..models.spec_axes import MAX_BANDWIDTH, MAX_BOOSTING_STEPS, MIN_BANDWIDTH, STEPPED_BOOSTINGS, default_steps
 from ..models.spec_fields import PRESETS, preset_fields
+from ..models.visibility import Visibility
 
 IMAGE_PRESETS = tuple(
     name
@@ -132,7 +133,7 @@ class ImageFilter:
             if position_logits is not None:
                 logits = logits + position_logits
             visible = _in_windows(inside, side, start, stop).view(-1, 1, 1, keys) & window
-            weights[start * width : stop * width] = filter_matrix(logits, visible)
+            weights[start * width : stop * width] = filter_matrix(logits, Visibility(1, keys, mask=visible))
         return weights
 
     def _position_logits(self, dtype: torch.dtype) -> torch.Tensor | None:

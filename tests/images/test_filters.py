@@ -29,10 +29,10 @@ from hf_imgproc_attn.images.filters import (
     square_window,
 )
 from hf_imgproc_attn.images.photographs import PHOTOGRAPHS, load_photograph
-from hf_imgproc_attn.models.backend_reference import reference_attention
 from hf_imgproc_attn.models.boost_operators import keep_rows
 from hf_imgproc_attn.models.spec_fields import PRESETS
 from tests.helpers import ROOT
+from tests.models.helpers import dense_attention
 
 BILATERAL: dict[str, Any] = {
     "preset": "bilateral_gaussian", "content_bandwidth": 0.3, "position_bandwidth": 2.5, "window": disc_window(2),
@@ -117,7 +117,7 @@ def test_windows_are_a_mask_of_dense_attention(preset: str, boosting: str, steps
     value = torch.from_numpy(image).reshape(1, 1, -1, 1)
     booster = "twicing" if boosting == "osher" else boosting
     count = steps or (3 if boosting == "sos" else 2)
-    expected, _ = reference_attention(
+    expected, _ = dense_attention(
         logits[None, None], value, value, attention_mask=seen, boosting=booster, boosting_steps=count
     )
     ours = denoise(
