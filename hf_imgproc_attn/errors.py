@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 _EXTRAS: dict[str, tuple[str, ...]] = {
-    "train": ("accelerate", "datasets", "evaluate", "numpy", "PIL", "sklearn", "tokenizers", "yaml"),
+    "train": ("accelerate", "datasets", "evaluate", "numpy", "PIL", "psutil", "sklearn", "tokenizers", "yaml"),
     "robustness": ("foolbox",),
     "viz": ("matplotlib",),
     "hub": ("jinja2", "matplotlib"),

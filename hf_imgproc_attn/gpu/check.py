@@ -167,11 +167,9 @@ def compare(case: Case, device: torch.device) -> list[dict[str, Any]]:
 
 def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool) -> torch.Tensor:
     """The formula itself, for float64."""
-    from ..models.backend_reference import reference_attention
+    from ..functional import filter_attention
 
-    logits = query @ key.mT * query.shape[-1] ** -0.5
-    out, _ = reference_attention(logits, value, value, is_causal=is_causal, boosting="twicing")
-    return out
+    return filter_attention(query, key, value, is_causal=is_causal, boosting="twicing", backend="reference")
 
 
 def time_case(case: Case, device: torch.device, bench: Bench) -> list[dict[str, Any]]:

@@ -56,11 +56,11 @@ class Scalars(NamedTuple):
     feedback_gains: lambda of ``neutreno`` ``[heads, 1]``, or P, I, D of ``pid`` ``[heads, 3]``.
     """
 
-    content_log_bandwidth: torch.Tensor | None
-    position_log_bandwidth: torch.Tensor | None
-    class_token: torch.Tensor | None
-    relative_buckets: torch.Tensor | None
-    boosting_gain: torch.Tensor | None
+    content_log_bandwidth: torch.Tensor | None = None
+    position_log_bandwidth: torch.Tensor | None = None
+    class_token: torch.Tensor | None = None
+    relative_buckets: torch.Tensor | None = None
+    boosting_gain: torch.Tensor | None = None
     feedback_gains: torch.Tensor | None = None
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ...errors import UsageError, require_extras
+from ...errors import UsageError, did_you_mean, require_extras
 from ...output_paths import check_output_file, write_or_keep
 from ...records import device_description, git_state, package_versions, write_json
 from . import attention, decoding, layers, whole_models
@@ -62,9 +62,10 @@ def run(
     """
     for suite in suites:
         if suite not in SUITES:
-            raise UsageError(f"suite must be one of {', '.join(SUITES)}, got {suite!r}")
+            hint = did_you_mean(suite, SUITES)
+            raise UsageError(f"suite must be one of {', '.join(SUITES)}, got {suite!r}{hint}")
     if dtype not in DTYPES:
-        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{did_you_mean(dtype, DTYPES)}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"device must be there, got {device!r}, and torch sees no GPU")
     if output is not None:  # before minutes of work whose results could not be written
