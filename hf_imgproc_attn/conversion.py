@@ -254,7 +254,7 @@ def _warnings(source: Source, variant: PreTrainedModel, report: ConversionReport
     dropped = [name for name in report.unused if ".filter." in name or ".position_projection." in f".{name}"]
     if dropped:
         warnings.append(
-            f"{len(dropped)} trained tensors of the source's filter, listed as unused, have no place in {report.preset}"
+            f"{len(dropped)} trained tensors of the source's filter have no place in {report.preset}: they are unused"
         )
     model: Any = source.model
     if type(model).__name__.endswith("ViTModel") and model.pooler is None:
