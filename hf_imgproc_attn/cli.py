@@ -7,20 +7,30 @@ one line on standard error and exit status 2; any other exception is a bug and k
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import difflib
+import contextlib
 import importlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .errors import UsageError, require_extras
+from .errors import (
+    OneLineParser,
+    UsageError,
+    did_you_mean,
+    disk_problem,
+    plain_message,
+    refuse_missing_path,
+    require_extras,
+)
 from .hub.commands import add_commands as add_hub_commands
+from .library_fields import configuration_fields
 from .measure.gpu_check.command import add_command as add_gpu_check
+from .output_paths import check_output_file, check_output_folder
 from .shipped_files import shipped_file
 
 TRAINING_SCRIPTS = {
@@ -28,13 +38,6 @@ TRAINING_SCRIPTS = {
     "train-lm": ("train_causal_lm", "train or fine-tune a causal language model"),
     "evaluate": ("evaluate_checkpoint", "evaluate a finished run on clean and on disturbed test data"),
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are one line instead of the whole usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        _refuse(message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,17 +56,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A training script parses its own options, --help included, so its arguments must not meet our parser.
     if arguments and arguments[0] in TRAINING_SCRIPTS:
         return run_training_script(arguments[0], arguments[1:])
-    options = build_parser().parse_args(arguments)
     try:
+        options = build_parser().parse_args(arguments)
         status: int = options.run_command(options)
+        sys.stdout.flush()
     except UsageError as error:
-        _refuse(str(error))
+        _refuse(plain_message(error))
+    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+        _discard_output()
+        return 0
+    except OSError as error:
+        problem = disk_problem(error)
+        if problem is None:
+            raise
+        _discard_output()
+        _refuse(problem)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return status
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of everything but the training scripts' own options."""
-    parser = _Parser(
+    parser = OneLineParser(
         prog="imgproc-attn", description="Self-attention as image filtering: bilateral and twicing GPT-2 and ViT."
     )
     parser.add_argument("--version", action="version", version=f"imgproc-attn {__version__}")
@@ -134,9 +150,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     denoise = commands.add_parser(
         "denoise",
-        help="apply the filters to noisy photographs",
-        description="Add Gaussian noise to photographs, filter them, boost the filter; writes a figure and a record. "
-        "The bandwidths follow from the noise alone.",
+        help="remove noise from photographs with the filters",
+        description="Filter photographs and boost the filter: with Gaussian noise added, to compare with the clean "
+        "picture, or as they are (--noise 0). Writes a figure and a record. Colour is filtered as colour, an alpha "
+        "channel is kept as it is. The bandwidths follow from the noise alone.",
     )
     denoise.add_argument(
         "images",
@@ -151,7 +168,11 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=[10.0, 25.0, 50.0],
         metavar="SIGMA",
-        help="standard deviations of the noise in grey values of 0 to 255 (default: 10 25 50)",
+        help="standard deviations of the noise to add, in grey values of 0 to 255 whatever the depth; 0 adds none and "
+        "removes the picture's own, whose strength is estimated (default: 10 25 50)",
+    )
+    denoise.add_argument(
+        "--save", action="store_true", help="also write the filtered pictures, as PNG with the bit depth of the input"
     )
     denoise.add_argument("--crop", type=int, metavar="SIDE", help="cut a square out of the middle first")
     denoise.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
@@ -184,24 +205,24 @@ def run_convert(options: argparse.Namespace) -> int:
     from .models.spec_fields import preset_fields
 
     fields = _parse_fields(options.set)
-    # No Hub name looks like a path; asking the Hub for it would end in a message about something else.
-    is_path = os.path.isabs(options.source) or options.source.startswith(".") or options.source.count("/") > 1
-    if is_path and not os.path.isdir(options.source):
-        _refuse(f"source must be a folder or a Hub name, got {options.source!r}, which does not exist")
+    refuse_missing_path("source", options.source)
     try:
         preset_fields(options.preset)  # before the seconds that importing torch takes
     except ValueError as error:
         _refuse(str(error))
+    _check_field_names(fields)
+    output = check_output_folder(options.output)
 
     from huggingface_hub.errors import StrictDataclassError
 
     from .conversion import convert_checkpoint
 
-    _check_field_names(fields)
+    found = set(output.iterdir()) if output.is_dir() else None
     try:
         report = convert_checkpoint(options.source, options.preset, options.output, **fields)
     except (ValueError, OSError, StrictDataclassError) as error:
-        _refuse(str(error))
+        _remove_new(output, found)  # half a checkpoint would be taken for a whole one, and be in the way
+        _refuse(plain_message(error))
     print(report)
     print(f"saved to {options.output}")
     return 0
@@ -241,6 +262,9 @@ def run_benchmark(options: argparse.Namespace) -> int:
         if value is not None and not value > 0:
             _refuse(f"--{name.replace('_', '-')} must be a number > 0, got {value}")
 
+    check_output_file(options.output)
+    require_extras("viz")  # before the seconds that importing torch takes
+
     from .measure.benchmark import SUITES, run
 
     run(
@@ -261,6 +285,7 @@ def run_benchmark(options: argparse.Namespace) -> int:
 def run_denoise(options: argparse.Namespace) -> int:
     """``imgproc-attn denoise``: print the table, leave a figure and a record."""
     require_extras("filters")
+    check_output_folder(options.output)
 
     from .images.denoising import run, table_rows
 
@@ -271,10 +296,27 @@ def run_denoise(options: argparse.Namespace) -> int:
         output=options.output,
         crop=options.crop,
         seed=options.seed,
+        save=options.save,
     )
     _print_table(table_rows(record))
-    print(f"PSNR in dB / SSIM; figure and record are in {options.output}")
+    what = "figure, record and pictures" if options.save else "figure and record"
+    print(f"PSNR in dB / SSIM; {what} are in {options.output}")
     return 0
+
+
+def _remove_new(folder: Path, found: set[Path] | None) -> None:
+    """Remove what a command that failed has left in a folder; ``found``: what was there before, None: not even it."""
+    if found is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for path in set(folder.iterdir()) - found:
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _discard_output() -> None:
+    """Let what standard output still holds go nowhere, or the interpreter would fail on it once more at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:
@@ -301,18 +343,10 @@ def _parse_fields(assignments: Sequence[str]) -> dict[str, Any]:
 
 def _check_field_names(names: Iterable[str]) -> None:
     """Refuse names that no configuration of ours has: Transformers would store them and nobody would read them."""
-    from .models.configuration_imgproc_gpt2 import ImgProcGPT2Config
-    from .models.configuration_imgproc_vit import ImgProcViTConfig
-
-    known = set(ImgProcGPT2Config.attribute_map)
-    known.update(
-        field.name for config in (ImgProcGPT2Config, ImgProcViTConfig) for field in dataclasses.fields(config)
-    )
+    known = configuration_fields("imgproc_gpt2") | configuration_fields("imgproc_vit")
     for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            _refuse(f"--set must name a configuration field, got {name!r}{hint}")
+        if known and name not in known:
+            _refuse(f"--set must name a configuration field, got {name!r}{did_you_mean(name, known)}")
 
 
 def _refuse(message: str) -> NoReturn:

@@ -1,15 +1,11 @@
-"""Turn a stock GPT-2 or ViT checkpoint into a variant, with every tensor accounted for.
+"""Turn a GPT-2 or ViT checkpoint into a variant, with every tensor accounted for.
 
-Initialisation of what the stock model lacks (arXiv 2506.10371 leaves it open, *choice*): for ``untied`` positions the
-LayerNorm before the position projections is a copy of the layer's first norm, and U_Q, U_K start as that layer's W_Q,
-W_K without bias (shared projections: layer 0's); bandwidths and class-token logits have their defaults. Where
-positions are no longer added to the tokens, the stock class position is added to the class token's content; kernels
-that need no position table leave the rest of it unused, buckets of offsets start at 0, which is no positions at all.
-``softmax`` and ``twicing`` need no new parameter. ``learned`` starts as twicing (gamma 1), and ``gradient_boosted`` as
-the stock model: the value projection of its second attention starts at 0, its queries, keys and gate at random.
+A stock checkpoint becomes a variant, and a variant another one or stock attention again; what each tensor is made of,
+and where new ones start, is in ``conversion_weights``. Where a parameter allows it the function is kept; where it is
+not, the report says what that costs (``conversion_probe``).
 
-Another residual scheme than ``standard`` is another function of the same weights, far from the stock model's: such a
-conversion is a starting point for training, and the report and the log say so.
+Another residual scheme than the one a checkpoint was trained with is another function of the same weights, far from
+the source's: such a conversion is a starting point for training, and the report and the log say so.
 """
 
 from __future__ import annotations
@@ -20,54 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoTokenizer,
-    GPT2ForSequenceClassification,
-    GPT2ForTokenClassification,
-    GPT2LMHeadModel,
-    GPT2Model,
-    PreTrainedModel,
-    ViTForImageClassification,
-    ViTForMaskedImageModeling,
-    ViTModel,
-)
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import cached_file, logging
 
-from .models.modeling_imgproc_gpt2 import (
-    ImgProcGPT2ForSequenceClassification,
-    ImgProcGPT2ForTokenClassification,
-    ImgProcGPT2LMHeadModel,
-    ImgProcGPT2Model,
-)
-from .models.modeling_imgproc_vit import (
-    ImgProcViTForImageClassification,
-    ImgProcViTForMaskedImageModeling,
-    ImgProcViTModel,
-)
-from .models.spec_fields import preset_fields
+from .conversion_probe import Change, Inputs, difference, measure, probe_inputs
+from .conversion_source import ARCHITECTURES, Source, load_source, new_variant
+from .conversion_weights import check_structure, unused_rows, variant_fields, variant_weights
+from .models.spec_axes import STEPPED_BOOSTINGS
+from .models.spec_fields import preset_fields, preset_name
+from .output_paths import writing
+
+__all__ = ["ARCHITECTURES", "ConversionReport", "convert", "convert_checkpoint"]
 
 logger = logging.get_logger(__name__)
 
-ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], type[PreTrainedModel]]] = {
-    stock.__name__: (stock, variant)
-    for stock, variant in (
-        (GPT2Model, ImgProcGPT2Model),
-        (GPT2LMHeadModel, ImgProcGPT2LMHeadModel),
-        (GPT2ForSequenceClassification, ImgProcGPT2ForSequenceClassification),
-        (GPT2ForTokenClassification, ImgProcGPT2ForTokenClassification),
-        (ViTModel, ImgProcViTModel),
-        (ViTForImageClassification, ImgProcViTForImageClassification),
-        (ViTForMaskedImageModeling, ImgProcViTForMaskedImageModeling),
-    )
-}
-"""Stock architecture -> (stock class, variant class)."""
-
-# Fields of a stock configuration that say what it is or where it came from, not how the model is built.
-_IDENTITY_FIELDS = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
-
-_PROBE_LENGTH = 32
+LAST_LAYERS = [-2, -1]
+"""What is boosted instead of all layers where that costs much; the authors' language model boosts these too."""
 
 
 @dataclass
@@ -75,40 +39,64 @@ class ConversionReport:
     """What a conversion did.
 
     Attributes:
-        source: name or path of the stock checkpoint.
-        architecture: the stock class.
+        source: name or path of the checkpoint.
+        architecture: its class.
         preset: the variant.
+        source_preset: what the source was: ``softmax`` for a stock model.
         mapped: parameter of the variant -> the source tensors it was made of.
         unused: source tensors, or rows of one, that nothing was made of.
-        new: parameters of the variant that no source tensor went into, with their default values.
+        new: parameters of the variant that no source tensor went into. They start at their defaults, or where the
+            source's function is kept.
+        kept: filter fields that a source variant handed on, since the axis they belong to is the same.
+        boosting: the booster, its steps and its layers, in words; empty without one.
         max_difference: largest absolute difference of the outputs (logits, or hidden states of a bare model) on a
             probe.
-        output_std: standard deviation of the stock outputs on the probe, to compare it with.
+        output_std: standard deviation of the source's outputs on the probe, to compare it with.
+        change: what it costs: the rise of a language model's cross-entropy, or the predictions of a classifier that
+            change; None for other models.
         warnings: what a user should know before using the model, one sentence each.
+        advice: what costs less, where the change is large; else empty.
     """
 
     source: str
     architecture: str
     preset: str
+    source_preset: str = "softmax"
     mapped: dict[str, list[str]] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
+    kept: dict[str, Any] = field(default_factory=dict)
+    boosting: str = ""
     max_difference: float = float("nan")
     output_std: float = float("nan")
+    change: Change | None = None
     warnings: list[str] = field(default_factory=list)
+    advice: str = ""
 
     def __str__(self) -> str:
         changed = {name: made_of for name, made_of in self.mapped.items() if made_of != [name]}
-        lines = [f"{self.architecture} {self.source} -> {self.preset}"]
+        lines = [f"{self.architecture} {self.source}, {self.source_preset} -> {self.preset}"]
+        if self.boosting:
+            lines.append(f"  {self.boosting}")
+        if self.kept:
+            lines.append(
+                f"  kept of the source: {', '.join(f'{name}={value!r}' for name, value in self.kept.items())}"
+            )
         lines.append(f"  {len(self.mapped) - len(changed)} tensors copied")
         lines += [f"  {name} <- {' + '.join(made_of)}" for name, made_of in sorted(changed.items())]
         lines.append(f"  unused source tensors: {', '.join(self.unused) or 'none'}")
-        lines.append(f"  new parameters at their defaults: {', '.join(self.new) or 'none'}")
+        lines.append(
+            f"  new parameters, at their defaults or where the function is kept: {', '.join(self.new) or 'none'}"
+        )
         lines.append(
             f"  outputs on a random probe differ by at most {self.max_difference:.3g} "
-            f"(standard deviation of the stock outputs {self.output_std:.3g})"
+            f"(standard deviation of the source's outputs {self.output_std:.3g})"
         )
+        if self.change is not None:
+            lines.append(f"  {self.change}")
         lines += [f"  warning: {warning}" for warning in self.warnings]
+        if self.advice:
+            lines.append(f"  {self.advice}")
         return "\n".join(lines)
 
 
@@ -117,14 +105,20 @@ def convert(
     preset: str,
     *,
     return_report: bool = False,
+    samples: torch.Tensor | None = None,
     **config_overrides: Any,
 ) -> Any:
-    """Convert a stock GPT-2 or ViT (also a DeiT that was published as ViT) to a variant.
+    """Convert a GPT-2 or ViT (also a DeiT that was published as ViT) to a variant.
+
+    What allows it starts where the source's function is kept: gamma of ``learned``, and lambda or the gains of
+    ``neutreno`` and ``pidformer``, which are learned (``learn_feedback``) from 0 on unless the overrides name a value.
 
     Args:
-        model_or_path: a stock model, or the path or Hub name of one.
+        model_or_path: a stock model or a variant, or the path or Hub name of one.
         preset: name of the variant, see ``PRESETS``.
-        return_report: also return a :class:`ConversionReport`.
+        return_report: also return a :class:`ConversionReport`, for which the two models are compared.
+        samples: what the report compares them on: token ids ``[texts, length]`` or pixel values
+            ``[images, channels, height, width]``. None: texts that the source writes, or random inputs.
         **config_overrides: configuration fields of the variant that win over the preset's and the checkpoint's, such
             as ``boosted_layers=[-2, -1]``; they must not change the shape of a tensor.
 
@@ -132,63 +126,85 @@ def convert(
         The variant in evaluation mode, in the source's dtype; with ``return_report`` the pair (model, report).
 
     Raises:
-        ValueError: for an unknown preset, an architecture that is not supported, a checkpoint with missing tensors, or
-            overrides that change the shape of a tensor.
+        ValueError: for an unknown preset, an architecture that is not supported, a checkpoint with missing tensors, a
+            variant whose parameters cannot be made of the source's, or overrides that change the shape of a tensor.
+        OSError: for weights that cannot be read.
     """
     preset_fields(preset)
-    source, stock, file_unused = _load_stock(model_or_path)
-    variant_class = ARCHITECTURES[type(stock).__name__][1]
-    fields = {key: value for key, value in stock.config.to_dict().items() if key not in _IDENTITY_FIELDS}
-    config = variant_class.config_class.from_preset(preset, **{**fields, **config_overrides})
+    source = load_source(model_or_path)
+    if samples is not None:
+        probe_inputs(source.model, source.name, samples)  # refuses wrong ones before the work
+    variant, report = _convert(source, preset, config_overrides)
+    for warning in report.warnings:
+        logger.warning(warning)
+    if not return_report:
+        return variant
+    was_training = source.model.training
+    source.model.eval()
+    try:
+        report.max_difference, report.output_std = difference(source.model, variant)
+        inputs = probe_inputs(source.model, source.name, samples)
+        if inputs is not None:
+            report.change = measure(source.model, variant, inputs)
+            report.advice = _advice(source, preset, config_overrides, variant, report.change, inputs)
+    finally:
+        source.model.train(was_training)
+    return variant, report
+
+
+def _convert(source: Source, preset: str, overrides: dict[str, Any]) -> tuple[PreTrainedModel, ConversionReport]:
+    """The variant, and the report without what comparing the models tells."""
+    stock: Any = source.model
+    fields, kept = variant_fields(stock.config, preset, overrides)
+    config: Any = source.variant_class.config_class(**fields)
+    check_structure(stock.config, config, overrides)
     implementation = stock.config._attn_implementation
     if implementation in ("eager", "sdpa"):
         config._attn_implementation = implementation
-    variant = variant_class(config)
-    report = ConversionReport(str(source), type(stock).__name__, preset)
-    if config.residual != "standard":
-        report.warnings.append(
-            f"the residual scheme {config.residual!r} changes the function of the checkpoint, which was trained with "
-            "'standard': train the model before using it"
-        )
-    for warning in report.warnings:
-        logger.warning(warning)
-
-    weights, report.mapped, used = _variant_weights(stock, variant)
-    state = variant.state_dict()
-    report.new = sorted(set(state) - set(weights))
-    report.unused = sorted({*file_unused, *(set(stock.state_dict()) - used), *_unused_rows(stock, variant)})
-    wrong = [name for name, tensor in weights.items() if name not in state or state[name].shape != tensor.shape]
-    if wrong:
-        raise ValueError(
-            f"the overrides {config_overrides!r} change the shape of {', '.join(wrong)}: convert cannot do that"
-        )
+    variant = new_variant(source, config)
+    made = variant_weights(stock, variant)
+    state, weights = variant.state_dict(), {name: tensor for name, (tensor, _) in made.items()}
+    _check_shapes(stock.config, config, overrides, state, weights)
     variant.load_state_dict({**state, **weights})
     variant.to(stock.dtype)
     if getattr(stock, "generation_config", None) is not None:
         variant.generation_config = stock.generation_config
-    variant.eval()
-    report.max_difference, report.output_std = _probe(stock, variant)
-    return (variant, report) if return_report else variant
+    report = ConversionReport(
+        source.name,
+        source.model.__class__.__name__,
+        preset,
+        preset_name(stock.config) if source.is_variant else "softmax",
+        mapped={name: made_of for name, (_, made_of) in made.items() if made_of},
+        kept=kept,
+        boosting=_boosting_in_words(config),
+    )
+    report.new = sorted(set(state) - set(report.mapped))
+    used = {name for made_of in report.mapped.values() for name in made_of}
+    report.unused = sorted({*source.unused, *(set(stock.state_dict()) - used), *unused_rows(stock, variant)})
+    report.warnings = _warnings(source, variant, report)
+    return variant.eval(), report
 
 
 def convert_checkpoint(source: str, preset: str, output_dir: str, **config_overrides: Any) -> ConversionReport:
     """Convert a checkpoint and save it, with its tokenizer or image processor where it has one.
 
     Args:
-        source: path or Hub name of a stock checkpoint.
+        source: path or Hub name of a checkpoint, stock or a variant.
         preset: name of the variant.
         output_dir: a folder that does not exist yet or is empty.
         **config_overrides: as in :func:`convert`.
 
     Raises:
         ValueError: as :func:`convert`, and if ``output_dir`` holds files.
+        OSError: as :func:`convert`.
     """
     folder = Path(output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"output must be a new or empty folder, got {output_dir!r}, which holds files")
     model, report = convert(source, preset, return_report=True, **config_overrides)
-    model.save_pretrained(folder)
-    _copy_processor(source, folder)
+    with writing(folder):
+        model.save_pretrained(folder)
+        _copy_processor(source, folder)
     return report
 
 
@@ -206,127 +222,82 @@ def _copy_processor(source: str, folder: Path) -> None:
             processor_class.from_pretrained(source).save_pretrained(folder)
 
 
-def _load_stock(model_or_path: Any) -> tuple[Any, PreTrainedModel, list[str]]:
-    """The source's name, the stock model and the tensors of its file that the stock class has no place for."""
-    if isinstance(model_or_path, PreTrainedModel):
-        _check_architecture(type(model_or_path).__name__, str(getattr(model_or_path.config, "model_type", None)))
-        return model_or_path.config._name_or_path or "(a model in memory)", model_or_path, []
-    config = AutoConfig.from_pretrained(model_or_path)
-    names = config.architectures or []
-    if len(names) != 1:
-        raise ValueError(f"{model_or_path} must name one architecture in its config.json, got {names!r}")
-    _check_architecture(names[0], config.model_type)
-    stock_class = ARCHITECTURES[names[0]][0]
-    if stock_class._keys_to_ignore_on_load_unexpected:
-        stock_class = _listing_all_tensors(stock_class)
-    model, info = stock_class.from_pretrained(model_or_path, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(f"{model_or_path} lacks tensors of {names[0]}: {', '.join(sorted(info['missing_keys']))}")
-    return model_or_path, model, list(info["unexpected_keys"])
+def _check_shapes(
+    source: Any, config: Any, overrides: dict[str, Any], state: dict[str, Any], weights: dict[str, Any]
+) -> None:
+    wrong = [name for name, tensor in weights.items() if state[name].shape != tensor.shape]
+    if not wrong:
+        return
+    shapes = ", ".join(f"{name} from {list(weights[name].shape)} to {list(state[name].shape)}" for name in wrong)
+    allowed = {
+        name: getattr(source, name)
+        for name in overrides
+        if hasattr(source, name) and getattr(source, name) != getattr(config, name)
+    }
+    given = ", ".join(f"{name}={overrides[name]!r}" for name in allowed or overrides)
+    of_source = ", ".join(f"{name}={value!r}" for name, value in allowed.items())
+    raise ValueError(
+        f"{given} would change the shape of {shapes}: convert keeps shapes"
+        + (f", only the checkpoint's {of_source} is allowed" if of_source else "")
+    )
 
 
-def _listing_all_tensors(stock_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The class without its patterns of tensors to drop silently: stock GPT-2 hides the causal masks of old files."""
-
-    def __init__(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-        stock_class.__init__(self, *args, **kwargs)
-        self._keys_to_ignore_on_load_unexpected = set()
-
-    return type(stock_class.__name__, (stock_class,), {"__init__": __init__})
-
-
-def _check_architecture(name: str, model_type: str) -> None:
-    if name not in ARCHITECTURES or model_type not in ("gpt2", "vit"):
-        raise ValueError(
-            f"architecture must be a stock one of {', '.join(ARCHITECTURES)}, got {name} (model type {model_type})"
+def _warnings(source: Source, variant: PreTrainedModel, report: ConversionReport) -> list[str]:
+    warnings = []
+    trained = getattr(source.model.config, "residual", "standard")
+    wanted: Any = variant.config.residual
+    if wanted != trained:
+        warnings.append(
+            f"the residual scheme {wanted!r} changes the function of the checkpoint, which was trained with "
+            f"{trained!r}: train the model before using it"
         )
+    dropped = [name for name in report.unused if ".filter." in name or ".position_projection." in f".{name}"]
+    if dropped:
+        warnings.append(
+            f"the source's filter has trained parameters for which {report.preset} has no place: {', '.join(dropped)}"
+        )
+    model: Any = source.model
+    if type(model).__name__.endswith("ViTModel") and model.pooler is None:
+        warnings.append("the checkpoint has no pooler: load it with add_pooling_layer=False, or you get a random one")
+    return warnings
 
 
-def _variant_weights(
-    stock: PreTrainedModel, variant: PreTrainedModel
-) -> tuple[dict[str, torch.Tensor], dict[str, list[str]], set[str]]:
-    """The variant's tensors that are made from the stock model, what each is made of, and the source names used."""
-    source, target = stock.state_dict(), variant.state_dict()
-    prefix = "" if type(stock) is type(stock.base_model) else f"{stock.base_model_prefix}."
-    weights, mapped = {}, {}
-    special = _class_position(source, variant, prefix) | _position_projections(source, variant, prefix)
-    for name in target:
-        if name in special:
-            weights[name], mapped[name] = special[name]
-        elif name in source:
-            weights[name], mapped[name] = source[name], [name]
-    return weights, mapped, {name for made_of in mapped.values() for name in made_of}
+def _boosting_in_words(config: Any) -> str:
+    """Which layers are boosted, by which booster, how often."""
+    boosted = {index: spec for index, spec in enumerate(config.layer_specs) if spec.is_boosted}
+    if not boosted:
+        return ""
+    kinds = {
+        f"{spec.boosting}, {spec.boosting_steps} steps" if spec.boosting in STEPPED_BOOSTINGS else spec.boosting: None
+        for spec in boosted.values()
+    }
+    number = config.num_hidden_layers
+    which = f"all {number}" if len(boosted) == number else f"{', '.join(map(str, boosted))} of 0 to {number - 1}"
+    return f"boosted layers: {which} ({' and '.join(kinds)})"
 
 
-def _class_position(
-    source: dict[str, torch.Tensor], variant: PreTrainedModel, prefix: str
-) -> dict[str, tuple[torch.Tensor, list[str]]]:
-    """Where patches are compared by position, the stock table loses its class entry to the class token's content."""
-    table, token = f"{prefix}embeddings.position_embeddings", f"{prefix}embeddings.cls_token"
-    if table not in source or variant.base_model.embeddings.adds_positions:
-        return {}
-    made = {token: (source[token] + source[table][:, :1], [token, table])}
-    if variant.base_model.embeddings.position_embeddings is not None:
-        made[table] = (source[table][:, 1:], [table])
-    return made
-
-
-def _unused_rows(stock: PreTrainedModel, variant: PreTrainedModel) -> list[str]:
-    """The stock table's rows of the patches, where only that of the class token went into something."""
-    embeddings = getattr(variant.base_model, "embeddings", None)
-    if embeddings is None or embeddings.position_embeddings is not None:
-        return []
-    prefix = "" if type(stock) is type(stock.base_model) else f"{stock.base_model_prefix}."
-    return [f"{prefix}embeddings.position_embeddings (rows of the patches)"]
-
-
-def _position_projections(
-    source: dict[str, torch.Tensor], variant: PreTrainedModel, prefix: str
-) -> dict[str, tuple[torch.Tensor, list[str]]]:
-    """U_Q, U_K and their norm, for every layer that has its own and for the model that shares one pair."""
-    made: dict[str, tuple[torch.Tensor, list[str]]] = {}
-    state = variant.state_dict()
-    for layer in range(variant.config.num_hidden_layers):
-        if f"{prefix}h.0.ln_1.weight" in source:
-            norm, projection = f"{prefix}h.{layer}.ln_1", f"{prefix}h.{layer}.attn.c_attn.weight"
-            own = f"{prefix}h.{layer}.attn.filter.position_projection"
-            # Conv1D stores [in, out], with query, key and value side by side.
-            query, key, _ = source[projection].T.chunk(3)
-            names = (projection, projection)
-        else:
-            norm, attention = f"{prefix}layers.{layer}.layernorm_before", f"{prefix}layers.{layer}.attention"
-            own = f"{attention}.filter.position_projection"
-            names = (f"{attention}.q_proj.weight", f"{attention}.k_proj.weight")
-            query, key = source[names[0]], source[names[1]]
-        targets = [own, f"{prefix}position_projection"] if layer == 0 else [own]
-        for target in targets:
-            if f"{target}.query.weight" in state:
-                made |= {
-                    f"{target}.norm.{kind}": (source[f"{norm}.{kind}"], [f"{norm}.{kind}"])
-                    for kind in ("weight", "bias")
-                }
-                made |= {f"{target}.query.weight": (query, [names[0]]), f"{target}.key.weight": (key, [names[1]])}
-    return made
-
-
-@torch.no_grad()
-def _probe(stock: PreTrainedModel, variant: PreTrainedModel) -> tuple[float, float]:
-    """Largest difference of the two models' outputs on a fixed random input, and the stock outputs' deviation."""
-    generator = torch.Generator().manual_seed(0)
-    config = stock.config
-    if stock.main_input_name == "input_ids":
-        length = min(_PROBE_LENGTH, config.n_positions)
-        ids = torch.randint(config.vocab_size, (1, length), generator=generator)
-        inputs = {"input_ids": ids, "use_cache": False}
-    else:
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        pixels = torch.randn(1, config.num_channels, height, width, generator=generator)
-        inputs = {"pixel_values": pixels.to(stock.dtype)}
-    was_training = stock.training
-    outputs = []
-    for model in (stock.eval(), variant):
-        moved = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in inputs.items()}
-        outputs.append(model(**moved)[0].float().cpu())
-    stock.train(was_training)
-    return float((outputs[0] - outputs[1]).abs().max()), float(outputs[0].std())
+def _advice(
+    source: Source, preset: str, overrides: dict[str, Any], variant: Any, change: Change, inputs: Inputs
+) -> str:
+    """What costs less than a large change; where that is boosting fewer layers, it is measured."""
+    if not change.is_large:
+        return ""
+    specs = variant.config.layer_specs
+    single_values = not isinstance(variant.config.boosting, list) and not isinstance(
+        variant.config.boosting_steps, list
+    )
+    if single_values and sum(spec.is_boosted for spec in specs) > len(LAST_LAYERS):
+        fewer, _ = _convert(source, preset, {**overrides, "boosted_layers": LAST_LAYERS})
+        less = measure(source.model, fewer, inputs)
+        if less.rise is not None:
+            return (
+                f"boosted in its last two layers only (boosted_layers={LAST_LAYERS}) it rises by {less.rise:.3f} nats"
+            )
+        return (
+            f"boosted in its last two layers only (boosted_layers={LAST_LAYERS}) {less.changed} of {less.predictions} "
+            "change"
+        )
+    return (
+        "this is a starting point for training; what starts as the source's function: learned_twicing, "
+        "gradient_boosted, neutreno, pidformer"
+    )

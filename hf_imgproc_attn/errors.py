@@ -1,20 +1,88 @@
 """Errors that a user can mend, shown as one line, and the check for optional packages."""
 
+import argparse
+import difflib
+import errno
 import importlib.util
+import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 _EXTRAS: dict[str, tuple[str, ...]] = {
-    "train": ("accelerate", "datasets", "evaluate", "numpy", "PIL", "sklearn", "tokenizers", "yaml"),
+    "train": ("accelerate", "datasets", "evaluate", "numpy", "PIL", "psutil", "sklearn", "tokenizers", "yaml"),
     "robustness": ("foolbox",),
     "viz": ("matplotlib",),
     "hub": ("jinja2", "matplotlib"),
     "filters": ("matplotlib", "numpy", "PIL", "skimage"),
 }
 
+DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+"""Error numbers of a disk without room, or of a file larger than is allowed."""
+# What the system says where a file cannot be written at all.
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+
 
 class UsageError(ValueError):
     """A wrong argument, data set or folder: the message names the field, the rule and what was got."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose mistakes are one line instead of the whole usage text, with the nearest choice if there is one.
+
+    Raises:
+        UsageError: for a command line that does not fit.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message)
+        hint = did_you_mean(choice[1], re.split(r",\s*", choice[2].replace("'", ""))) if choice else ""
+        raise UsageError(message + hint)
+
+
+def did_you_mean(got: str, known: Iterable[str]) -> str:
+    """``"; did you mean NAME?"`` with the nearest of the known names, or nothing where none is near."""
+    near = difflib.get_close_matches(got, sorted(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def refuse_missing_path(option: str, value: str | None) -> None:
+    """Refuse what looks like a local path and does not exist: asked for it, the Hub would speak of something else.
+
+    Args:
+        option: the option that it was given with.
+        value: a path or a Hub name; None: not given.
+
+    Raises:
+        UsageError: naming option and value.
+    """
+    if value is None:
+        return
+    is_path = os.path.isabs(value) or value.startswith((".", "~")) or value.count("/") > 1
+    if is_path and not os.path.exists(os.path.expanduser(value)):
+        raise UsageError(f"{option} must be a local path or a Hub name, got {value!r}, which does not exist")
+
+
+def plain_message(error: BaseException) -> str:
+    """The message of an exception on one line, without what a library wraps around it.
+
+    The strict dataclasses of Transformers' configurations put the name of an internal validator before the message
+    that it raised, and torch puts the traceback of a data-loader worker before its own.
+    """
+    if type(error).__name__.startswith("StrictDataclass") and error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error)
+    if "Original Traceback (most recent call last):" in text:
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split()) or type(error).__name__
+
+
+def disk_problem(error: OSError) -> str | None:
+    """What is wrong with the disk or the rights of a path, as one line; None for every other error."""
+    if error.errno not in (*DISK_FULL, *_NOT_WRITABLE):
+        return None
+    return f"{str(error.filename) if error.filename else 'output'!r}: {error.strerror}"
 
 
 def require_extras(*extras: str) -> None:
@@ -27,25 +95,40 @@ def require_extras(*extras: str) -> None:
         UsageError: names the packages that are missing and the extra that brings them.
     """
     for extra in extras:
-        missing = [name for name in _EXTRAS[extra] if importlib.util.find_spec(name) is None]
+        missing = missing_packages(extra)
         if missing:
-            raise UsageError(
-                f"this needs {', '.join(missing)}, which is not installed: pip install 'hf-imgproc-attn[{extra}]'"
-            )
+            raise UsageError(f"this needs {', '.join(missing)}, which is not installed: {install_hint(extra)}")
+
+
+def missing_packages(extra: str) -> list[str]:
+    """The packages of an extra that are not installed."""
+    return [name for name in _EXTRAS[extra] if importlib.util.find_spec(name) is None]
+
+
+def install_hint(extra: str) -> str:
+    """How to install an extra. The package is not on an index, so it is installed from a checkout."""
+    return f'pip install ".[{extra}]" in a checkout of this package'
 
 
 def exit_code(work: Callable[[], object]) -> int:
     """Run ``work`` as the body of a command.
 
     Returns:
-        0 on success, 2 after a :class:`UsageError` (printed as one line, without a traceback), 130 when interrupted.
+        0 on success, 2 after a :class:`UsageError` or a disk that cannot be written (printed as one line, without a
+        traceback), 130 when interrupted.
     """
     try:
         work()
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain_message(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
+    except OSError as error:
+        problem = disk_problem(error)
+        if problem is None:
+            raise
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
     return 0

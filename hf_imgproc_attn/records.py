@@ -16,12 +16,10 @@ from typing import Any
 
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.training_support.argument_parser import command_words
-from hf_imgproc_attn.training_support.arguments import EMBEDDED_IMAGES, EMBEDDED_TEXT, Arguments
+from hf_imgproc_attn.training_support.arguments import EMBEDDED_IMAGES, EMBEDDED_TEXT, LOCAL_OR_HUB, Arguments
 
 FILE_NAME = "run.json"
 FORMAT = 1
-LOCAL_OR_HUB = ("model_name_or_path", "dataset_name", "tokenizer_name")
-"""Options that take a local path or a Hub name; a record has local ones as absolute paths."""
 
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "evaluate", "tokenizers", "safetensors", "numpy")
 # What makes a run another run. The rest (how long, how often to log and save, on how many devices) may change.
@@ -50,8 +48,8 @@ def check_output_dir(output_dir: str, record: dict[str, Any], resume: bool) -> N
         resume: whether the user asked to go on with the run.
 
     Raises:
-        UsageError: if the folder holds another run (names the option that differs), this run but ``resume`` is off, or
-            files that are no run.
+        UsageError: if the folder holds another run (names the option that differs), this run but ``resume`` is off,
+            files that are no run, or no run although one is to be resumed.
     """
     folder, path = Path(output_dir), Path(output_dir) / FILE_NAME
     if folder.exists() and not folder.is_dir():
@@ -71,6 +69,12 @@ def check_output_dir(output_dir: str, record: dict[str, Any], resume: bool) -> N
         record |= {name: earlier[name] for name in ("data_fingerprint", "training_seconds") if name in earlier}
     elif folder.is_dir() and any(folder.iterdir()):
         raise UsageError(f"output_dir must be empty or hold this run, got {output_dir!r}, which holds other files")
+    elif resume:
+        state = "is empty" if folder.is_dir() else "does not exist"
+        raise UsageError(
+            f"output_dir must hold the run that --resume goes on with, got {output_dir!r}, which {state}; without "
+            "--resume a new run starts"
+        )
 
 
 def start_record(task: str, arguments: Arguments[Any], training_args: Any) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,8 @@ from transformers import (
 
 from hf_imgproc_attn import PRESETS, ConversionReport, convert
 from hf_imgproc_attn.conversion import convert_checkpoint
+from hf_imgproc_attn.conversion_probe import probe_inputs, sample_texts
+from tests.models.helpers import sharpen_
 
 GPT2 = {"n_layer": 3, "n_head": 4, "n_embd": 32, "n_positions": 48, "vocab_size": 61, "pad_token_id": 0}
 VIT = {
@@ -57,6 +61,15 @@ STOCK = [
 ]
 
 
+KEEPING = {
+    "learned_twicing": ("scalar_bias.boosting_gain", 3),
+    "neutreno": ("scalar_bias.feedback_gains", 2),
+    "pidformer": ("scalar_bias.feedback_gains", 2),
+    "gradient_boosted": (".filter.gradient_boosting.", 3),
+}
+"""Presets that start as the source's function: what is new in them, and in how many of three layers."""
+
+
 def make_stock(model_class: type[PreTrainedModel], config_class: type, fields: dict) -> PreTrainedModel:
     """A stock model with weights large enough that a wrongly placed tensor shows in the outputs."""
     torch.manual_seed(0)
@@ -72,6 +85,16 @@ def outputs(model: PreTrainedModel) -> torch.Tensor:
     if model.main_input_name == "input_ids":
         return model(torch.randint(1, 61, (2, 9)))[0]
     return model(torch.randn(2, 3, 16, 16))[0]
+
+
+@torch.no_grad()
+def disturbed(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as after a training: every parameter of its filter has moved."""
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if ".filter." in name or "position_projection" in name:
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.eval()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -96,18 +119,16 @@ def test_every_tensor_is_accounted_for(stock_spec: tuple, preset: str, tmp_path:
         # Not 0: products of a memory-mapped and of a copied weight may differ in the last bit.
         assert report.max_difference < 1e-6
         assert report.unused == report.new == []
-    elif preset == "gradient_boosted":
+    elif preset in KEEPING:
         assert report.max_difference < 1e-6  # it starts as the stock model
         assert report.unused == []
-        assert all(".filter.gradient_boosting." in name for name in report.new)
+        kind, layers = KEEPING[preset]
+        assert all(kind in name for name in report.new)
+        assert len({name.split(kind)[0] for name in report.new}) == layers
     else:
         assert report.max_difference > 0.0
-    if preset == "learned_twicing":
-        assert report.unused == []
-        assert len(report.new) == 3
-        assert all(name.endswith("scalar_bias.boosting_gain") for name in report.new)
     assert bool(report.warnings) == (preset == "boosted_residual")
-    if preset in ("twicing", "sos", "neutreno", "pidformer", "elliptical", "boosted_residual"):
+    if preset in ("twicing", "sos", "elliptical", "boosted_residual"):
         assert report.unused == report.new == []
     if preset in ("bilateral_gaussian", "nlm", "alibi", "t5_bias", "rope", "nope"):
         of_patches = "embeddings.position_embeddings (rows of the patches)"
@@ -142,9 +163,32 @@ def test_another_residual_scheme_is_warned_of(
     assert "residual scheme" not in caplog.text
 
 
-def test_learned_twicing_starts_as_twicing() -> None:
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("preset", KEEPING)
+@pytest.mark.parametrize("stock_spec", [STOCK[1], STOCK[5]], ids=["gpt2", "vit"])
+def test_the_function_is_kept_and_what_is_new_learns(stock_spec: tuple, preset: str, implementation: str) -> None:
+    stock = make_stock(*stock_spec)
+    stock.set_attn_implementation(implementation)
+    model = convert(stock, preset)
+    torch.testing.assert_close(outputs(model), outputs(stock), rtol=1e-5, atol=1e-5)
+    outputs(model).square().sum().backward()
+    starts = [p for name, p in model.named_parameters() if name.endswith(("boosting_gain", "feedback_gains"))]
+    assert bool(starts) == (preset != "gradient_boosted")
+    assert all(not parameter.any() and parameter.grad.abs().min() > 0 for parameter in starts)
+
+
+def test_given_factors_are_used_as_they_are() -> None:
     stock = make_stock(*STOCK[1])
-    torch.testing.assert_close(outputs(convert(stock, "learned_twicing")), outputs(convert(stock, "twicing")))
+    for fields, learned, strength in (
+        ({"neutreno_lambda": 0.3}, False, 0.3),
+        ({"neutreno_lambda": 0.3, "learn_feedback": True}, True, 0.3),
+        ({"learn_feedback": True}, True, 0.0),
+        ({"learn_feedback": False}, False, None),
+    ):
+        config = convert(stock, "neutreno", **fields).config
+        assert (config.learn_feedback, config.neutreno_lambda) == (learned, strength)
+    assert convert(stock, "pidformer").config.pid_gains == [0.0, 0.0, 0.0]
+    assert convert(stock, "pidformer", pid_gains=[1, 0, 0]).config.learn_feedback is False
 
 
 def test_untied_positions_start_from_the_content_projections() -> None:
@@ -240,6 +284,197 @@ def test_deit_published_as_vit_keeps_its_labels(tmp_path: Path) -> None:
     assert convert(tmp_path, "twicing").config.id2label[3] == "class 3"
 
 
+def without_architecture(folder: Path) -> None:
+    """As many files on the Hub are: config.json names no class."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del config["architectures"]
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+@pytest.mark.parametrize("stock_spec", STOCK, ids=lambda spec: spec[0].__name__)
+def test_an_architecture_is_told_by_the_tensors(stock_spec: tuple, tmp_path: Path) -> None:
+    """Of a stock checkpoint and of a variant, in safetensors files whole and in parts, and in a file of torch's."""
+    stock = make_stock(*stock_spec)
+    expected = outputs(convert(stock, "twicing"))
+    folders = [tmp_path / name for name in ("stock", "parts", "variant", "torch")]
+    stock.save_pretrained(folders[0])
+    stock.save_pretrained(folders[1], max_shard_size="20KB")
+    assert (folders[1] / "model.safetensors.index.json").exists()
+    convert(stock, "softmax").save_pretrained(folders[2])
+    shutil.copytree(folders[0], folders[3])
+    torch.save(load_file(folders[3] / "model.safetensors"), folders[3] / "pytorch_model.bin")
+    (folders[3] / "model.safetensors").unlink()
+    for folder in folders:
+        without_architecture(folder)
+        model = convert(folder, "twicing")
+        assert type(model).__name__ == f"ImgProc{stock_spec[0].__name__}"
+        torch.testing.assert_close(outputs(model), expected)
+
+
+def test_a_language_model_is_told_by_its_head_too(tmp_path: Path) -> None:
+    """Where the head is not the token table, it is in the file."""
+    model = make_stock(GPT2LMHeadModel, GPT2Config, {**GPT2, "tie_word_embeddings": False})
+    weights = {name.removeprefix("transformer."): tensor for name, tensor in model.state_dict().items()}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model.config.save_pretrained(tmp_path)
+    without = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert not without.get("architectures")
+    torch.testing.assert_close(outputs(convert(tmp_path, "softmax")), outputs(model))
+
+
+@pytest.mark.parametrize("preset", ["twicing", "bilateral"])
+def test_a_vit_without_a_pooler_stays_one(preset: str, tmp_path: Path) -> None:
+    """As those of DINO, by name and in memory; nothing is drawn at random, and the report says how to load it."""
+    config = ViTConfig(**VIT)
+    model = ViTModel(config, add_pooling_layer=False, use_mask_token=True)
+    with torch.no_grad():
+        model.embeddings.mask_token.add_(1.0)
+    model.save_pretrained(tmp_path)
+    for source in (model, tmp_path):
+        converted, report = convert(source, preset, return_report=True)
+        assert converted.pooler is None
+        assert torch.equal(converted.embeddings.mask_token, model.embeddings.mask_token)
+        assert not any("pooler" in name for name in [*report.new, *report.unused])
+        assert "add_pooling_layer=False" in report.warnings[0]
+
+
+def test_half_a_pooler_is_refused(tmp_path: Path) -> None:
+    make_stock(*STOCK[4]).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["pooler.dense.bias"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks tensors of ViTModel: pooler.dense.bias"):
+        convert(tmp_path, "twicing")
+
+
+def test_several_architectures_are_refused(tmp_path: Path) -> None:
+    make_stock(*STOCK[1]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["A", "B"]}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"architectures in config.json .* must name one class, got \['A', 'B'\]"):
+        convert(tmp_path, "twicing")
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    make_stock(*STOCK[4]).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(OSError, match="weights of .* cannot be read, the file is damaged"):
+        convert(tmp_path, "twicing")
+
+
+# -- what it costs
+
+
+def sharp_language_model() -> GPT2LMHeadModel:
+    """One that is sure of its next tokens, and for which it matters what they see."""
+    return sharpen_(GPT2LMHeadModel(GPT2Config(**GPT2)), std=3.0).eval()
+
+
+def cross_entropy(model: PreTrainedModel, texts: torch.Tensor) -> float:
+    return model(texts, labels=texts).loss.item()
+
+
+def test_the_report_tells_the_cost_of_a_language_model() -> None:
+    """The rise of the cross-entropy on texts that the stock model wrote; the same numbers at every call."""
+    stock = sharp_language_model()
+    model, report = convert(stock, "twicing", return_report=True)
+    texts = sample_texts(stock, torch.Generator().manual_seed(0))
+    assert texts.shape == (8, 48)
+    change = report.change
+    assert change.before == pytest.approx(cross_entropy(stock, texts), abs=1e-5)
+    assert change.after == pytest.approx(cross_entropy(model, texts), abs=1e-5)
+    assert f"cross-entropy on 376 tokens that the source itself wrote rises by {change.rise:.3f} nats" in str(report)
+    assert convert(stock, "twicing", return_report=True)[1].change == change
+    # Its own texts, not any: random ones are much less likely.
+    assert change.before < cross_entropy(stock, torch.randint(0, 61, texts.shape)) - 0.5
+    assert convert(stock, "learned_twicing", return_report=True)[1].change.rise == pytest.approx(0, abs=1e-6)
+
+
+@torch.no_grad()
+def test_texts_are_drawn_from_the_model() -> None:
+    """Tokens appear as often as the model says: the second one, over many draws."""
+    stock = sharp_language_model()
+    expected = stock(torch.tensor([[stock.config.bos_token_id % 61]])).logits[0, -1].softmax(-1)
+    generator = torch.Generator().manual_seed(3)
+    drawn = torch.cat([sample_texts(stock, generator, length=2)[:, 1] for _ in range(250)])
+    found = drawn.bincount(minlength=61) / len(drawn)
+    assert (found - expected).abs().max() < 4 * float((expected * (1 - expected) / len(drawn)).sqrt().max())
+
+
+def test_what_costs_less_is_measured_and_said() -> None:
+    stock = sharp_language_model()
+    _, report = convert(stock, "twicing", return_report=True)
+    assert report.change.is_large
+    last = convert(stock, "twicing", return_report=True, boosted_layers=[-2, -1])[1].change.rise
+    assert last < report.change.rise
+    assert (
+        report.advice == f"boosted in its last two layers only (boosted_layers=[-2, -1]) it rises by {last:.3f} nats"
+    )
+    assert report.advice in str(report)
+    assert "starting point for training" in convert(stock, "nlm", return_report=True)[1].advice
+    assert convert(stock, "learned_twicing", return_report=True)[1].advice == ""
+
+
+@pytest.mark.parametrize("stock_spec", [STOCK[2], STOCK[3], STOCK[5]], ids=lambda spec: spec[0].__name__)
+def test_the_report_counts_changed_predictions(stock_spec: tuple) -> None:
+    """On samples that were given; without any on random ones, and the report says so."""
+    stock = make_stock(*stock_spec)
+    is_text = stock.main_input_name == "input_ids"
+    samples = torch.randint(1, 61, (24, 9)) if is_text else torch.randn(24, 3, 16, 16)
+    model, report = convert(stock, "twicing", return_report=True, samples=samples)
+    predictions = [each(samples).logits.argmax(-1) for each in (stock, model)]
+    assert report.change.changed == int((predictions[0] != predictions[1]).sum())
+    assert report.change.predictions == predictions[0].numel()
+    assert "predictions change on the 24 samples that were given" in str(report)
+    report = convert(stock, "twicing", return_report=True)[1]
+    assert report.change.predictions in (16, 16 * 32)
+    assert f"predictions change on random {'tokens' if is_text else 'images'} (no data was given)" in str(report)
+
+
+def test_random_images_have_the_statistics_of_the_processor(tmp_path: Path) -> None:
+    stock = make_stock(*STOCK[5])
+    stock.save_pretrained(tmp_path)
+    assert "ViT's usual image processor" in convert(tmp_path, "twicing", return_report=True)[1].change.described
+    mean, std = [0.1, 0.2, 0.3], [0.5, 0.25, 1.0]
+    ViTImageProcessorPil(size={"height": 16, "width": 16}, image_mean=mean, image_std=std).save_pretrained(tmp_path)
+    inputs = probe_inputs(stock, str(tmp_path), None)
+    assert inputs.described.endswith("its image processor")
+    pixels = inputs.tensor * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+    assert pixels.shape == (16, 3, 16, 16)
+    assert 0 <= pixels.min() < 0.1
+    assert 0.9 < pixels.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("stock_spec", "samples"),
+    [
+        (STOCK[0], torch.ones(1, 4, dtype=torch.long)),
+        (STOCK[1], torch.ones(1, 49, dtype=torch.long)),
+        (STOCK[1], torch.ones(2, 4)),
+        (STOCK[1], torch.ones(0, 4, dtype=torch.long)),
+        (STOCK[5], torch.ones(2, 3, 16, 12)),
+        (STOCK[5], torch.ones(3, 16, 16)),
+    ],
+    ids=str,
+)
+def test_samples_that_do_not_fit_are_refused(stock_spec: tuple, samples: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"samples must be .*, got"):
+        convert(make_stock(*stock_spec), "twicing", return_report=True, samples=samples)
+
+
+def test_the_report_names_the_boosted_layers() -> None:
+    stock = make_stock(*STOCK[1])
+    for preset, fields, words in (
+        ("twicing", {}, "boosted layers: all 3 (twicing, 2 steps)"),
+        ("bilateral_twicing", {"boosted_layers": [-2, -1]}, "boosted layers: 1, 2 of 0 to 2 (twicing, 2 steps)"),
+        ("sos", {"boosted_layers": [0]}, "boosted layers: 0 of 0 to 2 (sos, 3 steps)"),
+        ("learned_twicing", {}, "boosted layers: all 3 (learned)"),
+    ):
+        assert words in str(convert(stock, preset, return_report=True, **fields)[1])
+    assert "boosted layers" not in str(convert(stock, "bilateral", return_report=True)[1])
+
+
 def test_report_names_what_changed() -> None:
     _, report = convert(make_stock(ViTForImageClassification, ViTConfig, VIT), "bilateral", return_report=True)
     text = str(report)
@@ -275,14 +510,97 @@ def test_unsupported_architectures_are_refused_by_name(
     for source in (model, tmp_path):
         with pytest.raises(ValueError, match=f"architecture must be a stock one of .*, got {model_class.__name__}"):
             convert(source, "twicing")
+    without_architecture(tmp_path)
+    with pytest.raises(ValueError, match="(architecture|model_type) must be .*, got"):
+        convert(tmp_path, "twicing")
 
 
-def test_variants_are_not_converted_again(tmp_path: Path) -> None:
-    variant = convert(make_stock(*STOCK[1]), "twicing")
-    variant.save_pretrained(tmp_path)
-    for source in (variant, tmp_path):
-        with pytest.raises(ValueError, match="got ImgProcGPT2LMHeadModel"):
-            convert(source, "softmax")
+WITHOUT_TABLE = ("bilateral_gaussian", "nlm", "alibi", "t5_bias", "rope", "nope")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("stock_spec", [STOCK[1], STOCK[5]], ids=["gpt2", "vit"])
+def test_there_and_back(stock_spec: tuple, preset: str, tmp_path: Path) -> None:
+    """Where the variant has all that stock attention needs it gives the stock model; else it is refused by name."""
+    stock = make_stock(*stock_spec)
+    convert(stock, preset).save_pretrained(tmp_path)
+    if preset in WITHOUT_TABLE:
+        with pytest.raises(ValueError, match="position_kernel='additive' needs a table of positions, .* 'none'"):
+            convert(tmp_path, "softmax")
+        return
+    model, report = convert(tmp_path, "softmax", return_report=True)
+    torch.testing.assert_close(outputs(model), outputs(stock), rtol=1e-5, atol=1e-5)
+    assert report.source_preset == (preset if preset not in ("neutreno", "pidformer") else "custom")
+    assert f"{report.source_preset} -> softmax" in str(report)
+    dropped = [name for name in report.unused if ".filter." in name or "position_projection" in name]
+    assert bool(dropped) == any("trained parameters for which softmax has no place" in w for w in report.warnings)
+    assert bool(dropped) == (preset in {*KEEPING, "bilateral", "bilateral_twicing", "tupe"})
+    assert not any(".filter." in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        (("bilateral", {}), ("bilateral_twicing", {"boosting_steps": 1}), True),
+        (("bilateral_twicing", {}), ("bilateral", {}), False),
+        (("bilateral_gaussian", {}), ("bilateral_gaussian", {"boosting": "learned"}), True),
+        (("rope", {"rotary_base": 50.0}), ("rope", {"boosting": "learned"}), True),
+        (("t5_bias", {}), ("t5_bias", {"boosting": "gradient_boosted"}), True),
+        (("tupe", {}), ("bilateral", {}), True),
+        (("twicing", {"boosted_layers": [0, 2]}), ("learned_twicing", {}), True),
+        (("sos", {"boosting_steps": 2}), ("learned_twicing", {}), True),
+        (("learned_twicing", {}), ("learned_twicing", {"position_kernel": "untied"}), False),
+        (("twicing", {"boosting_steps": 3, "boosted_layers": [-1]}), ("twicing", {}), True),
+        (("twicing", {}), ("neutreno", {"boosting": "twicing"}), True),
+        (("neutreno", {"learn_feedback": True}), ("neutreno", {"boosting": "learned"}), True),
+        (("neutreno", {"neutreno_lambda": 0.3}), ("neutreno", {"learn_feedback": True}), True),
+        (("boosted_residual", {}), ("boosted_residual", {"boosting": "learned"}), True),
+        (("alibi", {}), ("nope", {}), False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stock_spec", [STOCK[1], STOCK[5]], ids=["gpt2", "vit"])
+def test_variant_to_variant(stock_spec: tuple, first: tuple, second: tuple, same: bool) -> None:
+    """What was trained stays where it means the same; what is new starts where the function is kept."""
+    source = disturbed(convert(make_stock(*stock_spec), first[0], **first[1]))
+    model, report = convert(source, second[0], return_report=True, **second[1])
+    if same:
+        torch.testing.assert_close(outputs(model), outputs(source), rtol=1e-4, atol=1e-4)
+    else:
+        assert (outputs(model) - outputs(source)).abs().max() > 1e-3
+    before, after = source.state_dict(), model.state_dict()
+    for name in before.keys() & after.keys():
+        assert torch.equal(before[name], after[name]) or "embeddings." in name, name
+    assert sorted([*report.mapped, *report.new]) == sorted(after)
+    if first[0] == second[0]:
+        assert report.kept.items() <= source.config.to_dict().items()
+        assert set(first[1]) - set(second[1]) <= set(report.kept)
+        assert bool(report.kept) == ("kept of the source" in str(report))
+
+
+def test_a_bandwidth_in_other_units_starts_anew() -> None:
+    """h_p of ``untied`` measures vectors, that of ``gaussian`` places."""
+    source = disturbed(convert(make_stock(*STOCK[1]), "bilateral"))
+    model, report = convert(source, "bilateral_gaussian", return_report=True)
+    fresh = convert(make_stock(*STOCK[1]), "bilateral_gaussian")
+    for layer in range(3):
+        scalars, old, new = (each.transformer.h[layer].attn.filter.scalar_bias for each in (model, source, fresh))
+        assert torch.equal(scalars.position_log_bandwidth, new.position_log_bandwidth)
+        assert torch.equal(scalars.content_log_bandwidth, old.content_log_bandwidth)
+        assert f"transformer.h.{layer}.attn.filter.scalar_bias.position_log_bandwidth" in report.new
+
+
+@pytest.mark.parametrize("stock_spec", [STOCK[1], STOCK[5]], ids=["gpt2", "vit"])
+def test_one_pair_of_projections_is_not_made_of_many(stock_spec: tuple) -> None:
+    source = convert(make_stock(*stock_spec), "bilateral")
+    with pytest.raises(ValueError, match="share_position_projections=True needs one pair .*projections=False"):
+        convert(source, "tupe")
+
+
+def test_another_residual_scheme_than_the_variants_is_warned_of() -> None:
+    source = convert(make_stock(*STOCK[1]), "boosted_residual")
+    _, report = convert(source, "softmax", return_report=True)
+    assert "'standard' changes the function of the checkpoint, which was trained with 'twicing'" in report.warnings[0]
 
 
 def test_processors_travel_where_there_are_any(tmp_path: Path) -> None:
@@ -305,8 +623,12 @@ def test_bad_input_is_refused_before_work(tmp_path: Path) -> None:
     stock = make_stock(*STOCK[1])
     with pytest.raises(ValueError, match="preset must be one of softmax, .*, got 'bilatral'"):
         convert(stock, "bilatral")
-    with pytest.raises(ValueError, match="n_positions.*change the shape of transformer.wpe.weight"):
+    message = "n_positions=64 would change the shape of transformer.wpe.weight .* only the checkpoint's n_positions=48"
+    with pytest.raises(ValueError, match=message):
         convert(stock, "twicing", n_positions=64)
+    for name, value, allowed in (("n_layer", 2, 3), ("n_layer", 4, 3), ("num_hidden_layers", 4, 3), ("n_head", 2, 4)):
+        with pytest.raises(ValueError, match=f"{name} must be the checkpoint's {allowed}, .*, got {value}"):
+            convert(stock, "twicing", **{name: value})
     stock.save_pretrained(tmp_path / "stock")
     weights = load_file(tmp_path / "stock" / "model.safetensors")
     del weights["transformer.h.1.ln_2.weight"]

@@ -97,7 +97,12 @@ def test_weights_digest(tmp_path: Path) -> None:
 def test_free_folders_are_accepted(tmp_path: Path) -> None:
     for folder in (tmp_path / "new", tmp_path):
         records.check_output_dir(str(folder), record_of(folder), resume=False)
-        records.check_output_dir(str(folder), record_of(folder), resume=True)
+
+
+def test_only_a_run_can_be_resumed(tmp_path: Path) -> None:
+    for folder, state in ((tmp_path / "new", "does not exist"), (tmp_path, "is empty")):
+        with pytest.raises(UsageError, match=f"output_dir must hold the run that --resume goes on with, .*{state}"):
+            records.check_output_dir(str(folder), record_of(folder), resume=True)
 
 
 def test_foreign_folders_are_refused(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ clean and on disturbed test data; writes tables and a picture to outputs/demo/re
 checkpoint back in a process that does not have this package.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -21,7 +20,8 @@ from typing import Any
 from evaluate_checkpoint import SIGMAS
 from make_results import SEED, run_recipe
 
-from hf_imgproc_attn.errors import UsageError, exit_code, require_extras
+from hf_imgproc_attn.errors import OneLineParser, UsageError, exit_code, require_extras
+from hf_imgproc_attn.output_paths import check_output_folder
 
 PRESETS = ("softmax", "bilateral", "twicing", "bilateral_twicing")
 PROMPT = 'The "with" statement'
@@ -157,6 +157,7 @@ def run(output_dir: Path, quick: bool) -> None:
     # Models this small gain little from a second thread, and lose much where other programs want the cores too.
     torch.set_num_threads(1)
     started = time.perf_counter()
+    check_output_folder(output_dir, "output_dir")
     if output_dir.exists() and not (output_dir / _MARKER).is_file() and any(output_dir.iterdir()):
         raise UsageError(
             f"output_dir must be empty or an earlier demo's, got {str(output_dir)!r}, which holds other files"
@@ -220,11 +221,15 @@ Word swap replaces the given part of the words by AAA. A word is a whitespace-se
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+    parser = OneLineParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="(default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a few steps only: a check, not a result")
-    options = parser.parse_args(argv)
-    return exit_code(lambda: run(options.output_dir, options.quick))
+
+    def work() -> None:
+        options = parser.parse_args(argv)
+        run(options.output_dir, options.quick)
+
+    return exit_code(work)
 
 
 def _column(result: dict[str, Any]) -> str:

@@ -3,8 +3,8 @@
     python training/evaluate_checkpoint.py outputs/digits
     python training/evaluate_checkpoint.py outputs/digits --sigmas 0.1 0.2 --epsilons 4/255 8/255
 
-Images: Gaussian noise and FGSM; text: word swap. The data are those that run.json names, checked by their fingerprint;
-the training split is never evaluated.
+Images: Gaussian noise and, where foolbox is installed, FGSM; text: word swap. The data are those that run.json names,
+checked by their fingerprint; the training split is never evaluated.
 """
 
 import argparse
@@ -16,8 +16,15 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hf_imgproc_attn.errors import UsageError, exit_code, require_extras
-from hf_imgproc_attn.training_support.argument_parser import OneLineParser
+from hf_imgproc_attn.errors import (
+    OneLineParser,
+    UsageError,
+    exit_code,
+    install_hint,
+    missing_packages,
+    require_extras,
+)
+from hf_imgproc_attn.output_paths import check_output_file, write_or_keep
 from hf_imgproc_attn.training_support.arguments import ImageDataArguments, TextDataArguments
 
 if TYPE_CHECKING:
@@ -92,6 +99,7 @@ def evaluate(run: str | Path, settings: Settings | None = None) -> dict[str, Any
 
     folder, settings = Path(run), settings or Settings()
     record = load_record(folder)
+    check_output_file(folder / ROBUSTNESS_FILE, "the run's robustness.json")
     weights = records.weights_sha256(str(folder))
     if not weights or weights != record.get("weights_sha256"):
         raise UsageError(f"{folder} must hold the weights that its run.json names (weights_sha256), got {weights}")
@@ -111,7 +119,9 @@ def evaluate(run: str | Path, settings: Settings | None = None) -> dict[str, Any
         "device": records.device_description(device, processes=1),
         "seconds": time.perf_counter() - started,
     }
-    records.write_json(folder / ROBUSTNESS_FILE, robustness)
+    write_or_keep(
+        folder / ROBUSTNESS_FILE, lambda file: records.write_json(file, robustness), "the run's robustness.json"
+    )
     return robustness
 
 
@@ -127,8 +137,11 @@ def _measure_images(folder: Path, record: dict[str, Any], settings: Settings, de
         default if given is None else given
         for given, default in ((settings.sigmas, SIGMAS), (settings.epsilons, EPSILONS))
     )
-    if epsilons:
-        require_extras("robustness")
+    if epsilons and missing_packages("robustness"):
+        if settings.epsilons is not None:
+            require_extras("robustness")
+        print(f"left out: FGSM, which needs {', '.join(missing_packages('robustness'))}: {install_hint('robustness')}")
+        epsilons = ()
     processor = AutoImageProcessor.from_pretrained(folder)
 
     def load(args: ImageDataArguments) -> "PixelDataset":

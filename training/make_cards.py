@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_imgproc_attn.cards.rendering import load_results, render_card
-from hf_imgproc_attn.errors import exit_code
-from hf_imgproc_attn.training_support.argument_parser import OneLineParser
+from hf_imgproc_attn.errors import OneLineParser, exit_code
+from hf_imgproc_attn.output_paths import check_output_folder
 
 OWNER = "hf-imgproc-attn"
 REVISION = "not-published"
 """These cards show how a card looks; their checkpoints are not published, and each says so."""
 BASELINE = "softmax"
+LICENSE = "apache-2.0"
+"""What this project's own checkpoints are under: trained from scratch, on data that come with Python packages."""
 
 
 def render_all(results: Path) -> dict[str, str]:
@@ -30,7 +32,12 @@ def render_all(results: Path) -> dict[str, str]:
         stock = path.with_name(f"{path.stem.removesuffix(preset)}{BASELINE}.json")
         baseline = load_results(stock) if preset != BASELINE and stock.exists() else None
         cards[path.stem] = render_card(
-            run, repo_id=f"{OWNER}/{path.stem}", revision=REVISION, baseline=baseline, example=True
+            run,
+            repo_id=f"{OWNER}/{path.stem}",
+            revision=REVISION,
+            baseline=baseline,
+            license=LICENSE,
+            example=True,
         )
     return cards
 
@@ -43,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         options = parser.parse_args(argv)
+        check_output_folder(options.output).mkdir(parents=True, exist_ok=True)
         for name, text in render_all(options.results).items():
             (options.output / f"{name}.md").write_text(text, encoding="utf-8")
 

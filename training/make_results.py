@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from evaluate_checkpoint import evaluate
 
-from hf_imgproc_attn.errors import exit_code, require_extras
+from hf_imgproc_attn.errors import OneLineParser, exit_code, require_extras
 from hf_imgproc_attn.models.spec_fields import PRESETS
-from hf_imgproc_attn.training_support.argument_parser import OneLineParser, parse_arguments
+from hf_imgproc_attn.training_support.argument_parser import parse_arguments
 from hf_imgproc_attn.training_support.arguments import (
     IMAGE_TRAINER_DEFAULTS,
     TEXT_TRAINER_DEFAULTS,
@@ -65,7 +65,10 @@ def make_results(names: Sequence[str], output: Path) -> None:
     require_extras("train", "robustness")
     import torch
 
+    from hf_imgproc_attn.output_paths import check_output_folder
     from hf_imgproc_attn.records import public_record, write_json
+
+    check_output_folder(output)
 
     torch.set_num_threads(1)  # models this small gain nothing from a second one
     for name in names:

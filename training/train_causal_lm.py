@@ -40,7 +40,7 @@ def train(arguments: Arguments[TextDataArguments]) -> "Result":
     from transformers import default_data_collator
 
     from hf_imgproc_attn.training_support.metrics import language_model_metrics, token_losses
-    from hf_imgproc_attn.training_support.model_setup import build_causal_lm
+    from hf_imgproc_attn.training_support.model_setup import build_causal_lm, check_block_size, check_start
     from hf_imgproc_attn.training_support.text_data import TokenBlocks, encode, load_text_splits
     from hf_imgproc_attn.training_support.tokenizer import choose_tokenizer
     from hf_imgproc_attn.training_support.trainer import ScriptTrainer
@@ -48,13 +48,15 @@ def train(arguments: Arguments[TextDataArguments]) -> "Result":
 
     embedded = arguments.data.dataset_name == EMBEDDED_TEXT
     run = begin_run("causal-lm", arguments, TEXT_TRAINER_DEFAULTS, embedded=embedded)
+    check_start(arguments.model, arguments.data.model_type)
     texts = load_text_splits(arguments.data)
     tokenizer = choose_tokenizer(arguments.data, arguments.model.model_name_or_path, texts["train"].lines)
+    tokens = {split: encode(text, tokenizer, f"tokenising {split}") for split, text in texts.items()}
+    check_block_size(
+        arguments.model, arguments.data.block_size, len(tokens["train"]), len(tokenizer), run.training_args
+    )
     model, block_size = build_causal_lm(arguments.model, tokenizer, arguments.data.block_size)
-    blocks = {
-        split: TokenBlocks(encode(text, tokenizer, f"tokenising {split}"), block_size, tokenizer.pad_token_id)
-        for split, text in texts.items()
-    }
+    blocks = {split: TokenBlocks(ids, block_size, tokenizer.pad_token_id) for split, ids in tokens.items()}
     adapt_to_data(run, len(blocks["train"]), "validation" in blocks)
     metrics = {split: language_model_metrics(text.num_words) for split, text in texts.items()}
     trainer = ScriptTrainer(

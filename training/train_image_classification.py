@@ -40,12 +40,13 @@ def train(arguments: Arguments[ImageDataArguments]) -> "Result":
     from hf_imgproc_attn.training_support.image_data import load_image_splits
     from hf_imgproc_attn.training_support.image_pixels import EpochCallback, NormalizingCollator, load_pixels
     from hf_imgproc_attn.training_support.metrics import classification_metrics
-    from hf_imgproc_attn.training_support.model_setup import build_image_classifier
+    from hf_imgproc_attn.training_support.model_setup import build_image_classifier, check_start
     from hf_imgproc_attn.training_support.trainer import ScriptTrainer
     from hf_imgproc_attn.training_support.trainer_setup import adapt_to_data, begin_run, train_and_save
 
     embedded = arguments.data.dataset_name == EMBEDDED_IMAGES
     run = begin_run("image-classification", arguments, IMAGE_TRAINER_DEFAULTS, embedded=embedded)
+    check_start(arguments.model, arguments.data.model_type)
     splits = load_image_splits(arguments.data)
     adapt_to_data(run, len(splits.rows["train"]), "validation" in splits.rows)
     model, processor = build_image_classifier(arguments.model, splits.label_names, splits.image_size)

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..errors import UsageError, require_extras
 from .results import METRICS
 
 
-def draw_curves(record: dict[str, Any], path: Path) -> None:
+def draw_curves(record: dict[str, Any], path: Path | IO[bytes]) -> None:
     """Draw the training loss and, where it was evaluated during training, validation loss and metric against the step.
 
     Args:
         record: the content of ``run.json``.
-        path: the PNG file to write.
+        path: the PNG file to write, or an open one.
 
     Raises:
         UsageError: if the record has neither, or matplotlib is not installed.
     """
-    require_extras("viz")
+    require_extras("hub")
     from matplotlib.figure import Figure  # without pyplot: no window system and no global state
 
     training, history = record.get("train_loss") or [], record.get("eval_history") or []
@@ -39,7 +39,7 @@ def draw_curves(record: dict[str, Any], path: Path) -> None:
     for panel in axes:
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def _plot_history(axes: Any, history: list[Any], metric: str) -> None:

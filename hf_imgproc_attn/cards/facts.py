@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..models.spec_fields import FilterSpecMixin, preset_name
+from ..models.spec_versions import bring_up_to_date
 from ..training_support.arguments import EMBEDDED_IMAGES, EMBEDDED_TEXT
 from .results import FAMILIES, NOT_MEASURED, Measurement
 
@@ -54,7 +55,7 @@ def variant_of(record: dict[str, Any]) -> str:
 
 def filter_fields(record: dict[str, Any]) -> dict[str, Any]:
     """The fields of the filter specification; one that an older record lacks is at its default."""
-    config = record["model_config"]
+    config = bring_up_to_date(record["model_config"])
     return {name: config.get(name, getattr(FilterSpecMixin, name)) for name in FilterSpecMixin.__annotations__}
 
 
@@ -210,19 +211,12 @@ def limits(record: dict[str, Any], rows: Sequence[Measurement]) -> list[str]:
     return texts
 
 
-def costs(record: dict[str, Any], other: dict[str, Any] | None, *, with_baseline: bool) -> list[list[str]]:
-    """Parameters and training time, beside the baseline's."""
-
-    def column(run: dict[str, Any] | None) -> list[str]:
-        if run is None:
-            return [NOT_MEASURED] * 2
-        return [_count(run.get("parameters", {}).get("total")), _seconds(run.get("training_seconds"))]
-
-    columns = [
-        ["parameters", "training time (what else the machine did is not recorded)"],
-        column(record),
-        *([column(other)] if with_baseline else []),
-    ]
+def costs(record: dict[str, Any], other: dict[str, Any] | None) -> list[list[str]]:
+    """Parameters and training time, beside the baseline's where there is one."""
+    columns = [["parameters", "training time (what else the machine did is not recorded)"]]
+    for run in (record, other):
+        if run is not None:
+            columns.append([_count(run.get("parameters", {}).get("total")), _seconds(run.get("training_seconds"))])
     return [list(row) for row in zip(*columns, strict=True)]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from ..errors import UsageError, require_extras
 from ..shipped_files import shipped_file
 from . import facts
 from .baseline import check_same_recipe, environment_differences
-from .results import Measurement, check_results, evaluation_results, measurements, result_rows
+from .results import FAMILIES, Measurement, check_results, evaluation_results, measurements, result_rows
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -103,7 +104,7 @@ def render_card(
     repo_id: str,
     revision: str,
     baseline: RunResults | None = None,
-    license: str = "apache-2.0",  # noqa: A002  # the Hub's name of the field
+    license: str | Mapping[str, Any] | None = None,  # noqa: A002  # the Hub's name of the field
     example: bool = False,
 ) -> str:
     """The README.md of a checkpoint.
@@ -113,7 +114,8 @@ def render_card(
         repo_id: the Hub repository, ``owner/name``.
         revision: the tag, branch or commit that the quick start pins.
         baseline: a run of the same recipe with another preset, shown beside it.
-        license: the Hub's identifier of the licence of the weights.
+        license: the Hub's identifier of the licence of the weights, or the keys ``license``, ``license_name`` and
+            ``license_link`` of a card; None: the card names none.
         example: the card of a run that is kept but whose checkpoint is not published; the card says so.
 
     Raises:
@@ -129,13 +131,11 @@ def render_card(
         check_same_recipe(record, other)
         other_rows = measurements(other, baseline.robustness)
     preset = facts.variant_of(record)
-    if other_rows is None and preset != "softmax":
-        other_rows = []  # that the baseline is missing shows; the stock model is the baseline of the others
     variant = None if preset == "custom" else VARIANTS[preset]
     sources = PACKAGE_PAPERS if variant is None else variant.papers
     title = repo_id.rpartition("/")[2]
     card = ModelCard.from_template(
-        _front_matter(record, rows, title, license),
+        _front_matter(record, rows, title, {"license": license} if isinstance(license, str) else license or {}),
         template_str=shipped_file(TEMPLATE).read_text(encoding="utf-8"),
         title=title,
         example=example,
@@ -157,10 +157,18 @@ def render_card(
         git=record.get("git"),
         hyper_parameters=facts.hyper_parameters(record),
         definitions=(run.robustness or {}).get("definitions", {}),
-        results=result_rows(rows, other_rows, record.get("seed")),
-        costs=facts.costs(record, other, with_baseline=other_rows is not None),
-        has_baseline_column=other_rows is not None,
+        results=result_rows(
+            # One sentence says what an evaluation would add; rows without a number would only bury the others.
+            [row for row in rows if row.family == "clean" or run.robustness is not None],
+            other_rows,
+            record.get("seed"),
+            with_disturbed=baseline is not None and baseline.robustness is not None,
+        ),
+        not_evaluated="" if run.robustness is not None else ", ".join(FAMILIES[record["task"]]),
+        costs=facts.costs(record, other),
         baseline=None if other is None else facts.variant_of(other),
+        baseline_not_evaluated=baseline is not None and baseline.robustness is None and run.robustness is not None,
+        baseline_name="" if baseline is None else baseline.name,
         baseline_differences=[] if other is None else environment_differences(record, other),
         curves=bool(record.get("train_loss") or record.get("eval_history")),
         losses=[record["train_loss"][0], record["train_loss"][-1]] if record.get("train_loss") else [],
@@ -172,14 +180,18 @@ def render_card(
     return str(card).rstrip() + "\n"
 
 
-def _front_matter(record: dict[str, Any], rows: list[Measurement], title: str, license_name: str) -> ModelCardData:
+def _front_matter(
+    record: dict[str, Any], rows: list[Measurement], title: str, licence: Mapping[str, Any]
+) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
     task = _PIPELINES[record["task"]]
     results = evaluation_results(rows, record, task=task, dataset_title=facts.dataset_title(record))
     dataset = facts.hub_name(record, "data", "dataset_name")
     return ModelCardData(
-        license=license_name,
+        license=licence.get("license"),
+        license_name=licence.get("license_name"),
+        license_link=licence.get("license_link"),
         library_name="transformers",
         pipeline_tag=task,
         base_model=facts.hub_name(record, "model", "model_name_or_path"),

@@ -127,9 +127,20 @@ def format_value(metric: str, value: float | None) -> str:
 
 
 def result_rows(
-    rows: Iterable[Measurement], baseline: Iterable[Measurement] | None, training_seed: int | None
+    rows: Iterable[Measurement],
+    baseline: Iterable[Measurement] | None,
+    training_seed: int | None,
+    *,
+    with_disturbed: bool = True,
 ) -> list[list[str]]:
-    """The rows of the table of results; ``baseline`` None leaves its column out."""
+    """The rows of the table of results.
+
+    Args:
+        rows: from :func:`measurements`.
+        baseline: those of the run beside it; None leaves its column out.
+        training_seed: None if it is not recorded.
+        with_disturbed: whether the baseline was evaluated on disturbed data; if not, its cells are a dash there.
+    """
     others = None if baseline is None else {row.key: row.value for row in baseline}
     table = []
     for row in rows:
@@ -141,7 +152,8 @@ def result_rows(
         cells += [NOT_MEASURED] * 2 if row.value is None else [samples, seeds]
         cells.append(format_value(row.metric, row.value))
         if others is not None:
-            cells.append(format_value(row.metric, others.get(row.key)))
+            left_out = row.family != "clean" and not with_disturbed
+            cells.append("–" if left_out else format_value(row.metric, others.get(row.key)))
         table.append(cells)
     return table
 

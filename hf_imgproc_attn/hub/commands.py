@@ -23,8 +23,18 @@ def add_commands(commands: Any) -> None:
     publish.add_argument(
         "--baseline", metavar="RUN", help="a run of the same recipe, e.g. with --preset softmax, to stand beside it"
     )
-    publish.add_argument("--license", default="apache-2.0", metavar="ID", help="(default: %(default)s)")
-    publish.add_argument("--dry-run", action="store_true", help="write the card and list the files, send nothing")
+    publish.add_argument(
+        "--license",
+        metavar="ID",
+        help="of the checkpoint, as the Hub names it (default: that of the training command, the base model or the "
+        "data, else none)",
+    )
+    publish.add_argument(
+        "--force", action="store_true", help="replace edits of the card on the Hub that contradict this run"
+    )
+    publish.add_argument(
+        "--dry-run", action="store_true", help="check the run, make its card in a temporary folder, send nothing"
+    )
     _add_endpoint(publish)
     publish.set_defaults(run_command=run_publish)
 
@@ -36,6 +46,9 @@ def add_commands(commands: Any) -> None:
     pull.add_argument("repo_id", metavar="NAME/ID")
     pull.add_argument("--revision", metavar="R", help="branch, tag or commit (default: the newest of main)")
     pull.add_argument("--output", metavar="DIR", help="a folder (default: the Hub's cache)")
+    pull.add_argument(
+        "--force", action="store_true", help="overwrite files in DIR that differ, or a run that is there"
+    )
     _add_endpoint(pull)
     pull.set_defaults(run_command=run_pull)
 
@@ -66,6 +79,7 @@ def run_publish(options: argparse.Namespace) -> int:
         baseline=options.baseline,
         license=options.license,
         dry_run=options.dry_run,
+        force=options.force,
     )
     if publication is not None:
         print(publication)
@@ -76,7 +90,13 @@ def run_pull(options: argparse.Namespace) -> int:
     """``imgproc-attn pull``."""
     from .downloading import pull
 
-    download = pull(options.repo_id, revision=options.revision, endpoint=options.endpoint, output=options.output)
+    download = pull(
+        options.repo_id,
+        revision=options.revision,
+        endpoint=options.endpoint,
+        output=options.output,
+        force=options.force,
+    )
     print(f"{download.repo_id} ({download.model_type}), {download.files} files as the Hub has them")
     for remark in download.remarks:
         print(f"note: {remark}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -10,14 +11,14 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
+from ..cards.merging import LIBRARY_TAG
 from ..models.spec_fields import PRESETS
+from ..output_paths import check_output_folder
 from .client import HubError, connect, patiently
-from .publishing import check_repo_id, repository_model_type
-from .run_files import MODEL_TYPES
+from .repository import check_repo_id, list_files, repository_model_type, same_content
+from .run_files import MODEL_TYPES, RECORD
 from .travelling_code import audit_folder, differing_files
 
-LIBRARY_TAG = "hf_imgproc_attn"
-"""The tag of every card of ours."""
 _PICKLES = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.h5", "*.msgpack", "*.npy", "*.npz"]
 _DOWNLOADS = 2
 
@@ -63,7 +64,12 @@ class Listing:
 
 
 def pull(
-    repo_id: str, *, revision: str | None = None, endpoint: str | None = None, output: str | Path | None = None
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    endpoint: str | None = None,
+    output: str | Path | None = None,
+    force: bool = False,
 ) -> Download:
     """Download a checkpoint and compare every file with the Hub's checksums.
 
@@ -75,11 +81,15 @@ def pull(
         revision: branch, tag or commit; None: the newest commit of ``main``.
         endpoint: URL of the Hub; None: ``HF_ENDPOINT``, else the public one.
         output: a folder to download to; None: the Hub's cache, where ``from_pretrained`` finds it.
+        force: overwrite files in ``output`` that differ from those of the Hub, or a run that is there.
 
     Raises:
-        HubError: if there is no such checkpoint, it is none of ours, or it does not arrive unchanged.
+        HubError: if there is no such checkpoint, it is none of ours, or it does not arrive unchanged; if ``output``
+            cannot be written to, or (without ``force``) holds files that would be lost, naming them.
     """
     check_repo_id(repo_id)
+    if output is not None:
+        check_output_folder(output)
     api = connect(endpoint)
     info = patiently(f"find {repo_id}", lambda: api.model_info(repo_id, revision=revision))
     commit = str(info.sha)
@@ -87,6 +97,8 @@ def pull(
     if model_type not in MODEL_TYPES:
         raise HubError(f"repo_id must be a checkpoint of type {' or '.join(MODEL_TYPES)}, got {repo_id}: {model_type}")
     options: dict[str, Any] = {} if output is None else {"local_dir": str(output)}
+    if output is not None and not force:
+        _check_overwrites(api, repo_id, commit, Path(output))
     wrong: list[str] = []
     for _ in range(_DOWNLOADS):
         folder = patiently(
@@ -137,6 +149,24 @@ def _differing(api: HfApi, repo_id: str, commit: str, options: dict[str, Any]) -
     )
     missing = [path for path in found.missing_paths if not any(fnmatch(path, pattern) for pattern in _PICKLES)]
     return sorted([item["path"] for item in found.mismatches] + missing), found.checked_count
+
+
+def _check_overwrites(api: HfApi, repo_id: str, commit: str, folder: Path) -> None:
+    """Refuse to overwrite what differs from the download: an edited file, another checkpoint, a run of the user's."""
+    if not folder.is_dir():
+        return
+    on_hub = list_files(api, repo_id, commit)
+    wanted = {name: found for name, found in on_hub.items() if not any(fnmatch(name, p) for p in _PICKLES)}
+    lost = [
+        name
+        for name, found in sorted(wanted.items())
+        if os.path.lexists(folder / name) and not ((folder / name).is_file() and same_content(folder / name, *found))
+    ]
+    holds_run = (folder / RECORD).is_file() and (RECORD in lost or RECORD not in wanted)
+    if lost or holds_run:
+        what = "holds a training run" if holds_run else "holds files that differ from those on the Hub"
+        names = f" ({', '.join(lost)} would be overwritten)" if lost else ""
+        raise HubError(f"output {str(folder)!r} {what}{names}: choose another folder, or pass --force")
 
 
 def _delete(path: Path) -> None:

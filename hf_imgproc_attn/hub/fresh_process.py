@@ -1,16 +1,25 @@
-"""What a stranger gets: downloads a commit into an empty cache, loads it without this package, compares the outputs.
+"""What a stranger gets: loads a checkpoint in a process without this package, and compares its outputs with a run's.
 
-Runs as a script of its own, ``python -I fresh_process.py REPO_ID COMMIT RUN_FOLDER``, in an environment that has an
-empty ``HF_HOME``; prints one line of JSON. It imports nothing of this package, and makes that impossible.
+Runs as a script of its own, and prints one line of JSON. It imports nothing of this package, and makes that
+impossible.
+
+- ``python -I fresh_process.py FOLDER`` loads the files that are to be published, before anything is sent.
+- ``python -I fresh_process.py REPO_ID COMMIT FOLDER``, in an environment with an empty ``HF_HOME``, downloads the
+  published commit, compares it with the Hub's checksums, and its outputs with the folder's.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
 PACKAGE = "hf_imgproc_attn"
+
+
+class WrongCheckpointError(Exception):
+    """What is wrong with a checkpoint that loads."""
 
 
 def probe(config: Any) -> dict[str, Any]:
@@ -27,19 +36,52 @@ def probe(config: Any) -> dict[str, Any]:
 
 
 def outputs(name: str, **options: Any) -> tuple[Any, type]:
-    """The logits of a checkpoint on the probe, and its class, through the Auto class that it was saved with."""
+    """The logits of a checkpoint on the probe, and its class, through the Auto class that it was saved with.
+
+    Raises:
+        WrongCheckpointError: if weights and configuration do not belong together, which Transformers only logs.
+    """
     import torch
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=True, **options)
     (architecture,) = config.architectures
-    auto_class = next(key for key, value in config.auto_map.items() if value.endswith(f".{architecture}"))
-    model = getattr(transformers, auto_class).from_pretrained(
-        name, trust_remote_code=True, dtype=torch.float32, **options
+    auto_class = next((key for key, value in config.auto_map.items() if value.endswith(f".{architecture}")), None)
+    if auto_class is None:
+        raise WrongCheckpointError(f"the architecture {architecture} is none of the classes in auto_map")
+    model, info = getattr(transformers, auto_class).from_pretrained(
+        name, trust_remote_code=True, dtype=torch.float32, output_loading_info=True, **options
     )
+    wrong = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
+    if any(wrong.values()):
+        found = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in wrong.items() if keys)
+        raise WrongCheckpointError(f"the weights are not those of the configuration ({found})")
     with torch.no_grad():
         result = model.eval()(**probe(config))
     return result.logits, type(model)
+
+
+def check_folder(folder: str) -> dict[str, Any]:
+    """Load model and processor from a folder.
+
+    Returns:
+        ``class`` on success; ``error`` otherwise.
+    """
+    import transformers
+
+    logits, model_class = outputs(folder)
+    if not logits.isfinite().all():
+        raise WrongCheckpointError("the outputs on a probe are not finite numbers")
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    if hasattr(config, "patch_size"):
+        if os.path.isfile(os.path.join(folder, "preprocessor_config.json")):
+            transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    elif os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
+        # By name of a file: without one AutoTokenizer makes up an empty tokenizer.
+        tokens = len(transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True))
+        if tokens > config.vocab_size:
+            raise WrongCheckpointError(f"the tokenizer has {tokens} tokens, the model {config.vocab_size}")
+    return {"class": model_class.__name__}
 
 
 def check(repo_id: str, commit: str, folder: str) -> dict[str, Any]:
@@ -69,6 +111,16 @@ def check(repo_id: str, commit: str, folder: str) -> dict[str, Any]:
     return {"class": model_class.__name__, "module": model_class.__module__, "max_difference": difference}
 
 
+def main(arguments: list[str]) -> dict[str, Any]:
+    """One of the two checks, by the number of arguments; an error of it in words."""
+    try:
+        return check_folder(*arguments) if len(arguments) == 1 else check(*arguments)
+    except WrongCheckpointError as error:
+        return {"error": str(error)}
+    except Exception as error:  # a broken checkpoint can raise anything
+        return {"error": f"it cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}"}
+
+
 if __name__ == "__main__":
     sys.modules[PACKAGE] = None  # type: ignore[assignment]  # every import of it fails from here on
-    print(json.dumps(check(*sys.argv[1:])))
+    print(json.dumps(main(sys.argv[1:])))

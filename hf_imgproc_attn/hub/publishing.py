@@ -1,40 +1,53 @@
 """From a finished run to a published checkpoint that has been downloaded again and found to be the same.
 
-The order matters: everything that can be wrong with the run is found before the Hub is asked; one commit holds all
-files; the commit is downloaded into an empty cache by a process without this package, and compared; only then is it
-tagged. Whatever goes wrong on the way, a tag never names something half-published, and the same call goes on from
-where it ended.
+The order matters. Everything that can be wrong with the run is found before the Hub is asked; the branch that was
+asked for is looked at, and where it holds the run already nothing is written; else the right to write and the card are
+checked before anything is uploaded. One commit holds all files; it is downloaded into an empty cache by a process
+without this package, and compared; only then is it tagged. Whatever goes wrong on the way, a tag never names something
+half-published and never moves, and the same call goes on from where it ended.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
-from fnmatch import fnmatch
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import (
-    HFValidationError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, but not in __all__
+from huggingface_hub import HfApi, get_token
 
+from ..cards.merging import MergedCard, merge_card
+from ..errors import UsageError
 from . import fresh_process
 from .client import HubError, connect, patiently
-from .run_files import CARD, Contents, contents, read_run
+from .licences import Licence, find_licence
+from .repository import (
+    MAIN,
+    Files,
+    Found,
+    check_card,
+    check_may_write,
+    check_purpose,
+    check_repo_id,
+    commit_files,
+    create,
+    differences,
+    full_name,
+    head_of,
+    list_files,
+    look_at,
+    read_text,
+)
+from .run_files import CARD, CURVES, Contents, RunFolder, contents, read_run, travelling_files
 
-MAIN = "main"
 _VERIFICATIONS = 3
-# Files of an earlier publication that must not stay beside the new ones: another model's shards, other code, pickles.
-_STALE = ("*.py", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 # Variables that would lead the verifying process to another cache or login than its own.
 _OTHER_PLACES = (
     "HF_ASSETS_CACHE", "HF_HUB_CACHE", "HF_MODULES_CACHE", "HF_TOKEN", "HF_TOKEN_PATH", "HF_XET_CACHE",
@@ -52,6 +65,7 @@ class Publication:
         revision: the commit, 40 hexadecimal digits; nobody can change what it names.
         tag: the tag on it.
         model_class: class that a process without this package loads.
+        was_there: whether it had been published before, and nothing was written.
     """
 
     repo_id: str
@@ -59,12 +73,33 @@ class Publication:
     revision: str
     tag: str
     model_class: str
+    was_there: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
+        done = "already there, nothing was written:" if self.was_there else "published:"
         return (
             f"{self.model_class} loads without this package and gives the run's own outputs\n"
-            f"published: {self.url}\nrevision:  {self.revision} (tag {self.tag})"
+            f"{done} {self.url}\nrevision:  {self.revision} (tag {self.tag})"
         )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a branch is to hold.
+
+    Attributes:
+        files: all of them, with the card.
+        tag: for the commit that holds them.
+        card: merged with the one that is there.
+        holds: whether the branch's newest commit holds them already.
+        is_tagged: whether ``tag`` is on that commit already.
+    """
+
+    files: Files
+    tag: str
+    card: MergedCard
+    holds: bool
+    is_tagged: bool
 
 
 def publish(
@@ -75,10 +110,13 @@ def publish(
     revision: str | None = None,
     endpoint: str | None = None,
     baseline: str | Path | None = None,
-    license: str = "apache-2.0",  # noqa: A002  # the Hub's name of the field
+    license: str | None = None,  # noqa: A002  # the Hub's name of the field
     dry_run: bool = False,
+    force: bool = False,
 ) -> Publication | None:
     """Publish a finished training run: weights, code, record, curves and card, verified and tagged.
+
+    Nothing is written into the run's folder.
 
     Args:
         run: folder of a finished run.
@@ -87,14 +125,16 @@ def publish(
         revision: the branch to commit to, created where it is missing; None: ``main``.
         endpoint: URL of the Hub; None: ``HF_ENDPOINT``, else the public one.
         baseline: folder or results file of a run of the same recipe, to stand beside it in the card.
-        license: of the licence, as the Hub knows it.
-        dry_run: make the card and list the files; the Hub is not asked.
+        license: of the licence, as the Hub knows it; None: what :func:`.licences.find_licence` finds.
+        dry_run: make the card, in a temporary folder, and list the files; the Hub is not asked.
+        force: replace sections of the card that were edited on the Hub where this run has something else to say.
 
     Returns:
-        What was published; None after a dry run.
+        What was published, or was there already; None after a dry run.
 
     Raises:
-        UsageError: if the run or its baseline cannot be published (see :func:`.run_files.read_run`).
+        UsageError: if the run or its baseline cannot be published (see :func:`.run_files.read_run`), or would replace
+            edits of the card.
         HubError: if the Hub refuses, or what comes back from it is not what was sent.
     """
     from ..cards.rendering import load_results
@@ -102,44 +142,55 @@ def publish(
     check_repo_id(repo_id)
     checked = read_run(run)
     other = None if baseline is None else load_results(baseline)
-    if dry_run:
-        planned = contents(checked, repo_id, other, license)
-        print(f"would publish {repo_id} as {planned.tag}:\n{file_table(planned)}\nnothing was sent")
+    _print_hints(checked, other, baseline)
+    api = None if dry_run else connect(endpoint)  # an endpoint that is no URL is found before the model is loaded
+    check_loads(checked)
+    licence = find_licence(checked.results.record, license, ask_hub=not dry_run)
+    if api is None:
+        _show(contents(checked, repo_id, other, licence.keys), repo_id, licence)
         return None
-    api = connect(endpoint)
     branch = revision or MAIN
-    repo_id = prepare_repository(api, repo_id, checked.config["model_type"], private=private, branch=branch)
-    planned = contents(checked, repo_id, other, license)
-    commit = _tagged_commit(api, repo_id, planned.tag)
+    repo_id = full_name(api, repo_id)
+    found = look_at(api, repo_id, branch)
+    check_purpose(api, repo_id, found, checked.config["model_type"], private=private)
+    made = contents(checked, repo_id, other, licence.keys)
+    published_card = None if found.head is None else read_text(api, repo_id, CARD, found.head)
+    plan = _plan(made, found, published_card, licence, force)
+    for remark in [*_licence_remarks(plan.card.front_matter, licence), *plan.card.notes]:
+        print(remark, flush=True)
+    commit = found.head if plan.holds else None
+    if not (plan.holds and plan.is_tagged):
+        check_may_write(api, repo_id, found)
     if commit is None:
-        print(f"uploading to {api.endpoint}/{repo_id}:\n{file_table(planned)}", flush=True)
-        commit = _commit(api, repo_id, planned, branch)
+        check_card(api, plan.card.text)
+        head = create(api, repo_id, found, private=private, branch=branch)
+        print(f"uploading to {api.endpoint}/{repo_id}, branch {branch}:\n{file_table(plan.files)}", flush=True)
+        commit = commit_files(api, repo_id, plan.files, branch=branch, head=head, title=plan.tag)
         print(f"committed as {commit}; verifying in a fresh process", flush=True)
-        found = verify(api, repo_id, commit, checked.folder)
-        patiently(
-            f"tag {repo_id} as {planned.tag}",
-            lambda: api.create_tag(repo_id, tag=planned.tag, revision=commit, exist_ok=True),
-        )
     else:
-        print(f"{repo_id} has this content already, as {planned.tag}; verifying it again", flush=True)
-        found = verify(api, repo_id, commit, checked.folder)
-    return Publication(repo_id, f"{api.endpoint}/{repo_id}", commit, planned.tag, found["class"])
+        print(f"{repo_id}, branch {branch}, holds this run already; verifying it", flush=True)
+    loaded = verify(api, repo_id, commit, checked.folder, is_tagged=plan.is_tagged)
+    if not plan.is_tagged:
+        patiently(
+            f"tag {repo_id} as {plan.tag}",
+            lambda: api.create_tag(repo_id, tag=plan.tag, revision=commit, exist_ok=True),
+        )
+    _check_still_there(api, repo_id, branch, commit, plan.files)
+    was_there = plan.holds and plan.is_tagged
+    return Publication(repo_id, f"{api.endpoint}/{repo_id}", commit, plan.tag, loaded["class"], was_there)
 
 
-def check_repo_id(repo_id: str) -> None:
-    """Refuse what cannot be the name of a repository.
-
-    Raises:
-        HubError: naming the value and the rule.
-    """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise HubError(f"repo_id must be NAME/ID, got {repo_id!r}: {error}") from error
-
-
-def prepare_repository(api: HfApi, repo_id: str, model_type: str, *, private: bool, branch: str = MAIN) -> str:
+def prepare_repository(
+    api: HfApi,
+    repo_id: str,
+    model_type: str,
+    *,
+    private: bool,
+    branch: str = MAIN,
+) -> str:
     """Make sure that a token may write, that the repository is there, and that it is for this type of model.
+
+    For a run that is going to be published when it ends, so that what would be refused then costs no training.
 
     Args:
         api: from :func:`.client.connect`.
@@ -154,95 +205,118 @@ def prepare_repository(api: HfApi, repo_id: str, model_type: str, *, private: bo
     Raises:
         HubError: without a token that may write, or for a repository that holds something else.
     """
-    check_repo_id(repo_id)
-    if get_token() is None:
-        raise HubError("there is no token: log in with `hf auth login`, or set HF_TOKEN")
-    account = patiently("ask who the token belongs to", api.whoami)
-    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise HubError("the token may only read: publishing needs one that may write")
-    if "/" not in repo_id:
-        repo_id = f"{account['name']}/{repo_id}"
-    _check_holds(api, repo_id, model_type, private, branch)
-    patiently(f"create the repository {repo_id}", lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-    if branch != MAIN:
-        patiently(
-            f"create the branch {branch} of {repo_id}",
-            lambda: api.create_branch(repo_id, branch=branch, exist_ok=True),
-        )
+    repo_id = full_name(api, repo_id)
+    found = look_at(api, repo_id, branch)
+    check_may_write(api, repo_id, found)
+    check_purpose(api, repo_id, found, model_type, private=private)
+    create(api, repo_id, found, private=private, branch=branch)
     return repo_id
 
 
-def _check_holds(api: HfApi, repo_id: str, model_type: str, private: bool, branch: str) -> None:
-    """Refuse an existing repository of something else, or a public one where a private one is wanted."""
-    try:
-        info = patiently(f"look at {repo_id}", lambda: api.model_info(repo_id))
-    except HubError as error:
-        if isinstance(error.__cause__, RepositoryNotFoundError):
-            return
-        raise
-    if private and not info.private:
-        raise HubError(f"{repo_id} is public, but private was asked for: choose another repo_id, or change it there")
-    found = repository_model_type(api, repo_id, branch)
-    if found is not None and found != model_type:
-        raise HubError(f"{repo_id} belongs to another model type: it holds {found}, this run is {model_type}")
-    if found is None:
-        others = set(_files(api, repo_id, branch)) - {".gitattributes", CARD}
-        if others:
-            raise HubError(f"{repo_id} holds files that are no checkpoint of ours ({', '.join(sorted(others)[:3])})")
+def _plan(made: Contents, found: Found, published_card: str | None, licence: Licence, force: bool) -> _Plan:
+    """Whether the branch holds the run, under one of the tags that its content may have, or what it is to hold.
+
+    The tag of a content is its hash; where the same content was published before, in another commit, a number follows.
+    """
+    family = [name for name in found.tags if name == made.tag or name.startswith(f"{made.tag}.")]
+    new = next(name for name in _numbered(made.tag) if name not in found.tags)
+    at_head = [name for name in family if found.tags[name] == found.head]
+    given = frozenset(("license", "license_name", "license_link")) if licence.is_given else frozenset[str]()
+
+    def merged(pinned: str) -> tuple[MergedCard, Files]:
+        card = merge_card(made.card(pinned), published_card, revision=pinned, given=given, force=force)
+        return card, {**made.files, CARD: card.text.encode()}
+
+    if found.head is not None and not differences(found.files, made.files):
+        for pinned in dict.fromkeys([*at_head, *family, new]):
+            card, files = merged(pinned)
+            if not differences(found.files, files):
+                tag = at_head[0] if at_head else pinned if pinned == new else new
+                return _Plan(files, tag, card, True, bool(at_head))
+    card, files = merged(new)
+    return _Plan(files, new, card, False, False)
 
 
-def repository_model_type(api: HfApi, repo_id: str, revision: str) -> str | None:
-    """The ``model_type`` that a repository's ``config.json`` names; None without that file."""
+def _numbered(tag: str) -> Iterator[str]:
+    yield tag
+    number = 2
+    while True:
+        yield f"{tag}.{number}"
+        number += 1
 
-    def read() -> str | None:
-        with tempfile.TemporaryDirectory() as folder:
+
+def _check_still_there(api: HfApi, repo_id: str, branch: str, commit: str, files: Files) -> None:
+    """Refuse to call published what somebody else has replaced meanwhile."""
+    now = head_of(api, repo_id, branch)
+    if now != commit and (wrong := differences(list_files(api, repo_id, now), files)):
+        raise HubError(
+            f"the run is in {repo_id} at {commit}, but the branch {branch} has moved on to {now} meanwhile, which "
+            f"does not hold it ({', '.join(wrong[:3])}): somebody else writes there"
+        )
+
+
+def _licence_remarks(front_matter: dict[str, Any], licence: Licence) -> list[str]:
+    """What to print about the licence of a card; a warning where it names none."""
+    remarks = [f"note: {remark}" for remark in licence.remarks]
+    named = front_matter.get("license")
+    if not named:
+        remarks.append(f"warning: the card names no license ({licence}); pass --license ID")
+    elif named == licence.keys.get("license"):
+        remarks.append(f"license: {licence}")
+    else:
+        remarks.append(f"license: {named} (of the card on the Hub)")
+    return remarks
+
+
+def _print_hints(run: RunFolder, other: Any, baseline: str | Path | None) -> None:
+    """Which command would measure what the card is going to lack."""
+    if run.results.robustness is None:
+        print(f"hint: this run was not evaluated on disturbed data: imgproc-attn evaluate {run.folder}")
+    if other is not None and other.robustness is None and Path(str(baseline)).is_dir():
+        print(f"hint: the baseline was not evaluated on disturbed data: imgproc-attn evaluate {baseline}")
+
+
+def _show(made: Contents, repo_id: str, licence: Licence) -> None:
+    """The dry run: card and curves in a temporary folder, which the user may look at and throw away."""
+    card = merge_card(made.card(made.tag), None, revision=made.tag)
+    files: Files = {**made.files, CARD: card.text.encode()}
+    folder = Path(tempfile.mkdtemp(prefix="hf_imgproc_attn_card_"))
+    for name in (CARD, CURVES):
+        if isinstance(content := files.get(name), bytes):
+            (folder / name).write_bytes(content)
+    print(f"would publish {repo_id} as {made.tag}:\n{file_table(files)}")
+    for remark in _licence_remarks(card.front_matter, licence):
+        print(remark)
+    print(f"the card, to look at: {folder / CARD}")
+    print("nothing was sent, and nothing written to the run's folder; edits of a card on the Hub would be kept")
+
+
+def check_loads(run: RunFolder) -> None:
+    """Load what would be published in a process without this package, before anything is sent.
+
+    Raises:
+        UsageError: if configuration, weights and code do not make a model, or its processor cannot be loaded.
+    """
+    with _staged(run) as folder:
+        found = _run_fresh_process(None, str(folder))
+    if "error" in found:
+        raise UsageError(f"run {str(run.folder)!r} cannot be published: {found['error']}")
+
+
+@contextmanager
+def _staged(run: RunFolder) -> Iterator[Path]:
+    """A folder with the files that travel and no others."""
+    with tempfile.TemporaryDirectory(prefix="hf_imgproc_attn_run_") as name:
+        for path in travelling_files(run.folder).values():
+            place = Path(name) / path.name
             try:
-                path = api.hf_hub_download(repo_id, "config.json", revision=revision, local_dir=folder)
-            except (RemoteEntryNotFoundError, RevisionNotFoundError):
-                return None
-            try:
-                return str(json.loads(Path(path).read_text(encoding="utf-8")).get("model_type"))
-            except (ValueError, AttributeError):
-                return "a config.json that cannot be read"
-
-    return patiently(f"read the config.json of {repo_id}", read)
+                place.symlink_to(path.resolve())
+            except OSError:  # not every system allows links
+                shutil.copy(path, place)
+        yield Path(name)
 
 
-def _files(api: HfApi, repo_id: str, branch: str) -> list[str]:
-    def read() -> list[str]:
-        try:
-            return api.list_repo_files(repo_id, revision=branch)
-        except RevisionNotFoundError:
-            return []
-
-    return patiently(f"list the files of {repo_id}", read)
-
-
-def _tagged_commit(api: HfApi, repo_id: str, tag: str) -> str | None:
-    refs = patiently(f"list the tags of {repo_id}", lambda: api.list_repo_refs(repo_id))
-    return next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
-
-
-def _commit(api: HfApi, repo_id: str, planned: Contents, branch: str) -> str:
-    """One commit of all files; what is there already is not uploaded again, so it may be repeated after a failure."""
-    stale = [
-        path
-        for path in _files(api, repo_id, branch)
-        if path not in planned.files and any(fnmatch(path, pattern) for pattern in _STALE)
-    ]
-
-    def send() -> str:
-        operations: list[Any] = [
-            CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
-            for name, content in planned.files.items()
-        ]
-        operations += [CommitOperationDelete(path) for path in stale if path in _files(api, repo_id, branch)]
-        return str(api.create_commit(repo_id, operations, commit_message=planned.tag, revision=branch).oid)
-
-    return patiently(f"upload to {repo_id}", send)
-
-
-def verify(api: HfApi, repo_id: str, commit: str, folder: Path) -> dict[str, Any]:
+def verify(api: HfApi, repo_id: str, commit: str, folder: Path, *, is_tagged: bool = False) -> dict[str, Any]:
     """Download a commit into an empty cache, in a process without this package, and compare it with the run.
 
     Returns:
@@ -252,30 +326,34 @@ def verify(api: HfApi, repo_id: str, commit: str, folder: Path) -> dict[str, Any
         HubError: if the checksums or the outputs on a probe are not those of the run, or it cannot be loaded.
     """
     for _ in range(_VERIFICATIONS):
-        found = _run_fresh_process(api.endpoint, repo_id, commit, folder)
+        found = _run_fresh_process(api.endpoint, repo_id, commit, str(folder.resolve()))
         if not found.get("again"):
             break
     if "error" in found:
-        raise HubError(
-            f"{repo_id} at {commit} was uploaded, but is not verified and has no tag: {found['error']}. Publishing "
-            "again goes on from there"
-        )
+        state = "has been published before, but is not verified" if is_tagged else "is not verified and has no tag"
+        raise HubError(f"{repo_id} at {commit} {state}: {found['error']}. Publishing again goes on from there")
     return found
 
 
-def _run_fresh_process(endpoint: str, repo_id: str, commit: str, folder: Path) -> dict[str, Any]:
+def _run_fresh_process(endpoint: str | None, *arguments: str) -> dict[str, Any]:
+    """Run :mod:`.fresh_process`; without an endpoint it is offline."""
     token = get_token()
     with tempfile.TemporaryDirectory(prefix="hf_imgproc_attn_verify_") as home:
+        offline = "1" if endpoint is None else "0"
         environment = {
-            **os.environ, "HF_HOME": home, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0",
+            **os.environ, "HF_HOME": home, "HF_HUB_OFFLINE": offline, "TRANSFORMERS_OFFLINE": offline,
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         }  # fmt: skip
         for name in _OTHER_PLACES:
             environment.pop(name, None)
-        if token is not None:
-            environment["HF_TOKEN"] = token  # the login is a file of the usual HF_HOME
-        command = [sys.executable, "-I", str(fresh_process.__file__), repo_id, commit, str(folder.resolve())]
-        done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
+        if endpoint is not None:
+            environment["HF_ENDPOINT"] = endpoint
+            if token is not None:
+                environment["HF_TOKEN"] = token  # the login is a file of the usual HF_HOME
+        command = [sys.executable, "-I", str(fresh_process.__file__), *arguments]
+        done = subprocess.run(
+            command, cwd=home, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
     try:
         return dict(json.loads(done.stdout.splitlines()[-1]))
     except (ValueError, IndexError):
@@ -283,10 +361,9 @@ def _run_fresh_process(endpoint: str, repo_id: str, commit: str, folder: Path) -
         return {"error": f"it cannot be loaded: {last[0]}", "again": False}
 
 
-def file_table(planned: Contents) -> str:
+def file_table(files: Files) -> str:
     """The files of a publication with their sizes, one a line."""
     sizes = {
-        name: len(content) if isinstance(content, bytes) else content.stat().st_size
-        for name, content in planned.files.items()
+        name: len(content) if isinstance(content, bytes) else content.stat().st_size for name, content in files.items()
     }
     return "\n".join(f"  {size:>13,}  {name}" for name, size in sorted(sizes.items()))

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
-from .travelling_code import audit_folder
+from ..errors import UsageError, require_extras
+from .travelling_code import audit_folder, missing_imports
 
 if TYPE_CHECKING:
     from ..cards.rendering import RunResults
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 # Of the run's folder; optimizer states, checkpoints, logs and pickled arguments stay at home.
-_TRAVELLING = (
+TRAVELLING = (
     "config.json", "generation_config.json", *WEIGHTS, "*.py", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
     "preprocessor_config.json", "processor_config.json", "robustness.json",
 )  # fmt: skip
 MODEL_TYPES = ("imgproc_gpt2", "imgproc_vit")
 CARD, CURVES, RECORD = "README.md", "training_curves.png", "run.json"
+# One of these turns a user's images or texts into what the model takes, also in the pipeline of the card.
+_PROCESSORS = {
+    "imgproc_vit": ("preprocessor_config.json", "processor_config.json"),
+    "imgproc_gpt2": ("tokenizer_config.json", "tokenizer.json"),
+}
 
 
 @dataclass(frozen=True)
@@ -45,11 +52,14 @@ class Contents:
     """What a publication consists of.
 
     Attributes:
-        files: path in the repository -> a file of the run, or the content itself.
+        files: path in the repository -> a file of the run, or the content itself; without the card, which depends on
+            the card that is there already.
+        card: the generated card that pins a revision.
         tag: names this content: the package's version and the first digits of a SHA-256 over all files.
     """
 
     files: dict[str, Path | bytes]
+    card: Callable[[str], str]
     tag: str
 
 
@@ -58,9 +68,11 @@ def read_run(folder: str | Path) -> RunFolder:
 
     Raises:
         UsageError: naming the folder and what is wrong: no such folder, no record, a run that is not finished, no
-            weights, weights other than the record's, values that are not finite, code that is missing or that does
-            what a model has no need for.
+            weights, weights other than the record's, values that are not finite, a file that is no JSON, no tokenizer
+            or image processor, code that is missing (also what the named files import) or that does what a model has
+            no need for.
     """
+    require_extras("hub")
     from ..cards.rendering import load_results
 
     path = Path(folder)
@@ -69,25 +81,35 @@ def read_run(folder: str | Path) -> RunFolder:
     results = load_results(path)
     _check_weights(path, results.record)
     config = _read_config(path)
-    missing = sorted(
-        {file for reference in config["auto_map"].values() if not (path / (file := _file_of(reference))).is_file()}
-    )
-    if missing:
+    for name in sorted({file.name for file in travelling_files(path).values() if file.suffix == ".json"}):
+        _read_json(path / name)
+    needed = _PROCESSORS[config["model_type"]]
+    if not any((path / name).is_file() for name in needed):
+        raise UsageError(f"run {str(folder)!r} lacks {' or '.join(needed)}: nobody could give the model an input")
+    named = {_file_of(reference) for reference in config["auto_map"].values()}
+    if missing := sorted(name for name in named if not (path / name).is_file()):
         raise UsageError(f"run {str(folder)!r} lacks {', '.join(missing)}, which its config.json names as its code")
+    if imports := missing_imports(path, named):
+        raise UsageError(f"run {str(folder)!r} lacks files of its code: {'; '.join(imports)}")
     findings = audit_folder(path)
     if findings:
         raise UsageError(f"run {str(folder)!r} has code that a model has no need for: {'; '.join(findings)}")
     return RunFolder(path, results, config)
 
 
-def contents(run: RunFolder, repo_id: str, baseline: RunResults | None, license: str) -> Contents:  # noqa: A002
-    """The files of a publication, the card and the curves made anew (they are written into the run's folder too).
+def travelling_files(folder: Path) -> dict[str, Path]:
+    """The files of a run's folder that are published as they are, by name."""
+    return {path.name: path for pattern in TRAVELLING for path in sorted(folder.glob(pattern)) if path.is_file()}
+
+
+def contents(run: RunFolder, repo_id: str, baseline: RunResults | None, license: dict[str, Any]) -> Contents:  # noqa: A002
+    """The files of a publication, the card and the curves made anew; nothing is written.
 
     Args:
         run: from :func:`read_run`.
         repo_id: ``NAME/ID``, for the card.
         baseline: a run of the same recipe to stand beside it in the card, or None.
-        license: of the checkpoint's licence, as the Hub knows it.
+        license: the keys of the card that name the licence, from :mod:`.licences`.
 
     Raises:
         UsageError: if the card cannot be made, e.g. because the baseline has another recipe.
@@ -97,18 +119,18 @@ def contents(run: RunFolder, repo_id: str, baseline: RunResults | None, license:
     from ..cards.rendering import render_card
     from ..records import public_record
 
-    record = public_record(run.results.record)
-    files: dict[str, Path | bytes] = {
-        path.name: path for pattern in _TRAVELLING for path in sorted(run.folder.glob(pattern)) if path.is_file()
-    }
-    files[RECORD] = (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
-    draw_curves(run.results.record, run.folder / CURVES)
+    def card(revision: str) -> str:
+        return render_card(run.results, revision=revision, repo_id=repo_id, baseline=baseline, license=license)
+
+    files: dict[str, Path | bytes] = {**travelling_files(run.folder)}
+    files[RECORD] = (json.dumps(public_record(run.results.record), indent=2, sort_keys=True) + "\n").encode()
     # The picture's bytes depend on the drawing library, and the card names the tag: neither is part of what is hashed.
-    options: dict[str, Any] = {"repo_id": repo_id, "baseline": baseline, "license": license}
-    hashed = {**files, CARD: render_card(run.results, revision="TAG", **options).encode()}
-    tag = f"v{__version__}-{_digest(hashed)[:8]}"
-    (run.folder / CARD).write_text(render_card(run.results, revision=tag, **options), encoding="utf-8")
-    return Contents({**files, CARD: run.folder / CARD, CURVES: run.folder / CURVES}, tag)
+    tag = f"v{__version__}-{_digest({**files, CARD: card('TAG').encode()})[:8]}"
+    if run.results.record.get("train_loss") or run.results.record.get("eval_history"):
+        picture = io.BytesIO()
+        draw_curves(run.results.record, picture)
+        files[CURVES] = picture.getvalue()
+    return Contents(files, card, tag)
 
 
 def _digest(files: dict[str, Path | bytes]) -> str:
@@ -149,10 +171,7 @@ def _check_weights(folder: Path, record: dict[str, Any]) -> None:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    try:
-        config = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"{str(path)!r} cannot be read: {error}") from error
+    config = _read_json(path)
     if config.get("model_type") not in MODEL_TYPES:
         raise UsageError(
             f"{str(path)!r} must have a model_type among {', '.join(MODEL_TYPES)}, got {config.get('model_type')!r}"
@@ -165,6 +184,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if missing:
         raise UsageError(f"{str(path)!r} lacks the auto_map entries {', '.join(missing)}: save the model again")
     return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{str(path)!r} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{str(path)!r} must hold a JSON object, got {type(content).__name__}")
+    return content
 
 
 def _file_of(reference: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,38 @@ def audit_folder(folder: str | os.PathLike[str]) -> list[str]:
     for path in sorted(Path(folder).glob("*.py")):
         findings += [f"{path.name}, {what}" for what in audit(path.read_text(encoding="utf-8", errors="replace"))]
     return findings
+
+
+def missing_imports(folder: str | os.PathLike[str], names: Iterable[str]) -> list[str]:
+    """The files of a folder that are imported by some others, directly or not, and are not there.
+
+    Args:
+        folder: of a checkpoint.
+        names: the files to start at.
+
+    Returns:
+        Findings as ``b.py (imported by a.py)``.
+    """
+    missing, waiting, seen = list[str](), sorted(names), set[str]()
+    while waiting:
+        name = waiting.pop(0)
+        if name in seen or not (Path(folder) / name).is_file():
+            continue
+        seen.add(name)
+        try:
+            tree = ast.parse((Path(folder) / name).read_text(encoding="utf-8", errors="replace"))
+        except (SyntaxError, ValueError):
+            continue  # `audit` names it
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            modules = [node.module] if node.module else [alias.name for alias in node.names]
+            for needed in (f"{module.partition('.')[0]}.py" for module in modules):
+                waiting.append(needed)
+                finding = f"{needed} (imported by {name})"
+                if not (Path(folder) / needed).is_file() and finding not in missing:
+                    missing.append(finding)
+    return missing
 
 
 def differing_files(folder: str | os.PathLike[str]) -> list[str]:

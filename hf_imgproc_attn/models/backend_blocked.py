@@ -9,9 +9,16 @@ from collections.abc import Sequence
 
 import torch
 
-from .backend_blocked_passes import BlockedFilter, Call, recurrence
+from .backend_blocked_autograd import BlockedFilter
+from .backend_blocked_dense import dense_passes, is_transformed
+from .backend_blocked_passes import Call, recurrence
 from .backend_blocked_plan import Plan, make_plan
-from .backend_checks import check_options, check_tensors, check_terms
+from .backend_blocked_positions import check_positions
+from .backend_call import FilterCall, check_options, check_tensors, check_terms
+from .backend_sdpa import augment
+from .cache_streams import boost_stream
+from .kernel_content import HALF_DTYPES, working_dtype
+from .kernel_position import BlockedPositions
 from .visibility import visible
 
 
@@ -22,6 +29,7 @@ def blocked_attention(
     *,
     attn_mask: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    positions: BlockedPositions | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     dropout_p: float = 0.0,
@@ -32,7 +40,10 @@ def blocked_attention(
     block_rows: int | None = None,
     group_pairs: int | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Apply a boosted filter in memory O(length), with its own backward (once differentiable).
+    """Apply a boosted filter in memory O(length), with its own backward, likewise O(length).
+
+    A gradient of a gradient (``create_graph=True``), a forward-mode derivative and the transforms of ``torch.func``
+    are computed densely instead, in memory O(length * key_length).
 
     Half precision is computed in float32. Rows that see no key give 0. A key that no query sees may hold anything, NaN
     included. Queries may be fewer than keys: they are then the last ones.
@@ -44,6 +55,8 @@ def blocked_attention(
         attn_mask: boolean (True = visible) or additive float, broadcastable to ``[batch, heads, length, key_length]``,
             or None. Together with ``is_causal`` both apply.
         bias: added to the logits, broadcastable likewise, or None. If it needs a gradient, so much memory is taken.
+        positions: ``GaussianPositions``, ``AlibiPositions`` or ``BucketPositions``, whose kernel is added to the
+            logits inside each block, or None. Its parameters have gradients, its coordinates do not.
         is_causal: whether query i sees no key after its own, ``key_length - length + i``. A mask that happens to be
             causal does the same, but takes one pass more a step where the queries do not fit in one block.
         scale: factor on q.k. None: 1/sqrt(head_dim).
@@ -67,9 +80,11 @@ def blocked_attention(
     check_tensors(query, key, value)
     check_options(boosting, steps, dropout_p)
     attn_mask, bias = check_terms(query, key, attn_mask, bias)
+    if positions is not None:
+        check_positions(positions, query, key)
     return _blocked(
-        query, key, value, attn_mask, bias, is_causal, scale, dropout_p, boosting, steps, past_streams, seed,
-        block_rows, group_pairs,
+        query, key, value, attn_mask, bias, positions, is_causal, scale, dropout_p, boosting, steps, past_streams,
+        seed, block_rows, group_pairs,
     )  # fmt: skip
 
 
@@ -80,15 +95,16 @@ def _blocked(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     bias: torch.Tensor | None,
+    positions: BlockedPositions | None,
     is_causal: bool,
     scale: float | None,
     dropout: float,
     boosting: str,
     steps: int,
     past_streams: Sequence[torch.Tensor],
-    seed: int | None,
-    block_rows: int | None,
-    group_pairs: int | None,
+    seed: int | None = None,
+    block_rows: int | None = None,
+    group_pairs: int | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     booster = recurrence(boosting, steps)
     extra, width = len(booster.streams) - 1, value.shape[-1]
@@ -110,10 +126,15 @@ def _blocked(
         group_pairs=group_pairs,
     )
     past = _past(past_streams, plan, extra, width)
-    call = Call(plan, booster, mask, _hidden_keys(mask))
+    call = Call(plan, booster, mask, positions)
+    parameters = () if positions is None else positions.parameters()
     # Autocast would run the products in half precision.
     with torch.autocast(query.device.type, enabled=False):
-        output, streams = BlockedFilter.apply(query, key, value, bias, past, call)
+        if is_transformed((query, key, value, mask, bias, past, *parameters)):
+            output, streams = dense_passes(call, query, key, value, bias, past, parameters)
+        else:
+            call = call._replace(hidden=_hidden_keys(mask))
+            output, streams = BlockedFilter.apply(query, key, value, bias, past, call, *parameters)
     return output, [stream.to(value.dtype) for stream in streams.split(width, dim=-1)] if extra else []
 
 
@@ -144,19 +165,48 @@ def _hidden_keys(mask: torch.Tensor | None) -> torch.Tensor | None:
     return None if bool(seen.all()) else ~seen
 
 
-def dropout_factors(plan: Plan, like: torch.Tensor) -> torch.Tensor:
-    """What a call multiplies A with, put together densely: for tests and for looking at a layer.
+def refuses(call: FilterCall) -> str | None:
+    """Why the blocked passes cannot serve a call, as the rest of a sentence about them, or None if they can."""
+    if call.booster.gain is not None and call.query.dtype in HALF_DTYPES:
+        return "hands out its streams in half precision, from which a learned gain is not exact"
+    if call.is_boosted and call.query.shape[-2] != call.key.shape[-2] and not call.streams.is_cached:
+        return "needs the streams of earlier keys"
+    return None
 
-    Args:
-        plan: of the call, as :func:`make_plan` gives it.
-        like: a tensor of the device and dtype that the call works in.
 
-    Returns:
-        ``[batch, heads, length, key_length]``, 0 or 1/(1 - p); 0 where a block does not look.
-    """
-    factors = like.new_zeros(plan.batch, plan.heads, plan.length, plan.key_length)
-    for group in plan.groups():
-        for block in plan.blocks():
-            part = plan.kept(group, block, like).unflatten(0, group.shape)
-            factors[group.batch, group.heads, block.start : block.stop, : block.keys] = part
-    return factors
+def run(call: FilterCall) -> torch.Tensor:
+    """The back-end ``blocked``: every weight once, positions inside the blocks. Half precision becomes float32."""
+    dtype, visibility = working_dtype(call.query.dtype), call.visibility
+    by_place = next((term for term in call.positions if isinstance(term, BlockedPositions)), None)
+    query, key, value, scale, bias = call.query, call.key, call.value, call.content.scale, visibility.bias
+    rest = call._replace(positions=tuple(term for term in call.positions if term is not by_place))
+    if rest.has_columns or isinstance(scale, torch.Tensor):
+        with torch.autocast(query.device.type, enabled=False):
+            query, key, scale, extra = augment(rest, dtype)
+        if extra is not None:
+            bias = extra if bias is None else bias + extra
+        if key.shape[1] != value.shape[1]:
+            value = value.repeat_interleave(call.groups, dim=1)
+    name, steps, gain = call.booster
+    output, streams = _blocked(
+        query,
+        key,
+        value,
+        visibility.keys if visibility.mask is None else visibility.mask,
+        bias,
+        by_place,
+        visibility.causal,
+        float(scale),
+        call.dropout,
+        # With the residual r = V - A V both parts of the learned booster can be told from the output: A V = V - r.
+        "twicing" if gain is not None else name,
+        2 if gain is not None else steps,
+        call.past_streams() if call.streams.is_cached else (),
+    )
+    if call.streams.is_cached:
+        for index, rows in enumerate(streams):
+            call.streams.append(boost_stream(index + 1), rows.to(call.value.dtype))
+    if gain is not None:
+        smooth = call.new_value.to(dtype) - streams[0]
+        output = smooth + gain * (output - smooth)
+    return output.to(call.value.dtype)

@@ -11,25 +11,35 @@ streams instead of 2k. The same holds where all rows are one block. Otherwise th
 *Backward*, G = dout, blocks in reverse order. T_m = A^T g_m is accumulated; with it
 
     g_m  = o_m G + sum_{m'>m} c_m'm T_m'                        complete for a block's rows when the block is reached
+    D    = G . (out - o_V V) + sum_{m>0} T_m . (x_m - d_m V)    a number a row, equal to sum_m g_m . s_m
     dA   = [g_0 .. g_{k-1}] [x_0 .. x_{k-1}]^T                  one product
-    dS   = A o (dA - (A o dA) 1)
+    dS   = A o (dA - D 1^T)
     dV   = sum_m d_m T_m
 
-2k + 3 products where one pass suffices. Saved are x_1, x_2, ... and the row log-sum-exp: memory is O(length), never
-O(length * key_length). Plain attention is the case k = 1 (FlashAttention-2's backward, Dao 2023).
+2k + 3 products where one pass suffices. Saved are out, x_1, x_2, ... and the row log-sum-exp: memory is O(length),
+never O(length * key_length). Plain attention is the case k = 1 (FlashAttention-2's backward, Dao 2023).
+
+D is also the row sum of A o dA, if the rows of A sum to 1. They do not quite: recomputed from a rounded log-sum-exp at
+logits of 1e4, they sum to 1 within 1e-3 only, and that error times all of dA would swamp dS = A o (dA - D) where one
+key has all the weight and dA = D. The outputs' D has no such error. The rounding itself is known, and a factor a row
+on all g_m and D makes it good.
+
+This file computes forward; ``backend_blocked_backward`` is the other direction.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from .backend_blocked_plan import Group, Plan
-from .backend_blocked_weights import Buffer, KeyHeads, KeySums, Weights, flat
-from .boost_operators import BOOSTING
+from .backend_blocked_positions import PositionTerm
+from .backend_blocked_weights import KeyHeads, Weights, flat
+from .boost_operators import BOOSTING, extra_streams
 from .kernel_content import working_dtype
+from .kernel_position import BlockedPositions
 
 
 class Recurrence(NamedTuple):
@@ -47,7 +57,8 @@ def recurrence(boosting: str, steps: int) -> Recurrence:
         boosting: key of ``BOOSTING``.
         steps: k >= 1.
     """
-    units = torch.eye(steps + 1, dtype=torch.float64)
+    # One for V and one for each application of A; "learned" has two whatever its steps.
+    units = torch.eye(max(steps, extra_streams(boosting, steps) + 1) + 1, dtype=torch.float64)
     streams: list[torch.Tensor] = []
 
     def attend(stream: torch.Tensor) -> torch.Tensor:
@@ -64,11 +75,21 @@ class Call(NamedTuple):
     plan: Plan
     booster: Recurrence
     mask: torch.Tensor | None
-    hidden: torch.Tensor | None
+    positions: BlockedPositions | None = None
+    """Of the position kernel, or None; its parameters are inputs of their own."""
+    hidden: torch.Tensor | None = None
     """Keys that no query sees, ``[batch or 1, heads or 1, 1, key_length or 1]``: whatever stands there is not read."""
 
+    def position_term(
+        self, parameters: tuple[torch.Tensor, ...], like: torch.Tensor, needs_grad: tuple[bool, ...] = ()
+    ) -> PositionTerm | None:
+        """The position kernel's part in the blocks; arguments as in :class:`PositionTerm`."""
+        if self.positions is None:
+            return None
+        return PositionTerm(self.positions, parameters, self.plan, like, needs_grad)
 
-class _Inputs:
+
+class Inputs:
     """All inputs in working precision, ``[pairs, ..., ...]``, and a group's rows of them."""
 
     def __init__(
@@ -148,155 +169,75 @@ def _combine(
         torch.mul(product, factor if weight == 1.0 else factor * weight, out=target)
 
 
-def _passes(plan: Plan, num_streams: int) -> list[range]:
+def passes_over_blocks(plan: Plan, num_streams: int) -> list[range]:
     """The streams of each pass over the blocks, in order."""
     if plan.is_causal or len(plan.blocks()) == 1:
         return [range(num_streams)]
     return [range(m, m + 1) for m in range(num_streams)]
 
 
-class BlockedFilter(torch.autograd.Function):
-    """``apply(query, key, value, bias, past, call)`` -> output, and x_1, x_2, ... of the queries side by side."""
+class Computed(NamedTuple):
+    """What the forward passes compute, all in working precision.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        bias: torch.Tensor | None,
-        past: torch.Tensor | None,
-        call: Call,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        plan, booster = call.plan, call.booster
-        work, width, num_streams = working_dtype(query.dtype), value.shape[-1], len(booster.streams)
-        like = query.new_empty(0, dtype=work)
-        streams = like.new_empty(plan.batch, plan.heads, plan.length, (num_streams - 1) * width)
-        output, log_sums = (like.new_empty(plan.batch * plan.heads, plan.length, size) for size in (width, 1))
-        weights, one = Weights(plan, call.mask, bias, like), like.new_ones(1)
-        blocks = plan.blocks()
-        inputs = _Inputs(call, query, key, value, past, streams)
-        for group in plan.groups():
-            inputs.start(group)
-            out, log_sum = output[group.pairs], log_sums[group.pairs]
-            weights.start(group, inputs.query, inputs.key)
-            for steps in _passes(plan, num_streams):
-                if steps.start:
-                    inputs.publish(steps.start, slice(0, plan.length))
-                for block in blocks:
-                    rows = slice(block.start, block.stop)
-                    if steps.start:
-                        matrix, factor = weights.recall(block, log_sum), one
-                    else:
-                        matrix, factor, log_sum[:, rows] = weights.compute(block)
-                    if plan.dropout:
-                        matrix = matrix.mul_(plan.kept(group, block, like))
-                    for m in steps:
-                        if m > steps.start:
-                            inputs.publish(m, rows)
-                        product = torch.bmm(matrix, inputs.stream(m)[:, : block.keys])
-                        common = (m, inputs.own_value[:, rows], product, factor)
-                        for later in range(m + 1, num_streams):
-                            _combine(inputs.own[:, rows, inputs.columns(later)], booster.streams[later], *common)
-                        _combine(out[:, rows], booster.output, *common)
-        ctx.call = call
-        ctx.save_for_backward(query, key, value, bias, past, streams, log_sums)
-        ctx.set_materialize_grads(False)
-        return output.to(value.dtype).unflatten(0, (plan.batch, plan.heads)), streams
+    output: ``[pairs, length, d]``.
+    streams: x_1, x_2, ... of the queries side by side, ``[batch, heads, length, (k - 1) * d]``.
+    row_sums: of each row of logits, ``[pairs, length, 2]``; see :meth:`Weights.compute`.
+    """
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor | None, stream_grad: torch.Tensor | None) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        with torch.autocast(saved[0].device.type, enabled=False):
-            return _backward(ctx.call, saved, grad, stream_grad, ctx.needs_input_grad[3])
+    output: torch.Tensor
+    streams: torch.Tensor
+    row_sums: torch.Tensor
 
 
-def _backward(
+def forward_passes(
     call: Call,
-    saved: tuple[Any, ...],
-    grad: torch.Tensor | None,
-    stream_grad: torch.Tensor | None,
-    needs_bias_grad: bool,
-) -> tuple[Any, ...]:
-    query, key, value, bias, past, streams, log_sums = saved
-    call = call._replace(plan=call.plan.backward)
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    past: torch.Tensor | None,
+    parameters: tuple[torch.Tensor, ...],
+) -> Computed:
+    """Compute output and streams block by block.
+
+    Args:
+        call: what is computed.
+        query: ``[batch, heads, length, head_dim]``.
+        key: ``[batch, key_heads, key_length, head_dim]``.
+        value: ``[batch, key_heads, key_length, d]``.
+        bias: added to the logits, with four axes, or None.
+        past: x_1, x_2, ... of the earlier keys side by side, or None.
+        parameters: those of ``call.positions``.
+    """
     plan, booster = call.plan, call.booster
     work, width, num_streams = working_dtype(query.dtype), value.shape[-1], len(booster.streams)
     like = query.new_empty(0, dtype=work)
-    if grad is None:
-        grad = like.new_zeros(*query.shape[:3], width)
-    inputs = _Inputs(call, query, key, value, past, streams)
-    query_grad = query.new_empty(query.shape, dtype=work)
-    key_grad, value_grad = (inputs.key_heads.total(x, work) for x in (key, value))
-    bias_grad = like.new_zeros(bias.shape) if needs_bias_grad else None
-    past_grad = None if past is None else torch.empty(past.shape, dtype=work, device=past.device)
-    all_grads, stream_grads = flat(grad, work), None if stream_grad is None else flat(stream_grad, work)
-    weights = Weights(plan, call.mask, bias, like)
-    weight_grads = Buffer(like, weights.size)
-    blocks = plan.blocks()[::-1]
-    passes = _passes(plan, num_streams)[::-1]
-    scratch = Buffer(like, plan.group_pairs * plan.key_length * max(width, key.shape[-1]) if len(blocks) > 1 else 0)
+    streams = like.new_empty(plan.batch, plan.heads, plan.length, (num_streams - 1) * width)
+    output, row_sums = (like.new_empty(plan.batch * plan.heads, plan.length, size) for size in (width, 2))
+    weights = Weights(plan, call.mask, bias, call.position_term(parameters, like), like)
+    blocks = plan.blocks()
+    inputs = Inputs(call, query, key, value, past, streams)
     for group in plan.groups():
         inputs.start(group)
-        pairs = inputs.query.shape[0]
-        grad_rows, log_sum = all_grads[group.pairs], log_sums[group.pairs]
-        d_query = query_grad.flatten(0, 1)[group.pairs]
-        side_by_side = torch.cat([inputs.value, inputs.all], dim=-1) if num_streams > 1 else inputs.value
-        d_key = KeySums(plan, pairs, key.shape[-1], scratch)
-        totals = [KeySums(plan, pairs, width, scratch) for _ in range(num_streams)]
-        if stream_grads is not None:
-            for m in range(1, num_streams):
-                totals[m].begin(stream_grads[group.pairs, :, inputs.columns(m)])
+        out, row_sum = output[group.pairs], row_sums[group.pairs]
         weights.start(group, inputs.query, inputs.key)
-        for steps in passes:
+        for steps in passes_over_blocks(plan, num_streams):
+            if steps.start:
+                inputs.publish(steps.start, slice(0, plan.length))
             for block in blocks:
-                rows, keys = slice(block.start, block.stop), slice(0, block.keys)
-                own = slice(plan.past + block.start, plan.past + block.stop)
-                matrix = weights.recall(block, log_sum)
-                kept = plan.kept(group, block, like) if plan.dropout else None
-                dropped = matrix if kept is None else matrix * kept
-                smooth_grads = like.new_empty(pairs, block.stop - block.start, num_streams * width)
-                for m in reversed(range(steps.start, num_streams)):
-                    d_smooth = smooth_grads[..., m * width : (m + 1) * width]
-                    first = grad_rows[:, rows]
-                    if booster.output[m + 1] != 1.0:
-                        first = first * booster.output[m + 1]
-                    for later in range(m + 1, num_streams):
-                        if booster.streams[later][m + 1]:
-                            weight = booster.streams[later][m + 1]
-                            first = torch.add(first, totals[later].rows(own), alpha=weight, out=d_smooth)
-                    if first is not d_smooth:
-                        d_smooth.copy_(first)
-                    if m in steps:
-                        totals[m].add(dropped, d_smooth)
+                rows = slice(block.start, block.stop)
                 if steps.start:
-                    continue
-                d_matrix = weight_grads.view(*matrix.shape)
-                torch.bmm(smooth_grads, side_by_side[:, keys].mT, out=d_matrix)
-                if kept is not None:
-                    d_matrix.mul_(kept)
-                d_logits = weights.through_softmax(d_matrix, matrix)
-                d_query[:, rows].baddbmm_(d_logits, inputs.key[:, keys], beta=0.0, alpha=plan.scale)
-                d_key.add(d_logits, inputs.query[:, rows])
-                if bias_grad is not None:
-                    weights.add_to_bias(bias_grad, d_logits, block)
-        every, own = slice(0, plan.key_length), slice(plan.past, plan.key_length)
-        inputs.key_heads.add(key_grad, d_key.rows(every).mul_(plan.scale), group)
-        # Of earlier keys only x_0 is a function of V here; the rest came in as streams.
-        d_value = totals[0].rows(every)
-        for m in range(1, num_streams):
-            if booster.streams[m][0]:
-                d_value[:, own].add_(totals[m].rows(own), alpha=booster.streams[m][0])
-            if past_grad is not None:
-                earlier = totals[m].rows(slice(0, plan.past))
-                past_grad.flatten(0, 1)[group.pairs, :, inputs.columns(m)] = earlier
-        inputs.key_heads.add(value_grad, d_value, group)
-    return (
-        query_grad.to(query.dtype),
-        key_grad.to(key.dtype),
-        value_grad.to(value.dtype),
-        None if bias_grad is None else bias_grad.to(bias.dtype),
-        None if past_grad is None else past_grad.to(past.dtype),
-        None,
-    )
+                    matrix, factor = weights.recall(block, row_sum)
+                else:
+                    matrix, factor, row_sum[:, rows] = weights.compute(block)
+                if plan.dropout:
+                    matrix = matrix.mul_(plan.kept(group, block, like))
+                for m in steps:
+                    if m > steps.start:
+                        inputs.publish(m, rows)
+                    product = torch.bmm(matrix, inputs.stream(m)[:, : block.keys])
+                    common = (m, inputs.own_value[:, rows], product, factor)
+                    for later in range(m + 1, num_streams):
+                        _combine(inputs.own[:, rows, inputs.columns(later)], booster.streams[later], *common)
+                    _combine(out[:, rows], booster.output, *common)
+    return Computed(output, streams, row_sums)

@@ -99,7 +99,9 @@ class Plan(NamedTuple):
         ]
 
     def groups(self) -> list[Group]:
-        """All groups, in order."""
+        """All groups, in order; none without samples, heads or queries."""
+        if not self.batch * self.heads * self.length:
+            return []
         samples = max(self.group_pairs // self.heads, 1)
         heads = -(-self.heads // -(-self.heads // self.group_pairs))  # of equal size, as far as that goes
         groups: list[Group] = []

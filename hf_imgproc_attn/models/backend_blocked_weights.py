@@ -11,6 +11,7 @@ import math
 import torch
 
 from .backend_blocked_plan import Block, Group, Plan
+from .backend_blocked_positions import PositionTerm
 from .visibility import visible
 
 LOG2_E = math.log2(math.e)
@@ -119,11 +120,19 @@ class Weights:
         plan: what is computed.
         mask: boolean or additive float ``[batch or 1, heads or 1, length or 1, key_length or 1]``, or None.
         bias: added to the logits, of the same form, or None.
+        positions: the position kernel's term, or None.
         like: a tensor of the device and dtype to work in.
     """
 
-    def __init__(self, plan: Plan, mask: torch.Tensor | None, bias: torch.Tensor | None, like: torch.Tensor) -> None:
-        self.plan, self.mask, self.bias = plan, mask, bias
+    def __init__(
+        self,
+        plan: Plan,
+        mask: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        positions: PositionTerm | None,
+        like: torch.Tensor,
+    ) -> None:
+        self.plan, self.mask, self.bias, self.positions = plan, mask, bias, positions
         rows = min(plan.block_rows, plan.length)
         self.size = plan.group_pairs * rows * plan.key_length
         self.buffer = Buffer(like, self.size)
@@ -142,6 +151,8 @@ class Weights:
         query, key = self.query[:, block.start : block.stop], self.key[:, : block.keys].mT
         torch.baddbmm(scores, query, key, beta=0.0, alpha=self.plan.scale * LOG2_E, out=scores)
         shaped = scores.view(*self.group.shape, rows, block.keys)
+        if self.positions is not None:
+            self.positions.add_(shaped, self.group, block, LOG2_E)
         if self.bias is not None:
             shaped.add_(cut(self.bias, self.group, block), alpha=LOG2_E)
         if self.mask is not None:
@@ -152,7 +163,11 @@ class Weights:
             if allowed is not None:
                 shaped.masked_fill_(~allowed, float("-inf"))
         if self.future is not None:
-            scores[:, :, block.keys - rows :].add_(self.future[:rows, :rows])
+            own = scores[:, :, block.keys - rows :]
+            if self.mask is None:
+                own.add_(self.future[:rows, :rows])
+            else:  # a query that sees no key may be NaN, which adding -inf does not hide
+                own.masked_fill_(self.future[:rows, :rows] < 0.0, float("-inf"))
         return scores
 
     def compute(self, block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -160,28 +175,36 @@ class Weights:
 
         Returns:
             ``[pairs, rows, keys]``, valid until the next block; the factor that normalises them, ``[pairs, rows, 1]``,
-            0 for rows that see no key; and the base-2 log-sum-exp, ``[pairs, rows, 1]``, infinite for those rows.
+            0 for rows that see no key; and what :meth:`recall` needs, ``[pairs, rows, 2]``: the base-2 log-sum-exp,
+            infinite for rows that see no key, and the factor that makes good its rounding.
         """
         scores = self._logits(block)
-        largest = scores.amax(-1, keepdim=True)
-        if self.mask is None and self.bias is None:
-            total = scores.sub_(largest).exp2_().sum(-1, keepdim=True)
-            return scores, total.reciprocal(), total.log2_().add_(largest)
-        empty = largest == float("-inf")
-        largest.masked_fill_(empty, 0.0)
-        total = scores.sub_(largest).exp2_().sum(-1, keepdim=True).masked_fill_(empty, float("inf"))
-        return scores, total.reciprocal(), total.log2_().add_(largest)
+        largest, empty = scores.amax(-1, keepdim=True), None
+        if self.mask is not None or self.bias is not None:
+            empty = largest == float("-inf")
+            largest.masked_fill_(empty, 0.0)
+        total = scores.sub_(largest).exp2_().sum(-1, keepdim=True)
+        if empty is not None:
+            total.masked_fill_(empty, float("inf"))
+        factor, log_sum = total.reciprocal(), total.log2_().add_(largest)
+        correction = (log_sum - largest).exp2_().mul_(factor)
+        if empty is not None:
+            correction.masked_fill_(empty, 1.0)
+        return scores, factor, torch.cat((log_sum, correction), dim=-1)
 
-    def recall(self, block: Block, log_sum: torch.Tensor) -> torch.Tensor:
-        """A's block again, normalised and without dropout, from the log-sum-exp of all rows ``[pairs, length, 1]``."""
-        return self._logits(block).sub_(log_sum[:, block.start : block.stop]).exp2_()
+    def recall(self, block: Block, row_sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A's block again, without dropout, from what :meth:`compute` found of all rows, ``[pairs, length, 2]``.
 
-    @staticmethod
-    def through_softmax(d_matrix: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        """The gradient of the logits, A o (dA - (A o dA) 1), in the memory of dA."""
-        softmax_backward = torch.ops.aten._softmax_backward_data.out
-        softmax_backward(d_matrix, matrix, -1, matrix.dtype, grad_input=d_matrix)
-        return d_matrix
+        Returns:
+            ``[pairs, rows, keys]``, and the factor near 1 that normalises them, ``[pairs, rows, 1]``.
+        """
+        log_sum, correction = row_sums[:, block.start : block.stop].split(1, dim=-1)
+        return self._logits(block).sub_(log_sum).exp2_(), correction
+
+    def add_to_positions(self, d_logits: torch.Tensor, block: Block) -> None:
+        """Add a block's gradient of the logits, which may be overwritten, to those of the position kernel."""
+        if self.positions is not None:
+            self.positions.accumulate(d_logits.unflatten(0, self.group.shape), self.group, block)
 
     def add_to_bias(self, total: torch.Tensor, d_logits: torch.Tensor, block: Block) -> None:
         """Add a block's gradient of the logits, ``[pairs, rows, keys]``, to that of the bias."""

@@ -18,12 +18,14 @@ Feedback adds to the head output, before the output projection, with e_l = V_0 -
     neutreno  lambda e_l                                               (Nguyen 2023)
     pid       lambda_P e_l + lambda_I sum_{m <= l} e_m + lambda_D (e_l - e_{l-1})     (PIDformer, Nguyen 2024)
 
-It is not dropped out, and gradient flows through V_0 too. With ``gradient_boosted`` V is the value of the first filter
+It is not dropped out, and gradient flows through V_0 too. The factors are numbers of the configuration or, with
+``learn_feedback``, parameters of every head and layer. With ``gradient_boosted`` V is the value of the first filter
 and the head output is F + g * c.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -97,19 +99,20 @@ def no_feedback(head_output: torch.Tensor, value: torch.Tensor, state: LayerStat
 
 
 def neutreno_feedback(
-    head_output: torch.Tensor, value: torch.Tensor, state: LayerState, strength: float = 0.6
+    head_output: torch.Tensor, value: torch.Tensor, state: LayerState, strength: float | torch.Tensor = 0.6
 ) -> Feedback:
     """A V_l + lambda (V_0 - V_l); layer 0 is plain and hands on V_0."""
     if state.first_value is None:
         return head_output, state._replace(first_value=value)
-    return head_output + strength * (state.first_value - value), state
+    # A learned factor is in float32, and so is the product: half precision would round the factor.
+    return head_output + (strength * (state.first_value - value)).to(head_output.dtype), state
 
 
 def pid_feedback(
     head_output: torch.Tensor,
     value: torch.Tensor,
     state: LayerState,
-    gains: tuple[float, float, float] = DEFAULT_PID_GAINS,
+    gains: tuple[float | torch.Tensor, ...] = DEFAULT_PID_GAINS,
 ) -> Feedback:
     """A V_l + lambda_P e_l + lambda_I sum_{1 <= m <= l} e_m + lambda_D (e_l - e_{l-1}); layer 0 hands on V_0."""
     if state.first_value is None or state.previous_value is None:
@@ -118,8 +121,8 @@ def pid_feedback(
     total = error if state.feedback_sum is None else state.feedback_sum + error
     change = state.previous_value - value  # e_l - e_{l-1}, in which V_0 cancels
     proportional, integral, derivative = gains
-    output = head_output + (proportional * error + integral * total + derivative * change)
-    return output, state._replace(previous_value=value, feedback_sum=total)
+    correction = proportional * error + integral * total + derivative * change
+    return head_output + correction.to(head_output.dtype), state._replace(previous_value=value, feedback_sum=total)
 
 
 RESIDUAL = {
@@ -140,12 +143,23 @@ Both tensors are ``[batch, heads, length, head_dim]``; the value is that of the 
 """
 
 
-def feedback_gains(config: Any) -> dict[str, Any]:
-    """The numbers that a model's feedback function takes, with the defaults resolved."""
+def feedback_gains(config: Any) -> list[float]:
+    """The factors of a model's feedback, with the defaults resolved: lambda, or P, I and D; none without feedback."""
     if config.feedback == "neutreno":
         strength = config.neutreno_lambda
-        return {"strength": float(config.default_neutreno_lambda if strength is None else strength)}
+        return [float(config.default_neutreno_lambda if strength is None else strength)]
     if config.feedback == "pid":
-        gains = DEFAULT_PID_GAINS if config.pid_gains is None else config.pid_gains
-        return {"gains": tuple(float(gain) for gain in gains)}
-    return {}
+        return [float(gain) for gain in (DEFAULT_PID_GAINS if config.pid_gains is None else config.pid_gains)]
+    return []
+
+
+def gain_arguments(feedback: str, gains: Sequence[float | torch.Tensor]) -> dict[str, Any]:
+    """The keyword arguments of a feedback function.
+
+    Args:
+        feedback: a key of :data:`FEEDBACK`.
+        gains: as :func:`feedback_gains` lists them, numbers or tensors ``[heads, 1, 1]``.
+    """
+    if feedback == "neutreno":
+        return {"strength": gains[0]}
+    return {"gains": tuple(gains)} if feedback == "pid" else {}

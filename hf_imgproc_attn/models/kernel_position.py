@@ -7,10 +7,11 @@ stands for their position logit to the grid, from it and to themselves.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 
+from .kernel_blocks import BlockKernel, DistanceKernel
 from .kernel_content import (
     HALF_DTYPES,
     class_token_columns,
@@ -33,6 +34,16 @@ class ClassTokens(NamedTuple):
 
     num_tokens: int
     logits: torch.Tensor
+
+
+def join_parameters(parameter: torch.Tensor, class_tokens: ClassTokens | None) -> tuple[torch.Tensor, ...]:
+    """A kernel's own parameter, and the scalars of the class tokens where there are any."""
+    return (parameter,) if class_tokens is None else (parameter, class_tokens.logits)
+
+
+def replace_class_logits(class_tokens: ClassTokens | None, logits: tuple[torch.Tensor, ...]) -> ClassTokens | None:
+    """The same class tokens with other scalars, of which there is one tensor or none."""
+    return class_tokens if class_tokens is None or not logits else class_tokens._replace(logits=logits[0])
 
 
 class UntiedPositions(NamedTuple):
@@ -114,6 +125,18 @@ class GaussianPositions(NamedTuple):
         row_constant = centred.coordinates.square().sum(-1).unsqueeze(1) * (self.scale.squeeze(-1) / 2)
         return left * on_grid, right * on_grid, row_constant
 
+    def block_kernel(self) -> BlockKernel:
+        """See :class:`BlockedPositions`."""
+        return DistanceKernel(squared=True)
+
+    def parameters(self) -> tuple[torch.Tensor, ...]:
+        """2/h_p^2, and the class tokens' scalars."""
+        return join_parameters(self.scale, self.class_tokens)
+
+    def with_parameters(self, first: torch.Tensor, *class_logits: torch.Tensor) -> GaussianPositions:
+        """The same with other parameters, in the order of :meth:`parameters`."""
+        return self._replace(scale=first, class_tokens=replace_class_logits(self.class_tokens, class_logits))
+
     def form(self, dtype: torch.dtype) -> str:
         """See :func:`position_form`."""
         if dtype == torch.float64:
@@ -144,6 +167,32 @@ class Positions(Protocol):
 
     def form(self, dtype: torch.dtype) -> str:
         """See :func:`position_form`."""
+
+
+@runtime_checkable
+class BlockedPositions(Positions, Protocol):
+    """Positions whose kernel is a function of coordinates: it can be computed inside a block of attention.
+
+    The coordinates of the queries and of all keys are given separately; their leading axis is 1 where the rows of a
+    batch share their positions.
+    """
+
+    @property
+    def coordinates(self) -> torch.Tensor:
+        """p of the queries, ``[batch or 1, length, axes]``."""
+
+    @property
+    def key_coordinates(self) -> torch.Tensor:
+        """p of all keys, ``[batch or 1, key_length, axes]``."""
+
+    def block_kernel(self) -> BlockKernel:
+        """The formula; see ``kernel_blocks``."""
+
+    def parameters(self) -> tuple[torch.Tensor, ...]:
+        """What may have a gradient, each with a leading axis of heads: the kernel's own, then the class tokens'."""
+
+    def with_parameters(self, *parameters: torch.Tensor) -> Self:
+        """The same with other parameters."""
 
 
 def check_coordinates(

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 
+from .kernel_blocks import BlockKernel, DistanceKernel
 from .kernel_content import left_columns, right_columns
-from .kernel_position import MAX_FEATURE_SIDE, ClassTokens
+from .kernel_position import MAX_FEATURE_SIDE, ClassTokens, join_parameters, replace_class_logits
 
 # --------------------------------------------------------------------------------------------------------------------
 # ALiBi
@@ -65,6 +66,18 @@ class AlibiPositions(NamedTuple):
         right = right_columns(places, dtype)
         return left.unsqueeze(0), right.unsqueeze(1).expand(-1, left.shape[0], -1, -1), None
 
+    def block_kernel(self) -> BlockKernel:
+        """See ``kernel_position.BlockedPositions``."""
+        return DistanceKernel(squared=False)
+
+    def parameters(self) -> tuple[torch.Tensor, ...]:
+        """The slopes, and the class tokens' scalars."""
+        return join_parameters(self.slopes, self.class_tokens)
+
+    def with_parameters(self, first: torch.Tensor, *class_logits: torch.Tensor) -> AlibiPositions:
+        """The same with other parameters, in the order of :meth:`parameters`."""
+        return self._replace(slopes=first, class_tokens=replace_class_logits(self.class_tokens, class_logits))
+
     def form(self, dtype: torch.dtype) -> str:
         """Features where the distance is linear in p_j: causal, one axis, positions in order."""
         if not self.is_causal or self.class_tokens is not None or self.key_coordinates.shape[-1] > 1:
@@ -111,7 +124,7 @@ def bucket_boundaries(num_buckets: int, max_distance: int) -> list[int]:
 
 
 def relative_buckets(offset: torch.Tensor, boundaries: list[int], bidirectional: bool) -> torch.Tensor:
-    """Bucket of each offset p_j - p_i (T5): integers of the same shape, from 0.
+    """Bucket of each offset p_j - p_i (T5): int32 of the same shape, from 0.
 
     Args:
         offset: of any shape.
@@ -119,9 +132,121 @@ def relative_buckets(offset: torch.Tensor, boundaries: list[int], bidirectional:
         bidirectional: whether keys behind the query (larger p) have buckets of their own, after the others; if not,
             they share bucket 0 with the query itself.
     """
-    distance = offset.abs() if bidirectional else (-offset).clamp(min=0)
-    buckets = torch.bucketize(distance, torch.tensor(boundaries, dtype=offset.dtype, device=offset.device), right=True)
-    return buckets + (offset > 0) * (len(boundaries) + 1) if bidirectional else buckets
+    distance = offset.abs() if bidirectional else (-offset).clamp_(min=0)
+    edges = torch.tensor(boundaries, dtype=offset.dtype, device=offset.device)
+    buckets = torch.bucketize(distance, edges, right=True, out_int32=True)
+    return buckets.add_(offset > 0, alpha=len(boundaries) + 1) if bidirectional else buckets
+
+
+JOINT_BUCKETS = 2**14
+"""Up to so many combinations of the axes' buckets, a block looks up all axes at once."""
+MAX_LANES = 64
+"""Copies of a table: neighbouring columns add to different ones, so that no sum waits for the one before, and long
+sums lose fewer digits."""
+LOOKUP_SCORES = 2**15
+"""Scores that are looked up at a time."""
+
+
+class BucketKernel(NamedTuple):
+    """b[axis, bucket of the offset], summed over the axes, inside a block; see ``kernel_blocks``.
+
+    The parameter is b, ``[heads, axes, buckets]``. What the heads share are places in *tables*: one table of the sums
+    for all combinations of the axes' buckets, or a table an axis where those are too many. Each table has one more
+    entry, 0, for class tokens, and each entry stands in it several times, once for each *lane*: column j takes lane
+    j % lanes.
+
+    boundaries: see :class:`BucketPositions`.
+    bidirectional: see there.
+    axes: of the grid.
+    buckets: of one axis.
+    """
+
+    boundaries: list[int]
+    bidirectional: bool
+    axes: int
+    buckets: int
+
+    @property
+    def _joint_axes(self) -> int:
+        """How many axes share a table: all or one."""
+        return self.axes if self.buckets**self.axes <= JOINT_BUCKETS else 1
+
+    @property
+    def _size(self) -> int:
+        """Entries of a table, without that of class tokens."""
+        return self.buckets**self._joint_axes
+
+    @property
+    def _lanes(self) -> int:
+        return max(min(MAX_LANES, JOINT_BUCKETS // self._size), 1)
+
+    def compare(self, rows: torch.Tensor, columns: torch.Tensor, work: torch.dtype) -> torch.Tensor:
+        """Places in each table, int32 ``[tables, samples or 1, rows, columns]``; see ``kernel_blocks.BlockKernel``."""
+        samples, (length, key_length) = max(rows.shape[0], columns.shape[0]), (rows.shape[1], columns.shape[1])
+        tables = self.axes // self._joint_axes
+        places = torch.empty(tables, samples, length, key_length, dtype=torch.int32, device=rows.device)
+        lanes = torch.arange(key_length, dtype=torch.int32, device=rows.device) % self._lanes
+        for part in row_parts(length, key_length):
+            for axis in range(self.axes):
+                offset = columns[..., axis].unsqueeze(-2) - rows[:, part, axis].unsqueeze(-1)
+                buckets = relative_buckets(offset, self.boundaries, self.bidirectional)
+                table = places[axis // self._joint_axes, :, part]
+                if axis % self._joint_axes:
+                    table.mul_(self.buckets).add_(buckets)
+                else:
+                    table.copy_(buckets)
+            places[:, :, part].mul_(self._lanes).add_(lanes)
+        return places
+
+    def clear_(self, compared: torch.Tensor) -> None:
+        """The last entry of each table."""
+        compared.fill_(self._size * self._lanes)
+
+    def _tables(self, parameter: torch.Tensor) -> list[torch.Tensor]:
+        """``[heads, (size + 1) * lanes]`` each."""
+        tables: list[torch.Tensor] = []
+        for axis in range(self.axes):
+            if axis % self._joint_axes:
+                tables[-1] = (tables[-1].unsqueeze(-1) + parameter[:, axis].unsqueeze(-2)).flatten(1)
+            else:
+                tables.append(parameter[:, axis])
+        return [torch.nn.functional.pad(table, (0, 1)).repeat_interleave(self._lanes, dim=1) for table in tables]
+
+    def add_(self, logits: torch.Tensor, compared: torch.Tensor, parameter: torch.Tensor, factor: float) -> None:
+        """A look-up a head; see ``kernel_blocks.BlockKernel``."""
+        tables = self._tables(parameter * factor)
+        for part in row_parts(*compared.shape[-2:]):
+            for table, places in zip(tables, compared[:, :, part], strict=True):
+                flat = places.flatten().long()
+                found = logits.new_empty(flat.shape)
+                for head, values in enumerate(table):
+                    logits[:, head, part] += torch.index_select(values, 0, flat, out=found).view(places.shape)
+
+    def gradient(self, d_logits: torch.Tensor, compared: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+        """The sum at each entry, and of those over the other axes; see ``kernel_blocks.BlockKernel``."""
+        heads, joint_axes = parameter.shape[0], self._joint_axes
+        if compared.shape[1] == 1 and d_logits.shape[0] > 1:
+            d_logits = d_logits.sum(0, keepdim=True)
+        totals = d_logits.new_zeros(compared.shape[0], heads, self._size + 1)
+        for part in row_parts(*compared.shape[-2:]):
+            for total, places in zip(totals, compared[:, :, part], strict=True):
+                flat = places.flatten().long()
+                sums = d_logits.new_zeros(heads, (self._size + 1) * self._lanes)
+                for head, lanes in enumerate(sums):
+                    lanes.scatter_add_(0, flat, d_logits[:, head, part].flatten())
+                total += sums.unflatten(-1, (-1, self._lanes)).sum(-1)
+        gradients = []
+        for axis in range(self.axes):
+            table = totals[axis // joint_axes, :, :-1].unflatten(-1, [self.buckets] * joint_axes)
+            others = [other + 1 for other in range(joint_axes) if other != axis % joint_axes]
+            gradients.append(table.sum(others) if others else table)
+        return torch.stack(gradients, dim=1)
+
+
+def row_parts(rows: int, columns: int) -> list[slice]:
+    """Some rows at a time, of ``LOOKUP_SCORES`` scores or so."""
+    step = max(LOOKUP_SCORES // max(columns, 1), 1)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 class BucketPositions(NamedTuple):
@@ -159,6 +284,18 @@ class BucketPositions(NamedTuple):
     def grid_columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """There are none: a table of buckets is no inner product of few columns."""
         raise NotImplementedError
+
+    def block_kernel(self) -> BlockKernel:
+        """See ``kernel_position.BlockedPositions``."""
+        return BucketKernel(self.boundaries, self.bidirectional, *self.table.shape[1:])
+
+    def parameters(self) -> tuple[torch.Tensor, ...]:
+        """The table, and the class tokens' scalars."""
+        return join_parameters(self.table, self.class_tokens)
+
+    def with_parameters(self, first: torch.Tensor, *class_logits: torch.Tensor) -> BucketPositions:
+        """The same with other parameters, in the order of :meth:`parameters`."""
+        return self._replace(table=first, class_tokens=replace_class_logits(self.class_tokens, class_logits))
 
     def form(self, dtype: torch.dtype) -> str:
         """Always a bias, through which the table gets its gradient."""

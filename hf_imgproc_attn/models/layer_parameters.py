@@ -53,13 +53,15 @@ class Scalars(NamedTuple):
     class_token: logits to the class tokens, from them, within them, ``[heads, 3]``.
     relative_buckets: logits of the buckets of offsets, ``[heads, axes, buckets]``.
     boosting_gain: gamma of the booster ``learned``, ``[heads]``.
+    feedback_gains: lambda of ``neutreno`` ``[heads, 1]``, or P, I, D of ``pid`` ``[heads, 3]``.
     """
 
-    content_log_bandwidth: torch.Tensor | None
-    position_log_bandwidth: torch.Tensor | None
-    class_token: torch.Tensor | None
-    relative_buckets: torch.Tensor | None
-    boosting_gain: torch.Tensor | None
+    content_log_bandwidth: torch.Tensor | None = None
+    position_log_bandwidth: torch.Tensor | None = None
+    class_token: torch.Tensor | None = None
+    relative_buckets: torch.Tensor | None = None
+    boosting_gain: torch.Tensor | None = None
+    feedback_gains: torch.Tensor | None = None
 
 
 class FilterScalars(nn.Module):
@@ -77,6 +79,7 @@ class FilterScalars(nn.Module):
         buckets: axes of the grid and buckets of offsets along each, or None. Their logits are initially 0, so that a
             model starts without any notion of position; T5 draws them at random instead (*choice*).
         gain: whether there is a booster's gain gamma, initially 1: twicing.
+        feedback: initial factors of the feedback, the same for every head, or None where they are not learned.
     """
 
     content_log_bandwidth: nn.Parameter | None
@@ -84,6 +87,7 @@ class FilterScalars(nn.Module):
     class_token: nn.Parameter | None
     relative_buckets: nn.Parameter | None
     boosting_gain: nn.Parameter | None
+    feedback_gains: nn.Parameter | None
 
     def __init__(
         self,
@@ -93,10 +97,12 @@ class FilterScalars(nn.Module):
         class_token: bool,
         buckets: tuple[int, int] | None = None,
         gain: bool = False,
+        feedback: list[float] | None = None,
     ) -> None:
         super().__init__()
         half = torch.get_default_dtype() in HALF_DTYPES
         dtype = torch.float32 if half else torch.get_default_dtype()
+        self._initial_feedback = feedback
         self._initial = {"content_log_bandwidth": content, "position_log_bandwidth": position}
         for name, bandwidths in self._initial.items():
             self.register_parameter(
@@ -106,6 +112,7 @@ class FilterScalars(nn.Module):
             "class_token": (3,) if class_token else None,
             "relative_buckets": buckets,
             "boosting_gain": () if gain else None,
+            "feedback_gains": (len(feedback),) if feedback else None,
         }
         for name, shape in shapes.items():
             self.register_parameter(
@@ -126,6 +133,9 @@ class FilterScalars(nn.Module):
                 init.zeros_(logits)
         if self.boosting_gain is not None:
             init.ones_(self.boosting_gain)
+        if self.feedback_gains is not None:
+            gains = torch.tensor(self._initial_feedback, dtype=self.feedback_gains.dtype)
+            init.copy_(self.feedback_gains, gains.to(self.feedback_gains.device).expand_as(self.feedback_gains))
 
     def forward(self) -> Scalars:
         """The parameters. A call, not an attribute, so that hooks which bring parameters to the device run first."""
@@ -135,6 +145,7 @@ class FilterScalars(nn.Module):
             self.class_token,
             self.relative_buckets,
             self.boosting_gain,
+            self.feedback_gains,
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FilterScalars:

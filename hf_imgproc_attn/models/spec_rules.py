@@ -234,6 +234,8 @@ def _check_depth(config: Any, num_layers: int) -> None:
 
 def _check_gains(config: Any) -> None:
     strength, gains = config.neutreno_lambda, config.pid_gains
+    if config.learn_feedback and config.feedback == "none":
+        raise ValueError("learn_feedback=True needs feedback 'neutreno' or 'pid', got feedback='none'")
     for name, value, feedback in (("neutreno_lambda", strength, "neutreno"), ("pid_gains", gains, "pid")):
         if value is not None and config.feedback != feedback:
             raise ValueError(

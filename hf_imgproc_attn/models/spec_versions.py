@@ -2,12 +2,13 @@
 
 from typing import Any
 
-FILTER_SPEC_VERSION = 2
+FILTER_SPEC_VERSION = 3
 """Saved with every configuration. It goes up with each change that older code would misread (a new value, a new field,
 another default); newer code reads all older versions.
 
 1: boosters with two steps by default, written into every file, boosted or not.
 2: all kernels, boosters, residual schemes and feedbacks; ``boosting_steps`` is None for a booster's own default.
+3: the field ``learn_feedback``.
 """
 
 

@@ -1,7 +1,8 @@
 """Command line and YAML file -> :class:`~hf_imgproc_attn.training_support.arguments.Arguments`.
 
 The scripts' own options are parsed here; everything else is kept as words and must name a field of
-``transformers.TrainingArguments``, which is imported only once a run starts (:mod:`.trainer_arguments` checks it).
+``transformers.TrainingArguments``. What is misspelt is found here, before the seconds that importing the library
+takes; the library itself converts and checks the values once a run starts (:mod:`.trainer_arguments`).
 """
 
 import argparse
@@ -10,27 +11,23 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_imgproc_attn.errors import UsageError
+from hf_imgproc_attn.errors import OneLineParser, UsageError, did_you_mean, refuse_missing_path
+from hf_imgproc_attn.library_fields import configuration_fields, training_fields
 from hf_imgproc_attn.training_support.arguments import (
     EXPLAINED_TRAINER_DEFAULTS,
+    LOCAL_OR_HUB,
     Arguments,
     DataT,
     ModelArguments,
     RunArguments,
 )
+from hf_imgproc_attn.training_support.trainer_arguments import check_trainer_options
 
 _TRUE, _FALSE, _NONE = ("true", "yes", "1"), ("false", "no", "0"), ("none", "null")
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose mistakes are one line instead of the whole usage text."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        raise UsageError(message)
 
 
 def parse_arguments(
@@ -45,8 +42,7 @@ def parse_arguments(
         description: first paragraph of ``--help``.
 
     Raises:
-        UsageError: for a wrong value, an unreadable file or a word that belongs to no option. (Unknown options are
-            found later, by ``trainer_arguments``.)
+        UsageError: for an unknown option, a wrong value, an unreadable file or a word that belongs to no option.
     """
     words = [_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
     groups: dict[str, type[Any]] = {"model": ModelArguments, "data": data_class, "run": RunArguments}
@@ -63,7 +59,34 @@ def parse_arguments(
         name: group(**{field.name: getattr(namespace, field.name) for field in dataclasses.fields(group)})
         for name, group in groups.items()
     }
-    return Arguments(trainer=trainer, argv=words, **parts)
+    arguments: Arguments[DataT] = Arguments(trainer=trainer, argv=words, **parts)
+    check_trainer_options(arguments, training_fields())
+    known = configuration_fields(data_class.model_type)
+    if known:
+        check_override_names(arguments.model.config_overrides, known)
+    for name in LOCAL_OR_HUB:
+        value = getattr(arguments.model, name, None) or getattr(arguments.data, name, None)
+        refuse_missing_path(name, value)
+    return arguments
+
+
+def check_override_names(words: Sequence[str], known: Collection[str]) -> None:
+    """Check that every word is ``key=value`` with the name of a configuration field.
+
+    Args:
+        words: of ``config_overrides``.
+        known: the names there are.
+
+    Raises:
+        UsageError: names the word, and the nearest field.
+    """
+    for word in words:
+        key, separator, _ = word.partition("=")
+        if not separator:
+            raise UsageError(f"config_overrides must be key=value, got {word!r}")
+        if key not in known:
+            hint = did_you_mean(key, known)
+            raise UsageError(f"config_overrides must name fields of the model's configuration, got {key!r}{hint}")
 
 
 def command_words(arguments: Arguments[Any]) -> list[str]:

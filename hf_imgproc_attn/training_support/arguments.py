@@ -5,13 +5,15 @@ from the library's it stands in :data:`IMAGE_TRAINER_DEFAULTS` and :data:`TEXT_T
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.models.spec_fields import PRESETS
 
 EMBEDDED_IMAGES = "digits"
 EMBEDDED_TEXT = "pydoc_topics"
+LOCAL_OR_HUB = ("model_name_or_path", "dataset_name", "tokenizer_name")
+"""Options that take a local path or a Hub name."""
 
 
 def _option(default: Any, description: str, **metadata: Any) -> Any:
@@ -50,7 +52,13 @@ class ModelArguments:
 
 @dataclass(kw_only=True)
 class DataArguments:
-    """Which data are used; shared by images and text."""
+    """Which data are used; shared by images and text.
+
+    Attributes:
+        model_type: the type of the models that are trained on them.
+    """
+
+    model_type: ClassVar[str]
 
     dataset_name: str = _option("", "data set: a Hub name, a local path, or the embedded one")
     dataset_config_name: str | None = _option(None, "configuration of a Hub data set")
@@ -73,6 +81,8 @@ class DataArguments:
 class ImageDataArguments(DataArguments):
     """Data of ``train_image_classification.py``."""
 
+    model_type = "imgproc_vit"
+
     dataset_name: str = _option(
         EMBEDDED_IMAGES,
         "data set: a Hub name, a local path (parquet, image folder, saved data set) or digits (scikit-learn, 8 x 8)",
@@ -90,6 +100,8 @@ class ImageDataArguments(DataArguments):
 @dataclass(kw_only=True)
 class TextDataArguments(DataArguments):
     """Data of ``train_causal_lm.py``."""
+
+    model_type = "imgproc_gpt2"
 
     dataset_name: str = _option(
         EMBEDDED_TEXT,
@@ -124,6 +136,11 @@ class RunArguments:
         None, "folder of checkpoint and run.json. Default: outputs/<data set>-<preset or start model>"
     )
     resume: bool = _option(False, "go on from the newest complete checkpoint in output_dir")
+    license: str | None = _option(
+        None,
+        "licence of the checkpoint when it is published, as the Hub names it, e.g. apache-2.0. Default: that of the "
+        "checkpoint or the data that it was made of, else none",
+    )
 
 
 DataT = TypeVar("DataT", bound=DataArguments)

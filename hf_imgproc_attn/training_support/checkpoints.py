@@ -1,23 +1,24 @@
 """Checkpoint folders of the Trainer: which of them is complete, the newest one to resume from, and full disks."""
 
 import contextlib
-import errno
 import json
+import os
 import re
 import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from hf_imgproc_attn.errors import UsageError
+from hf_imgproc_attn.errors import DISK_FULL, UsageError, disk_problem
 
 _STATE = "trainer_state.json"
 # What FSDP and DeepSpeed write instead of the usual files.
 _SHARDED_OPTIMIZER = ("optimizer.bin", "optimizer_*", "global_step*")
 _SHARDED_WEIGHTS = ("pytorch_model_fsdp*", "global_step*")
-_DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-# How safetensors and torch's archives put the same thing, the latter by finding less in the file than was written.
+# How safetensors and torch's archives put a full disk, the latter by finding less in the file than was written.
 _DISK_FULL_TEXT = ("No space left", "File too large", "quota exceeded", "inline_container")
+# And how they put a folder that cannot be written, or is not there, any more.
+_NOT_WRITABLE_TEXT = ("Permission denied", "Read-only file system", "No such file or directory", "Parent directory")
 
 
 def newest_complete_checkpoint(output_dir: str | Path) -> Path | None:
@@ -47,7 +48,7 @@ def newest_complete_checkpoint(output_dir: str | Path) -> Path | None:
 
 @contextlib.contextmanager
 def full_disk_named(output_dir: str | Path) -> Iterator[None]:
-    """Put a disk that is full, or a file size that is not allowed, in one sentence that says what is left.
+    """Put a disk that is full, or a folder that cannot be written any more, in one sentence that says what is left.
 
     Raises:
         UsageError: naming the newest complete checkpoint.
@@ -57,17 +58,29 @@ def full_disk_named(output_dir: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        full = isinstance(error, OSError) and error.errno in _DISK_FULL
-        if not full and not any(text in str(error) for text in _DISK_FULL_TEXT):
+        full = isinstance(error, OSError) and error.errno in DISK_FULL
+        full = full or any(text in str(error) for text in _DISK_FULL_TEXT)
+        if not full and not _is_not_writable(error, Path(output_dir)):
             raise
+        reason = "the disk is full or a file too large " if full else ""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the one just being written is incomplete is what this is about
             newest = newest_complete_checkpoint(output_dir)
         left = "there is no complete checkpoint yet" if newest is None else f"{newest} is complete"
         raise UsageError(
-            f"output_dir {str(output_dir)!r} cannot be written, the disk is full or a file too large "
-            f"({' '.join(str(error).split())}); {left}; with room made, the same command with --resume goes on"
+            f"output_dir {str(output_dir)!r} cannot be written, {reason}({' '.join(str(error).split())}); {left}; "
+            f"with {'room made' if full else 'this mended'}, the same command with --resume goes on"
         ) from error
+
+
+def _is_not_writable(error: Exception, folder: Path) -> bool:
+    """Whether an error is about writing into the folder, not about reading something elsewhere."""
+    if not isinstance(error, OSError):
+        return any(text in str(error) for text in _NOT_WRITABLE_TEXT)
+    if error.filename is None:
+        return disk_problem(error) is not None
+    inside = Path(os.path.abspath(os.fsdecode(error.filename))).is_relative_to(os.path.abspath(folder))
+    return inside and (disk_problem(error) is not None or isinstance(error, FileNotFoundError))
 
 
 def incomplete_because(folder: Path) -> str | None:

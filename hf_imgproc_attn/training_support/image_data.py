@@ -80,9 +80,19 @@ def load_image_splits(args: ImageDataArguments) -> ImageSplits:
         if limit is not None and limit < len(rows[split]):
             chosen = np.sort(np.random.RandomState(SPLIT_SEED).permutation(len(rows[split]))[:limit])
             rows[split], labels[split] = rows[split].select(chosen), labels[split][chosen]
-    first = rows["train"][0][image_column]
-    small = max(first.size) <= LARGEST_NATIVE_SIDE
-    return ImageSplits(rows, labels, label_names, image_column, (first.height, first.width) if small else (224, 224))
+    return ImageSplits(rows, labels, label_names, image_column, _native_size(rows["train"], image_column))
+
+
+def _native_size(rows: "Dataset", image_column: str) -> tuple[int, int]:
+    """(height, width) of the first image that can be opened, or 224 x 224 where it is large."""
+    for index in range(len(rows)):
+        try:
+            image = rows[index][image_column]
+            small = max(image.size) <= LARGEST_NATIVE_SIDE
+        except Exception:  # damaged in one of many ways: who decodes all images names it
+            continue
+        return (image.height, image.width) if small else (224, 224)
+    raise UsageError(f"none of the {len(rows)} images of the train split can be opened")
 
 
 def _digits() -> dict[str, "Dataset"]:
@@ -147,10 +157,19 @@ def _find_images(rows: dict[str, "Dataset"], given: str | None) -> tuple[dict[st
         kind = train.features[column]
         try:
             rows = {split: part.cast_column(column, datasets.Image()) for split, part in rows.items()}
-            rows["train"][0][column].load()
+            if not any(_is_image(rows["train"], column, index) for index in range(min(len(train), 10))):
+                raise ValueError("none of the first rows is an image")
         except Exception as error:  # whatever the column holds: casting and decoding fail in many ways
             raise UsageError(f"image_column_name must be a column of images, got {column!r} of type {kind}") from error
     return rows, column
+
+
+def _is_image(rows: "Dataset", column: str, index: int) -> bool:
+    try:
+        rows[index][column].load()
+    except Exception:  # damaged in one of many ways
+        return False
+    return True
 
 
 def _label_column(rows: "Dataset", given: str | None) -> str:

@@ -11,12 +11,13 @@ import torch
 from torch.utils.data import Dataset as TorchDataset
 from transformers import TrainerCallback, TrainerState
 
-from hf_imgproc_attn.errors import UsageError
+from hf_imgproc_attn.errors import UsageError, plain_message
 from hf_imgproc_attn.training_support.arguments import ImageDataArguments
 from hf_imgproc_attn.training_support.data_loading import content_fingerprint
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from PIL import Image
     from transformers.image_processing_utils import BaseImageProcessor
 
     from hf_imgproc_attn.training_support.image_data import ImageSplits
@@ -28,25 +29,62 @@ _CHUNK = 512
 
 
 def build_image_processor(image_size: tuple[int, int], num_channels: int) -> "BaseImageProcessor":
-    """The stock ViT image processor (PIL, bilinear) for a model's image size; pixels are normalised to [-1, 1].
+    """The ViT image processor (PIL, bilinear) for a model's image size; pixels are normalised to [-1, 1].
+
+    For three channels it is the stock one; for one channel ours, which makes grey of colour.
 
     Args:
         image_size: (height, width) in pixels.
-        num_channels: 3 (every image is converted to RGB) or 1 (greyscale).
+        num_channels: 3 (every image is converted to RGB) or 1 (every image is converted to grey).
 
     Raises:
         UsageError: for another number of channels.
     """
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+    from hf_imgproc_attn.models.image_processing_imgproc import ImgProcGreyImageProcessor
+
     if num_channels not in (1, 3):
         raise UsageError(f"num_channels must be 1 or 3, got {num_channels}")
-    return ViTImageProcessorPil(
+    processor_class = ViTImageProcessorPil if num_channels == 3 else ImgProcGreyImageProcessor
+    return processor_class(
         size={"height": image_size[0], "width": image_size[1]},
         image_mean=[0.5] * num_channels,
         image_std=[0.5] * num_channels,
         do_convert_rgb=num_channels == 3,
     )
+
+
+def eight_bits(image: "Image.Image | None") -> "Image.Image":
+    """An image of 8 bits a channel, in whatever mode; others are scaled, since Pillow would clip them to 255.
+
+    - 16-bit grey (``I;16``), 0 to 65535: divided by 257, so that white stays white.
+    - 32-bit integers (``I``), in which 16-bit files may be kept: the same, from 0 to 65535.
+    - floats (``F``), from 0 to 1: times 255.
+
+    Raises:
+        ValueError: for an image that is missing, or whose values lie outside these ranges: what is white is then not
+            known. So it is with integers of 32 bits that are all below 256, which may mean 8 or 16 bits.
+    """
+    from PIL import Image
+
+    if image is None:
+        raise ValueError("there is no image")
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F":
+        if not (values.min() >= 0 and values.max() <= 1):
+            raise ValueError(
+                f"floating-point pixels must lie in [0, 1], got {values.min():g} to {values.max():g}: save it scaled"
+            )
+        return Image.fromarray(np.rint(values * 255).astype(np.uint8))
+    if image.mode == "I" and (values.min() < 0 or values.max() > 65535 or 0 < values.max() < 256):
+        raise ValueError(
+            f"integer pixels of 32 bits must lie in 0 to 65535, and not all below 256, got {values.min()} to "
+            f"{values.max()}: save it with 8 or 16 bits"
+        )
+    return Image.fromarray(np.rint(values / 257).astype(np.uint8))
 
 
 class PixelDataset(TorchDataset[dict[str, Any]]):
@@ -61,7 +99,7 @@ class PixelDataset(TorchDataset[dict[str, Any]]):
         labels: class indices ``[rows]``.
         image_column: the column with the images.
         processor: resizes, and decides the channels.
-        description: shown with the progress bar.
+        description: shown with the progress bar; its last word is the name of the split.
         crop_padding: pixels of padding before a random crop; 0 for none.
         flip: whether half of the images are mirrored.
         seed: of the augmentation.
@@ -81,6 +119,7 @@ class PixelDataset(TorchDataset[dict[str, Any]]):
     ) -> None:
         self.rows, self.labels, self.image_column = rows.select_columns([image_column]), labels, image_column
         self.processor, self.crop_padding, self.flip, self.seed = processor, crop_padding, flip, seed
+        self.split = description.rpartition(" ")[2]
         # In shared memory, so that data-loader workers that live on see it change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.image_shape: tuple[int, ...] = self._decode(0, 1).shape[1:]
@@ -120,12 +159,33 @@ class PixelDataset(TorchDataset[dict[str, Any]]):
         return np.ascontiguousarray(image)
 
     def _decode(self, start: int, stop: int) -> np.ndarray:
-        images = self.rows[start:stop][self.image_column]
-        if not self.processor.do_convert_rgb:  # many stock processors do not, and leave the mode of a file as it is
-            mode = "L" if len(self.processor.image_mean) == 1 else "RGB"
-            images = [image.convert(mode) for image in images]
+        # Stock processors may leave the mode of a file as it is, and clip what has more than 8 bits.
+        mode = "L" if len(self.processor.image_mean) == 1 else "RGB"
+        try:
+            images = [eight_bits(image).convert(mode) for image in self.rows[start:stop][self.image_column]]
+        except Exception as error:  # files are damaged in many ways
+            self._name_unreadable(start, stop, mode)
+            raise UsageError(f"images of the {self.split} split cannot be read: {plain_message(error)}") from error
         encoded = self.processor(images=images, do_rescale=False, do_normalize=False, return_tensors="np")
         return np.asarray(encoded["pixel_values"], dtype=np.uint8)
+
+    def _name_unreadable(self, start: int, stop: int, mode: str) -> None:
+        """Refuse the first image of some rows that cannot be read, by its file or row.
+
+        Raises:
+            UsageError: naming the file, or the row where there is none.
+        """
+        import datasets
+
+        stored = self.rows.cast_column(self.image_column, datasets.Image(decode=False))
+        for index in range(start, stop):
+            try:
+                eight_bits(self.rows[index][self.image_column]).convert(mode)
+            except Exception as error:
+                entry = stored[index][self.image_column] or {}
+                row = f"row {index} of the {self.split} split"
+                name = f"{entry['path']!r} ({row})" if entry.get("path") else row
+                raise UsageError(f"the image {name} cannot be used: {plain_message(error)}") from error
 
     def _decode_all(self, description: str) -> np.ndarray:
         from datasets.utils import tqdm

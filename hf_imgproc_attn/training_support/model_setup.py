@@ -2,16 +2,17 @@
 
 import contextlib
 import dataclasses
-import difflib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from hf_imgproc_attn.errors import UsageError
+from hf_imgproc_attn.errors import UsageError, plain_message
 from hf_imgproc_attn.models.spec_fields import PRESETS
+from hf_imgproc_attn.training_support.argument_parser import check_override_names
 from hf_imgproc_attn.training_support.arguments import ModelArguments
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
     from transformers.image_processing_utils import BaseImageProcessor
 
 DEFAULT_BLOCK_SIZE = 256
@@ -33,6 +34,100 @@ SMALL_GPT2: dict[str, Any] = {
 """A new language model: about 0.8M parameters beside the token embeddings."""
 
 _LARGEST_PATCH = 16
+_STOCK_TYPES = {"imgproc_gpt2": "gpt2", "imgproc_vit": "vit"}
+
+
+def check_start(args: ModelArguments, model_type: str) -> Any:
+    """Check that the checkpoint to start from is of the right type, before data are loaded and tokenizers are asked.
+
+    Args:
+        args: the model options.
+        model_type: ``imgproc_gpt2`` or ``imgproc_vit``.
+
+    Returns:
+        The configuration of the checkpoint; None for a new model.
+
+    Raises:
+        UsageError: for a checkpoint that cannot be found, or one of another type.
+    """
+    from transformers import AutoConfig
+
+    name, stock_type = args.model_name_or_path, _STOCK_TYPES[model_type]
+    if name is None:
+        return None
+    with _as_usage_errors(f"model_name_or_path {name!r}"):
+        found = AutoConfig.from_pretrained(name)
+    if found.model_type not in (model_type, stock_type):
+        raise UsageError(
+            f"model_name_or_path must be a checkpoint of type {model_type} or {stock_type}, got {name!r} of type "
+            f"{found.model_type}"
+        )
+    return found
+
+
+def check_block_size(
+    args: ModelArguments, block_size: int | None, num_tokens: int, vocab_size: int, training_args: "TrainingArguments"
+) -> None:
+    """Refuse blocks that the training text or the memory has no room for.
+
+    Args:
+        args: the model options.
+        block_size: as the user gave it; None: the default, which is never refused.
+        num_tokens: of the training text.
+        vocab_size: of the tokenizer.
+        training_args: say how large a batch is, and where it is computed.
+
+    Raises:
+        UsageError: naming the block size and what is too small for it.
+    """
+    if block_size is None:
+        return
+    if block_size > num_tokens:
+        raise UsageError(f"block_size must not exceed the {num_tokens} tokens of the training text, got {block_size}")
+    samples = -(-(num_tokens - 1) // (block_size - 1))
+    batch = training_args.train_batch_size * training_args.world_size
+    if block_size > DEFAULT_BLOCK_SIZE and samples < batch:
+        raise UsageError(
+            f"block_size {block_size} cuts the training text of {num_tokens} tokens into {samples} samples, fewer "
+            f"than one batch of {batch}: choose smaller blocks or a smaller per_device_train_batch_size"
+        )
+    if args.model_name_or_path is not None:
+        return  # its own positions are the limit
+    batch = min(training_args.train_batch_size, samples)
+    needed, free = _least_memory(args, block_size, vocab_size, batch), _free_memory(training_args.device)
+    if free is not None and needed > free:
+        raise UsageError(
+            f"block_size {block_size} needs at least {needed / 2**30:.1f} GiB in training with "
+            f"per_device_train_batch_size {batch}, but {free / 2**30:.1f} GiB are free on {training_args.device}"
+        )
+
+
+def _least_memory(args: ModelArguments, block_size: int, vocab_size: int, batch: int) -> int:
+    """Bytes that a training step cannot do without: weights with their gradients and Adam's two moments, the logits
+    with their softmax and gradient, and a few activations of every layer; for a bias, the dense logits of one sample.
+    """
+    from hf_imgproc_attn import ImgProcGPT2Config
+
+    overrides = parse_overrides(args.config_overrides, ImgProcGPT2Config)
+    fields = {**PRESETS[args.preset or "softmax"], **SMALL_GPT2, **overrides}
+    width, layers, heads = (fields[name] for name in ("n_embd", "n_layer", "n_head"))
+    if not all(isinstance(size, int) for size in (width, layers, heads)):
+        return 0  # the configuration refuses it in its own words
+    weights = (block_size + vocab_size) * width + 12 * layers * width**2
+    logits = batch * block_size * vocab_size
+    activations = 16 * batch * block_size * width * layers
+    biased = fields.get("position_kernel") in ("alibi", "relative_buckets")
+    return int(4 * (4 * weights + 3 * logits + activations + (heads * block_size**2 if biased else 0)))
+
+
+def _free_memory(device: "torch.device") -> int | None:
+    """Free bytes on a device; None where nobody knows."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available) if device.type == "cpu" else None
 
 
 def build_image_classifier(
@@ -105,6 +200,9 @@ def build_causal_lm(
             )
         model.resize_token_embeddings(len(tokenizer))
     positions = model.config.n_positions
+    # Without it a pipeline asks for 256 tokens more than the prompt has, which may be more than there are positions.
+    own = model.generation_config.to_diff_dict().get("max_length")
+    model.generation_config.max_length = positions if own is None else min(own, positions)
     block_size = min(positions, DEFAULT_BLOCK_SIZE) if block_size is None else block_size
     if block_size > positions:
         raise UsageError(f"block_size must not exceed the model's {positions} positions, got {block_size}")
@@ -123,20 +221,12 @@ def parse_overrides(words: list[str], config_class: type[Any]) -> dict[str, Any]
     """
     import yaml
 
-    known = {field.name for field in dataclasses.fields(config_class)}
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    check_override_names(words, fields | set(config_class.attribute_map))
     overrides: dict[str, Any] = {}
     for word in words:
-        key, separator, text = word.partition("=")
-        if not separator:
-            raise UsageError(f"config_overrides must be key=value, got {word!r}")
+        key, _, text = word.partition("=")
         key = config_class.attribute_map.get(key, key)
-        if key not in known:
-            names = sorted(known | set(config_class.attribute_map))
-            near = difflib.get_close_matches(key, names, n=1)
-            raise UsageError(
-                f"config_overrides must name fields of {config_class.__name__}, got {key!r}"
-                + (f"; did you mean {near[0]}?" if near else "")
-            )
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -175,19 +265,13 @@ def _start_from(
 ) -> Any:
     """Load a checkpoint of ours, or convert a stock one. Only a classification head may be new."""
     import torch
-    from transformers import AutoConfig
 
     from hf_imgproc_attn import convert
 
     name = args.model_name_or_path
     config_class, stock_type = model_class.config_class, stock_class.config_class.model_type
     with _as_usage_errors(f"model_name_or_path {name!r}"):
-        found = AutoConfig.from_pretrained(name)
-        if found.model_type not in (config_class.model_type, stock_type):
-            raise UsageError(
-                f"model_name_or_path must be a checkpoint of type {config_class.model_type} or {stock_type}, got "
-                f"{name!r} of type {found.model_type}"
-            )
+        found = check_start(args, config_class.model_type)
         # Single precision whatever the file holds: the optimiser needs it; bf16 and fp16 are options of the Trainer.
         options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": bool(head)}
         if found.model_type == stock_type:
@@ -229,11 +313,16 @@ def _image_processor(name: str | None, config: Any) -> "BaseImageProcessor":
     from transformers import AutoImageProcessor
     from transformers.utils import cached_file
 
+    from hf_imgproc_attn.models.image_processing_imgproc import ImgProcGreyImageProcessor
     from hf_imgproc_attn.training_support.image_pixels import build_image_processor
 
     if name is not None and cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False):
         with _as_usage_errors(f"the image processor of model_name_or_path {name!r}"):
-            return AutoImageProcessor.from_pretrained(name)
+            processor = AutoImageProcessor.from_pretrained(name)
+        if config.num_channels == 3 or isinstance(processor, ImgProcGreyImageProcessor):
+            return processor
+        fields = {key: value for key, value in processor.to_dict().items() if not key.startswith("image_processor")}
+        return ImgProcGreyImageProcessor(**fields)  # a stock one leaves the three channels that a pipeline gives it
     return build_image_processor(_pair(config.image_size), config.num_channels)
 
 
@@ -248,6 +337,4 @@ def _as_usage_errors(what: str) -> Iterator[None]:
     except UsageError:
         raise
     except (StrictDataclassError, SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        # The strict dataclasses wrap the message proper.
-        inner = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-        raise UsageError(f"{what}: {' '.join(str(inner).split())}") from error
+        raise UsageError(f"{what}: {plain_message(error)}") from error

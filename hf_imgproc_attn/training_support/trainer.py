@@ -50,7 +50,8 @@ class ScriptTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         from hf_imgproc_attn.hub.client import connect
-        from hf_imgproc_attn.hub.publishing import MAIN, prepare_repository
+        from hf_imgproc_attn.hub.publishing import prepare_repository
+        from hf_imgproc_attn.hub.repository import MAIN
 
         self.hub_model_id = prepare_repository(
             connect(),

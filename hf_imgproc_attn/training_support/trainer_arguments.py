@@ -1,11 +1,11 @@
 """Options -> ``transformers.TrainingArguments``: names checked, values converted by the library's own parser."""
 
-import difflib
 import typing
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from hf_imgproc_attn.errors import UsageError
+from hf_imgproc_attn.errors import UsageError, did_you_mean, plain_message
 from hf_imgproc_attn.training_support.arguments import Arguments
 
 if TYPE_CHECKING:
@@ -20,6 +20,36 @@ _REFUSED = {
     "hub_always_push": "a run is published once, when it is finished",
     "hub_token": "a secret comes from `hf auth login` or the environment variable HF_TOKEN only",
 }
+
+
+_NONE = ("none", "null")
+_NUMBERS: dict[str, type] = {"int": int, "int | None": int, "float": float, "float | None": float}
+
+
+def check_trainer_options(arguments: Arguments[Any], known: Mapping[str, str]) -> None:
+    """Check the names of the options that are not the scripts' own, and the values of those that are numbers.
+
+    Args:
+        arguments: the parsed command line.
+        known: fields of ``TrainingArguments`` and their annotations; empty: nothing is known, nothing is checked.
+
+    Raises:
+        UsageError: for an option that is no field (with the nearest name that is), one that the scripts refuse, or a
+            word that is no number.
+    """
+    own = {field.name for part in (arguments.model, arguments.data, arguments.run) for field in fields(part)}
+    for name, given in arguments.trainer.items() if known else ():
+        if name not in known:
+            hint = did_you_mean(name, {*known, *own}) or "; --help and --help-trainer list the options"
+            raise UsageError(f"unknown option {name}{hint}")
+        if name in _REFUSED:
+            raise UsageError(f"{name} is not used by this script: {_REFUSED[name]}")
+        number = _NUMBERS.get(known[name])
+        if number is not None and given is not None and len(given) == 1 and given[0].lower() not in _NONE:
+            try:
+                number(given[0])
+            except ValueError:
+                raise UsageError(f"argument --{name}: invalid {number.__name__} value: {given[0]!r}") from None
 
 
 def build_training_arguments(
@@ -41,19 +71,12 @@ def build_training_arguments(
         def error(self, message: str) -> typing.NoReturn:
             raise UsageError(message)
 
-    known = {field.name for field in fields(TrainingArguments) if field.init}
-    own = {field.name for part in (arguments.model, arguments.data, arguments.run) for field in fields(part)}
+    check_trainer_options(arguments, {field.name: "" for field in fields(TrainingArguments) if field.init})
     hints = typing.get_type_hints(TrainingArguments)
     words: list[str] = []
     values: dict[str, Any] = {}
     for name, given in arguments.trainer.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, sorted(known | own), n=1, cutoff=0.6)
-            hint = f"; did you mean {near[0]}?" if near else "; --help and --help-trainer list the options"
-            raise UsageError(f"unknown option {name}{hint}")
-        if name in _REFUSED:
-            raise UsageError(f"{name} is not used by this script: {_REFUSED[name]}")
-        if given is None or (len(given) == 1 and given[0].lower() in ("none", "null") and name != "report_to"):
+        if given is None or (len(given) == 1 and given[0].lower() in _NONE and name != "report_to"):
             if type(None) not in typing.get_args(hints[name]):
                 raise UsageError(f"{name} must have a value, got none")
             values[name] = None
@@ -67,4 +90,4 @@ def build_training_arguments(
     try:
         return TrainingArguments(**{**defaults, **values, "output_dir": output_dir})
     except (TypeError, ValueError, ImportError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
+        raise UsageError(plain_message(error)) from error

@@ -1,12 +1,20 @@
 """One run, from its folder to its final checkpoint: what both training scripts share around the ``Trainer``."""
 
+import netrc
+import os
+import shlex
+import tempfile
 import time
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_imgproc_attn import records
-from hf_imgproc_attn.errors import UsageError
+from hf_imgproc_attn.errors import UsageError, plain_message
+from hf_imgproc_attn.output_paths import check_output_folder, write_or_keep, writing
 from hf_imgproc_attn.training_support.arguments import Arguments
 from hf_imgproc_attn.training_support.checkpoints import full_disk_named, newest_complete_checkpoint
 from hf_imgproc_attn.training_support.trainer_arguments import build_training_arguments
@@ -63,7 +71,8 @@ def begin_run(task: str, arguments: Arguments[Any], defaults: dict[str, Any], *,
         embedded: whether the data are the small embedded ones, which get more epochs by default.
 
     Raises:
-        UsageError: for wrong options, or a folder that holds something else.
+        UsageError: for wrong options, several processes that would train one model each, or a folder that cannot be
+            written or holds something else.
     """
     import torch
     from transformers import set_seed
@@ -74,10 +83,20 @@ def begin_run(task: str, arguments: Arguments[Any], defaults: dict[str, Any], *,
         "learning_rate": 1e-3 if start is None else 5e-5,
         "num_train_epochs": EMBEDDED_EPOCHS if embedded else 1,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        # Several processes without an accelerator find each other only where the CPU was asked for.
+        "use_cpu": not torch.accelerator.is_available(),
     }
     variant = arguments.model.preset or ("softmax" if start is None else _last_part(start))
     output_dir = arguments.run.output_dir or f"outputs/{_last_part(arguments.data.dataset_name)}-{variant}"
+    check_output_folder(output_dir, "output_dir")
     training_args = build_training_arguments(arguments, defaults, output_dir)
+    _check_processes(training_args)
+    _check_reports(training_args)
+    if training_args.push_to_hub and arguments.run.license is not None and training_args.process_index == 0:
+        from hf_imgproc_attn.hub.client import connect
+        from hf_imgproc_attn.hub.repository import check_licence
+
+        check_licence(connect(), arguments.run.license)
     record = records.start_record(task, arguments, training_args)
     if training_args.process_index == 0:
         records.check_output_dir(output_dir, record, arguments.run.resume)
@@ -93,6 +112,54 @@ def begin_run(task: str, arguments: Arguments[Any], defaults: dict[str, Any], *,
             )
     set_seed(training_args.seed)
     return Run(arguments, training_args, record, resume_from)
+
+
+def _check_processes(training_args: "TrainingArguments") -> None:
+    """Refuse a launch of several processes that do not know each other: each would train a model of its own.
+
+    Raises:
+        UsageError: if the launcher's number of processes is not the Trainer's.
+    """
+    launched = int(os.environ.get("WORLD_SIZE") or 1)
+    if launched > 1 and training_args.world_size == 1:
+        raise UsageError(
+            f"{launched} processes were started (WORLD_SIZE), but on {training_args.device} each would train alone "
+            "into one folder: add --use_cpu to train on the CPUs together, or start one process"
+        )
+
+
+def _check_reports(training_args: "TrainingArguments") -> None:
+    """Check that every tracker of ``report_to`` is installed and, for wandb, that it can log in.
+
+    Raises:
+        UsageError: naming the tracker and what is missing.
+    """
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    for name in training_args.report_to:
+        try:
+            (callback,) = get_reporting_integration_callbacks([name])
+            callback()
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise UsageError(f"report_to {name}: {plain_message(error)}") from error
+        if name == "wandb" and training_args.process_index == 0 and not _wandb_can_log_in():
+            raise UsageError(
+                "report_to wandb: there is no key; `wandb login` or the environment variable WANDB_API_KEY gives one, "
+                "and WANDB_MODE=offline needs none"
+            )
+
+
+def _wandb_can_log_in() -> bool:
+    if os.environ.get("WANDB_MODE", "online").lower() in ("offline", "disabled", "dryrun"):
+        return True
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    address = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    try:
+        return netrc.netrc(str(path)).authenticators(urllib.parse.urlsplit(address).hostname or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def adapt_to_data(run: Run, train_samples: int, has_validation: bool) -> None:
@@ -155,12 +222,10 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
         )
         records.write_record(run.training_args.output_dir, run.record)
     started = time.perf_counter()
-    with full_disk_named(run.training_args.output_dir):
+    with full_disk_named(run.training_args.output_dir), _tracker_named(run.training_args.report_to):
         outcome = trainer.train(resume_from_checkpoint=run.resume_from)
-        seconds = time.perf_counter() - started
-        trainer.restore_configuration()
-        trainer.save_model()
-        trainer.save_state()
+    seconds = time.perf_counter() - started
+    _save_model(run, trainer)
     metrics = {}
     for name, (dataset, compute_metrics) in splits.items():
         trainer.compute_metrics = compute_metrics
@@ -179,27 +244,72 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
             "training_seconds": run.record.get("training_seconds", 0.0) + seconds,
             "weights_sha256": records.weights_sha256(run.training_args.output_dir),
         }
-        path = records.write_record(run.training_args.output_dir, run.record)
         print(metrics_table(metrics))
+        path = Path(run.training_args.output_dir) / records.FILE_NAME
+        write_or_keep(path, lambda file: records.write_json(file, run.record), "output_dir")
         print(
             f"trained {trainer.state.global_step} steps in {seconds:.0f} s; checkpoint and run.json in {path.parent}"
         )
         if run.training_args.push_to_hub:
-            _publish(run.training_args, str(trainer.hub_model_id))
+            _publish(run.training_args, str(trainer.hub_model_id), run.arguments.run.license)
     return Result(run.training_args.output_dir, metrics, run.record)
 
 
-def _publish(training_args: "TrainingArguments", repo_id: str) -> None:
+def _save_model(run: Run, trainer: "ScriptTrainer") -> None:
+    """Save the final checkpoint; where the folder cannot be written any more, in a temporary one.
+
+    Raises:
+        UsageError: if the folder cannot be written; says what is left.
+    """
+    folder = run.training_args.output_dir
+    trainer.restore_configuration()
+    try:
+        with full_disk_named(folder):
+            trainer.save_model()
+            trainer.save_state()
+    except UsageError as error:
+        if run.training_args.world_size > 1:  # saving is something that all processes do together
+            raise
+        kept = tempfile.mkdtemp(prefix="hf_imgproc_attn_")
+        try:
+            with writing(kept):
+                trainer.save_model(kept)
+        except (UsageError, RuntimeError):
+            raise error from None
+        raise UsageError(f"{error}; the trained model is kept in {kept}") from error
+
+
+@contextmanager
+def _tracker_named(names: Sequence[str]) -> Iterator[None]:
+    """Put what a tracker of ``report_to`` refuses, such as a wrong key, into one line.
+
+    Raises:
+        UsageError: for an exception that one of the trackers' packages defines.
+    """
+    try:
+        yield
+    except Exception as error:
+        package = type(error).__module__.partition(".")[0]
+        if package not in names:
+            raise
+        raise UsageError(f"report_to {package}: {plain_message(error)}") from error
+
+
+def _publish(training_args: "TrainingArguments", repo_id: str, license: str | None) -> None:  # noqa: A002
     """Publish the finished run; what it has learned is on disk, whatever the Hub says."""
     from hf_imgproc_attn.hub.publishing import publish
 
-    again = f"imgproc-attn publish {training_args.output_dir} --repo-id {repo_id}"
+    words = ["imgproc-attn", "publish", str(training_args.output_dir), "--repo-id", repo_id]
+    words += ["--private"] if training_args.hub_private_repo else []
+    words += ["--revision", training_args.hub_revision] if training_args.hub_revision else []
+    again = shlex.join(words)
     try:
         publication = publish(
             training_args.output_dir,
             repo_id,
             private=bool(training_args.hub_private_repo),
             revision=training_args.hub_revision,
+            license=license,
         )
     except UsageError as error:
         raise UsageError(f"the run is finished, but not published: {error}; to publish it later: {again}") from error

@@ -293,24 +293,47 @@ def test_a_value_that_is_no_number_is_shown_as_that_and_kept_from_the_hub(images
 # -- what is missing
 
 
-def test_what_was_not_measured_says_so(images: RunResults) -> None:
-    run = RunResults(changed(images, metrics={}).record)
-    table = tables(render(run))[0]
-    assert [row[0] for row in table[1:]] == ["clean", "clean", "noise", "attack", "corruption"]
-    assert all(row[3:] == ["not measured"] * 4 for row in table[1:])
-    assert "model-index" not in front_matter(render(run))
-    assert "Not measured among these: noise, attack, corruption." in render(run)
+def test_what_was_not_measured_says_so_in_one_sentence(images: RunResults) -> None:
+    run = RunResults(changed(images, metrics={}).record, name="digits")
+    card = render(run)
+    table = tables(card)[0]
+    assert [row[0] for row in table[1:]] == ["clean", "clean"]
+    assert all(row[3:] == ["not measured"] * 3 for row in table[1:])
+    assert "model-index" not in front_matter(card)
+    sentence = (
+        "Not measured: disturbed inputs (noise, attack, corruption). `imgproc-attn evaluate digits` measures them."
+    )
+    assert card.count(sentence) == 1
+    assert "Not measured among these: noise, attack, corruption." in card
+    assert "disturbed inputs (" not in render(images)
 
 
-def test_without_a_baseline_its_column_is_not_measured(images: RunResults, stock: RunResults) -> None:
+def test_without_a_baseline_there_is_no_column_of_nothing(images: RunResults, stock: RunResults) -> None:
     card = render(images)
     table = tables(card)[0]
-    assert table[0][-1] == "baseline (none)"
-    assert {row[-1] for row in table[1:]} == {"not measured"}
+    assert table[0][-1] == "this run (`bilateral`)"
+    assert [row[-1] for row in table[1:] if row[-1] == "not measured"] == ["not measured"]  # corruption
+    assert tables(card)[1][0] == ["cost", "this run"]
     assert "There is no baseline" in card
     card = render(stock)
     assert tables(card)[0][0][-1] == "this run (`softmax`)"
     assert "it is the baseline of the other presets" in card
+
+
+def test_a_baseline_that_was_not_evaluated_is_one_hint(images: RunResults, stock: RunResults) -> None:
+    card = render(images, baseline=RunResults(stock.record, None, "digits-softmax"))
+    table = tables(card)[0]
+    clean = f"{100 * stock.record['metrics']['test']['accuracy']:.2f} %"
+    assert [row[-1] for row in table[1:] if row[:3] == ["clean", "accuracy", "test"]] == [clean]
+    disturbed = [row for row in table[1:] if row[0].startswith(("Gaussian noise", "FGSM"))]
+    assert disturbed
+    assert {row[-1] for row in disturbed} == {"–"}
+    assert card.count("`imgproc-attn evaluate digits-softmax` does that.") == 1
+    assert "does that" not in render(images, baseline=stock)
+    # Where neither was evaluated, there is nothing to stand beside.
+    card = render(RunResults(images.record, None, "digits"), baseline=RunResults(stock.record, None, "digits-softmax"))
+    assert "–" not in tables(card)[0][-1]
+    assert "does that" not in card
 
 
 def test_the_baseline_stands_beside(images: RunResults, stock: RunResults) -> None:
@@ -340,7 +363,7 @@ def test_missing_facts_are_not_recorded(images: RunResults) -> None:
         assert rows[name] == "not recorded", name
     assert "```bash\nnot recorded\n```" in card
     assert "Training curves: not recorded." in card
-    assert "None" not in card.partition("## Citations")[0].replace("(none)", "")
+    assert "None" not in card.partition("## Citations")[0]
 
 
 def test_limits_follow_the_record(images: RunResults, text: RunResults) -> None:
@@ -432,7 +455,13 @@ def test_a_commit_is_pinned_and_a_tag_may_move(images: RunResults) -> None:
     card = render(images, revision="0123456789" * 4)
     assert "can be moved" not in card
     assert f'revision="{"0123456789" * 4}"' in card
+
+
+def test_no_licence_is_made_up(images: RunResults) -> None:
+    assert "license" not in front_matter(render(images))
     assert front_matter(render(images, license="mit"))["license"] == "mit"
+    named = {"license": "other", "license_name": "own", "license_link": "LICENSE"}
+    assert named.items() <= front_matter(render(images, license=named)).items()
 
 
 # -- what is refused

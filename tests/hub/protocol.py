@@ -38,6 +38,7 @@ class Hub:
     storage_url: str = ""
     accounts: dict[str, Account] = field(default_factory=dict)
     repositories: dict[str, Repository] = field(default_factory=dict)
+    datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
     grants: dict[str, Grant] = field(default_factory=dict)
 
     def grant(self, repository: Repository, oid: str, size: int) -> str:

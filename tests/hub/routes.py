@@ -194,6 +194,14 @@ def delete_reference(request: Request, repo_id: str, kind: str, revision: str) -
     return json_reply({})
 
 
+@ROUTES.add("GET", f"/api/datasets/{ID}", "expand")
+def dataset_info(request: Request, repo_id: str) -> Reply:
+    if repo_id not in request.hub.datasets:
+        raise HubError(404 if request.account else 401, "Repository not found", "RepoNotFound")
+    known = {"id": repo_id, "author": repo_id.partition("/")[0], "private": False, "tags": [], "downloads": 0}
+    return json_reply({**known, "cardData": request.hub.datasets[repo_id]})
+
+
 # Last, because an id may hold one slash and so would match what follows an id without one.
 @ROUTES.add("GET", f"/api/models/{ID}(?:/revision/{REVISION})?", "blobs securityStatus expand")
 def info(request: Request, repo_id: str, revision: str) -> Reply:

@@ -10,6 +10,22 @@ storage. What is merely forbidden or missing is answered as the Hub does and kep
         subprocess.run([...], env=hub.environment(tmp_path / "home", token="hf_ann"), check=True)
         assert hub.repo("ann/vit").files("v1.0")["config.json"] == ...
         hub.check()
+
+The folder's files, in the order in which they are best read:
+
+| file | what it holds |
+|---|---|
+| ``store.py`` | what the server keeps: accounts, repositories, branches, tags, commits with whole trees, files |
+| ``protocol.py`` | what routes share: the request, the reply, who may do what, the table of routes |
+| ``routes.py`` | accounts, cards, repositories, listings, branches, tags, data sets (their cards alone) |
+| ``transfer.py`` | upload, commit, download |
+| ``listing.py`` | how repositories, files and commits are described in JSON |
+| ``card_rules.py`` | what the Hub demands of the front matter of a card |
+| ``faults.py`` | what goes wrong when a test asks for it |
+| ``server.py`` | this file: the two addresses, the transcript, and how a test plans faults |
+
+``server_tests/`` tests the server itself with the real client. The ``test_*.py`` beside this file use it to test
+``hf_imgproc_attn.hub``; ``conftest.py`` has their Hub and their runs.
 """
 
 from __future__ import annotations
@@ -90,6 +106,10 @@ class HubServer:
         if role not in ("write", "read"):
             raise ValueError(f'role must be "write" or "read", got {role!r}')
         self.state.accounts[token] = Account(name, role, tuple(orgs))
+
+    def add_dataset(self, name: str, card: dict[str, Any]) -> None:
+        """Adds a data set, of which the server has the front matter of its card alone."""
+        self.state.datasets[name] = card
 
     def repo(self, repo_id: str) -> Repository:
         """A repository, to look into; KeyError where there is none."""

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_imgproc_attn import cli
 from hf_imgproc_attn.errors import UsageError
-from hf_imgproc_attn.hub.client import HubError
+from hf_imgproc_attn.hub.client import HubError, connect
 from hf_imgproc_attn.hub.publishing import Publication, prepare_repository, publish
 from hf_imgproc_attn.hub.run_files import read_run
 from hf_imgproc_attn.hub.travelling_code import ROOM
@@ -37,10 +37,18 @@ def published(*arguments: Any, **options: Any) -> Publication:
     return result
 
 
+def state_of(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    content = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
 def edit_record(folder: Path, **changes: Any) -> None:
-    path = folder / "run.json"
-    record = {**json.loads(path.read_text(encoding="utf-8")), **changes}
-    path.write_text(json.dumps(record), encoding="utf-8")
+    edit_json(folder / "run.json", **changes)
 
 
 def test_everything_arrives_in_one_commit_and_is_tagged(
@@ -51,8 +59,14 @@ def test_everything_arrives_in_one_commit_and_is_tagged(
     (folder / "training_args.bin").write_bytes(b"pickle")
     (folder / "checkpoint-3").mkdir()
     (folder / "checkpoint-3" / "optimizer.pt").write_bytes(b"pickle")
+    (folder / "README.md").write_text("mine", encoding="utf-8")
+    before = state_of(folder)
     assert cli.main(["publish", str(folder), "--repo-id", ID, "--baseline", str(baseline)]) == 0
+    assert state_of(folder) == before
     printed = capsys.readouterr().out
+    assert f"hint: this run was not evaluated on disturbed data: imgproc-attn evaluate {folder}\n" in printed
+    assert f"hint: the baseline was not evaluated on disturbed data: imgproc-attn evaluate {baseline}\n" in printed
+    assert "warning: the card names no license" in printed
     repository = hub.repo(ID)
     commit, first = repository.commits()
     assert first.title == "initial commit"
@@ -80,9 +94,12 @@ def test_everything_arrives_in_one_commit_and_is_tagged(
     assert {"hf_imgproc_attn", "bilateral_twicing"} <= set(card.data.tags)
     measured = json.loads((folder / "run.json").read_text(encoding="utf-8"))["metrics"]["test"]["accuracy"]
     assert any(result.metric_value == pytest.approx(measured) for result in card.data.eval_results)
-    assert hub.requests("validate_yaml")
+    assert card.data.license is None
+    routes = [entry.route for entry in hub.transcript]
+    assert routes.index("validate_yaml") < routes.index("create_repo")
 
 
+@pytest.mark.usefixtures("verified")
 def test_no_local_path_is_published(hub: HubServer, run: CopyOfRun) -> None:
     folder = run("vit")
     published(folder, ID)
@@ -91,13 +108,23 @@ def test_no_local_path_is_published(hub: HubServer, run: CopyOfRun) -> None:
         assert str(ROOT).encode() not in content, name
 
 
-def test_publishing_again_makes_no_second_commit(hub: HubServer, run: CopyOfRun) -> None:
+def test_publishing_again_says_that_it_is_there(
+    hub: HubServer, run: CopyOfRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = run("vit")
-    first, second = published(folder, ID), published(folder, ID)
-    assert first == second
+    first = published(folder, ID)
+    assert not first.was_there
+    asked = len(hub.transcript)
+    monkeypatch.setenv("HF_TOKEN", READER)  # may not write, and need not
+    assert cli.main(["publish", str(folder), "--repo-id", ID]) == 0
+    printed = capsys.readouterr().out
+    assert f"already there, nothing was written: {hub.url}/{ID}\nrevision:  {first.revision}" in printed
+    assert "published:" not in printed.partition("already there")[2]
+    assert {entry.method for entry in hub.transcript[asked:]} <= {"GET", "HEAD"}
     assert len(hub.repo(ID).commits()) == 2
 
 
+@pytest.mark.usefixtures("verified")
 def test_a_new_run_replaces_the_files_of_the_old_one(hub: HubServer, run: CopyOfRun) -> None:
     old, new = run("vit"), run("vit_softmax")
     weights = load_file(old / "model.safetensors")
@@ -137,15 +164,23 @@ def test_private_on_a_branch_in_the_own_account(hub: HubServer, run: CopyOfRun) 
     assert result.model_class == "ImgProcGPT2LMHeadModel"
 
 
-def test_dry_run_asks_nobody(hub: HubServer, run: CopyOfRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_asks_nobody_and_writes_nothing(
+    hub: HubServer, run: CopyOfRun, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = run("vit")
-    assert cli.main(["publish", str(folder), "--repo-id", ID, "--dry-run"]) == 0
+    before = state_of(folder)
+    assert cli.main(["publish", str(folder), "--repo-id", ID, "--license", "mit", "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert "nothing was sent" in printed
-    assert "model.safetensors" in printed
+    assert state_of(folder) == before
     assert hub.transcript == []
-    assert ID in (folder / "README.md").read_text(encoding="utf-8")
-    assert (folder / "training_curves.png").is_file()
+    assert "nothing was sent, and nothing written to the run's folder" in printed
+    assert re.search(r"^ +[\d,]+  model.safetensors$", printed, re.MULTILINE)
+    card = Path(next(line.partition(": ")[2] for line in printed.splitlines() if line.startswith("the card,")))
+    text = card.read_text(encoding="utf-8")
+    assert f'model="{ID}"' in text
+    assert "license: mit\n" in text
+    assert (card.parent / "training_curves.png").is_file()
+    shutil.rmtree(card.parent)
 
 
 # Bad input: refused before anything is sent
@@ -195,6 +230,43 @@ def spoil_missing_code(folder: Path) -> None:
     (folder / "modeling_imgproc_vit.py").unlink()
 
 
+def spoil_imported_code(folder: Path) -> None:
+    (folder / "kernel_content.py").unlink()  # no file that config.json names imports it itself
+
+
+def spoil_config(folder: Path) -> None:
+    edit_json(folder / "config.json", content_kernel="no kernel")
+
+
+def spoil_shapes(folder: Path) -> None:
+    edit_json(folder / "config.json", hidden_size=24)
+
+
+def spoil_head(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["head.weight"] = weights.pop("classifier.weight")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    edit_record(folder, weights_sha256=weights_sha256(str(folder)))
+
+
+def spoil_processor(folder: Path) -> None:
+    (folder / "preprocessor_config.json").unlink()
+
+
+def spoil_json(folder: Path) -> None:
+    (folder / "preprocessor_config.json").write_text("{", encoding="utf-8")
+
+
+def spoil_code_that_is_no_python(folder: Path) -> None:
+    with (folder / "modeling_shared.py").open("a", encoding="utf-8") as file:
+        file.write("def\n")
+
+
+def spoil_code_that_does_not_run(folder: Path) -> None:
+    with (folder / "modeling_shared.py").open("a", encoding="utf-8") as file:
+        file.write("undefined_name\n")
+
+
 def spoil_auto_map(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     del config["auto_map"]["AutoModelForMaskedImageModeling"]
@@ -214,6 +286,14 @@ def spoil_auto_map(folder: Path) -> None:
         (spoil_code, "spec_fields.py, line [0-9]+: imports socket"),
         (spoil_missing_code, "lacks modeling_imgproc_vit.py"),
         (spoil_auto_map, "lacks the auto_map entries AutoModelForMaskedImageModeling"),
+        (spoil_imported_code, r"lacks files of its code: kernel_content.py \(imported by "),
+        (spoil_config, "cannot be published: it cannot be loaded: .*content_kernel"),
+        (spoil_shapes, "cannot be published: "),
+        (spoil_head, r"the weights are not those of the configuration \(missing: .*classifier.weight.*head.weight\)"),
+        (spoil_processor, "lacks preprocessor_config.json or processor_config.json"),
+        (spoil_json, "preprocessor_config.json' cannot be read"),
+        (spoil_code_that_is_no_python, "modeling_shared.py, line [0-9]+: is not Python"),
+        (spoil_code_that_does_not_run, "it cannot be loaded: NameError: name 'undefined_name' is not defined"),
     ],
 )
 def test_a_run_with_something_wrong_is_refused(
@@ -249,6 +329,7 @@ def test_offline_mode_is_named(run: CopyOfRun) -> None:
 # What the Hub refuses
 
 
+@pytest.mark.usefixtures("verified")
 @pytest.mark.parametrize(
     ("token", "message"),
     [(None, "there is no token"), (READER, "the token may only read"), ("hf_nobody", "does not know the token")],
@@ -267,13 +348,15 @@ def test_tokens_that_may_not_write(
         hub.repo(ID)
 
 
+@pytest.mark.usefixtures("verified")
 def test_somebody_elses_account(hub: HubServer, run: CopyOfRun) -> None:
     with pytest.raises(HubError, match="could not create the repository bob/digits"):
         publish(run("vit"), "bob/digits")
 
 
+@pytest.mark.usefixtures("verified")
 def test_a_repository_of_something_else(hub: HubServer, run: CopyOfRun) -> None:
-    api_of = prepare_with(hub)
+    api_of = connect(hub.url)
     folder = run("vit")
     api_of.create_repo("ann/bert")
     api_of.upload_file(path_or_fileobj=b'{"model_type": "bert"}', path_in_repo="config.json", repo_id="ann/bert")
@@ -292,21 +375,16 @@ def test_a_repository_of_something_else(hub: HubServer, run: CopyOfRun) -> None:
     assert published(folder, "ann/card").repo_id == "ann/card"
 
 
-def prepare_with(hub: HubServer) -> Any:
-    from hf_imgproc_attn.hub.client import connect
-
-    return connect(hub.url)
-
-
 # Faults
 
 
+@pytest.mark.usefixtures("verified")
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_busy_hub_is_waited_for(
     hub: HubServer, run: CopyOfRun, status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Once at every call that a publication makes and that the client itself does not repeat."""
-    routes = ("whoami", "info", "create_repo", "branch", "tree", "refs", "commit", "tag")
+    routes = ("info", "whoami", "validate_yaml", "create_repo", "branch", "refs", "tree", "commit", "tag")
     faults = [hub.fail(route, status=status, retry_after=0) for route in routes]
     result = published(run("vit"), ID, revision="trial")
     assert [fault.hits for fault in faults] == [1] * len(routes)
@@ -314,6 +392,7 @@ def test_a_busy_hub_is_waited_for(
     assert "could not" not in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("verified")
 def test_an_upload_that_fails_once(hub: HubServer, run: CopyOfRun) -> None:
     fault = hub.fail("upload", status=500)
     result = published(run("vit"), ID)
@@ -321,6 +400,7 @@ def test_an_upload_that_fails_once(hub: HubServer, run: CopyOfRun) -> None:
     assert hub.repo(ID).tags == {result.tag: result.revision}
 
 
+@pytest.mark.usefixtures("verified")
 def test_a_commit_whose_reply_is_lost_is_made_once(hub: HubServer, run: CopyOfRun) -> None:
     fault = hub.lose_reply("commit")
     result = published(run("vit"), ID)
@@ -361,6 +441,7 @@ def test_a_byte_that_changes_once_is_fetched_again(hub: HubServer, run: CopyOfRu
     assert fault.hits == 1
 
 
+@pytest.mark.usefixtures("verified")
 def test_a_hub_that_is_down_ends_in_one_sentence(
     hub: HubServer, run: CopyOfRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -368,7 +449,7 @@ def test_a_hub_that_is_down_ends_in_one_sentence(
     with pytest.raises(SystemExit):
         cli.main(["publish", str(run("vit")), "--repo-id", ID])
     error = capsys.readouterr().err
-    assert "could not ask who the token belongs to (after 6 attempts): the Hub answered 503" in error
+    assert "could not look at ann/digits (after 6 attempts): the Hub answered 503" in error
     assert len(error.splitlines()) == 1
 
 
@@ -382,4 +463,4 @@ def test_a_run_is_read_without_a_hub(run: CopyOfRun) -> None:
 
 
 def test_preparing_takes_the_accounts_name(hub: HubServer) -> None:
-    assert prepare_repository(prepare_with(hub), "digits", "imgproc_vit", private=False) == ID
+    assert prepare_repository(connect(hub.url), "digits", "imgproc_vit", private=False) == ID

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_imgproc_attn import ImgProcGPT2LMHeadModel
-from hf_imgproc_attn.hub.travelling_code import ROOM, audit, audit_folder, differing_files
+from hf_imgproc_attn.hub.travelling_code import ROOM, audit, audit_folder, differing_files, missing_imports
 from tests.models.helpers import tiny_gpt2_config
 
 LOGGER = "hf_imgproc_attn.hub.travelling_code"
@@ -89,6 +89,21 @@ def test_what_models_do_is_allowed(line: str) -> None:
     assert audit(f"import torch\n{line}\n") == []
 
 
+def test_imports_that_are_not_there_are_found_directly_or_not(saved: Path) -> None:
+    start = ["modeling_imgproc_gpt2.py"]
+    assert missing_imports(saved, start) == []
+    for name in ("kernel_content.py", "spec_axes.py"):
+        (saved / name).unlink()
+    found = missing_imports(saved, start)
+    assert {finding.partition(" ")[0] for finding in found} == {"kernel_content.py", "spec_axes.py"}
+    for finding in found:
+        name, importer = finding.removesuffix(")").split(" (imported by ")
+        assert f"from .{name.removesuffix('.py')} import" in (saved / importer).read_text(encoding="utf-8")
+    (saved / "a.py").write_text("from . import b, c\nfrom .d.e import f\n", encoding="utf-8")
+    (saved / "c.py").write_text("from .a import x\n", encoding="utf-8")
+    assert missing_imports(saved, ["a.py"]) == ["b.py (imported by a.py)", "d.py (imported by a.py)"]
+
+
 def test_saved_code_is_the_packages(saved: Path, warnings_of_a_load: pytest.LogCaptureFixture) -> None:
     assert differing_files(saved) == []
     assert len(list(saved.glob("*.py"))) > 10
@@ -102,10 +117,10 @@ def test_changed_code_is_reported_when_the_package_loads_it(
     with (saved / "spec_fields.py").open("a", encoding="utf-8") as file:
         file.write("# changed\n")
     shutil.copy(saved / "spec_fields.py", saved / "helper.py")
-    assert differing_files(saved) == ["spec_fields.py", "helper.py (not a file of the package)"]
+    assert differing_files(saved) == ["helper.py (not a file of the package)", "spec_fields.py"]
     ImgProcGPT2LMHeadModel.from_pretrained(saved)
     (message,) = warnings_of_a_load.messages
-    assert "differs from this package's in spec_fields.py, helper.py (not a file of the package)" in message
+    assert "differs from this package's in helper.py (not a file of the package), spec_fields.py" in message
     assert str(saved) in message
 
 

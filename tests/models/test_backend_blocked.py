@@ -15,11 +15,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_imgproc_attn.models.backend_blocked import blocked_attention, dropout_factors
+from hf_imgproc_attn.models.backend_blocked import blocked_attention
+from hf_imgproc_attn.models.backend_blocked_dense import dropout_factors
 from hf_imgproc_attn.models.backend_blocked_passes import recurrence
 from hf_imgproc_attn.models.backend_blocked_plan import make_plan
-from hf_imgproc_attn.models.backend_reference import filter_matrix, reference_attention
-from hf_imgproc_attn.models.boost_operators import BOOSTING
+from hf_imgproc_attn.models.boost_operators import BOOSTING, extra_streams
+from hf_imgproc_attn.models.kernel_position import BlockedPositions, GaussianPositions
+from hf_imgproc_attn.models.kernel_relative import AlibiPositions, BucketPositions, bucket_boundaries
+from tests.models.helpers import dense_attention, dense_matrix
 
 BATCH, HEADS, WIDTH, VALUE_WIDTH, SCALE = 2, 3, 5, 4, 0.6
 SMALL = {"block_rows": 8, "group_pairs": 2}
@@ -73,7 +76,7 @@ def dense(
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     logits = query @ key.mT * SCALE
-    matrix = filter_matrix(logits + bias[0] if bias else logits, attn_mask, is_causal)
+    matrix = dense_matrix(logits + bias[0] if bias else logits, attn_mask, is_causal)
     matrix = matrix if factors is None else matrix * factors
     streams = []
 
@@ -192,10 +195,30 @@ def test_fewer_keys_than_queries_without_boosting() -> None:
     compare(inputs(19, 11), steps=1, **SMALL)
 
 
-def test_nothing_to_do() -> None:
-    """No sample, and no query: empty outputs, and gradients of 0."""
-    compare([x[:0] for x in inputs(9)], is_causal=True, **SMALL)
-    compare(inputs(0, 9), steps=1)
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("booster", [("none", 1), ("twicing", 2), ("learned", 2)])
+@pytest.mark.parametrize(("batch", "heads", "key_heads"), [(0, 2, 2), (2, 2, 2), (2, 4, 2), (2, 0, 2)])
+@pytest.mark.parametrize("padded", [True, False])
+def test_nothing_to_do(
+    batch: int, heads: int, key_heads: int, padded: bool, booster: tuple[str, int], is_causal: bool
+) -> None:
+    """No sample, no head, or no query: empty outputs, and gradients of 0."""
+    length = 0 if batch and heads else 9
+    query, key, value = inputs(length, 9, heads=heads or 1, key_heads=key_heads, batch=batch)
+    leaves = [x.requires_grad_() for x in (query[:, :heads], key, value)]
+    boosting, steps = booster
+    past = [random(batch, heads, 9, VALUE_WIDTH, seed=3)] * extra_streams(boosting, steps) if not length else []
+    mask = torch.ones(batch, 1, 1, 9, dtype=torch.bool) if padded else None
+    options = {"boosting": boosting, "steps": steps, "is_causal": is_causal, "past_streams": past}
+    output, streams = blocked_attention(*leaves, attn_mask=mask, **options)
+    assert all(x.shape == (batch, heads, length, VALUE_WIDTH) for x in (output, *streams))
+    for grad in torch.autograd.grad(output, leaves, torch.ones_like(output)):
+        assert not grad.any()
+
+
+def test_the_learned_booster_has_two_passes_whatever_its_steps() -> None:
+    for steps in (1, 2, 5):
+        compare(inputs(11), boosting="learned", steps=steps, is_causal=True, **SMALL)
 
 
 @pytest.mark.parametrize("boosting", ["none", "twicing"])
@@ -320,6 +343,28 @@ def test_hidden_keys_may_hold_anything(poison: float, is_causal: bool, floating:
         assert not grad.masked_select(hidden).any()
 
 
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("cutting", [SMALL, {}], ids=["small", "whole"])
+@pytest.mark.parametrize("mask", ["padding", "full"])
+def test_queries_that_see_no_key_may_hold_anything(mask: str, cutting: dict[str, int], is_causal: bool) -> None:
+    """A padded token's query, key and value are NaN: all that is visible keeps its output and its gradients."""
+    hidden = torch.zeros(BATCH, 1, 13, dtype=torch.bool)
+    hidden[0, :, :4] = hidden[1, :, 9] = True
+    seen = ~hidden[:, :, None, :]
+    if mask == "full" or not is_causal:
+        seen = seen & ~hidden[..., None]
+    else:  # a padded token that sees a key is no hidden query
+        hidden[1] = False
+        seen = ~hidden[:, :, None, :]
+    results = []
+    for poison in (0.0, float("nan")):
+        leaves = [x.masked_fill(hidden[..., None], poison).requires_grad_() for x in inputs(13)]
+        output, _ = blocked_attention(*leaves, attn_mask=seen, is_causal=is_causal, steps=3, **cutting)
+        results.append([output, *torch.autograd.grad(output, leaves, random(*output.shape, seed=4))])
+    torch.testing.assert_close(results[1], results[0], **EXACT)
+    assert all(grad.isfinite().all() for grad in results[1])
+
+
 @pytest.mark.parametrize("token", [0, 7, 8, 12])
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_causality(token: int, steps: int) -> None:
@@ -373,6 +418,110 @@ def test_error_is_at_most_twice_that_of_sdpa(dtype: torch.dtype, steps: int) -> 
         )
     for sdpa, ours in zip(*errors, strict=True):
         assert ours <= 2 * sdpa
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("size", [30.0, 300.0, 1000.0])
+@pytest.mark.parametrize("length", [100, 300])
+def test_gradients_at_extreme_logits(length: int, size: float, steps: int) -> None:
+    """q.k up to 1e4: rows of A come again from a float32 log-sum-exp and do not quite sum to 1.
+
+    The median of samples: where one row decides between two equal keys, a rounding of its logits decides the error.
+    """
+    shape = (12, 2, length, 16)
+    exact = [random(*shape, seed=seed).float().double() for seed in range(3)]
+    exact[0] = (exact[0] * size).float().double()
+    direction = random(*shape, seed=4)
+    errors, truth = [], []
+    for kind, dtype in (("sdpa", torch.float64), ("sdpa", torch.float32), ("blocked", torch.float32)):
+        leaves = [x.to(dtype).requires_grad_() for x in exact]
+        if kind == "sdpa":
+            output = two_sdpa_calls(*leaves, steps)
+        else:
+            output, _ = blocked_attention(*leaves, is_causal=True, steps=steps)
+        results = [output.detach(), *torch.autograd.grad(output, leaves, direction.to(dtype))]
+        truth = truth or results
+        pairs = [(got.flatten(1), x.flatten(1)) for got, x in zip(results, truth, strict=True)]
+        errors.append([float(((got - x).norm(dim=1) / x.norm(dim=1)).median()) for got, x in pairs])
+    for sdpa, ours in zip(*errors[1:], strict=True):
+        assert ours <= 1.5 * sdpa
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Derivatives beyond the first backward: computed densely
+# --------------------------------------------------------------------------------------------------------------------
+
+OPTIONS: dict[str, Any] = {"is_causal": True, "scale": SCALE, "boosting": "twicing"}
+
+
+def masked_twicing(*tensors: torch.Tensor) -> torch.Tensor:
+    """Causal, grouped heads, a padded key that holds NaN, and dropout."""
+    mask = torch.ones(BATCH, 1, 1, 9, dtype=torch.bool)
+    mask[1, ..., 2] = False
+    query, key, value = (x.masked_fill(~mask.mT, float("nan")) if x.shape[1] == 1 else x for x in tensors)
+    return blocked_attention(query, key, value, attn_mask=mask, dropout_p=0.2, seed=3, **OPTIONS, **SMALL)[0]
+
+
+def test_gradients_of_gradients() -> None:
+    """The same first gradients as without ``create_graph``, and second ones that numerical differences confirm."""
+    tensors = [x.requires_grad_() for x in inputs(9, heads=2, key_heads=1)]
+    output = masked_twicing(*tensors)
+    direction = random(*output.shape, seed=4)
+    once = torch.autograd.grad(output, tensors, direction, retain_graph=True)
+    again = torch.autograd.grad(output, tensors, direction, create_graph=True)
+    torch.testing.assert_close(again, once, **EXACT)
+    assert torch.autograd.gradgradcheck(masked_twicing, tensors, fast_mode=True)
+
+
+def test_gradients_of_gradients_through_streams() -> None:
+    tensors = [x.requires_grad_() for x in inputs(7)]
+
+    def run(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        output, streams = blocked_attention(*leaves, boosting="sos", steps=3, scale=SCALE, **SMALL)
+        return output, *streams
+
+    assert torch.autograd.gradgradcheck(run, tensors, fast_mode=True)
+
+
+def test_per_sample_gradients() -> None:
+    """``vmap`` over ``grad``: what one sample after another gives."""
+    samples = inputs(9, batch=4)
+
+    def loss(*one: torch.Tensor) -> torch.Tensor:
+        return blocked_attention(*(x[None] for x in one), **OPTIONS, **SMALL)[0].square().sum()
+
+    got = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))(*samples)
+    for index in range(4):
+        leaves = [x[index].clone().requires_grad_() for x in samples]
+        expected = torch.autograd.grad(loss(*leaves), leaves)
+        torch.testing.assert_close([x[index] for x in got], list(expected), **EXACT)
+
+
+# Torch compiles its own forward-mode formulas with what it deprecates.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["torch.func", "dual numbers"])
+def test_forward_mode(kind: str) -> None:
+    """A Jacobian-vector product, against the product of the backward's gradient and the same vector."""
+    tensors = tuple(inputs(9))
+    tangents = tuple(random(*x.shape, seed=10 + index) for index, x in enumerate(tensors))
+
+    def run(*given: torch.Tensor) -> torch.Tensor:
+        return blocked_attention(*given, **OPTIONS, **SMALL)[0]
+
+    if kind == "torch.func":
+        output, change = torch.func.jvp(run, tensors, tangents)
+    else:
+        with torch.autograd.forward_ad.dual_level():
+            pairs = zip(tensors, tangents, strict=True)
+            dual = run(*(torch.autograd.forward_ad.make_dual(x, tangent) for x, tangent in pairs))
+            output, change = torch.autograd.forward_ad.unpack_dual(dual)
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    expected = run(*leaves)
+    torch.testing.assert_close(output, expected.detach(), **EXACT)
+    direction = random(*output.shape, seed=4)
+    grads = torch.autograd.grad(expected, leaves, direction)
+    along = sum((grad * tangent).sum() for grad, tangent in zip(grads, tangents, strict=True))
+    torch.testing.assert_close((change * direction).sum(), along, **EXACT)
 
 
 def test_autocast_does_not_reach_the_products() -> None:
@@ -446,21 +595,44 @@ class Memory(TorchDispatchMode):
         self.now -= size
 
 
-def peak_memory(length: int, is_causal: bool) -> int:
+def some_positions(kernel: str, length: int, repeated: bool) -> BlockedPositions | None:
+    """Of one head, in order, or as left padding makes them."""
+    places = torch.arange(length).float().view(1, -1, 1)
+    places = (places - 5).clamp(min=0) if repeated else places
+    if kernel == "gaussian":
+        return GaussianPositions(places, places, torch.full((1, 1, 1), 0.1).requires_grad_(), None, 4.0, True, False)
+    if kernel == "alibi":
+        return AlibiPositions(places, places, torch.full((1, 1, 1), 0.1), None, 0.1, True, False)
+    table = torch.randn(1, 1, 32, requires_grad=True)
+    return BucketPositions(places, places, table, None, bucket_boundaries(16, 128), True) if kernel != "none" else None
+
+
+def peak_memory(length: int, is_causal: bool, kernel: str, repeated: bool) -> int:
     leaves = [torch.randn(1, 1, length, 4, requires_grad=True) for _ in range(3)]
+    positions = some_positions(kernel, length, repeated)
     mask = torch.ones(1, 1, 1, length, dtype=torch.bool)
     mask[..., :3] = False
     with Memory() as memory:
-        output, _ = blocked_attention(*leaves, attn_mask=mask, is_causal=is_causal, dropout_p=0.1)
+        output, _ = blocked_attention(*leaves, attn_mask=mask, positions=positions, is_causal=is_causal, dropout_p=0.1)
         output.sum().backward()
     return memory.peak
 
 
-@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
-def test_memory_is_linear(is_causal: bool) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "repeated", "is_causal"),
+    [
+        ("none", False, True),
+        ("none", False, False),
+        ("gaussian", False, True),
+        ("gaussian", True, False),
+        ("alibi", False, True),
+        ("buckets", True, True),
+    ],
+)
+def test_memory_is_linear(kernel: str, repeated: bool, is_causal: bool) -> None:
     """Forward and backward with dropout at 8,192 tokens: less than a tenth of one matrix, four times that of 2,048."""
     torch.manual_seed(0)
-    short, long = peak_memory(2048, is_causal), peak_memory(8192, is_causal)
+    short, long = (peak_memory(length, is_causal, kernel, repeated) for length in (2048, 8192))
     assert long < 8192 * 8192 * 4 / 10
     assert long < 4.3 * short
 
@@ -468,6 +640,6 @@ def test_memory_is_linear(is_causal: bool) -> None:
 def test_the_memory_meter_sees_a_matrix() -> None:
     logits = torch.randn(1, 1, 300, 300)
     with Memory() as memory:
-        reference_attention(logits, logits, logits)
+        dense_attention(logits, logits, logits)
     assert memory.peak >= 300 * 300 * 4
     assert memory.now <= memory.peak

@@ -83,6 +83,8 @@ OURS: list[dict[str, Any]] = [
     {"feedback": "neutreno", "neutreno_lambda": 1.3},
     {"feedback": "pid"},
     {"feedback": "pid", "pid_gains": [0.7, -0.3, 0.4], "residual": "osher"},
+    {"feedback": "neutreno", "learn_feedback": True},
+    {"feedback": "pid", "learn_feedback": True, "residual": "sos"},
 ]
 
 
@@ -122,12 +124,23 @@ def skip(scheme: str, inputs: list[torch.Tensor]) -> torch.Tensor:
     return -inputs[-1] if scheme in ("opposed", "sos") and len(inputs) > 1 else inputs[-1]
 
 
-def head_output(config: Any, output: torch.Tensor, values: list[torch.Tensor]) -> torch.Tensor:
+def head_output(attention: Model, output: torch.Tensor, values: list[torch.Tensor]) -> torch.Tensor:
     """What leaves the heads of the newest layer, given the values of all layers so far."""
+    config, learned = attention.config, attention.filter.scalar_bias.feedback_gains
     scheme = config.feedback
+    assert (learned is not None) == (config.learn_feedback and len(values) > 1)
     if scheme == "none" or len(values) == 1:
         return output
     errors = [values[0] - value for value in values[1:]]
+    if learned is not None:
+        terms = [errors[-1], sum(errors), errors[-1] - (errors[-2] if len(errors) > 1 else 0)]
+        return torch.stack(
+            [
+                output[:, head] + sum(gain * term[:, head] for gain, term in zip(learned[head], terms, strict=False))
+                for head in range(4)
+            ],
+            dim=1,
+        )
     if scheme == "pull_to_first":
         return output + errors[-1] / 2
     if scheme == "neutreno":
@@ -163,7 +176,7 @@ def gpt2_by_hand(model: Model, ids: torch.Tensor) -> torch.Tensor:
             heads, block.attn.c_attn(block.ln_1(attention_input(config.residual, inputs))).split(20, dim=-1)
         )
         values.append(value)
-        output = head_output(config, filtered(query, key, value, config.boosting == "twicing", True), values)
+        output = head_output(block.attn, filtered(query, key, value, config.boosting == "twicing", True), values)
         hidden = skip(config.residual, inputs) + block.attn.c_proj(output.transpose(1, 2).flatten(2))
         hidden = hidden + block.mlp(block.ln_2(hidden))
     return body.ln_f(hidden) @ body.wte.weight.T
@@ -180,7 +193,7 @@ def vit_by_hand(model: Model, pixels: torch.Tensor) -> torch.Tensor:
             heads(projection(normed)) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         values.append(value)
-        output = head_output(config, filtered(query, key, value, config.boosting == "twicing", False), values)
+        output = head_output(attention, filtered(query, key, value, config.boosting == "twicing", False), values)
         hidden = skip(config.residual, inputs) + attention.o_proj(output.transpose(1, 2).flatten(2))
         hidden = hidden + layer.mlp(layer.layernorm_after(hidden))
     return model.classifier(body.layernorm(hidden)[:, 0])

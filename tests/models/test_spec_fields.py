@@ -50,6 +50,7 @@ LISTS: dict[str, dict[str, Any]] = {
     },
     "gains": {"feedback": "pid", "pid_gains": [0, 0.25, -1]},
     "strength": {"feedback": "neutreno", "neutreno_lambda": 1},
+    "learned_gains": {"feedback": "pid", "pid_gains": [0, 0, 0], "learn_feedback": True},
 }
 VARIANTS = [(preset, {}) for preset in PRESETS] + [("softmax", fields) for fields in LISTS.values()]
 
@@ -291,6 +292,8 @@ RULES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ({"feedback": "pid", "pid_gains": bad}, ("pid_gains must be three finite numbers", f"got {bad!r}"))
         for bad in ([0.5, 0.1], [], [1, 2, 3, 4], [0.5, math.nan, 0.0], [math.inf, 0, 0])
     ),
+    ({"learn_feedback": True}, ("learn_feedback=True needs feedback", "'none'")),
+    ({"feedback": "neutreno", "learn_feedback": 1}, ("learn_feedback", "bool", "1")),
     ({"feedback": "neutreno", "neutreno_lambda": True}, ("neutreno_lambda", "True")),
     ({"feedback": "pid", "pid_gains": [True, 0, 0]}, ("pid_gains", "True")),
     *(
@@ -365,6 +368,7 @@ MISSPELT = [
     ("neutreno_lamda", "neutreno_lambda"),
     ("filter_backends", "filter_backend"),
     ("pid_gain", "pid_gains"),
+    ("learn_feedbacks", "learn_feedback"),
     ("rotary_bases", "rotary_base"),
     ("relative_attention_num_bucket", "relative_attention_num_buckets"),
     ("relative_attention_max_distances", "relative_attention_max_distance"),

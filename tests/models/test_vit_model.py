@@ -397,6 +397,46 @@ def test_additive_interpolation_of_the_configured_size_is_no_interpolation() -> 
     assert torch.equal(model(images(), interpolate_pos_encoding=True).logits, model(images()).logits)
 
 
+def resized_by_hand(table: torch.Tensor, trained: tuple[int, int], wanted: tuple[int, int]) -> torch.Tensor:
+    """The added position of every patch, one feature after the other, rows in turn, behind that of the class token."""
+    features = [
+        torch.nn.functional.interpolate(
+            table[0, 1:, feature].reshape(1, 1, *trained), size=wanted, mode="bicubic", align_corners=False
+        ).flatten()
+        for feature in range(table.shape[-1])
+    ]
+    return torch.cat((table[:, :1], torch.stack(features, dim=-1)[None]), dim=1)
+
+
+@pytest.mark.parametrize("patch_size", [4, [4, 4], [2, 6]], ids=str)
+@pytest.mark.parametrize("trained", [(2, 8), (8, 2), (4, 6), (5, 3)], ids=str)
+@pytest.mark.parametrize("wanted", [(2, 8), (3, 7), (4, 4), (16, 1)], ids=str)
+def test_added_positions_go_with_their_places_on_any_grid(
+    wanted: tuple[int, int], trained: tuple[int, int], patch_size: Any
+) -> None:
+    """The stock function takes 2 x 8 for 4 x 4, stops at 4 x 6, and cannot divide by a list."""
+    height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    model = build("twicing", image_size=[trained[0] * height, trained[1] * width], patch_size=patch_size)
+    embeddings, pixels = model.vit.embeddings, images(height=wanted[0] * height, width=wanted[1] * width)
+    with torch.no_grad():
+        tokens, _ = embeddings(pixels, interpolate_pos_encoding=True)
+        table = embeddings.position_embeddings
+        expected = torch.cat((embeddings.cls_token.expand(2, -1, -1), embeddings.patch_embeddings(pixels)), dim=1)
+        torch.testing.assert_close(tokens, expected + resized_by_hand(table, trained, wanted))
+        assert model(pixels, interpolate_pos_encoding=True).logits.isfinite().all()
+
+
+def test_softmax_on_a_square_grid_interpolates_to_images_that_are_not(tmp_path: Any) -> None:
+    """Where the stock function is right, ours is the same to the bit."""
+    ours = build("softmax", **SQUARE)
+    ours.save_pretrained(tmp_path)
+    stock = ViTForImageClassification.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    for size in ((20, 12), (8, 32), (12, 12), (13, 14), (24, 24)):
+        pixels = images(height=size[0], width=size[1])
+        expected = stock(pixels, interpolate_pos_encoding=True).logits
+        assert torch.equal(ours(pixels, interpolate_pos_encoding=True).logits, expected)
+
+
 def test_untied_interpolation_is_bicubic_over_the_grid() -> None:
     """Of the 5 x 3 table, rows by columns; class token apart."""
     model = build("bilateral")
@@ -507,6 +547,39 @@ def test_masked_patches_are_hidden_from_the_masked_image_model(variant: str) -> 
     changed[..., 4:8, 4:8] += 2.0
     outputs = [model(x, bool_masked_pos=hidden).reconstruction for x in (pixels, changed)]
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("trained", "given"), [((8, 32), (8, 32)), ((20, 12), (22, 15)), ((12, 12), (16, 24))], ids=str
+)
+@pytest.mark.parametrize("variant", ["softmax", "bilateral_twicing"])
+def test_masked_images_need_not_be_square(variant: str, trained: tuple[int, int], given: tuple[int, int]) -> None:
+    """Every patch is reconstructed in its place, and the loss is the mean over the pixels of masked patches."""
+    config = vit_config(variant, image_size=list(trained), patch_size=[4, 4])
+    model = sharpen_(ImgProcViTForMaskedImageModeling(config)).eval()
+    rows, columns = given[0] // 4, given[1] // 4
+    pixels, mask = images(height=given[0], width=given[1]), torch.zeros(2, rows * columns, dtype=torch.bool)
+    mask[0, columns - 1] = mask[1, columns] = True  # the end of the first row, the beginning of the second
+    output = model(pixels, bool_masked_pos=mask, interpolate_pos_encoding=True)
+    assert output.reconstruction.shape == (2, 2, 4 * rows, 4 * columns)
+    tokens = model.vit(pixels, bool_masked_pos=mask, interpolate_pos_encoding=True).last_hidden_state
+    patch = model.decoder(tokens[1, 1 + columns].view(1, -1, 1, 1))[0]
+    torch.testing.assert_close(output.reconstruction[1, :, 4:8, :4], patch)
+    errors = (
+        (output.reconstruction[0, :, :4, -4:] - pixels[0, :, :4, 4 * columns - 4 : 4 * columns]).abs(),
+        (output.reconstruction[1, :, 4:8, :4] - pixels[1, :, 4:8, :4]).abs(),
+    )
+    torch.testing.assert_close(output.loss, torch.stack(errors).mean())
+    assert model(pixels, interpolate_pos_encoding=True).loss is None
+
+
+def test_masks_that_do_not_fit_are_refused() -> None:
+    model = ImgProcViTForMaskedImageModeling(vit_config())
+    with pytest.raises(ValueError, match=r"one value for each of 5 x 3 patches, shape \(2, 15\), got \(2, 16\)"):
+        model(images(), bool_masked_pos=torch.zeros(2, 16, dtype=torch.bool))
+    model = ImgProcViTForMaskedImageModeling(vit_config(patch_size=[4, 2]))
+    with pytest.raises(ValueError, match=r"patch_size must be encoder_stride .* got patch_size=\[4, 2\]"):
+        model(images(), bool_masked_pos=torch.zeros(2, 30, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

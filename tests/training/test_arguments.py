@@ -39,9 +39,9 @@ def write_yaml(tmp_path: Path, text: str) -> str:
 
 def test_own_options_are_converted() -> None:
     words = "--preset twicing --max-train-samples 7 --horizontal_flip --validation_fraction=0.25 --resume false"
-    arguments = parse(*words.split(), "--config_overrides", "a=1", "b=2")
+    arguments = parse(*words.split(), "--config_overrides", "hidden_size=8", "boosted_layers=[-1]")
     assert arguments.model.preset == "twicing"
-    assert arguments.model.config_overrides == ["a=1", "b=2"]
+    assert arguments.model.config_overrides == ["hidden_size=8", "boosted_layers=[-1]"]
     assert (arguments.data.max_train_samples, arguments.data.horizontal_flip) == (7, True)
     assert (arguments.data.validation_fraction, arguments.run.resume) == (0.25, False)
     assert arguments.trainer == {}
@@ -184,7 +184,7 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_imgproc_attn import errors
 
     monkeypatch.setitem(errors._EXTRAS, "viz", ("a_package_that_is_not_there",))
-    with pytest.raises(UsageError, match=r"a_package_that_is_not_there.*hf-imgproc-attn\[viz\]"):
+    with pytest.raises(UsageError, match=r'a_package_that_is_not_there.*pip install "\.\[viz\]"'):
         errors.require_extras("train", "viz")
 
 

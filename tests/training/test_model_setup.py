@@ -133,7 +133,7 @@ def test_stock_language_model_is_converted_and_its_vocabulary_enlarged(tmp_path:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("hiden_size=64", "must name fields of ImgProcViTConfig, got 'hiden_size'; did you mean hidden_size"),
+        ("hiden_size=64", "must name fields of the model's configuration, got 'hiden_size'; did you mean hidden_size"),
         ("hidden_size", "config_overrides must be key=value, got 'hidden_size'"),
         ("hidden_size=true", "'hidden_size' expected int, got bool"),
         ("num_attention_heads=5", "num_attention_heads must divide hidden_size"),

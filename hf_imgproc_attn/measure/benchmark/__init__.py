@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from ...errors import UsageError, require_extras
+from ...errors import UsageError, did_you_mean, require_extras
+from ...output_paths import check_output_file, write_or_keep
 from ...records import device_description, git_state, package_versions, write_json
 from . import attention, decoding, layers, whole_models
 from .report import draw, goals_table, render, slope_rows
@@ -61,13 +62,16 @@ def run(
     """
     for suite in suites:
         if suite not in SUITES:
-            raise UsageError(f"suite must be one of {', '.join(SUITES)}, got {suite!r}")
+            hint = did_you_mean(suite, SUITES)
+            raise UsageError(f"suite must be one of {', '.join(SUITES)}, got {suite!r}{hint}")
     if dtype not in DTYPES:
-        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{did_you_mean(dtype, DTYPES)}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"device must be there, got {device!r}, and torch sees no GPU")
-    if output is not None:
-        require_extras("viz")  # before minutes of work whose plot could not be drawn
+    if output is not None:  # before minutes of work whose results could not be written
+        require_extras("viz")
+        for file in (Path(output), Path(output).with_suffix(".png")):
+            check_output_file(file)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     started = time.perf_counter()
@@ -97,9 +101,10 @@ def run(
     if not quick:
         print(f"\n{goals_table(record)}\n")
     if output is not None:
-        path = write_json(Path(output), record)
+        path = Path(output)
+        write_or_keep(path, lambda file: write_json(file, record))
         if "attention" in suites:
-            draw(rows, path.with_suffix(".png"))
+            write_or_keep(path.with_suffix(".png"), lambda file: draw(rows, file))
         print(f"written to {path}")
     return record
 

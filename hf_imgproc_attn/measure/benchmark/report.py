@@ -138,27 +138,44 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     ]
     kinds = sorted({row["case"].partition(" ")[0] for row in sweep}, reverse=True)
     figure = Figure(figsize=(13, 4.6 * max(len(kinds), 1)), layout="constrained")
-    panels = figure.subplots(max(len(kinds), 1), 2, squeeze=False)
-    for kind, (left, right) in zip(kinds, panels, strict=False):
-        for axes, value, unit in ((left, "milliseconds", "milliseconds"), (right, "peak_mib", "peak memory, MiB")):
-            exponents = slopes(sweep, value)
-            for index, method in enumerate(dict.fromkeys(row["method"] for row in sweep)):
-                points = [
-                    (row["length"], row[value])
-                    for row in sweep
-                    if row["method"] == method and row["case"].startswith(kind) and (row[value] or 0) > LEAST[value]
-                ]
-                if points:
-                    slope = exponents.get((kind, method, "forward + backward"))
-                    label = method if slope is None else f"{method}: N^{slope:.2f}"
-                    axes.loglog(*zip(*points, strict=True), marker="o", markersize=3, label=label, color=f"C{index}")
+    panels = figure.subplots(max(len(kinds), 1), 2, squeeze=False, sharex=True)
+    for kind, pair in zip(kinds, panels, strict=False):
+        mine = [row for row in sweep if row["case"].startswith(kind)]
+        for axes, value, unit in zip(pair, LEAST, ("milliseconds", "peak memory, MiB"), strict=True):
+            _draw_panel(axes, mine, value, slopes(mine, value))
             axes.set_xlabel("tokens N")
             axes.set_ylabel(unit)
             axes.set_title(f"{kind}, forward + backward")
-            axes.grid(alpha=0.3, which="both")
-            if axes.lines:
-                axes.legend(fontsize=7)
     figure.savefig(path, dpi=110)
+
+
+def _draw_panel(
+    axes: Any, rows: Sequence[dict[str, Any]], value: str, exponents: dict[tuple[str, str, str], float]
+) -> None:
+    """A line for each method through all that was measured; what is below the resolution lies on its edge, hollow."""
+    least, below = LEAST[value], dict[int, list[int]]()
+    for index, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        points = [(row["length"], row[value]) for row in rows if row["method"] == method and row[value] is not None]
+        if not points:
+            continue
+        slope = next((exponent for (_, name, _), exponent in exponents.items() if name == method), None)
+        if slope is not None:
+            label = f"{method}: N^{slope:.2f}"
+        else:
+            label = method if any(found > least for _, found in points) else f"{method}: below {least:.0f} MiB"
+        lengths, heights = zip(*((length, max(found, least)) for length, found in points), strict=True)
+        axes.loglog(lengths, heights, marker="o", markersize=3, label=label, color=f"C{index}")
+        for length, found in points:
+            if found <= least:
+                below.setdefault(length, []).append(index)
+    if least and below:
+        # Several methods lie in the same place there: one mark for all of them.
+        axes.plot(list(below), [least] * len(below), "o", color="grey", markerfacecolor="white", zorder=5)
+        axes.axhspan(least / 2, least, color="grey", alpha=0.2, label=f"below {least:.0f} MiB: not resolved")
+        axes.set_ylim(bottom=least / 2)
+    axes.grid(alpha=0.3, which="both")
+    if axes.lines:
+        axes.legend(fontsize=7)
 
 
 def goals_table(record: dict[str, Any]) -> str:

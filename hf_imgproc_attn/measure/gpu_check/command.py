@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
+from ...output_paths import check_output_file
 from .parts import PARTS
 
 RECORD = Path("docs/gpu.json")
@@ -73,6 +74,7 @@ def run_command(options: argparse.Namespace) -> int:
         for path in render(output):
             print(f"written: {path}")
         return 0
+    check_output_file(output, "--output")
     from .report import is_complete, summary
     from .runner import run
 

@@ -18,10 +18,9 @@ from huggingface_hub.errors import (
 )
 
 from tests.helpers import ROOT
-from tests.hub.samples import ID, WEIGHTS, outcome
 from tests.hub.server import HubServer
+from tests.hub.server_tests.samples import ID, WEIGHTS, outcome
 
-pytest_plugins = ["tests.hub.fixtures"]
 # The client uploads large files in a way that its HTTP library calls old.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
 
@@ -115,7 +114,7 @@ def test_a_client_killed_in_the_middle_of_an_upload(hub: HubServer, api: HfApi, 
     api.create_repo(ID)
     (folder / "model.safetensors").write_bytes(WEIGHTS * 2000)  # more than the sockets hold
     fault = hub.stall("upload")
-    worker = [sys.executable, "-m", "tests.hub.client_worker", "upload", str(folder)]
+    worker = [sys.executable, "-m", "tests.hub.server_tests.client_worker", "upload", str(folder)]
     environment = {**hub.environment(tmp_path / "home", token="hf_ann"), "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(worker, env=environment, stdout=subprocess.PIPE, cwd=tmp_path) as process:
         assert fault.reached.wait(60)

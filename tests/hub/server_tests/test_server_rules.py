@@ -17,10 +17,9 @@ from huggingface_hub import (
 )
 
 from tests.hub.card_rules import check_card
-from tests.hub.samples import CARD, ID, WEIGHTS, lines, outcome, raw
 from tests.hub.server import HubServer
+from tests.hub.server_tests.samples import CARD, ID, WEIGHTS, lines, outcome, raw
 
-pytest_plugins = ["tests.hub.fixtures"]
 # The client uploads large files in a way that its HTTP library calls old.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
 
@@ -128,7 +127,7 @@ BREACHES: dict[str, tuple[int, str, str, Any]] = {
     "unknown route": (404, "GET", "/api/nothing", None),
     "xet": (404, "GET", f"{API}/xet-write-token/main", None),
     "method": (404, "PATCH", API, None),
-    "datasets": (404, "GET", "/api/datasets/ann/data", None),
+    "spaces": (404, "GET", "/api/spaces/ann/app", None),
     "unknown parameter": (400, "GET", f"{API}?verbose=1", None),
     "not JSON": (400, "POST", "/api/repos/create", b"{"),
     "unknown field": (400, "POST", "/api/repos/create", {"name": "a", "colour": "red"}),

@@ -23,10 +23,9 @@ from huggingface_hub.errors import (
 )
 
 from tests.helpers import ROOT
-from tests.hub.samples import ID, WEIGHTS, outcome
 from tests.hub.server import HubServer
+from tests.hub.server_tests.samples import ID, WEIGHTS, outcome
 
-pytest_plugins = ["tests.hub.fixtures"]
 # The client uploads large files in a way that its HTTP library calls old.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
 
@@ -182,7 +181,7 @@ def test_transformers_trains_pushes_and_loads(hub: HubServer, tmp_path: Path) ->
     def work(home: str, *arguments: str) -> dict[str, Any]:
         environment = {**hub.environment(tmp_path / home, token="hf_ann"), "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
-            [sys.executable, "-m", "tests.hub.client_worker", *arguments],
+            [sys.executable, "-m", "tests.hub.server_tests.client_worker", *arguments],
             env=environment,
             capture_output=True,
             text=True,

@@ -1,4 +1,4 @@
-"""Fixtures of the tests with the Hub server; a test file has them by ``pytest_plugins = ["tests.hub.fixtures"]``."""
+"""Fixtures of the tests of the Hub server itself."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi
 
-from tests.hub.samples import CARD, ID, WEIGHTS
 from tests.hub.server import HubServer
+from tests.hub.server_tests.samples import CARD, ID, WEIGHTS
 
 
 @pytest.fixture

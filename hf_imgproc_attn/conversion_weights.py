@@ -1,0 +1,243 @@
+"""What the tensors of a variant are made of, and where those start that the source does not have.
+
+*Stock model to variant* (arXiv 2506.10371 leaves the start open, *choice*): for ``untied`` positions the LayerNorm
+before the position projections is a copy of the layer's first norm, and U_Q, U_K start as that layer's W_Q, W_K
+without bias (shared projections: layer 0's); bandwidths and class-token logits have their defaults. Where positions
+are no longer added to the tokens, the stock class position is added to the class token's content; kernels that need no
+position table leave the rest of it unused, buckets of offsets start at 0, which is no positions at all.
+
+Where a parameter allows it, the variant starts as the source's own function: gamma of ``learned`` at 0 (at 1 where the
+source is twiced, at -1 where it applies A twice), the factors of a feedback at 0 and learned, the second attention of
+``gradient_boosted`` with values that are 0.
+
+*Variant to variant*: parameters of the same meaning are kept. A position table can be used again, as vectors that are
+added or compared; where the source has none, or a pair of projections for every layer in place of a shared one, there
+is nothing to make the target's of, and the conversion is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .models.spec_axes import LayerSpec, layer_schedule, uses_position_table
+from .models.spec_fields import FilterSpecMixin, preset_fields
+
+_VERSION = "filter_spec_version"
+FILTER_FIELDS = tuple(field.name for field in dataclasses.fields(FilterSpecMixin) if field.name != _VERSION)
+_IDENTITY_FIELDS = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
+"""Fields of a configuration that say what it is or where it came from, not how the model is built."""
+
+_AXIS_SETTINGS = {
+    "content_kernel": ("content_bandwidth",),
+    "position_kernel": (
+        "position_bandwidth",
+        "relative_attention_num_buckets",
+        "relative_attention_max_distance",
+        "rotary_base",
+    ),
+    "boosting": ("boosting_steps", "boosted_layers"),
+    "feedback": ("neutreno_lambda", "pid_gains", "learn_feedback"),
+}
+"""Fields that belong to an axis: a variant's stay as they are where its axis does."""
+
+Made = dict[str, tuple[torch.Tensor, list[str]]]
+"""Parameter -> its value and the source tensors that it was made of."""
+
+
+def variant_fields(source: Any, preset: str, overrides: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of the variant's configuration.
+
+    Args:
+        source: configuration of the source.
+        preset: what it is converted to.
+        overrides: fields that win over all others.
+
+    Returns:
+        All fields, and those of the filter that a source variant hands on.
+    """
+    left_out = {*_IDENTITY_FIELDS, *FILTER_FIELDS, _VERSION}
+    fields = {name: value for name, value in source.to_dict().items() if name not in left_out}
+    chosen = {**preset_fields(preset), **overrides}
+    stock = {name: getattr(FilterSpecMixin, name) for name in FILTER_FIELDS}
+    kept = {
+        name: getattr(source, name)
+        for axis, names in _AXIS_SETTINGS.items()
+        for name in names
+        if name not in chosen
+        and getattr(source, axis, stock[axis]) == chosen.get(axis, stock[axis])
+        and getattr(source, name, stock[name]) != stock[name]
+    }
+    feedback = chosen.get("feedback", "none")
+    if feedback != getattr(source, "feedback", "none") and not {"neutreno_lambda", "pid_gains"} & set(overrides):
+        starts: dict[str, dict[str, Any]] = {
+            "neutreno": {"neutreno_lambda": 0.0},
+            "pid": {"pid_gains": [0.0, 0.0, 0.0]},
+        }
+        start = starts.get(feedback, {})
+        if start and overrides.get("learn_feedback", True):
+            chosen = {**start, "learn_feedback": True, **chosen}
+    return {**fields, **kept, **chosen}, kept
+
+
+def check_structure(source: Any, variant: Any, overrides: dict[str, Any]) -> None:
+    """Refuse overrides that make another backbone of the checkpoint: its tensors would be cut, or stay at random.
+
+    Raises:
+        ValueError: naming the field, its value and the one that is allowed.
+    """
+    for name in ("num_hidden_layers", "num_attention_heads"):
+        if getattr(source, name) != getattr(variant, name):
+            aliases = {name, variant.attribute_map.get(name, name)}
+            given = next((key for key in overrides if key in aliases), name)
+            raise ValueError(
+                f"{given} must be the checkpoint's {getattr(source, name)}, for which its tensors are made, got "
+                f"{getattr(variant, name)}"
+            )
+    is_variant = hasattr(source, "layer_specs")
+    if uses_position_table(variant) and is_variant and not uses_position_table(source):
+        raise ValueError(
+            f"position_kernel={variant.position_kernel!r} needs a table of positions, which the source does not have, "
+            f"since its position_kernel is {source.position_kernel!r}: choose a preset whose positions need no table "
+            "(position_kernel 'gaussian', 'alibi', 'relative_buckets', 'rotary' or 'none')"
+        )
+    if (
+        is_variant
+        and "untied" in {spec.position_kernel for spec in source.layer_specs}
+        and (variant.share_position_projections and not source.share_position_projections)
+    ):
+        raise ValueError(
+            "share_position_projections=True needs one pair of position projections, and each layer of the source has "
+            "trained one of its own: convert with share_position_projections=False"
+        )
+
+
+def variant_weights(stock: PreTrainedModel, variant: PreTrainedModel) -> Made:
+    """The variant's tensors that are made of the source's, or that start where the source's function is kept.
+
+    The latter are made of no tensor: their list is empty.
+    """
+    source, target = stock.state_dict(), variant.state_dict()
+    prefix = base_prefix(stock)
+    sources, targets = _schedule(stock.config), layer_schedule(variant.config)
+    tables = _position_tables(source, stock, variant, prefix)
+    projections = _position_projections(source, target, variant.config.num_hidden_layers, prefix)
+    starts = _starts(target, sources, targets)
+    other_positions = {
+        layer
+        for layer, (old, new) in enumerate(zip(sources, targets, strict=True))
+        if old.position_kernel != new.position_kernel
+    }
+    other_feedback = getattr(stock.config, "feedback", "none") != variant.config.feedback
+    made: Made = {}
+    for name in target:
+        # The same name is another quantity where h_p is in other units, or other factors belong to the feedback.
+        renamed = (name.endswith("position_log_bandwidth") and _layer_of(name) in other_positions) or (
+            name.endswith("feedback_gains") and other_feedback
+        )
+        if name in tables:
+            made[name] = tables[name]
+        elif name in source and not renamed:
+            made[name] = (source[name], [name])
+        elif name in projections:
+            made[name] = projections[name]
+        elif name in starts:
+            made[name] = (starts[name], [])
+    return made
+
+
+def base_prefix(model: PreTrainedModel) -> str:
+    """What the names of the backbone's parameters begin with in a model with a head."""
+    return "" if type(model) is type(model.base_model) else f"{model.base_model_prefix}."
+
+
+def unused_rows(stock: PreTrainedModel, variant: PreTrainedModel) -> list[str]:
+    """The table's rows of the patches, where only that of the class token went into something."""
+    embeddings = getattr(variant.base_model, "embeddings", None)
+    if embeddings is None or embeddings.position_embeddings is not None or not _has_class_row(stock):
+        return []
+    return [f"{base_prefix(stock)}embeddings.position_embeddings (rows of the patches)"]
+
+
+def _schedule(config: Any) -> list[LayerSpec]:
+    if hasattr(config, "layer_specs"):
+        specs: list[LayerSpec] = config.layer_specs
+        return specs
+    return [LayerSpec("dot_product", "additive", "none", 2, "standard", "none")] * config.num_hidden_layers
+
+
+def _layer_of(name: str) -> int:
+    """The layer that a parameter's name speaks of: the first number in it."""
+    return next(int(part) for part in name.split(".") if part.isdigit())
+
+
+def _has_class_row(model: PreTrainedModel) -> bool:
+    """Whether a ViT's table has a row for the class token too, as where positions are added."""
+    return all(spec.position_kernel == "additive" for spec in _schedule(model.config))
+
+
+def _position_tables(
+    source: dict[str, torch.Tensor], stock: PreTrainedModel, variant: PreTrainedModel, prefix: str
+) -> Made:
+    """ViT: where patches are compared by position, the class row of the table is part of the class token's content."""
+    table, token = f"{prefix}embeddings.position_embeddings", f"{prefix}embeddings.cls_token"
+    if table not in source or _has_class_row(stock) == variant.base_model.embeddings.adds_positions:
+        return {}
+    rows = source[table]
+    if variant.base_model.embeddings.adds_positions:
+        return {table: (torch.cat((torch.zeros_like(rows[:, :1]), rows), dim=1), [table])}
+    made = {token: (source[token] + rows[:, :1], [token, table])}
+    if variant.base_model.embeddings.position_embeddings is not None:
+        made[table] = (rows[:, 1:], [table])
+    return made
+
+
+def _position_projections(
+    source: dict[str, torch.Tensor], target: dict[str, torch.Tensor], num_layers: int, prefix: str
+) -> Made:
+    """U_Q, U_K and their norm, for every layer that has its own and for the model that shares one pair."""
+    made: Made = {}
+    shared = f"{prefix}position_projection"
+    for layer in range(num_layers):
+        if f"{prefix}h.0.ln_1.weight" in source:
+            norm, projection = f"{prefix}h.{layer}.ln_1", f"{prefix}h.{layer}.attn.c_attn.weight"
+            own = f"{prefix}h.{layer}.attn.filter.position_projection"
+            # Conv1D stores [in, out], with query, key and value side by side.
+            query, key, _ = source[projection].T.chunk(3)
+            names = (projection, projection)
+        else:
+            norm, attention = f"{prefix}layers.{layer}.layernorm_before", f"{prefix}layers.{layer}.attention"
+            own = f"{attention}.filter.position_projection"
+            names = (f"{attention}.q_proj.weight", f"{attention}.k_proj.weight")
+            query, key = source[names[0]], source[names[1]]
+        for wanted in [own, shared] if layer == 0 else [own]:
+            if f"{wanted}.query.weight" not in target:
+                continue
+            parts = ("norm.weight", "norm.bias", "query.weight", "key.weight")
+            if f"{shared}.query.weight" in source:
+                made |= {f"{wanted}.{part}": (source[f"{shared}.{part}"], [f"{shared}.{part}"]) for part in parts}
+                continue
+            made |= {
+                f"{wanted}.norm.{kind}": (source[f"{norm}.{kind}"], [f"{norm}.{kind}"]) for kind in ("weight", "bias")
+            }
+            made |= {f"{wanted}.query.weight": (query, [names[0]]), f"{wanted}.key.weight": (key, [names[1]])}
+    return made
+
+
+def _starts(
+    target: dict[str, torch.Tensor], sources: list[LayerSpec], targets: list[LayerSpec]
+) -> dict[str, torch.Tensor]:
+    """gamma of ``learned``, with which the layer computes what the source's does: A + gamma A(I - A)."""
+    starts = {}
+    for name, parameter in target.items():
+        if not name.endswith("scalar_bias.boosting_gain"):
+            continue
+        old = sources[_layer_of(name)]
+        gamma = 0.0
+        if old.boosting_steps == 2:
+            gamma = {"twicing": 1.0, "diffusion": -1.0, "sos": -1.0}.get(old.boosting, 0.0)
+        starts[name] = torch.full_like(parameter, gamma)
+    return starts

@@ -1,0 +1,167 @@
+"""The backward passes of blocked attention; the formulas are in ``backend_blocked_passes``."""
+
+from __future__ import annotations
+
+import torch
+
+from .backend_blocked_passes import Call, Computed, Inputs, passes_over_blocks
+from .backend_blocked_plan import Block, Group
+from .backend_blocked_weights import Buffer, KeySums, Weights, flat
+from .kernel_content import working_dtype
+
+
+class Gradients:
+    """The gradients of one call, summed group by group.
+
+    Args:
+        call: what was computed.
+        query: ``[batch, heads, length, head_dim]``.
+        key: ``[batch, key_heads, key_length, head_dim]``.
+        value: ``[batch, key_heads, key_length, d]``.
+        bias: added to the logits, with four axes, or None.
+        past: x_1, x_2, ... of the earlier keys side by side, or None.
+        parameters: those of ``call.positions``.
+        computed: in the forward passes.
+        needs_bias_grad: whether the bias has a gradient.
+        needs_parameter_grads: which parameters have one.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+        past: torch.Tensor | None,
+        parameters: tuple[torch.Tensor, ...],
+        computed: Computed,
+        needs_bias_grad: bool,
+        needs_parameter_grads: tuple[bool, ...],
+    ) -> None:
+        self.call = call = call._replace(plan=call.plan.backward)
+        self.plan, self.booster, self.computed = call.plan, call.booster, computed
+        work, self.width, self.num_streams = working_dtype(query.dtype), value.shape[-1], len(call.booster.streams)
+        self.like = query.new_empty(0, dtype=work)
+        self.inputs = Inputs(call, query, key, value, past, computed.streams)
+        self.query = query.new_empty(query.shape, dtype=work)
+        self.key, self.value = (self.inputs.key_heads.total(x, work) for x in (key, value))
+        self.bias = self.like.new_zeros(bias.shape) if bias is not None and needs_bias_grad else None
+        self.past = None if past is None else torch.empty(past.shape, dtype=work, device=past.device)
+        self.positions = call.position_term(parameters, self.like, needs_parameter_grads)
+        self.weights = Weights(self.plan, call.mask, bias, self.positions, self.like)
+        self.blocks = self.plan.blocks()[::-1]
+        self.buffer = Buffer(self.like, self.weights.size)
+        widest = max(self.width, key.shape[-1]) if len(self.blocks) > 1 else 0
+        self.scratch = Buffer(self.like, self.plan.group_pairs * self.plan.key_length * widest)
+
+    def run(self, grad: torch.Tensor | None, stream_grad: torch.Tensor | None) -> None:
+        """Compute all gradients.
+
+        Args:
+            grad: of the output, ``[batch, heads, length, d]``, or None.
+            stream_grad: of the streams side by side, ``[batch, heads, length, (k - 1) * d]``, or None.
+        """
+        plan, dtype = self.plan, self.like.dtype
+        if not plan.groups():  # nothing to attend, and what was allocated stays unwritten
+            for gradient in (self.key, self.value, self.past):
+                if gradient is not None:
+                    gradient.zero_()
+        if grad is None:
+            grad = self.like.new_zeros(plan.batch, plan.heads, plan.length, self.width)
+        output_grads = flat(grad, dtype)
+        stream_grads = None if stream_grad is None else flat(stream_grad, dtype)
+        for group in plan.groups():
+            self._start(group, output_grads, stream_grads)
+            for steps in passes_over_blocks(plan, self.num_streams)[::-1]:
+                for block in self.blocks:
+                    self._block(block, steps)
+            self._finish()
+
+    def _start(self, group: Group, output_grads: torch.Tensor, stream_grads: torch.Tensor | None) -> None:
+        """Turn to a group: its inputs, its rows of G, and empty sums."""
+        inputs, plan, width = self.inputs, self.plan, self.width
+        inputs.start(group)
+        pairs = inputs.query.shape[0]
+        self.group, self.output_grad = group, output_grads[group.pairs]
+        self.output, self.row_sums = self.computed.output[group.pairs], self.computed.row_sums[group.pairs]
+        if self.call.mask is not None:  # queries that see no key may hold anything
+            inputs.query = inputs.query.masked_fill(self.row_sums[..., :1] == float("inf"), 0.0)
+        self.d_query = self.query.flatten(0, 1)[group.pairs]
+        self.side_by_side = torch.cat([inputs.value, inputs.all], dim=-1) if self.num_streams > 1 else inputs.value
+        self.d_key = KeySums(plan, pairs, inputs.key.shape[-1], self.scratch)
+        self.totals = [KeySums(plan, pairs, width, self.scratch) for _ in range(self.num_streams)]
+        if stream_grads is not None:
+            for m in range(1, self.num_streams):
+                self.totals[m].begin(stream_grads[group.pairs, :, inputs.columns(m)])
+        self.weights.start(group, inputs.query, inputs.key)
+
+    def _block(self, block: Block, steps: range) -> None:
+        """Add a block's share to T_m of the streams ``steps`` and, with x_0 among them, to all other gradients."""
+        inputs, plan, rows, keys = self.inputs, self.plan, slice(block.start, block.stop), slice(0, block.keys)
+        matrix, correction = self.weights.recall(block, self.row_sums)
+        kept = plan.kept(self.group, block, self.like) if plan.dropout else None
+        dropped = matrix if kept is None else matrix * kept
+        # g_0, g_1, ... side by side.
+        row_grads = self.like.new_empty(matrix.shape[0], block.stop - block.start, self.num_streams * self.width)
+        for m in reversed(range(steps.start, self.num_streams)):
+            smooth_grad = self._smooth_grad(block, m, row_grads).mul_(correction)
+            if m in steps:
+                self.totals[m].add(dropped, smooth_grad)
+        if steps.start:
+            return
+        d_matrix = torch.bmm(row_grads, self.side_by_side[:, keys].mT, out=self.buffer.view(*matrix.shape))
+        if kept is not None:
+            d_matrix.mul_(kept)
+        d_logits = d_matrix.sub_(self._row_term(block).mul_(correction)).mul_(matrix)
+        self.d_query[:, rows].baddbmm_(d_logits, inputs.key[:, keys], beta=0.0, alpha=plan.scale)
+        self.d_key.add(d_logits, inputs.query[:, rows])
+        if self.bias is not None:
+            self.weights.add_to_bias(self.bias, d_logits, block)
+        self.weights.add_to_positions(d_logits, block)
+
+    def _own(self, block: Block) -> slice:
+        """Where the block's tokens stand among the keys."""
+        return slice(self.plan.past + block.start, self.plan.past + block.stop)
+
+    def _smooth_grad(self, block: Block, m: int, row_grads: torch.Tensor) -> torch.Tensor:
+        """Write g_m = o_m G + sum_{m'>m} c_m'm T_m' of a block's rows into its columns of ``row_grads``."""
+        smooth_grad = row_grads[..., m * self.width : (m + 1) * self.width]
+        total, weight = self.output_grad[:, block.start : block.stop], self.booster.output[m + 1]
+        if weight != 1.0:
+            total = total * weight
+        for later in range(m + 1, self.num_streams):
+            weight = self.booster.streams[later][m + 1]
+            if weight:
+                total = torch.add(total, self.totals[later].rows(self._own(block)), alpha=weight, out=smooth_grad)
+        return smooth_grad if total is smooth_grad else smooth_grad.copy_(total)
+
+    def _row_term(self, block: Block) -> torch.Tensor:
+        """D of a block's rows, ``[pairs, rows, 1]``."""
+        inputs, rows = self.inputs, slice(block.start, block.stop)
+        pairs = [(self.output_grad[:, rows], self.output[:, rows], self.booster.output[0])]
+        for m in range(1, self.num_streams):
+            total, stream = self.totals[m].rows(self._own(block)), inputs.own[:, rows, inputs.columns(m)]
+            pairs.append((total, stream, self.booster.streams[m][0]))
+        term = self.like.new_zeros(())
+        for grad, result, share in pairs:
+            smooth = torch.sub(result, inputs.own_value[:, rows], alpha=share) if share else result
+            if inputs.hidden is not None:
+                smooth = smooth.masked_fill(grad == 0.0, 0.0)  # a hidden value, which may be NaN
+            term = term + (grad * smooth).sum(-1, keepdim=True)
+        return term
+
+    def _finish(self) -> None:
+        """Hand the group's sums over keys to its key heads."""
+        inputs, plan, group = self.inputs, self.plan, self.group
+        every, own = slice(0, plan.key_length), slice(plan.past, plan.key_length)
+        inputs.key_heads.add(self.key, self.d_key.rows(every).mul_(plan.scale), group)
+        # Of earlier keys only x_0 is a function of V here; the rest came in as streams.
+        d_value = self.totals[0].rows(every)
+        for m in range(1, self.num_streams):
+            if self.booster.streams[m][0]:
+                d_value[:, own].add_(self.totals[m].rows(own), alpha=self.booster.streams[m][0])
+            if self.past is not None:
+                earlier = self.totals[m].rows(slice(0, plan.past))
+                self.past.flatten(0, 1)[group.pairs, :, inputs.columns(m)] = earlier
+        inputs.key_heads.add(self.value, d_value, group)

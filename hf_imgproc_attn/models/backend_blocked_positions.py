@@ -1,0 +1,137 @@
+"""A position kernel's part in blocked attention: which rows and columns a block compares, and the sums of gradients.
+
+The formulas are in ``kernel_blocks``. Class tokens have no place on the grid: what the kernel compares is cleared for
+them, and each head's three scalars (grid to class, class to grid, class to class) are added instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .backend_blocked_plan import Block, Group, Plan
+from .kernel_blocks import BlockKernel
+from .kernel_content import HALF_DTYPES
+from .kernel_position import BlockedPositions
+
+KEPT_COMPARISONS = 2**20
+"""What rows and columns have in common is kept for all groups of heads up to this many numbers (4 MB); beyond, it is
+computed again, and memory stays linear in the length."""
+
+
+def check_positions(positions: Any, query: torch.Tensor, key: torch.Tensor) -> None:
+    """Refuse positions that do not fit the tokens, or whose kernel has no form inside a block.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    if not isinstance(positions, BlockedPositions):
+        raise ValueError(
+            "positions must be GaussianPositions, AlibiPositions or BucketPositions, "
+            f"got {type(positions).__name__}: inner products of positions go into query and key as columns"
+        )
+    axes = positions.key_coordinates.shape[-1]
+    wanted = {"coordinates": query.shape[-2], "key_coordinates": key.shape[-2]}
+    for name, length in wanted.items():
+        coordinates = getattr(positions, name)
+        # No set: hashing a shape would compile anew for every length.
+        allowed = ((query.shape[0], length, axes), (1, length, axes))
+        if tuple(coordinates.shape) not in allowed:
+            raise ValueError(
+                f"positions.{name} must have shape {allowed[0]} or {allowed[1]}, got {tuple(coordinates.shape)}"
+            )
+        if coordinates.device != query.device or coordinates.dtype in HALF_DTYPES:
+            raise ValueError(
+                f"positions.{name} must be on the device of query, {query.device}, and not of half precision, "
+                f"got {coordinates.dtype} on {coordinates.device}"
+            )
+    for parameter in positions.parameters():
+        if parameter.shape[0] != query.shape[1]:
+            raise ValueError(
+                f"parameters of positions must have one row for each of {query.shape[1]} heads, "
+                f"got shape {tuple(parameter.shape)}"
+            )
+
+
+class PositionTerm:
+    """What a position kernel adds to the logits of each block, and the gradients of its parameters.
+
+    Args:
+        positions: what is compared.
+        parameters: those of ``positions.parameters()``, whose gradients are summed.
+        plan: what is computed.
+        like: a tensor of the device and dtype to work in.
+        needs_grad: which parameters' gradients are wanted; none in the forward pass.
+    """
+
+    def __init__(
+        self,
+        positions: BlockedPositions,
+        parameters: tuple[torch.Tensor, ...],
+        plan: Plan,
+        like: torch.Tensor,
+        needs_grad: tuple[bool, ...] = (),
+    ) -> None:
+        self.kernel: BlockKernel = positions.block_kernel()
+        self.coordinates, self.key_coordinates = positions.coordinates, positions.key_coordinates
+        self.num_class_tokens = 0 if positions.class_tokens is None else positions.class_tokens.num_tokens
+        self.parameters = tuple(parameter.detach().to(like.dtype) for parameter in parameters)
+        self.gradients = [
+            torch.zeros_like(parameter) if needed else None
+            for parameter, needed in zip(self.parameters, needs_grad, strict=False)
+        ]
+        self.work = like.dtype
+        samples = max(self.coordinates.shape[0], self.key_coordinates.shape[0])
+        self._kept: dict[tuple[int, int], torch.Tensor] | None = None
+        if samples * plan.length * plan.key_length <= KEPT_COMPARISONS:
+            self._kept = {}
+
+    def _compared(self, group: Group, block: Block) -> torch.Tensor:
+        """What the block's rows and columns have in common for all heads, ``[..., samples or 1, rows, keys]``."""
+        per_sample = max(self.coordinates.shape[0], self.key_coordinates.shape[0]) > 1
+        place = (block.number, group.batch.start if per_sample else 0)
+        if self._kept is not None and place in self._kept:
+            return self._kept[place]
+        rows, columns = (x if x.shape[0] == 1 else x[group.batch] for x in (self.coordinates, self.key_coordinates))
+        compared = self.kernel.compare(rows[:, block.start : block.stop], columns[:, : block.keys], self.work)
+        count = self.num_class_tokens
+        if count:
+            self.kernel.clear_(compared[..., :count])
+            self.kernel.clear_(compared[..., : max(count - block.start, 0), :])
+        if self._kept is not None:
+            self._kept[place] = compared
+        return compared
+
+    def _class_parts(self, logits: torch.Tensor, block: Block) -> list[torch.Tensor]:
+        """The views of a block ``[samples, heads, rows, keys]`` in which class tokens take part, as the scalars stand.
+
+        In order: grid rows and class columns, class rows and grid columns, class rows and class columns.
+        """
+        count, rows = self.num_class_tokens, max(self.num_class_tokens - block.start, 0)
+        return [logits[:, :, rows:, :count], logits[:, :, :rows, count:], logits[:, :, :rows, :count]]
+
+    def add_(self, logits: torch.Tensor, group: Group, block: Block, factor: float) -> None:
+        """Add ``factor`` s to the logits of a block, ``[samples, heads, rows, keys]``."""
+        compared, parameter = self._compared(group, block), self.parameters[0][group.heads]
+        self.kernel.add_(logits, compared, parameter, factor)
+        if self.num_class_tokens:
+            scalars = self.parameters[1][group.heads].unsqueeze(-1)
+            for index, part in enumerate(self._class_parts(logits, block)):
+                part.add_(scalars[:, index : index + 1], alpha=factor)
+
+    def accumulate(self, d_logits: torch.Tensor, group: Group, block: Block) -> None:
+        """Add a block's share to the gradients, from that of its logits, which may be overwritten.
+
+        Args:
+            d_logits: ``[samples, heads, rows, keys]``, contiguous.
+            group: of the block.
+            block: its place.
+        """
+        if self.num_class_tokens and self.gradients[1] is not None:
+            for index, part in enumerate(self._class_parts(d_logits, block)):
+                self.gradients[1][group.heads, index] += part.sum((0, 2, 3))
+        if self.gradients[0] is not None:
+            parameter = self.parameters[0][group.heads]
+            share = self.kernel.gradient(d_logits, self._compared(group, block), parameter)
+            self.gradients[0][group.heads] += share
