@@ -334,7 +334,7 @@ def test_results_of_another_machine_are_not_mixed_in(tmp_path: Path) -> None:
         (["--device", "tpu"], "--device must be cuda or cpu, got 'tpu'"),
         (["--device", "cpu", "--parts", "a,q"], "--parts must be among a,b,c,d,e, got 'q'"),
         (["--minutes", "-1"], "--minutes must be a number > 0, got -1.0"),
-        (["--render", "--output", "here"], "--output must be a record of gpu-check, got 'here'"),
+        (["--render", "--output", "here"], "--output must be a record of gpu-check, got 'here', which is not there"),
     ],
 )
 def test_mistakes_are_one_line(run_python: RunPython, tmp_path: Path, arguments: list[str], message: str) -> None:

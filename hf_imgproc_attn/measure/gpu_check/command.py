@@ -71,6 +71,8 @@ def run_command(options: argparse.Namespace) -> int:
     if options.render:
         from .report import render
 
+        if options.output is not None and not output.is_file():
+            raise UsageError(f"--output must be a record of gpu-check, got {str(output)!r}, which is not there")
         for path in render(output):
             print(f"written: {path}")
         return 0
