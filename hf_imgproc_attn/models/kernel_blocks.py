@@ -28,7 +28,11 @@ import torch
 
 
 class BlockKernel(Protocol):
-    """One position kernel's part in a block; parameters and logits have a leading axis of heads."""
+    """One position kernel's part in a block; parameters have a leading axis of heads."""
+
+    @property
+    def is_costly(self) -> bool:
+        """Whether computing a logit from c_ij costs much more than adding it."""
 
     def compare(self, rows: torch.Tensor, columns: torch.Tensor, work: torch.dtype) -> torch.Tensor:
         """c_ij from coordinates ``[samples or 1, rows, axes]`` and ``[samples or 1, columns, axes]``.
@@ -54,6 +58,11 @@ class DistanceKernel(NamedTuple):
     """
 
     squared: bool
+
+    @property
+    def is_costly(self) -> bool:
+        """No: one multiplication."""
+        return False
 
     @property
     def _weight(self) -> float:

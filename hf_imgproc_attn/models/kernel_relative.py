@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 
 from .kernel_blocks import BlockKernel, DistanceKernel
-from .kernel_content import left_columns, right_columns
-from .kernel_position import MAX_FEATURE_SIDE, ClassTokens, join_parameters, replace_class_logits
+from .kernel_content import HALF_DTYPES, left_columns, right_columns
+from .kernel_position import MAX_FEATURE_SIDE, MAX_SPLIT_SIDE, ClassTokens, join_parameters, replace_class_logits
 
 # --------------------------------------------------------------------------------------------------------------------
 # ALiBi
@@ -91,7 +91,8 @@ class AlibiPositions(NamedTuple):
             if unseen or bool((places.diff(dim=-1) < 0).any()):
                 return "bias"
             side = float((places[..., -1] - places[..., 0]).max())
-        return "features" if side * self.steepest <= MAX_FEATURE_SIDE**2 else "bias"
+        most = MAX_SPLIT_SIDE if dtype in HALF_DTYPES else MAX_FEATURE_SIDE
+        return "features" if side * self.steepest <= most**2 else "bias"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -165,6 +166,11 @@ class BucketKernel(NamedTuple):
     bidirectional: bool
     axes: int
     buckets: int
+
+    @property
+    def is_costly(self) -> bool:
+        """A look-up."""
+        return True
 
     @property
     def _joint_axes(self) -> int:

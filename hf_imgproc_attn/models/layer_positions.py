@@ -124,5 +124,6 @@ class LayerPositions:
             return (BucketPositions(new, everywhere, table, class_tokens, self._boundaries, self._bidirectional),)
         log_bandwidth = scalars.position_log_bandwidth
         scale = bandwidth_scale(log_bandwidth, self.bandwidths, like)
-        learns = log_bandwidth is not None and log_bandwidth.requires_grad
+        # A frozen parameter may have learned before: only numbers of the configuration are still what they were.
+        learns = log_bandwidth is not None
         return (GaussianPositions(new, everywhere, scale, class_tokens, min(self.bandwidths), learns, contiguous),)
