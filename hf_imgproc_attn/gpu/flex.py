@@ -16,6 +16,7 @@ import torch
 
 from ..models.backend_call import FilterCall
 from ..models.backend_sdpa import augment
+from ..models.kernel_content import autocast_dtype, without_autocast
 
 NO_STREAMS = "does not hand out the streams that a cache of boosted attention keeps"
 
@@ -35,7 +36,7 @@ def refuses(call: FilterCall) -> str | None:
 
 def run(call: FilterCall) -> torch.Tensor:
     """Serve a call that is not refused: ``[batch, heads, length, d]`` in the value's dtype."""
-    dtype = call.query.dtype
+    dtype = autocast_dtype(call.query)
     query, key, scale, bias = augment(call, dtype)
     _, value = call.repeated()
     if key.shape[1] != query.shape[1]:
@@ -49,7 +50,8 @@ def run(call: FilterCall) -> torch.Tensor:
     attention, score = _attention(query.device.type), _score(allowed, [_four_axes(term) for term in terms])
 
     def attend(rows: torch.Tensor) -> torch.Tensor:
-        out = attention(query, key, rows.to(dtype), score_mod=score, scale=scale)
+        with without_autocast(query.device.type):
+            out = attention(query, key, rows.to(dtype), score_mod=score, scale=scale)
         return out if hidden_rows is None else out.masked_fill(hidden_rows, 0.0)
 
     return call.boost(attend, call.new_value, value).to(call.value.dtype)

@@ -11,8 +11,8 @@ from ..errors import UsageError, did_you_mean, install_hint
 from .filters import square_window
 from .photographs import Photograph
 
-MIN_SIGMA = 0.01
-"""Least noise that is removed, in grey values: below, a picture was drawn and not taken."""
+MIN_SIGMA = 0.001
+"""Least noise that is removed, in grey values of 0 to 255: the rounding of 16-bit pictures has as much."""
 
 
 class Rule(NamedTuple):

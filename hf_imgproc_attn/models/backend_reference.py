@@ -10,7 +10,7 @@ from torch import nn
 
 from .backend_call import FilterCall
 from .boost_operators import BOOSTING, keep_rows
-from .kernel_content import CONTENT_LOGITS, working_dtype
+from .kernel_content import CONTENT_LOGITS, without_autocast, working_dtype
 from .kernel_position import position_logits
 from .visibility import Visibility
 
@@ -19,7 +19,7 @@ def filter_logits(call: FilterCall) -> torch.Tensor:
     """log K, dense, ``[batch, heads, length, key_length]``, in the working precision; who sees whom is left out."""
     work = working_dtype(call.query.dtype)
     key, _ = call.repeated()
-    with torch.autocast(call.query.device.type, enabled=False):
+    with without_autocast(call.query.device.type):
         logits = CONTENT_LOGITS[call.content.kernel](call.query.to(work), key.to(work), call.content.scale)
         for term in call.positions:
             logits = logits + position_logits(term, work)
@@ -72,7 +72,7 @@ def reference_attention(
     work = working_dtype(dtype)
     _, value = call.repeated()
     # Autocast would run the products in half precision and make the reference no better than what it checks.
-    with torch.autocast(logits.device.type, enabled=False):
+    with without_autocast(logits.device.type):
         matrix = filter_matrix(logits.to(work), call.visibility)
         matrix = nn.functional.dropout(matrix, p=call.dropout, training=call.dropout > 0.0)
 

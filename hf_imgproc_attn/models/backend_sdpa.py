@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .backend_call import FilterCall
-from .kernel_content import CONTENT_COLUMNS, inside, working_dtype
+from .kernel_content import CONTENT_COLUMNS, autocast_dtype, inside, working_dtype
 from .kernel_position import position_columns, position_form, position_logits
 from .visibility import Visibility
 
@@ -90,10 +90,8 @@ def refuses(call: FilterCall) -> str | None:
 
 def run(call: FilterCall) -> torch.Tensor:
     """The back-end ``sdpa``: ``[batch, heads, length, d]`` in the value's dtype, or in autocast's where that is on."""
-    device_type, dtype = call.query.device.type, call.query.dtype
-    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
-        # Autocast runs SDPA in its own dtype whatever comes in: columns must be made for that dtype.
-        dtype = torch.get_autocast_dtype(device_type)
+    # Autocast runs SDPA in its own dtype whatever comes in: columns must be made for that dtype.
+    dtype = autocast_dtype(call.query)
     query, key, scale, bias = augment(call, dtype)
     value = call.value.to(dtype)
     if call.groups > 1:

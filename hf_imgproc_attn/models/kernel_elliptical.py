@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from .cache_streams import Streams
-from .kernel_content import working_dtype
+from .kernel_content import without_autocast, working_dtype
 from .visibility import Visibility
 
 
@@ -43,7 +43,7 @@ def elliptical_metric(
         all_moved = all_moved.masked_fill(~visibility.keys.transpose(-1, -2), 0.0)
     if not visibility.hides_only_padding:
         allowed = visibility.allowed(value.device)
-        with torch.autocast(value.device.type, enabled=False):
+        with without_autocast(value.device.type):
             weight = all_moved.sum(-2, keepdim=True) if allowed is None else _sum_of_visible(all_moved, allowed)
     elif visibility.hides_later_keys:
         past = all_moved.shape[-2] - length

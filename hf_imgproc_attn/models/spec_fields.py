@@ -181,7 +181,8 @@ class FilterSpecMixin:
 
         ``"operator"`` is what multiplies V (for twicing 2A - A^2); it needs every row of A, which a cache does not
         keep. ``"filter"`` is A itself, whose rows are there at every step of cached generation. Both are parts of the
-        graph that the output is computed with. Set at run time, as ``filter_backend`` is, and never saved.
+        graph that the output is computed with, but for the two maps of ``gradient_boosted``, which are copies side by
+        side. Set at run time, as ``filter_backend`` is, and never saved.
 
         Raises:
             ValueError: on setting another value.

@@ -195,6 +195,16 @@ def test_code_that_is_not_the_packages_is_remarked(hub: HubServer, api: HfApi, d
     assert audited.endswith("imports socket")
 
 
+def test_code_that_is_not_complete_is_remarked(hub: HubServer, api: HfApi, digits: Path) -> None:
+    assert pull(ID).remarks == []
+    api.delete_file("spec_versions.py", ID)
+    remarks = pull(ID).remarks
+    assert remarks
+    assert all(
+        text.startswith("its code is not complete, it lacks spec_versions.py (imported by ") for text in remarks
+    )
+
+
 def test_published_code_is_compared_when_the_package_loads_it(
     hub: HubServer, api: HfApi, digits: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -180,6 +180,18 @@ def test_noise_zero_removes_what_is_there(
     assert table[-1].endswith("figure, record and pictures are in out")
 
 
+def test_the_weak_noise_of_a_deep_picture_is_removed(tmp_path: Path) -> None:
+    """Noise of sigma 2 on grey values around 30000, which is less than a hundredth of a level of 8 bits."""
+    clean = 30000 + np.add.outer(np.linspace(0, 40, 70), np.linspace(0, 40, 60))
+    noisy = np.rint(clean + np.random.default_rng(6).normal(0, 2.0, clean.shape)).astype(np.uint16)
+    cv2.imwrite(str(tmp_path / "in.png"), noisy)
+    record = denoising.run([str(tmp_path / "in.png")], noise=[0], output=tmp_path / "out", save=True)
+    assert 1.6 < record["results"][0]["sigma"] * 257 < 2.4
+    filtered = cv2.imread(str(tmp_path / "out" / "in_filtered.png"), cv2.IMREAD_UNCHANGED)
+    assert filtered.dtype == np.uint16
+    assert np.std(filtered - clean) < 0.6 * np.std(noisy - clean)
+
+
 def test_pictures_at_every_level_are_saved(tmp_path: Path) -> None:
     arguments = ["denoise", "camera", "--noise", "0", "20", "--crop", "40", "--save", "--output", str(tmp_path)]
     assert cli.main(arguments) == 0
@@ -229,7 +241,7 @@ def test_pictures_are_not_written_over_others(tmp_path: Path, monkeypatch: pytes
 
 def test_a_picture_without_noise_is_refused(tmp_path: Path) -> None:
     Pillow.fromarray(np.full((40, 40), 7, dtype=np.uint8)).save(tmp_path / "flat.png")
-    with pytest.raises(UsageError, match="at least 0.01 grey values, got .*, as estimated, for flat"):
+    with pytest.raises(UsageError, match="at least 0.001 grey values, got .*, as estimated, for flat"):
         denoising.run([str(tmp_path / "flat.png")], noise=[0], output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
