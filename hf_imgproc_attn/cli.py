@@ -1,4 +1,4 @@
-"""The command line ``imgproc-attn``: train, evaluate, convert, benchmark, denoise, publish, download.
+"""The command line ``imgproc-attn``: train, evaluate, convert, benchmark, check a GPU, denoise, publish, download.
 
 What a sub-command needs is imported when it runs, so ``--help`` does not wait for torch. A mistake of the user ends in
 one line on standard error and exit status 2; any other exception is a bug and keeps its traceback.
@@ -29,6 +29,7 @@ from .errors import (
 )
 from .hub.commands import add_commands as add_hub_commands
 from .library_fields import configuration_fields
+from .measure.gpu_check.command import add_command as add_gpu_check
 from .output_paths import check_output_file, check_output_folder
 from .shipped_files import shipped_file
 
@@ -149,9 +150,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     denoise = commands.add_parser(
         "denoise",
-        help="apply the filters to noisy photographs",
-        description="Add Gaussian noise to photographs, filter them, boost the filter; writes a figure and a record. "
-        "The bandwidths follow from the noise alone.",
+        help="remove noise from photographs with the filters",
+        description="Filter photographs and boost the filter: with Gaussian noise added, to compare with the clean "
+        "picture, or as they are (--noise 0). Writes a figure and a record. Colour is filtered as colour, an alpha "
+        "channel is kept as it is. The bandwidths follow from the noise alone.",
     )
     denoise.add_argument(
         "images",
@@ -166,7 +168,11 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=[10.0, 25.0, 50.0],
         metavar="SIGMA",
-        help="standard deviations of the noise in grey values of 0 to 255 (default: 10 25 50)",
+        help="standard deviations of the noise to add, in grey values of 0 to 255 whatever the depth; 0 adds none and "
+        "removes the picture's own, whose strength is estimated (default: 10 25 50)",
+    )
+    denoise.add_argument(
+        "--save", action="store_true", help="also write the filtered pictures, as PNG with the bit depth of the input"
     )
     denoise.add_argument("--crop", type=int, metavar="SIDE", help="cut a square out of the middle first")
     denoise.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
@@ -175,6 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     denoise.set_defaults(run_command=run_denoise)
 
+    add_gpu_check(commands)
     add_hub_commands(commands)
     return parser
 
@@ -289,9 +296,11 @@ def run_denoise(options: argparse.Namespace) -> int:
         output=options.output,
         crop=options.crop,
         seed=options.seed,
+        save=options.save,
     )
     _print_table(table_rows(record))
-    print(f"PSNR in dB / SSIM; figure and record are in {options.output}")
+    what = "figure, record and pictures" if options.save else "figure and record"
+    print(f"PSNR in dB / SSIM; {what} are in {options.output}")
     return 0
 
 

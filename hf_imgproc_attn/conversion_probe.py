@@ -122,7 +122,7 @@ def difference(source: PreTrainedModel, variant: PreTrainedModel) -> tuple[float
     else:
         inputs = torch.randn(1, config.num_channels, *sides(config.image_size), generator=generator)
     outputs = [_run(model, inputs)[0].float().cpu() for model in (source, variant)]
-    return float((outputs[0] - outputs[1]).abs().max()), float(outputs[0].std())
+    return float((outputs[0] - outputs[1]).abs().max()), float(outputs[0].std(correction=0))
 
 
 @torch.no_grad()
@@ -165,7 +165,8 @@ def _is_language_model(model: PreTrainedModel) -> bool:
 
 
 def _predicts(model: PreTrainedModel) -> bool:
-    return _is_language_model(model) or type(model).__name__.endswith("Classification")
+    is_classifier = type(model).__name__.endswith("Classification") and model.config.num_labels > 1
+    return is_classifier or _is_language_model(model)
 
 
 def _check_given(model: PreTrainedModel, given: torch.Tensor) -> None:

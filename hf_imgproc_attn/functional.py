@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from . import gpu
-from .models.backend_checks import check_options, check_tensors, check_terms
-from .models.backend_sdpa import beside
-from .models.backend_table import BACKENDS, Backend, Request, run_backend
-from .models.kernel_content import HALF_DTYPES
-
-gpu.register(BACKENDS, Backend)
+from . import gpu as _gpu  # noqa: F401  # its back-ends register themselves
+from .models.backend_call import Booster, Content, FilterCall, check_bias, check_options, check_tensors
+from .models.backend_table import run_filter
+from .models.kernel_content import working_dtype
+from .models.kernel_given import BiasPositions, FeaturePositions
+from .models.kernel_position import Positions
+from .models.visibility import attention_visibility
 
 
 def filter_attention(
@@ -79,26 +79,48 @@ def filter_attention(
             raise ValueError(
                 f"boosting={boosting!r} applies A to its own output and needs as many queries as keys, {lengths}"
             )
-    attn_mask, position_bias = check_terms(query, key, attn_mask, position_bias)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    if query_features is not None or key_features is not None:
-        if query_features is None or key_features is None:
-            raise ValueError("query_features and key_features must be given together, got only one of them")
-        _check_features("query_features", query_features, query)
-        _check_features("key_features", key_features, key)
-        if query_features.shape[-1] != key_features.shape[-1]:
-            raise ValueError(
-                f"query_features and key_features must have the same width, got {query_features.shape[-1]} and "
-                f"{key_features.shape[-1]}"
-            )
-        if query.dtype in HALF_DTYPES or scale == 0.0:  # what is split into exact pieces must stay as it is
-            query, scale = query * scale, 1.0
-        # The few columns take the factor, not the queries: a copy less.
-        query, key = beside(query, [query_features / scale]), beside(key, [key_features])
-    request = Request(
-        query, key, value, attn_mask, position_bias, is_causal, scale, dropout_p, boosting, boosting_steps
+    shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    call = FilterCall(
+        query,
+        key,
+        value,
+        content=Content("dot_product", query.shape[-1] ** -0.5 if scale is None else float(scale)),
+        visibility=attention_visibility(
+            attn_mask, shape=shape, causal=is_causal, working_dtype=working_dtype(query.dtype), name="attn_mask"
+        ),
+        positions=_given_positions(query, key, query_features, key_features, position_bias),
+        booster=Booster(boosting, boosting_steps),
+        dropout=dropout_p,
     )
-    return run_backend(backend, request)
+    return run_filter(call, backend).to(value.dtype)
+
+
+def _given_positions(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    query_features: torch.Tensor | None,
+    key_features: torch.Tensor | None,
+    position_bias: torch.Tensor | None,
+) -> tuple[Positions, ...]:
+    """Feature columns and bias as terms of the logits, checked."""
+    terms: list[Positions] = []
+    if position_bias is not None:
+        shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        terms.append(BiasPositions(check_bias(position_bias, shape)))
+    if query_features is None and key_features is None:
+        return tuple(terms)
+    if query_features is None or key_features is None:
+        raise ValueError("query_features and key_features must be given together, got only one of them")
+    _check_features("query_features", query_features, query)
+    _check_features("key_features", key_features, key)
+    if query_features.shape[-1] != key_features.shape[-1]:
+        raise ValueError(
+            f"query_features and key_features must have the same width, got {query_features.shape[-1]} and "
+            f"{key_features.shape[-1]}"
+        )
+    if key_features.shape[1] not in (1, query.shape[1]):
+        key_features = key_features.repeat_interleave(query.shape[1] // key_features.shape[1], dim=1)
+    return (FeaturePositions(query_features, key_features), *terms)
 
 
 def _check_features(name: str, features: torch.Tensor, columns_of: torch.Tensor) -> None:

@@ -89,9 +89,8 @@ def register() -> None:
     from transformers.models.auto import modeling_auto
     from transformers.utils import is_torchvision_available, is_vision_available
 
-    from . import gpu
+    from . import gpu as _gpu  # noqa: F401  # its back-ends register themselves
     from .hub.travelling_code import report_differing_code
-    from .models import backend_table
     from .models import modeling_imgproc_gpt2 as gpt2
     from .models import modeling_imgproc_vit as vit
     from .models.configuration_imgproc_gpt2 import ImgProcGPT2Config
@@ -99,7 +98,6 @@ def register() -> None:
     from .models.modeling_shared import FilterPreTrainedMixin
 
     FilterPreTrainedMixin.load_listeners = [report_differing_code]
-    gpu.register(backend_table.BACKENDS, backend_table.Backend)
     for config in (ImgProcGPT2Config, ImgProcViTConfig):
         AutoConfig.register(config.model_type, config, exist_ok=True)
     # `pipeline` and Trainer's label smoothing look class names up in tables that `AutoModel….register` leaves alone:

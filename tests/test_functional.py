@@ -12,7 +12,10 @@ import torch
 import hf_imgproc_attn
 from hf_imgproc_attn import filter_attention
 from hf_imgproc_attn.models import backend_table
-from hf_imgproc_attn.models.backend_table import BACKENDS, Request, choose_backend, register_backend
+from hf_imgproc_attn.models.backend_call import Booster, Content, FilterCall
+from hf_imgproc_attn.models.backend_table import BACKENDS, Backend, choose_backend, register
+from hf_imgproc_attn.models.kernel_given import FeaturePositions
+from hf_imgproc_attn.models.visibility import Visibility
 from tests.helpers import RunPython
 
 BATCH, HEADS, LENGTH, WIDTH, FEATURES = 2, 4, 13, 6, 3
@@ -201,11 +204,11 @@ def _clean_table(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_optional_back_ends(name: str) -> None:
     with pytest.raises(ValueError, match=f"backend='{name}' is not available: the kernels need"):
         filter_attention(*inputs(), backend=name)
-    register_backend(
-        name,
-        lambda request: request.value + request.scale,
-        lambda request: "works without boosting only" if request.is_boosted else None,
+    backend = Backend(
+        lambda call: call.value + call.content.scale,
+        lambda call: "works without boosting only" if call.is_boosted else None,
     )
+    register(name, backend)
     torch.testing.assert_close(filter_attention(*inputs(), backend=name, scale=2.0), inputs()[2] + 2.0)
     with pytest.raises(ValueError, match=f"backend='{name}' cannot serve this call: it works without boosting only"):
         filter_attention(*inputs(), backend=name, boosting="twicing")
@@ -213,22 +216,32 @@ def test_optional_back_ends(name: str) -> None:
 
 def test_only_known_names_register() -> None:
     with pytest.raises(ValueError, match="back-end must be one of triton, flex, got 'mine'"):
-        register_backend("mine", lambda request: request.value)
+        register("mine", BACKENDS["sdpa"])
     assert "mine" not in BACKENDS
 
 
-def request(
+def call_of(
     device: str = "cpu",
     length: int = 200,
     boosting: str = "twicing",
     *,
     causal: bool = True,
     extra: int = 0,
-    **options: Any,
-) -> Request:
+    dropout: float = 0.0,
+) -> FilterCall:
     """Only shapes matter; nothing is computed."""
-    query, value = (torch.empty(2, 4, length, size, device=device) for size in (WIDTH + extra, WIDTH))
-    return Request(query, query, value, None, None, causal, 1.0, options.get("dropout_p", 0.0), boosting, 2)
+    query, value = torch.empty(2, 2, 4, length, WIDTH, device=device)
+    features = torch.empty(1, 4, length, extra, device=device)
+    return FilterCall(
+        query,
+        query,
+        value,
+        Content("dot_product", 1.0),
+        Visibility(length, length, causal),
+        positions=(FeaturePositions(features, features),) if extra else (),
+        booster=Booster(boosting),
+        dropout=dropout,
+    )
 
 
 @pytest.mark.usefixtures("_clean_table")
@@ -237,29 +250,29 @@ def request(
     [
         ({"boosting": "none"}, "sdpa"),
         ({"boosting": "none", "extra": 8}, "blocked"),
-        ({"boosting": "none", "dropout_p": 0.1}, "blocked"),
+        ({"boosting": "none", "dropout": 0.1}, "blocked"),
         ({}, "blocked"),
         ({"causal": False}, "blocked"),
         ({"length": 12}, "sdpa"),
-        ({"length": 12, "dropout_p": 0.1}, "reference"),
+        ({"length": 12, "dropout": 0.1}, "reference"),
         ({"length": 2000}, "blocked"),
         ({"length": 2000, "causal": False}, "sdpa"),
-        ({"length": 2000, "causal": False, "dropout_p": 0.1}, "blocked"),
+        ({"length": 2000, "causal": False, "dropout": 0.1}, "blocked"),
         ({"device": "meta"}, "sdpa"),
-        ({"device": "meta", "dropout_p": 0.1}, "blocked"),
+        ({"device": "meta", "dropout": 0.1}, "blocked"),
     ],
 )
 def test_auto_follows_the_table(given: dict[str, Any], expected: str) -> None:
-    assert choose_backend(request(**given)) == expected
+    assert choose_backend(call_of(**given)) == expected
 
 
 @pytest.mark.usefixtures("_clean_table")
 def test_kernels_come_first_where_they_serve_the_call() -> None:
-    register_backend("triton", lambda call: call.value, lambda call: "has no dropout" if call.dropout_p else None)
-    assert choose_backend(request("meta")) == "triton"
-    assert choose_backend(request("meta", dropout_p=0.1)) == "blocked"
-    assert choose_backend(request("meta", boosting="none", dropout_p=0.1)) == "sdpa"
-    assert choose_backend(request("cpu")) == "blocked"
+    register("triton", Backend(lambda call: call.value, lambda call: "has no dropout" if call.dropout else None))
+    assert choose_backend(call_of("meta")) == "triton"
+    assert choose_backend(call_of("meta", dropout=0.1)) == "blocked"
+    assert choose_backend(call_of("meta", boosting="none", dropout=0.1)) == "sdpa"
+    assert choose_backend(call_of("cpu")) == "blocked"
 
 
 def test_exported_lazily(run_python: RunPython) -> None:

@@ -16,13 +16,12 @@ import torch
 from torch import nn
 
 from hf_imgproc_attn.models import layer_filter
-from hf_imgproc_attn.models.backend_reference import filter_matrix, reference_attention
 from hf_imgproc_attn.models.boost_depth import RESIDUAL, LayerState
 from hf_imgproc_attn.models.boost_operators import BOOSTING, keep_rows
 from hf_imgproc_attn.models.layer_filter import AttentionFilter
 from hf_imgproc_attn.models.layer_tokens import filter_tokens
 from hf_imgproc_attn.models.spec_axes import BOOSTINGS, CONTENT_KERNELS, POSITION_KERNELS, default_steps
-from tests.models.helpers import make_filter
+from tests.models.helpers import dense_attention, dense_matrix, layer_inputs, make_filter
 
 TIGHT = {"rtol": 0, "atol": 1e-12}
 
@@ -34,13 +33,13 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def attention_matrix(length: int = 9, width: int = 4, seed: int = 0) -> torch.Tensor:
     """A of ordinary attention, q and k apart: ``[length, length]`` with complex eigenvalues."""
     query, key = random(length, width, seed=seed), random(length, width, seed=seed + 1)
-    return filter_matrix((query @ key.T)[None, None], None)[0, 0]
+    return dense_matrix((query @ key.T)[None, None])[0, 0]
 
 
 def gaussian_matrix(length: int = 9, width: int = 4, seed: int = 0, bandwidth: float = 1.6) -> torch.Tensor:
     """A of a Gaussian kernel with q = k: similar to a symmetric positive matrix, so eigenvalues in (0, 1]."""
     tokens = random(length, width, seed=seed)
-    return filter_matrix(-torch.cdist(tokens, tokens).square()[None, None] / bandwidth**2, None)[0, 0]
+    return dense_matrix(-torch.cdist(tokens, tokens).square()[None, None] / bandwidth**2)[0, 0]
 
 
 def boost(
@@ -151,7 +150,7 @@ def test_4_spectrum_of_the_boosted_operator(
     matrix = kind()
     eigenvalues, eigenvectors = torch.linalg.eig(matrix)
     options = {} if gain is None else {"boosting_gain": torch.tensor(gain, dtype=torch.float64).view(1, 1, 1)}
-    _, operator = reference_attention(
+    _, operator = dense_attention(
         matrix.log()[None, None], random(1, 1, 9, 2), random(1, 1, 9, 2), boosting=boosting, boosting_steps=steps,
         need_weights=True, **options,
     )  # fmt: skip
@@ -232,7 +231,7 @@ def test_5_sos_diverges_where_tokens_attend_to_each_other() -> None:
     image = torch.tensor([[1.0], [-1.0]]).double()[None, None]
 
     def applied(boosting: str, steps: int) -> float:
-        out, _ = reference_attention(logits, image, image, boosting=boosting, boosting_steps=steps)
+        out, _ = dense_attention(logits, image, image, boosting=boosting, boosting_steps=steps)
         return float(out[0, 0, 0])
 
     for steps in (1, 2, 3, 8, 15):
@@ -252,7 +251,7 @@ def test_6_a_residual_connection_raises_the_signal_to_noise_ratio() -> None:
     length = 48
     places = torch.arange(length, dtype=torch.float64)
     distance = torch.minimum((places[:, None] - places) % length, (places - places[:, None]) % length)
-    matrix = filter_matrix(-distance.square()[None, None] / 3.0**2, None)[0, 0]
+    matrix = dense_matrix(-distance.square()[None, None] / 3.0**2)[0, 0]
     signal, noise = torch.cos(2 * math.pi * 2 * places / length), 0.2 * torch.cos(2 * math.pi * 13 * places / length)
     alpha, beta = (float((matrix @ part) @ part / (part @ part)) for part in (signal, noise))
     assert 0 < beta < 0.1 < 0.8 < alpha < 1
@@ -282,6 +281,9 @@ COMBINATIONS = [
 ]
 
 
+BACKENDS = {"eager": "reference", "sdpa": "auto"}
+
+
 class Layer(nn.Module):
     """A filter with everything that happens to its output, as one module."""
 
@@ -289,8 +291,11 @@ class Layer(nn.Module):
         super().__init__()
         self.filter = attention_filter
 
-    def forward(self, *leaves: torch.Tensor, previous_value: torch.Tensor, **options: Any) -> torch.Tensor:
-        return filter_tokens(self.filter, *leaves, LayerState(previous_value=previous_value), **options)[0]
+    def forward(
+        self, hidden_states: torch.Tensor, *projected: torch.Tensor, implementation: str, **options: Any
+    ) -> torch.Tensor:
+        inputs = layer_inputs(hidden_states.shape[1], backend=BACKENDS[implementation], **options)
+        return filter_tokens(self.filter, hidden_states, projected, inputs)[0]
 
 
 @pytest.mark.parametrize(("content", "position", "boosting"), COMBINATIONS)

@@ -207,8 +207,9 @@ def cached_decoding(preset: str) -> str:
     """What a cache keeps beside keys and values."""
     layer = example(preset)[1]
     parts = []
-    if layer.num_streams:
-        parts.append(f"{layer.num_streams} stream{'s' * (layer.num_streams > 1)} as wide as V")
+    count = len(layer.stream_names)
+    if count:
+        parts.append(f"{count} stream{'s' * (count > 1)} as wide as V")
     if layer.spec.position_kernel == "untied":
         parts.append("U_K p")
     elif layer.spec.compares_positions:

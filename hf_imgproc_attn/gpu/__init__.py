@@ -11,33 +11,29 @@ causal or not, with an optional mask of padded keys. Three algorithms (:mod:`.tw
 *Checked* without a GPU: outputs and gradients against float64 in Triton's interpreter; every kernel compiles for
 compute capability 9.0 (H100), where its products are warp-group instructions and its tiles fit into shared memory.
 
-*Not measured:* time, on any GPU; the choice between the algorithms is by the number of products; numerical error
-on a device. ``python -m hf_imgproc_attn.gpu.check`` measures them on a machine with a CUDA device.
+``imgproc-attn gpu-check`` measures errors and times on a machine with a CUDA device; what it found stands in
+``docs/gpu.md``. The choice between the algorithms is by the number of products.
 
-Importing this package needs neither Triton nor a GPU. ``supports`` says why a call cannot be served.
+Importing this package needs neither Triton nor a GPU; the back-ends register themselves in ``models.backend_table``.
+``supports`` says why a call cannot be served.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import MutableMapping
-from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import install_hint
+from ..models.backend_call import FilterCall
+from ..models.backend_table import Backend, register
+from . import flex
+from .flex import NO_STREAMS
 
 _TRITON_IS_THERE = importlib.util.find_spec("triton") is not None
 
 MAX_HEAD_DIM = 128
-
-
-class TritonBackend(NamedTuple):
-    """How to run a request of the dispatch table, and when not to."""
-
-    run: Any
-    refuses: Any
 
 
 def supports(
@@ -97,52 +93,49 @@ def supports(
     return None
 
 
-def refuses(request: Any) -> str | None:
-    """:func:`supports` for a request of the dispatch table."""
+def refuses(call: FilterCall) -> str | None:
+    """Why the Triton kernels cannot serve a filter's call, as the rest of a sentence about them, or None."""
+    if call.streams.is_cached and call.is_boosted:
+        return NO_STREAMS
+    if call.booster.gain is not None:
+        return "knows no learned gain"
+    if call.has_columns:
+        return "takes plain inner products, without columns of a position or content kernel"
+    seen = call.visibility
+    if seen.mask is not None or seen.bias is not None:
+        return "takes masks of padded keys only"
     return supports(
-        request.query,
-        request.key,
-        request.value,
-        is_causal=request.is_causal,
-        attn_mask=request.attn_mask,
-        bias=request.position_bias,
-        dropout_p=request.dropout_p,
-        boosting=request.boosting,
-        steps=request.boosting_steps,
+        call.query,
+        call.key,
+        call.value,
+        is_causal=seen.hides_later_keys,
+        attn_mask=seen.keys,
+        dropout_p=call.dropout,
+        boosting=call.booster.name,
+        steps=call.booster.steps,
     )
 
 
-def run(request: Any) -> torch.Tensor:
-    """Serve a request that is not refused: ``[batch, heads, length, head_dim]``."""
+def run(call: FilterCall) -> torch.Tensor:
+    """Serve a call that is not refused: ``[batch, heads, length, head_dim]``."""
     from .twicing import twicing_attention
 
-    key_mask = request.attn_mask
+    query, scale = call.query, call.content.scale
+    if isinstance(scale, torch.Tensor):  # one a head, or a metric
+        query, scale = (query * scale).to(query.dtype), 1.0
+    key_mask = call.visibility.keys
     if key_mask is not None:
-        key_mask = key_mask[:, 0, 0].expand(request.key.shape[0], -1)
+        key_mask = key_mask[:, 0, 0].expand(call.key.shape[0], -1)
     return twicing_attention(
-        request.query, request.key, request.value, key_mask, scale=request.scale, is_causal=request.is_causal
+        query,
+        call.key,
+        call.value,
+        key_mask,
+        scale=float(scale),
+        is_causal=call.visibility.hides_later_keys,
     )
 
 
-def register(backends: MutableMapping[str, Any], backend_type: Any = TritonBackend) -> None:
-    """Insert ``"flex"`` into a table of back-ends, and ``"triton"`` where the package triton is there.
-
-    Args:
-        backends: from names to back-ends.
-        backend_type: what the table holds, made of a function that runs a request and one that refuses it.
-    """
-    backends["flex"] = backend_type(_run_flex, _flex_refuses)
-    if _TRITON_IS_THERE:
-        backends["triton"] = backend_type(run, refuses)
-
-
-def _run_flex(request: Any) -> torch.Tensor:
-    from . import flex
-
-    return flex.run(request)
-
-
-def _flex_refuses(request: Any) -> str | None:
-    from . import flex
-
-    return flex.refuses(request)
+register("flex", Backend(flex.run, flex.refuses))
+if _TRITON_IS_THERE:
+    register("triton", Backend(run, refuses))

@@ -10,45 +10,51 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ..models.boost_operators import BOOSTING, keep_rows
-from ..models.visibility import visible
+from ..models.backend_call import FilterCall
+from ..models.backend_sdpa import augment
+from ..models.kernel_content import autocast_dtype, without_autocast
 
-if TYPE_CHECKING:
-    from ..models.backend_table import Request
+NO_STREAMS = "does not hand out the streams that a cache of boosted attention keeps"
 
 
-def refuses(request: Request) -> str | None:
-    """Why FlexAttention cannot serve a request, as the rest of a sentence about it, or None if it can."""
-    if request.dropout_p > 0.0:
-        return f"drops nothing out, got dropout_p={request.dropout_p}"
-    inputs = (request.query, request.key, request.value, request.attn_mask, request.position_bias)
+def refuses(call: FilterCall) -> str | None:
+    """Why FlexAttention cannot serve a call, as the rest of a sentence about it, or None if it can."""
+    if call.streams.is_cached and call.is_boosted:
+        return NO_STREAMS
+    if call.dropout > 0.0:
+        return f"drops nothing out, got dropout_p={call.dropout}"
+    inputs = (call.query, call.key, call.value, call.visibility.bias)
     needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    if needs_gradient and request.query.device.type == "cpu":
+    if needs_gradient and call.query.device.type == "cpu":
         return "has no backward pass on the CPU"
     return None
 
 
-def run(request: Request) -> torch.Tensor:
-    """Serve a request that is not refused: ``[batch, heads, length, d]`` in the value's dtype."""
-    key, value = request.repeated()
-    length, key_length = request.query.shape[-2], key.shape[-2]
-    allowed, additive = visible(request.attn_mask, request.is_causal, length, key_length, key.device)
-    terms = [term for term in (request.position_bias, additive) if term is not None]
+def run(call: FilterCall) -> torch.Tensor:
+    """Serve a call that is not refused: ``[batch, heads, length, d]`` in the value's dtype."""
+    dtype = autocast_dtype(call.query)
+    query, key, scale, bias = augment(call, dtype)
+    _, value = call.repeated()
+    if key.shape[1] != query.shape[1]:
+        key = key.repeat_interleave(call.groups, dim=1)
+    allowed = call.visibility.allowed(key.device)
+    terms = [term for term in (bias, call.visibility.bias) if term is not None]
     hidden_rows = None if allowed is None else ~allowed.any(-1, keepdim=True)
     if allowed is not None and hidden_rows is not None:
         # A row of nothing but -inf has no softmax: such rows see everything here, and give 0 below.
         allowed = _four_axes(allowed | hidden_rows)
-    attention, score = _attention(request.query.device.type), _score(allowed, [_four_axes(term) for term in terms])
+    attention, score = _attention(query.device.type), _score(allowed, [_four_axes(term) for term in terms])
 
-    def attend(stream: torch.Tensor) -> torch.Tensor:
-        out = attention(request.query, key, stream, score_mod=score, scale=request.scale)
+    def attend(rows: torch.Tensor) -> torch.Tensor:
+        with without_autocast(query.device.type):
+            out = attention(query, key, rows.to(dtype), score_mod=score, scale=scale)
         return out if hidden_rows is None else out.masked_fill(hidden_rows, 0.0)
 
-    return BOOSTING[request.boosting](attend, keep_rows, value, value, request.boosting_steps, None)
+    return call.boost(attend, call.new_value, value).to(call.value.dtype)
 
 
 def _four_axes(x: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from ..output_paths import check_output_folder
 from .client import HubError, connect, patiently
 from .repository import check_repo_id, list_files, repository_model_type, same_content
 from .run_files import MODEL_TYPES, RECORD
-from .travelling_code import audit_folder, differing_files
+from .travelling_code import audit_folder, differing_files, missing_imports
 
 _PICKLES = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.h5", "*.msgpack", "*.npy", "*.npz"]
 _DOWNLOADS = 2
@@ -179,4 +179,6 @@ def _delete(path: Path) -> None:
 def _remarks(folder: str) -> list[str]:
     differing = differing_files(folder)
     remarks = [f"its code differs from this package's in {', '.join(differing)}"] if differing else []
+    lacking = missing_imports(folder, [path.name for path in Path(folder).glob("*.py")])
+    remarks += [f"its code is not complete, it lacks {finding}" for finding in lacking]
     return remarks + [f"its code has what a model has no need for: {finding}" for finding in audit_folder(folder)]

@@ -36,17 +36,19 @@ class Licence:
             them; empty where no licence is known.
         origin: where it comes from, in words.
         is_given: whether the user named it.
+        is_pending: whether the Hub, which was not asked, may know one.
         remarks: what the user should know about it, one sentence each.
     """
 
     keys: dict[str, Any]
     origin: str
     is_given: bool = False
+    is_pending: bool = False
     remarks: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         if not self.keys:
-            return "no licence is known: neither the user's, nor that of a base model or of the data"
+            return "none was given, and none of a base model or of the data is known"
         named = self.keys["license"]
         return f"{', '.join(named) if isinstance(named, list) else named} ({self.origin})"
 
@@ -65,13 +67,14 @@ def find_licence(record: dict[str, Any], given: str | None, *, ask_hub: bool, ch
     if named := given or trained_with:
         return Licence({"license": named}, f"--license{'' if given else ' of the training command'}", True)
     start, data = arguments["model"].get("model_name_or_path"), arguments["data"].get("dataset_name")
-    public, remarks = public_record(record), list[str]()
+    public, remarks, pending = public_record(record), list[str](), list[str]()
 
     def look(part: str, option: str, describe: Look) -> dict[str, Any]:
         name = hub_name(public, part, option)
         if name is None:
             return _of_folder(Path(str(arguments[part][option])), ask_hub, chain - 1)
         if not ask_hub:
+            pending.append(name)
             remarks.append(f"the licence of {name} is asked from the Hub when the run is published")
             return {}
         try:
@@ -83,11 +86,11 @@ def find_licence(record: dict[str, Any], given: str | None, *, ask_hub: bool, ch
     embedded = data in (None, "", EMBEDDED_IMAGES, EMBEDDED_TEXT)
     of_data = {} if embedded else look("data", "dataset_name", _describe_dataset)
     if start is None:
-        return Licence(of_data, f"of the data, {_last(data)}", remarks=remarks)
+        return Licence(of_data, f"of the data, {_last(data)}", False, bool(pending), remarks)
     of_base = look("model", "model_name_or_path", _describe_model)
     if of_base and of_data and of_base["license"] != of_data["license"]:
         remarks.append(f"the base model is under {of_base['license']}, the data are under {of_data['license']}")
-    return Licence(of_base, f"of the base model, {_last(start)}", remarks=remarks)
+    return Licence(of_base, f"of the base model, {_last(start)}", False, bool(pending), remarks)
 
 
 def _of_folder(folder: Path, ask_hub: bool, chain: int) -> dict[str, Any]:

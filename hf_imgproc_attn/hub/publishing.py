@@ -260,7 +260,8 @@ def _licence_remarks(front_matter: dict[str, Any], licence: Licence) -> list[str
     remarks = [f"note: {remark}" for remark in licence.remarks]
     named = front_matter.get("license")
     if not named:
-        remarks.append(f"warning: the card names no license ({licence}); pass --license ID")
+        if not licence.is_pending:
+            remarks.append(f"warning: the card names no license: {licence}; pass --license ID")
     elif named == licence.keys.get("license"):
         remarks.append(f"license: {licence}")
     else:

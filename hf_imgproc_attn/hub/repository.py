@@ -19,6 +19,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
+    HfHubHTTPError,
     HFValidationError,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
@@ -310,6 +311,8 @@ def commit_files(api: HfApi, repo_id: str, wanted: Files, *, branch: str, head: 
         try:
             made = api.create_commit(repo_id, operations, commit_message=title, revision=branch, parent_commit=head)
         except ValueError as error:
+            if isinstance(error, HfHubHTTPError):
+                raise  # `patiently` words it
             raise HubError(f"could not upload to {repo_id}: {' '.join(str(error).split())}") from error
         return str(made.oid)
 

@@ -1,4 +1,7 @@
-"""``imgproc-attn denoise``: noise a photograph, filter it, boost the filter, and look at what was taken away.
+"""``imgproc-attn denoise``: filter photographs, boost the filter, and look at what was taken away.
+
+Their own noise is removed, of an estimated strength, or noise is added, so that the result can be compared with the
+clean picture.
 
 The method noise of a filter is the noisy image minus the filtered one (Buades, Coll, Morel 2005): what it removes. A
 good filter's looks like noise; structure in it is detail that was smoothed away, and what twicing filters once more.
@@ -6,6 +9,7 @@ good filter's looks like noise; structure in it is detail that was smoothed away
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,11 +18,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import UsageError, did_you_mean
+from ..errors import UsageError
 from ..output_paths import check_output_folder, write_or_keep
 from ..records import git_state, package_versions, write_json
-from .filters import Image, ImageFilter, square_window
-from .photographs import load_photograph
+from .denoising_rules import RULES, estimate_noise, filter_settings
+from .filters import ImageFilter
+from .photographs import Photograph, load_photograph, save_photograph
+from .windows import Image
 
 FIGURE, RECORD = "denoising.png", "denoising.json"
 BOOSTERS = {"filtered": "none", "twicing": "twicing", "sos": "sos"}
@@ -26,50 +32,29 @@ BOOSTERS = {"filtered": "none", "twicing": "twicing", "sos": "sos"}
 ESTIMATES = ("noisy", *BOOSTERS)
 
 
-class Rule(NamedTuple):
-    """How a preset's settings follow from the noise alone, its standard deviation sigma in grey values.
+class Comparison(NamedTuple):
+    """One photograph at one noise level.
 
-    content: h_y / sigma.
-    position: h_p in pixels, or None.
-    patch_size: side of the patches.
-    window_radius: of the square search window.
-    source: where the numbers come from.
+    photograph: as it was read.
+    noise: standard deviation of the noise that was added, 0 if none was.
+    sigma: that of the noise to be removed: what was added, or an estimate of what was there.
+    estimates: ``[height, width]`` or ``[height, width, 3]`` each, by the names in :data:`ESTIMATES`.
     """
 
-    content: float
-    position: float | None
-    patch_size: int
-    window_radius: int
-    source: str
-
-
-RULES = {
-    "nlm": Rule(
-        1.2,
-        None,
-        7,
-        10,
-        "patches of 7 x 7 in windows of 21 x 21 as Buades, Coll, Morel 2005; h_y = 1.2 sigma chosen on other pictures "
-        "(chelsea, coins, moon)",
-    ),
-    "bilateral_gaussian": Rule(
-        3 * 2**0.5,
-        1.8 * 2**0.5,
-        1,
-        5,
-        "spatial sigma 1.8 and range sigma 3 times the noise's, within what Zhang, Gunturk 2008 recommend, chosen on "
-        "other photographs (chelsea, coins, moon)",
-    ),
-}
-
-
-class Comparison(NamedTuple):
-    """One photograph at one noise level: ``[height, width]`` each, by the names in :data:`ESTIMATES`."""
-
-    image: str
+    photograph: Photograph
     noise: float
-    clean: Image
+    sigma: float
     estimates: dict[str, Image]
+
+    @property
+    def clean(self) -> Image | None:
+        """The picture without noise, where it is known: where noise was added."""
+        return self.photograph.pixels if self.noise else None
+
+    @property
+    def title(self) -> str:
+        """Picture and noise, for the figure."""
+        return f"{self.photograph.name}, σ {'=' if self.noise else '≈'} {self.sigma:.3g}"
 
 
 def add_noise(image: Image, noise: float, seed: int) -> Image:
@@ -79,58 +64,49 @@ def add_noise(image: Image, noise: float, seed: int) -> Image:
     return noisy
 
 
-def filter_settings(preset: str, noise: float) -> dict[str, Any]:
-    """Arguments of :class:`~hf_imgproc_attn.images.filters.ImageFilter` by the preset's :class:`Rule`.
+def compare(photograph: Photograph, noise: float, preset: str, seed: int) -> Comparison:
+    """Filter one photograph plainly and with each booster; one A, built from the noisy image, serves all.
+
+    Args:
+        photograph: what is filtered.
+        noise: standard deviation of the noise that is added first; 0: none, its own is estimated.
+        preset: a key of :data:`RULES`.
+        seed: of the noise.
 
     Raises:
-        UsageError: for a preset without a rule.
+        UsageError: for a photograph that is too small, or without noise.
     """
-    if preset not in RULES:
-        hint = did_you_mean(preset, RULES)
-        raise UsageError(f"preset must be one of {', '.join(RULES)} on images, got {preset!r}{hint}")
-    rule = RULES[preset]
-    return {
-        "preset": preset,
-        "content_bandwidth": rule.content * noise,
-        "position_bandwidth": rule.position,
-        "patch_size": rule.patch_size,
-        "window": square_window(rule.window_radius),
-    }
-
-
-def compare(name: str, clean: Image, noise: float, preset: str, seed: int) -> Comparison:
-    """Filter one noisy photograph plainly and with each booster; one A, built from the noisy image, serves all.
-
-    Raises:
-        UsageError: for a photograph that is too small.
-    """
-    noisy = add_noise(clean, noise, seed)
+    noisy = add_noise(photograph.pixels, noise, seed) if noise else photograph.pixels
+    sigma = noise or estimate_noise(photograph)
     try:
-        image_filter = ImageFilter(noisy, **filter_settings(preset, noise))
+        image_filter = ImageFilter(noisy, **filter_settings(preset, sigma, photograph.is_colour))
     except UsageError:
         raise
     except ValueError as error:
-        raise UsageError(f"{name}: {error}") from error
+        raise UsageError(f"{photograph.name}: {error}") from error
     filtered = {label: image_filter(boosting=boosting) for label, boosting in BOOSTERS.items()}
-    return Comparison(name, noise, clean, {"noisy": noisy, **filtered})
+    return Comparison(photograph, noise, sigma, {"noisy": noisy, **filtered})
 
 
-def measures(comparison: Comparison) -> dict[str, dict[str, float]]:
-    """PSNR in dB (peak 255) and SSIM (Gaussian window of sigma 1.5, Wang et al. 2004) of each estimate, unclipped."""
+def measures(comparison: Comparison) -> dict[str, dict[str, float | None]]:
+    """PSNR in dB (peak 255) and SSIM (Gaussian window of sigma 1.5, Wang et al. 2004) of each estimate, unclipped.
+
+    Over all channels; None where no clean picture is known.
+    """
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-    clean = comparison.clean.astype(np.float64)
-    found = {}
+    noisy, clean = comparison.estimates["noisy"].astype(np.float64), comparison.clean
+    found: dict[str, dict[str, float | None]] = {}
     for label, estimate in comparison.estimates.items():
-        pair = (clean, estimate.astype(np.float64))
-        ssim = structural_similarity(
-            *pair, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-        )
-        found[label] = {
-            "psnr": round(float(peak_signal_noise_ratio(*pair, data_range=255)), 2),
-            "ssim": round(float(ssim), 3),
-            "method_noise_std": round(float(np.std(comparison.estimates["noisy"].astype(np.float64) - pair[1])), 2),
-        }
+        psnr = ssim = None
+        if clean is not None:
+            pair = (clean.astype(np.float64), estimate.astype(np.float64))
+            axis = -1 if comparison.photograph.is_colour else None
+            options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "channel_axis": axis}
+            psnr = round(float(peak_signal_noise_ratio(*pair, data_range=255)), 2)
+            ssim = round(float(structural_similarity(*pair, data_range=255, **options)), 3)
+        removed = round(float(np.std(noisy - estimate.astype(np.float64))), 2)
+        found[label] = {"psnr": psnr, "ssim": ssim, "method_noise_std": removed}
     return found
 
 
@@ -142,17 +118,20 @@ def run(
     output: str | Path,
     crop: int | None = None,
     seed: int = 0,
+    save: bool = False,
     show: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Compare on several photographs and noise levels; write a figure and a record, and return the record.
+    """Filter several photographs; write a figure, a record and on request the pictures, and return the record.
 
     Args:
         sources: see :func:`~hf_imgproc_attn.images.photographs.load_photograph`.
         preset: a key of :data:`RULES`.
-        noise: standard deviations in grey values, from 1 to 128.
-        output: a folder, made if missing; a figure and a record of an earlier run in it are replaced.
+        noise: standard deviations in grey values of the noise that is added, from 1 to 128; 0: none is added, and
+            that of the picture itself is estimated.
+        output: a folder, made if missing; what an earlier run of the same pictures left in it is replaced.
         crop: side of the square in the middle of each photograph; None: all of it.
         seed: of the noise, the same for every photograph and level.
+        save: also write each noisy and filtered picture, as PNG with the bit depth and the transparency it came with.
         show: what to call with lines of progress; None: they go to standard error.
 
     Raises:
@@ -162,23 +141,23 @@ def run(
     for level in noise:
         filter_settings(preset, level)
     photographs = [load_photograph(source, crop) for source in sources]
-    names = [name for name, _ in photographs]
+    names = [photograph.name for photograph in photographs]
     if len(set(names)) < len(names):
         raise UsageError(f"every image must have a name of its own, got {', '.join(names)}")
+    if save:
+        _check_pictures(names, noise, sources, Path(output))
     from .denoising_figure import save_figure
 
     git = git_state()  # of what runs: files may change meanwhile
     show = show or _to_standard_error
     comparisons, rows = [], []
-    jobs = [(name, clean, float(level)) for name, clean in photographs for level in noise]
-    for number, (name, clean, level) in enumerate(jobs, start=1):
+    jobs = [(photograph, float(level)) for photograph in photographs for level in noise]
+    for number, (photograph, level) in enumerate(jobs, start=1):
         start = time.perf_counter()
-        comparison = compare(name, clean, level, preset, seed)
+        comparison = compare(photograph, level, preset, seed)
         comparisons.append(comparison)
-        found = measures(comparison)
-        rows.append({"image": name, "shape": list(clean.shape), "noise": level, "estimates": found})
-        seconds = time.perf_counter() - start
-        show(f"[{number}/{len(jobs)}] {name}, noise {level:g}: {found['filtered']['psnr']:.2f} dB ({seconds:.0f} s)")
+        rows.append(_row(comparison))
+        show(f"[{number}/{len(jobs)}] {_progress(comparison, rows[-1])} ({time.perf_counter() - start:.0f} s)")
     record = {
         "preset": preset,
         "rule": RULES[preset]._asdict(),
@@ -194,19 +173,30 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
         save_figure(comparisons, rows, preset, folder / FIGURE)
         write_json(folder / RECORD, record)
+        for comparison in comparisons if save else []:
+            for label, name in picture_names(comparison.photograph.name, comparison.noise).items():
+                save_photograph(comparison.photograph, comparison.estimates[label], folder / name)
 
     write_or_keep(output, write)
     return record
 
 
 def table_rows(record: dict[str, Any]) -> list[list[str]]:
-    """The table of a record: a header and one row a photograph and noise level, ``PSNR / SSIM`` of each estimate."""
+    """The table of a record: a header and one row a photograph and noise level.
+
+    ``PSNR / SSIM`` of each estimate; where no clean picture is known, the standard deviation of what was removed.
+    """
     rows = [["image", "noise", *ESTIMATES]]
     for row in record["results"]:
-        cells = (row["estimates"][label] for label in ESTIMATES)
-        rows.append(
-            [row["image"], f"{row['noise']:g}", *(f"{cell['psnr']:.2f} / {cell['ssim']:.3f}" for cell in cells)]
-        )
+        cells = []
+        for label in ESTIMATES:
+            cell = row["estimates"][label]
+            if row["noise"]:
+                cells.append(f"{cell['psnr']:.2f} / {cell['ssim']:.3f}")
+            else:
+                cells.append("-" if label == "noisy" else f"{cell['method_noise_std']:.2f} removed")
+        noise = f"{row['noise']:g}" if row["noise"] else f"{row['sigma']:.2f} (its own)"
+        rows.append([row["image"], noise, *cells])
     return rows
 
 
@@ -216,14 +206,51 @@ def markdown_table(record: dict[str, Any]) -> str:
     return "\n".join([header, "|---|---|" + "---|" * len(ESTIMATES), *rows])
 
 
+def _row(comparison: Comparison) -> dict[str, Any]:
+    photograph = comparison.photograph
+    return {
+        "image": photograph.name,
+        "shape": list(photograph.pixels.shape),
+        "depth": photograph.depth,
+        "noise": comparison.noise,
+        "sigma": round(comparison.sigma, 4),
+        "estimates": measures(comparison),
+    }
+
+
+def _progress(comparison: Comparison, row: dict[str, Any]) -> str:
+    found = row["estimates"]["filtered"]
+    if comparison.noise:
+        return f"{row['image']}, noise {row['noise']:g}: {found['psnr']:.2f} dB"
+    return f"{row['image']}, its own noise {row['sigma']:.2f}: {found['method_noise_std']:.2f} removed"
+
+
+def picture_names(name: str, noise: float) -> dict[str, str]:
+    """Estimate -> the file it is saved in: the noisy picture where noise was added, and every filtered one."""
+    level = f"_{noise:g}" if noise else ""
+    return {label: f"{name}{level}_{label}.png" for label in ESTIMATES if noise or label != "noisy"}
+
+
+def _check_pictures(names: Sequence[str], noise: Sequence[float], sources: Sequence[str], folder: Path) -> None:
+    """Refuse to save one picture over another, or over one that is read."""
+    taken = {Path(source).resolve() for source in sources} | {(folder / name).resolve() for name in (FIGURE, RECORD)}
+    for name, level in itertools.product(names, noise):
+        for file in picture_names(name, level).values():
+            if (folder / file).resolve() in taken:
+                raise UsageError(f"save would write {file} over another file: rename the image or change output")
+            taken.add((folder / file).resolve())
+
+
 def _check_arguments(sources: Sequence[str], noise: Sequence[float], output: str | Path, seed: int) -> None:
     if not sources:
         raise UsageError("at least one image must be given")
     if not noise:
         raise UsageError("at least one noise level must be given")
     for level in noise:
-        if not 1 <= level <= 128:  # NaN is refused too
-            raise UsageError(f"noise must be a standard deviation from 1 to 128 grey values, got {level}")
+        if level != 0 and not 1 <= level <= 128:  # NaN is refused too
+            raise UsageError(
+                f"noise must be 0 (none is added) or a standard deviation from 1 to 128 grey values, got {level}"
+            )
     if len(set(noise)) < len(noise):
         raise UsageError(f"noise must name every level once, got {' '.join(f'{level:g}' for level in noise)}")
     if seed < 0:

@@ -1,10 +1,10 @@
-"""The figure of ``imgproc-attn denoise``: estimates side by side, and what each filter removed."""
+"""The figure of ``imgproc-attn denoise``: clean and filtered pictures side by side, and what each filter removed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image as Pillow
@@ -15,15 +15,33 @@ if TYPE_CHECKING:
 _DPI = 100
 _PANEL, _GAP, _CAPTION = 160, 8, 22
 _LEFT, _TOP, _BOTTOM = 34, 62, 30
-_GREYS = 64
-"""Grey levels of the file: more would only store the noise."""
+_GREYS, _COLOURS = 64, 128
+"""Grey levels or colours of the file: more would only store the noise."""
+
+
+class _Panel(NamedTuple):
+    """One picture of the figure.
+
+    column: its heading.
+    image: what is shown, None where it is not known.
+    low: the value that is black.
+    high: the value that is white.
+    caption: below it.
+    """
+
+    column: str
+    image: np.ndarray | None
+    low: float
+    high: float
+    caption: str
 
 
 def save_figure(comparisons: Sequence[Comparison], rows: Sequence[dict[str, Any]], preset: str, path: Path) -> None:
-    """Draw one row a photograph and noise level: the estimates, then the method noise of each filter.
+    """Draw one row a photograph and noise level: clean, noisy and filtered pictures, then each filter's method noise.
 
     Every panel shows the same number of pixels from the middle of its photograph, one to one where it is large enough.
-    Method noise is shown from -3 to 3 standard deviations of the added noise.
+    Method noise is shown from -3 to 3 standard deviations of the noise. The clean column is left out where no row has
+    a clean picture.
 
     Args:
         comparisons: what was filtered.
@@ -34,65 +52,69 @@ def save_figure(comparisons: Sequence[Comparison], rows: Sequence[dict[str, Any]
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    labels = list(comparisons[0].estimates)
-    columns = [*labels, *(f"removed by {label}" for label in labels[1:])]
-    columns[len(labels)] = "removed by filter"
-    width = _LEFT + len(columns) * (_PANEL + _GAP)
-    height = _TOP + len(comparisons) * (_PANEL + _CAPTION + _GAP) + _BOTTOM
+    drawn = [_panels(comparison, row) for comparison, row in zip(comparisons, rows, strict=True)]
+    if all(panels[0].image is None for panels in drawn):
+        drawn = [panels[1:] for panels in drawn]
+    width = _LEFT + len(drawn[0]) * (_PANEL + _GAP)
+    height = _TOP + len(drawn) * (_PANEL + _CAPTION + _GAP) + _BOTTOM
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
     canvas = FigureCanvasAgg(figure)
-    figure.text(
-        (_LEFT + _GAP) / width,
-        1 - 20 / height,
-        f"{preset}: noisy, filtered, boosted; at the right the method noise (noisy minus estimate)",
-        fontsize=11,
-        va="center",
+
+    def write(text: str, left: float, top: float, **options: Any) -> None:
+        figure.text(left / width, 1 - top / height, text, va="center", **options)
+
+    write(
+        f"{preset}: filtered and boosted; at the right the method noise (noisy minus estimate)", _LEFT, 20, fontsize=11
     )
-    side = min(_PANEL, *(min(comparison.clean.shape) for comparison in comparisons))
-    for index, (comparison, row) in enumerate(zip(comparisons, rows, strict=True)):
+    side = min(_PANEL, *(min(comparison.photograph.pixels.shape[:2]) for comparison in comparisons))
+    for index, (comparison, panels) in enumerate(zip(comparisons, drawn, strict=True)):
         top = _TOP + index * (_PANEL + _CAPTION + _GAP)
-        figure.text(
-            16 / width,
-            1 - (top + _PANEL / 2) / height,
-            f"{comparison.image}, σ = {comparison.noise:g}",
-            fontsize=10,
-            rotation=90,
-            ha="center",
-            va="center",
-        )
-        noisy = comparison.estimates["noisy"]
-        found = row["estimates"]
-        panels = [
-            (image, (0.0, 255.0), f"{found[label]['psnr']:.2f} dB   {found[label]['ssim']:.3f}")
-            for label, image in comparison.estimates.items()
-        ]
-        for label in labels[1:]:
-            spread = 3 * comparison.noise
-            caption = f"std {found[label]['method_noise_std']:.1f}"
-            panels.append((noisy - comparison.estimates[label], (-spread, spread), caption))
-        for column, (image, (low, high), caption) in enumerate(panels):
+        write(comparison.title, 16, top + _PANEL / 2, fontsize=10, rotation=90, ha="center")
+        for column, panel in enumerate(panels):
             left = _LEFT + column * (_PANEL + _GAP)
-            box = (left / width, 1 - (top + _PANEL) / height, _PANEL / width, _PANEL / height)
-            axes = figure.add_axes(box)
-            axes.imshow(_middle(image, side), cmap="gray", vmin=low, vmax=high, interpolation="nearest")
-            axes.set_axis_off()
-            middle = (left + _PANEL / 2) / width
-            figure.text(middle, 1 - (top + _PANEL + 11) / height, caption, fontsize=9, ha="center", va="center")
+            if panel.image is not None:
+                axes = figure.add_axes((left / width, 1 - (top + _PANEL) / height, _PANEL / width, _PANEL / height))
+                _show(axes, panel, side)
+            write(panel.caption, left + _PANEL / 2, top + _PANEL + 11, fontsize=9, ha="center")
             if index == 0:
-                figure.text(middle, 1 - (_TOP - 11) / height, columns[column], fontsize=10, ha="center", va="center")
-    figure.text(
-        (_LEFT + _GAP) / width,
-        14 / height,
-        "below estimates: PSNR and SSIM of the whole picture; below method noise: its standard deviation",
-        fontsize=9,
-        va="center",
-    )
+                write(panel.column, left + _PANEL / 2, _TOP - 11, fontsize=10, ha="center")
+    measured = "PSNR and SSIM of the whole picture; below method noise: its standard deviation"
+    write(f"below estimates: {measured}", _LEFT, height - 14, fontsize=9)
     canvas.draw()
-    grey = Pillow.fromarray(np.asarray(canvas.buffer_rgba())).convert("L")
-    step = 256 / _GREYS
-    grey.point([round(int(level // step) * 255 / (_GREYS - 1)) for level in range(256)]).save(path, optimize=True)
+    _save(np.asarray(canvas.buffer_rgba()), any(c.photograph.is_colour for c in comparisons), path)
 
 
-def _middle(image: np.ndarray, side: int) -> np.ndarray:
+def _panels(comparison: Comparison, row: dict[str, Any]) -> list[_Panel]:
+    """A row of the figure, the clean picture first."""
+    found, clean = row["estimates"], comparison.clean
+    panels = [_Panel("clean", clean, 0.0, 255.0, "" if clean is not None else "not known")]
+    for label, image in comparison.estimates.items():
+        caption = ""
+        if clean is not None:
+            caption = f"{found[label]['psnr']:.2f} dB   {found[label]['ssim']:.3f}"
+        panels.append(_Panel(label, image, 0.0, 255.0, caption))
+    noisy, spread = comparison.estimates["noisy"], 3 * comparison.sigma
+    for label, image in list(comparison.estimates.items())[1:]:
+        name = "filter" if label == "filtered" else label
+        caption = f"std {found[label]['method_noise_std']:.1f}"
+        panels.append(_Panel(f"removed by {name}", noisy - image, -spread, spread, caption))
+    return panels
+
+
+def _show(axes: Any, panel: _Panel, side: int) -> None:
+    image = np.asarray(panel.image)
     top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
-    return image[top : top + side, left : left + side]
+    shown = (image[top : top + side, left : left + side].astype(np.float64) - panel.low) / (panel.high - panel.low)
+    axes.imshow(np.clip(shown, 0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_axis_off()
+
+
+def _save(drawn: np.ndarray, is_colour: bool, path: Path) -> None:
+    """Write the figure with few grey levels, or a palette."""
+    picture = Pillow.fromarray(drawn)
+    if is_colour:
+        picture.convert("RGB").quantize(_COLOURS, dither=Pillow.Dither.NONE).save(path, optimize=True)
+        return
+    step = 256 / _GREYS
+    levels = [round(int(level // step) * 255 / (_GREYS - 1)) for level in range(256)]
+    picture.convert("L").point(levels).save(path, optimize=True)

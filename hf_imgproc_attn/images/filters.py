@@ -1,14 +1,16 @@
 """The filters on images: what the models do to tokens, done to the pixels of a photograph.
 
-A pixel is a token: its content is the patch around it, its value its grey value, its position (row, column);
+A pixel is a token: its content is the patch around it, its value its grey value or colour, its position (row, column);
 projections are the identity. Then the preset ``bilateral_gaussian`` over pixels is the bilateral filter (Tomasi,
-Manduchi 1998) and ``nlm`` over patches is non-local means (Buades, Coll, Morel 2005), boosters included. Kernels, the
-normalisation and the boosters are the functions of ``models/`` themselves; only what a layer never needs is here: a
-finite search window, without which A of a 512 x 512 image would have 7e10 entries.
+Manduchi 1998) and ``nlm`` over patches is non-local means (Buades, Coll, Morel 2005), boosters included. Position
+kernel, normalisation and boosters are the functions of ``models/`` themselves, the content kernel is its to rounding.
+What a layer never needs is here: a finite search window, without which A of a 512 x 512 image would have 7e10 entries,
+and exact differences of values that go up to 65535.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -18,9 +20,11 @@ from numpy.typing import NDArray
 
 from ..models.backend_reference import filter_matrix
 from ..models.boost_operators import BOOSTING, keep_rows
-from ..models.kernel_content import CONTENT_LOGITS, gaussian_position_logits
+from ..models.kernel_content import gaussian_position_logits
 from ..models.spec_axes import MAX_BANDWIDTH, MAX_BOOSTING_STEPS, MIN_BANDWIDTH, STEPPED_BOOSTINGS, default_steps
 from ..models.spec_fields import PRESETS, preset_fields
+from ..models.visibility import Visibility
+from .windows import Image, Patches, in_windows, is_int, overlap
 
 IMAGE_PRESETS = tuple(
     name
@@ -32,15 +36,18 @@ IMAGE_PRESETS = tuple(
 """Presets that are filters of images as they stand: nothing in them has to be learned first."""
 
 IMAGE_BOOSTINGS = ("none", *STEPPED_BOOSTINGS)
-MAX_PATCH_SIZE, MAX_WINDOW_RADIUS = 31, 50
-MAX_GREY_VALUE = 2.0**17
-"""Twice the range of 16-bit images, with room for noise: far beyond, float32 has no digits for differences."""
+MAX_WINDOW_RADIUS = 50
+MAX_GREY_VALUE = 2.0**32
+"""The range of 32-bit images: squares of larger differences, over the smallest bandwidth, would leave float32."""
+CHANNELS = 3
+"""Of a colour image."""
+
+_EXACT_IN_FLOAT32 = 2.0**24
+"""Up to here float32 holds every integer."""
 
 _BLOCK_NUMBERS = 2**20
 """How many numbers the keys of one block of rows may take: 4 MiB in float32 stay near the processor."""
 
-Image = NDArray[np.floating[Any]]
-"""Grey values ``[height, width]``."""
 Window = NDArray[np.bool_]
 """A search window ``[side, side]`` around a pixel, True where a key may lie."""
 
@@ -51,7 +58,7 @@ def square_window(radius: int) -> Window:
     Raises:
         ValueError: for a radius that is no integer from 1 to 50.
     """
-    if not _is_int(radius) or not 1 <= radius <= MAX_WINDOW_RADIUS:
+    if not is_int(radius) or not 1 <= radius <= MAX_WINDOW_RADIUS:
         raise ValueError(f"the radius of a window must be an integer from 1 to {MAX_WINDOW_RADIUS}, got {radius!r}")
     return np.ones((2 * radius + 1, 2 * radius + 1), dtype=bool)
 
@@ -71,20 +78,24 @@ class ImageFilter:
     """A of one image: the row-stochastic filter between each pixel and the keys in its search window.
 
     Args:
-        image: the guide that is compared, ``[height, width]``: unsigned 8-bit or 16-bit integers, or finite floats in
-            any unit.
+        image: the guide that is compared, grey ``[height, width]`` or in colour ``[height, width, 3]``: integers,
+            booleans or finite floats of any width and byte order, in any unit. An alpha channel is no colour: leave it
+            out and keep it as it is.
         preset: one of :data:`IMAGE_PRESETS`.
         content_bandwidth: h_y > 0 in the image's unit. Patches are compared by their weighted mean square difference,
-            so h_y means the same for every patch size; -‖q - k‖²/h_y² is the logit (other libraries' sigma is
-            h_y / sqrt(2) where they write -‖q - k‖²/(2 sigma²)).
+            the mean over the channels too, so h_y means the same for every patch size and in colour; the logit is
+            -‖q - k‖²/h_y² (other libraries' sigma is h_y / sqrt(2) where they write -‖q - k‖²/(2 sigma²)).
         position_bandwidth: h_p > 0 in pixels, likewise; only where the preset has a position kernel.
         patch_size: odd side of the patch that is a pixel's content. Its pixels are weighted with a Gaussian of
             sigma = (patch_size - 1) / 4, and mirrored at the border.
         window: which keys a pixel sees: True in an array ``[side, side]`` with an odd side around the pixel
             (:func:`square_window`, :func:`disc_window`). Keys outside the image do not exist.
 
-    The filter keeps A: ``height * width * side²`` numbers (460 MB for 512 x 512 pixels and a side of 21), computed in
-    the precision of a float image, at least float32.
+    The filter keeps A: ``height * width * side²`` numbers (460 MB for 512 x 512 pixels and a side of 21), in float32
+    where that holds every value of the image, else in float64.
+
+    Differs from ``skimage.restoration.denoise_nl_means`` in nothing but the border, where that mirrors the image; from
+    OpenCV's ``bilateralFilter`` there and in colour, whose distance is the sum of the channels' absolute differences.
 
     Raises:
         ValueError: naming the argument, the rule and the value.
@@ -102,38 +113,55 @@ class ImageFilter:
     ) -> None:
         fields = _preset_fields(preset)
         guide = check_image(image)
-        self.image, self.window = guide, _check_window(window, guide.shape)
+        self.image, self.window = guide, _check_window(window, guide.shape[:2])
         _check_bandwidth("content_bandwidth", content_bandwidth)
         has_positions = fields["position_kernel"] != "none"
         if has_positions:
             _check_bandwidth("position_bandwidth", position_bandwidth)
         elif position_bandwidth is not None:
             raise ValueError(f"position_bandwidth has no effect with preset {preset!r}, got {position_bandwidth!r}")
-        self._content_logits = CONTENT_LOGITS[fields["content_kernel"]]
         self._content_scale = 2.0 / float(content_bandwidth) ** 2
         self._position_scale = 2.0 / float(position_bandwidth) ** 2 if position_bandwidth is not None else None
-        self.weights = self._weights(_patches(guide, patch_size))
+        self.weights = self._weights(Patches(guide, patch_size))
 
-    def _weights(self, content: torch.Tensor) -> torch.Tensor:
-        """A ``[pixels, 1, 1, side²]`` of contents ``[height, width, features]``, one block of rows at a time."""
-        height, width, features = content.shape
+    def _weights(self, patches: Patches) -> torch.Tensor:
+        """A ``[pixels, 1, 1, side²]``, one block of rows after the other."""
+        height, width = self.image.shape[:2]
         side = self.window.shape[0]
         keys = side**2
-        position_logits = self._position_logits(content.dtype)
-        weights = content.new_empty(height * width, 1, 1, keys)
+        weights = self._content_logits(patches).view(height * width, 1, 1, keys)
+        position_logits = self._position_logits(weights.dtype)
         inside = torch.ones(height, width, 1, dtype=torch.bool)
         window = torch.from_numpy(self.window).view(1, 1, 1, keys)
-        rows = max(1, _BLOCK_NUMBERS // (width * keys * features))
+        rows = max(1, _BLOCK_NUMBERS // (width * keys))
         for start in range(0, height, rows):
             stop = min(start + rows, height)
-            query = content[start:stop].reshape(-1, 1, 1, features)
-            key = _in_windows(content, side, start, stop)
-            logits = self._content_logits(query, key, self._content_scale)
-            if position_logits is not None:
-                logits = logits + position_logits
-            visible = _in_windows(inside, side, start, stop).view(-1, 1, 1, keys) & window
-            weights[start * width : stop * width] = filter_matrix(logits, visible)
+            block = slice(start * width, stop * width)
+            logits = weights[block] if position_logits is None else weights[block] + position_logits
+            visible = in_windows(inside, side, start, stop).view(-1, 1, 1, keys) & window
+            weights[block] = filter_matrix(logits, Visibility(1, keys, mask=visible))
         return weights
+
+    def _content_logits(self, patches: Patches) -> torch.Tensor:
+        """-‖q - k‖²/h_y² of every pixel and the keys in its window, ``[height, width, side²]``, 0 outside the image.
+
+        The Gaussian content kernel of ``models/``, with differences that are formed before they are squared: those of
+        16-bit values, up to 65535, would be lost in q·k and ‖k‖² in float32.
+        """
+        height, width = self.image.shape[:2]
+        side = self.window.shape[0]
+        logits = torch.zeros(height, width, side**2, dtype=patches.mirrored.dtype)
+        steps = range(-(side // 2), side // 2 + 1)
+        for index, offset in enumerate(itertools.islice(itertools.product(steps, steps), side**2 // 2)):
+            # The distance of a pixel from its key is that of the key from the pixel, whose offset is the opposite one.
+            opposite = side**2 - 1 - index
+            if not self.window.flat[index] and not self.window.flat[opposite]:
+                continue
+            query, key = overlap(offset, (height, width)), overlap((-offset[0], -offset[1]), (height, width))
+            distances = patches.square_distances(query, key) * (-self._content_scale / 2)
+            logits[query[0], query[1], index] = distances
+            logits[key[0], key[1], opposite] = distances
+        return logits
 
     def _position_logits(self, dtype: torch.dtype) -> torch.Tensor | None:
         """``[1, 1, 1, side²]``: only differences of positions matter, which are those of the window everywhere."""
@@ -151,12 +179,13 @@ class ImageFilter:
         """Filter an image with this A.
 
         Args:
-            values: ``[height, width]`` of the guide's size; None: the guide itself, which is denoising.
+            values: ``[height, width]`` or ``[height, width, 3]`` of the guide's height and width; None: the guide
+                itself, which is denoising.
             boosting: one of :data:`IMAGE_BOOSTINGS`; every pass uses the same A.
             boosting_steps: as in a model's configuration; None: 3 for ``sos``, else 2.
 
         Returns:
-            ``[height, width]`` in the precision of the filter.
+            The filtered values, shaped as they are, in the precision of the filter.
 
         Raises:
             ValueError: naming the argument, the rule and the value.
@@ -164,25 +193,27 @@ class ImageFilter:
         if boosting not in IMAGE_BOOSTINGS:
             raise ValueError(f"boosting must be one of {', '.join(IMAGE_BOOSTINGS)} on images, got {boosting!r}")
         if boosting_steps is not None and (
-            not _is_int(boosting_steps) or not 1 <= boosting_steps <= MAX_BOOSTING_STEPS
+            not is_int(boosting_steps) or not 1 <= boosting_steps <= MAX_BOOSTING_STEPS
         ):
             raise ValueError(
                 f"boosting_steps must be an integer from 1 to {MAX_BOOSTING_STEPS}, got {boosting_steps!r}"
             )
         if boosting_steps is not None and boosting == "none":
             raise ValueError(f"boosting_steps has no effect with boosting 'none', got {boosting_steps!r}")
-        grey = self.image if values is None else check_image(values)
-        if grey.shape != self.image.shape:
-            raise ValueError(f"values must have the guide's shape {self.image.shape}, got {grey.shape}")
+        image = self.image if values is None else check_image(values)
+        if image.shape[:2] != self.image.shape[:2]:
+            raise ValueError(
+                f"values must have the guide's height and width {self.image.shape[:2]}, got {image.shape}"
+            )
         booster = {"osher": "twicing"}.get(boosting, boosting)  # for a fixed linear A they are the same
-        steps = default_steps(booster) if boosting_steps is None else boosting_steps
-        value = torch.from_numpy(grey).to(self.weights.dtype).view(1, 1, -1, 1)
+        steps = default_steps(booster) if boosting_steps is None else int(boosting_steps)
+        value = torch.from_numpy(image).to(self.weights.dtype).view(1, 1, image.shape[0] * image.shape[1], -1)
         out: torch.Tensor = BOOSTING[booster](self._attend, keep_rows, value, value, steps)
-        return out.view(grey.shape).numpy()
+        return out.view(image.shape).numpy()
 
     def _attend(self, stream: torch.Tensor) -> torch.Tensor:
         """A times a stream ``[1, 1, pixels, d]``, one block of rows at a time."""
-        height, width = self.image.shape
+        height, width = self.image.shape[:2]
         side = self.window.shape[0]
         on_grid = stream[0, 0].view(height, width, -1)
         out = torch.empty_like(stream)
@@ -190,7 +221,10 @@ class ImageFilter:
         for start in range(0, height, rows):
             stop = min(start + rows, height)
             block = slice(start * width, stop * width)
-            out[0, 0, block] = torch.matmul(self.weights[block], _in_windows(on_grid, side, start, stop))[:, 0, 0]
+            # A row of A sums to 1: u_i = v_i + sum_j a_ij (v_j - v_i), whose terms keep the digits of large values.
+            own = stream[0, 0, block].view(-1, 1, 1, on_grid.shape[-1])
+            seen = in_windows(on_grid, side, start, stop) - own
+            out[0, 0, block] = (own + torch.matmul(self.weights[block], seen))[:, 0, 0]
         return out
 
 
@@ -222,61 +256,28 @@ def denoise(
 
 
 def check_image(image: NDArray[Any]) -> Image:
-    """Grey values as floats, checked.
+    """Grey values or colours as native floats, checked: float32 where that holds every value, else float64.
 
     Raises:
-        ValueError: for another rank or type, an empty image, or values that are not finite or out of range.
+        ValueError: for another shape or type, an empty image, or values that are not finite or out of range.
     """
     array = np.asarray(image)
-    if array.ndim != 2:
-        raise ValueError(f"an image must be grey, [height, width], got shape {array.shape}")
-    if array.dtype not in (np.uint8, np.uint16, np.float32, np.float64):
-        raise ValueError(f"an image must be uint8, uint16, float32 or float64, got {array.dtype}")
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[-1] == CHANNELS):
+        raise ValueError(
+            f"an image must be grey, [height, width], or in colour, [height, width, {CHANNELS}] (alpha is no colour), "
+            f"got shape {array.shape}"
+        )
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"an image must hold integers, booleans or floats, got {array.dtype}")
     if not array.size:
         raise ValueError(f"an image must have pixels, got shape {array.shape}")
     if not np.isfinite(array).all():
         raise ValueError("an image must be finite, got NaN or infinity in it")
     largest = float(np.abs(array.astype(np.float64)).max())
     if largest > MAX_GREY_VALUE:
-        raise ValueError(
-            f"grey values must lie between -{MAX_GREY_VALUE:.0f} and {MAX_GREY_VALUE:.0f}, got {largest:g}"
-        )
-    return np.array(array, dtype=np.float64 if array.dtype == np.float64 else np.float32)
-
-
-def _patches(image: Image, patch_size: int) -> torch.Tensor:
-    """The content of every pixel, ``[height, width, patch_size²]``; squared distances are weighted means."""
-    height, width = image.shape
-    if not _is_int(patch_size) or patch_size < 1 or patch_size % 2 == 0:
-        raise ValueError(f"patch_size must be an odd integer >= 1, got {patch_size!r}")
-    if patch_size > min(MAX_PATCH_SIZE, height, width):
-        raise ValueError(
-            f"patch_size must be at most {MAX_PATCH_SIZE} and fit into the image of {height} x {width} pixels, "
-            f"got {patch_size}"
-        )
-    # The kernel sees differences only; around 0 they keep more digits.
-    grey = torch.from_numpy(image - image.mean(dtype=np.float64).astype(image.dtype))
-    radius = patch_size // 2
-    padded = torch.nn.functional.pad(grey[None, None], (radius,) * 4, mode="reflect")[0, 0]
-    patches = padded.unfold(0, patch_size, 1).unfold(1, patch_size, 1).flatten(2)
-    if patch_size == 1:
-        return patches
-    offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
-    profile = torch.exp(-offsets.square() / (2 * ((patch_size - 1) / 4) ** 2))
-    pixel_weights = torch.outer(profile, profile).flatten()
-    pixel_weights = (pixel_weights / pixel_weights.sum()).sqrt().to(patches.dtype)
-    return patches * pixel_weights
-
-
-def _in_windows(channels_last: torch.Tensor, side: int, start: int, stop: int) -> torch.Tensor:
-    """What each pixel of the rows ``start`` to ``stop`` sees: ``[pixels, 1, side², channels]``, 0 outside."""
-    height, width, channels = channels_last.shape
-    radius = side // 2
-    above, below = max(start - radius, 0), min(stop + radius, height)
-    missing = (0, 0, radius, radius, radius - (start - above), radius - (below - stop))
-    strip = torch.nn.functional.pad(channels_last[above:below], missing)
-    seen = strip.unfold(0, side, 1).unfold(1, side, 1)
-    return seen.permute(0, 1, 3, 4, 2).reshape((stop - start) * width, 1, side**2, channels)
+        raise ValueError(f"values must lie between -{MAX_GREY_VALUE:.0f} and {MAX_GREY_VALUE:.0f}, got {largest:g}")
+    fits = array.dtype.itemsize <= 4 if array.dtype.kind == "f" else largest <= _EXACT_IN_FLOAT32
+    return np.array(array, dtype=np.float32 if fits else np.float64)
 
 
 def _preset_fields(preset: str) -> dict[str, Any]:
@@ -290,7 +291,7 @@ def _preset_fields(preset: str) -> dict[str, Any]:
 
 
 def _check_bandwidth(name: str, value: Any) -> None:
-    is_number = isinstance(value, (int, float, np.floating)) and not isinstance(value, bool)
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or not MIN_BANDWIDTH <= value <= MAX_BANDWIDTH:
         raise ValueError(
             f"{name} must be a finite number > 0, from {MIN_BANDWIDTH:g} to {MAX_BANDWIDTH:g}, got {value!r}"
@@ -312,7 +313,3 @@ def _check_window(window: Any, shape: tuple[int, ...]) -> Window:
     if not array[radius, radius]:
         raise ValueError("window must be True in its centre: a pixel sees itself")
     return np.array(array)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

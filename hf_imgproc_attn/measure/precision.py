@@ -19,11 +19,15 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import UsageError, exit_code
+from ..models.boost_depth import LayerState
 from ..models.boost_operators import BOOSTING
 from ..models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from ..models.configuration_imgproc_vit import ImgProcViTConfig
-from ..models.layer_filter import SUPPORTED_IMPLEMENTATIONS, AttentionFilter
+from ..models.layer_filter import AttentionFilter
+from ..models.layer_inputs import LayerInputs
+from ..models.modeling_shared import SUPPORTED_IMPLEMENTATIONS
 from ..models.spec_axes import BOOSTINGS, CONTENT_KERNELS, POSITION_KERNELS
+from ..models.visibility import Visibility
 from ..output_paths import check_output_file, write_or_keep
 
 COMMAND = "python -m hf_imgproc_attn.measure.precision docs/precision.md"
@@ -109,6 +113,23 @@ def inputs_for(layer: AttentionFilter, data: Data) -> dict[str, torch.Tensor]:
     return given
 
 
+def apply_layer(
+    layer: AttentionFilter, given: dict[str, torch.Tensor], data: Data, implementation: str
+) -> torch.Tensor:
+    """The output of a layer for what :func:`inputs_for` has made, ``[1, heads, length, head_dim]``."""
+    length = given["query"].shape[-2]
+    inputs = LayerInputs(
+        Visibility(length, length, data.is_causal),
+        given["coordinates"],
+        contiguous=True,
+        backend="reference" if implementation == "eager" else "auto",
+        position_states=given.get("position_states"),
+        state=LayerState(previous_value=given["previous_value"]),
+    )
+    output: torch.Tensor = layer(given["query"], given["key"], given["value"], inputs)[0]
+    return output
+
+
 def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
     """Root mean square of the error over that of the truth."""
     return float((got.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
@@ -138,12 +159,11 @@ def measure(fields: Fields, data: Data) -> dict[tuple[torch.dtype, str], float]:
     """Errors of one row, by precision and implementation."""
     layer = build_layer(fields, data)
     given = inputs_for(layer, data)
-    options: dict[str, Any] = {"is_causal": data.is_causal, "contiguous": True}
-    exact, _ = layer.double()(**given, implementation="eager", **options)
+    exact = apply_layer(layer.double(), given, data, "eager")
     errors = {}
     for dtype in PRECISIONS:
         for implementation in SUPPORTED_IMPLEMENTATIONS:
-            got, _ = layer.to(dtype)(**_cast(given, dtype), implementation=implementation, **options)
+            got = apply_layer(layer.to(dtype), _cast(given, dtype), data, implementation)
             errors[dtype, implementation] = relative_error(got, exact)
             layer.double()
     return errors

@@ -14,7 +14,10 @@ from .backend_blocked_dense import dense_passes, is_transformed
 from .backend_blocked_passes import Call, recurrence
 from .backend_blocked_plan import Plan, make_plan
 from .backend_blocked_positions import check_positions
-from .backend_checks import check_options, check_tensors, check_terms
+from .backend_call import FilterCall, check_options, check_tensors, check_terms
+from .backend_sdpa import augment
+from .cache_streams import boost_stream
+from .kernel_content import HALF_DTYPES, working_dtype
 from .kernel_position import BlockedPositions
 from .visibility import visible
 
@@ -99,9 +102,9 @@ def _blocked(
     boosting: str,
     steps: int,
     past_streams: Sequence[torch.Tensor],
-    seed: int | None,
-    block_rows: int | None,
-    group_pairs: int | None,
+    seed: int | None = None,
+    block_rows: int | None = None,
+    group_pairs: int | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     booster = recurrence(boosting, steps)
     extra, width = len(booster.streams) - 1, value.shape[-1]
@@ -160,3 +163,50 @@ def _hidden_keys(mask: torch.Tensor | None) -> torch.Tensor | None:
     else:
         seen = mask.amax(-2, keepdim=True) > torch.finfo(mask.dtype).min / 2
     return None if bool(seen.all()) else ~seen
+
+
+def refuses(call: FilterCall) -> str | None:
+    """Why the blocked passes cannot serve a call, as the rest of a sentence about them, or None if they can."""
+    if call.booster.gain is not None and call.query.dtype in HALF_DTYPES:
+        return "hands out its streams in half precision, from which a learned gain is not exact"
+    if call.is_boosted and call.query.shape[-2] != call.key.shape[-2] and not call.streams.is_cached:
+        return "needs the streams of earlier keys"
+    return None
+
+
+def run(call: FilterCall) -> torch.Tensor:
+    """The back-end ``blocked``: every weight once, positions inside the blocks. Half precision becomes float32."""
+    dtype, visibility = working_dtype(call.query.dtype), call.visibility
+    by_place = next((term for term in call.positions if isinstance(term, BlockedPositions)), None)
+    query, key, value, scale, bias = call.query, call.key, call.value, call.content.scale, visibility.bias
+    rest = call._replace(positions=tuple(term for term in call.positions if term is not by_place))
+    if rest.has_columns or isinstance(scale, torch.Tensor):
+        with torch.autocast(query.device.type, enabled=False):
+            query, key, scale, extra = augment(rest, dtype)
+        if extra is not None:
+            bias = extra if bias is None else bias + extra
+        if key.shape[1] != value.shape[1]:
+            value = value.repeat_interleave(call.groups, dim=1)
+    name, steps, gain = call.booster
+    output, streams = _blocked(
+        query,
+        key,
+        value,
+        visibility.keys if visibility.mask is None else visibility.mask,
+        bias,
+        by_place,
+        visibility.causal,
+        float(scale),
+        call.dropout,
+        # With the residual r = V - A V both parts of the learned booster can be told from the output: A V = V - r.
+        "twicing" if gain is not None else name,
+        2 if gain is not None else steps,
+        call.past_streams() if call.streams.is_cached else (),
+    )
+    if call.streams.is_cached:
+        for index, rows in enumerate(streams):
+            call.streams.append(boost_stream(index + 1), rows.to(call.value.dtype))
+    if gain is not None:
+        smooth = call.new_value.to(dtype) - streams[0]
+        output = smooth + gain * (output - smooth)
+    return output.to(call.value.dtype)

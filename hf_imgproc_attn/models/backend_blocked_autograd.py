@@ -52,7 +52,7 @@ class BlockedFilter(torch.autograd.Function):
         return (
             *map(_like, own, (query, key, value, bias, past)),
             None,
-            *map(_like, [] if positions is None else positions.gradients, parameters),
+            *map(_like, [] if positions is None else positions.finish(gradients.plan), parameters),
         )
 
 

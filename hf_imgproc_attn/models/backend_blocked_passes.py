@@ -86,7 +86,7 @@ class Call(NamedTuple):
         """The position kernel's part in the blocks; arguments as in :class:`PositionTerm`."""
         if self.positions is None:
             return None
-        return PositionTerm(self.positions, parameters, self.plan, like, needs_grad)
+        return PositionTerm(self.positions, parameters, self.plan, self.mask, like, needs_grad)
 
 
 class Inputs:

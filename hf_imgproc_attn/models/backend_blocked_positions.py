@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from .backend_blocked_plan import Block, Group, Plan
+from .backend_blocked_plan import Block, Group, Plan, cut
 from .kernel_blocks import BlockKernel
 from .kernel_content import HALF_DTYPES
 from .kernel_position import BlockedPositions
+from .visibility import visible
 
-KEPT_COMPARISONS = 2**20
-"""What rows and columns have in common is kept for all groups of heads up to this many numbers (4 MB); beyond, it is
-computed again, and memory stays linear in the length."""
+KEPT_SCORES = 2**20
+"""What rows and columns have in common, or a costly kernel's logits, is kept for all groups of heads and samples up to
+this many numbers (4 MB); beyond, it is computed again, and memory stays linear in the length."""
 
 
 def check_positions(positions: Any, query: torch.Tensor, key: torch.Tensor) -> None:
@@ -61,6 +62,7 @@ class PositionTerm:
         positions: what is compared.
         parameters: those of ``positions.parameters()``, whose gradients are summed.
         plan: what is computed.
+        mask: who sees whom besides causality, boolean or additive with four axes, or None.
         like: a tensor of the device and dtype to work in.
         needs_grad: which parameters' gradients are wanted; none in the forward pass.
     """
@@ -70,6 +72,7 @@ class PositionTerm:
         positions: BlockedPositions,
         parameters: tuple[torch.Tensor, ...],
         plan: Plan,
+        mask: torch.Tensor | None,
         like: torch.Tensor,
         needs_grad: tuple[bool, ...] = (),
     ) -> None:
@@ -82,15 +85,45 @@ class PositionTerm:
             for parameter, needed in zip(self.parameters, needs_grad, strict=False)
         ]
         self.work = like.dtype
-        samples = max(self.coordinates.shape[0], self.key_coordinates.shape[0])
-        self._kept: dict[tuple[int, int], torch.Tensor] | None = None
-        if samples * plan.length * plan.key_length <= KEPT_COMPARISONS:
-            self._kept = {}
+        self._mask, self._is_causal = mask, plan.is_causal
+        see_themselves = mask is None and self._are_own_keys(plan.past)
+        self._from_nearest = self.kernel.grows_with_distance and not see_themselves
+        masks = mask.shape[0] if mask is not None and self._from_nearest else 1
+        self._per_sample = max(self.coordinates.shape[0], self.key_coordinates.shape[0], masks) > 1
+        samples, scores = plan.batch if self._per_sample else 1, plan.length * plan.key_length
+        self._kept: dict[tuple[int, int], torch.Tensor] | None = {} if samples * scores <= KEPT_SCORES else None
+        # Look-ups that serve all samples, and one sum of their gradients, by the number of the block.
+        self._logits: dict[int, torch.Tensor] | None = None
+        self._logit_grads: dict[int, torch.Tensor] = {}
+        if self.kernel.is_costly and not self._per_sample and plan.batch > 1:
+            self._logits = {} if plan.heads * scores <= KEPT_SCORES else None
+
+    def _are_own_keys(self, past: int) -> bool:
+        """Whether every query is known to stand at the place of a key that it may see."""
+        queries, keys = self.coordinates, self.key_coordinates[:, max(past, 0) :]
+        if past < 0 or queries.shape != keys.shape:
+            return False
+        # An accelerator would be waited for.
+        return queries.data_ptr() == keys.data_ptr() or (queries.device.type == "cpu" and torch.equal(queries, keys))
+
+    def _allowed(self, group: Group, block: Block) -> torch.Tensor | None:
+        """What any head of a block sees, ``[samples or 1, rows or 1, keys or 1]``; None for everything."""
+        allowed = None
+        if self._mask is not None:
+            part = cut(self._mask, group, block)
+            allowed, _ = visible(part, False, block.stop - block.start, block.keys, part.device)
+        if allowed is not None:
+            allowed = allowed.any(1)
+        if self._is_causal:
+            rows = block.stop - block.start
+            causal = torch.ones(rows, block.keys, dtype=torch.bool, device=self.coordinates.device)
+            causal = causal.tril(block.keys - rows)
+            allowed = causal[None] if allowed is None else allowed & causal
+        return allowed
 
     def _compared(self, group: Group, block: Block) -> torch.Tensor:
         """What the block's rows and columns have in common for all heads, ``[..., samples or 1, rows, keys]``."""
-        per_sample = max(self.coordinates.shape[0], self.key_coordinates.shape[0]) > 1
-        place = (block.number, group.batch.start if per_sample else 0)
+        place = (block.number, group.batch.start if self._per_sample else 0)
         if self._kept is not None and place in self._kept:
             return self._kept[place]
         rows, columns = (x if x.shape[0] == 1 else x[group.batch] for x in (self.coordinates, self.key_coordinates))
@@ -99,6 +132,8 @@ class PositionTerm:
         if count:
             self.kernel.clear_(compared[..., :count])
             self.kernel.clear_(compared[..., : max(count - block.start, 0), :])
+        if self._from_nearest:
+            compared = self.kernel.from_nearest(compared, self._allowed(group, block))
         if self._kept is not None:
             self._kept[place] = compared
         return compared
@@ -113,8 +148,14 @@ class PositionTerm:
 
     def add_(self, logits: torch.Tensor, group: Group, block: Block, factor: float) -> None:
         """Add ``factor`` s to the logits of a block, ``[samples, heads, rows, keys]``."""
-        compared, parameter = self._compared(group, block), self.parameters[0][group.heads]
-        self.kernel.add_(logits, compared, parameter, factor)
+        if self._logits is None:
+            self.kernel.add_(logits, self._compared(group, block), self.parameters[0][group.heads], factor)
+        else:
+            if block.number not in self._logits:
+                every = logits.new_zeros(1, len(self.parameters[0]), *logits.shape[2:])
+                self.kernel.add_(every, self._compared(group, block), self.parameters[0], factor)
+                self._logits[block.number] = every
+            logits += self._logits[block.number][:, group.heads]
         if self.num_class_tokens:
             scalars = self.parameters[1][group.heads].unsqueeze(-1)
             for index, part in enumerate(self._class_parts(logits, block)):
@@ -131,7 +172,23 @@ class PositionTerm:
         if self.num_class_tokens and self.gradients[1] is not None:
             for index, part in enumerate(self._class_parts(d_logits, block)):
                 self.gradients[1][group.heads, index] += part.sum((0, 2, 3))
-        if self.gradients[0] is not None:
+        total = self.gradients[0]
+        if total is None:
+            return
+        if self._logits is None:
             parameter = self.parameters[0][group.heads]
-            share = self.kernel.gradient(d_logits, self._compared(group, block), parameter)
-            self.gradients[0][group.heads] += share
+            total[group.heads] += self.kernel.gradient(d_logits, self._compared(group, block), parameter)
+            return
+        if block.number not in self._logit_grads:
+            self._logit_grads[block.number] = d_logits.new_zeros(1, len(total), *d_logits.shape[2:])
+        self._logit_grads[block.number][:, group.heads] += d_logits.sum(0, keepdim=True)
+
+    def finish(self, plan: Plan) -> list[torch.Tensor | None]:
+        """All gradients, once every block has been accumulated; None for parameters that need none."""
+        total = self.gradients[0] if self.gradients else None
+        for block in plan.blocks():
+            d_logits = self._logit_grads.pop(block.number, None)
+            if total is not None and d_logits is not None:
+                compared = self._compared(plan.groups()[0], block)
+                total += self.kernel.gradient(d_logits, compared, self.parameters[0])
+        return self.gradients

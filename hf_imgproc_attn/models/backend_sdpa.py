@@ -12,19 +12,19 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .boost_operators import BOOSTING, Extend, keep_rows
-from .kernel_content import CONTENT_COLUMNS, inside, working_dtype
-from .kernel_position import Positions, position_columns, position_form, position_logits
-from .visibility import additive_mask, visible
+from .backend_call import FilterCall
+from .kernel_content import CONTENT_COLUMNS, autocast_dtype, inside, working_dtype
+from .kernel_position import position_columns, position_form, position_logits
+from .visibility import Visibility
 
 
 class Augmented(NamedTuple):
     """A filter as inner products: logits_ij = scale <query_i, key_j> + bias_ij.
 
     query: ``[batch, heads, length, width]``.
-    key: ``[batch, heads, key_length, width]``.
+    key: ``[batch, key_heads, key_length, width]``; as many heads as the queries where there are columns.
     scale: a number.
-    bias: ``[batch or 1, heads or 1, length, key_length]``, or None.
+    bias: ``[batch or 1, heads or 1, length or 1, key_length or 1]``, or None.
     """
 
     query: torch.Tensor
@@ -33,108 +33,39 @@ class Augmented(NamedTuple):
     bias: torch.Tensor | None
 
 
-def augment(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    *,
-    content_kernel: str,
-    content_scale: torch.Tensor | float,
-    positions: Positions | None,
-    form_dtype: torch.dtype | None = None,
-) -> Augmented:
+def augment(call: FilterCall, dtype: torch.dtype, form_dtype: torch.dtype | None = None) -> Augmented:
     """Write content and position kernel as columns beside queries and keys, or as a bias where columns lose digits.
 
     Args:
-        query: ``[batch, heads, length, head_dim]``.
-        key: ``[batch, heads, key_length, head_dim]``.
-        content_kernel: key of ``CONTENT_COLUMNS``.
-        content_scale: 2/h_y^2, a number or ``[heads, 1, 1]``.
-        positions: what the position kernel compares, or None.
-        form_dtype: the precision whose choice between columns and bias is taken. None: the query's.
+        call: the filter; booster and visibility are not looked at, but keys that no query sees become 0.
+        dtype: to compute in.
+        form_dtype: columns or bias are chosen as if inputs had this dtype. None: ``dtype``.
     """
-    dtype = query.dtype
-    columns, bias = [], None
-    content_columns = CONTENT_COLUMNS[content_kernel]
+    query, key = call.query.to(dtype), call.visibility.clean(call.key).to(dtype)
+    if call.has_columns and call.groups > 1:
+        key = key.repeat_interleave(call.groups, dim=1)
+    columns: list[tuple[torch.Tensor, torch.Tensor]] = []
+    bias: torch.Tensor | None = None
+    content_columns = CONTENT_COLUMNS[call.content.kernel]
     if content_columns is not None:
-        columns.append(content_columns(query, key, content_scale))
-    if positions is not None:
-        if position_form(positions, form_dtype or dtype) == "features":
-            columns += position_columns(positions, dtype)
+        columns.append(content_columns(query, key, call.content.scale))
+    for term in call.positions:
+        if position_form(term, form_dtype or dtype) == "features":
+            columns += position_columns(term, dtype)
         else:
-            bias = position_logits(positions, dtype)
+            logits = position_logits(term, dtype)
+            bias = logits if bias is None else bias + logits
     scale = 1.0
-    if not columns and not isinstance(content_scale, torch.Tensor):
-        scale = content_scale
+    if not columns and not isinstance(call.content.scale, torch.Tensor):
+        scale = float(call.content.scale)
     else:  # the columns carry their own factors, so the content's goes into the query
-        scaled = query * content_scale
+        scaled = query * call.content.scale
         query = (scaled if dtype != torch.float16 else inside(scaled, dtype)).to(dtype)
     left, right = [left for left, _ in columns], [right for _, right in columns]
-    return Augmented(beside(query, left), beside(key, right), scale, bias)
+    return Augmented(append_columns(query, left), append_columns(key, right), scale, bias)
 
 
-def sdpa_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    full_value: torch.Tensor,
-    *,
-    content_kernel: str,
-    content_scale: torch.Tensor | float,
-    positions: Positions | None,
-    attention_mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    boosting: str = "none",
-    boosting_steps: int = 2,
-    boosting_gain: torch.Tensor | None = None,
-    dropout: float = 0.0,
-    extend: Extend = keep_rows,
-) -> torch.Tensor:
-    """Apply the filter without forming A.
-
-    Args:
-        query: ``[batch, heads, length, head_dim]``.
-        key: ``[batch, heads, key_length, head_dim]``.
-        value: ``[batch, heads, length, d]``, rows of the new tokens.
-        full_value: ``[batch, heads, key_length, d]``.
-        content_kernel: key of ``CONTENT_COLUMNS``.
-        content_scale: 2/h_y^2, a number or ``[heads, 1, 1]``.
-        positions: what the position kernel compares, or None.
-        attention_mask: boolean or additive float, broadcastable to ``[batch, heads, length, key_length]``, or None.
-        is_causal: causal without a cache and without a mask.
-        boosting: key of ``BOOSTING``.
-        boosting_steps: k >= 1.
-        boosting_gain: gamma of ``learned``, ``[heads, 1, 1]`` in at least float32, or None.
-        dropout: probability on A; only without boosting, whose passes would each draw their own mask.
-        extend: stores residual streams in a cache.
-
-    Returns:
-        ``[batch, heads, length, d]`` in the value's dtype.
-    """
-    device_type = query.device.type
-    if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
-        # Autocast runs SDPA in its own dtype whatever comes in: columns must be made for that dtype.
-        dtype = torch.get_autocast_dtype(device_type)
-        query, key, value, full_value = (tensor.to(dtype) for tensor in (query, key, value, full_value))
-    dtype = query.dtype
-    query, key, scale, bias = augment(
-        query, key, content_kernel=content_kernel, content_scale=content_scale, positions=positions
-    )
-    allowed, additive = visible(attention_mask, False, query.shape[-2], key.shape[-2], query.device)
-    if additive is not None:
-        bias = additive if bias is None else bias + additive
-    mask, sees = allowed, None
-    if bias is not None:
-        allowed, _ = visible(allowed, is_causal, query.shape[-2], key.shape[-2], query.device)
-        (mask, sees), is_causal = additive_mask(bias.to(working_dtype(dtype)), allowed, dtype), False
-
-    def attend(stream: torch.Tensor) -> torch.Tensor:
-        out = _sdpa(query, key, stream.to(dtype), mask, is_causal, scale, dropout)
-        return out if sees is None else out * sees
-
-    return BOOSTING[boosting](attend, extend, value, full_value, boosting_steps, boosting_gain)
-
-
-def beside(x: torch.Tensor, columns: Sequence[torch.Tensor]) -> torch.Tensor:
+def append_columns(x: torch.Tensor, columns: Sequence[torch.Tensor]) -> torch.Tensor:
     """Append columns, and zeros up to a multiple of 8, the width that fused kernels want.
 
     Args:
@@ -150,7 +81,82 @@ def beside(x: torch.Tensor, columns: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def _sdpa(
+def refuses(call: FilterCall) -> str | None:
+    """Why SDPA cannot serve a call, as the rest of a sentence about it, or None if it can."""
+    if call.dropout and call.is_boosted:
+        return "draws a new dropout mask at every pass, and a booster needs the same one"
+    return None
+
+
+def run(call: FilterCall) -> torch.Tensor:
+    """The back-end ``sdpa``: ``[batch, heads, length, d]`` in the value's dtype, or in autocast's where that is on."""
+    # Autocast runs SDPA in its own dtype whatever comes in: columns must be made for that dtype.
+    dtype = autocast_dtype(call.query)
+    query, key, scale, bias = augment(call, dtype)
+    value = call.value.to(dtype)
+    if call.groups > 1:
+        value = value.repeat_interleave(call.groups, dim=1)
+        key = key if key.shape[1] == query.shape[1] else key.repeat_interleave(call.groups, dim=1)
+    mask, sees, is_causal = _mask(call.visibility, bias, dtype, query.device)
+    if is_causal and scale <= 0.0:  # fused kernels multiply the -inf of later keys by it
+        query, scale = query * scale, 1.0
+
+    def attend(rows: torch.Tensor) -> torch.Tensor:
+        out = _attention(query, key, rows.to(dtype), mask, is_causal, scale, call.dropout)
+        return out if sees is None else out.masked_fill(~sees, 0.0)
+
+    new_value = call.new_value.to(dtype)
+    return call.boost(attend, new_value, value)
+
+
+def _mask(
+    visibility: Visibility, bias: torch.Tensor | None, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor | None, torch.Tensor | None, bool]:
+    """``attn_mask`` of SDPA, which rows see any key (``[..., length, 1]``, None = all), and ``is_causal``."""
+    if visibility.bias is not None:
+        bias = visibility.bias if bias is None else bias + visibility.bias
+    if bias is not None:
+        mask, sees = additive_mask(bias.to(working_dtype(dtype)), visibility.allowed(device), dtype)
+        return mask, sees, False
+    if visibility.hides_nothing:
+        return None, None, False
+    if visibility.hides_only_padding and visibility.keys is None and visibility.is_square:
+        return None, None, True
+    allowed = visibility.allowed(device)
+    if allowed is None or visibility.hidden is None:
+        return allowed, None, False
+    # A query that sees no key: SDPA gives 0, but for NaN in the query itself.
+    return allowed, allowed.any(-1, keepdim=True), False
+
+
+def additive_mask(
+    bias: torch.Tensor, allowed: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One additive mask from logits and what may be seen.
+
+    Each row is shifted so that its largest visible value is 0 (the softmax does not notice), which keeps the digits
+    where the weights are and far keys inside the range of float16.
+
+    Args:
+        bias: ``[batch or 1, heads or 1, length, key_length]`` in at least float32.
+        allowed: boolean, broadcastable with it, or None.
+        dtype: of the mask.
+
+    Returns:
+        The mask, and which rows see anything (``[..., length, 1]``) or None for all: the mask of the others is 0, so
+        that no kernel makes NaN of them, and their output has to be set to 0.
+    """
+    smallest = torch.finfo(dtype).min
+    if allowed is None:
+        return (bias - bias.amax(-1, keepdim=True).detach()).clamp(min=smallest).to(dtype), None
+    sees = allowed.any(-1, keepdim=True)
+    hidden = ~allowed & sees
+    bias = torch.where(hidden, float("-inf"), bias)
+    bias = bias - bias.amax(-1, keepdim=True).detach()
+    return torch.where(hidden, float("-inf"), bias.clamp(min=smallest)).to(dtype), sees
+
+
+def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -159,13 +165,14 @@ def _sdpa(
     scale: float,
     dropout: float,
 ) -> torch.Tensor:
-    """SDPA with V padded to the width of Q: fused kernels want equal widths; padding costs less."""
-    width = value.shape[-1]
-    missing = query.shape[-1] - width
+    """SDPA with V as wide as Q and K, by zeros at either side: fused kernels want equal widths; padding costs less."""
+    width, missing = value.shape[-1], query.shape[-1] - value.shape[-1]
+    if missing < 0:
+        query, key = (nn.functional.pad(x, (0, -missing)) for x in (query, key))
     out = nn.functional.scaled_dot_product_attention(
         query,
         key,
-        nn.functional.pad(value, (0, missing)) if missing else value,  # padding by nothing would copy
+        nn.functional.pad(value, (0, missing)) if missing > 0 else value,  # padding by nothing would copy
         attn_mask=attention_mask,
         dropout_p=dropout,
         is_causal=is_causal,

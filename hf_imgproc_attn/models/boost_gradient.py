@@ -18,7 +18,6 @@ feature and token. This is not an operator on V: there are two attention maps, a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -89,29 +88,3 @@ class GradientBoosting(nn.Module):
         if weights is None or second_weights is None:
             return output, None
         return output, torch.stack((weights, second_weights), dim=1)
-
-
-class SecondCache:
-    """Shows the second attention of a layer its part of a cache: further streams of the same cache layer.
-
-    Args:
-        cache: a cache whose layer holds streams.
-        layer_idx: index of the layer.
-        first_stream: streams that the first attention keeps; key, value and the rest come behind them.
-    """
-
-    def __init__(self, cache: Any, layer_idx: int, first_stream: int) -> None:
-        self._layer, self._first = cache.layers[layer_idx], first_stream
-        # Where the filter looks for the layer's streams.
-        self.layers = [self] * (layer_idx + 1)
-
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append key and value of the new tokens and return all of them."""
-        rows = (key, value)
-        full_key, full_value = (self._layer.update_stream(self._first + i, row) for i, row in enumerate(rows))
-        return full_key, full_value
-
-    def update_stream(self, index: int, rows: torch.Tensor) -> torch.Tensor:
-        """As of the cache layer."""
-        whole: torch.Tensor = self._layer.update_stream(self._first + 2 + index, rows)
-        return whole

@@ -34,10 +34,11 @@ class FilterDynamicLayer(DynamicLayer):
         self.keys: torch.Tensor | None
         self.values: torch.Tensor | None
         self.is_initialized: bool
-        self.streams: list[torch.Tensor] = []
-        self._growing: dict[str | int, GrowingRows] = {}
+        self.streams: dict[str, torch.Tensor] = {}
+        """Further rows by name; see ``cache_streams``."""
+        self._growing: dict[str, GrowingRows] = {}
 
-    def _append(self, name: str | int, stored: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+    def _append(self, name: str, stored: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
         return self._growing.setdefault(name, GrowingRows()).append(stored, rows)
 
     def update(
@@ -51,19 +52,20 @@ class FilterDynamicLayer(DynamicLayer):
         self.keys, self.values = keys, values
         return keys, values
 
-    def update_stream(self, index: int, rows: torch.Tensor) -> torch.Tensor:
-        """Append the new tokens' rows ``[batch, heads, new, width]`` to stream ``index`` and return all of it."""
-        stored = self.streams.pop(index).to(rows.device, non_blocking=True) if index < len(self.streams) else None
-        stream = self._append(index, stored, rows)
-        self.streams.insert(index, stream)
+    def update_stream(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Append the new tokens' rows ``[batch, heads, new, width]`` to a stream and return all of it."""
+        stored = self.streams.get(name)
+        stored = None if stored is None else stored.to(rows.device, non_blocking=True)
+        stream = self._append(f"stream {name}", stored, rows)
+        self.streams[name] = stream
         keys: torch.Tensor | None = self.keys
         if keys is not None and keys.device != stream.device:
             # An offloading cache has moved keys and values away by now; the stream follows them.
-            self.streams[index] = stream.to(keys.device, non_blocking=True)
+            self.streams[name] = stream.to(keys.device, non_blocking=True)
         return stream
 
     def _map_streams(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.streams = [function(stream) for stream in self.streams]
+        self.streams = {name: function(stream) for name, stream in self.streams.items()}
 
     def offload(self) -> None:
         super().offload()
@@ -79,7 +81,7 @@ class FilterDynamicLayer(DynamicLayer):
         # Transformers 5.17 zeroes keys and values here and keeps their length; a growing cache starts anew.
         self.keys = self.values = None
         self.is_initialized = False
-        self.streams, self._growing = [], {}
+        self.streams, self._growing = {}, {}
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
@@ -98,11 +100,6 @@ class FilterDynamicLayer(DynamicLayer):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
         self._map_streams(lambda stream: stream[indices, ...])
-
-
-def after_first(extend: Callable[[int, torch.Tensor], torch.Tensor]) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    """``update_stream`` for what comes behind stream 0, which holds the elliptical metric's rows."""
-    return lambda index, rows: extend(index + 1, rows)
 
 
 class FilterStaticLayer(StaticLayer):
@@ -132,13 +129,13 @@ def check_cache_implementation(name: str | None) -> None:
         )
 
 
-def check_cache_layer(cache: Cache, layer_idx: int, num_streams: int) -> None:
+def check_cache_layer(cache: Cache, layer_idx: int, keeps_streams: bool) -> None:
     """Check that a cache's layer can hold what a filtered layer stores.
 
     Args:
         cache: a Transformers cache.
         layer_idx: index of the attention layer.
-        num_streams: streams that the layer keeps beside keys and values.
+        keeps_streams: whether the layer keeps more than keys and values.
 
     Raises:
         ValueError: for a static, sliding or quantised layer, and for a plain layer where streams must be kept.
@@ -154,7 +151,7 @@ def check_cache_layer(cache: Cache, layer_idx: int, num_streams: int) -> None:
             f"past_key_values with layers of type {getattr(layer_class, '__name__', layer_class)} is not supported "
             f"for layers with {_FILTERED} (layer {layer_idx}): use DynamicCache(config=model.config)"
         )
-    if num_streams:
+    if keeps_streams:
         raise ValueError(
             f"past_key_values has a plain layer at index {layer_idx}, where the filter needs to keep its "
             "residual stream or the elliptical metric's rows: build the cache with DynamicCache(config=model.config)"

@@ -14,6 +14,9 @@ arXiv 2506.10371; untied positions after Ke, He, Liu 2021 (arXiv 2006.15595).
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -26,6 +29,22 @@ _FLOAT16_POSITION_SHIFT = 2.0**9
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision in which bandwidths, positions and dense logits are computed: at least float32."""
     return torch.float32 if dtype in HALF_DTYPES else dtype
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which autocast would run a product of ``x``: its own where autocast is off or does not reach."""
+    device_type = x.device.type
+    is_there = torch.amp.is_autocast_available(device_type)
+    if x.dtype == torch.float64 or not is_there or not torch.is_autocast_enabled(device_type):
+        return x.dtype
+    return torch.get_autocast_dtype(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Products in the dtype of what comes in."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -14,50 +14,42 @@ from __future__ import annotations
 
 import torch
 
-from .boost_operators import Extend
-from .kernel_content import working_dtype
-from .visibility import visible
+from .cache_streams import Streams
+from .kernel_content import without_autocast, working_dtype
+from .visibility import Visibility
 
 
 @torch.no_grad()
 def elliptical_metric(
-    value: torch.Tensor,
-    previous_value: torch.Tensor,
-    *,
-    attention_mask: torch.Tensor | None = None,
-    token_mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    extend: Extend,
+    value: torch.Tensor, previous_value: torch.Tensor, visibility: Visibility, streams: Streams
 ) -> torch.Tensor:
     """The diagonal of M_i, between 0 and 1 with a 1 in every row; w is a sum, since its count cancels in w / max w.
 
     Args:
         value: V_l of the new tokens, ``[batch, heads, length, head_dim]``.
         previous_value: V_{l-1} of the new tokens, same shape.
-        attention_mask: what each row sees, as in ``AttentionFilter``. Looked at only without ``token_mask``.
-        token_mask: ``[batch or 1, length]``, which new tokens are no padding, where that is all that a mask hides
-            (beside later tokens, if causal); running sums are enough then.
-        is_causal: whether a row sees no later token; without ``token_mask`` used where there is no mask.
-        extend: stores |D| of the new tokens as stream 0 of a cache and returns that of all tokens. Rows rather than
-            their prefix sums: no mask, whatever it shows, needs a difference of large sums then.
+        visibility: who sees whom. Where it hides only padding and later tokens, running sums are enough.
+        streams: keep |D| of every token. Rows rather than their prefix sums: arbitrary masks would otherwise need
+            differences of large sums, which cancel.
 
     Returns:
         ``[batch, heads, length or 1, head_dim]`` in at least float32.
     """
-    work = working_dtype(value.dtype)
-    moved = (value.to(work) - previous_value.to(work)).abs()
-    if token_mask is not None:
+    dtype, length = working_dtype(value.dtype), visibility.length
+    moved = (value.to(dtype) - previous_value.to(dtype)).abs()
+    all_moved = streams.append("metric", moved)
+    if visibility.hides_only_padding and visibility.keys is not None:
         # A product would make NaN of what overflowed in padding.
-        moved = moved.masked_fill(~token_mask[:, None, :, None], 0.0)
-    every = extend(0, moved)
-    if token_mask is None and attention_mask is not None:
-        allowed, _ = visible(attention_mask, False, moved.shape[-2], every.shape[-2], value.device)
-        with torch.autocast(value.device.type, enabled=False):
-            weight = every.sum(-2, keepdim=True) if allowed is None else _sum_of_visible(every, allowed)
-    elif is_causal:
-        weight = moved.cumsum(-2) + every[..., : -moved.shape[-2], :].sum(-2, keepdim=True)
+        all_moved = all_moved.masked_fill(~visibility.keys.transpose(-1, -2), 0.0)
+    if not visibility.hides_only_padding:
+        allowed = visibility.allowed(value.device)
+        with without_autocast(value.device.type):
+            weight = all_moved.sum(-2, keepdim=True) if allowed is None else _sum_of_visible(all_moved, allowed)
+    elif visibility.hides_later_keys:
+        past = all_moved.shape[-2] - length
+        weight = all_moved[..., past:, :].cumsum(-2) + all_moved[..., :past, :].sum(-2, keepdim=True)
     else:
-        weight = every.sum(-2, keepdim=True)
+        weight = all_moved.sum(-2, keepdim=True)
     largest = weight.amax(-1, keepdim=True)
     return torch.where(largest > 0, weight / largest, torch.ones_like(weight))
 

@@ -25,8 +25,11 @@ from .kernel_content import (
 )
 from .spec_axes import COORDINATE_KERNELS
 
-MAX_FEATURE_SIDE = 256
-"""Longest side of the grid, in units of the smallest bandwidth, up to which feature columns are used."""
+MAX_FEATURE_SIDE = 4
+"""Longest side of the grid, in units of the smallest bandwidth, up to which feature columns are used: their rounding
+grows with the square of that ratio."""
+MAX_SPLIT_SIDE = 256
+"""The same in bfloat16, where columns are split into pieces of 24 bits together, and outputs have 8."""
 
 
 class ClassTokens(NamedTuple):
@@ -80,7 +83,7 @@ class GaussianPositions(NamedTuple):
     key_coordinates: p of all tokens, ``[batch or 1, key_length, dims]``.
     scale: 2/h_p^2, ``[heads, 1, 1]``, in at least float32.
     class_tokens: or None where every token has a place.
-    narrowest: the smallest h_p that the layer started with, for the choice of form.
+    narrowest: the smallest h_p where it is no parameter, for the choice of form.
     learns_bandwidth: whether h_p is a parameter.
     contiguous: whether positions are known to be in order and to have no gaps, so that their number tells how far
         they reach.
@@ -137,19 +140,24 @@ class GaussianPositions(NamedTuple):
         """The same with other parameters, in the order of :meth:`parameters`."""
         return self._replace(scale=first, class_tokens=replace_class_logits(self.class_tokens, class_logits))
 
+    def _narrowest_in_use(self) -> float | None:
+        """The smallest h_p, or None where that is not known without waiting for an accelerator or breaking a graph."""
+        if self.scale.device.type == "cpu" and not torch.compiler.is_compiling():
+            return float(self.scale.detach().amax() / 2.0) ** -0.5
+        return None if self.learns_bandwidth else self.narrowest
+
     def form(self, dtype: torch.dtype) -> str:
         """See :func:`position_form`."""
-        if dtype == torch.float64:
-            return "features"
+        # Large gradients of columns cancel in that of h_p.
+        needs_gradient = self.learns_bandwidth and torch.is_grad_enabled()
+        if needs_gradient or dtype == torch.float16 or (dtype == torch.bfloat16 and self.class_tokens):
+            return "bias"
         # Positions with gaps would have to be looked at, which one query and a traced graph are not worth.
         if not self.contiguous and (self.coordinates.shape[-2] == 1 or torch.compiler.is_compiling()):
             return "bias"
-        if self._side() > MAX_FEATURE_SIDE * self.narrowest:
-            return "bias"
-        if dtype not in HALF_DTYPES:
-            return "features"
-        needs_gradient = self.learns_bandwidth and torch.is_grad_enabled()
-        return "bias" if needs_gradient or self.class_tokens or dtype == torch.float16 else "features"
+        narrowest = self._narrowest_in_use()
+        most = MAX_SPLIT_SIDE if dtype in HALF_DTYPES else MAX_FEATURE_SIDE
+        return "bias" if narrowest is None or not self._side() <= most * narrowest else "features"
 
 
 class Positions(Protocol):
@@ -241,11 +249,11 @@ def check_coordinates(
 def position_form(positions: Positions, dtype: torch.dtype) -> str:
     """How SDPA gets s(p_i, p_j): ``"features"``, or ``"bias"``, dense logits as an additive mask.
 
-    Features of the Gaussian kernel are exact enough in float32 as long as the side of the grid is at most 256 times
-    the smallest bandwidth (their rounding error grows with the square of that ratio). In bfloat16 the split columns
-    keep the output as accurate as plain attention, but neither the gradient of h_p (large columns cancel in it) nor
-    the row constant that class tokens need survives, and float16 has no room for p^2 / h^2: there the bias is formed
-    in float32. The bounds are in tests/models/test_precision.py.
+    Features only where output and gradients keep to three times plain attention's own error; else the bias, whose
+    distances are differences of coordinates. A learned h_p never gets its gradient through columns, and the bandwidth
+    that counts is the one in use. float16 has no room for p^2 / h^2, and the row constant that class tokens need does
+    not survive in bfloat16. Attention in blocks (``backend_blocked``) needs neither form. The bounds are in
+    tests/models/test_precision.py.
     """
     return positions.form(dtype)
 

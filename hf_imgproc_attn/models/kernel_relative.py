@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from .kernel_blocks import BlockKernel, DistanceKernel
-from .kernel_content import left_columns, right_columns
-from .kernel_position import MAX_FEATURE_SIDE, ClassTokens, join_parameters, replace_class_logits
+from .kernel_blocks import BlockKernel, DistanceKernel, row_parts
+from .kernel_content import HALF_DTYPES, left_columns, right_columns
+from .kernel_position import MAX_FEATURE_SIDE, MAX_SPLIT_SIDE, ClassTokens, join_parameters, replace_class_logits
 
 # --------------------------------------------------------------------------------------------------------------------
 # ALiBi
@@ -91,7 +91,8 @@ class AlibiPositions(NamedTuple):
             if unseen or bool((places.diff(dim=-1) < 0).any()):
                 return "bias"
             side = float((places[..., -1] - places[..., 0]).max())
-        return "features" if side * self.steepest <= MAX_FEATURE_SIDE**2 else "bias"
+        most = MAX_SPLIT_SIDE if dtype in HALF_DTYPES else MAX_FEATURE_SIDE
+        return "features" if side * self.steepest <= most**2 else "bias"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -143,8 +144,6 @@ JOINT_BUCKETS = 2**14
 MAX_LANES = 64
 """Copies of a table: neighbouring columns add to different ones, so that no sum waits for the one before, and long
 sums lose fewer digits."""
-LOOKUP_SCORES = 2**15
-"""Scores that are looked up at a time."""
 
 
 class BucketKernel(NamedTuple):
@@ -165,6 +164,16 @@ class BucketKernel(NamedTuple):
     bidirectional: bool
     axes: int
     buckets: int
+
+    @property
+    def grows_with_distance(self) -> bool:
+        """Entries of a table are as small for far keys as for near ones."""
+        return False
+
+    @property
+    def is_costly(self) -> bool:
+        """A look-up."""
+        return True
 
     @property
     def _joint_axes(self) -> int:
@@ -201,6 +210,10 @@ class BucketKernel(NamedTuple):
     def clear_(self, compared: torch.Tensor) -> None:
         """The last entry of each table."""
         compared.fill_(self._size * self._lanes)
+
+    def from_nearest(self, compared: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+        """Nothing to do."""
+        return compared
 
     def _tables(self, parameter: torch.Tensor) -> list[torch.Tensor]:
         """``[heads, (size + 1) * lanes]`` each."""
@@ -241,12 +254,6 @@ class BucketKernel(NamedTuple):
             others = [other + 1 for other in range(joint_axes) if other != axis % joint_axes]
             gradients.append(table.sum(others) if others else table)
         return torch.stack(gradients, dim=1)
-
-
-def row_parts(rows: int, columns: int) -> list[slice]:
-    """Some rows at a time, of ``LOOKUP_SCORES`` scores or so."""
-    step = max(LOOKUP_SCORES // max(columns, 1), 1)
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 class BucketPositions(NamedTuple):

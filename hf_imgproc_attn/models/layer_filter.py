@@ -1,8 +1,7 @@
 """One attention layer as a filter: composes content kernel, position kernel, boosting and cache. Knows no backbone.
 
 A backbone's attention projects its tokens to query, key and value and hands them to :class:`AttentionFilter`, together
-with what the position kernel compares. Attention implementation ``eager`` is the dense reference; ``sdpa`` leaves the
-choice of a fast path to ``backend_run``, or to the configuration's ``filter_backend``.
+with what the position kernel compares. :class:`AttentionFilter` makes one call of them, which a back-end computes.
 """
 
 from __future__ import annotations
@@ -13,34 +12,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import logging
 
-from .backend_reference import reference_attention
-from .backend_run import dense_logits, run_filter
+from .backend_call import Booster, Content, FilterCall
+from .backend_reference import filter_logits, reference_attention
+from .backend_table import run_filter
 from .boost_depth import feedback_gains, gain_arguments
 from .boost_gradient import GradientBoosting
-from .boost_operators import Extend, extra_streams, keep_rows, operator_on_value
-from .cache_layer import after_first, check_cache_layer
+from .boost_operators import extra_streams, operator_on_value
+from .cache_streams import NO_STREAMS, SECOND, Streams, boost_stream
 from .kernel_content import working_dtype
 from .kernel_elliptical import elliptical_metric
-from .kernel_position import pack_key, unpack_key
+from .kernel_position import Positions, pack_key, unpack_key
+from .layer_inputs import LayerInputs
 from .layer_parameters import FilterScalars, PositionProjection, Scalars, bandwidth_scale, per_head
 from .layer_positions import LayerPositions
 from .spec_axes import LayerSpec, is_stock_layer, needs_previous_value
-
-logger = logging.get_logger(__name__)
-
-SUPPORTED_IMPLEMENTATIONS = ("eager", "sdpa")
-
-
-def check_attn_implementation(name: str | None) -> None:
-    """Refuse attention back-ends that are not built, by name.
-
-    Raises:
-        ValueError: naming the value and what is allowed.
-    """
-    if name is not None and name not in SUPPORTED_IMPLEMENTATIONS:
-        raise ValueError(f"attn_implementation must be one of {', '.join(SUPPORTED_IMPLEMENTATIONS)}, got {name!r}")
+from .visibility import Visibility
 
 
 class AttentionFilter(nn.Module):
@@ -79,9 +66,7 @@ class AttentionFilter(nn.Module):
         # Layer 0 has no layer before it to compare its values with.
         self.has_metric = spec.content_kernel == "elliptical" and layer_idx > 0
         self.operator = operator_on_value(spec.boosting)
-        # The second filter of gradient boosting has sums of its own.
-        num_metrics = self.has_metric * (2 if spec.boosting == "gradient_boosted" else 1)
-        self.num_streams = extra_streams(spec.boosting, spec.boosting_steps) + num_metrics
+        self.stream_names = self._stream_names()
         self._feedback_gains = feedback_gains(config)
         self.passes_value = needs_previous_value(config)
         stock_bandwidth = math.sqrt(2.0 / scaling)
@@ -109,12 +94,22 @@ class AttentionFilter(nn.Module):
             # Layer 0 hands its values on and has no feedback of its own.
             feedback=self._feedback_gains if config.learn_feedback and layer_idx > 0 else None,
         )
+        self._has_scalars = any(True for _ in self.scalar_bias.parameters())
+        self._sees_positions = spec.position_kernel not in ("additive", "none")
         self.position_projection = None
         if spec.position_kernel == "untied" and not config.share_position_projections:
             self.position_projection = PositionProjection(config.hidden_size, self.num_heads, head_dim, layer_norm_eps)
         self.gradient_boosting = None
         if spec.boosting == "gradient_boosted":
             self.gradient_boosting = GradientBoosting(config.hidden_size, self.num_heads, head_dim)
+
+    def _stream_names(self) -> tuple[str, ...]:
+        """What a cache has to keep beside keys and values; see ``cache_streams``."""
+        own = ["metric"] if self.has_metric else []
+        if self.spec.boosting == "gradient_boosted":
+            return (*own, *(SECOND + name for name in ("key", "value", *own)))
+        applications = extra_streams(self.spec.boosting, self.spec.boosting_steps)
+        return (*own, *(boost_stream(number + 1) for number in range(applications)))
 
     def feedback_arguments(self) -> dict[str, Any]:
         """What the layer's feedback function takes: numbers, or learned factors ``[heads, 1, 1]``."""
@@ -124,10 +119,8 @@ class AttentionFilter(nn.Module):
             gains = [] if learned is None else [gain.view(-1, 1, 1) for gain in learned.unbind(-1)]
         return gain_arguments(self.spec.feedback, gains)
 
-    def _content_scale(self, scalars: Scalars, like: torch.Tensor) -> torch.Tensor | float:
-        """2/h_y^2: the stock factor as a number, or ``[heads, 1, 1]`` in the working precision."""
-        if scalars.content_log_bandwidth is None and self._stock_scale is not None:
-            return self._stock_scale
+    def _content_scale(self, scalars: Scalars, like: torch.Tensor) -> torch.Tensor:
+        """2/h_y^2, ``[heads, 1, 1]`` in the working precision."""
         return bandwidth_scale(scalars.content_log_bandwidth, self._content_bandwidths, like)
 
     def forward(
@@ -135,18 +128,10 @@ class AttentionFilter(nn.Module):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        inputs: LayerInputs,
         *,
-        implementation: str,
-        attention_mask: torch.Tensor | None = None,
-        is_causal: bool = False,
+        streams: Streams | None = None,
         dropout: float = 0.0,
-        position_states: torch.Tensor | None = None,
-        coordinates: torch.Tensor | None = None,
-        contiguous: bool = False,
-        token_mask: torch.Tensor | None = None,
-        previous_value: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        need_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Filter the values.
 
@@ -154,119 +139,104 @@ class AttentionFilter(nn.Module):
             query: ``[batch, heads, length, head_dim]``.
             key: ``[batch, key_heads, length, head_dim]``.
             value: ``[batch, key_heads, length, head_dim]``.
-            implementation: ``"eager"`` or ``"sdpa"``.
-            attention_mask: boolean (True = visible) or additive float, broadcastable to
-                ``[batch, heads, length, key_length]``, or None.
-            is_causal: whether the layer is causal; used where there is no mask.
+            inputs: visibility, positions and the values of the preceding layer; see there.
+            streams: the layer's part of a cache, updated in place; None without a cache.
             dropout: probability on A.
-            position_states: ``untied``: position vectors of the new tokens ``[batch or 1, length, hidden_size]``, or,
-                with shared projections, their projections ``[batch or 1, heads, length, 2 * head_dim]``; class tokens
-                have none and are left out.
-            coordinates: ``gaussian``, ``alibi``, ``relative_buckets``, ``rotary``: ``[batch or 1, length, axes]`` in
-                index or patch units, class tokens first. Integers, where something on the way may cast floats (mixed
-                precision of sharded models does).
-            contiguous: whether the coordinates are known to be in order and to have no gaps.
-            token_mask: boolean ``[batch or 1, length]``: which new tokens are no padding. Given only where
-                ``attention_mask`` hides nothing but padding and, if ``is_causal``, later tokens.
-            previous_value: ``elliptical`` beyond layer 0: the value of the preceding layer, shaped like ``value``.
-            past_key_values: cache, updated in place.
-            need_weights: return the operator that multiplies V (eager only).
 
         Returns:
-            ``[batch, heads, length, head_dim]``, and the operator ``[batch, heads, length, key_length]`` or None.
+            ``[batch, heads, length, head_dim]``, and the attentions ``[batch, heads, length, key_length]`` that were
+            asked for, or None.
 
         Raises:
-            ValueError: for an implementation or a cache that is not supported, a mask of integers, coordinates of no
-                grid, or without what the kernels compare.
+            ValueError: without what the kernels compare, or for a back-end that cannot serve the call.
         """
-        check_attn_implementation(implementation)
-        coordinates = self.positions.check(query, position_states, coordinates, contiguous)
-        if self.has_metric and previous_value is None:
-            raise ValueError(
-                f"previous_value must be given for content_kernel='elliptical' in layer {self.layer_idx}, got None"
-            )
-        scalars = self.scalar_bias()
-        if key.shape[1] != query.shape[1]:
-            groups = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-            previous_value = None if previous_value is None else previous_value.repeat_interleave(groups, dim=1)
-        position_query, position_key = self._position_vectors(position_states, query)
-        query, key, coordinates = self.positions.turn(query, key, coordinates)
-        key_coordinates, full_value = coordinates, value
-        extend: Extend = keep_rows
-        past_streams: list[torch.Tensor] | None = None
-        if past_key_values is not None:
-            check_cache_layer(past_key_values, self.layer_idx, self.num_streams)
-            packed = pack_key(key, position_key, coordinates)
-            packed, full_value = past_key_values.update(packed, value, self.layer_idx)
-            key, position_key, key_coordinates = unpack_key(packed, self.spec.position_kernel, self.head_dim)
-            past_streams = []
-            if self.num_streams:
-                layer = past_key_values.layers[self.layer_idx]
-                extend = layer.update_stream
-                if self.operator != "none":
-                    past_streams = layer.streams[int(self.has_metric) :]
-        if need_weights and implementation != "eager":
-            logger.warning_once(
-                f"attn_implementation={implementation!r} does not return attentions: set it to 'eager' for that"
-            )
-            need_weights = False
-        # Only a mask known to hide no more than padding and the future leaves a causal layer causal for sure.
-        only_past = is_causal and (attention_mask is None or token_mask is not None)
-        positions = self.positions.compared(
-            scalars,
-            (position_query, position_key),
-            (coordinates, key_coordinates),
-            contiguous=contiguous,
-            only_past=only_past,
-            like=query,
-        )
-        content_scale = self._content_scale(scalars, query)
-        if self.has_metric and previous_value is not None:
-            metric = elliptical_metric(
-                value,
-                previous_value,
-                attention_mask=attention_mask,
-                token_mask=token_mask,
-                is_causal=is_causal,
-                extend=extend,
-            )
-            content_scale, extend = metric * content_scale, after_first(extend)
-        length, key_length = query.shape[-2], key.shape[-2]
-        is_causal = is_causal and attention_mask is None and length > 1
-        if is_causal and key_length > length:  # the new tokens are the last ones
-            attention_mask = torch.ones(length, key_length, dtype=torch.bool, device=query.device)
-            attention_mask, is_causal = attention_mask.tril(key_length - length), False
+        call = self.compose(query, key, value, inputs, streams or NO_STREAMS, dropout)
+        if inputs.attentions is not None:
+            return reference_attention(filter_logits(call), call, inputs.attentions)
+        return run_filter(call, inputs.backend, "filter_backend"), None
+
+    def compose(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        inputs: LayerInputs,
+        streams: Streams,
+        dropout: float = 0.0,
+    ) -> FilterCall:
+        """The call that a back-end receives; arguments as of :meth:`forward`. Keys and values go into the cache."""
+        if inputs.visibility is None:
+            raise ValueError("inputs.visibility must be given for a layer whose attention is not stock, got None")
+        scalars = self.scalar_bias() if self._has_scalars else Scalars()
+        new_value = value
+        positions: tuple[Positions, ...] = ()
+        if self._sees_positions:
+            query, key, value, positions = self._with_positions(query, key, value, inputs, scalars, streams)
+        elif streams.is_cached:
+            key, value = streams.update(key, value)
+        scale: torch.Tensor | float | None = self._stock_scale
+        if scale is None or scalars.content_log_bandwidth is not None:
+            scale = self._content_scale(scalars, query)
+        if self.has_metric:
+            metric = self._metric(new_value, inputs.state.previous_value, inputs.visibility, streams)
+            if metric.shape[1] != query.shape[1]:
+                metric = metric.repeat_interleave(query.shape[1] // metric.shape[1], dim=1)
+            scale = metric * scale
         gain = scalars.boosting_gain
-        options: dict[str, Any] = {
-            "attention_mask": attention_mask,
-            "is_causal": is_causal,
-            "boosting": self.operator,
-            "boosting_steps": self.spec.boosting_steps,
-            "boosting_gain": None if gain is None else gain.to(working_dtype(query.dtype)).view(-1, 1, 1),
-            "dropout": dropout,
-            "extend": extend,
-        }
-        kernels: dict[str, Any] = {
-            "content_kernel": self.spec.content_kernel,
-            "content_scale": content_scale,
-            "positions": positions,
-        }
-        if implementation == "eager":
-            logits = dense_logits(query, key, **kernels)
-            return reference_attention(logits, value, full_value, need_weights=need_weights, **options)
-        output = run_filter(
+        if gain is not None:
+            gain = gain.to(working_dtype(query.dtype)).view(-1, 1, 1)
+        return FilterCall(
             query,
             key,
             value,
-            full_value,
-            backend=self._config.filter_backend,
-            kernels=kernels,
-            only_past=only_past,
-            past_streams=past_streams,
-            **options,
+            content=Content(self.spec.content_kernel, scale),
+            visibility=inputs.visibility,
+            positions=positions,
+            booster=Booster(self.operator, self.spec.boosting_steps, gain),
+            dropout=dropout,
+            streams=streams,
         )
-        return output, None
+
+    def _with_positions(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        inputs: LayerInputs,
+        scalars: Scalars,
+        streams: Streams,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[Positions, ...]]:
+        """Query of the new tokens, keys and values of all tokens, and the position kernel's terms."""
+        coordinates = inputs.coordinates if self.positions.sees_places else None
+        self.positions.require(inputs.position_states, coordinates)
+        if coordinates is not None:
+            coordinates = coordinates.to(working_dtype(query.dtype))
+        position_query, position_key = self._position_vectors(inputs.position_states, query)
+        query, key, coordinates = self.positions.rotate(query, key, coordinates)
+        if position_key is not None and key.shape[1] != position_key.shape[1]:
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        all_coordinates = coordinates
+        if streams.is_cached:
+            packed, value = streams.update(pack_key(key, position_key, coordinates), value)
+            key, position_key, all_coordinates = unpack_key(packed, self.spec.position_kernel, self.head_dim)
+        terms = self.positions.terms(
+            scalars,
+            (position_query, position_key),
+            (coordinates, all_coordinates),
+            contiguous=inputs.contiguous,
+            causal=inputs.visibility is not None and inputs.visibility.causal,
+            like=query,
+        )
+        return query, key, value, terms
+
+    def _metric(
+        self, value: torch.Tensor, previous_value: torch.Tensor | None, visibility: Visibility, streams: Streams
+    ) -> torch.Tensor:
+        if previous_value is None:
+            raise ValueError(
+                f"previous_value must be given for content_kernel='elliptical' in layer {self.layer_idx}, got None"
+            )
+        return elliptical_metric(value, previous_value, visibility, streams)
 
     def _position_vectors(
         self, position_states: torch.Tensor | None, query: torch.Tensor

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .kernel_content import HALF_DTYPES, working_dtype
+from .spec_axes import MAX_BANDWIDTH, MIN_BANDWIDTH
 
 
 def default_bandwidth(head_dim: int) -> float:
@@ -39,10 +40,40 @@ def per_head(bandwidth: Any, num_heads: int) -> list[float] | None:
 
 def bandwidth_scale(log_bandwidth: torch.Tensor | None, bandwidths: list[float], like: torch.Tensor) -> torch.Tensor:
     """2/h^2, ``[heads, 1, 1]``, of learned bandwidths or else of fixed ones, in the working precision of ``like``."""
-    work = working_dtype(like.dtype)
+    dtype = working_dtype(like.dtype)
     if log_bandwidth is None:
-        log_bandwidth = torch.tensor(bandwidths, dtype=work, device=like.device).log()
-    return 2.0 * torch.exp(-2.0 * log_bandwidth.to(work)).view(-1, 1, 1)
+        log_bandwidth = torch.tensor(bandwidths, dtype=dtype, device=like.device).log()
+    else:
+        log_bandwidth = bounded_log_bandwidth(log_bandwidth.to(dtype), like.dtype)
+    return 2.0 * torch.exp(-2.0 * log_bandwidth).view(-1, 1, 1)
+
+
+def bandwidth_bounds(dtype: torch.dtype) -> tuple[float, float]:
+    """The smallest and the largest bandwidth that a learned one acts as, beside queries of ``dtype``.
+
+    Those of a configuration; in float16, where products of 2/h^2 with a query must stay below 65,504, a larger least.
+    """
+    return 2.0**-5 if dtype == torch.float16 else MIN_BANDWIDTH, MAX_BANDWIDTH
+
+
+def bounded_log_bandwidth(log_bandwidth: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """log h inside the bounds for queries of ``dtype``.
+
+    The gradient passes as if there were no bound: a parameter that has run beyond it can come back.
+    """
+    low, high = (math.log(bound) for bound in bandwidth_bounds(dtype))
+    # What is added is 0, and has the gradient.
+    return log_bandwidth.detach().clamp(low, high) + (log_bandwidth - log_bandwidth.detach())
+
+
+def bandwidths_at_bound(model: nn.Module) -> list[str]:
+    """Names of the learned bandwidths of which some head's is at a bound or beyond it."""
+    low, high = (math.log(bound) for bound in bandwidth_bounds(torch.float32))
+    found = []
+    for name, parameter in model.named_parameters():
+        if name.endswith("_log_bandwidth") and bool(((parameter <= low) | (parameter >= high)).any()):
+            found.append(name)
+    return found
 
 
 class Scalars(NamedTuple):
@@ -56,11 +87,11 @@ class Scalars(NamedTuple):
     feedback_gains: lambda of ``neutreno`` ``[heads, 1]``, or P, I, D of ``pid`` ``[heads, 3]``.
     """
 
-    content_log_bandwidth: torch.Tensor | None
-    position_log_bandwidth: torch.Tensor | None
-    class_token: torch.Tensor | None
-    relative_buckets: torch.Tensor | None
-    boosting_gain: torch.Tensor | None
+    content_log_bandwidth: torch.Tensor | None = None
+    position_log_bandwidth: torch.Tensor | None = None
+    class_token: torch.Tensor | None = None
+    relative_buckets: torch.Tensor | None = None
+    boosting_gain: torch.Tensor | None = None
     feedback_gains: torch.Tensor | None = None
 
 

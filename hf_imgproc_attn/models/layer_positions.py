@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from .kernel_content import working_dtype
-from .kernel_position import ClassTokens, GaussianPositions, Positions, UntiedPositions, check_coordinates
+from .kernel_position import ClassTokens, GaussianPositions, Positions, UntiedPositions
 from .kernel_relative import AlibiPositions, BucketPositions, alibi_slopes, bucket_boundaries
 from .kernel_rotary import rotate
 from .layer_parameters import Scalars, bandwidth_scale, gaussian_position_bandwidths, per_head
@@ -63,59 +62,49 @@ class LayerPositions:
             self.bucket_table = (self.axes, count)
             self._boundaries = bucket_boundaries(count // (1 + self._bidirectional), max_distance)
 
-    def check(
-        self,
-        query: torch.Tensor,
-        position_states: torch.Tensor | None,
-        coordinates: torch.Tensor | None,
-        contiguous: bool,
-    ) -> torch.Tensor | None:
-        """Refuse a call without what the kernel compares, or with coordinates of no grid.
-
-        Returns:
-            The coordinates in the working precision, or None where the kernel does not see them.
+    def require(self, position_states: torch.Tensor | None, coordinates: torch.Tensor | None) -> None:
+        """Refuse a call without what the kernel compares.
 
         Raises:
-            ValueError: naming what is missing, or what is wrong with the coordinates.
+            ValueError: naming what is missing.
         """
-        needed = {"untied": ("position_states", position_states)}
-        needed |= dict.fromkeys(COORDINATE_KERNELS, ("coordinates", coordinates))
-        name, given = needed.get(self.kernel, ("", query))
-        if given is None:
-            raise ValueError(f"{name} must be given for position_kernel={self.kernel!r}, got None")
-        if coordinates is None or self.kernel not in COORDINATE_KERNELS:
-            return None
-        size = (query.shape[0], query.shape[-2], self.axes)
-        check_coordinates(coordinates, *size, num_class_tokens=self.num_class_tokens, contiguous=contiguous)
-        return coordinates.to(working_dtype(query.dtype))
+        if self.kernel == "untied" and position_states is None:
+            raise ValueError(f"position_states must be given for position_kernel={self.kernel!r}, got None")
+        if self.sees_places and coordinates is None:
+            raise ValueError(f"coordinates must be given for position_kernel={self.kernel!r}, got None")
 
-    def turn(
+    @property
+    def sees_places(self) -> bool:
+        """Whether the kernel compares coordinates."""
+        return self.kernel in COORDINATE_KERNELS
+
+    def rotate(
         self, query: torch.Tensor, key: torch.Tensor, coordinates: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """``rotary``: query and key turned by their place, which then need not be known any more."""
+        """``rotary``: query and key rotated by their place, and no coordinates: later code no longer needs them."""
         if self.kernel != "rotary" or coordinates is None:
             return query, key, coordinates
         options: dict[str, Any] = {"base": self._rotary_base, "num_class_tokens": self.num_class_tokens}
         return rotate(query, coordinates, **options), rotate(key, coordinates, **options), None
 
-    def compared(
+    def terms(
         self,
         scalars: Scalars,
         vectors: tuple[torch.Tensor | None, torch.Tensor | None],
         coordinates: tuple[torch.Tensor | None, torch.Tensor | None],
         *,
         contiguous: bool,
-        only_past: bool,
+        causal: bool,
         like: torch.Tensor,
-    ) -> Positions | None:
-        """What enters the logits, or None.
+    ) -> tuple[Positions, ...]:
+        """What is added to the logits: nothing or one term.
 
         Args:
             scalars: the layer's parameters.
             vectors: U_Q p of the new tokens and U_K p of all, or None.
             coordinates: of the new tokens and of all, or None.
             contiguous: whether coordinates are known to be in order and to have no gaps.
-            only_past: whether nothing shows a row any later token.
+            causal: whether nothing shows a row any later token.
             like: a tensor of the query's dtype and device.
         """
         class_logits = scalars.class_token
@@ -123,17 +112,18 @@ class LayerPositions:
         query, key = vectors
         if query is not None and key is not None:
             scale = bandwidth_scale(scalars.position_log_bandwidth, self.bandwidths, like)
-            return UntiedPositions(query, key, scale, class_tokens)
-        new, every = coordinates
-        if new is None or every is None:
-            return None
+            return (UntiedPositions(query, key, scale, class_tokens),)
+        new, everywhere = coordinates
+        if new is None or everywhere is None:
+            return ()
         if self.kernel == "alibi":
             slopes = torch.tensor(self._slopes, dtype=new.dtype, device=new.device).view(-1, 1, 1)
-            return AlibiPositions(new, every, slopes, class_tokens, max(self._slopes), only_past, contiguous)
+            return (AlibiPositions(new, everywhere, slopes, class_tokens, max(self._slopes), causal, contiguous),)
         if scalars.relative_buckets is not None:
             table = scalars.relative_buckets
-            return BucketPositions(new, every, table, class_tokens, self._boundaries, self._bidirectional)
+            return (BucketPositions(new, everywhere, table, class_tokens, self._boundaries, self._bidirectional),)
         log_bandwidth = scalars.position_log_bandwidth
         scale = bandwidth_scale(log_bandwidth, self.bandwidths, like)
-        learns = log_bandwidth is not None and log_bandwidth.requires_grad
-        return GaussianPositions(new, every, scale, class_tokens, min(self.bandwidths), learns, contiguous)
+        # A frozen parameter may have learned before: only numbers of the configuration are still what they were.
+        learns = log_bandwidth is not None
+        return (GaussianPositions(new, everywhere, scale, class_tokens, min(self.bandwidths), learns, contiguous),)

@@ -1,60 +1,135 @@
-"""One attention layer from its projected tokens to what its output projection reads; both backbones call this.
+"""One attention layer of any backbone: from its tokens to what its output projection reads, and the block around it.
 
 filter (with the boosters that are operators on V) -> gradient boosting -> feedback -> state for the next layer
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .boost_depth import FEEDBACK, LayerState
-from .boost_gradient import SecondCache
+from .boost_depth import FEEDBACK, RESIDUAL, LayerState
+from .cache_layer import check_cache_layer
+from .cache_streams import NO_STREAMS, CachedStreams, Streams
 from .layer_filter import AttentionFilter
+from .layer_inputs import LayerInputs
+
+Projected = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Query, key, value of the new tokens, each ``[batch, heads, length, head_dim]``."""
 
 
 def filter_tokens(
     layer: AttentionFilter,
     hidden_states: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    state: LayerState,
-    *,
-    past_key_values: Any = None,
-    **options: Any,
+    projected: Projected,
+    inputs: LayerInputs,
+    dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None, LayerState]:
     """Filter the values of one layer and hand on what later layers need.
 
     Args:
         layer: the layer's filter.
         hidden_states: what was projected, ``[batch, length, hidden_size]``.
-        query: ``[batch, heads, length, head_dim]``.
-        key: same shape.
-        value: same shape.
-        state: of the layers before.
-        past_key_values: cache, updated in place.
-        **options: further arguments of :class:`AttentionFilter`.
+        projected: query, key and value.
+        inputs: see there.
+        dropout: probability on A.
 
     Returns:
-        The heads side by side, ``[batch, length, heads * head_dim]``; the operator that multiplies V
-        ``[batch, heads, length, key_length]`` (of ``gradient_boosted`` its two filters
+        The heads side by side, ``[batch, length, heads * head_dim]``; the attentions
+        ``[batch, heads, length, key_length]`` (of ``gradient_boosted`` those of its two filters,
         ``[batch, 2, heads, length, key_length]``) or None; the new state.
     """
-    output, weights = layer(
-        query, key, value, past_key_values=past_key_values, previous_value=state.previous_value, **options
-    )
+    streams: Streams = NO_STREAMS
+    # A decoder with cross-attention keeps the cache of its self-attention inside another one.
+    cache = getattr(inputs.past_key_values, "self_attention_cache", inputs.past_key_values)
+    if cache is not None:
+        check_cache_layer(cache, layer.layer_idx, bool(layer.stream_names))
+        streams = CachedStreams(cache, layer.layer_idx)
+    value, state = projected[2], inputs.state
+    output, weights = layer(*projected, inputs, streams=streams, dropout=dropout)
     if layer.gradient_boosting is not None:
-        second_cache = None
-        if past_key_values is not None:
-            second_cache = SecondCache(past_key_values, layer.layer_idx, first_stream=int(layer.has_metric))
+        # Where the elliptical metric compares values, those of the first filter come before those of the second.
+        second_inputs = inputs._replace(state=state._replace(previous_value=value))
 
-        def attend(*projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-            return layer(*projected, past_key_values=second_cache, previous_value=value, **options)
+        def attend(*second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+            return layer(*second, second_inputs, streams=streams.second(), dropout=dropout)
 
         output, weights = layer.gradient_boosting(hidden_states, output, weights, attend)
-    output, state = FEEDBACK[layer.spec.feedback](output, value, state, **layer.feedback_arguments())
+    if layer.spec.feedback != "none":
+        output, state = FEEDBACK[layer.spec.feedback](output, value, state, **layer.feedback_arguments())
     if layer.passes_value:
         state = state._replace(previous_value=value)
     return output.transpose(1, 2).flatten(2), weights, state
+
+
+class FilteredAttentionMixin:
+    """Put before a backbone's stock attention class, which it calls where the layer's attention is stock.
+
+    The backbone says how tokens are projected (:meth:`project`), what follows the heads (:meth:`project_heads`), the
+    probability of dropout on A (:meth:`dropout_on_weights`), and how its stock class is called (:meth:`attend_stock`).
+    """
+
+    filter: AttentionFilter
+
+    def project(self, hidden_states: torch.Tensor) -> Projected:
+        """Query, key and value of ``[batch, length, hidden_size]``."""
+        raise NotImplementedError
+
+    def project_heads(self, heads: torch.Tensor) -> torch.Tensor:
+        """``[batch, length, heads * head_dim]`` to ``[batch, length, hidden_size]``."""
+        raise NotImplementedError
+
+    def dropout_on_weights(self) -> float:
+        """Probability of dropout on A, whether training or not."""
+        raise NotImplementedError
+
+    def attend_stock(
+        self, hidden_states: torch.Tensor, inputs: LayerInputs, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The stock attention."""
+        raise NotImplementedError
+
+    def forward(
+        self, hidden_states: torch.Tensor, inputs: LayerInputs, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None, LayerState]:
+        """Filter ``hidden_states`` ``[batch, length, hidden_size]``.
+
+        Returns:
+            Output ``[batch, length, hidden_size]``, the attentions (see :func:`filter_tokens`) or None, the new state.
+        """
+        if self.filter.is_stock:
+            output, weights = self.attend_stock(hidden_states, inputs, **kwargs)
+            return output, weights, inputs.state
+        dropout = self.dropout_on_weights() if self.training else 0.0  # type: ignore[attr-defined]
+        projected = self.project(hidden_states)
+        heads, weights, state = filter_tokens(self.filter, hidden_states, projected, inputs, dropout)
+        return self.project_heads(heads), weights, state
+
+
+def filter_residual(
+    attention: Any,
+    norm: Callable[[torch.Tensor], torch.Tensor],
+    hidden_states: torch.Tensor,
+    inputs: LayerInputs,
+    dropout: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, LayerState]:
+    """The first half of a block: norm, attention and the residual scheme around them.
+
+    Args:
+        attention: a :class:`FilteredAttentionMixin`.
+        norm: before the attention.
+        hidden_states: ``[batch, length, hidden_size]``.
+        inputs: see there.
+        dropout: on the attention's output, or None.
+        **kwargs: for the stock attention.
+
+    Returns:
+        ``[batch, length, hidden_size]``, and the new state.
+    """
+    residual = RESIDUAL[attention.filter.spec.residual]
+    attention_input, skip, state = residual(hidden_states, inputs.state)
+    output, _, state = attention(norm(attention_input), inputs._replace(state=state), **kwargs)
+    return skip + (output if dropout is None else dropout(output)), state

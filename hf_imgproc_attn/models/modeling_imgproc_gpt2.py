@@ -15,18 +15,19 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block, GPT
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .boost_depth import RESIDUAL, LayerState, initial_state
+from .boost_depth import LayerState, initial_state
 from .cache_layer import check_cache_implementation
 from .configuration_imgproc_gpt2 import ImgProcGPT2Config
+from .kernel_position import check_coordinates
 from .layer_filter import AttentionFilter
-from .layer_parameters import PositionProjection
-from .layer_tokens import filter_tokens
-from .modeling_shared import FilterPreTrainedMixin, check_attention_mask, prepare_attention_mask
-from .spec_axes import COORDINATE_KERNELS, uses_position_table
-from .visibility import new_token_mask
+from .layer_inputs import LayerInputs
+from .layer_tokens import FilteredAttentionMixin, Projected, filter_residual
+from .modeling_shared import FilterPreTrainedMixin, run_time_choices, shared_position_projection, wanted_attentions
+from .spec_axes import COORDINATE_KERNELS, is_stock_layer, uses_position_table
+from .visibility import check_model_mask, model_visibility, stock_mask
 
 
-class ImgProcGPT2Attention(GPT2Attention):
+class ImgProcGPT2Attention(FilteredAttentionMixin, GPT2Attention):
     """Causal self-attention whose filter is composed by :class:`AttentionFilter`."""
 
     def __init__(self, config: ImgProcGPT2Config, layer_idx: int) -> None:
@@ -41,54 +42,21 @@ class ImgProcGPT2Attention(GPT2Attention):
             layer_norm_eps=config.layer_norm_epsilon,
         )
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        past_key_values: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,
-        output_attentions: bool = False,
-        position_states: torch.Tensor | None = None,
-        coordinates: torch.Tensor | None = None,
-        contiguous: bool = False,
-        token_mask: torch.Tensor | None = None,
-        state: LayerState | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, LayerState]:
-        """Filter ``hidden_states`` ``[batch, length, hidden_size]``; the other tensors as in ``AttentionFilter``.
-
-        Returns:
-            Output ``[batch, length, hidden_size]``, the operator that multiplies V (of ``gradient_boosted`` its two
-            filters) or None, the new state.
-        """
-        state = LayerState() if state is None else state
-        if self.filter.is_stock:
-            output, weights = super().forward(hidden_states, past_key_values, attention_mask, **kwargs)
-            return output, weights, state
+    def project(self, hidden_states: torch.Tensor) -> Projected:
         shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
-        query, key, value = (
-            part.view(shape).transpose(1, 2) for part in self.c_attn(hidden_states).split(self.split_size, dim=2)
-        )
-        if isinstance(past_key_values, EncoderDecoderCache):
-            past_key_values = past_key_values.self_attention_cache
-        output, weights, state = filter_tokens(
-            self.filter,
-            hidden_states,
-            query,
-            key,
-            value,
-            state,
-            implementation=self.config._attn_implementation,
-            attention_mask=attention_mask,
-            is_causal=self.is_causal,
-            dropout=self.attn_dropout.p if self.training else 0.0,
-            position_states=position_states,
-            coordinates=coordinates,
-            contiguous=contiguous,
-            token_mask=token_mask,
-            past_key_values=past_key_values,
-            need_weights=output_attentions,
-        )
-        return self.resid_dropout(self.c_proj(output)), weights, state
+        query, key, value = self.c_attn(hidden_states).split(self.split_size, dim=2)
+        return query.view(shape).transpose(1, 2), key.view(shape).transpose(1, 2), value.view(shape).transpose(1, 2)
+
+    def project_heads(self, heads: torch.Tensor) -> torch.Tensor:
+        return self.resid_dropout(self.c_proj(heads))
+
+    def dropout_on_weights(self) -> float:
+        return self.attn_dropout.p
+
+    def attend_stock(
+        self, hidden_states: torch.Tensor, inputs: LayerInputs, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return GPT2Attention.forward(self, hidden_states, inputs.past_key_values, inputs.stock_mask, **kwargs)
 
 
 class ImgProcGPT2Block(GPT2Block):
@@ -101,11 +69,10 @@ class ImgProcGPT2Block(GPT2Block):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        past_key_values: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         position_states: torch.Tensor | None = None,
         *state: torch.Tensor | None,
+        inputs: LayerInputs,
         encoder_attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor | None, ...]:
@@ -113,23 +80,14 @@ class ImgProcGPT2Block(GPT2Block):
 
         Tensors that carry a gradient are positional: re-entrant gradient checkpointing sees no others.
         """
-        residual = RESIDUAL[self.attn.filter.spec.residual]
-        attention_input, skip, new_state = residual(hidden_states, LayerState(*state))
-        attention_output, _, new_state = self.attn(
-            self.ln_1(attention_input),
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            position_states=position_states,
-            state=new_state,
-            **kwargs,
-        )
-        hidden_states = skip + attention_output
+        inputs = inputs._replace(position_states=position_states, state=LayerState(*state))
+        hidden_states, new_state = filter_residual(self.attn, self.ln_1, hidden_states, inputs, **kwargs)
         if encoder_hidden_states is not None:
             if not hasattr(self, "crossattention"):
                 raise ValueError("encoder_hidden_states needs a model built with add_cross_attention=True, got False")
             cross_output, _ = self.crossattention(
                 self.ln_cross_attn(hidden_states),
-                past_key_values=past_key_values,
+                past_key_values=inputs.past_key_values,
                 encoder_hidden_states=encoder_hidden_states,
                 encoder_attention_mask=encoder_attention_mask,
             )
@@ -169,13 +127,12 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
         self.position_kernels = {spec.position_kernel for spec in self.layer_specs}
         self.wte = nn.Embedding(config.vocab_size, self.embed_dim)
         self.wpe = nn.Embedding(config.n_positions, self.embed_dim) if uses_position_table(config) else None
-        self.position_projection = None
-        if config.share_position_projections:
-            self.position_projection = PositionProjection(
-                self.embed_dim, config.n_head, self.embed_dim // config.n_head, config.layer_norm_epsilon
-            )
+        self.position_projection = shared_position_projection(
+            config, config.n_head, self.embed_dim // config.n_head, config.layer_norm_epsilon
+        )
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList([ImgProcGPT2Block(config, layer_idx=i) for i in range(config.n_layer)])
+        self.is_stock = all(is_stock_layer(config, spec) for spec in config.layer_specs)
         self.ln_f = nn.LayerNorm(self.embed_dim, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self.post_init()
@@ -190,7 +147,8 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
                     f"n_positions={limit} of position_kernel={self.config.position_kernel!r}: shorten the input"
                 )
             return
-        if tuple(position_ids.shape) not in {(batch, length), (1, length)}:
+        # No set: looking a shape up would hash its sizes and compile anew for every length.
+        if position_ids.ndim != 2 or position_ids.shape[1] != length or position_ids.shape[0] not in (1, batch):
             raise ValueError(
                 f"position_ids must have shape {(batch, length)} or {(1, length)}, got {tuple(position_ids.shape)}"
             )
@@ -236,9 +194,7 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
             ValueError: for both or neither of ``input_ids`` and ``inputs_embeds``, a mask or ``position_ids`` of the
                 wrong shape, or more tokens than the position table holds.
         """
-        output_attentions = kwargs.pop("output_attentions", None)
-        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        kwargs.pop("output_hidden_states", None)
+        output_attentions = wanted_attentions(self.config, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             got = "neither" if input_ids is None else "both"
             raise ValueError(f"give exactly one of input_ids and inputs_embeds, got {got}")
@@ -261,9 +217,7 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
         # The mask of a static cache, which stock layers can have, covers its empty places too.
         is_static = past_key_values is not None and past_key_values.is_compileable
         if not is_static and not torch.compiler.is_compiling():
-            check_attention_mask(attention_mask, batch, self.config.n_head, length, past_length + length)
-        padding_mask = attention_mask
-        attention_mask = prepare_attention_mask(attention_mask, self.config._attn_implementation, inputs_embeds.dtype)
+            check_model_mask(attention_mask, batch, self.config.n_head, length, past_length + length)
         self._check_positions(position_ids, batch, length, past_length)
         positions: torch.Tensor = (
             (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
@@ -277,7 +231,7 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
+            attention_mask=stock_mask(attention_mask, self.config._attn_implementation, inputs_embeds.dtype),
             past_key_values=past_key_values,
             position_ids=positions,
         )
@@ -293,20 +247,37 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
         hidden_states = self.drop(hidden_states)
 
         position_states, coordinates = self._position_inputs(positions)
-        token_mask = new_token_mask(padding_mask, length, inputs_embeds.device, position_ids)
+        contiguous = position_ids is None and past_length == 0
+        if coordinates is not None:
+            check_coordinates(coordinates, batch, length, axes=1, contiguous=contiguous)
+        visibility, choices = None, {}
+        if not self.is_stock:
+            visibility = model_visibility(
+                attention_mask,
+                causal_mask,
+                length=length,
+                key_length=past_length + length,
+                causal=True,
+                position_ids=position_ids,
+            )
+            choices = run_time_choices(self.config, output_attentions)._asdict()
+        inputs = LayerInputs(
+            visibility,
+            coordinates,
+            contiguous,
+            past_key_values=None if self.gradient_checkpointing and self.training else past_key_values,
+            stock_mask=causal_mask,
+            **choices,
+        )
         state = initial_state(self.config, hidden_states)
         for block in self.h:
             hidden_states, *state = block(
                 hidden_states,
-                past_key_values if not (self.gradient_checkpointing and self.training) else None,
-                causal_mask,
                 encoder_hidden_states,
                 position_states,
                 *state,
+                inputs=inputs,
                 encoder_attention_mask=encoder_attention_mask,
-                coordinates=coordinates,
-                contiguous=position_ids is None and past_length == 0,
-                token_mask=token_mask,
                 use_cache=use_cache,
                 position_ids=positions,
                 output_attentions=output_attentions,

@@ -21,15 +21,15 @@ from transformers.models.vit.modeling_vit import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .boost_depth import RESIDUAL, LayerState, initial_state
+from .boost_depth import LayerState, initial_state
 from .configuration_imgproc_vit import ImgProcViTConfig
 from .layer_filter import AttentionFilter
 from .layer_grid import check_images, check_patch_mask, grid_size, masked_patch_loss, resize_table, trained_grid
-from .layer_parameters import PositionProjection
-from .layer_tokens import filter_tokens
-from .modeling_shared import FilterPreTrainedMixin, check_attention_mask, prepare_attention_mask
-from .spec_axes import COORDINATE_KERNELS, uses_position_table
-from .visibility import new_token_mask
+from .layer_inputs import LayerInputs
+from .layer_tokens import FilteredAttentionMixin, Projected, filter_residual
+from .modeling_shared import FilterPreTrainedMixin, run_time_choices, shared_position_projection, wanted_attentions
+from .spec_axes import COORDINATE_KERNELS, is_stock_layer, uses_position_table
+from .visibility import check_model_mask, model_visibility, stock_mask
 
 # On disk ViT has the names of Transformers 4; the stock library renames them on loading by the class name `ViTModel`
 # and would leave our class with random layers.
@@ -104,7 +104,7 @@ class ImgProcViTEmbeddings(ViTEmbeddings):
         return resize_table(table, trained, wanted)
 
 
-class ImgProcViTAttention(ViTAttention):
+class ImgProcViTAttention(FilteredAttentionMixin, ViTAttention):
     """Bidirectional self-attention whose filter is composed by :class:`AttentionFilter`."""
 
     def __init__(self, config: ImgProcViTConfig, layer_idx: int) -> None:
@@ -121,49 +121,24 @@ class ImgProcViTAttention(ViTAttention):
             num_class_tokens=NUM_CLASS_TOKENS,
         )
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        output_attentions: bool = False,
-        position_states: torch.Tensor | None = None,
-        coordinates: torch.Tensor | None = None,
-        token_mask: torch.Tensor | None = None,
-        state: LayerState | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, LayerState]:
-        """Filter ``hidden_states`` ``[batch, length, hidden_size]``; the other tensors as in ``AttentionFilter``.
-
-        Returns:
-            Output ``[batch, length, hidden_size]``, the operator that multiplies V (of ``gradient_boosted`` its two
-            filters) or None, the new state.
-        """
-        state = LayerState() if state is None else state
-        if self.filter.is_stock:
-            output, weights = super().forward(hidden_states, attention_mask, **kwargs)
-            return output, weights, state
+    def project(self, hidden_states: torch.Tensor) -> Projected:
         shape = (*hidden_states.shape[:-1], self.num_attention_heads, self.head_dim)
         query, key, value = (
             projection(hidden_states).view(shape).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        output, weights, state = filter_tokens(
-            self.filter,
-            hidden_states,
-            query,
-            key,
-            value,
-            state,
-            implementation=self.config._attn_implementation,
-            attention_mask=attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            position_states=position_states,
-            coordinates=coordinates,
-            contiguous=True,
-            token_mask=token_mask,
-            need_weights=output_attentions,
-        )
-        return self.o_proj(output), weights, state
+        return query, key, value
+
+    def project_heads(self, heads: torch.Tensor) -> torch.Tensor:
+        return self.o_proj(heads)
+
+    def dropout_on_weights(self) -> float:
+        return self.attention_dropout
+
+    def attend_stock(
+        self, hidden_states: torch.Tensor, inputs: LayerInputs, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return ViTAttention.forward(self, hidden_states, inputs.stock_mask, **kwargs)
 
 
 class ImgProcViTLayer(ViTLayer):
@@ -176,25 +151,19 @@ class ImgProcViTLayer(ViTLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
         position_states: torch.Tensor | None = None,
         *state: torch.Tensor | None,
+        inputs: LayerInputs,
         **kwargs: Any,
     ) -> tuple[torch.Tensor | None, ...]:
         """``[batch, length, hidden_size]`` and the state's tensors in and out.
 
         Tensors that carry a gradient are positional: re-entrant gradient checkpointing sees no others.
         """
-        residual = RESIDUAL[self.attention.filter.spec.residual]
-        attention_input, skip, new_state = residual(hidden_states, LayerState(*state))
-        attention_output, _, new_state = self.attention(
-            self.layernorm_before(attention_input),
-            attention_mask,
-            position_states=position_states,
-            state=new_state,
-            **kwargs,
+        inputs = inputs._replace(position_states=position_states, state=LayerState(*state))
+        hidden_states, new_state = filter_residual(
+            self.attention, self.layernorm_before, hidden_states, inputs, self.dropout, **kwargs
         )
-        hidden_states = self.dropout(attention_output) + skip
         hidden_states = self.dropout(self.mlp(self.layernorm_after(hidden_states))) + hidden_states
         return hidden_states, *new_state
 
@@ -249,12 +218,12 @@ class ImgProcViTModel(ImgProcViTPreTrainedModel, ViTModel):
         ViTPreTrainedModel.__init__(self, config)
         self.position_kernels = {spec.position_kernel for spec in config.layer_specs}
         self.embeddings = ImgProcViTEmbeddings(config, use_mask_token=use_mask_token)
-        self.position_projection = None
-        if config.share_position_projections:
-            heads = config.num_attention_heads
-            head_dim = getattr(config, "head_dim", config.hidden_size // heads)
-            self.position_projection = PositionProjection(config.hidden_size, heads, head_dim, config.layer_norm_eps)
+        heads = config.num_attention_heads
+        self.position_projection = shared_position_projection(
+            config, heads, getattr(config, "head_dim", config.hidden_size // heads), config.layer_norm_eps
+        )
         self.layers = nn.ModuleList([ImgProcViTLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.is_stock = all(is_stock_layer(config, spec) for spec in config.layer_specs)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.pooler = ViTPooler(config) if add_pooling_layer else None
         self.post_init()
@@ -297,31 +266,32 @@ class ImgProcViTModel(ImgProcViTPreTrainedModel, ViTModel):
                 for a mask of the wrong shape.
         """
         pixel_values = check_images(pixel_values)
-        output_attentions = kwargs.pop("output_attentions", None)
-        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        kwargs.pop("output_hidden_states", None)
+        output_attentions = wanted_attentions(self.config, kwargs)
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         hidden_states, position_table = self.embeddings(
             pixel_values, bool_masked_pos=bool_masked_pos, interpolate_pos_encoding=bool(interpolate_pos_encoding)
         )
         batch, length = hidden_states.shape[:2]
         if not torch.compiler.is_compiling():
-            check_attention_mask(attention_mask, batch, self.config.num_attention_heads, length, length)
-        token_mask = new_token_mask(attention_mask, length, hidden_states.device)
-        attention_mask = prepare_attention_mask(attention_mask, self.config._attn_implementation, hidden_states.dtype)
-        attention_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+            check_model_mask(attention_mask, batch, self.config.num_attention_heads, length, length)
+        built_mask = create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=stock_mask(attention_mask, self.config._attn_implementation, hidden_states.dtype),
         )
         position_states, coordinates = self._position_inputs(pixel_values, position_table)
+        visibility, choices = None, {}
+        if not self.is_stock:
+            visibility = model_visibility(attention_mask, built_mask, length=length, key_length=length, causal=False)
+            choices = run_time_choices(self.config, output_attentions)._asdict()
+        inputs = LayerInputs(visibility, coordinates, contiguous=True, stock_mask=built_mask, **choices)
         state = initial_state(self.config, hidden_states)
         for layer in self.layers:
             hidden_states, *state = layer(
                 hidden_states,
-                attention_mask,
                 position_states,
                 *state,
-                coordinates=coordinates,
-                token_mask=token_mask,
+                inputs=inputs,
                 output_attentions=output_attentions,
                 **kwargs,
             )

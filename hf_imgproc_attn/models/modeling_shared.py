@@ -6,18 +6,29 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
 from .boost_gradient import ZeroLinear
-from .layer_filter import check_attn_implementation
-from .layer_parameters import FilterScalars
-from .visibility import check_mask_dtype
+from .layer_parameters import FilterScalars, PositionProjection
 
 logger = logging.get_logger(__name__)
+
+SUPPORTED_IMPLEMENTATIONS = ("eager", "sdpa")
+
+
+def check_attn_implementation(name: str | None) -> None:
+    """Refuse attention back-ends that are not built, by name.
+
+    Raises:
+        ValueError: naming the value and what is allowed.
+    """
+    if name is not None and name not in SUPPORTED_IMPLEMENTATIONS:
+        raise ValueError(f"attn_implementation must be one of {', '.join(SUPPORTED_IMPLEMENTATIONS)}, got {name!r}")
+
 
 # Parameters that exist or not, or change their meaning, with the variant.
 _VARIANT_PARAMETER = re.compile(r"\.filter\.|(^|\.)position_projection\.|(^|\.)wpe\.|(^|\.)position_embeddings$")
@@ -171,42 +182,45 @@ def refuse_other_variant(source: Any, loading_info: dict[str, Any]) -> None:
         )
 
 
-def check_attention_mask(mask: torch.Tensor | None, batch: int, heads: int, length: int, key_length: int) -> None:
-    """Refuse a mask that does not fit the input.
+def shared_position_projection(
+    config: Any, num_heads: int, head_dim: int, layer_norm_eps: float
+) -> PositionProjection | None:
+    """The position projections that all layers share, or None where each has its own or none."""
+    if not config.share_position_projections:
+        return None
+    return PositionProjection(config.hidden_size, num_heads, head_dim, layer_norm_eps)
 
-    Args:
-        mask: ``[batch, key_length]``, or ``[batch or 1, heads or 1, length, key_length]``, or None.
-        batch: rows of the input.
-        heads: attention heads.
-        length: new tokens.
-        key_length: new and cached tokens.
+
+class RunTimeChoices(NamedTuple):
+    """How the layers of one forward pass compute; fields of ``LayerInputs``.
+
+    backend: of the filters.
+    attentions: which attentions the filters return, or None.
+    """
+
+    backend: str
+    attentions: str | None
+
+
+def run_time_choices(config: Any, output_attentions: bool) -> RunTimeChoices:
+    """What the configuration asks for now: ``eager`` is the dense reference, ``sdpa`` leaves it to ``filter_backend``.
 
     Raises:
-        ValueError: naming the shapes (with four axes also the dtypes) that are allowed and what was given.
+        ValueError: for an attention implementation that is not supported.
     """
-    if mask is None:
-        return
-    shape = tuple(mask.shape)
-    if len(shape) == 4:
-        check_mask_dtype(mask)
-    fits_2d = shape == (batch, key_length)
-    fits_4d = (
-        len(shape) == 4 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2:] == (length, key_length)
-    )
-    if not fits_2d and not fits_4d:
-        raise ValueError(
-            f"attention_mask must have shape {(batch, key_length)} or {(batch, 1, length, key_length)} "
-            f"(heads may be {heads} in place of 1), got {shape}"
+    implementation = config._attn_implementation
+    check_attn_implementation(implementation)
+    if implementation == "eager":
+        return RunTimeChoices("reference", config.attention_output if output_attentions else None)
+    if output_attentions:
+        logger.warning_once(
+            f"attn_implementation={implementation!r} does not return attentions: set it to 'eager' for that"
         )
+    return RunTimeChoices(config.filter_backend, None)
 
 
-def prepare_attention_mask(mask: torch.Tensor | None, implementation: str, dtype: torch.dtype) -> torch.Tensor | None:
-    """Mend a mask with four axes for stock ``eager`` attention, which adds it to the logits as it is.
-
-    A boolean one would add 0 and 1, and rows of nothing but -inf would be NaN.
-    """
-    if mask is None or mask.ndim != 4 or implementation != "eager":
-        return mask
-    if mask.dtype != torch.bool:
-        return mask.clamp(min=torch.finfo(mask.dtype).min)
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+def wanted_attentions(config: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether attentions are to be returned; takes what ``capture_outputs`` handles out of a model's arguments."""
+    wanted = kwargs.pop("output_attentions", None)
+    kwargs.pop("output_hidden_states", None)
+    return bool(config.output_attentions if wanted is None else wanted)

@@ -19,6 +19,12 @@ FEEDBACKS = ("none", "neutreno", "pid")
 FILTER_BACKENDS = ("auto", "reference", "sdpa", "blocked", "triton", "flex")
 """How a filter is computed, chosen at run time: what a model computes does not depend on it."""
 
+ATTENTION_OUTPUTS = ("operator", "filter")
+"""What ``output_attentions=True`` returns: the operator that multiplies V, or A."""
+
+RUN_TIME_FIELDS = ("filter_backend", "attention_output")
+"""Fields of a configuration that are never saved."""
+
 STEPPED_BOOSTINGS = ("twicing", "osher", "diffusion", "sos")
 """Boosters that take a number of steps."""
 

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from .spec_axes import (
+    ATTENTION_OUTPUTS,
     DEFAULT_MAX_DISTANCE,
     DEFAULT_NUM_BUCKETS,
     DEFAULT_PID_GAINS,
     DEFAULT_ROTARY_BASE,
     FILTER_BACKENDS,
+    RUN_TIME_FIELDS,
     LayerSpec,
     default_steps,
     layer_schedule,
@@ -173,10 +175,31 @@ class FilterSpecMixin:
             raise ValueError(f"filter_backend must be one of {', '.join(FILTER_BACKENDS)}, got {name!r}")
         self.__dict__["_filter_backend"] = name
 
+    @property
+    def attention_output(self) -> str:
+        """What ``output_attentions=True`` returns of a boosted layer, one of ``ATTENTION_OUTPUTS``.
+
+        ``"operator"`` is what multiplies V (for twicing 2A - A^2); it needs every row of A, which a cache does not
+        keep. ``"filter"`` is A itself, whose rows are there at every step of cached generation. Both are parts of the
+        graph that the output is computed with, but for the two maps of ``gradient_boosted``, which are copies side by
+        side. Set at run time, as ``filter_backend`` is, and never saved.
+
+        Raises:
+            ValueError: on setting another value.
+        """
+        return str(self.__dict__.get("_attention_output", "operator"))
+
+    @attention_output.setter
+    def attention_output(self, name: str) -> None:
+        if name not in ATTENTION_OUTPUTS:
+            raise ValueError(f"attention_output must be one of {', '.join(ATTENTION_OUTPUTS)}, got {name!r}")
+        self.__dict__["_attention_output"] = name
+
     def to_dict(self) -> dict[str, Any]:
         """The stock ``to_dict`` without what is chosen at run time."""
         fields: dict[str, Any] = super().to_dict()  # type: ignore[misc]
-        fields.pop("_filter_backend", None)
+        for name in RUN_TIME_FIELDS:
+            fields.pop(f"_{name}", None)
         return fields
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -241,9 +264,9 @@ def refuse_near_misses(kwargs: dict[str, Any]) -> None:
         ValueError: naming the keyword and the field that was probably meant.
     """
     for key in kwargs:
-        if key == "filter_backend":
+        if key in RUN_TIME_FIELDS:
             continue
         normalised = key.lower().replace("-", "_")
-        matches = difflib.get_close_matches(normalised, (*_FIELDS, "filter_backend"), n=1, cutoff=0.8)
+        matches = difflib.get_close_matches(normalised, (*_FIELDS, *RUN_TIME_FIELDS), n=1, cutoff=0.8)
         if matches:
             raise ValueError(f"unknown configuration field {key}={kwargs[key]!r}; did you mean {matches[0]}?")

@@ -1,105 +1,303 @@
-"""Masks: what a query may see, and what is added to its logits, for every back-end alike."""
+"""Who sees whom: one object, built once a model forward, that every layer and every back-end asks.
+
+Nothing else interprets a mask. Most calls hide two kinds of keys only, padding and later tokens; where that is known,
+two facts say everything (``keys`` and ``causal``) and no ``length x key_length`` mask has to be looked at.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
 
-def check_mask_dtype(mask: torch.Tensor) -> None:
+class Visibility(NamedTuple):
+    """What each query sees: key j where ``mask``, ``keys`` and ``causal`` all allow it, with ``bias`` on its logit.
+
+    The queries are the last ``length`` of the ``key_length`` tokens: query i stands at ``key_length - length + i``.
+    Queries that see no key give 0.
+
+    Args:
+        length: number of queries.
+        key_length: number of keys.
+        causal: whether no query sees a key after its own. It may be True beside a mask that says so too.
+        keys: boolean ``[batch or 1, heads or 1, 1, key_length]``, True = no padding, or None where no key is padding.
+        mask: boolean ``[batch or 1, heads or 1, length or 1, key_length or 1]``, or None where ``keys`` and ``causal``
+            say everything.
+        bias: finite numbers added to the logits, ``[batch or 1, heads or 1, length or 1, key_length or 1]``, or None.
+        hidden: keys that no query sees, ``[batch or 1, heads or 1, 1, key_length]``, or None if there are none.
+            Whatever stands there, NaN included, has no influence.
+        dense: everything that is visible as one boolean mask, where somebody has built it already, or None.
+    """
+
+    length: int
+    key_length: int
+    causal: bool = False
+    keys: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
+    dense: torch.Tensor | None = None
+
+    @property
+    def is_square(self) -> bool:
+        """Whether there are as many queries as keys."""
+        return self.length == self.key_length
+
+    @property
+    def hides_only_padding(self) -> bool:
+        """Whether nothing but padding and, where ``causal``, later tokens is hidden."""
+        return self.mask is None
+
+    @property
+    def hides_nothing(self) -> bool:
+        """Whether every query is known to see every key."""
+        return self.mask is None and self.keys is None and not self.hides_later_keys
+
+    @property
+    def hides_later_keys(self) -> bool:
+        """Whether causality hides anything: a single query is the last token and sees all."""
+        return self.causal and self.length > 1
+
+    def allowed(self, device: torch.device) -> torch.Tensor | None:
+        """Everything that is visible as one boolean mask, ``[batch or 1, heads or 1, length or 1, key_length]``.
+
+        None where everything is visible.
+        """
+        if self.dense is not None:
+            return self.dense
+        allowed = _both(self.mask, self.keys)
+        if self.hides_later_keys:
+            allowed = _both(allowed, causal_mask(self.length, self.key_length, device))
+        return allowed
+
+    def clean(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of keys ``[batch, heads, key_length, width]`` with 0 where no query sees them."""
+        if self.hidden is None:
+            return rows
+        hidden = self.hidden.transpose(-1, -2)
+        if hidden.shape[1] not in (1, rows.shape[1]):  # grouped keys: hidden only where no query head sees them
+            hidden = hidden.unflatten(1, (rows.shape[1], -1)).all(2)
+        return rows.masked_fill(hidden, 0.0)
+
+
+def _both(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first & second
+
+
+def causal_mask(length: int, key_length: int, device: torch.device) -> torch.Tensor:
+    """Boolean ``[1, 1, length, key_length]``: each of the last ``length`` tokens sees itself and what is before it."""
+    everything = torch.ones(length, key_length, dtype=torch.bool, device=device)
+    return everything.tril(key_length - length)[None, None]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Checks
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def check_mask_dtype(mask: torch.Tensor, name: str = "attention_mask") -> None:
     """Refuse a mask of integers: its ones and zeros would be added to the logits.
 
     Raises:
         ValueError: naming the dtype.
     """
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(f"attention_mask with four axes must be bool or float, got {mask.dtype}")
+        raise ValueError(f"{name} with four axes must be bool or float, got {mask.dtype}")
 
 
-def new_token_mask(
-    attention_mask: torch.Tensor | None,
-    length: int,
-    device: torch.device,
-    position_ids: torch.Tensor | None = None,
-) -> torch.Tensor | None:
-    """Which of the new tokens are no padding, from the mask that a model was called with.
+def four_axes(name: str, term: torch.Tensor, shape: tuple[int, int, int, int]) -> torch.Tensor:
+    """Give a mask or a bias of the logits four axes.
 
     Args:
-        attention_mask: ``[batch, key_length]`` (0 or False = padding), one with four axes, or None.
-        length: number of new tokens, the last ones.
-        device: where to build the answer if there is no mask.
-        position_ids: what the model was called with, ``[batch or 1, length]``. Without a mask Transformers takes
-            positions that jump for several texts in one row, and hides them from each other.
+        name: of the argument.
+        term: at most four axes, each 1 or as in ``shape``, aligned at the last one.
+        shape: ``(batch, heads, length, key_length)``.
 
     Returns:
-        Boolean ``[batch or 1, length]``, or None for a mask with four axes and for several texts in one row, where
-        only the mask itself says what is seen.
+        ``[batch or 1, heads or 1, length or 1, key_length or 1]``, a view.
+
+    Raises:
+        ValueError: naming the argument and its shape.
     """
-    if attention_mask is None:
-        # Transformers looks at them in the same way, so that an accelerator is waited for anyway.
-        if position_ids is not None and (
-            torch.compiler.is_compiling() or bool((position_ids.diff(dim=-1) != 1).any())
-        ):
-            return None
-        return torch.ones(1, length, dtype=torch.bool, device=device)
-    return attention_mask[:, -length:] != 0 if attention_mask.ndim == 2 else None
+    full = (1,) * (4 - term.ndim) + tuple(term.shape)
+    if len(full) != 4 or any(size not in (1, wanted) for size, wanted in zip(full, shape, strict=True)):
+        raise ValueError(f"{name} must be broadcastable to {shape}, got shape {tuple(term.shape)}")
+    return term.view(full)
+
+
+def check_model_mask(mask: torch.Tensor | None, batch: int, heads: int, length: int, key_length: int) -> None:
+    """Refuse a mask that does not fit a model's input.
+
+    Args:
+        mask: ``[batch, key_length]``, or ``[batch or 1, heads or 1, length, key_length]``, or None.
+        batch: rows of the input.
+        heads: attention heads.
+        length: new tokens.
+        key_length: new and cached tokens.
+
+    Raises:
+        ValueError: naming the shapes (with four axes also the dtypes) that are allowed and what was given.
+    """
+    if mask is None:
+        return
+    shape = tuple(mask.shape)
+    if len(shape) == 4:
+        check_mask_dtype(mask)
+    fits_2d = shape == (batch, key_length)
+    fits_4d = (
+        len(shape) == 4 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2:] == (length, key_length)
+    )
+    if not fits_2d and not fits_4d:
+        raise ValueError(
+            f"attention_mask must have shape {(batch, key_length)} or {(batch, 1, length, key_length)} "
+            f"(heads may be {heads} in place of 1), got {shape}"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Building it
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def split_mask(
+    mask: torch.Tensor, working_dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Split a mask into what may be seen and what is added to the logits.
+
+    Args:
+        mask: boolean (True = visible) or additive float.
+        working_dtype: of the logits; None: the mask's.
+
+    Returns:
+        Booleans, and the additive part, finite (or NaN where the mask is NaN, so that a wrong mask shows), or None.
+        Additive values near the smallest number of their dtype, or of the logits' if that is nearer to 0, mean "not
+        visible": adding them to a large negative logit would not hide it in every precision.
+
+    Raises:
+        ValueError: for a mask of integers.
+    """
+    check_mask_dtype(mask)
+    if mask.dtype == torch.bool:
+        return mask, None
+    lowest = max(torch.finfo(dtype).min for dtype in (mask.dtype, working_dtype or mask.dtype))
+    hidden = mask <= lowest / 2
+    return ~hidden, mask.masked_fill(hidden, 0.0)
 
 
 def visible(
     attention_mask: torch.Tensor | None, is_causal: bool, length: int, key_length: int, device: torch.device
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Split a mask into what may be seen and what is added to the logits.
-
-    Args:
-        attention_mask: boolean (True = visible) or additive float, broadcastable to
-            ``[batch, heads, length, key_length]``, or None. Additive values near the smallest number of their dtype
-            mean "not visible": adding them to a large negative logit would not hide it in every precision.
-        is_causal: whether query i sees keys j <= i only (square, no cache).
-        length: number of queries.
-        key_length: number of keys.
-        device: where to build a causal mask.
-
-    Returns:
-        The boolean mask or None, the additive part or None.
-
-    Raises:
-        ValueError: for a mask of integers.
-    """
-    allowed, additive = None, None
-    if attention_mask is not None:
-        check_mask_dtype(attention_mask)
-        if attention_mask.dtype == torch.bool:
-            allowed = attention_mask
-        else:
-            allowed = attention_mask > torch.finfo(attention_mask.dtype).min / 2
-            additive = attention_mask.masked_fill(~allowed, 0.0)
+    """:func:`split_mask` of a mask that may be None, with causality (square) put into the booleans."""
+    allowed, additive = (None, None) if attention_mask is None else split_mask(attention_mask)
     if is_causal:
-        causal = torch.ones(length, key_length, dtype=torch.bool, device=device).tril()
-        allowed = causal if allowed is None else allowed & causal
+        allowed = _both(allowed, torch.ones(length, key_length, dtype=torch.bool, device=device).tril())
     return allowed, additive
 
 
-def additive_mask(
-    bias: torch.Tensor, allowed: torch.Tensor | None, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One additive mask from logits and what may be seen.
-
-    Each row is shifted so that its largest visible value is 0 (the softmax does not notice), which keeps the digits
-    where the weights are and far keys inside the range of float16.
+def attention_visibility(
+    mask: torch.Tensor | None,
+    *,
+    shape: tuple[int, int, int, int],
+    causal: bool = False,
+    working_dtype: torch.dtype | None = None,
+    name: str = "attention_mask",
+) -> Visibility:
+    """What a mask of the logits shows, with or without causality beside it.
 
     Args:
-        bias: ``[batch or 1, heads or 1, length, key_length]`` in at least float32.
-        allowed: boolean, broadcastable with it, or None.
-        dtype: of the mask.
+        mask: boolean (True = visible) or additive float, broadcastable to ``shape``, or None.
+        shape: ``(batch, heads, length, key_length)``.
+        causal: whether no query sees a key after its own.
+        working_dtype: of the logits; None: the mask's.
+        name: of the mask, for messages.
 
-    Returns:
-        The mask, and which rows see anything (``[..., length, 1]``) or None for all: the mask of the others is 0, so
-        that no kernel makes NaN of them, and their output has to be set to 0.
+    Raises:
+        ValueError: for a mask of integers or of another shape.
     """
-    smallest = torch.finfo(dtype).min
-    if allowed is None:
-        return (bias - bias.amax(-1, keepdim=True).detach()).clamp(min=smallest).to(dtype), None
-    sees = allowed.any(-1, keepdim=True)
-    hidden = ~allowed & sees
-    bias = torch.where(hidden, float("-inf"), bias)
-    bias = bias - bias.amax(-1, keepdim=True).detach()
-    return torch.where(hidden, float("-inf"), bias.clamp(min=smallest)).to(dtype), sees
+    length, key_length = shape[2:]
+    if mask is None:
+        return Visibility(length, key_length, causal)
+    check_mask_dtype(mask, name)
+    allowed, bias = split_mask(four_axes(name, mask, shape), working_dtype)
+    if bias is not None and _all_true(allowed):
+        return Visibility(length, key_length, causal, bias=bias)
+    if allowed.shape[-2] == 1 and allowed.shape[-1] == key_length:
+        if _all_true(allowed):
+            return Visibility(length, key_length, causal, bias=bias)
+        # A single query or a row for all queries: what is hidden, is hidden from every query.
+        return Visibility(length, key_length, causal, keys=allowed, bias=bias, hidden=~allowed)
+    causal = causal or _is_causal(allowed, length, key_length)
+    seen = allowed.any(-2, keepdim=True).expand(-1, -1, -1, key_length)
+    hidden = None if _all_true(seen) else ~seen
+    return Visibility(length, key_length, causal, mask=allowed, bias=bias, hidden=hidden)
+
+
+def model_visibility(
+    attention_mask: torch.Tensor | None,
+    built_mask: torch.Tensor | None,
+    *,
+    length: int,
+    key_length: int,
+    causal: bool,
+    position_ids: torch.Tensor | None = None,
+) -> Visibility:
+    """What the tokens of a whole model see.
+
+    Args:
+        attention_mask: what the model was called with, checked: ``[batch, key_length]`` (0 or False = padding), one
+            with four axes, or None.
+        built_mask: what Transformers made of it for its own attention functions: boolean or additive, four axes, or
+            None. It is taken where only it says what is seen: of a mask with four axes and of several texts in a row.
+        length: new tokens, the last ones.
+        key_length: new and cached tokens.
+        causal: whether the model is.
+        position_ids: what the model was called with, ``[batch or 1, length]``, or None. Without a mask Transformers
+            takes position_ids that are not consecutive for several texts in one row, masked from each other.
+    """
+    dense = built_mask if built_mask is not None and built_mask.dtype == torch.bool else None
+    if attention_mask is not None and attention_mask.ndim == 2:
+        keys = (attention_mask != 0)[:, None, None, :]
+        if _all_true(keys):
+            return Visibility(length, key_length, causal)
+        return Visibility(length, key_length, causal, keys=keys, hidden=~keys, dense=dense)
+    is_packed = attention_mask is None and position_ids is not None and _may_hold_several_texts(position_ids)
+    if built_mask is None or not (is_packed or attention_mask is not None):
+        return Visibility(length, key_length, causal, dense=dense)
+    shape = (built_mask.shape[0], built_mask.shape[1], length, key_length)
+    return attention_visibility(built_mask, shape=shape, causal=causal and is_packed)
+
+
+def _may_hold_several_texts(position_ids: torch.Tensor) -> bool:
+    # Transformers looks at the values in the same way, so that an accelerator is waited for anyway.
+    return torch.compiler.is_compiling() or bool((position_ids.diff(dim=-1) != 1).any())
+
+
+def _can_look(x: torch.Tensor) -> bool:
+    """Whether values may be looked at: an accelerator would be waited for, a traced graph would break."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _all_true(mask: torch.Tensor) -> bool:
+    return _can_look(mask) and bool(mask.all())
+
+
+def _is_causal(allowed: torch.Tensor, length: int, key_length: int) -> bool:
+    """Whether a mask is seen to hide every later key, so that the algorithms for causal attention serve it."""
+    if not _can_look(allowed) or allowed.shape[-2:] != (length, key_length) or key_length < length:
+        return False
+    return not bool(allowed.triu(key_length - length + 1).any())
+
+
+def stock_mask(mask: torch.Tensor | None, implementation: str, dtype: torch.dtype) -> torch.Tensor | None:
+    """Mend a mask with four axes for stock ``eager`` attention, which adds it to the logits as it is.
+
+    A boolean one would add 0 and 1, and rows of nothing but -inf would be NaN.
+    """
+    if mask is None or mask.ndim != 4 or implementation != "eager":
+        return mask
+    if mask.dtype != torch.bool:
+        return mask.clamp(min=torch.finfo(mask.dtype).min)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)

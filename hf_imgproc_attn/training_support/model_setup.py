@@ -287,13 +287,14 @@ def _start_from(
 
 
 def _check_preset(preset: str, found: Any) -> None:
-    """A preset given with one of our checkpoints must be its own: nothing is converted between variants."""
+    """A preset given with one of our checkpoints must be its own: training converts nothing but stock checkpoints."""
     wanted = type(found).from_preset(preset)
     for field in sorted({name for fields in PRESETS.values() for name in fields}):
         if getattr(found, field) != getattr(wanted, field):
             raise UsageError(
                 f"preset {preset} has {field}={getattr(wanted, field)!r}, but the checkpoint was made with "
-                f"{getattr(found, field)!r}; without --preset it goes on as it is"
+                f"{getattr(found, field)!r}; without --preset it goes on as it is, and `imgproc-attn convert` makes a "
+                f"{preset} of it where that is defined"
             )
 
 

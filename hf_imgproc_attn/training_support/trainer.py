@@ -8,6 +8,8 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer
 
+from .bandwidth_bounds import BandwidthBounds
+
 
 class ScriptTrainer(Trainer):
     """``transformers.Trainer``, but
@@ -23,6 +25,7 @@ class ScriptTrainer(Trainer):
     def __init__(self, model: PreTrainedModel, **options: Any) -> None:
         self._use_cache = getattr(model.config, "use_cache", None)
         super().__init__(model=model, **options)
+        self.add_callback(BandwidthBounds())
         if self._use_cache is None:
             self.restore_configuration()
 

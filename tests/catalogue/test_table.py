@@ -119,7 +119,7 @@ def test_cached_decoding_and_limits_are_what_a_model_does(preset: str) -> None:
     if "static caches" in table.limits(preset):
         with pytest.raises(ValueError, match="cache_implementation='static' is not supported"):
             model.generate(tokens[:, :3], **generate)
-    streams = table.example(preset)[1].num_streams
+    streams = len(table.example(preset)[1].stream_names)
     assert (f"{streams} stream" in table.cached_decoding(preset)) == (streams > 0)
 
 

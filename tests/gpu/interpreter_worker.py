@@ -6,22 +6,22 @@ done. ``TRITON_INTERPRET=1`` is set by whoever starts it.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from hf_imgproc_attn.gpu import check, refuses, register, supports
+from hf_imgproc_attn.gpu import refuses, supports
 from hf_imgproc_attn.gpu.twicing import choose, twicing_attention, twicing_backward, twicing_forward
-from hf_imgproc_attn.models.backend_reference import reference_attention
+from hf_imgproc_attn.models.backend_call import Booster, Content, FilterCall
+from hf_imgproc_attn.models.backend_table import BACKENDS
+from hf_imgproc_attn.models.kernel_given import BiasPositions
+from hf_imgproc_attn.models.visibility import attention_visibility
+from tests.models.helpers import dense_attention
 
 Tensors = list[torch.Tensor]
 SCALE = 0.3
@@ -92,7 +92,7 @@ def reference(mask: torch.Tensor | None, is_causal: bool, boosting: str) -> Call
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         allowed = None if mask is None else mask[:, None, None]
         options: dict[str, Any] = {"attention_mask": allowed, "is_causal": is_causal, "boosting": boosting}
-        return reference_attention(query @ key.mT * SCALE, value, value, **options)[0]
+        return dense_attention(query @ key.mT * SCALE, value, value, **options)[0]
 
     return attend
 
@@ -244,66 +244,43 @@ def edges() -> dict[str, Any]:
     }
 
 
-class Request(NamedTuple):
-    """As the dispatch table hands it over."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    attn_mask: torch.Tensor | None = None
-    position_bias: torch.Tensor | None = None
-    is_causal: bool = False
-    scale: float = SCALE
-    dropout_p: float = 0.0
-    boosting: str = "twicing"
-    boosting_steps: int = 2
-
-
 def dispatch() -> dict[str, Any]:
-    """The entry of the dispatch table: its error on requests that it serves, its reasons for those that it refuses."""
-    table: dict[str, Any] = {}
-    register(table)
+    """The back-end in the table: its error on calls that it serves, its reasons for those that it refuses."""
     (query, key, value, _), mask = inputs_of(Case("general", 19, 16, False, masked=True))
     served = []
+
+    def call(keys: torch.Tensor | None = None, **changes: Any) -> FilterCall:
+        shape = (2, 2, 19, 19)
+        visibility = attention_visibility(keys, shape=shape)
+        usual = FilterCall(query, key, value, Content("dot_product", SCALE), visibility, booster=Booster("twicing"))
+        return usual._replace(**changes)
+
     for rows in (None, mask, mask[:1]):
-        request = Request(query, key, value, None if rows is None else rows[:, None, None])
-        assert table["triton"].refuses(request) is None
+        request = call(None if rows is None else rows[:, None, None])
+        assert BACKENDS["triton"].refuses(request) is None
         exact = reference(rows, False, "twicing")(query.double(), key.double(), value.double())
-        served += errors([table["triton"].run(request)], [exact])
-    usual = Request(query, key, value)
-    square = torch.ones(19, 19, dtype=torch.bool)
+        served += errors([BACKENDS["triton"].run(request)], [exact])
+    square = torch.ones(19, 19, dtype=torch.bool).tril(-1)
+    double = {"query": query.double(), "key": key.double(), "value": value.double()}
     reasons = {
-        "mask": refuses(usual._replace(attn_mask=square)),
-        "float mask": refuses(usual._replace(attn_mask=torch.zeros(2, 1, 1, 19))),
-        "bias": refuses(usual._replace(position_bias=torch.zeros(1, 2, 19, 19))),
-        "dropout": refuses(usual._replace(dropout_p=0.1)),
-        "steps": refuses(usual._replace(boosting_steps=3)),
-        "boosting": refuses(usual._replace(boosting="none")),
-        "groups": refuses(usual._replace(key=key[:, :1], value=value[:, :1])),
-        "dtype": refuses(usual._replace(query=query.double(), key=key.double(), value=value.double())),
-        "width": refuses(usual._replace(**dict.fromkeys(("query", "key", "value"), torch.zeros(1, 1, 2, 136)))),
+        "mask": refuses(call(square)),
+        "float mask": refuses(call(torch.linspace(0, 1, 19).expand(2, 1, 1, 19))),
+        "bias": refuses(call(positions=(BiasPositions(torch.zeros(1, 2, 19, 19)),))),
+        "dropout": refuses(call(dropout=0.1)),
+        "steps": refuses(call(booster=Booster("twicing", 3))),
+        "boosting": refuses(call(booster=Booster("none"))),
+        "groups": refuses(call(key=key[:, :1], value=value[:, :1])),
+        "dtype": refuses(call(**double)),
+        "width": refuses(call(**dict.fromkeys(("query", "key", "value"), torch.zeros(1, 1, 2, 136)))),
     }
     return {"served": served, "reasons": reasons}
-
-
-def gpu_check() -> dict[str, Any]:
-    """The check that a GPU would run, on small shapes, with a clock that stands still."""
-    cases = (check.Case(1, 2, 21, 16, True, ("general", "single_pass")), check.Case(1, 1, 21, 16, False, ("short",)))
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as printed:
-        file = Path(folder) / "deep" / "found.json"
-        status = check.measure(file, cases, cases[:1], torch.device("cpu"), lambda call: 2.0)
-        record = json.loads(file.read_text(encoding="utf-8"))
-    return {"status": status, "record": record, "last_line": printed.getvalue().splitlines()[-1]}
 
 
 def main() -> None:
     warnings.simplefilter("error")
     found = {
         "cases": [measure(case) for case in CASES],
-        **{
-            part.__name__: part()
-            for part in (causality, saved_tensors, operator_checks, compiled, edges, dispatch, gpu_check)
-        },
+        **{part.__name__: part() for part in (causality, saved_tensors, operator_checks, compiled, edges, dispatch)},
     }
     print(json.dumps(found))
 

@@ -69,6 +69,73 @@ def test_pull_to_a_folder(hub: HubServer, digits: Path, tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "config.json").read_bytes() == (digits / "config.json").read_bytes()
 
 
+def state_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "held", ["another run", "an edited file", "files of another checkpoint", "a run of other names"]
+)
+def test_nothing_is_overwritten_without_being_asked(
+    hub: HubServer, digits: Path, run: CopyOfRun, tmp_path: Path, held: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine, lost = tmp_path / "mine", ["model.safetensors"]
+    if held == "another run":
+        mine = run("vit_softmax")
+        lost += ["config.json", "run.json"]
+    elif held == "a run of other names":
+        mine.mkdir()
+        (mine / "run.json").write_text("{}", encoding="utf-8")
+        lost = ["run.json"]
+    elif held == "an edited file":
+        pull(ID, output=mine)
+        (mine / "model.safetensors").write_bytes(b"mine")
+    else:
+        mine.mkdir()
+        (mine / "model.safetensors").mkdir()  # even this
+    before, asked = state_of(mine), len(hub.requests("resolve"))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["pull", ID, "--output", str(mine)])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    what = "a training run" if "run" in held else "files that differ from those on the Hub"
+    assert f"output '{mine}' holds {what} (" in error
+    for name in lost:
+        assert name in error.partition("(")[2]
+    assert "would be overwritten): choose another folder, or pass --force" in error
+    assert state_of(mine) == before
+    weights = [entry for entry in hub.requests("resolve")[asked:] if entry.path.endswith(WEIGHTS)]
+    assert weights == []
+
+
+def test_a_run_of_the_users_is_kept_beside_a_checkpoint_without_a_record(
+    hub: HubServer, api: HfApi, digits: Path, tmp_path: Path
+) -> None:
+    api.delete_file("run.json", ID)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "run.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(HubError, match="holds a training run: choose another folder"):
+        pull(ID, output=mine)
+
+
+def test_force_overwrites_and_the_same_files_are_no_obstacle(
+    hub: HubServer, digits: Path, run: CopyOfRun, tmp_path: Path
+) -> None:
+    mine = run("vit_softmax")
+    assert cli.main(["pull", ID, "--output", str(mine), "--force"]) == 0
+    for name, content in hub.repo(ID).files().items():
+        if name != "training_args.bin":
+            assert (mine / name).read_bytes() == content, name
+    pull(ID, output=mine)  # again, without force: nothing would be lost
+    (mine / WEIGHTS).unlink()
+    (mine / "notes.txt").write_text("mine", encoding="utf-8")
+    pull(ID, output=mine)
+    assert (mine / WEIGHTS).read_bytes() == (digits / WEIGHTS).read_bytes()
+    assert (mine / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
 def test_a_cut_download_goes_on(hub: HubServer, digits: Path) -> None:
     fault = hub.cut(after=2000, path=f"*{WEIGHTS}")
     download = pull(ID)
@@ -126,6 +193,16 @@ def test_code_that_is_not_the_packages_is_remarked(hub: HubServer, api: HfApi, d
     assert differs == "its code differs from this package's in spec_fields.py"
     assert audited.startswith("its code has what a model has no need for: spec_fields.py, line ")
     assert audited.endswith("imports socket")
+
+
+def test_code_that_is_not_complete_is_remarked(hub: HubServer, api: HfApi, digits: Path) -> None:
+    assert pull(ID).remarks == []
+    api.delete_file("spec_versions.py", ID)
+    remarks = pull(ID).remarks
+    assert remarks
+    assert all(
+        text.startswith("its code is not complete, it lacks spec_versions.py (imported by ") for text in remarks
+    )
 
 
 def test_published_code_is_compared_when_the_package_loads_it(

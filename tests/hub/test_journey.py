@@ -62,6 +62,7 @@ def test_images_from_training_to_a_pipeline_and_on(hub: HubServer, tmp_path: Pat
 
     folder = tmp_path / "run"
     words = [*IMAGE_RUN, "--preset", "bilateral_twicing", "--push_to_hub", "--hub_model_id", "digits"]
+    words += ["--license", "cc-by-4.0"]
     revision = revision_in(train("train-image", *words, "--output_dir", str(folder)))
     repository = hub.repo("ann/digits")
     (tag,) = repository.tags
@@ -72,6 +73,8 @@ def test_images_from_training_to_a_pipeline_and_on(hub: HubServer, tmp_path: Pat
     card = repository.files()["README.md"].decode()
     assert f'revision="{tag}"' in card
     assert "generated_from_trainer" not in card
+    assert "license: cc-by-4.0\n" in card
+    assert "--license cc-by-4.0" in card
 
     picture = str(tmp_path / "zero.png")
     Image.fromarray((load_digits().images[0] * 15.9).astype("uint8")).convert("RGB").save(picture)
@@ -132,6 +135,19 @@ def test_options_that_would_leak_or_publish_half_a_run(
     assert "hf_secret" not in error
 
 
+def test_a_licence_that_the_hub_does_not_know_costs_no_training(
+    hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import train_image_classification
+
+    words = [*IMAGE_RUN, "--push_to_hub", "--hub_model_id", "ann/digits", "--output_dir", str(tmp_path / "run")]
+    assert train_image_classification.main([*words, "--license", "Apache 2"]) == 2
+    assert '"license" must be one of' in capsys.readouterr().err
+    assert not (tmp_path / "run" / "run.json").exists()
+    with pytest.raises(KeyError):
+        hub.repo("ann/digits")
+
+
 def test_a_refused_token_costs_no_training(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,9 +170,10 @@ def test_a_hub_that_fails_at_the_end_leaves_the_finished_run(
     folder = tmp_path / "run"
     hub.fail("commit", status=400, times=None)
     words = [*IMAGE_RUN, "--push_to_hub", "--hub_model_id", "ann/digits", "--output_dir", str(folder)]
+    words += ["--hub_revision", "trial", "--hub_private_repo", "true"]
     assert train_image_classification.main(words) == 2
     error = capsys.readouterr().err
     assert "the run is finished, but not published: could not upload to ann/digits: the Hub answered 400" in error
-    assert f"imgproc-attn publish {folder} --repo-id ann/digits" in error
+    assert f"imgproc-attn publish {folder} --repo-id ann/digits --private --revision trial" in error
     assert json.loads((folder / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
     assert hub.repo("ann/digits").tags == {}

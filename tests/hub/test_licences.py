@@ -15,7 +15,7 @@ from hf_imgproc_attn.hub.licences import find_licence
 from tests.helpers import ROOT
 from tests.hub.server import HubServer
 
-NONE = "no licence is known: neither the user's, nor that of a base model or of the data"
+NONE = "none was given, and none of a base model or of the data is known"
 
 
 def record(*, base: Any = None, data: str = "digits", license: str | None = None) -> dict[str, Any]:  # noqa: A002
@@ -81,7 +81,9 @@ def test_base_model_and_data_on_the_hub(hub: HubServer) -> None:
     hub.add_dataset("ann/birds", {"license": "cc-by-nc-4.0"})
     found = find_licence(record(base="ann/base"), None, ask_hub=True)
     assert str(found) == "gpl-3.0 (of the base model, base)"
-    assert find_licence(record(base="ann/base"), None, ask_hub=False).keys == {}
+    later = find_licence(record(base="ann/base"), None, ask_hub=False)
+    assert (later.keys, later.is_pending) == ({}, True)
+    assert later.remarks == ["the licence of ann/base is asked from the Hub when the run is published"]
     assert find_licence(record(base="ann/bare"), None, ask_hub=True).keys == {}
     found = find_licence(record(base="ann/none"), None, ask_hub=True)
     assert found.keys == {}

@@ -7,10 +7,19 @@ from typing import Any
 
 import torch
 
+from hf_imgproc_attn.models.backend_call import Booster, Content, FilterCall
+from hf_imgproc_attn.models.backend_reference import filter_matrix, reference_attention
+from hf_imgproc_attn.models.boost_depth import LayerState
+from hf_imgproc_attn.models.cache_layer import check_cache_layer
+from hf_imgproc_attn.models.cache_streams import CachedStreams
 from hf_imgproc_attn.models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from hf_imgproc_attn.models.configuration_imgproc_vit import ImgProcViTConfig
+from hf_imgproc_attn.models.kernel_position import check_coordinates
 from hf_imgproc_attn.models.layer_filter import AttentionFilter
+from hf_imgproc_attn.models.layer_inputs import LayerInputs
+from hf_imgproc_attn.models.modeling_shared import run_time_choices
 from hf_imgproc_attn.models.spec_axes import STEPPED_BOOSTINGS
+from hf_imgproc_attn.models.visibility import Visibility, attention_visibility
 
 GPT2 = {
     "vocab_size": 61,
@@ -83,6 +92,120 @@ def sharpen_(model: torch.nn.Module, seed: int = 0, std: float = 2.0) -> torch.n
     return model
 
 
+def layer_inputs(
+    length: int,
+    key_length: int | None = None,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    token_mask: torch.Tensor | None = None,
+    **fields: Any,
+) -> LayerInputs:
+    """A layer's inputs from a mask of the logits.
+
+    Args:
+        length: new tokens.
+        key_length: new and cached tokens; None: ``length``.
+        attention_mask: boolean or additive, broadcastable to ``[batch, heads, length, key_length]``, or None.
+        is_causal: whether the layer is causal; a mask counts too then.
+        token_mask: ``[batch or 1, length]``, which new tokens are no padding; given where the mask hides nothing but
+            padding and, if ``is_causal``, later tokens.
+        **fields: of ``LayerInputs``; ``previous_value`` goes into its state.
+    """
+    key_length = key_length or length
+    if attention_mask is None:
+        visibility = Visibility(length, key_length, is_causal)
+    elif token_mask is not None:  # the last query sees every key that is no padding
+        keys = attention_mask[:, :1, -1:, :]
+        visibility = Visibility(length, key_length, is_causal, keys=keys, hidden=~keys)
+    else:
+        batch, heads = (max(size, 1) for size in attention_mask.shape[:2])
+        visibility = attention_visibility(attention_mask, shape=(batch, heads, length, key_length))
+    state = LayerState(previous_value=fields.pop("previous_value", None))
+    return LayerInputs(visibility, state=state, **fields)
+
+
+class LooseFilter(AttentionFilter):
+    """A filter that takes its inputs one by one."""
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        inputs: LayerInputs | None = None,
+        *,
+        streams: Any = None,
+        dropout: float = 0.0,
+        implementation: str | None = None,
+        past_key_values: Any = None,
+        need_weights: bool = False,
+        **options: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if inputs is not None:
+            return super().forward(query, key, value, inputs, streams=streams, dropout=dropout)
+        self._config._attn_implementation = implementation
+        options |= run_time_choices(self._config, need_weights)._asdict()
+        length, key_length = query.shape[-2], query.shape[-2]
+        if past_key_values is not None:
+            check_cache_layer(past_key_values, self.layer_idx, bool(self.stream_names))
+            streams = CachedStreams(past_key_values, self.layer_idx)
+            key_length += past_key_values.get_seq_length(self.layer_idx)
+        coordinates, contiguous = options.get("coordinates"), options.get("contiguous", False)
+        if coordinates is not None and self.positions.sees_places:
+            size = (query.shape[0], length, self._config.position_axes)
+            classes = self.positions.num_class_tokens
+            check_coordinates(coordinates, *size, num_class_tokens=classes, contiguous=contiguous)
+        inputs = layer_inputs(length, key_length, **options)
+        return super().forward(query, key, value, inputs, streams=streams, dropout=dropout)
+
+
+def filter_call(
+    value: torch.Tensor,
+    full_value: torch.Tensor | None = None,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    boosting: str = "none",
+    boosting_steps: int = 2,
+    boosting_gain: torch.Tensor | None = None,
+    dropout: float = 0.0,
+) -> FilterCall:
+    """A call for :func:`reference_attention`, which looks at everything but queries and keys."""
+    full_value = value if full_value is None else full_value
+    shape = (value.shape[0], value.shape[1], value.shape[-2], full_value.shape[-2])
+    return FilterCall(
+        value,
+        full_value,
+        full_value,
+        Content("dot_product", 1.0),
+        attention_visibility(attention_mask, shape=shape, causal=is_causal),
+        booster=Booster(boosting, boosting_steps, boosting_gain),
+        dropout=dropout,
+    )
+
+
+def dense_matrix(
+    logits: torch.Tensor, attention_mask: torch.Tensor | None = None, is_causal: bool = False
+) -> torch.Tensor:
+    """``filter_matrix`` of a mask."""
+    shape = (*logits.shape[:2], *logits.shape[-2:])
+    return filter_matrix(logits, attention_visibility(attention_mask, shape=shape, causal=is_causal))
+
+
+def dense_attention(
+    logits: torch.Tensor,
+    value: torch.Tensor,
+    full_value: torch.Tensor | None = None,
+    *,
+    need_weights: bool = False,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``reference_attention`` with its options one by one."""
+    call = filter_call(value.expand(*logits.shape[:2], -1, -1), full_value, **options)
+    return reference_attention(logits, call, "operator" if need_weights else None)
+
+
 @torch.no_grad()
 def make_filter(
     content_kernel: str = "dot_product",
@@ -117,7 +240,7 @@ def make_filter(
         boosting_steps=boosting_steps if boosting in STEPPED_BOOSTINGS else None,
         **{"learn_bandwidths": True, **fields},
     )
-    layer = AttentionFilter(
+    layer = LooseFilter(
         config.layer_specs[layer_idx],
         config,
         layer_idx=layer_idx,

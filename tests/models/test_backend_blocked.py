@@ -19,10 +19,10 @@ from hf_imgproc_attn.models.backend_blocked import blocked_attention
 from hf_imgproc_attn.models.backend_blocked_dense import dropout_factors
 from hf_imgproc_attn.models.backend_blocked_passes import recurrence
 from hf_imgproc_attn.models.backend_blocked_plan import make_plan
-from hf_imgproc_attn.models.backend_reference import filter_matrix, reference_attention
 from hf_imgproc_attn.models.boost_operators import BOOSTING, extra_streams
 from hf_imgproc_attn.models.kernel_position import BlockedPositions, GaussianPositions
 from hf_imgproc_attn.models.kernel_relative import AlibiPositions, BucketPositions, bucket_boundaries
+from tests.models.helpers import dense_attention, dense_matrix
 
 BATCH, HEADS, WIDTH, VALUE_WIDTH, SCALE = 2, 3, 5, 4, 0.6
 SMALL = {"block_rows": 8, "group_pairs": 2}
@@ -76,7 +76,7 @@ def dense(
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     logits = query @ key.mT * SCALE
-    matrix = filter_matrix(logits + bias[0] if bias else logits, attn_mask, is_causal)
+    matrix = dense_matrix(logits + bias[0] if bias else logits, attn_mask, is_causal)
     matrix = matrix if factors is None else matrix * factors
     streams = []
 
@@ -640,6 +640,6 @@ def test_memory_is_linear(kernel: str, repeated: bool, is_causal: bool) -> None:
 def test_the_memory_meter_sees_a_matrix() -> None:
     logits = torch.randn(1, 1, 300, 300)
     with Memory() as memory:
-        reference_attention(logits, logits, logits)
+        dense_attention(logits, logits, logits)
     assert memory.peak >= 300 * 300 * 4
     assert memory.now <= memory.peak

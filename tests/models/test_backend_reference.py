@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from hf_imgproc_attn.models.backend_reference import filter_matrix, reference_attention
 from hf_imgproc_attn.models.kernel_content import dot_product_logits, gaussian_logits, gaussian_position_logits
-from hf_imgproc_attn.models.visibility import visible
+from hf_imgproc_attn.models.visibility import split_mask
+from tests.models.helpers import dense_attention, dense_matrix
 
 BATCH, HEADS, LENGTH, WIDTH = 2, 3, 7, 4
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -39,7 +39,7 @@ def softmax_by_hand(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor
 
 
 def apply(logits: torch.Tensor, value: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return reference_attention(logits, value, value, **options)
+    return dense_attention(logits, value, value, **options)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -182,10 +182,8 @@ def test_operator_of_a_boosted_filter_needs_all_rows() -> None:
     """With cached keys the rows of A for older queries are gone: one clear error, for plain attention an answer."""
     logits, value = sharp_logits(3, LENGTH), random(BATCH, HEADS, LENGTH, WIDTH, seed=1)
     with pytest.raises(ValueError, match="output_attentions=True with use_cache=False"):
-        reference_attention(
-            logits, value[:, :, -3:], value, boosting="twicing", extend=lambda _, rows: value, need_weights=True
-        )
-    output, operator = reference_attention(logits, value[:, :, -3:], value, need_weights=True)
+        dense_attention(logits, value[:, :, -3:], value, boosting="twicing", need_weights=True)
+    output, operator = dense_attention(logits, value[:, :, -3:], value, need_weights=True)
     torch.testing.assert_close(operator, logits.softmax(-1), **EXACT)
     torch.testing.assert_close(output, operator @ value, **EXACT)
 
@@ -218,7 +216,7 @@ def test_masks(name: str, is_causal: bool, dtype: torch.dtype | None) -> None:
     mask, logits = masks()[name], sharp_logits()
     allowed = mask & torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril() if is_causal else mask
     given = mask if dtype is None else torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-    matrix = filter_matrix(logits, given, is_causal)
+    matrix = dense_matrix(logits, given, is_causal)
     torch.testing.assert_close(matrix, softmax_by_hand(logits, allowed), **EXACT)
     assert (matrix[~allowed.expand_as(matrix)] == 0).all()
 
@@ -229,15 +227,15 @@ def test_other_very_low_numbers_hide_too(name: str, low: float) -> None:
     """Minus infinity, and what is left of the smallest number after some arithmetic."""
     mask, logits = masks()[name], sharp_logits()
     given = torch.zeros(mask.shape).masked_fill(~mask, low)
-    torch.testing.assert_close(filter_matrix(logits, given), softmax_by_hand(logits, mask), **EXACT)
+    torch.testing.assert_close(dense_matrix(logits, given), softmax_by_hand(logits, mask), **EXACT)
 
 
 def test_additive_masks_are_added_where_they_do_not_hide() -> None:
     """A bias beside hidden keys keeps its values."""
     logits, bias, mask = sharp_logits(), random(BATCH, 1, LENGTH, LENGTH, seed=4), masks()["holes"]
     given = bias.masked_fill(~mask, torch.finfo(torch.float64).min)
-    torch.testing.assert_close(filter_matrix(logits, given), softmax_by_hand(logits + bias, mask), **EXACT)
-    allowed, additive = visible(given, False, LENGTH, LENGTH, logits.device)
+    torch.testing.assert_close(dense_matrix(logits, given), softmax_by_hand(logits + bias, mask), **EXACT)
+    allowed, additive = split_mask(given)
     assert torch.equal(allowed, mask)
     assert torch.equal(additive, bias.masked_fill(~mask, 0.0).expand_as(given))
 
@@ -249,7 +247,7 @@ def test_hidden_keys_stay_hidden_beside_very_low_logits(dtype: torch.dtype) -> N
     low[..., 1] = 1e5
     mask = torch.zeros(1, 1, 1, 4, dtype=dtype)
     mask[..., 1] = torch.finfo(dtype).min
-    matrix = filter_matrix(low, mask)
+    matrix = dense_matrix(low, mask)
     torch.testing.assert_close(matrix[0, 0, 0], torch.tensor([1 / 3, 0, 1 / 3, 1 / 3], dtype=torch.float64), **EXACT)
 
 

@@ -14,10 +14,10 @@ import torch
 from hf_imgproc_attn.models.backend_blocked import blocked_attention
 from hf_imgproc_attn.models.backend_blocked_dense import dropout_factors
 from hf_imgproc_attn.models.backend_blocked_plan import make_plan
-from hf_imgproc_attn.models.backend_reference import filter_matrix
 from hf_imgproc_attn.models.boost_operators import BOOSTING, extra_streams
 from hf_imgproc_attn.models.kernel_position import BlockedPositions, ClassTokens, GaussianPositions, position_logits
 from hf_imgproc_attn.models.kernel_relative import AlibiPositions, BucketPositions, bucket_boundaries
+from tests.models.helpers import dense_matrix
 
 BATCH, LENGTH, WIDTH, VALUE_WIDTH, SCALE = 2, 19, 5, 4, 0.6
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -145,7 +145,7 @@ def dense(case: dict[str, Any], tensors: list[torch.Tensor], positions: BlockedP
     if mask is not None and mask.dtype != torch.bool:
         logits, mask = logits + mask.masked_fill(mask.isinf(), 0.0), ~mask.isinf()
     seen = logits > float("-inf")
-    matrix = filter_matrix(logits, seen if mask is None else seen & mask)
+    matrix = dense_matrix(logits, seen if mask is None else seen & mask)
     if case["dropout"]:
         one_pass = case["is_causal"] or case["booster"][1] == 1
         plan = make_plan(

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_imgproc_attn.models.boost_gradient import GradientBoosting, SecondCache
+from hf_imgproc_attn.models.boost_gradient import GradientBoosting
+from hf_imgproc_attn.models.cache_streams import CachedStreams
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2LMHeadModel
 from hf_imgproc_attn.models.modeling_imgproc_vit import ImgProcViTForImageClassification
 from tests.models.helpers import sharpen_
@@ -132,12 +133,12 @@ def test_the_cache_holds_a_second_key_and_value(fields: dict[str, Any], widths: 
         for start, stop in ((0, 4), (4, 5), (5, 9))
     ]
     layer = cache.layers[1]
-    assert [stream.shape for stream in layer.streams] == [torch.Size((2, 4, 9, width)) for width in widths]
-    assert model.transformer.h[1].attn.filter.num_streams == len(widths)
+    assert [rows.shape for rows in layer.streams.values()] == [torch.Size((2, 4, 9, width)) for width in widths]
+    assert set(model.transformer.h[1].attn.filter.stream_names) == set(layer.streams)
     torch.testing.assert_close(torch.cat(parts, 1), model(token_ids(), use_cache=False).logits, **TIGHT)
     # Taking tokens back takes them back from the second attention too.
     cache.crop(-4)
-    assert {stream.shape[-2] for stream in layer.streams} == {5}
+    assert {rows.shape[-2] for rows in layer.streams.values()} == {5}
     again = model(token_ids()[:, 5:], past_key_values=cache, use_cache=True).logits
     torch.testing.assert_close(again, parts[2], **TIGHT)
 
@@ -168,21 +169,20 @@ def test_heads_must_fill_the_hidden_size() -> None:
         GradientBoosting(20, 4, 6)
 
 
-def test_the_second_cache_is_a_part_of_the_first() -> None:
-    class Layer:
-        def __init__(self) -> None:
-            self.calls: list[int] = []
-
-        def update_stream(self, index: int, rows: torch.Tensor) -> torch.Tensor:
-            self.calls.append(index)
-            return rows
-
-    layer = Layer()
-    view = SecondCache(type("Cache", (), {"layers": [None, layer]}), 1, first_stream=1)
-    key, value = view.update(torch.zeros(1), torch.ones(1), 1)
-    view.layers[1].update_stream(0, torch.zeros(1))
-    assert layer.calls == [1, 2, 3]
-    assert value > key
+def test_the_second_filter_has_streams_of_its_own() -> None:
+    """In the same cache layer, under names that the first filter does not use."""
+    cache = DynamicCache(config=build("gpt2").config)
+    first = CachedStreams(cache, 0)
+    zeros, ones = torch.zeros(1, 4, 2, 5), torch.ones(1, 4, 2, 5)
+    first.update(zeros, zeros)
+    first.append("metric", zeros)
+    key, value = first.second().update(zeros, ones)
+    first.second().append("metric", ones)
+    assert set(cache.layers[0].streams) == {"metric", "second.key", "second.value", "second.metric"}
+    assert torch.equal(key, zeros)
+    assert torch.equal(value, ones)
+    assert torch.equal(first.past("metric"), zeros)
+    assert torch.equal(first.second().past("metric"), ones)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -149,7 +149,7 @@ def test_decoding_is_the_full_pass(
     got = decode(layer, inputs, CHUNKS[sizes], cache, implementation)
     torch.testing.assert_close(got, expected, **TIGHT)
     streams = cache.layers[layer.layer_idx].streams
-    assert [stream.shape for stream in streams] == [torch.Size((BATCH, HEADS, LENGTH, WIDTH))] * (
+    assert [rows.shape for rows in streams.values()] == [torch.Size((BATCH, HEADS, LENGTH, WIDTH))] * (
         {"none": 0, "learned": 1}.get(boosting, steps - 1) + (content == "elliptical")
     )
 
@@ -377,7 +377,7 @@ def test_positive_crop_is_refused_as_in_the_stock_layer() -> None:
     decode(build("gaussian", "gaussian", "twicing", 2), tensors("gaussian"), [5], cache)
     with pytest.raises(ValueError, match="crop"):
         cache.crop(3)
-    assert cache.layers[0].streams[0].shape[-2] == 5
+    assert cache.layers[0].streams["boost.1"].shape[-2] == 5
 
 
 class Broken(FilterDynamicLayer):
@@ -387,9 +387,9 @@ class Broken(FilterDynamicLayer):
 
 
 class ForgetsHistory(Broken):
-    def update_stream(self, index: int, rows: torch.Tensor) -> torch.Tensor:
+    def update_stream(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """What came before counts as zero."""
-        whole = super().update_stream(index, rows).clone()
+        whole = super().update_stream(name, rows).clone()
         whole[..., : -rows.shape[-2], :] = 0
         return whole
 
@@ -402,28 +402,28 @@ class NoSelect(Broken):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the first rows."""
         DynamicLayer.batch_select_indices(self, indices)
-        self.streams = [stream[: len(indices)] for stream in self.streams]
+        self._map_streams(lambda rows: rows[: len(indices)])
 
 
 class RepeatsInAnotherOrder(Broken):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats the batch, not its rows."""
         DynamicLayer.batch_repeat_interleave(self, repeats)
-        self.streams = [stream.repeat(repeats, 1, 1, 1) for stream in self.streams]
+        self._map_streams(lambda rows: rows.repeat(repeats, 1, 1, 1))
 
 
 class CropsTheWrongEnd(Broken):
     def crop(self, tokens_to_remove: int) -> None:
         """Drops the oldest rows."""
         DynamicLayer.crop(self, tokens_to_remove)
-        self.streams = [stream[..., -tokens_to_remove:, :] for stream in self.streams]
+        self._map_streams(lambda rows: rows[..., -tokens_to_remove:, :])
 
 
 class MixesStreams(Broken):
-    def update_stream(self, index: int, rows: torch.Tensor) -> torch.Tensor:
+    def update_stream(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """The second stream is read from the first."""
-        whole = super().update_stream(index, rows)
-        return self.streams[0] if index else whole
+        whole = super().update_stream(name, rows)
+        return self.streams["boost.1"] if name == "boost.2" else whole
 
 
 class NoCrop(Broken):
@@ -470,8 +470,8 @@ def test_an_offloaded_stream_comes_back_to_the_device_of_the_new_rows() -> None:
     layer, rows = FilterDynamicLayer(), torch.zeros(1, 2, 3, 4)
     new = torch.zeros(1, 2, 1, 4, device="meta")  # stands for an accelerator
     layer.update(rows.to("meta"), rows.to("meta"))
-    layer.update_stream(0, rows)  # on the CPU
-    whole = layer.update_stream(0, new)
+    layer.update_stream("boost.1", rows)  # on the CPU
+    whole = layer.update_stream("boost.1", new)
     assert whole.device == new.device
     assert whole.shape[-2] == 4
 
@@ -552,7 +552,7 @@ def test_a_static_cache_of_a_stock_model_is_refused() -> None:
     """It has the wrong layers for a filter."""
     cache = StaticCache(config=tiny_gpt2_config("softmax"), max_cache_len=8)
     with pytest.raises(ValueError, match=r"StaticLayer is not supported .*layer 1"):
-        check_cache_layer(cache, 1, 0)
+        check_cache_layer(cache, 1, keeps_streams=False)
 
 
 @pytest.mark.parametrize("name", [None, "dynamic", "offloaded"])
@@ -566,8 +566,8 @@ def test_refused_cache_implementations(name: str) -> None:
         check_cache_implementation(name)
 
 
-@pytest.mark.parametrize("streams", [0, 2])
-def test_our_layers_are_taken(streams: int) -> None:
+@pytest.mark.parametrize("streams", [False, True])
+def test_our_layers_are_taken(streams: bool) -> None:
     """Also inside the pair of caches that cross-attention needs."""
     cache = DynamicCache(config=tiny_gpt2_config("twicing", boosting_steps=3))
     check_cache_layer(cache, 2, streams)

@@ -181,7 +181,7 @@ def test_boosted_layers_keep_streams_and_others_none(variant: str) -> None:
     model = build(variant)
     cache = model(token_ids()).past_key_values
     for index, (spec, layer) in enumerate(zip(model.config.layer_specs, cache.layers, strict=True)):
-        streams = getattr(layer, "streams", [])
+        streams = list(getattr(layer, "streams", {}).values())
         metric = spec.content_kernel == "elliptical" and index > 0
         expected = {"none": 0, "learned": 1, "gradient_boosted": 2}.get(spec.boosting, spec.boosting_steps - 1)
         # Each of the two filters of gradient boosting has a metric of its own.
@@ -388,10 +388,10 @@ def test_offloaded_layers_bring_their_streams_back() -> None:
             layer.prefetch()
             keys, _ = layer.update(rows, rows)
             layer.offload()
-            stream = layer.update_stream(0, rows)
+            stream = layer.update_stream("boost.1", rows)
             assert stream.device == keys.device == rows.device
             assert stream.shape == keys.shape == (2, 4, length, 5)
-            assert {layer.keys.device.type, layer.values.device.type, layer.streams[0].device.type} == {"cpu"}
+            assert {layer.keys.device.type, layer.values.device.type, layer.streams["boost.1"].device.type} == {"cpu"}
 
 
 @pytest.mark.parametrize("variant", ["bilateral", "bilateral_gaussian"])

@@ -25,7 +25,7 @@ from hf_imgproc_attn.models.kernel_content import (
 from hf_imgproc_attn.models.layer_parameters import default_bandwidth, gaussian_position_bandwidths
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2Model
 from hf_imgproc_attn.models.modeling_imgproc_vit import ImgProcViTModel
-from tests.models.helpers import make_filter, tiny_gpt2_config, tiny_vit_config
+from tests.models.helpers import layer_inputs, make_filter, tiny_gpt2_config, tiny_vit_config
 
 BATCH, HEADS, LENGTH, KEYS, WIDTH = 2, 3, 7, 9, 5
 EXACT = {"rtol": 1e-13, "atol": 1e-12}
@@ -291,14 +291,14 @@ def test_gpt2_bandwidths_follow_the_stock_scaling(preset: str, options: dict[str
 @pytest.mark.parametrize("options", SCALE_OPTIONS, ids=str)
 def test_gpt2_scaling_of_layers_that_learn_nothing(options: dict[str, Any], implementation: str) -> None:
     """Without bandwidths of its own a boosted layer has the stock factor of its index."""
-    config = tiny_gpt2_config("twicing", **options)
+    config = tiny_gpt2_config("twicing", attn_implementation=implementation, **options)
     query, key, value = (random(BATCH, 4, LENGTH, 5, seed=seed) for seed in range(3))
     for index, block in enumerate(ImgProcGPT2Model(config).double().h):
         factor = (5**-0.5 if config.scale_attn_weights else 1.0) / (
             index + 1 if config.scale_attn_by_inverse_layer_idx else 1
         )
         matrix = (query @ key.mT * factor).softmax(-1)
-        output, _ = block.attn.filter(query, key, value, implementation=implementation)
+        output, _ = block.attn.filter(query, key, value, layer_inputs(LENGTH))
         torch.testing.assert_close(output, 2 * matrix @ value - matrix @ (matrix @ value), **EXACT)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_imgproc_attn.models.layer_filter import AttentionFilter, check_attn_implementation
+from hf_imgproc_attn.models.layer_filter import AttentionFilter
+from hf_imgproc_attn.models.modeling_shared import check_attn_implementation
 from tests.models.helpers import make_filter
 
 BATCH, HEADS, LENGTH, WIDTH = 2, 3, 11, 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,19 @@ def test_use_cache_of_the_configuration_is_restored(tmp_path: Path) -> None:
     image_model = our_vit(0)
     trainer_for(image_model, tmp_path)
     assert "use_cache" not in json.loads(image_model.config.to_json_string(use_diff=False))
+
+
+def test_a_bandwidth_at_its_bound_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("hf_imgproc_attn"), "propagate", True)
+    name = "vit.layers.1.attention.filter.scalar_bias.content_log_bandwidth"
+    model = our_vit(0)
+    trainer_for(model, tmp_path / "quiet", logging_steps=1, save_strategy="no").train()
+    assert not [record for record in caplog.records if "reached a bound" in record.message]
+    with torch.no_grad():
+        dict(model.named_parameters())[name].fill_(-20.0)
+    trainer_for(model, tmp_path / "loud", logging_steps=1, save_strategy="no").train()
+    said = [record.message for record in caplog.records if "reached a bound" in record.message]
+    assert len(said) == 1
+    assert name in said[0]

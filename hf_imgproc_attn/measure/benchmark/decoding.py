@@ -9,9 +9,12 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
+from ...models.cache_streams import CachedStreams
 from ...models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from ...models.layer_filter import AttentionFilter
+from ...models.layer_inputs import LayerInputs
 from ...models.modeling_imgproc_gpt2 import ImgProcGPT2LMHeadModel
+from ...models.visibility import Visibility
 from .timing import Row, interleave
 
 STOCK = "stock"
@@ -64,7 +67,7 @@ def attention_step(length: int, fields: dict[str, Any], variant: dict[str, Any] 
                 cache.crop(-1)
 
         return stock
-    config = ImgProcGPT2Config(**{**fields, "n_layer": 1, **variant})
+    config = ImgProcGPT2Config(**{**fields, "n_layer": 1, **variant, "attn_implementation": "sdpa"})
     layer = AttentionFilter(
         config.layer_specs[0],
         config,
@@ -76,27 +79,44 @@ def attention_step(length: int, fields: dict[str, Any], variant: dict[str, Any] 
     ).to(device)
     cache = DynamicCache(config=config)
 
-    def inputs(start: int, count: int) -> dict[str, torch.Tensor]:
+    def inputs(start: int, count: int) -> LayerInputs:
         places = torch.arange(start, start + count, device=device).unsqueeze(0)
         vectors = torch.randn(1, count, fields["n_embd"], generator=torch.Generator().manual_seed(start))
-        return {"position_states": vectors.to(device), "coordinates": places.unsqueeze(-1)}
+        visibility = Visibility(count, start + count, causal=True)
+        return LayerInputs(visibility, places.unsqueeze(-1), start == 0, position_states=vectors.to(device))
 
-    options: dict[str, Any] = {"implementation": "sdpa", "is_causal": True, "past_key_values": cache}
+    streams = CachedStreams(cache, 0)
     with torch.no_grad():
-        layer(*prompt, contiguous=True, **inputs(0, length), **options)
+        layer(*prompt, inputs(0, length), streams=streams)
     step_inputs = inputs(length, 1)
 
     @torch.no_grad()
     def step() -> None:
         for _ in range(_ROUNDS_OF_STEPS):
-            layer(query, key, value, **step_inputs, **options)
+            layer(query, key, value, step_inputs, streams=streams)
             cache.crop(-1)
 
     return step
 
 
-def model_step(length: int, fields: dict[str, Any], variant: dict[str, Any] | None, device: str) -> Any:
-    """A call that gives the logits of one token after ``length`` cached ones, and forgets it again."""
+def model_step(
+    length: int,
+    fields: dict[str, Any],
+    variant: dict[str, Any] | None,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    compiler: str | None = None,
+) -> Any:
+    """A call that gives the logits of one token after ``length`` cached ones, and forgets it again.
+
+    Args:
+        length: cached tokens.
+        fields: sizes of the GPT-2.
+        variant: its filter fields; None is the stock model.
+        device: where.
+        dtype: of the weights.
+        compiler: the back-end of ``torch.compile`` for the step; None runs it as it is.
+    """
     torch.manual_seed(0)
     fields = {**fields, "bos_token_id": 0, "eos_token_id": 0}
     model = (
@@ -104,15 +124,16 @@ def model_step(length: int, fields: dict[str, Any], variant: dict[str, Any] | No
         if variant is None
         else ImgProcGPT2LMHeadModel(ImgProcGPT2Config(**fields, **variant))
     )
-    model = model.eval().to(device)
+    model = model.eval().to(device, dtype)
     ids = torch.randint(fields["vocab_size"], (1, length + 1), generator=torch.Generator().manual_seed(0)).to(device)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
+    decode = model if compiler is None else torch.compile(model, backend=compiler, dynamic=False)
 
     @torch.no_grad()
     def step() -> None:
-        model(ids[:, -1:], past_key_values=cache)
+        decode(ids[:, -1:], past_key_values=cache)
         cache.crop(-1)
 
     return step

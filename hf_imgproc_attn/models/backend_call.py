@@ -1,0 +1,193 @@
+"""One filter's call: what a layer and ``filter_attention`` build, and all that a back-end receives."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .boost_operators import BOOSTING, Attend
+from .cache_streams import NO_STREAMS, Streams, boost_stream
+from .kernel_content import CONTENT_COLUMNS
+from .kernel_position import Positions
+from .visibility import Visibility, check_mask_dtype, four_axes
+
+
+class Content(NamedTuple):
+    """The content kernel.
+
+    kernel: key of ``CONTENT_LOGITS``.
+    scale: 2/h_y^2, a number or broadcastable to the query ``[batch, heads, length, head_dim]``.
+    """
+
+    kernel: str
+    scale: torch.Tensor | float
+
+
+class Booster(NamedTuple):
+    """How often, and how, A is applied.
+
+    name: key of ``BOOSTING``.
+    steps: k >= 1.
+    gain: gamma of ``learned``, ``[heads, 1, 1]`` in at least float32, or None.
+    """
+
+    name: str = "none"
+    steps: int = 2
+    gain: torch.Tensor | None = None
+
+
+class FilterCall(NamedTuple):
+    """One call of a filter, checked: output = p(A) V, with A made of content, positions and visibility.
+
+    query: ``[batch, heads, length, head_dim]``, the last tokens.
+    key: ``[batch, key_heads, key_length, head_dim]`` of all tokens; ``key_heads`` divides ``heads``.
+    value: ``[batch, key_heads, key_length, d]`` of all tokens; d may differ from ``head_dim``.
+    content: the content kernel.
+    positions: terms that are added to the content's logits, often none or one.
+    visibility: who sees whom.
+    booster: how often A is applied.
+    dropout: probability on A, one mask for all applications.
+    streams: rows of earlier tokens that the booster needs, and where those of the new tokens go.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    content: Content
+    visibility: Visibility
+    positions: tuple[Positions, ...] = ()
+    booster: Booster = Booster()
+    dropout: float = 0.0
+    streams: Streams = NO_STREAMS
+
+    @property
+    def is_boosted(self) -> bool:
+        """Whether A is applied more than once."""
+        return self.booster.name != "none"
+
+    @property
+    def groups(self) -> int:
+        """Query heads to a key head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    @property
+    def new_value(self) -> torch.Tensor:
+        """V of the queries' own tokens, ``[batch, heads, length, d]``."""
+        own = self.value[..., self.key.shape[-2] - self.query.shape[-2] :, :]
+        return own if self.groups == 1 else own.repeat_interleave(self.groups, dim=1)
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether anything but a plain inner product enters the logits."""
+        return bool(self.positions) or CONTENT_COLUMNS[self.content.kernel] is not None
+
+    def repeated(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values with as many heads as the queries; keys that no query sees are 0 (:meth:`boost` does V)."""
+        key, value = self.visibility.clean(self.key), self.value
+        if self.groups == 1:
+            return key, value
+        return key.repeat_interleave(self.groups, dim=1), value.repeat_interleave(self.groups, dim=1)
+
+    def boost(self, attend: Attend, new_value: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Apply the booster, storing and reading its streams.
+
+        Args:
+            attend: applies A to ``[batch, heads, key_length, d]``.
+            new_value: of the queries' own tokens, ``[batch, heads, length, d]``.
+            value: of all tokens, ``[batch, heads, key_length, d]``.
+
+        Returns:
+            ``[batch, heads, length, d]``.
+        """
+
+        def apply(rows: torch.Tensor) -> torch.Tensor:
+            return attend(self.visibility.clean(rows))
+
+        def extend(index: int, rows: torch.Tensor) -> torch.Tensor:
+            return self.streams.append(boost_stream(index + 1), rows)
+
+        name, steps, gain = self.booster
+        return BOOSTING[name](apply, extend, new_value, value, steps, gain)
+
+    def past_streams(self) -> list[torch.Tensor]:
+        """The cached rows of the booster's streams, in order; empty where there are none."""
+        found: list[torch.Tensor] = []
+        while (rows := self.streams.past(boost_stream(len(found) + 1))) is not None:
+            found.append(rows)
+        return found
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Checks of what a caller gave
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Check that queries, keys and values fit each other.
+
+    Raises:
+        ValueError: unless they are ``[batch, heads, length, head_dim]``, ``[batch, key_heads, key_length, head_dim]``
+            and ``[batch, key_heads, key_length, d]`` of one floating dtype and device, with ``key_heads`` a divisor of
+            ``heads``.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must be [batch, heads, length, head_dim], got shape {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be of a floating dtype, got {tensor.dtype}")
+        if (tensor.dtype, tensor.device) != (query.dtype, query.device):
+            raise ValueError(
+                f"{name} must have the dtype and device of query, {query.dtype} on {query.device}, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if key.shape[0] != query.shape[0] or key.shape[:3] != value.shape[:3] or key.shape[3] != query.shape[3]:
+        raise ValueError(
+            "query, key and value must share the batch, key and value their heads and length, query and key their "
+            f"width, got {shapes}"
+        )
+    if key.shape[2] == 0 or query.shape[1] % max(key.shape[1], 1) or key.shape[1] == 0:
+        raise ValueError(f"heads of query must be a multiple of those of key, and key must not be empty, got {shapes}")
+
+
+def check_options(boosting: str, boosting_steps: int, dropout: float) -> None:
+    """Check what is not a tensor.
+
+    Raises:
+        ValueError: naming the option, its rule and the value.
+    """
+    if boosting not in BOOSTING:
+        raise ValueError(f"boosting must be one of {', '.join(BOOSTING)}, got {boosting!r}")
+    if isinstance(boosting_steps, bool) or not isinstance(boosting_steps, int) or boosting_steps < 1:
+        raise ValueError(f"boosting_steps must be an integer >= 1, got {boosting_steps!r}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout!r}")
+
+
+def check_terms(
+    query: torch.Tensor, key: torch.Tensor, attn_mask: torch.Tensor | None, bias: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Check mask and bias of the blocked passes, and give both four axes.
+
+    Raises:
+        ValueError: for a mask of integers, a bias that is not of a floating dtype, or a wrong shape.
+    """
+    shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    if attn_mask is not None:
+        check_mask_dtype(attn_mask)
+        attn_mask = four_axes("attn_mask", attn_mask, shape)
+    if bias is not None:
+        bias = check_bias(bias, shape)
+    return attn_mask, bias
+
+
+def check_bias(bias: torch.Tensor, shape: tuple[int, int, int, int]) -> torch.Tensor:
+    """Check what is to be added to the logits, and give it four axes.
+
+    Raises:
+        ValueError: for a bias that is not of a floating dtype, or a wrong shape.
+    """
+    if not bias.is_floating_point():
+        raise ValueError(f"position bias must be of a floating dtype, got {bias.dtype}")
+    return four_axes("position bias", bias, shape)
