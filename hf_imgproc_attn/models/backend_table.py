@@ -20,6 +20,7 @@ from .backend_reference import run as run_reference
 from .backend_sdpa import refuses as sdpa_refuses
 from .backend_sdpa import run as run_sdpa
 from .kernel_content import HALF_DTYPES
+from .kernel_position import BlockedPositions
 
 Run = Callable[[FilterCall], torch.Tensor]
 """Returns ``[batch, heads, length, d]``, differentiable in all tensors; stores streams by ``call.streams``."""
@@ -96,6 +97,10 @@ def _has_few_scores(call: FilterCall) -> bool:
     return call.query.shape[:3].numel() * call.key.shape[-2] <= FEW_SCORES
 
 
+def _sees_places(call: FilterCall) -> bool:
+    return any(isinstance(term, BlockedPositions) for term in call.positions)
+
+
 def _takes_several_passes(call: FilterCall) -> bool:
     scores = call.query.shape[-2] * call.key.shape[-2]
     return call.is_boosted and not call.visibility.causal and scores > WHOLE_SCORES
@@ -110,6 +115,8 @@ CHOICES = (
     Choice("cpu", "not boosted, values as wide as queries", _is_plain, ("sdpa",)),
     # 4 heads, N = 64: SDPA 2.6 / 2.0, blocked 6.8 / 5.3
     Choice("cpu", "few scores", _has_few_scores, ("sdpa", "reference")),
+    # SDPA would need a dense N x N bias.
+    Choice("cpu", "positions by place", _sees_places, ("blocked",)),
     # N = 2048: SDPA 2.1 / 2.0, blocked 2.5 / 1.9
     Choice("cpu", "boosted, long, not causal", _takes_several_passes, ("sdpa", "blocked")),
     # Causal N = 1024: SDPA 2.0 / 2.0, blocked 1.5 / 1.3; bidirectional N = 197: SDPA 2.0 / 2.0, blocked 1.7 / 1.6. Not

@@ -220,9 +220,8 @@ def class_token_columns(
 
     Args:
         class_bias: ``[heads, 3]``.
-        row_constant: the constant of grid row i that the grid columns dropped, with the opposite sign of what was
-            dropped, ``[batch, heads, length]``; class keys get it back, or they would be compared with another zero.
-            None: nothing was dropped.
+        row_constant: |p_i|^2/h^2, ``[batch, heads, length]``, which the grid columns omit. It is added for class keys,
+            so that both kinds of key share one reference. None: the grid columns omit nothing.
         length: number of queries, class tokens first.
         key_length: number of keys, class tokens first.
         num_class_tokens: how many.

@@ -110,7 +110,7 @@ def layer_schedule(config: Any) -> list[LayerSpec]:
         selected = {layer % max(num_layers, 1) for layer in config.boosted_layers}
     specs = []
     for i in range(num_layers):
-        # For a fixed linear A Osher's iterative regularisation is k-step twicing (FRAMEWORK, section 3).
+        # For a fixed linear A Osher's iterative regularisation is k-step twicing.
         booster = {"osher": "twicing"}.get(boosting[i], boosting[i]) if i in selected else "none"
         specs.append(
             LayerSpec(
