@@ -37,7 +37,9 @@ _MOST_CALLS = 50
 def cases(bench: Bench) -> list[Case]:
     """The cases: back-ends that are quick to prepare on every shape, then FlexAttention, forced kernels, graphs."""
     shapes = TINY_SHAPES if bench.tiny else SHAPES
-    found = [Case("which kernels plain attention runs", partial(baseline_kernels, bench, shapes))]
+    found = [
+        Case("SDPA's choice for plain attention", partial(baseline_choice, bench, shapes), about={"what": "choice"})
+    ]
     quick = [
         (name, backend, shape)
         for name in TIMED
@@ -61,6 +63,10 @@ def cases(bench: Bench) -> list[Case]:
     for shape in shapes[:2]:
         for name, backend in (("twicing", "triton"), ("twicing", "sdpa"), ("bilateral gaussian", "sdpa")):
             add(name, backend, shape, partial(time_graph, bench, name, backend, shape), "CUDA graph: ")
+    # Last: profilers do not work on every machine.
+    found.append(
+        Case("kernels of plain attention", partial(baseline_kernels, bench, shapes), about={"what": "kernels"})
+    )
     return found
 
 
@@ -74,21 +80,23 @@ def plain(inputs: Inputs) -> torch.Tensor:
     return scaled_dot_product_attention(inputs.query, inputs.key, inputs.value, is_causal=inputs.is_causal)
 
 
-def baseline_kernels(bench: Bench, shapes: tuple[Shape, ...], seconds_left: float) -> dict[str, Any]:
-    """Which SDPA kernel PyTorch chooses for each shape, and the names of what then runs on the device."""
+def baseline_choice(bench: Bench, shapes: tuple[Shape, ...], seconds_left: float) -> dict[str, Any]:
+    """Which of its kernels ``scaled_dot_product_attention`` chooses for each shape."""
     names = {kernel.value: name for name, kernel in SDPA_KERNELS.items()}
-    values: dict[str, Any] = {}
+    values = {}
     for shape in shapes:
-        inputs, _ = draw_on(bench, "plain", shape).with_leaves()
+        inputs, _ = draw_on(bench, PLAIN, shape).with_leaves()
         query, key, value = inputs.query, inputs.key, inputs.value
         choice = int(torch._fused_sdp_choice(query, key, value, None, 0.0, inputs.is_causal))
-        values[words(shape)] = {"choice": names.get(choice, str(choice))}
-        if bench.device == "cuda":
-            try:
-                values[words(shape)]["kernels"] = _kernel_names(lambda inputs=inputs: plain(inputs))  # type: ignore[misc]
-            except Exception as error:  # a profiler that does not work here takes nothing else along
-                values[words(shape)]["kernels"] = f"not seen: {error}"
+        values[words(shape)] = names.get(choice, str(choice))
     return values
+
+
+def baseline_kernels(bench: Bench, shapes: tuple[Shape, ...], seconds_left: float) -> dict[str, Any]:
+    """The names of what runs on the device for plain attention: they tell which implementation of flash it is."""
+    if bench.device == "cpu":
+        raise Refused("there are no kernels on the CPU")
+    return {words(shape): _kernel_names(partial(plain, draw_on(bench, PLAIN, shape))) for shape in shapes}
 
 
 def _kernel_names(call: Callable[[], object]) -> list[str]:
@@ -105,7 +113,7 @@ def _kernel_names(call: Callable[[], object]) -> list[str]:
 def draw_on(bench: Bench, name: str, shape: Shape) -> Inputs:
     """A filter's inputs in bfloat16 on the device.
 
-    Two rows and two heads are drawn and repeated, rolled along the length: drawing them all takes longer than timing.
+    Two rows of the batch are drawn and repeated, rolled along the length: drawing all takes longer than timing.
     """
     small = draw(name, Shape(min(shape.batch, 2), shape.heads, shape.length, shape.head_dim, shape.is_causal))
     inputs = small.to(torch.bfloat16, bench.device)
