@@ -12,10 +12,10 @@ PYTHON ?= python3 python3.11 python3.12 python3.13 python3.14 python
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test quality bench results cards clean
+.PHONY: help setup demo test test-blocked test-full quality bench gpu-check rehearse-oldest results cards clean
 
 help: ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
 setup: $(STAMP) ## create .venv and install the package with everything that tests and training need
 
@@ -40,6 +40,17 @@ demo: $(STAMP) ## train four variants of a small ViT and a small GPT-2, compare,
 # One thread a worker: with small models two processes use two cores better than two threads do.
 test: $(STAMP) ## run the tests (CPU, offline)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(MAKE) --no-print-directory test-blocked
+
+# The tests of whole models once more, on the back-end that real sizes get. Left out: what compares random masks of
+# dropout with those of the dense path.
+test-blocked: $(STAMP) ## run the tests of whole models on the back-end of real sizes (a part of `make test`)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --blocked \
+		-k "not dropout_draws_one_mask" tests/models/test_gpt2_model.py tests/models/test_vit_model.py \
+		tests/models/test_gpt2_generation.py tests/models/test_layer_state.py tests/models/test_ecosystem.py
+
+test-full: $(STAMP) ## run the tests with every combination of each grid, not a pairwise cover (half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --full
 
 quality: $(STAMP) ## lint, format check, types
 	$(BIN)/ruff check .
@@ -49,6 +60,21 @@ quality: $(STAMP) ## lint, format check, types
 bench: $(STAMP) ## time filters, layers, decoding and whole models against stock attention (the better part of an hour)
 	$(BIN)/imgproc-attn benchmark
 
+gpu-check: $(STAMP) ## check and measure everything on a GPU (9 minutes; writes docs/gpu.json), then render its page
+	$(BIN)/imgproc-attn gpu-check
+	$(BIN)/imgproc-attn gpu-check --render
+
+# What a GPU machine has: the oldest supported versions, and none of the packages that only training needs.
+OLDEST := .venv-oldest
+rehearse-oldest: $(OLDEST)/.installed ## rehearse gpu-check on the CPU with the oldest supported versions (downloads gigabytes)
+	PYTHONPATH=$(CURDIR) $(OLDEST)/bin/python -m hf_imgproc_attn.cli gpu-check --device cpu --minutes 30 \
+		--output outputs/gpu_rehearsal_oldest.json --strict
+
+$(OLDEST)/.installed: constraints-oldest.txt
+	python3.12 -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --requirement constraints-oldest.txt
+	@touch $@
+
 results: $(STAMP) ## train and evaluate every preset again for training/results/ (minutes; from a clean checkout)
 	$(BIN)/python training/make_results.py
 
@@ -56,5 +82,5 @@ cards: $(STAMP) ## render the cards in model_cards/ from training/results/
 	$(BIN)/python training/make_cards.py
 
 clean: ## remove .venv and everything the other targets write
-	rm -rf $(VENV) build dist outputs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist outputs .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

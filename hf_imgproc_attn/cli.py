@@ -1,4 +1,4 @@
-"""The command line ``imgproc-attn``: train, evaluate, convert, benchmark, denoise, publish, download.
+"""The command line ``imgproc-attn``: train, evaluate, convert, benchmark, check a GPU, denoise, publish, download.
 
 What a sub-command needs is imported when it runs, so ``--help`` does not wait for torch. A mistake of the user ends in
 one line on standard error and exit status 2; any other exception is a bug and keeps its traceback.
@@ -29,6 +29,7 @@ from .errors import (
 )
 from .hub.commands import add_commands as add_hub_commands
 from .library_fields import configuration_fields
+from .measure.gpu_check.command import add_command as add_gpu_check
 from .output_paths import check_output_file, check_output_folder
 from .shipped_files import shipped_file
 
@@ -180,6 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     denoise.set_defaults(run_command=run_denoise)
 
+    add_gpu_check(commands)
     add_hub_commands(commands)
     return parser
 

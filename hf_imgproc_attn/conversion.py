@@ -254,7 +254,7 @@ def _warnings(source: Source, variant: PreTrainedModel, report: ConversionReport
     dropped = [name for name in report.unused if ".filter." in name or ".position_projection." in f".{name}"]
     if dropped:
         warnings.append(
-            f"the source's filter has trained parameters for which {report.preset} has no place: {', '.join(dropped)}"
+            f"{len(dropped)} trained tensors of the source's filter have no place in {report.preset}: they are unused"
         )
     model: Any = source.model
     if type(model).__name__.endswith("ViTModel") and model.pooler is None:

@@ -26,7 +26,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel and the sdist, built from a copy of what git would see."""
     folder = tmp_path_factory.mktemp("distributions")
     source = folder / "source"
-    ignored = shutil.ignore_patterns(".git", ".venv", "outputs", "build", "dist", "__pycache__", ".*_cache")
+    ignored = shutil.ignore_patterns(".git", ".venv*", "data", "outputs", "build", "dist", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, source, ignore=ignored)
     build = [
         sys.executable,

@@ -11,8 +11,8 @@ causal or not, with an optional mask of padded keys. Three algorithms (:mod:`.tw
 *Checked* without a GPU: outputs and gradients against float64 in Triton's interpreter; every kernel compiles for
 compute capability 9.0 (H100), where its products are warp-group instructions and its tiles fit into shared memory.
 
-*Not measured:* time, on any GPU; the choice between the algorithms is by the number of products; numerical error
-on a device. ``python -m hf_imgproc_attn.gpu.check`` measures them on a machine with a CUDA device.
+``imgproc-attn gpu-check`` measures errors and times on a machine with a CUDA device; what it found stands in
+``docs/gpu.md``. The choice between the algorithms is by the number of products.
 
 Importing this package needs neither Triton nor a GPU; the back-ends register themselves in ``models.backend_table``.
 ``supports`` says why a call cannot be served.
@@ -121,7 +121,7 @@ def run(call: FilterCall) -> torch.Tensor:
     from .twicing import twicing_attention
 
     query, scale = call.query, call.content.scale
-    if isinstance(scale, torch.Tensor):  # one a head, or a metric
+    if isinstance(scale, torch.Tensor):  # one per head, or a metric
         query, scale = (query * scale).to(query.dtype), 1.0
     key_mask = call.visibility.keys
     if key_mask is not None:

@@ -6,20 +6,16 @@ done. ``TRITON_INTERPRET=1`` is set by whoever starts it.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from hf_imgproc_attn.gpu import check, refuses, supports
+from hf_imgproc_attn.gpu import refuses, supports
 from hf_imgproc_attn.gpu.twicing import choose, twicing_attention, twicing_backward, twicing_forward
 from hf_imgproc_attn.models.backend_call import Booster, Content, FilterCall
 from hf_imgproc_attn.models.backend_table import BACKENDS
@@ -280,24 +276,11 @@ def dispatch() -> dict[str, Any]:
     return {"served": served, "reasons": reasons}
 
 
-def gpu_check() -> dict[str, Any]:
-    """The check that a GPU would run, on small shapes, with a clock that stands still."""
-    cases = (check.Case(1, 2, 21, 16, True, ("general", "single_pass")), check.Case(1, 1, 21, 16, False, ("short",)))
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as printed:
-        file = Path(folder) / "deep" / "found.json"
-        status = check.measure(file, cases, cases[:1], torch.device("cpu"), lambda call: 2.0)
-        record = json.loads(file.read_text(encoding="utf-8"))
-    return {"status": status, "record": record, "last_line": printed.getvalue().splitlines()[-1]}
-
-
 def main() -> None:
     warnings.simplefilter("error")
     found = {
         "cases": [measure(case) for case in CASES],
-        **{
-            part.__name__: part()
-            for part in (causality, saved_tensors, operator_checks, compiled, edges, dispatch, gpu_check)
-        },
+        **{part.__name__: part() for part in (causality, saved_tensors, operator_checks, compiled, edges, dispatch)},
     }
     print(json.dumps(found))
 

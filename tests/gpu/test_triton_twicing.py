@@ -156,16 +156,13 @@ def test_without_triton_the_package_imports_and_says_so(run_python: RunPython) -
         "import torch\n"
         "from hf_imgproc_attn.gpu import supports\n"
         "from hf_imgproc_attn.models.backend_table import BACKENDS\n"
-        "from hf_imgproc_attn.gpu.check import main\n"
         "q = torch.zeros(1, 1, 2, 16)\n"
-        "print(list(BACKENDS), supports(q, q, q), main([]))\n"
+        "print(list(BACKENDS), supports(q, q, q))\n"
     )
     result = run_python("-c", code)
     assert result.returncode == 0, result.stderr
     hint = 'needs the package triton: pip install ".[kernels]" in a checkout of this package'
-    assert result.stdout == f"['reference', 'sdpa', 'blocked', 'flex'] {hint} 2\n"
-    assert result.stderr.startswith("error: the package triton is not installed")
-    assert result.stderr.count("\n") == 1
+    assert result.stdout == f"['reference', 'sdpa', 'blocked', 'flex'] {hint}\n"
 
 
 def test_without_a_gpu_calls_are_refused_in_words(run_python: RunPython) -> None:
@@ -186,29 +183,3 @@ def test_without_a_gpu_calls_are_refused_in_words(run_python: RunPython) -> None
         "needs tensors on a CUDA device, got cpu False",
         "the Triton kernels need tensors on a GPU, got cpu",
     ]
-
-
-def test_check_compares_times_and_writes(found: Any) -> None:
-    checked = found["gpu_check"]
-    assert checked["status"] == 0
-    record = checked["record"]
-    assert record["device"] == "cpu"
-    assert record["versions"].keys() == {"hf_imgproc_attn", "torch", "triton"}
-    tried = {(row["algorithm"], row["dtype"]) for row in record["errors"]}
-    assert tried == {
-        (algorithm, f"torch.{dtype}")
-        for algorithm in ("general", "single_pass", "short")
-        for dtype in ("bfloat16", "float16")
-    }
-    assert all(0.0 < row["error_ratio"] <= record["error_bound"] for row in record["errors"])
-    timed = {(row["candidate"], row["direction"]) for row in record["timings"]}
-    names = ("sdpa once", "sdpa twice", "general", "single_pass")
-    assert timed == {(name, way) for name in names for way in ("forward", "forward + backward")}
-    assert {row["over_sdpa_once"] for row in record["timings"]} == {1.0}
-    assert checked["last_line"].startswith("cpu: largest error ")
-
-
-def test_check_needs_a_gpu(run_python: RunPython) -> None:
-    result = run_python("-m", "hf_imgproc_attn.gpu.check")
-    assert result.returncode == 2
-    assert result.stderr == "error: no CUDA device: the kernels can only be measured on one\n"

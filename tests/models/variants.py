@@ -69,6 +69,7 @@ CUSTOM: dict[str, dict[str, Any]] = {
         "residual": "sos",
         "feedback": "pid",
         "pid_gains": [0.4, -0.2, 0.3],
+        "learn_feedback": True,
     },
 }
 VARIANTS = (*PRESETS, *CUSTOM)
@@ -171,6 +172,9 @@ def heads_by_hand(
         output = output + strength * merged(errors[layer])
     if layer and config.feedback == "pid":
         gains = config.pid_gains or (0.5, 0.05, 0.05)
+        if config.learn_feedback:
+            learned = seen[f"{name}.filter.scalar_bias"].output.feedback_gains
+            gains = [gain.view(-1, 1, 1) for gain in learned.unbind(-1)]
         terms = (errors[layer], sum(errors), errors[layer] - errors[layer - 1])
         output = output + merged(sum(gain * term for gain, term in zip(gains, terms, strict=True)))
     return output

@@ -99,8 +99,24 @@ def attention_step(length: int, fields: dict[str, Any], variant: dict[str, Any] 
     return step
 
 
-def model_step(length: int, fields: dict[str, Any], variant: dict[str, Any] | None, device: str) -> Any:
-    """A call that gives the logits of one token after ``length`` cached ones, and forgets it again."""
+def model_step(
+    length: int,
+    fields: dict[str, Any],
+    variant: dict[str, Any] | None,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    compiler: str | None = None,
+) -> Any:
+    """A call that gives the logits of one token after ``length`` cached ones, and forgets it again.
+
+    Args:
+        length: cached tokens.
+        fields: sizes of the GPT-2.
+        variant: its filter fields; None is the stock model.
+        device: where.
+        dtype: of the weights.
+        compiler: the back-end of ``torch.compile`` for the step; None runs it as it is.
+    """
     torch.manual_seed(0)
     fields = {**fields, "bos_token_id": 0, "eos_token_id": 0}
     model = (
@@ -108,15 +124,16 @@ def model_step(length: int, fields: dict[str, Any], variant: dict[str, Any] | No
         if variant is None
         else ImgProcGPT2LMHeadModel(ImgProcGPT2Config(**fields, **variant))
     )
-    model = model.eval().to(device)
+    model = model.eval().to(device, dtype)
     ids = torch.randint(fields["vocab_size"], (1, length + 1), generator=torch.Generator().manual_seed(0)).to(device)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
+    decode = model if compiler is None else torch.compile(model, backend=compiler, dynamic=False)
 
     @torch.no_grad()
     def step() -> None:
-        model(ids[:, -1:], past_key_values=cache)
+        decode(ids[:, -1:], past_key_values=cache)
         cache.crop(-1)
 
     return step

@@ -1,0 +1,94 @@
+"""Record of a GPU check -> the back-ends for each kind of shape, fastest first, as a table of literals.
+
+A back-end is in an order only if its results were right: no case of parts b and c with this filter went wrong or
+failed. The table's data live in ``models/backend_measured.py``, which travels with a checkpoint;
+``imgproc-attn gpu-check --render`` writes them there.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from .parts import BAD, MEASURED
+
+KINDS = {
+    "twicing": "twicing",
+    "twicing, 3 steps": "several steps",
+    "bilateral untied": "columns",
+    "bilateral gaussian": "columns",
+}
+"""Filter that part c times -> kind of a call in ``models/backend_measured.py``."""
+
+BACKENDS = ("sdpa", "blocked", "triton", "flex")
+ADVANTAGE = {"flex": 1.25}
+"""How many times faster than the others a back-end has to be to come before them: FlexAttention compiles for seconds
+at every new shape, which no timing with warm caches shows."""
+
+
+class MeasuredOrder(NamedTuple):
+    """A row of the table; the names are those in ``models/backend_measured.py``.
+
+    Attributes:
+        kind: ``"twicing"``, ``"several steps"`` or ``"columns"``.
+        is_causal: whether query i sees keys j <= i only.
+        backward: whether gradients are wanted.
+        length: tokens.
+        head_dim: width of a head, without columns.
+        order: back-ends, fastest first.
+    """
+
+    kind: str
+    is_causal: bool
+    backward: bool
+    length: int
+    head_dim: int
+    order: tuple[str, ...]
+
+
+def cuda_choices(record: dict[str, Any] | None) -> tuple[MeasuredOrder, ...]:
+    """The table of a record.
+
+    Args:
+        record: of ``gpu-check``; None, or one of a rehearsal, gives an empty table.
+
+    Returns:
+        A row for every kind, shape and direction that at least two back-ends were timed on, sorted.
+    """
+    if record is None or record["environment"]["device"]["type"] != "cuda":
+        return ()
+    distrusted = {
+        (case["about"].get("filter"), case["about"].get("backend"))
+        for letter in "bc"
+        for case in _cases(record, letter)
+        if case["status"] in BAD
+    }
+    costs: dict[tuple[str, bool, bool, int, int], dict[str, list[float]]] = {}
+    for case in _cases(record, "c"):
+        about = case["about"]
+        name, backend = about.get("filter"), about.get("backend")
+        if case["status"] != MEASURED or name not in KINDS or backend not in BACKENDS or about["graph"]:
+            continue
+        if (name, backend) in distrusted:
+            continue
+        _, _, length, head_dim = about["shape"]
+        for direction, found in case["values"]["directions"].items():
+            key = (KINDS[name], about["is_causal"], direction != "forward", length, head_dim)
+            costs.setdefault(key, {}).setdefault(backend, []).append(found["ratio"] * ADVANTAGE.get(backend, 1.0))
+    return tuple(
+        MeasuredOrder(*key, _order(found)) for key, found in sorted(costs.items()) if len(_comparable(found)) >= 2
+    )
+
+
+def _order(costs: dict[str, list[float]]) -> tuple[str, ...]:
+    comparable = _comparable(costs)
+    return tuple(sorted(comparable, key=lambda backend: (comparable[backend], backend)))
+
+
+def _comparable(costs: dict[str, list[float]]) -> dict[str, float]:
+    """Mean cost of the back-ends that were timed on every filter of a kind; the others' means say something else."""
+    most = max(len(found) for found in costs.values())
+    return {backend: sum(found) / most for backend, found in costs.items() if len(found) == most}
+
+
+def _cases(record: dict[str, Any], letter: str) -> list[dict[str, Any]]:
+    return list(record["parts"].get(letter, {}).get("cases", {}).values())

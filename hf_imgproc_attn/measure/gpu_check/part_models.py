@@ -1,0 +1,393 @@
+"""Part a: whole models on the device against the same weights in float64 on the CPU.
+
+Every preset on both backbones: logits and gradients in float32 (no TF32), bfloat16, float16 and under autocast, and
+generation with a cache, each as a multiple of what the stock model's own error is in the same precision. Then what a
+user does next: train, checkpoint activations, compile.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ... import (
+    ImgProcGPT2Config,
+    ImgProcGPT2LMHeadModel,
+    ImgProcViTConfig,
+    ImgProcViTForImageClassification,
+)
+from ...models.spec_fields import PRESETS
+from .parts import Bench, Case, Wrong
+from .tensors import relative_error
+
+BACKBONES = ("gpt2", "vit")
+MODES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "float32": (torch.float32, None),
+    "bfloat16": (torch.bfloat16, None),
+    "float16": (torch.float16, None),
+    "autocast bfloat16": (torch.float32, torch.bfloat16),
+}
+"""Mode -> dtype of the weights, and of autocast if it is on."""
+
+LARGEST_MULTIPLE = 16.0
+"""Of the stock model's error; above it, and above the floor, a result is wrong."""
+FLOORS = {"float32": 2e-3, "bfloat16": 8e-2, "float16": 1e-2, "autocast bfloat16": 8e-2}
+"""Relative errors that the precision explains. float32: Gaussian position columns cancel (docs/precision.md)."""
+
+_FIRST = ("softmax", "twicing", "bilateral", "bilateral_twicing", "bilateral_gaussian")
+_COMPILED = (("gpt2", "twicing"), ("vit", "bilateral"))
+_TRAINED = (("gpt2", "twicing"), ("vit", "bilateral_twicing"))
+
+
+class Sizes(NamedTuple):
+    """Layers, heads, width; text: vocabulary, tokens, new tokens; images: side, patch. Lengths are odd."""
+
+    layers: int
+    heads: int
+    width: int
+    vocabulary: int
+    length: int
+    new_tokens: int
+    image: int
+    patch: int
+
+
+FULL = Sizes(layers=4, heads=4, width=256, vocabulary=256, length=131, new_tokens=12, image=64, patch=8)
+TINY = Sizes(layers=2, heads=2, width=32, vocabulary=32, length=17, new_tokens=3, image=16, patch=4)
+
+
+def cases(bench: Bench) -> list[Case]:
+    """The cases, presets of the two papers first."""
+    names = [*_FIRST, *(name for name in PRESETS if name not in _FIRST)]
+    limit = 75.0
+    found = [
+        Case(f"{backbone} {name}", partial(compare, bench, backbone, name), limit, about("all modes", backbone, name))
+        for name in names
+        for backbone in BACKBONES
+    ]
+    found += [
+        Case(f"generation {name}", partial(generate, bench, name), limit, about("generation", "gpt2", name))
+        for name in names
+    ]
+    for what, check, chosen, seconds in (
+        ("training", train, _TRAINED, limit),
+        ("gradient checkpointing", checkpoint_activations, _COMPILED, limit),
+        ("torch.compile", compile_model, _COMPILED[:1] if bench.tiny else _COMPILED, 150.0),
+    ):
+        found += [
+            Case(
+                f"{what} {backbone} {name}",
+                partial(check, bench, backbone, name),
+                seconds,
+                about(what, backbone, name),
+            )
+            for backbone, name in chosen
+        ]
+    # Compiling takes longest, so it starts as early as what is worth more allows: others run beside it.
+    compiled = [case for case in found if case.about["what"] == "torch.compile"]
+    rest = [case for case in found if case not in compiled]
+    return rest[:10] + compiled + rest[10:]
+
+
+def about(what: str, backbone: str, preset: str) -> dict[str, str]:
+    """What a case is about."""
+    return {"what": what, "backbone": backbone, "preset": preset}
+
+
+def build(backbone: str, preset: str, sizes: Sizes) -> Any:
+    """A model in float32 on the CPU whose attention is far from uniform; no dropout; the same on every call."""
+    torch.manual_seed(0)
+    if backbone == "gpt2":
+        config = ImgProcGPT2Config.from_preset(
+            preset,
+            n_layer=sizes.layers,
+            n_head=sizes.heads,
+            n_embd=sizes.width,
+            vocab_size=sizes.vocabulary,
+            n_positions=sizes.length + sizes.new_tokens,
+            bos_token_id=0,
+            eos_token_id=0,
+            **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
+        )
+        return sharpened(ImgProcGPT2LMHeadModel(config))
+    vit = ImgProcViTConfig.from_preset(
+        preset,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        hidden_size=sizes.width,
+        intermediate_size=2 * sizes.width,
+        image_size=sizes.image,
+        patch_size=sizes.patch,
+        num_labels=10,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return sharpened(ImgProcViTForImageClassification(vit))
+
+
+@torch.no_grad()
+def sharpened(model: nn.Module) -> nn.Module:
+    """Random weights that keep the variance of their input, in place: new ones would make every row of A uniform."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim < 2 or "scalar_bias" in name:
+            parameter.add_(noise, alpha=0.1)
+        elif "embed" in name or name.endswith(("wte.weight", "wpe.weight", "cls_token")):
+            parameter.copy_(0.5 * noise)
+        else:  # Conv1D of GPT-2 is [in, out]; Linear and convolutions have their inputs last
+            fan_in = parameter.shape[0] if ".c_" in name else parameter[0].numel()
+            parameter.copy_(noise / math.sqrt(fan_in))
+    return model
+
+
+def inputs_for(backbone: str, sizes: Sizes) -> dict[str, torch.Tensor]:
+    """Two texts or two images."""
+    generator = torch.Generator().manual_seed(2)
+    if backbone == "gpt2":
+        return {"input_ids": torch.randint(1, sizes.vocabulary, (2, sizes.length), generator=generator)}
+    return {"pixel_values": torch.randn(2, 3, sizes.image, sizes.image, generator=generator)}
+
+
+class Result(NamedTuple):
+    """Logits, and gradients by parameter, in float64 on the CPU."""
+
+    logits: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+
+
+def run_model(
+    model: Any, inputs: dict[str, torch.Tensor], dtype: torch.dtype, autocast: torch.dtype | None = None
+) -> Result:
+    """Forward and backward of a fixed linear function of the logits."""
+    device = next(model.parameters()).device
+    inputs = {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in inputs.items()
+    }
+    model.zero_grad(set_to_none=True)
+    with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        logits = model(**inputs).logits
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3)) / math.sqrt(logits.shape[-1])
+    (logits.double() * weights.to(device)).sum().backward()
+    gradients = {
+        name: parameter.grad.detach().double().cpu()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    return Result(logits.detach().double().cpu(), gradients)
+
+
+def exact(backbone: str, preset: str, sizes: Sizes) -> Result:
+    """The dense reference in float64 on the CPU."""
+    model = build(backbone, preset, sizes).double()
+    model.set_attn_implementation("eager")
+    return run_model(model, inputs_for(backbone, sizes), torch.float64)
+
+
+def errors_in(backbone: str, preset: str, bench: Bench) -> dict[str, dict[str, float | str]]:
+    """Relative errors of logits and gradients in every mode, and the parameter whose gradient is worst."""
+    sizes = TINY if bench.tiny else FULL
+    truth = exact(backbone, preset, sizes)
+    found: dict[str, dict[str, float | str]] = {}
+    for mode, (dtype, autocast) in MODES.items():
+        model = copy.deepcopy(build(backbone, preset, sizes)).to(bench.device, dtype)
+        got = run_model(model, inputs_for(backbone, sizes), dtype, autocast)
+        if got.gradients.keys() != truth.gradients.keys():
+            missing = sorted(truth.gradients.keys() ^ got.gradients.keys())
+            raise Wrong(f"{mode}: gradients of other parameters than in float64: {missing}", {})
+        names = sorted(truth.gradients)
+        every = [torch.cat([side[name].flatten() for name in names]) for side in (got.gradients, truth.gradients)]
+        # A parameter whose gradient is next to nothing beside the others' has only rounding to show.
+        whole = every[1].norm() * 1e-2
+        single = {name: relative_error(got.gradients[name], truth.gradients[name], float(whole)) for name in names}
+        worst = max(single, key=lambda name: single[name])
+        found[mode] = {
+            "logits": relative_error(got.logits, truth.logits),
+            "gradients": relative_error(every[0], every[1]),
+            "worst_gradient": single[worst],
+            "worst_parameter": worst,
+        }
+    return found
+
+
+@cache
+def stock_errors(backbone: str, bench_device: str) -> dict[str, dict[str, float | str]]:
+    """The yardstick: the same of the stock model, once a process."""
+    return errors_in(backbone, "softmax", Bench(bench_device))
+
+
+def compare(bench: Bench, backbone: str, preset: str, seconds_left: float) -> dict[str, Any]:
+    """A preset in every mode against float64, and as multiples of the stock model's errors."""
+    stock = stock_errors(backbone, bench.device)
+    values: dict[str, Any] = stock if preset == "softmax" else errors_in(backbone, preset, bench)
+    values = {mode: dict(found) for mode, found in values.items()}
+    wrong = []
+    for mode, found in values.items():
+        for part in ("logits", "gradients"):
+            yardstick = float(stock[mode][part])
+            found[f"{part}_multiple"] = found[part] / yardstick
+            allowed = max(LARGEST_MULTIPLE * yardstick, FLOORS[mode])
+            if not found[part] <= allowed:
+                wrong.append(f"{mode}: relative error of {part} {found[part]:.2g}, allowed {allowed:.2g}")
+    if wrong:
+        raise Wrong("; ".join(wrong), values)
+    return values
+
+
+def generate(bench: Bench, preset: str, seconds_left: float) -> dict[str, Any]:
+    """Greedy generation with a cache and left padding; every step's logits against float64 without a cache."""
+    sizes = TINY if bench.tiny else FULL
+    prompt = inputs_for("gpt2", sizes)["input_ids"]
+    mask = torch.ones_like(prompt)
+    mask[0, : sizes.length // 4] = 0
+    values: dict[str, Any] = {}
+    wrong = []
+    for mode in ("float32", "bfloat16"):
+        model = build("gpt2", preset, sizes).eval().to(bench.device, MODES[mode][0])
+        out = model.generate(
+            prompt.to(bench.device),
+            attention_mask=mask.to(bench.device),
+            do_sample=False,
+            min_new_tokens=sizes.new_tokens,
+            max_new_tokens=sizes.new_tokens,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        got = torch.stack(out.logits, dim=1).double().cpu()
+        sequences = out.sequences.cpu()[:, :-1]
+        seen = torch.cat((mask, torch.ones(2, sequences.shape[1] - sizes.length, dtype=mask.dtype)), dim=1)
+        reference = build("gpt2", preset, sizes).eval().double()
+        reference.set_attn_implementation("eager")
+        with torch.no_grad():
+            places = (seen.cumsum(-1) - 1).clamp(min=0)
+            truth = reference(sequences, attention_mask=seen, position_ids=places, use_cache=False).logits
+        truth = truth[:, sizes.length - 1 :]
+        error = relative_error(got, truth)
+        values[mode] = {"logits": error, "same_choices": float((got.argmax(-1) == truth.argmax(-1)).double().mean())}
+        allowed = 5 * FLOORS[mode] if mode == "bfloat16" else FLOORS[mode]
+        if not error <= allowed:
+            wrong.append(f"{mode}: relative error of the logits {error:.2g}, allowed {allowed:.2g}")
+    if wrong:
+        raise Wrong("; ".join(wrong), values)
+    return values
+
+
+def checkpoint_activations(bench: Bench, backbone: str, preset: str, seconds_left: float) -> dict[str, Any]:
+    """Gradients with activation checkpointing, of both kinds, against those without."""
+    sizes = TINY if bench.tiny else FULL
+    model = build(backbone, preset, sizes).to(bench.device).train()
+    wanted = run_model(model, inputs_for(backbone, sizes), torch.float32)
+    values = {}
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        got = run_model(model, inputs_for(backbone, sizes), torch.float32)
+        model.gradient_checkpointing_disable()
+        names = sorted(wanted.gradients)
+        joined = [torch.cat([side.gradients[name].flatten() for name in names]) for side in (got, wanted)]
+        values["re-entrant" if reentrant else "not re-entrant"] = relative_error(joined[0], joined[1])
+    if not max(values.values()) <= 1e-4:
+        raise Wrong(f"gradients differ from those without checkpointing: {values}, allowed 1e-4", values)
+    return values
+
+
+def compile_model(bench: Bench, backbone: str, preset: str, seconds_left: float) -> dict[str, Any]:
+    """``torch.compile``: forward and backward, in float32 and under autocast, against float64."""
+    sizes = TINY._replace(layers=1) if bench.tiny else FULL
+    truth = exact(backbone, preset, sizes)
+    names = sorted(truth.gradients)
+
+    def joined(result: Result) -> torch.Tensor:
+        return torch.cat([result.gradients[name].flatten() for name in names])
+
+    values: dict[str, Any] = {}
+    wrong = []
+    for mode in ("float32",) if bench.tiny else ("float32", "autocast bfloat16"):
+        dtype, autocast = MODES[mode]
+        model = build(backbone, preset, sizes).to(bench.device, dtype)
+        run_compiled: Callable[..., Any] = torch.compile(model, backend="aot_eager" if bench.tiny else "inductor")
+        compiled = _Compiled(model, run_compiled)
+        got = run_model(compiled, inputs_for(backbone, sizes), dtype, autocast)
+        values[mode] = {
+            "logits": relative_error(got.logits, truth.logits),
+            "gradients": relative_error(joined(got), joined(truth)),
+        }
+        allowed = FLOORS[mode] * (1 if mode == "float32" else 2)
+        if not max(values[mode].values()) <= allowed:
+            wrong.append(f"{mode}: relative errors {values[mode]}, allowed {allowed:.2g}")
+        torch.compiler.reset()
+    if wrong:
+        raise Wrong("; ".join(wrong), values)
+    return values
+
+
+class _Compiled:
+    """A compiled model whose parameters have the names of the model itself."""
+
+    def __init__(self, model: Any, compiled: Callable[..., Any]) -> None:
+        self._model, self._compiled = model, compiled
+        self.parameters, self.named_parameters = model.parameters, model.named_parameters
+        self.zero_grad = model.zero_grad
+
+    def __call__(self, **inputs: torch.Tensor) -> Any:
+        return self._compiled(**inputs)
+
+
+class _Repeating(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """A few inputs with labels, over and over: a model that trains learns them by heart."""
+
+    def __init__(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> None:
+        self._inputs, self._labels = inputs, labels
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = index % len(self._labels)
+        return {name: tensor[row] for name, tensor in self._inputs.items()} | {"labels": self._labels[row]}
+
+
+def train(bench: Bench, backbone: str, preset: str, seconds_left: float) -> dict[str, Any]:
+    """Thirty steps of ``Trainer``: the loss falls, and the checkpoint that it writes gives the same logits."""
+    from transformers import Trainer, TrainingArguments
+
+    sizes = TINY if bench.tiny else FULL
+    torch.manual_seed(0)
+    model = build(backbone, preset, sizes)
+    inputs = inputs_for(backbone, sizes)
+    labels = inputs["input_ids"] if backbone == "gpt2" else torch.tensor([1, 7])
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=30,
+            per_device_train_batch_size=8,
+            learning_rate=1e-3,
+            logging_steps=1,
+            save_steps=30,
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            bf16=True,
+            use_cpu=bench.tiny,
+        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=_Repeating(inputs, labels))
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        loaded = type(model).from_pretrained(f"{folder}/checkpoint-30").to(bench.device).eval()
+    # Not the trained object itself, whose `forward` accelerate has wrapped in autocast.
+    kept = build(backbone, preset, sizes).to(bench.device).eval()
+    kept.load_state_dict(model.state_dict())
+    moved = {name: tensor.to(bench.device) for name, tensor in inputs.items()}
+    with torch.no_grad():
+        difference = relative_error(loaded(**moved).logits, kept(**moved).logits)
+    values = {"steps": len(losses), "first_loss": losses[0], "last_loss": losses[-1], "reloaded_error": difference}
+    if not (len(losses) == 30 and losses[-1] < 0.9 * losses[0] and difference <= 1e-5):
+        raise Wrong(f"the loss should fall in 30 steps and the checkpoint give the same logits: {values}", values)
+    return values

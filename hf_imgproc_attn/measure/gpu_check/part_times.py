@@ -1,0 +1,267 @@
+"""Part c: what one filter costs on each back-end, beside plain SDPA in the same rounds.
+
+Forward without gradients, and forward + backward, in bfloat16. A sample is a row of calls between two CUDA events,
+long enough for the events' resolution; caches are warm, and compiling and tuning are over. Where the device is faster
+than Python launches, this is Python's time: the last cases time calls again as a CUDA graph, which needs no launches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..benchmark.attention import Shape
+from ..benchmark.timing import interleave, peak_memory
+from .part_backends import SDPA_KERNELS, compiled_flex, forced
+from .parts import Bench, Case, Refused, Wrong
+from .tensors import FILTERS, Attend, Inputs, attend, draw, relative_error
+
+VIT = Shape(64, 12, 197, 64, is_causal=False)
+SHAPES = (VIT, Shape(8, 12, 2048, 64), Shape(1, 12, 16384, 64), Shape(8, 8, 2048, 128))
+TINY_SHAPES = (Shape(2, 1, 17, 16, is_causal=False), Shape(1, 1, 17, 16))
+TIMED = ("twicing", "bilateral untied", "bilateral gaussian", "twicing, 3 steps")
+DIRECTIONS = ("forward", "forward + backward")
+PLAIN = "plain"
+
+DISAGREEMENT = 0.05
+"""Largest relative difference from the same filter by SDPA calls, in bfloat16; what differs more is not timed."""
+_SAMPLE = 4e-3
+_MOST_CALLS = 50
+
+
+def cases(bench: Bench) -> list[Case]:
+    """The cases: back-ends that are quick to prepare on every shape, then FlexAttention, forced kernels, graphs."""
+    shapes = TINY_SHAPES if bench.tiny else SHAPES
+    found = [Case("which kernels plain attention runs", partial(baseline_kernels, bench, shapes))]
+    quick = [
+        (name, backend, shape)
+        for name in TIMED
+        for shape in shapes
+        for backend in ("sdpa", "triton", "blocked")
+        if backend != "triton" or name == "twicing"
+    ]
+    slow = [(name, "flex", shape) for name in TIMED for shape in shapes]
+
+    def add(name: str, backend: str, shape: Shape, run: Callable[[float], dict[str, Any]], prefix: str = "") -> None:
+        about = {"filter": name, "backend": backend, "shape": list(shape.size), "is_causal": shape.is_causal}
+        about["graph"] = bool(prefix)
+        found.append(Case(f"{prefix}{name}, {backend}, {words(shape)}", run, 90.0, about))
+
+    for name, backend, shape in quick + slow:
+        add(name, backend, shape, partial(time_backend, bench, name, backend, shape))
+    for shape in shapes:
+        for kernel in ("flash", "memory-efficient", "cuDNN"):
+            add(PLAIN, f"SDPA {kernel}", shape, partial(time_kernel, bench, kernel, shape))
+        add(PLAIN, "flex", shape, partial(time_flex, bench, shape))
+    for shape in shapes[:2]:
+        for name, backend in (("twicing", "triton"), ("twicing", "sdpa"), ("bilateral gaussian", "sdpa")):
+            add(name, backend, shape, partial(time_graph, bench, name, backend, shape), "CUDA graph: ")
+    return found
+
+
+def words(shape: Shape) -> str:
+    """``causal (8, 12, 2048, 64)``."""
+    return f"{'causal' if shape.is_causal else 'bidirectional'} {shape.size}"
+
+
+def plain(inputs: Inputs) -> torch.Tensor:
+    """The baseline: one call, by the kernel that PyTorch chooses."""
+    return scaled_dot_product_attention(inputs.query, inputs.key, inputs.value, is_causal=inputs.is_causal)
+
+
+def baseline_kernels(bench: Bench, shapes: tuple[Shape, ...], seconds_left: float) -> dict[str, Any]:
+    """Which SDPA kernel PyTorch chooses for each shape, and the names of what then runs on the device."""
+    names = {kernel.value: name for name, kernel in SDPA_KERNELS.items()}
+    values: dict[str, Any] = {}
+    for shape in shapes:
+        inputs, _ = draw_on(bench, "plain", shape).with_leaves()
+        query, key, value = inputs.query, inputs.key, inputs.value
+        choice = int(torch._fused_sdp_choice(query, key, value, None, 0.0, inputs.is_causal))
+        values[words(shape)] = {"choice": names.get(choice, str(choice))}
+        if bench.device == "cuda":
+            try:
+                values[words(shape)]["kernels"] = _kernel_names(lambda inputs=inputs: plain(inputs))  # type: ignore[misc]
+            except Exception as error:  # a profiler that does not work here takes nothing else along
+                values[words(shape)]["kernels"] = f"not seen: {error}"
+    return values
+
+
+def _kernel_names(call: Callable[[], object]) -> list[str]:
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return sorted({event.key[:160] for event in profiler.key_averages() if event.device_type.name == "CUDA"})
+
+
+def draw_on(bench: Bench, name: str, shape: Shape) -> Inputs:
+    """A filter's inputs in bfloat16 on the device.
+
+    Two rows and two heads are drawn and repeated, rolled along the length: drawing them all takes longer than timing.
+    """
+    small = draw(name, Shape(min(shape.batch, 2), shape.heads, shape.length, shape.head_dim, shape.is_causal))
+    inputs = small.to(torch.bfloat16, bench.device)
+    copies = -(-shape.batch // small.query.shape[0])
+
+    def fill(x: torch.Tensor) -> torch.Tensor:
+        filled = torch.cat([x.roll(copy, dims=2) for copy in range(copies)])[: shape.batch]
+        return filled.transpose(1, 2).contiguous().transpose(1, 2)
+
+    return Inputs(
+        fill(inputs.query),
+        fill(inputs.key),
+        fill(inputs.value),
+        fill(inputs.gradient),
+        inputs.is_causal,
+        inputs.features,
+        inputs.bias,
+    )
+
+
+def calls_for(run: Attend, inputs: Inputs) -> dict[str, Callable[[], object]]:
+    """Direction -> a call to time."""
+    with_leaves, leaves = inputs.with_leaves()
+
+    def forward() -> object:
+        with torch.no_grad():
+            return run(inputs)
+
+    def both() -> object:
+        return torch.autograd.grad(run(with_leaves), leaves, inputs.gradient)
+
+    return dict(zip(DIRECTIONS, (forward, both), strict=True))
+
+
+def event_clock(counts: Mapping[Callable[[], object], int]) -> Callable[[Callable[[], object]], float]:
+    """Seconds of a call, by CUDA events around as many of them in a row as ``counts`` says."""
+
+    def clock(call: Callable[[], object]) -> float:
+        calls = counts[call]
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000 / calls
+
+    return clock
+
+
+def time_against_plain(
+    bench: Bench, mine: Attend, inputs: Inputs, shape: Shape, products: tuple[float, float], budget: float
+) -> dict[str, Any]:
+    """Times of a method and of plain attention, interleaved, by direction.
+
+    Args:
+        bench: where.
+        mine: the method.
+        inputs: what it filters.
+        shape: theirs.
+        products: N x N products of a head's width that the filter needs at least, forward and backward.
+        budget: seconds for the rounds of a direction.
+    """
+    values: dict[str, Any] = {"directions": {}}
+    candidates = {PLAIN: calls_for(plain, inputs), "mine": calls_for(mine, inputs)}
+    for direction in DIRECTIONS:
+        calls = {name: found[direction] for name, found in candidates.items()}
+        clock = None
+        if bench.device == "cuda":
+            clock = event_clock({call: calls_in_a_sample(call) for call in calls.values()})
+        spreads = interleave(calls, PLAIN, budget=budget, device=bench.device, clock=clock)
+        found = spreads["mine"].fields()
+        found["plain_milliseconds"] = spreads[PLAIN].milliseconds
+        for name, key, least in ((PLAIN, "plain_tflops", (2.0, 5.0)), ("mine", "tflops", products)):
+            work = least[0] + (least[1] if direction != "forward" else 0.0)
+            found[key] = work * product_flops(shape) / (spreads[name].milliseconds / 1000) / 1e12
+        found["peak_mib"] = peak_memory(calls["mine"], bench.device)
+        found["plain_peak_mib"] = peak_memory(calls[PLAIN], bench.device)
+        values["directions"][direction] = found
+    return values
+
+
+def calls_in_a_sample(call: Callable[[], object]) -> int:
+    """How many calls in a row are long enough to be timed; compiles, tunes and warms up on the way."""
+    for _ in range(2):
+        call()
+    seconds = event_clock({call: 3})(call)
+    return max(1, min(_MOST_CALLS, math.ceil(_SAMPLE / max(seconds, 1e-6))))
+
+
+def product_flops(shape: Shape) -> float:
+    """Operations of one product of N x N by N x d, the hidden half of a causal one left out."""
+    batch, heads, length, width = shape.size
+    return 2.0 * batch * heads * length**2 * width * (0.5 if shape.is_causal else 1.0)
+
+
+def time_backend(bench: Bench, name: str, backend: str, shape: Shape, seconds_left: float) -> dict[str, Any]:
+    """A filter on one of this package's back-ends, compared with the same filter by SDPA calls before it is timed."""
+    inputs = draw_on(bench, name, shape)
+    run = attend(name, backend)
+    if bench.device == "cpu" and backend == "flex":
+        raise Refused("FlexAttention has no backward pass on the CPU")
+    values: dict[str, Any] = {}
+    if backend != "sdpa":
+        with torch.no_grad():
+            difference = relative_error(run(inputs), attend(name, "sdpa")(inputs))
+        values["difference_from_sdpa"] = difference
+        if not difference <= DISAGREEMENT:
+            raise Wrong(f"differs from two SDPA calls by {difference:.2g}, allowed {DISAGREEMENT}", values)
+    budget = 0.0 if bench.tiny else 0.4
+    return values | time_against_plain(bench, run, inputs, shape, FILTERS[name].products, budget)
+
+
+def time_kernel(bench: Bench, kernel: str, shape: Shape, seconds_left: float) -> dict[str, Any]:
+    """Plain attention forced to one SDPA kernel, against PyTorch's own choice."""
+    inputs = draw_on(bench, "plain", shape)
+    budget = 0.0 if bench.tiny else 0.3
+    return time_against_plain(bench, forced(kernel, plain), inputs, shape, (2.0, 5.0), budget)
+
+
+def time_flex(bench: Bench, shape: Shape, seconds_left: float) -> dict[str, Any]:
+    """FlexAttention itself with a causal block mask, made once: what a FlexAttention back-end could reach at best."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    if bench.device == "cpu":
+        raise Refused("FlexAttention has no backward pass on the CPU")
+    inputs, length = draw_on(bench, "plain", shape), shape.length
+    block_mask = None
+    if shape.is_causal:
+        block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=bench.device)
+
+    def run(given: Inputs) -> torch.Tensor:
+        output: torch.Tensor = compiled_flex()(given.query, given.key, given.value, block_mask=block_mask)
+        return output
+
+    return time_against_plain(bench, run, inputs, shape, (2.0, 5.0), 0.3)
+
+
+def time_graph(bench: Bench, name: str, backend: str, shape: Shape, seconds_left: float) -> dict[str, Any]:
+    """Forward calls captured as a CUDA graph: what the device takes when nobody has to launch anything."""
+    if bench.device == "cpu":
+        raise Refused("there are no CUDA graphs on the CPU")
+    inputs = draw_on(bench, name, shape)
+    graphs = {}
+    for candidate, run in ((PLAIN, plain), ("mine", attend(name, backend))):
+        forward = calls_for(run, inputs)["forward"]
+        for _ in range(3):  # compiles and tunes, which cannot be captured
+            forward()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            forward()
+        graphs[candidate] = graph
+    calls: dict[str, Callable[[], object]] = {candidate: graph.replay for candidate, graph in graphs.items()}
+    spreads = interleave(
+        calls, PLAIN, budget=0.3, device=bench.device, clock=event_clock(dict.fromkeys(calls.values(), 10))
+    )
+    return {**spreads["mine"].fields(), "plain_milliseconds": spreads[PLAIN].milliseconds}
