@@ -117,7 +117,7 @@ def load_in_fresh_process(checkpoint: Path, digits: Path) -> str:
 
 
 def draw(table: dict[str, dict[str, float]], path: Path) -> None:
-    """Accuracy against the noise level, one line a preset.
+    """Accuracy against the noise level, one line per preset.
 
     Args:
         table: from :func:`compare`.

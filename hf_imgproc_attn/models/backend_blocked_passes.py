@@ -11,7 +11,7 @@ streams instead of 2k. The same holds where all rows are one block. Otherwise th
 *Backward*, G = dout, blocks in reverse order. T_m = A^T g_m is accumulated; with it
 
     g_m  = o_m G + sum_{m'>m} c_m'm T_m'                        complete for a block's rows when the block is reached
-    D    = G . (out - o_V V) + sum_{m>0} T_m . (x_m - d_m V)    a number a row, equal to sum_m g_m . s_m
+    D    = G . (out - o_V V) + sum_{m>0} T_m . (x_m - d_m V)    a number per row, equal to sum_m g_m . s_m
     dA   = [g_0 .. g_{k-1}] [x_0 .. x_{k-1}]^T                  one product
     dS   = A o (dA - D 1^T)
     dV   = sum_m d_m T_m

@@ -60,7 +60,7 @@ class BlockKernel(Protocol):
         """Set c_ij, any part of what :meth:`compare` returned, to what adds nothing and gets no gradient."""
 
     def from_nearest(self, compared: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
-        """c_ij minus a number a row that keeps the logits of visible keys small; the softmax does not notice.
+        """c_ij minus a number per row that keeps the logits of visible keys small; the softmax does not notice.
 
         May overwrite ``compared``.
 

@@ -226,7 +226,7 @@ class BucketKernel(NamedTuple):
         return [torch.nn.functional.pad(table, (0, 1)).repeat_interleave(self._lanes, dim=1) for table in tables]
 
     def add_(self, logits: torch.Tensor, compared: torch.Tensor, parameter: torch.Tensor, factor: float) -> None:
-        """A look-up a head; see ``kernel_blocks.BlockKernel``."""
+        """A look-up per head; see ``kernel_blocks.BlockKernel``."""
         tables = self._tables(parameter * factor)
         for part in row_parts(*compared.shape[-2:]):
             for table, places in zip(tables, compared[:, :, part], strict=True):
