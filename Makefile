@@ -12,7 +12,7 @@ PYTHON ?= python3 python3.11 python3.12 python3.13 python3.14 python
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test quality bench gpu-check rehearse-oldest results cards clean
+.PHONY: help setup demo test test-blocked test-full quality bench gpu-check rehearse-oldest results cards clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -40,6 +40,17 @@ demo: $(STAMP) ## train four variants of a small ViT and a small GPT-2, compare,
 # One thread a worker: with small models two processes use two cores better than two threads do.
 test: $(STAMP) ## run the tests (CPU, offline)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(MAKE) --no-print-directory test-blocked
+
+# The tests of whole models once more, on the back-end that real sizes get. Left out: what compares random masks of
+# dropout with those of the dense path.
+test-blocked: $(STAMP) ## run the tests of whole models on the back-end of real sizes (a part of `make test`)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --blocked \
+		-k "not dropout_draws_one_mask" tests/models/test_gpt2_model.py tests/models/test_vit_model.py \
+		tests/models/test_gpt2_generation.py tests/models/test_layer_state.py tests/models/test_ecosystem.py
+
+test-full: $(STAMP) ## run the tests with every combination of each grid, not a pairwise cover (half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --full
 
 quality: $(STAMP) ## lint, format check, types
 	$(BIN)/ruff check .

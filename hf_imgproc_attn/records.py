@@ -22,13 +22,31 @@ FILE_NAME = "run.json"
 FORMAT = 1
 
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "evaluate", "tokenizers", "safetensors", "numpy")
-# What makes a run another run. The rest (how long, how often to log and save, on how many devices) may change.
 _IDENTITY_PARTS = ("model", "data")
-_TRAJECTORY = (
-    "seed", "data_seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "adam_beta1",
-    "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "bf16", "fp16",
-    "gradient_accumulation_steps",
-)  # fmt: skip
+# All that may change when a run goes on: how it is logged, evaluated, saved, published and fed. Every other option has
+# a share in what is learned, so that a record could not state one value of it.
+_MAY_CHANGE = {
+    "output_dir", "run_name", "project", "logging_dir", "disable_tqdm", "report_to", "debug", "skip_memory_metrics",
+    "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "log_level", "log_level_replica",
+    "log_on_each_node", "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter",
+    "include_num_input_tokens_seen", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start",
+    "per_device_eval_batch_size", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object",
+    "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval", "prediction_loss_only", "include_for_metrics",
+    "save_strategy", "save_steps", "save_total_limit", "save_on_each_node", "save_only_model", "enable_jit_checkpoint",
+    "restore_callback_states_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision",
+    "hub_strategy", "hub_always_push", "hub_token", "do_train", "do_eval", "do_predict", "resume_from_checkpoint",
+    "use_cpu", "local_rank", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
+    "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "torch_empty_cache_steps", "ddp_backend",
+    "ddp_timeout", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_find_unused_parameters",
+}  # fmt: skip
+# Where the best checkpoint is loaded at the end, these decide which one that is.
+_CHOOSES_THE_BEST = ("eval_strategy", "eval_steps", "eval_delay", "save_strategy", "save_steps", "bf16_full_eval",
+                     "fp16_full_eval")  # fmt: skip
+_LENGTH = ("max_steps", "num_train_epochs")
+# Set by what the data turn out to be: compared when they are known.
+_KNOWN_LATER = "dataloader_drop_last"
+_EARLIER = "_earlier_trainer"
+_SESSION = ("command", "versions", "git", "device")
 
 _ALWAYS_LOCAL = ("output_dir", "config", "resumed_from", "resume_from_checkpoint")
 _START_OF_PATH = r"(?:file:|[A-Za-z]:[\\/]|\\\\|~|\.{1,2}(?:[\\/]|$)|/)"
@@ -44,7 +62,8 @@ def check_output_dir(output_dir: str, record: dict[str, Any], resume: bool) -> N
 
     Args:
         output_dir: folder of the run.
-        record: from :func:`start_record`; takes over the earlier data fingerprint and training time.
+        record: from :func:`start_record`; takes over the earlier data fingerprint, training time and sessions: one
+            entry each time that training was started, since versions and devices may differ.
         resume: whether the user asked to go on with the run.
 
     Raises:
@@ -66,7 +85,11 @@ def check_output_dir(output_dir: str, record: dict[str, Any], resume: bool) -> N
             raise UsageError(
                 f"output_dir {output_dir!r} holds this run already; pass --resume or choose another folder"
             )
+        _refuse_finished(output_dir, earlier, record)
         record |= {name: earlier[name] for name in ("data_fingerprint", "training_seconds") if name in earlier}
+        record[_EARLIER] = earlier["arguments"]["trainer"]
+        before = earlier.get("sessions") or [{name: earlier.get(name) for name in _SESSION}]
+        record["sessions"] = [*before, {name: record[name] for name in _SESSION}]
     elif folder.is_dir() and any(folder.iterdir()):
         raise UsageError(f"output_dir must be empty or hold this run, got {output_dir!r}, which holds other files")
     elif resume:
@@ -109,12 +132,21 @@ def start_record(task: str, arguments: Arguments[Any], training_args: Any) -> di
     }
 
 
-def check_same_data(record: dict[str, Any], fingerprints: dict[str, Any]) -> None:
-    """Refuse to resume on other data than the run was started with.
+def check_same_data(record: dict[str, Any], fingerprints: dict[str, Any], drop_last: bool | None = None) -> None:
+    """Refuse to resume on other data than the run was started with, or cut into other batches.
+
+    Args:
+        record: as :func:`check_output_dir` left it.
+        fingerprints: split -> fingerprint of the data.
+        drop_last: whether the incomplete batch of an epoch is dropped; None: it is not compared.
 
     Raises:
-        UsageError: names the split that changed.
+        UsageError: names the split or option that changed.
     """
+    earlier_trainer = record.pop(_EARLIER, {})
+    before = earlier_trainer.get(_KNOWN_LATER, drop_last)
+    if drop_last is not None and before != drop_last:
+        raise UsageError(f"the run was started with {_KNOWN_LATER} {before}, it cannot go on with {drop_last}")
     for split, earlier in record.get("data_fingerprint", {}).items():
         if fingerprints.get(split) != earlier:
             raise UsageError(
@@ -278,7 +310,46 @@ def _difference(earlier: dict[str, Any], record: dict[str, Any]) -> str | None:
         for name, value in now[part].items():
             if before[part].get(name) != value:
                 return f"with {name} {before[part].get(name)!r} instead of {value!r}"
-    for name in _TRAJECTORY:
-        if before["trainer"].get(name) != now["trainer"].get(name):
-            return f"with {name} {before['trainer'].get(name)!r} instead of {now['trainer'].get(name)!r}"
+    started, wanted = before["trainer"], now["trainer"]
+    free = _MAY_CHANGE | {_KNOWN_LATER}
+    if started.get("load_best_model_at_end"):
+        free -= set(_CHOOSES_THE_BEST)
+    if not _depends_on_length(started):
+        free |= set(_LENGTH)
+    for name in sorted(started.keys() & wanted.keys() - free):
+        if started[name] != wanted[name]:
+            return f"with {name} {started[name]!r} instead of {wanted[name]!r}{_hint(name, started)}"
+    processes, wanted_processes = (entry.get("device", {}).get("processes") for entry in (earlier, record))
+    if None not in (processes, wanted_processes) and processes != wanted_processes:
+        return f"with {processes} processes instead of {wanted_processes}, which change the size of a batch"
     return None
+
+
+def _depends_on_length(trainer: dict[str, Any]) -> bool:
+    """Whether the learning rate of a step depends on how many steps are to come."""
+    warmup = trainer.get("warmup_steps") or 0
+    if trainer.get("lr_scheduler_type") == "constant":
+        return False
+    return trainer.get("lr_scheduler_type") != "constant_with_warmup" or 0 < warmup < 1
+
+
+def _hint(name: str, trainer: dict[str, Any]) -> str:
+    if name not in _LENGTH:
+        return ""
+    return (
+        f", over which the schedule {trainer.get('lr_scheduler_type')} spreads the learning rate (to train longer, "
+        "start a new run from the checkpoint, --model_name_or_path)"
+    )
+
+
+def _refuse_finished(output_dir: str, earlier: dict[str, Any], record: dict[str, Any]) -> None:
+    """Refuse to go on with a run that is finished, unless it is to become longer.
+
+    Its record would state the loss and the time of no step at all.
+    """
+    before, now = earlier["arguments"]["trainer"], record["arguments"]["trainer"]
+    if earlier.get("status") == "finished" and all(before.get(name) == now.get(name) for name in _LENGTH):
+        raise UsageError(
+            f"output_dir {output_dir!r} holds this run, which is finished: there is nothing to resume; choose another "
+            "folder to train it again"
+        )

@@ -6,6 +6,7 @@ It is set before anything imports transformers or torch, and sub-processes that 
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, RunPython
+from tests.helpers import ROOT, RunPython, pairwise_cover
 
 # A private cache: tests neither see nor change what the user has downloaded, nor another worker's dynamic modules.
 _HF_HOME = tempfile.mkdtemp(prefix="hf_imgproc_attn_tests_")
@@ -51,3 +52,41 @@ def run_python(tmp_path: Path) -> RunPython:
         )
 
     return run
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--blocked",
+        action="store_true",
+        help="let the blocked back-end serve every call that it can, as it does at real sizes",
+    )
+    parser.addoption("--full", action="store_true", help="run every combination of a grid, not a pairwise cover of it")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``@pytest.mark.grid(names=values, ...)``: each pair of values of two axes occurs, or with ``--full`` each row.
+
+    The name of an axis of tuples lists their parts: ``**{"content,position": [...]}``.
+    """
+    marker = metafunc.definition.get_closest_marker("grid")
+    if marker is None:
+        return
+    axes = [list(values) for values in marker.kwargs.values()]
+    rows = list(itertools.product(*axes)) if metafunc.config.getoption("--full") else pairwise_cover(axes)
+    names = [name.split(",") for name in marker.kwargs]
+    flat = [
+        [item for part, value in zip(names, row, strict=True) for item in (value if len(part) > 1 else [value])]
+        for row in rows
+    ]
+    metafunc.parametrize(",".join(itertools.chain(*names)), flat)
+
+
+@pytest.fixture(autouse=True)
+def _back_end_of_real_sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests have tiny shapes, for which ``auto`` seldom chooses the back-end that real sizes get."""
+    if request.config.getoption("--blocked"):
+        from hf_imgproc_attn.models import backend_table
+
+        traced, *_ = backend_table.CHOICES
+        always = backend_table.Choice(None, "everything, for a test", lambda call: True, ("blocked",))
+        monkeypatch.setattr(backend_table, "CHOICES", (traced, always))

@@ -1,6 +1,6 @@
 """Elliptical attention against the published program's formulas, written out here in lines of their own.
 
-The authors' vision code: values of this and of the preceding layer, a head each; w = mean over all tokens, the class
+The authors' vision code: values of this and of the preceding layer, per head; w = mean over all tokens, the class
 token included, of |V_l - V_{l-1}|; m = w / max(w); softmax(q diag(m) k^T / sqrt(d)) V; layer 0 plain. Their language
 code takes the same mean over all tokens, future ones too, and drops 1/sqrt(d) where m is used; ours differs there: a
 running mean over the tokens up to i that are no padding, and 1/sqrt(d) everywhere. The tests show both.

@@ -141,7 +141,7 @@ def test_folder_of_another_run_is_refused(tmp_path: Path, words: str, message: s
 
 def test_folder_of_the_same_run_needs_resume(tmp_path: Path) -> None:
     records.write_record(str(tmp_path), record_of(tmp_path, "--preset bilateral"))
-    same = record_of(tmp_path, "--preset bilateral --max_steps 9 --logging_steps 2 --resume")
+    same = record_of(tmp_path, "--preset bilateral --logging_steps 2 --dataloader_num_workers 1 --resume")
     with pytest.raises(UsageError, match="holds this run already; pass --resume or choose another folder"):
         records.check_output_dir(str(tmp_path), same, resume=False)
     records.check_output_dir(str(tmp_path), same, resume=True)

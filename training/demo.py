@@ -69,7 +69,7 @@ def compare(recipe: str, folder: Path, quick: bool) -> dict[str, dict[str, float
         result, robustness = run_recipe(recipe, preset, folder / f"{recipe}_{preset}", options)
         record = result.record
         table[preset] = {"parameters": record["parameters"]["total"], "training s": record["training_seconds"]}
-        table[preset] |= {_column(entry): entry["value"] for entry in robustness["results"]}
+        table[preset] |= {_column(entry, recipe): entry["value"] for entry in robustness["results"]}
     return table
 
 
@@ -117,7 +117,7 @@ def load_in_fresh_process(checkpoint: Path, digits: Path) -> str:
 
 
 def draw(table: dict[str, dict[str, float]], path: Path) -> None:
-    """Accuracy against the noise level, one line a preset.
+    """Accuracy against the noise level, one line per preset.
 
     Args:
         table: from :func:`compare`.
@@ -130,7 +130,7 @@ def draw(table: dict[str, dict[str, float]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for preset, values in table.items():
-        heights = [values["clean"], *(values[f"Gaussian noise {sigma:g}"] for sigma in SIGMAS)]
+        heights = [values["clean"], *(values[f"Gaussian noise, sigma {sigma:g}"] for sigma in SIGMAS)]
         axes.plot([0, *SIGMAS], [100 * height for height in heights], marker="o", label=preset)
     axes.set_xlabel("standard deviation of the noise (pixels in [0, 1])")
     axes.set_ylabel("test accuracy (%)")
@@ -174,11 +174,7 @@ def run(output_dir: Path, quick: bool) -> None:
     draw(images, output_dir / "accuracy_against_noise.png")
     seconds = time.perf_counter() - started
 
-    percent = {preset: {name: _percent(name, value) for name, value in row.items()} for preset, row in images.items()}
-    plain = {preset: {name: f"{value:,.1f}" for name, value in row.items()} for preset, row in texts.items()}
-    for row in plain.values():
-        row["parameters"] = row["parameters"].removesuffix(".0")
-    image_table, text_table = _markdown(percent), _markdown(plain)
+    image_table, text_table = _markdown(images, "accuracy"), _markdown(texts, "perplexity")
     note = "One seed and short training: the figures show how the variants are compared, not which is better."
     if quick:
         note = "Quick run: a few steps only, a check that everything runs. The figures mean nothing."
@@ -186,7 +182,7 @@ def run(output_dir: Path, quick: bool) -> None:
 
 {note} Seed {SEED}; {seconds:.0f} s in all.
 
-## Digits (scikit-learn, 8 x 8): test accuracy in %
+## Digits (scikit-learn, 8 x 8): test accuracy
 
 Gaussian noise with the given standard deviation and FGSM with the given epsilon, pixels in [0, 1].
 
@@ -215,7 +211,7 @@ Word swap replaces the given part of the words by AAA. A word is a whitespace-se
     (output_dir / "report.md").write_text(report, encoding="utf-8")
     summary = {"seed": SEED, "quick": quick, "seconds": seconds, "digits": images, "text": texts}
     (output_dir / _MARKER).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    print(f"{fresh}\n\ndigits: test accuracy in %\n{image_table}\n\nPython's manual: test perplexity\n{text_table}\n")
+    print(f"{fresh}\n\ndigits: test accuracy\n{image_table}\n\nPython's manual: test perplexity\n{text_table}\n")
     print(f"written by bilateral_twicing:\n{sample}\n\n{note}\n{seconds:.0f} s; report in {output_dir / 'report.md'}")
 
 
@@ -232,22 +228,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code(work)
 
 
-def _column(result: dict[str, Any]) -> str:
-    """``FGSM 0.0314``; for a text ``word swap, a word``."""
-    name = " ".join([result["disturbance"], *(f"{value:.3g}" for value in result["parameters"].values())])
-    per = {"perplexity": ", a token", "word_perplexity": ", a word"}
-    return name + per.get(result["metric"], "")
+def _column(result: dict[str, Any], recipe: str) -> str:
+    """The name that ``imgproc-attn evaluate`` gives a result; of a text, which has two metrics, with the metric."""
+    from hf_imgproc_attn.cards.results import METRICS, Measurement
+
+    name = Measurement(**{**result, "split": "test"}).name
+    return name if recipe == "vit_digits" else f"{name}, {METRICS[result['metric']]}"
 
 
-def _percent(name: str, value: float) -> str:
+def _cell(name: str, value: float, metric: str) -> str:
+    """A value in the unit in which ``imgproc-attn evaluate`` prints it."""
+    from hf_imgproc_attn.cards.results import format_value
+
     if name == "parameters":
         return f"{value:,}"
-    return f"{value:.1f}" if name == "training s" else f"{100 * value:.1f}"
+    return f"{value:.1f}" if name == "training s" else format_value(metric, value)
 
 
-def _markdown(table: dict[str, dict[str, str]]) -> str:
+def _markdown(table: dict[str, dict[str, float]], metric: str) -> str:
     columns = list(next(iter(table.values())))
-    rows = [["preset", *columns], *([preset, *(row[name] for name in columns)] for preset, row in table.items())]
+    rows = [["preset", *columns]]
+    rows += [[preset, *(_cell(name, row[name], metric) for name in columns)] for preset, row in table.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(len(columns) + 1)]
     rows.insert(1, ["-" * width for width in widths])
     cells = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..errors import UsageError
 
-# Where a run is kept, which is no part of its recipe.
-_PLACES = re.compile(r"output_dir|run_name|push_to_hub|hub_\w+")
+# Where a run is kept and computed, which is no part of its recipe.
+_PLACES = re.compile(r"output_dir|run_name|use_cpu|push_to_hub|hub_\w+")
 
 
 def check_same_recipe(record: dict[str, Any], other: dict[str, Any]) -> None:

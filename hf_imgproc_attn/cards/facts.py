@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -159,12 +161,37 @@ def environment(record: dict[str, Any], robustness: dict[str, Any] | None) -> Fa
         ("versions", ", ".join(versions) or NOT_RECORDED),
         ("git revision of hf_imgproc_attn", NOT_RECORDED if git is None else f"{git['revision']}{changed}"),
     ]
+    facts += _earlier_sessions(record)
     if robustness is not None:
         time, where = _seconds(robustness.get("seconds")), _device(robustness.get("device", {}))
         revision = (robustness.get("git") or {}).get("revision")
         same = "the same" if git and revision == git["revision"] else revision or NOT_RECORDED
         facts.append(("evaluation on disturbed inputs", f"{time} on {where}; git revision: {same}"))
     return facts
+
+
+def _earlier_sessions(record: dict[str, Any]) -> Facts:
+    """What was different before a run was resumed: its device, versions and source."""
+    facts: Facts = []
+    sessions = record.get("sessions") or []
+    for number, (session, following) in enumerate(pairwise(sessions), start=1):
+        before = {name: _environment_text(session, name) for name in ("device", "git", "versions")}
+        last = {name: _environment_text(sessions[-1], name) for name in before}
+        different = [text for name, text in before.items() if text != last[name]]
+        until = Path(str(following.get("resumed_from"))).name
+        text = "; ".join(different) or "the same device, versions and source"
+        facts.append((f"session {number}, until {until}", text))
+    return facts
+
+
+def _environment_text(session: dict[str, Any], name: str) -> str:
+    value = session.get(name) or {}
+    if name == "device":
+        return f"{_device(value)}, {_text(value, 'platform')}, {_text(value, 'threads')} threads a process"
+    if name == "git":
+        changed = ", with uncommitted changes" if value.get("dirty") else ""
+        return f"git revision {value.get('revision', NOT_RECORDED)}{changed}"
+    return ", ".join(f"{package} {version}" for package, version in sorted(value.items()) if version)
 
 
 def limits(record: dict[str, Any], rows: Sequence[Measurement]) -> list[str]:

@@ -27,7 +27,7 @@ class Variant(NamedTuple):
 _UNTIED = r"A_{ij} \propto \exp\left(\frac{2 q_i^\top k_j}{h_y^2} + \frac{2 (U_Q p_i)^\top (U_K p_j)}{h_p^2}\right)"
 _UNTIED_SYMBOLS = (
     "$q$, $k$ come from the content alone; $p$ is the learned vector of a position (layer-normalised), $U_Q$, $U_K$ "
-    "are its own projections, and the bandwidths $h_y$, $h_p$ are learned, one of each a head and layer"
+    "are its own projections, and the bandwidths $h_y$, $h_p$ are learned, one of each per head and layer"
 )
 _STOCK = r"A_{ij} \propto \exp\left(\frac{q_i^\top k_j}{\sqrt{d}}\right)"
 _STOCK_SYMBOLS = "learned positions are added to the tokens before the first layer"
@@ -41,13 +41,13 @@ _EQUATIONS: dict[str, tuple[str, str]] = {
         rf"{_ONCE}, \qquad A_{{ij}} \propto \exp\left(-\frac{{\lVert q_i - k_j \rVert^2}}{{h_y^2}}"
         r" - \frac{\lVert p_i - p_j \rVert^2}{h_p^2}\right)",
         "$p$ is the place itself (the index of a token; row and column of an image patch), and the bandwidths $h_y$, "
-        "$h_p$ are learned, one of each a head and layer",
+        "$h_p$ are learned, one of each per head and layer",
     ),
     "twicing": (rf"{_TWICE}, \qquad {_STOCK}", _STOCK_SYMBOLS),
     "bilateral_twicing": (rf"{_TWICE}, \qquad {_UNTIED}", _UNTIED_SYMBOLS),
     "nlm": (
         rf"{_ONCE}, \qquad A_{{ij}} \propto \exp\left(-\frac{{\lVert q_i - k_j \rVert^2}}{{h_y^2}}\right)",
-        f"{_NO_TABLE}, and the bandwidth $h_y$ is learned, one a head and layer",
+        f"{_NO_TABLE}, and the bandwidth $h_y$ is learned, one per head and layer",
     ),
     "elliptical": (
         rf"{_ONCE}, \qquad A_{{ij}} \propto \exp\left(\frac{{q_i^\top M_i k_j}}{{\sqrt{{d}}}}\right)",
@@ -66,7 +66,7 @@ _EQUATIONS: dict[str, tuple[str, str]] = {
     ),
     "alibi": (
         rf"{_ONCE}, \qquad A_{{ij}} \propto \exp\left(\frac{{q_i^\top k_j}}{{\sqrt{{d}}}} - m |i - j|\right)",
-        f"$m$ is a fixed slope, one a head (between image patches $|i - j|$ is the Euclidean distance); {_NO_TABLE}",
+        f"$m$ is a fixed slope, one per head (between image patches $|i - j|$ is the Euclidean distance); {_NO_TABLE}",
     ),
     "t5_bias": (
         rf"{_ONCE}, \qquad A_{{ij}} \propto \exp\left(\frac{{q_i^\top k_j}}{{\sqrt{{d}}}} + b(i - j)\right)",
@@ -90,7 +90,7 @@ _EQUATIONS: dict[str, tuple[str, str]] = {
     ),
     "learned_twicing": (
         rf"U = (A + \gamma A (I - A)) V, \qquad {_STOCK}",
-        f"$\\gamma$ is learned, one a head and layer, from 1, where this is twicing; {_STOCK_SYMBOLS}",
+        f"$\\gamma$ is learned, one per head and layer, from 1, where this is twicing; {_STOCK_SYMBOLS}",
     ),
     "gradient_boosted": (
         r"F = \mathrm{Attn}_0(z), \qquad c = \mathrm{Attn}_1(z - F), \qquad U = F + \sigma(W_g [F, c]) \odot c",

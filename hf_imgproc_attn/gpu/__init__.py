@@ -121,7 +121,7 @@ def run(call: FilterCall) -> torch.Tensor:
     from .twicing import twicing_attention
 
     query, scale = call.query, call.content.scale
-    if isinstance(scale, torch.Tensor):  # one a head, or a metric
+    if isinstance(scale, torch.Tensor):  # one per head, or a metric
         query, scale = (query * scale).to(query.dtype), 1.0
     key_mask = call.visibility.keys
     if key_mask is not None:

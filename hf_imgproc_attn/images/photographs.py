@@ -158,8 +158,13 @@ def _pixels(picture: Picture, source: str) -> tuple[Image, int, NDArray[np.uint8
     """Values from 0 to 255 in float32, the bit depth, and the opacity if there is one."""
     if picture.mode in _GREY_16:
         deep = np.asarray(picture).astype(np.int64)
-        if deep.min() < 0 or deep.max() > 65535:
-            raise UsageError(f"{source!r} must have grey values from 0 to 65535, got {deep.min()} to {deep.max()}")
+        # Of 32-bit integers nothing tells the range; small ones are 8-bit values in a wide file.
+        is_narrow = picture.mode == "I" and 0 < deep.max() < 256
+        if deep.min() < 0 or deep.max() > 65535 or is_narrow:
+            raise UsageError(
+                f"{source!r} must have grey values from 0 to 65535, with 32 bits not all below 256, got {deep.min()} "
+                f"to {deep.max()}: save it with 8 or 16 bits"
+            )
         if picture.has_transparency_data:
             raise UsageError(f"{source!r} must be without transparency to have 16 bits a channel, got both")
         return (deep / 257).astype(np.float32), 16, None

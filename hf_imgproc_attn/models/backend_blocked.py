@@ -11,7 +11,7 @@ import torch
 
 from .backend_blocked_autograd import BlockedFilter
 from .backend_blocked_dense import dense_passes, is_transformed
-from .backend_blocked_passes import Call, recurrence
+from .backend_blocked_passes import Call, Tensors, recurrence
 from .backend_blocked_plan import Plan, make_plan
 from .backend_blocked_positions import check_positions
 from .backend_call import FilterCall, check_options, check_tensors, check_terms
@@ -127,14 +127,14 @@ def _blocked(
     )
     past = _past(past_streams, plan, extra, width)
     call = Call(plan, booster, mask, positions)
-    parameters = () if positions is None else positions.parameters()
+    tensors = Tensors(query, key, value, bias, past, () if positions is None else positions.parameters())
     # Autocast would run the products in half precision.
     with torch.autocast(query.device.type, enabled=False):
-        if is_transformed((query, key, value, mask, bias, past, *parameters)):
-            output, streams = dense_passes(call, query, key, value, bias, past, parameters)
+        if is_transformed((mask, *tensors[:5], *tensors.parameters)):
+            output, streams = dense_passes(call, tensors)
         else:
             call = call._replace(hidden=_hidden_keys(mask))
-            output, streams = BlockedFilter.apply(query, key, value, bias, past, call, *parameters)
+            output, streams = BlockedFilter.apply(*tensors[:5], call, *tensors.parameters)
     return output, [stream.to(value.dtype) for stream in streams.split(width, dim=-1)] if extra else []
 
 

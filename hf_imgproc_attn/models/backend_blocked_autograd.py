@@ -8,7 +8,7 @@ import torch
 
 from .backend_blocked_backward import Gradients
 from .backend_blocked_dense import dense_passes
-from .backend_blocked_passes import Call, Computed, forward_passes
+from .backend_blocked_passes import Call, Computed, Tensors, forward_passes
 
 
 class BlockedFilter(torch.autograd.Function):
@@ -28,7 +28,7 @@ class BlockedFilter(torch.autograd.Function):
         call: Call,
         *parameters: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        computed = forward_passes(call, query, key, value, bias, past, parameters)
+        computed = forward_passes(call, Tensors(query, key, value, bias, past, parameters))
         ctx.call = call
         ctx.save_for_backward(query, key, value, bias, past, *computed, *parameters)
         ctx.set_materialize_grads(False)
@@ -38,21 +38,18 @@ class BlockedFilter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None, stream_grad: torch.Tensor | None) -> tuple[Any, ...]:
         query, key, value, bias, past, *rest = ctx.saved_tensors
-        computed, parameters = Computed(*rest[:3]), tuple(rest[3:])
+        tensors, computed = Tensors(query, key, value, bias, past, tuple(rest[3:])), Computed(*rest[:3])
         needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # create_graph=True: the gradients are to be differentiated themselves
-            arguments = (query, key, value, bias, past, ctx.call, *parameters)
-            results = _dense(*arguments)
-            return _differentiable_gradients(results, (grad, stream_grad), arguments, needs)
         with torch.autocast(query.device.type, enabled=False):
-            gradients = Gradients(ctx.call, query, key, value, bias, past, parameters, computed, needs[3], needs[6:])
+            if torch.is_grad_enabled():  # create_graph=True: the gradients are to be differentiated themselves
+                return _differentiable_gradients(ctx.call, tensors, (grad, stream_grad), needs)
+            gradients = Gradients(ctx.call, tensors, computed, needs[3], needs[6:])
             gradients.run(grad, stream_grad)
         own = (gradients.query, gradients.key, gradients.value, gradients.bias, gradients.past)
-        positions = gradients.positions
         return (
-            *map(_like, own, (query, key, value, bias, past)),
+            *map(_like, own, tensors[:5]),
             None,
-            *map(_like, [] if positions is None else positions.finish(gradients.plan), parameters),
+            *map(_like, gradients.parameters(), tensors.parameters),
         )
 
 
@@ -61,31 +58,21 @@ def _like(gradient: torch.Tensor | None, given: torch.Tensor | None) -> torch.Te
     return None if gradient is None or given is None else gradient.to(given.dtype)
 
 
-def _dense(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor | None,
-    past: torch.Tensor | None,
-    call: Call,
-    *parameters: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    with torch.autocast(query.device.type, enabled=False):
-        return dense_passes(call, query, key, value, bias, past, parameters)
-
-
 def _differentiable_gradients(
-    results: tuple[torch.Tensor, ...],
-    grads: tuple[torch.Tensor | None, ...],
-    arguments: tuple[Any, ...],
-    needs: tuple[bool, ...],
+    call: Call, tensors: Tensors, grads: tuple[torch.Tensor | None, ...], needs: tuple[bool, ...]
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients that have gradients of their own, by autograd through the dense form."""
+    # Where the key was made of the query, say, what flows through the key must not be counted for the query as well.
+    own = tensors.aliases()
+    results = dense_passes(call, own)
     used = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
+    wanted = [
+        x for x, needed in zip((*own[:5], None, *own.parameters), needs, strict=True) if needed and x is not None
+    ]
     computed = iter(
         torch.autograd.grad(
             [result for result, _ in used],
-            [argument for argument, needed in zip(arguments, needs, strict=True) if needed],
+            wanted,
             [grad for _, grad in used],
             create_graph=True,
             allow_unused=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .backend_blocked_passes import Call, Computed, Inputs, passes_over_blocks
+from .backend_blocked_passes import Call, Computed, Inputs, Tensors, passes_over_blocks
 from .backend_blocked_plan import Block, Group
 from .backend_blocked_weights import Buffer, KeySums, Weights, flat
 from .kernel_content import working_dtype
@@ -15,40 +15,26 @@ class Gradients:
 
     Args:
         call: what was computed.
-        query: ``[batch, heads, length, head_dim]``.
-        key: ``[batch, key_heads, key_length, head_dim]``.
-        value: ``[batch, key_heads, key_length, d]``.
-        bias: added to the logits, with four axes, or None.
-        past: x_1, x_2, ... of the earlier keys side by side, or None.
-        parameters: those of ``call.positions``.
+        tensors: with what.
         computed: in the forward passes.
-        needs_bias_grad: whether the bias has a gradient.
-        needs_parameter_grads: which parameters have one.
+        needs_bias: whether the bias has a gradient.
+        needs_parameters: which parameters of the position kernel have one.
     """
 
     def __init__(
-        self,
-        call: Call,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        bias: torch.Tensor | None,
-        past: torch.Tensor | None,
-        parameters: tuple[torch.Tensor, ...],
-        computed: Computed,
-        needs_bias_grad: bool,
-        needs_parameter_grads: tuple[bool, ...],
+        self, call: Call, tensors: Tensors, computed: Computed, needs_bias: bool, needs_parameters: tuple[bool, ...]
     ) -> None:
-        self.call = call = call._replace(plan=call.plan.backward)
-        self.plan, self.booster, self.computed = call.plan, call.booster, computed
-        work, self.width, self.num_streams = working_dtype(query.dtype), value.shape[-1], len(call.booster.streams)
-        self.like = query.new_empty(0, dtype=work)
-        self.inputs = Inputs(call, query, key, value, past, computed.streams)
-        self.query = query.new_empty(query.shape, dtype=work)
-        self.key, self.value = (self.inputs.key_heads.total(x, work) for x in (key, value))
-        self.bias = self.like.new_zeros(bias.shape) if bias is not None and needs_bias_grad else None
-        self.past = None if past is None else torch.empty(past.shape, dtype=work, device=past.device)
-        self.positions = call.position_term(parameters, self.like, needs_parameter_grads)
+        query, key, value, bias, past, parameters = tensors
+        call = call._replace(plan=call.plan.backward)
+        self.call, self.plan, self.booster, self.computed = call, call.plan, call.booster, computed
+        self.width, self.num_streams = value.shape[-1], len(call.booster.streams)
+        self.like = query.new_empty(0, dtype=working_dtype(query.dtype))
+        self.inputs = Inputs(call, tensors, computed.streams)
+        self.query = self.like.new_empty(query.shape)
+        self.key, self.value = (self.inputs.key_heads.total(x, self.like.dtype) for x in (key, value))
+        self.bias = self.like.new_zeros(bias.shape) if bias is not None and needs_bias else None
+        self.past = None if past is None else self.like.new_empty(past.shape)
+        self.positions = call.position_term(parameters, self.like, needs_parameters)
         self.weights = Weights(self.plan, call.mask, bias, self.positions, self.like)
         self.blocks = self.plan.blocks()[::-1]
         self.buffer = Buffer(self.like, self.weights.size)
@@ -77,6 +63,10 @@ class Gradients:
                 for block in self.blocks:
                     self._block(block, steps)
             self._finish()
+
+    def parameters(self) -> list[torch.Tensor | None]:
+        """Of the position kernel's parameters, None where one has no gradient."""
+        return [] if self.positions is None else self.positions.finish(self.plan)
 
     def _start(self, group: Group, output_grads: torch.Tensor, stream_grads: torch.Tensor | None) -> None:
         """Turn to a group: its inputs, its rows of G, and empty sums."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 
-from .backend_blocked_passes import Call
+from .backend_blocked_passes import Call, Tensors
 from .backend_blocked_plan import Plan
 from .kernel_content import working_dtype
 from .kernel_position import position_logits
@@ -50,21 +50,16 @@ def _allowed(call: Call, device: torch.device) -> tuple[torch.Tensor | None, tor
 
 
 def _filter_matrix(
-    call: Call,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    bias: torch.Tensor | None,
-    parameters: tuple[torch.Tensor, ...],
-    allowed: torch.Tensor | None,
-    additive: torch.Tensor | None,
+    call: Call, tensors: Tensors, allowed: torch.Tensor | None, additive: torch.Tensor | None
 ) -> torch.Tensor:
     """A, without dropout, in the dtype of query and key; rows that see no key are 0, whatever they hold."""
+    query, key = tensors.query, tensors.key
     if allowed is not None:
         query = query.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
     logits = torch.matmul(query, key.mT) * call.plan.scale
     if call.positions is not None:
-        logits = logits + position_logits(call.positions.with_parameters(*parameters), query.dtype)
-    for term in (bias, additive):
+        logits = logits + position_logits(call.positions.with_parameters(*tensors.parameters), query.dtype)
+    for term in (tensors.bias, additive):
         if term is not None:
             logits = logits + term.to(query.dtype)
     if allowed is None:
@@ -73,17 +68,11 @@ def _filter_matrix(
     return logits.masked_fill(~allowed & sees_something, float("-inf")).softmax(-1).masked_fill(~sees_something, 0.0)
 
 
-def dense_passes(
-    call: Call,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor | None,
-    past: torch.Tensor | None,
-    parameters: tuple[torch.Tensor, ...],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output and the streams side by side, as ``BlockedFilter`` returns them; arguments as it takes them."""
-    plan, booster, work, dtype = call.plan, call.booster, working_dtype(query.dtype), value.dtype
+def dense_passes(call: Call, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output and the streams side by side, as ``BlockedFilter`` returns them."""
+    plan, booster, work, dtype = call.plan, call.booster, working_dtype(tensors.query.dtype), tensors.value.dtype
+    query, key, value = (x.to(work) for x in tensors[:3])
+    past = tensors.past
     repeats = plan.heads // plan.key_heads
     query, key, value = query.to(work), key.to(work), value.to(work)
     if repeats > 1:
@@ -96,7 +85,7 @@ def dense_passes(
         return rows if hidden is None else rows.masked_fill(hidden, 0.0)
 
     own = value[:, :, max(plan.past, 0) :]
-    matrix = _filter_matrix(call, query, shown(key), bias, parameters, allowed, additive)
+    matrix = _filter_matrix(call, tensors._replace(query=query, key=shown(key)), allowed, additive)
     if plan.dropout:
         matrix = matrix * dropout_factors(plan, query.new_empty(0))
     smoothed = [torch.matmul(matrix, shown(value))]

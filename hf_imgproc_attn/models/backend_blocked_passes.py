@@ -11,7 +11,7 @@ streams instead of 2k. The same holds where all rows are one block. Otherwise th
 *Backward*, G = dout, blocks in reverse order. T_m = A^T g_m is accumulated; with it
 
     g_m  = o_m G + sum_{m'>m} c_m'm T_m'                        complete for a block's rows when the block is reached
-    D    = G . (out - o_V V) + sum_{m>0} T_m . (x_m - d_m V)    a number a row, equal to sum_m g_m . s_m
+    D    = G . (out - o_V V) + sum_{m>0} T_m . (x_m - d_m V)    a number per row, equal to sum_m g_m . s_m
     dA   = [g_0 .. g_{k-1}] [x_0 .. x_{k-1}]^T                  one product
     dS   = A o (dA - D 1^T)
     dV   = sum_m d_m T_m
@@ -86,26 +86,43 @@ class Call(NamedTuple):
         """The position kernel's part in the blocks; arguments as in :class:`PositionTerm`."""
         if self.positions is None:
             return None
-        return PositionTerm(self.positions, parameters, self.plan, like, needs_grad)
+        return PositionTerm(self.positions, parameters, self.plan, self.mask, like, needs_grad)
+
+
+class Tensors(NamedTuple):
+    """What a call computes with, and may have gradients.
+
+    query: ``[batch, heads, length, head_dim]``.
+    key: ``[batch, key_heads, key_length, head_dim]``.
+    value: ``[batch, key_heads, key_length, d]``.
+    bias: added to the logits, with four axes, or None.
+    past: x_1, x_2, ... of the earlier keys side by side, ``[batch, heads, past, (k - 1) * d]``, or None.
+    parameters: those of the position kernel.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    bias: torch.Tensor | None
+    past: torch.Tensor | None
+    parameters: tuple[torch.Tensor, ...] = ()
+
+    def aliases(self) -> Tensors:
+        """The same as nodes of their own in autograd's graph, none of which was made of another."""
+        query, key, value = (x.view_as(x) for x in self[:3])
+        bias, past = (None if x is None else x.view_as(x) for x in (self.bias, self.past))
+        return Tensors(query, key, value, bias, past, tuple(x.view_as(x) for x in self.parameters))
 
 
 class Inputs:
     """All inputs in working precision, ``[pairs, ..., ...]``, and a group's rows of them."""
 
-    def __init__(
-        self,
-        call: Call,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        past: torch.Tensor | None,
-        streams: torch.Tensor,
-    ) -> None:
-        plan, dtype = call.plan, working_dtype(query.dtype)
-        self.past, self.width = plan.past, value.shape[-1]
+    def __init__(self, call: Call, tensors: Tensors, streams: torch.Tensor) -> None:
+        plan, dtype = call.plan, working_dtype(tensors.query.dtype)
+        self.past, self.width = plan.past, tensors.value.shape[-1]
         self.key_heads = KeyHeads(plan)
-        self._all = tuple(flat(x, dtype) for x in (query, key, value, streams))
-        self._past = None if past is None else flat(past, dtype)
+        self._all = tuple(flat(x, dtype) for x in (*tensors[:3], streams))
+        self._past = None if tensors.past is None else flat(tensors.past, dtype)
         self._hidden = None
         if call.hidden is not None:
             shape = (plan.batch, plan.heads, 1, plan.key_length)
@@ -189,34 +206,15 @@ class Computed(NamedTuple):
     row_sums: torch.Tensor
 
 
-def forward_passes(
-    call: Call,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor | None,
-    past: torch.Tensor | None,
-    parameters: tuple[torch.Tensor, ...],
-) -> Computed:
-    """Compute output and streams block by block.
-
-    Args:
-        call: what is computed.
-        query: ``[batch, heads, length, head_dim]``.
-        key: ``[batch, key_heads, key_length, head_dim]``.
-        value: ``[batch, key_heads, key_length, d]``.
-        bias: added to the logits, with four axes, or None.
-        past: x_1, x_2, ... of the earlier keys side by side, or None.
-        parameters: those of ``call.positions``.
-    """
+def forward_passes(call: Call, tensors: Tensors) -> Computed:
+    """Compute output and streams block by block."""
     plan, booster = call.plan, call.booster
-    work, width, num_streams = working_dtype(query.dtype), value.shape[-1], len(booster.streams)
-    like = query.new_empty(0, dtype=work)
+    width, num_streams = tensors.value.shape[-1], len(booster.streams)
+    like = tensors.query.new_empty(0, dtype=working_dtype(tensors.query.dtype))
     streams = like.new_empty(plan.batch, plan.heads, plan.length, (num_streams - 1) * width)
     output, row_sums = (like.new_empty(plan.batch * plan.heads, plan.length, size) for size in (width, 2))
-    weights = Weights(plan, call.mask, bias, call.position_term(parameters, like), like)
-    blocks = plan.blocks()
-    inputs = Inputs(call, query, key, value, past, streams)
+    weights = Weights(plan, call.mask, tensors.bias, call.position_term(tensors.parameters, like), like)
+    blocks, inputs = plan.blocks(), Inputs(call, tensors, streams)
     for group in plan.groups():
         inputs.start(group)
         out, row_sum = output[group.pairs], row_sums[group.pairs]

@@ -49,6 +49,12 @@ class Group(NamedTuple):
         return self.batch.stop - self.batch.start, self.heads.stop - self.heads.start
 
 
+def cut(x: torch.Tensor, group: Group, block: Block) -> torch.Tensor:
+    """A block's part of a tensor with four axes that is broadcastable to ``[batch, heads, length, key_length]``."""
+    wanted = (group.batch, group.heads, slice(block.start, block.stop), slice(0, block.keys))
+    return x[tuple(slice(None) if size == 1 else part for size, part in zip(x.shape, wanted, strict=True))]
+
+
 class Plan(NamedTuple):
     """What one call computes besides its tensors, and how it is cut.
 

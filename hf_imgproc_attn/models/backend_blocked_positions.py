@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from .backend_blocked_plan import Block, Group, Plan
+from .backend_blocked_plan import Block, Group, Plan, cut
 from .kernel_blocks import BlockKernel
 from .kernel_content import HALF_DTYPES
 from .kernel_position import BlockedPositions
+from .visibility import visible
 
 KEPT_SCORES = 2**20
 """What rows and columns have in common, or a costly kernel's logits, is kept for all groups of heads and samples up to
@@ -61,6 +62,7 @@ class PositionTerm:
         positions: what is compared.
         parameters: those of ``positions.parameters()``, whose gradients are summed.
         plan: what is computed.
+        mask: who sees whom besides causality, boolean or additive with four axes, or None.
         like: a tensor of the device and dtype to work in.
         needs_grad: which parameters' gradients are wanted; none in the forward pass.
     """
@@ -70,6 +72,7 @@ class PositionTerm:
         positions: BlockedPositions,
         parameters: tuple[torch.Tensor, ...],
         plan: Plan,
+        mask: torch.Tensor | None,
         like: torch.Tensor,
         needs_grad: tuple[bool, ...] = (),
     ) -> None:
@@ -82,7 +85,11 @@ class PositionTerm:
             for parameter, needed in zip(self.parameters, needs_grad, strict=False)
         ]
         self.work = like.dtype
-        self._per_sample = max(self.coordinates.shape[0], self.key_coordinates.shape[0]) > 1
+        self._mask, self._is_causal = mask, plan.is_causal
+        see_themselves = mask is None and self._are_own_keys(plan.past)
+        self._from_nearest = self.kernel.grows_with_distance and not see_themselves
+        masks = mask.shape[0] if mask is not None and self._from_nearest else 1
+        self._per_sample = max(self.coordinates.shape[0], self.key_coordinates.shape[0], masks) > 1
         samples, scores = plan.batch if self._per_sample else 1, plan.length * plan.key_length
         self._kept: dict[tuple[int, int], torch.Tensor] | None = {} if samples * scores <= KEPT_SCORES else None
         # Look-ups that serve all samples, and one sum of their gradients, by the number of the block.
@@ -90,6 +97,29 @@ class PositionTerm:
         self._logit_grads: dict[int, torch.Tensor] = {}
         if self.kernel.is_costly and not self._per_sample and plan.batch > 1:
             self._logits = {} if plan.heads * scores <= KEPT_SCORES else None
+
+    def _are_own_keys(self, past: int) -> bool:
+        """Whether every query is known to stand at the place of a key that it may see."""
+        queries, keys = self.coordinates, self.key_coordinates[:, max(past, 0) :]
+        if past < 0 or queries.shape != keys.shape:
+            return False
+        # An accelerator would be waited for.
+        return queries.data_ptr() == keys.data_ptr() or (queries.device.type == "cpu" and torch.equal(queries, keys))
+
+    def _allowed(self, group: Group, block: Block) -> torch.Tensor | None:
+        """What any head of a block sees, ``[samples or 1, rows or 1, keys or 1]``; None for everything."""
+        allowed = None
+        if self._mask is not None:
+            part = cut(self._mask, group, block)
+            allowed, _ = visible(part, False, block.stop - block.start, block.keys, part.device)
+        if allowed is not None:
+            allowed = allowed.any(1)
+        if self._is_causal:
+            rows = block.stop - block.start
+            causal = torch.ones(rows, block.keys, dtype=torch.bool, device=self.coordinates.device)
+            causal = causal.tril(block.keys - rows)
+            allowed = causal[None] if allowed is None else allowed & causal
+        return allowed
 
     def _compared(self, group: Group, block: Block) -> torch.Tensor:
         """What the block's rows and columns have in common for all heads, ``[..., samples or 1, rows, keys]``."""
@@ -102,6 +132,8 @@ class PositionTerm:
         if count:
             self.kernel.clear_(compared[..., :count])
             self.kernel.clear_(compared[..., : max(count - block.start, 0), :])
+        if self._from_nearest:
+            compared = self.kernel.from_nearest(compared, self._allowed(group, block))
         if self._kept is not None:
             self._kept[place] = compared
         return compared

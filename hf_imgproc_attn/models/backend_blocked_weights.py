@@ -10,17 +10,11 @@ import math
 
 import torch
 
-from .backend_blocked_plan import Block, Group, Plan
+from .backend_blocked_plan import Block, Group, Plan, cut
 from .backend_blocked_positions import PositionTerm
 from .visibility import visible
 
 LOG2_E = math.log2(math.e)
-
-
-def cut(x: torch.Tensor, group: Group, block: Block) -> torch.Tensor:
-    """A block's part of a tensor with four axes that is broadcastable to ``[batch, heads, length, key_length]``."""
-    wanted = (group.batch, group.heads, slice(block.start, block.stop), slice(0, block.keys))
-    return x[tuple(slice(None) if size == 1 else part for size, part in zip(x.shape, wanted, strict=True))]
 
 
 def flat(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

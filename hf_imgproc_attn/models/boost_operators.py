@@ -4,7 +4,7 @@ A is low-pass; stacking layers smooths detail away. Boosting applies A again to 
 
     none       A V
     twicing    (I - (I - A)^k) V,   k = 2: 2A - A^2   (Tukey 1977; Buehlmann, Yu 2003; arXiv 2503.00687, equation 8)
-    learned    (A + gamma A(I - A)) V, one gamma a head, 1 at the start: equal to twicing
+    learned    (A + gamma A(I - A)) V, one gamma per head, 1 at the start: equal to twicing
     diffusion  A^k V
     sos        u_k = A(V + u_{k-1}) - u_{k-1}, u_0 = 0  (Romano, Elad 2015);   k = 2: A^2
 

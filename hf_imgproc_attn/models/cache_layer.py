@@ -3,7 +3,7 @@
 Twicing at query i needs row j of A V at every key j <= i. Those rows never change once computed, so the residual
 rows r_j = v_j - (A V)_j are cached as a third stream (a k-step booster caches k - 1 of them), and one decoding step
 costs two products with the cache instead of a pass over all queries. The elliptical metric of query i sums over the
-tokens up to i: what it sums is a stream too, one row a token, so that cropping and reordering stay exact. Keys are
+tokens up to i: what it sums is a stream too, one row per token, so that cropping and reordering stay exact. Keys are
 cached with their position columns, so that custom ``position_ids`` and left padding stay exact.
 
 Defining the classes registers them with Transformers under ``FILTER_LAYER_TYPE``; a configuration whose

@@ -88,8 +88,9 @@ class CachedStreams:
 
     def past(self, name: str) -> torch.Tensor | None:
         """The cached rows of a stream."""
-        stream: torch.Tensor | None = self._cache.layers[self._layer_idx].streams.get(name)
-        return stream
+        # A plain layer serves filters that keep keys and values only.
+        streams: dict[str, torch.Tensor] = getattr(self._cache.layers[self._layer_idx], "streams", {})
+        return streams.get(name)
 
     def second(self) -> SecondStreams:
         """Streams of the same cache layer."""

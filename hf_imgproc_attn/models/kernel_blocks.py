@@ -17,7 +17,9 @@ gradient of log h_p follows by the chain rule, which autograd applies outside.
 
 *Digits.* Distances are differences of coordinates, never expanded squares: near keys, which have the weight, have
 small logits and lose nothing, at any bandwidth and length. The gradient inherits this: where a weight underflows,
-dL/ds is 0, and a row that sees only itself has B = 0, so that a narrow head's gradient goes to 0 without noise.
+dL/ds is 0, and a row that sees only itself has B = 0, so that a narrow head's gradient goes to 0 without noise. Rows
+that do not see themselves (of padding, or by a mask) are compared with their nearest visible key: c_ij minus that of
+the nearest changes neither the softmax nor, since dL/ds sums to 0 over a row, the gradient.
 """
 
 from __future__ import annotations
@@ -26,9 +28,22 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+PART_SCORES = 2**15
+"""Scores that are worked on at a time where that needs room of its own."""
+
+
+def row_parts(rows: int, columns: int) -> list[slice]:
+    """Some rows of a block at a time, of ``PART_SCORES`` scores or so."""
+    step = max(PART_SCORES // max(columns, 1), 1)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
 
 class BlockKernel(Protocol):
     """One position kernel's part in a block; parameters have a leading axis of heads."""
+
+    @property
+    def grows_with_distance(self) -> bool:
+        """Whether the logits of far keys are so large that :meth:`from_nearest` is needed."""
 
     @property
     def is_costly(self) -> bool:
@@ -44,6 +59,16 @@ class BlockKernel(Protocol):
     def clear_(self, compared: torch.Tensor) -> None:
         """Set c_ij, any part of what :meth:`compare` returned, to what adds nothing and gets no gradient."""
 
+    def from_nearest(self, compared: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+        """c_ij minus a number per row that keeps the logits of visible keys small; the softmax does not notice.
+
+        May overwrite ``compared``.
+
+        Args:
+            compared: what :meth:`compare` returned.
+            allowed: boolean ``[samples or 1, rows or 1, columns or 1]``, or None where everything is visible.
+        """
+
     def add_(self, logits: torch.Tensor, compared: torch.Tensor, parameter: torch.Tensor, factor: float) -> None:
         """Add ``factor`` s to the logits ``[samples, heads, rows, columns]``, for the heads of ``parameter``."""
 
@@ -58,6 +83,11 @@ class DistanceKernel(NamedTuple):
     """
 
     squared: bool
+
+    @property
+    def grows_with_distance(self) -> bool:
+        """Without bound."""
+        return True
 
     @property
     def is_costly(self) -> bool:
@@ -85,6 +115,18 @@ class DistanceKernel(NamedTuple):
     def clear_(self, compared: torch.Tensor) -> None:
         """No distance."""
         compared.zero_()
+
+    def from_nearest(self, compared: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+        """The nearest visible key at distance 0."""
+        samples = compared.shape[0] if allowed is None else max(compared.shape[0], allowed.shape[0])
+        result = compared if samples == compared.shape[0] else compared.repeat(samples, 1, 1)
+        for part in row_parts(*compared.shape[-2:]):
+            shown = result[:, part]
+            if allowed is not None:
+                shown = shown.masked_fill(~(allowed if allowed.shape[1] == 1 else allowed[:, part]), float("inf"))
+            nearest = shown.amin(-1, keepdim=True)
+            result[:, part] -= nearest.masked_fill_(nearest == float("inf"), 0.0)
+        return result
 
     def add_(self, logits: torch.Tensor, compared: torch.Tensor, parameter: torch.Tensor, factor: float) -> None:
         """One pass over the logits; see :class:`BlockKernel`."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .kernel_blocks import BlockKernel, DistanceKernel
+from .kernel_blocks import BlockKernel, DistanceKernel, row_parts
 from .kernel_content import HALF_DTYPES, left_columns, right_columns
 from .kernel_position import MAX_FEATURE_SIDE, MAX_SPLIT_SIDE, ClassTokens, join_parameters, replace_class_logits
 
@@ -144,8 +144,6 @@ JOINT_BUCKETS = 2**14
 MAX_LANES = 64
 """Copies of a table: neighbouring columns add to different ones, so that no sum waits for the one before, and long
 sums lose fewer digits."""
-LOOKUP_SCORES = 2**15
-"""Scores that are looked up at a time."""
 
 
 class BucketKernel(NamedTuple):
@@ -166,6 +164,11 @@ class BucketKernel(NamedTuple):
     bidirectional: bool
     axes: int
     buckets: int
+
+    @property
+    def grows_with_distance(self) -> bool:
+        """Entries of a table are as small for far keys as for near ones."""
+        return False
 
     @property
     def is_costly(self) -> bool:
@@ -208,6 +211,10 @@ class BucketKernel(NamedTuple):
         """The last entry of each table."""
         compared.fill_(self._size * self._lanes)
 
+    def from_nearest(self, compared: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+        """Nothing to do."""
+        return compared
+
     def _tables(self, parameter: torch.Tensor) -> list[torch.Tensor]:
         """``[heads, (size + 1) * lanes]`` each."""
         tables: list[torch.Tensor] = []
@@ -219,7 +226,7 @@ class BucketKernel(NamedTuple):
         return [torch.nn.functional.pad(table, (0, 1)).repeat_interleave(self._lanes, dim=1) for table in tables]
 
     def add_(self, logits: torch.Tensor, compared: torch.Tensor, parameter: torch.Tensor, factor: float) -> None:
-        """A look-up a head; see ``kernel_blocks.BlockKernel``."""
+        """A look-up per head; see ``kernel_blocks.BlockKernel``."""
         tables = self._tables(parameter * factor)
         for part in row_parts(*compared.shape[-2:]):
             for table, places in zip(tables, compared[:, :, part], strict=True):
@@ -247,12 +254,6 @@ class BucketKernel(NamedTuple):
             others = [other + 1 for other in range(joint_axes) if other != axis % joint_axes]
             gradients.append(table.sum(others) if others else table)
         return torch.stack(gradients, dim=1)
-
-
-def row_parts(rows: int, columns: int) -> list[slice]:
-    """Some rows at a time, of ``LOOKUP_SCORES`` scores or so."""
-    step = max(LOOKUP_SCORES // max(columns, 1), 1)
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 class BucketPositions(NamedTuple):

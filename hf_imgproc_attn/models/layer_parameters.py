@@ -32,7 +32,7 @@ def gaussian_position_bandwidths(num_heads: int, head_dim: int, longest_side: in
 
 
 def per_head(bandwidth: Any, num_heads: int) -> list[float] | None:
-    """A configuration's bandwidth as one number a head, or None where it has the default."""
+    """A configuration's bandwidth as one number per head, or None where it has the default."""
     if bandwidth is None:
         return None
     return [float(item) for item in bandwidth] if isinstance(bandwidth, list) else [float(bandwidth)] * num_heads
@@ -96,7 +96,7 @@ class Scalars(NamedTuple):
 
 
 class FilterScalars(nn.Module):
-    """Bandwidths, class-token and bucket logits, gains: values a head, as logarithms where they must stay positive.
+    """Bandwidths, class-token and bucket logits, gains: values per head, as logarithms where they must stay positive.
 
     The parameters stay in float32 whatever the model's dtype (a step of 1e-3 in log h vanishes in bfloat16), and the
     module is called ``scalar_bias`` where it is used because ``Trainer`` leaves parameters with "bias" in their name
@@ -104,7 +104,7 @@ class FilterScalars(nn.Module):
 
     Args:
         num_heads: number of heads.
-        content: initial h_y, one a head, or None where the layer does not learn it.
+        content: initial h_y, one per head, or None where the layer does not learn it.
         position: initial h_p, likewise.
         class_token: whether there are class-token logits: to the token, from it, to itself; initially 0.
         buckets: axes of the grid and buckets of offsets along each, or None. Their logits are initially 0, so that a

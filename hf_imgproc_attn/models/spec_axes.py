@@ -73,10 +73,10 @@ class LayerSpec(NamedTuple):
 
 
 def per_layer(name: str, value: Any, num_layers: int) -> list[Any]:
-    """One value a layer of a field that is a single value or a list.
+    """One value per layer of a field that is a single value or a list.
 
     Raises:
-        ValueError: if a list has not one value a layer.
+        ValueError: if a list has not one value per layer.
     """
     if not isinstance(value, list):
         return [value] * num_layers
@@ -98,7 +98,7 @@ def layer_schedule(config: Any) -> list[LayerSpec]:
     Layer 0 has the ``standard`` residual scheme and no feedback: there is nothing before it.
 
     Raises:
-        ValueError: if a list field has not one value a layer.
+        ValueError: if a list field has not one value per layer.
     """
     num_layers = config.num_hidden_layers
     content = per_layer("content_kernel", config.content_kernel, num_layers)

@@ -76,25 +76,25 @@ class FilterSpecMixin:
     """Fields, validation and presets that our configurations add to a stock Transformers configuration.
 
     Args:
-        content_kernel: ``"dot_product"``, ``"gaussian"`` or ``"elliptical"``; one value, or a list with one a layer.
+        content_kernel: ``"dot_product"``, ``"gaussian"`` or ``"elliptical"``; one value, or a list with one per layer.
         position_kernel: ``"additive"`` (positions added to the tokens, the stock model), ``"untied"``, ``"gaussian"``,
-            ``"alibi"``, ``"relative_buckets"``, ``"rotary"`` or ``"none"``; one value, or a list with one a layer.
+            ``"alibi"``, ``"relative_buckets"``, ``"rotary"`` or ``"none"``; one value, or a list with one per layer.
             ``additive`` goes for all layers or none.
-        content_bandwidth: h_y > 0, a number or a list with one number a head. None: 2/h_y^2 = the stock scaling.
+        content_bandwidth: h_y > 0, a number or a list with one number per head. None: 2/h_y^2 = the stock scaling.
         position_bandwidth: h_p > 0, likewise, of ``untied`` and ``gaussian``. None: as h_y for ``untied``; geometric
             over the heads from (4 head_dim)^(1/4) to the longest side of the grid, in index or patch units, for
             ``gaussian``.
-        learn_bandwidths: whether the bandwidths are parameters (their logarithms are trained, one a head and layer).
+        learn_bandwidths: whether the bandwidths are parameters (their logarithms are trained, one per head and layer).
         share_position_projections: ``untied`` only: one pair of position projections for all layers.
         relative_attention_num_buckets: ``relative_buckets`` only: number of buckets, a multiple of 4. None: 32.
         relative_attention_max_distance: ``relative_buckets`` only: from this distance on all offsets share the last
             bucket, in index or patch units. None: 128.
         rotary_base: ``rotary`` only: base of the geometric frequencies, > 1. None: 10000.
         boosting: ``"none"``, ``"twicing"`` (the operator on V is I - (I - A)^steps), its alias ``"osher"``,
-            ``"learned"`` (A + gamma A(I - A), one gamma a head), ``"diffusion"`` (A^steps), ``"sos"`` or
-            ``"gradient_boosted"``; one value, or one a layer.
-        boosting_steps: number of steps, an integer from 1 to 16, or a list with one a layer. None: 3 for ``sos``, else
-            2, which for ``twicing`` is 2A - A^2.
+            ``"learned"`` (A + gamma A(I - A), one gamma per head), ``"diffusion"`` (A^steps), ``"sos"`` or
+            ``"gradient_boosted"``; one value, or one per layer.
+        boosting_steps: number of steps, an integer from 1 to 16, or a list with one per layer. None: 3 for ``sos``,
+            else 2, which for ``twicing`` is 2A - A^2.
         boosted_layers: indices of the layers that are boosted, negative ones count from the end; None: all layers.
         residual: scheme across depth: ``"standard"`` is x + f(x), ``"twicing"``, ``"sos"``, ``"osher"``.
         feedback: cross-layer feedback on the head output: ``"none"``, ``"neutreno"``, ``"pid"``.
@@ -206,7 +206,7 @@ class FilterSpecMixin:
         refuse_near_misses(kwargs)
         if kwargs.get("per_layer_config"):
             raise ValueError(
-                "per_layer_config is not supported: give kernel and boosting fields as lists with one value a layer, "
+                "per_layer_config is not supported: give kernel and boosting fields as lists, one value per layer, "
                 f"got per_layer_config={kwargs['per_layer_config']!r}"
             )
         super().__post_init__(**kwargs)  # type: ignore[misc]  # the stock configuration's

@@ -89,7 +89,7 @@ def _check_boosting(config: Any, num_layers: int) -> None:
         return
     if isinstance(config.boosting, list) or isinstance(steps, list):
         raise ValueError(
-            "boosted_layers must be None when boosting or boosting_steps is a list with one value a layer, "
+            "boosted_layers must be None when boosting or boosting_steps is a list with one value per layer, "
             f"got boosted_layers={layers!r}"
         )
     if config.boosting == "none":
@@ -204,7 +204,7 @@ def _check_bandwidth(name: str, value: Any, num_heads: int) -> None:
         if not _is_finite(item) or not MIN_BANDWIDTH <= item <= MAX_BANDWIDTH:
             raise ValueError(
                 f"{name} must be a finite number > 0, from {MIN_BANDWIDTH:g} to {MAX_BANDWIDTH:g} (or a list of them, "
-                f"one a head), got {item!r}"
+                f"one per head), got {item!r}"
             )
 
 

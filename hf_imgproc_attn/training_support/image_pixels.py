@@ -4,6 +4,7 @@ Images are decoded and resized once, by the same image processor that is saved w
 pixels; rescaling and normalisation happen a batch at a time. Splits too large for that are decoded as they are read.
 """
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -120,12 +121,14 @@ class PixelDataset(TorchDataset[dict[str, Any]]):
         self.rows, self.labels, self.image_column = rows.select_columns([image_column]), labels, image_column
         self.processor, self.crop_padding, self.flip, self.seed = processor, crop_padding, flip, seed
         self.split = description.rpartition(" ")[2]
+        self._brightest = 0  # of the images with 16 bits
         # In shared memory, so that data-loader workers that live on see it change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.image_shape: tuple[int, ...] = self._decode(0, 1).shape[1:]
         self.pixels: np.ndarray | None = None
         if len(rows) * np.prod(self.image_shape) <= DECODE_ONCE_BYTES:
             self.pixels = self._decode_all(description)
+            self._warn_of_dark_images()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the augmentation is drawn for."""
@@ -162,12 +165,24 @@ class PixelDataset(TorchDataset[dict[str, Any]]):
         # Stock processors may leave the mode of a file as it is, and clip what has more than 8 bits.
         mode = "L" if len(self.processor.image_mean) == 1 else "RGB"
         try:
-            images = [eight_bits(image).convert(mode) for image in self.rows[start:stop][self.image_column]]
+            stored = self.rows[start:stop][self.image_column]
+            images = [eight_bits(image).convert(mode) for image in stored]
+            wide = [int(np.asarray(image).max()) for image in stored if image.mode.startswith("I")]
+            self._brightest = max([self._brightest, *wide])
         except Exception as error:  # files are damaged in many ways
             self._name_unreadable(start, stop, mode)
             raise UsageError(f"images of the {self.split} split cannot be read: {plain_message(error)}") from error
         encoded = self.processor(images=images, do_rescale=False, do_normalize=False, return_tensors="np")
         return np.asarray(encoded["pixel_values"], dtype=np.uint8)
+
+    def _warn_of_dark_images(self) -> None:
+        """Tell of 16-bit files that hold 12 bits or fewer: few grey levels are left of them."""
+        if 0 < self._brightest < 4096:
+            warnings.warn(
+                f"the 16-bit images of the {self.split} split have no pixel above {self._brightest} of 65535: "
+                f"{round(self._brightest / 257) + 1} of 256 grey levels are left; stretch the images first",
+                stacklevel=3,
+            )
 
     def _name_unreadable(self, start: int, stop: int, mode: str) -> None:
         """Refuse the first image of some rows that cannot be read, by its file or row.

@@ -62,7 +62,7 @@ def classification_metrics(prediction: "EvalPrediction") -> dict[str, float]:
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """``preprocess_logits_for_metrics`` of the language model: keeps one number a token instead of all logits.
+    """``preprocess_logits_for_metrics`` of the language model: keeps one number per token instead of all logits.
 
     Args:
         logits: ``[batch, length, vocabulary]``.

@@ -72,7 +72,7 @@ def check_block_size(
 
     Args:
         args: the model options.
-        block_size: as the user gave it; None: the default, which is never refused.
+        block_size: as the user gave it; None, and no more than the default, is never refused.
         num_tokens: of the training text.
         vocab_size: of the tokenizer.
         training_args: say how large a batch is, and where it is computed.
@@ -80,13 +80,13 @@ def check_block_size(
     Raises:
         UsageError: naming the block size and what is too small for it.
     """
-    if block_size is None:
+    if block_size is None or block_size <= DEFAULT_BLOCK_SIZE:
         return
     if block_size > num_tokens:
         raise UsageError(f"block_size must not exceed the {num_tokens} tokens of the training text, got {block_size}")
     samples = -(-(num_tokens - 1) // (block_size - 1))
     batch = training_args.train_batch_size * training_args.world_size
-    if block_size > DEFAULT_BLOCK_SIZE and samples < batch:
+    if samples < batch:
         raise UsageError(
             f"block_size {block_size} cuts the training text of {num_tokens} tokens into {samples} samples, fewer "
             f"than one batch of {batch}: choose smaller blocks or a smaller per_device_train_batch_size"

@@ -207,7 +207,13 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
         UsageError: if a run is resumed on other data, if the disk is full, or if publishing is refused.
     """
     main = trainer.is_world_process_zero()
-    records.check_same_data(run.record, fingerprints)
+    drop_last = bool(run.training_args.dataloader_drop_last)
+    records.check_same_data(run.record, fingerprints, drop_last)
+    if run.resume_from is None:
+        for name in ("sessions", "training_seconds"):  # of steps that are trained again
+            run.record.pop(name, None)
+    elif "sessions" in run.record:
+        run.record["sessions"][-1]["resumed_from"] = run.resume_from
     model = trainer.model
     run.record["arguments"]["trainer"] = records.trainer_options(run.training_args)
     run.record |= {

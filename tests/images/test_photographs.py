@@ -138,6 +138,7 @@ def test_files_that_do_not_go_are_refused(tmp_path: Path) -> None:
     saved(tmp_path / "cmyk.jpg", COLOUR, "CMYK")
     saved(tmp_path / "floats.tif", GREY.astype(np.float32))
     saved(tmp_path / "integers.tif", GREY.astype(np.int32) - 200)
+    saved(tmp_path / "narrow.tif", GREY.astype(np.int32))
     for name in ("deep-colour.png", "deep-colour.tif", "deep-colour.ppm"):
         cv2.imwrite(str(tmp_path / name), np.dstack((DEEP, DEEP, DEEP)))
     frames = [Pillow.fromarray(GREY), Pillow.fromarray(GREY[::-1])]
@@ -150,7 +151,8 @@ def test_files_that_do_not_go_are_refused(tmp_path: Path) -> None:
         (".", "a file or one of astronaut"),
         ("cmyk.jpg", "or RGB or a palette with 8 bits a channel, got mode 'CMYK'"),
         ("floats.tif", "got mode 'F'"),
-        ("integers.tif", "grey values from 0 to 65535, got -1"),
+        ("integers.tif", "grey values from 0 to 65535, with 32 bits not all below 256, got -1"),
+        ("narrow.tif", "with 32 bits not all below 256, got 7 to 156: save it with 8 or 16 bits"),
         ("deep-colour.png", "more than 8 bits a channel, got mode 'RGB' with more"),
         ("deep-colour.tif", "more than 8 bits a channel, got mode 'RGB' with more"),
         ("deep-colour.ppm", "more than 8 bits a channel, got mode 'RGB' with more"),

@@ -473,6 +473,23 @@ def test_gradients_of_gradients() -> None:
     assert torch.autograd.gradgradcheck(masked_twicing, tensors, fast_mode=True)
 
 
+@pytest.mark.parametrize("linked", ["one tensor", "key made of query"])
+def test_gradients_of_gradients_of_inputs_that_hang_together(linked: str) -> None:
+    """What flows to the query by way of the key is counted once."""
+    leaf = random(1, 2, 7, VALUE_WIDTH, seed=0).requires_grad_()
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        key = x if linked == "one tensor" else x.sin() * 2
+        return blocked_attention(x, key, key, **OPTIONS, **SMALL)[0]
+
+    output = run(leaf)
+    direction = random(*output.shape, seed=4)
+    (once,) = torch.autograd.grad(output, leaf, direction, retain_graph=True)
+    (again,) = torch.autograd.grad(output, leaf, direction, create_graph=True)
+    torch.testing.assert_close(again, once, **EXACT)
+    assert torch.autograd.gradgradcheck(run, [leaf], fast_mode=True)
+
+
 def test_gradients_of_gradients_through_streams() -> None:
     tensors = [x.requires_grad_() for x in inputs(7)]
 

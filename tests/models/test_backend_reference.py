@@ -138,7 +138,7 @@ def test_diffusion_and_sos_are_polynomials_of_a(steps: int, is_causal: bool) -> 
 
 
 def test_learned_boosting_is_twicing_with_a_gain() -> None:
-    """A + gamma A(I - A), a gamma a head; 0 is A, 1 (also where there is none) is 2A - A^2."""
+    """A + gamma A(I - A), a gamma per head; 0 is A, 1 (also where there is none) is 2A - A^2."""
     logits, value = sharp_logits(), random(BATCH, HEADS, LENGTH, WIDTH, seed=1)
     matrix, identity = logits.softmax(-1), torch.eye(LENGTH, dtype=torch.float64)
     gain = torch.tensor([0.0, 1.0, -0.7], dtype=torch.float64).view(HEADS, 1, 1)

@@ -72,10 +72,12 @@ def pieces_of(inputs: Inputs, start: int, stop: int) -> Inputs:
     return {name: value[..., start:stop, :] for name, value in inputs.items()}
 
 
-@pytest.mark.parametrize("sizes", [(LENGTH,), (4, 1, LENGTH - 5), (3, *[1] * (LENGTH - 3))], ids=str)
-@pytest.mark.parametrize(("boosting", "steps"), BOOSTERS)
-@pytest.mark.parametrize("position", ["none", "untied", "gaussian", "alibi"])
-@pytest.mark.parametrize("backend", [*FAST, "reference", "auto"])
+@pytest.mark.grid(
+    sizes=[(LENGTH,), (4, 1, LENGTH - 5), (3, *[1] * (LENGTH - 3))],
+    position=["none", "untied", "gaussian", "alibi"],
+    backend=[*FAST, "reference", "auto"],
+    **{"boosting,steps": BOOSTERS},
+)
 def test_cached_pieces(backend: str, position: str, boosting: str, steps: int, sizes: tuple[int, ...]) -> None:
     """A prompt read at once, in pieces and token by token: the streams that one back-end keeps serve the next one."""
     layer, inputs = build("elliptical", position, boosting, steps), tensors(position)

@@ -133,10 +133,9 @@ def full_pass(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("sizes", list(CHUNKS))
-@pytest.mark.parametrize(("boosting", "steps"), BOOSTERS)
-@pytest.mark.parametrize(("content", "position"), PAIRS)
+@pytest.mark.grid(
+    implementation=["eager", "sdpa"], sizes=CHUNKS, **{"boosting,steps": BOOSTERS, "content,position": PAIRS}
+)
 def test_decoding_is_the_full_pass(
     content: str, position: str, boosting: str, steps: int, sizes: str, implementation: str
 ) -> None:

@@ -222,7 +222,7 @@ def test_upcasting_is_honoured_in_half_precision(disguise: str) -> None:
 
 @pytest.mark.parametrize("value", [1.7, [1.3, 2.0, 2.5, 3.1]])
 def test_content_bandwidth_is_a_temperature(value: float | list[float]) -> None:
-    """2/h^2 replaces the stock factor on q.k, one a head: the stock model with rescaled queries."""
+    """2/h^2 replaces the stock factor on q.k, one per head: the stock model with rescaled queries."""
     stock, ours = stock_and_ours("lm", "sdpa", content_bandwidth=value)
     head_dim = stock.config.n_embd // stock.config.n_head
     bandwidths = torch.tensor(value if isinstance(value, list) else [value] * stock.config.n_head)

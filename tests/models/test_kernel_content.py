@@ -318,7 +318,7 @@ def apply(layer: torch.nn.Module, implementation: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_given_bandwidths_are_used_a_head_each(implementation: str) -> None:
-    """A number holds for all heads, a list a head each; learned or not they mean the same."""
+    """A number holds for all heads, a list per head; learned or not they mean the same."""
     given = {"content_bandwidth": [1.0, 2, 3.5], "position_bandwidth": [2.5, 4, 1]}
     kernels = ("gaussian", "gaussian", "twicing")
     fixed = make_filter(*kernels, learn_bandwidths=False, **given)

@@ -576,9 +576,7 @@ def test_dropout_of_plain_filters(position: str, implementation: str) -> None:
     assert 0.72 < kept.double().mean() < 0.78
 
 
-@pytest.mark.parametrize("position", POSITIONS)
-@pytest.mark.parametrize(("boosting", "steps"), BOOSTERS)
-@pytest.mark.parametrize("mask", ["none", "causal", "right", "dense"])
+@pytest.mark.grid(position=POSITIONS, mask=["none", "causal", "right", "dense"], **{"boosting,steps": BOOSTERS})
 def test_returned_weights_are_the_operator_that_was_applied(
     position: str, boosting: str, steps: int, mask: str
 ) -> None:

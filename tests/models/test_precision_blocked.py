@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hf_imgproc_attn.models.backend_blocked import blocked_attention
-from hf_imgproc_attn.models.kernel_position import BlockedPositions, GaussianPositions, position_logits
+from hf_imgproc_attn.models.kernel_position import BlockedPositions, ClassTokens, GaussianPositions, position_logits
 from hf_imgproc_attn.models.kernel_relative import AlibiPositions, BucketPositions, bucket_boundaries
 
 WIDTH, DIRECTIONS, BOUND = 16, 6, 3.0
@@ -170,3 +170,54 @@ def test_kernels_of_offsets(grid: str, kernel: str, dtype: torch.dtype) -> None:
     # The slopes, which no layer learns: a distance is further from 0 in units of its spread than its square is.
     bound = 1.5 * BOUND if kernel == "alibi" else BOUND
     assert (lost.norm(dim=1) / size.norm(dim=1)).max() <= bound * plain_gradient
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("gap", [1, 10, 100])
+def test_rows_that_do_not_see_themselves(gap: int, is_causal: bool) -> None:
+    """Every key nearer than ``gap`` is hidden, as for rows of padding: logits of -1e6 that hardly differ.
+
+    In float32 they would have no digits left, and the gradient of log h_p would be noise of the size of the logits.
+    """
+    bandwidths, length = (0.1, 1.0, 4.1, 61.0), 300
+    heads = len(bandwidths)
+    known, results = case(length, heads, "text" if is_causal else "bidirectional"), []
+    mask = (known.places[0] - known.places[0].mT).abs() >= gap
+    logs = torch.tensor([math.log(h) for h in bandwidths])
+
+    def output(log_bandwidth: torch.Tensor) -> torch.Tensor:
+        positions = gaussian(known, log_bandwidth, log_bandwidth.dtype)
+        options = {"attn_mask": mask, "is_causal": is_causal, "boosting": "none", "steps": 1}
+        return blocked_attention(*known.tokens(log_bandwidth.dtype), positions=positions, **options)[0]
+
+    for dtype in (torch.float64, torch.float32):
+        leaf = logs.to(dtype).requires_grad_()
+        got = output(leaf)
+        results.append((got.detach(), all_gradients(got, leaf, known.directions)))
+    with torch.no_grad():
+        scale = ((output(logs.double() + 1e-5) - output(logs.double() - 1e-5)) / 2e-5).square().sum((0, 2, 3)).sqrt()
+    (exact, exact_gradients), (got, gradients) = results
+    plain, plain_gradient = plain_error(length, heads, "text" if is_causal else "bidirectional", torch.float32)
+    error = relative_error(got, exact) / plain
+    assert error.max() <= BOUND, f"output, a head: {error.tolist()}"
+    lost = (gradients - exact_gradients).square().mean(0).sqrt()
+    assert (lost <= BOUND * plain_gradient * scale + 1e-6).all(), f"gradient, a head: {(lost / scale).tolist()}"
+
+
+def test_padding_of_one_row_alone() -> None:
+    """Masks and coordinates of their own for each sample, class tokens, and queries at other places than the keys."""
+    length, heads = 40, 2
+    known = case(64, heads, "text")
+    query, key, value = (x[:, :, :length].expand(2, -1, -1, -1) for x in known.tokens(torch.float64))
+    mask = torch.ones(2, 1, 1, length, dtype=torch.bool)
+    mask[0, ..., 25:] = False
+    places = torch.stack((known.places[0, :length], known.places[0, :length] * 3))
+    for coordinates in (places, places[:1], places + 7.0):
+        class_tokens = ClassTokens(1, random(heads, 3, seed=5))
+        scale = torch.tensor([200.0, 0.5]).double().view(-1, 1, 1)
+        positions = GaussianPositions(coordinates, places[: len(coordinates)], scale, class_tokens, 1.0, True, False)
+        options = {"attn_mask": mask, "positions": positions, "boosting": "none", "steps": 1, "block_rows": 16}
+        got, _ = blocked_attention(query, key, value, **options)
+        logits = query @ key.mT * WIDTH**-0.5 + position_logits(positions, torch.float64)
+        expected = logits.masked_fill(~mask, float("-inf")).softmax(-1) @ value
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_imgproc_attn.cards.results import Measurement, result_rows
 from tests.helpers import ROOT, RunPython
 
 PRESETS = ["softmax", "bilateral", "twicing", "bilateral_twicing"]
@@ -34,7 +35,23 @@ def test_demo_compares_reports_and_loads_in_a_fresh_process(run_python: RunPytho
     assert list(values["digits"]) == list(values["text"]) == PRESETS
     for row in values["digits"].values():
         assert all(0 <= row[name] <= 1 for name in row if name not in ("parameters", "training s"))
-        assert {"clean", "Gaussian noise 0.1", "FGSM 0.0314"} <= set(row)
+        assert {"clean", "Gaussian noise, sigma 0.1", "FGSM, epsilon 8/255"} <= set(row)
+    for recipe in ("vit_digits", "gpt2_pydoc"):
+        for preset in PRESETS:
+            check_row(report, folder / f"{recipe}_{preset}", preset)
+
+
+def check_row(report: str, folder: Path, preset: str) -> None:
+    """The table names and prints every value as ``imgproc-attn evaluate`` does."""
+    robustness = json.loads((folder / "robustness.json").read_text(encoding="utf-8"))
+    printed = result_rows([Measurement(**result) for result in robustness["results"]], None, None)
+    tables = [part for part in report.split("## ") if f"| {preset} " in part]
+    table = tables[0] if folder.name.startswith("vit") else tables[1]
+    header, *rows = [[cell.strip() for cell in line.split("|")] for line in table.splitlines() if line.startswith("|")]
+    (row,) = [row for row in rows if row[1] == preset]
+    for name, metric, *_, value in printed:
+        column = name if metric == "accuracy" else f"{name}, {metric}"
+        assert row[header.index(column)] == value
 
 
 def test_foreign_folder_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,6 +60,15 @@ def test_values_whose_white_is_not_known_are_refused(values: np.ndarray, message
         eight_bits(image_of(values))
 
 
+def test_twelve_bits_in_a_file_of_sixteen_are_told_of(tmp_path: Path) -> None:
+    image_of(np.rint(RAMP * 4095).astype(np.uint16)).save(tmp_path / "x.png")
+    rows = datasets.Dataset.from_dict({"image": [str(tmp_path / "x.png")]}).cast_column("image", datasets.Image())
+    with pytest.warns(
+        UserWarning, match="of the train split have no pixel above 4095 of 65535: 17 of 256 grey levels"
+    ):
+        PixelDataset(rows, np.array([0]), "image", build_image_processor((16, 16), 3), description="decoding train")
+
+
 def test_black_is_black_in_every_mode() -> None:
     for dtype in (np.uint8, np.uint16, np.int32, np.float32):
         assert np.asarray(eight_bits(image_of(np.zeros((2, 2), dtype)))).max() == 0

@@ -98,6 +98,36 @@ def test_language_model_learns_reloads_and_is_recorded(tmp_path: Path) -> None:
     assert model.generate(**inputs, max_new_tokens=5, do_sample=False).shape == (1, inputs["input_ids"].shape[1] + 5)
 
 
+def test_a_default_pipeline_stops_at_the_end_of_the_model(tmp_path: Path) -> None:
+    """Pipelines ask for 256 tokens more than the prompt has, whatever a model has room for."""
+    from transformers import pipeline
+
+    folder = tmp_path / "run"
+    run_here(TEXT_SCRIPT, folder, "--preset twicing --max_steps 1 --max_train_samples 200 --max_eval_samples 20")
+    assert json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))["max_length"] == 32
+    generate = pipeline("text-generation", model=str(folder))
+    tokens = generate("The import statement", return_tensors=True)[0]["generated_token_ids"]
+    assert 3 < len(tokens) <= 32
+    # A limit of the checkpoint's own that is lower stays; one that is higher does not.
+    for limit, expected in ((20, 20), (500, 32)):
+        start = AutoModelForCausalLM.from_pretrained(folder)
+        start.generation_config.max_length = limit
+        start.save_pretrained(tmp_path / f"start-{limit}")
+        AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / f"start-{limit}")
+        words = ["--model_name_or_path", str(tmp_path / f"start-{limit}"), "--max_steps", "1", *QUIET]
+        words += [
+            "--max_train_samples",
+            "200",
+            "--max_eval_samples",
+            "20",
+            "--output_dir",
+            str(tmp_path / f"t{limit}"),
+        ]
+        assert train_causal_lm.main(words) == 0
+        saved = json.loads((tmp_path / f"t{limit}" / "generation_config.json").read_text(encoding="utf-8"))
+        assert saved["max_length"] == expected
+
+
 def test_evaluations_during_training_are_recorded(tmp_path: Path) -> None:
     words = [*TINY[IMAGE_SCRIPT], "--output_dir", str(tmp_path / "run"), "--disable_tqdm", "true", "--use_cpu"]
     words += ["--max_steps", "9", "--eval_strategy", "steps", "--eval_steps", "4", "--save_strategy", "no"]
@@ -213,6 +243,10 @@ def test_killed_run_resumes_past_an_incomplete_checkpoint_to_the_same_weights(tm
     with pytest.warns(UserWarning, match=f"{newest.name} is incomplete and is passed over"):
         record = run_here(script, folder, f"{words} --resume")
     assert Path(record["resumed_from"]).name == f"checkpoint-{int(newest.name.split('-')[1]) - 10}"
+    before, after = record["sessions"]
+    assert "resumed_from" not in before
+    assert after["resumed_from"] == record["resumed_from"]
+    assert not [name for name in record if name.startswith("_")]
     assert weights_sha256(str(folder)) == weights_sha256(str(reference))
     assert record["metrics"]["validation"]["loss"] == read_record(reference)["metrics"]["validation"]["loss"]
 
