@@ -19,7 +19,7 @@ from ..benchmark.attention import Shape
 from ..benchmark.timing import interleave, peak_memory
 from .part_backends import SDPA_KERNELS, compiled_flex, forced
 from .parts import Bench, Case, Refused, Wrong
-from .tensors import FILTERS, Attend, Inputs, attend, draw, relative_error
+from .tensors import FILTERS, Attend, Inputs, attend, gaussian_features, relative_error
 
 VIT = Shape(64, 12, 197, 64, is_causal=False)
 SHAPES = (VIT, Shape(8, 12, 2048, 64), Shape(1, 12, 16384, 64), Shape(8, 8, 2048, 128))
@@ -111,27 +111,23 @@ def _kernel_names(call: Callable[[], object]) -> list[str]:
 
 
 def draw_on(bench: Bench, name: str, shape: Shape) -> Inputs:
-    """A filter's inputs in bfloat16 on the device.
+    """A filter's inputs in bfloat16, drawn on the device itself: moving them there takes longer than timing them."""
+    generator = torch.Generator(bench.device).manual_seed(0)
+    batch, heads, length, width = shape.size
 
-    Two rows of the batch are drawn and repeated, rolled along the length: drawing all takes longer than timing.
-    """
-    small = draw(name, Shape(min(shape.batch, 2), shape.heads, shape.length, shape.head_dim, shape.is_causal))
-    inputs = small.to(torch.bfloat16, bench.device)
-    copies = -(-shape.batch // small.query.shape[0])
+    def random(rows: int) -> torch.Tensor:
+        """``[rows, heads, length, width]``, laid out as a model's projections leave it."""
+        size = (rows, length, heads, width)
+        return torch.randn(size, generator=generator, device=bench.device, dtype=torch.bfloat16).transpose(1, 2)
 
-    def fill(x: torch.Tensor) -> torch.Tensor:
-        filled = torch.cat([x.roll(copy, dims=2) for copy in range(copies)])[: shape.batch]
-        return filled.transpose(1, 2).contiguous().transpose(1, 2)
-
-    return Inputs(
-        fill(inputs.query),
-        fill(inputs.key),
-        fill(inputs.value),
-        fill(inputs.gradient),
-        inputs.is_causal,
-        inputs.features,
-        inputs.bias,
-    )
+    query, key, value, gradient = (random(batch) for _ in range(4))
+    features = None
+    if FILTERS[name].positions == "untied":
+        features = (random(1) * width**-0.25, random(1) * width**-0.25)
+    elif FILTERS[name].positions == "gaussian":
+        left, right = gaussian_features(query)
+        features = (left.to(query), right.to(query))
+    return Inputs(query, key, value, gradient, shape.is_causal, features)
 
 
 def calls_for(run: Attend, inputs: Inputs) -> dict[str, Callable[[], object]]:

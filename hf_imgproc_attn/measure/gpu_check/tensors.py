@@ -130,7 +130,7 @@ def gaussian_features(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     heads, length = query.shape[1], query.shape[2]
     place = (torch.arange(length, dtype=torch.float64) - (length - 1) / 2) / (length / 4)
     left, right = torch.stack((2 * place, -torch.ones_like(place)), -1), torch.stack((place, place.square()), -1)
-    shape = (query.shape[0], heads, length, 8)
+    shape = (1, heads, length, 8)
     return tuple(torch.nn.functional.pad(columns, (0, 6)).expand(shape) for columns in (left, right))  # type: ignore[return-value]
 
 
