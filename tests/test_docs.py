@@ -80,3 +80,27 @@ def test_cited_works_are_those_of_the_catalogue() -> None:
         number for paper in PAPERS.values() for number in re.findall(r"arxiv\.org/abs/(\d+\.\d+)", paper.reference)
     }
     assert set(re.findall(r"arXiv (\d{4}\.\d{5})", PAGE)) == known
+
+
+def test_files_that_contributing_names_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    folders = ("hf_imgproc_attn", "tests", "training", "docs")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    named = set(re.findall(r"[\w/]*\w\.py\b", text))
+    assert len(named) > 40
+    lost = [
+        name for name in sorted(named) if not any(f"/{path.relative_to(ROOT)}".endswith(f"/{name}") for path in files)
+    ]
+    assert lost == []
+
+
+def test_floors_of_the_flat_room_are_those_of_contributing() -> None:
+    """Each prefix has a line, and each line has files."""
+    layout = (
+        (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Layout")[2].partition("\n  functional")[0]
+    )
+    floors = re.findall(r"(?:^ {4}|, )(\w+?)_\*", layout, re.MULTILINE)
+    modules = {path.stem for path in (ROOT / "hf_imgproc_attn" / "models").glob("*.py")} - {"__init__", "visibility"}
+    assert len(modules) > 30
+    assert {name for name in modules if not name.startswith(tuple(f"{floor}_" for floor in floors))} == set()
+    assert [floor for floor in floors if not any(name.startswith(f"{floor}_") for name in modules)] == []
