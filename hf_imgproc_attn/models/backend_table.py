@@ -16,6 +16,7 @@ from .backend_blocked import refuses as blocked_refuses
 from .backend_blocked import run as run_blocked
 from .backend_blocked_plan import WHOLE_SCORES
 from .backend_call import FilterCall
+from .backend_measured import SAFE, cuda_order
 from .backend_reference import run as run_reference
 from .backend_sdpa import refuses as sdpa_refuses
 from .backend_sdpa import run as run_sdpa
@@ -124,15 +125,42 @@ CHOICES = (
     Choice("cpu", "all else", lambda call: True, ("blocked",)),
 )
 """The first row that fits decides."""
-ELSEWHERE = ("triton", "sdpa", "blocked")
-"""On other devices, and where everything in a row is missing or refuses."""
+LARGE_BIAS = 2**24
+"""Positions by place are a dense bias for SDPA: too much memory beyond so many scores over batch and heads."""
+
+
+def order_elsewhere(device: str, call: FilterCall) -> tuple[str, ...]:
+    """What is tried, in order, where no row of the table fits or everything in it refuses.
+
+    On a CUDA device what was measured there; what was not measured is not chosen by itself.
+
+    Args:
+        device: type of the device.
+        call: what is to be computed.
+    """
+    if _sees_places(call) and call.query.shape[:3].numel() * call.key.shape[-2] > LARGE_BIAS:
+        return ("blocked", *SAFE)
+    if device != "cuda" or not (call.is_boosted or call.has_columns):
+        return SAFE
+    kind = "several steps"
+    if call.has_columns:
+        kind = "columns"
+    elif (call.booster.name, call.booster.steps) == ("twicing", 2):
+        kind = "twicing"
+    return cuda_order(
+        kind,
+        is_causal=call.visibility.causal,
+        backward=torch.is_grad_enabled() and call.query.requires_grad,
+        length=max(call.query.shape[-2], 1),
+        head_dim=max(call.query.shape[-1], 1),
+    )
 
 
 def choose_backend(call: FilterCall) -> str:
     """The fastest back-end, by measured shape, of those that are there and do not refuse."""
     device = call.query.device.type
     order = next((row.order for row in CHOICES if row.device in (None, device) and row.fits(call)), ())
-    for name in (*order, *ELSEWHERE):
+    for name in (*order, *order_elsewhere(device, call)):
         if name in BACKENDS and BACKENDS[name].refuses(call) is None:
             return name
     return "reference"
