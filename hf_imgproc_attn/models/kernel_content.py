@@ -31,10 +31,20 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALF_DTYPES else dtype
 
 
+# Asked once: torch 2.11 cannot trace the question, and breaks a compiled graph at it.
+_HAS_AUTOCAST = {name: torch.amp.is_autocast_available(name) for name in ("cpu", "cuda", "mps", "xpu", "meta")}
+
+
+def has_autocast(device_type: str) -> bool:
+    """Whether there is such a thing as autocast on a type of device."""
+    known = _HAS_AUTOCAST.get(device_type)
+    return torch.amp.is_autocast_available(device_type) if known is None else known
+
+
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype in which autocast would run a product of ``x``: its own where autocast is off or does not reach."""
     device_type = x.device.type
-    is_there = torch.amp.is_autocast_available(device_type)
+    is_there = has_autocast(device_type)
     if x.dtype == torch.float64 or not is_there or not torch.is_autocast_enabled(device_type):
         return x.dtype
     return torch.get_autocast_dtype(device_type)
@@ -42,7 +52,7 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype:
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """A context in which autocast does not change the dtype of products."""
-    if not torch.amp.is_autocast_available(device_type):
+    if not has_autocast(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
 
@@ -221,9 +231,8 @@ def class_token_columns(
 
     Args:
         class_bias: ``[heads, 3]``.
-        row_constant: the constant of grid row i that the grid columns dropped, with the opposite sign of what was
-            dropped, ``[batch, heads, length]``; class keys get it back, or they would be compared with another zero.
-            None: nothing was dropped.
+        row_constant: |p_i|^2/h^2, ``[batch, heads, length]``, which the grid columns omit. It is added for class keys,
+            so that both kinds of key share one reference. None: the grid columns omit nothing.
         length: number of queries, class tokens first.
         key_length: number of keys, class tokens first.
         num_class_tokens: how many.
