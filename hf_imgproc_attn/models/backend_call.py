@@ -80,7 +80,8 @@ class FilterCall(NamedTuple):
     @property
     def has_columns(self) -> bool:
         """Whether anything but a plain inner product enters the logits."""
-        return bool(self.positions) or CONTENT_COLUMNS[self.content.kernel] is not None
+        # Not bool(): torch 2.11 cannot trace it on a tuple.
+        return len(self.positions) > 0 or CONTENT_COLUMNS[self.content.kernel] is not None
 
     def repeated(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values with as many heads as the queries; keys that no query sees are 0 (:meth:`boost` does V)."""
