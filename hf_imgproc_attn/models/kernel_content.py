@@ -51,7 +51,7 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Products in the dtype of what comes in."""
+    """A context in which autocast does not change the dtype of products."""
     if not has_autocast(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
@@ -98,7 +98,7 @@ def right_columns(b: torch.Tensor, dtype: torch.dtype, shift: torch.Tensor | flo
 
 
 def inside(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Inside the range of ``dtype``: an infinite column would make NaN of the logits."""
+    """Clamp to the range of ``dtype``: an infinite column would make the logits NaN."""
     largest = torch.finfo(dtype).max
     return x.clamp(-largest, largest)
 
@@ -127,12 +127,13 @@ def gaussian_content_columns(
     Returns:
         ``[batch, heads, length, c]`` and ``[batch, heads, key_length, c]`` in the query's dtype.
     """
-    dtype, work = query.dtype, working_dtype(query.dtype)
-    minus_half_scale = torch.as_tensor(scale, dtype=work, device=query.device) * -0.5
-    squared = key.to(work).square().sum(-1)
+    dtype, logits_dtype = query.dtype, working_dtype(query.dtype)
+    minus_half_scale = torch.as_tensor(scale, dtype=logits_dtype, device=query.device) * -0.5
+    squared = key.to(logits_dtype).square().sum(-1)
     shift: torch.Tensor | float = _FLOAT16_SHIFT
     if dtype == torch.float16 and key.shape[-2]:
-        # Keys may be longer than 2^12, whose square over the usual shift leaves float16. Logits end at 2^32.
+        # The usual shift fits squared norms up to 2^24, float16 ends near 2^16: longer keys need a larger one. The
+        # logits that such columns can represent end near 2^32.
         shift = torch.exp2((squared.detach().amax() / 2.0**15).log2().ceil()).clamp(min=_FLOAT16_SHIFT)
     left = left_columns(minus_half_scale.expand(query.shape[1], 1, 1)[..., 0], dtype, shift)
     return (
