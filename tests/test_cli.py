@@ -198,3 +198,32 @@ def test_incomplete_installation_is_reported(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(shipped_files, "__file__", str(tmp_path / "package" / "shipped_files.py"))
     with pytest.raises(FileNotFoundError, match=r"training/train_image_classification\.py is neither in"):
         cli.main(["train-image", "--help"])
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "words"),
+    [
+        ("datasets", "train", "train-image --preset twicing"),
+        ("evaluate", "train", "train-lm --preset twicing"),
+        ("sklearn", "train", "evaluate run"),
+        ("skimage", "filters", "denoise camera"),
+        ("matplotlib", "viz", "benchmark --quick"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(
+    package: str, extra: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    status, out, err = run_main(capsys, *words.split())
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    hint = f'pip install ".[{extra}]" in a checkout of this package'
+    assert err.endswith(f"this needs {package}, which is not installed: {hint}\n")
+
+
+def test_curves_of_a_publication_name_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from hf_imgproc_attn.cards.curves import draw_curves
+    from hf_imgproc_attn.errors import UsageError
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UsageError, match=r'pip install "\.\[hub\]"'):
+        draw_curves({"train_loss": [[1, 2.0]]}, tmp_path / "x.png")

@@ -11,10 +11,12 @@ import torch
 
 import hf_imgproc_attn
 from hf_imgproc_attn import filter_attention
-from hf_imgproc_attn.models import backend_table
+from hf_imgproc_attn.models import backend_measured, backend_table
 from hf_imgproc_attn.models.backend_call import Booster, Content, FilterCall
-from hf_imgproc_attn.models.backend_table import BACKENDS, Backend, choose_backend, register
+from hf_imgproc_attn.models.backend_measured import SAFE
+from hf_imgproc_attn.models.backend_table import BACKENDS, Backend, choose_backend, order_elsewhere, register
 from hf_imgproc_attn.models.kernel_given import FeaturePositions
+from hf_imgproc_attn.models.kernel_position import GaussianPositions
 from hf_imgproc_attn.models.visibility import Visibility
 from tests.helpers import RunPython
 
@@ -267,12 +269,30 @@ def test_auto_follows_the_table(given: dict[str, Any], expected: str) -> None:
 
 
 @pytest.mark.usefixtures("_clean_table")
-def test_kernels_come_first_where_they_serve_the_call() -> None:
+def test_kernels_come_first_where_they_were_measured_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a measurement the safe choice stands; a kernel that refuses is passed over."""
     register("triton", Backend(lambda call: call.value, lambda call: "has no dropout" if call.dropout else None))
-    assert choose_backend(call_of("meta")) == "triton"
+    assert order_elsewhere("cuda", call_of("meta")) == SAFE
+    row = ("twicing", True, False, 256, WIDTH, ("triton", "sdpa"))
+    monkeypatch.setattr(backend_measured, "MEASURED", (row,))
+    assert order_elsewhere("cuda", call_of("meta"))[:2] == ("triton", "sdpa")
+    assert order_elsewhere("cuda", call_of("meta", causal=False)) == SAFE
+    assert order_elsewhere("cuda", call_of("meta", boosting="none")) == SAFE
+    assert order_elsewhere("cuda", call_of("meta", extra=2)) == SAFE
+    assert order_elsewhere("cpu", call_of("cpu")) == SAFE
     assert choose_backend(call_of("meta", dropout=0.1)) == "blocked"
-    assert choose_backend(call_of("meta", boosting="none", dropout=0.1)) == "sdpa"
-    assert choose_backend(call_of("cpu")) == "blocked"
+
+
+def test_positions_by_place_get_no_large_bias_anywhere() -> None:
+    places = torch.empty(1, 4000, 1, device="meta")
+    gaussian = GaussianPositions(places, places, torch.empty(4, 1, 1, device="meta"), None, 4.0, True, True)
+    for device in ("cuda", "meta"):
+        assert order_elsewhere(device, call_of("meta", 4000)._replace(positions=(gaussian,)))[0] == "blocked"
+    short = call_of("cpu", 1500, causal=False)._replace(
+        positions=(gaussian._replace(coordinates=torch.zeros(1, 1500, 1), key_coordinates=torch.zeros(1, 1500, 1)),)
+    )
+    assert choose_backend(short) == "blocked"
+    assert choose_backend(short._replace(booster=Booster("none"))) == "blocked"
 
 
 def test_exported_lazily(run_python: RunPython) -> None:

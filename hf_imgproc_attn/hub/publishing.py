@@ -9,29 +9,22 @@ half-published and never moves, and the same call goes on from where it ended.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi
 
 from ..cards.merging import MergedCard, merge_card
-from ..errors import UsageError
-from . import fresh_process
 from .client import HubError, connect, patiently
 from .licences import Licence, find_licence
 from .repository import (
     MAIN,
     Files,
     Found,
+    branches_and_tags,
     check_card,
     check_may_write,
     check_purpose,
@@ -40,19 +33,13 @@ from .repository import (
     create,
     differences,
     full_name,
-    head_of,
     list_files,
     look_at,
     read_text,
+    stale_files,
 )
-from .run_files import CARD, CURVES, Contents, RunFolder, contents, read_run, travelling_files
-
-_VERIFICATIONS = 3
-# Variables that would lead the verifying process to another cache or login than its own.
-_OTHER_PLACES = (
-    "HF_ASSETS_CACHE", "HF_HUB_CACHE", "HF_MODULES_CACHE", "HF_TOKEN", "HF_TOKEN_PATH", "HF_XET_CACHE",
-    "HUGGINGFACE_HUB_CACHE", "PYTHONPATH", "TRANSFORMERS_CACHE",
-)  # fmt: skip
+from .run_files import CARD, CURVES, Contents, RunFolder, contents, read_run
+from .verification import check_loads, verify
 
 
 @dataclass(frozen=True)
@@ -158,24 +145,33 @@ def publish(
     plan = _plan(made, found, published_card, licence, force)
     for remark in [*_licence_remarks(plan.card.front_matter, licence), *plan.card.notes]:
         print(remark, flush=True)
+    return _carry_out(api, repo_id, found, plan, checked.folder, branch=branch, private=private)
+
+
+def _carry_out(
+    api: HfApi, repo_id: str, found: Found, plan: _Plan, folder: Path, *, branch: str, private: bool
+) -> Publication:
+    """Commit, verify and tag, each where it has not been done yet."""
     commit = found.head if plan.holds else None
     if not (plan.holds and plan.is_tagged):
         check_may_write(api, repo_id, found)
     if commit is None:
         check_card(api, plan.card.text)
         head = create(api, repo_id, found, private=private, branch=branch)
+        if stale := stale_files(found.files, plan.files):
+            print(f"deleting from the branch {branch}, whose history keeps them: {', '.join(stale)}")
         print(f"uploading to {api.endpoint}/{repo_id}, branch {branch}:\n{file_table(plan.files)}", flush=True)
         commit = commit_files(api, repo_id, plan.files, branch=branch, head=head, title=plan.tag)
         print(f"committed as {commit}; verifying in a fresh process", flush=True)
     else:
         print(f"{repo_id}, branch {branch}, holds this run already; verifying it", flush=True)
-    loaded = verify(api, repo_id, commit, checked.folder, is_tagged=plan.is_tagged)
+    loaded = verify(api, repo_id, commit, folder, is_tagged=plan.is_tagged)
     if not plan.is_tagged:
         patiently(
             f"tag {repo_id} as {plan.tag}",
             lambda: api.create_tag(repo_id, tag=plan.tag, revision=commit, exist_ok=True),
         )
-    _check_still_there(api, repo_id, branch, commit, plan.files)
+    _check_still_there(api, repo_id, branch, commit, plan)
     was_there = plan.holds and plan.is_tagged
     return Publication(repo_id, f"{api.endpoint}/{repo_id}", commit, plan.tag, loaded["class"], was_there)
 
@@ -245,10 +241,14 @@ def _numbered(tag: str) -> Iterator[str]:
         number += 1
 
 
-def _check_still_there(api: HfApi, repo_id: str, branch: str, commit: str, files: Files) -> None:
-    """Refuse to call published what somebody else has replaced meanwhile."""
-    now = head_of(api, repo_id, branch)
-    if now != commit and (wrong := differences(list_files(api, repo_id, now), files)):
+def _check_still_there(api: HfApi, repo_id: str, branch: str, commit: str, plan: _Plan) -> None:
+    """Refuse to call published what somebody else has replaced, or whose tag somebody else has put, meanwhile."""
+    branches, tags = branches_and_tags(api, repo_id)
+    if tags.get(plan.tag) != commit:
+        raise HubError(f"the tag {plan.tag} of {repo_id} is not on {commit}, but on {tags.get(plan.tag)}")
+    now = branches.get(branch)
+    wrong = [] if now in (None, commit) else differences(list_files(api, repo_id, str(now)), plan.files)
+    if now is None or wrong:
         raise HubError(
             f"the run is in {repo_id} at {commit}, but the branch {branch} has moved on to {now} meanwhile, which "
             f"does not hold it ({', '.join(wrong[:3])}): somebody else writes there"
@@ -290,76 +290,6 @@ def _show(made: Contents, repo_id: str, licence: Licence) -> None:
         print(remark)
     print(f"the card, to look at: {folder / CARD}")
     print("nothing was sent, and nothing written to the run's folder; edits of a card on the Hub would be kept")
-
-
-def check_loads(run: RunFolder) -> None:
-    """Load what would be published in a process without this package, before anything is sent.
-
-    Raises:
-        UsageError: if configuration, weights and code do not make a model, or its processor cannot be loaded.
-    """
-    with _staged(run) as folder:
-        found = _run_fresh_process(None, str(folder))
-    if "error" in found:
-        raise UsageError(f"run {str(run.folder)!r} cannot be published: {found['error']}")
-
-
-@contextmanager
-def _staged(run: RunFolder) -> Iterator[Path]:
-    """A folder with the files that travel and no others."""
-    with tempfile.TemporaryDirectory(prefix="hf_imgproc_attn_run_") as name:
-        for path in travelling_files(run.folder).values():
-            place = Path(name) / path.name
-            try:
-                place.symlink_to(path.resolve())
-            except OSError:  # not every system allows links
-                shutil.copy(path, place)
-        yield Path(name)
-
-
-def verify(api: HfApi, repo_id: str, commit: str, folder: Path, *, is_tagged: bool = False) -> dict[str, Any]:
-    """Download a commit into an empty cache, in a process without this package, and compare it with the run.
-
-    Returns:
-        What :func:`.fresh_process.check` found.
-
-    Raises:
-        HubError: if the checksums or the outputs on a probe are not those of the run, or it cannot be loaded.
-    """
-    for _ in range(_VERIFICATIONS):
-        found = _run_fresh_process(api.endpoint, repo_id, commit, str(folder.resolve()))
-        if not found.get("again"):
-            break
-    if "error" in found:
-        state = "has been published before, but is not verified" if is_tagged else "is not verified and has no tag"
-        raise HubError(f"{repo_id} at {commit} {state}: {found['error']}. Publishing again goes on from there")
-    return found
-
-
-def _run_fresh_process(endpoint: str | None, *arguments: str) -> dict[str, Any]:
-    """Run :mod:`.fresh_process`; without an endpoint it is offline."""
-    token = get_token()
-    with tempfile.TemporaryDirectory(prefix="hf_imgproc_attn_verify_") as home:
-        offline = "1" if endpoint is None else "0"
-        environment = {
-            **os.environ, "HF_HOME": home, "HF_HUB_OFFLINE": offline, "TRANSFORMERS_OFFLINE": offline,
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        }  # fmt: skip
-        for name in _OTHER_PLACES:
-            environment.pop(name, None)
-        if endpoint is not None:
-            environment["HF_ENDPOINT"] = endpoint
-            if token is not None:
-                environment["HF_TOKEN"] = token  # the login is a file of the usual HF_HOME
-        command = [sys.executable, "-I", str(fresh_process.__file__), *arguments]
-        done = subprocess.run(
-            command, cwd=home, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
-        )
-    try:
-        return dict(json.loads(done.stdout.splitlines()[-1]))
-    except (ValueError, IndexError):
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        return {"error": f"it cannot be loaded: {last[0]}", "again": False}
 
 
 def file_table(files: Files) -> str:

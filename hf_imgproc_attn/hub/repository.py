@@ -111,9 +111,7 @@ def look_at(api: HfApi, repo_id: str, branch: str) -> Found:
         if isinstance(error.__cause__, RepositoryNotFoundError):
             return Found()
         raise
-    refs = patiently(f"list the branches and tags of {repo_id}", lambda: api.list_repo_refs(repo_id))
-    tags = {ref.name: str(ref.target_commit) for ref in refs.tags}
-    branches = {ref.name: str(ref.target_commit) for ref in refs.branches}
+    branches, tags = branches_and_tags(api, repo_id)
     if branch in tags and branch not in branches:
         raise HubError(f"revision must be a branch to publish to, got {branch!r}, which is a tag of {repo_id}")
     head = branches.get(branch)
@@ -279,11 +277,17 @@ def head_of(api: HfApi, repo_id: str, branch: str) -> str:
     Raises:
         HubError: if there is no such branch.
     """
-    refs = patiently(f"list the branches of {repo_id}", lambda: api.list_repo_refs(repo_id))
-    for ref in refs.branches:
-        if ref.name == branch:
-            return str(ref.target_commit)
-    raise HubError(f"{repo_id} has no branch {branch}")
+    branches, _ = branches_and_tags(api, repo_id)
+    if branch not in branches:
+        raise HubError(f"{repo_id} has no branch {branch}")
+    return branches[branch]
+
+
+def branches_and_tags(api: HfApi, repo_id: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Name -> commit of the branches, and of the tags."""
+    refs = patiently(f"list the branches and tags of {repo_id}", lambda: api.list_repo_refs(repo_id))
+    branches, tags = ({ref.name: str(ref.target_commit) for ref in kind} for kind in (refs.branches, refs.tags))
+    return branches, tags
 
 
 def commit_files(api: HfApi, repo_id: str, wanted: Files, *, branch: str, head: str, title: str) -> str:

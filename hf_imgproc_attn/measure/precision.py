@@ -4,8 +4,9 @@
 
 One layer filters random tokens whose query, key and value bfloat16 holds exactly, so that one result in float64 (the
 dense form) is the truth for every precision. An error is the root mean square of the difference over the root mean
-square of the truth, over all heads; the tables give it as a multiple of the error of torch's own
-``scaled_dot_product_attention`` in the same precision on the same tokens.
+square of the truth, over all heads, of the output, of the gradients of query, key and value, and of the gradients of
+the layer's parameters (bandwidths, gains, bucket and class-token logits); the tables give it as a multiple of the
+error of torch's own ``scaled_dot_product_attention`` in the same precision on the same tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,8 +56,31 @@ class Data(NamedTuple):
         return len(self.sides) == 1
 
 
-TEXT = Data("text, 512 tokens, causal", (512,), 0)
-IMAGES = Data("images, 14 x 14 patches and a class token", (14, 14), 1)
+ALL_DATA = (
+    Data("text, 256 tokens, causal", (256,), 0),
+    Data("text, 1,024 tokens, causal", (1024,), 0),
+    Data("images, 14 x 14 patches and a class token", (14, 14), 1),
+)
+
+
+class Errors(NamedTuple):
+    """Relative errors, or multiples of plain attention's.
+
+    output: of the output.
+    inputs: the largest of the gradients of query, key and value.
+    parameters: the largest of the gradients of the layer's parameters; None where it has none.
+    """
+
+    output: float
+    inputs: float
+    parameters: float | None = None
+
+    def over(self, plain: Errors) -> str:
+        """As multiples of plain attention's errors: output, inputs, parameters (beside the inputs of plain)."""
+        found = [self.output / plain.output, self.inputs / plain.inputs]
+        if self.parameters is not None:
+            found.append(self.parameters / plain.inputs)
+        return " / ".join(_ratio(value) for value in found)
 
 
 def cases() -> dict[str, Fields]:
@@ -81,7 +106,12 @@ def _random(*shape: int, seed: int) -> torch.Tensor:
 def build_layer(fields: Fields, data: Data) -> AttentionFilter:
     """The second layer of a model with these fields; learned logits and projections are random, bandwidths default."""
     config_class: Any = ImgProcGPT2Config if len(data.sides) == 1 else ImgProcViTConfig
-    config = config_class(hidden_size=HEADS * HEAD_DIM, num_attention_heads=HEADS, num_hidden_layers=2, **fields)
+    config = config_class(
+        hidden_size=HEADS * HEAD_DIM,
+        num_attention_heads=HEADS,
+        num_hidden_layers=2,
+        **{"learn_bandwidths": True, **fields},
+    )
     layer = AttentionFilter(
         config.layer_specs[1],
         config,
@@ -139,34 +169,62 @@ def _cast(given: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in given.items()}
 
 
-@torch.no_grad()
-def plain_errors(data: Data) -> dict[torch.dtype, float]:
+Results = tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]
+"""The output, the gradients of the inputs and those of the parameters."""
+
+
+def _gradients(
+    output: torch.Tensor, leaves: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Gradients of a fixed random function of the output: of the inputs, and of the parameters."""
+    upstream = _random(*output.shape, seed=50).to(output.dtype)
+    found = list(torch.autograd.grad(output, [*leaves, *parameters], upstream))
+    return found[: len(leaves)], found[len(leaves) :]
+
+
+def _errors(got: Results, exact: Results) -> Errors:
+    inputs = [relative_error(mine, truth) for mine, truth in zip(got[1], exact[1], strict=True)]
+    parameters = [relative_error(mine, truth) for mine, truth in zip(got[2], exact[2], strict=True)]
+    return Errors(relative_error(got[0], exact[0]), max(inputs), max(parameters) if parameters else None)
+
+
+def plain_errors(data: Data) -> dict[torch.dtype, Errors]:
     """The yardstick: torch's attention on the same query, key and value."""
     attention = torch.nn.functional.scaled_dot_product_attention
     given = inputs_for(build_layer({"position_kernel": "none"}, data), data)
-    query, key, value = (given[name] for name in ("query", "key", "value"))
-    exact = attention(query, key, value, is_causal=data.is_causal)
-    return {
-        dtype: relative_error(
-            attention(query.to(dtype), key.to(dtype), value.to(dtype), is_causal=data.is_causal), exact
-        )
-        for dtype in PRECISIONS
-    }
+
+    def results(dtype: torch.dtype) -> Results:
+        leaves = [given[name].to(dtype).requires_grad_() for name in ("query", "key", "value")]
+        query, key, value = leaves
+        output = attention(query, key, value, is_causal=data.is_causal)
+        return output.detach(), *_gradients(output, leaves, [])
+
+    exact = results(torch.float64)
+    return {dtype: _errors(results(dtype), exact) for dtype in PRECISIONS}
 
 
-@torch.no_grad()
-def measure(fields: Fields, data: Data) -> dict[tuple[torch.dtype, str], float]:
+def measure(fields: Fields, data: Data) -> dict[tuple[torch.dtype, str], Errors]:
     """Errors of one row, by precision and implementation."""
     layer = build_layer(fields, data)
     given = inputs_for(layer, data)
-    exact = apply_layer(layer.double(), given, data, "eager")
-    errors = {}
-    for dtype in PRECISIONS:
-        for implementation in SUPPORTED_IMPLEMENTATIONS:
-            got = apply_layer(layer.to(dtype), _cast(given, dtype), data, implementation)
-            errors[dtype, implementation] = relative_error(got, exact)
-            layer.double()
-    return errors
+    names = ("query", "key", "value")
+
+    def results(dtype: torch.dtype, implementation: str) -> Results:
+        cast = _cast(given, dtype)
+        cast |= {name: cast[name].clone().requires_grad_() for name in names}
+        layer.to(dtype)
+        scalars = list(layer.scalar_bias.parameters())
+        output = apply_layer(layer, cast, data, implementation)
+        found = output.detach(), *_gradients(output, [cast[name] for name in names], scalars)
+        layer.double()
+        return found
+
+    exact = results(torch.float64, "eager")
+    return {
+        (dtype, implementation): _errors(results(dtype, implementation), exact)
+        for dtype in PRECISIONS
+        for implementation in SUPPORTED_IMPLEMENTATIONS
+    }
 
 
 def _ratio(value: float) -> str:
@@ -179,12 +237,15 @@ def table(data: Data) -> list[str]:
     columns = [(dtype, implementation) for dtype in PRECISIONS for implementation in SUPPORTED_IMPLEMENTATIONS]
     names = [f"{str(dtype).removeprefix('torch.')} {implementation}" for dtype, implementation in columns]
     lines = [f"## {data.name[0].upper()}{data.name[1:]}", ""]
-    yardstick = " and ".join(f"{error:.1e} in {str(dtype).removeprefix('torch.')}" for dtype, error in plain.items())
-    lines += [f"Plain attention's own error: {yardstick}.", ""]
+    yardstick = " and ".join(
+        f"{error.output:.1e} / {error.inputs:.1e} in {str(dtype).removeprefix('torch.')}"
+        for dtype, error in plain.items()
+    )
+    lines += [f"Plain attention's own errors, output / gradients: {yardstick}.", ""]
     lines += [f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     for row, fields in cases().items():
         errors = measure(fields, data)
-        ratios = " | ".join(_ratio(errors[column] / plain[column[0]]) for column in columns)
+        ratios = " | ".join(errors[column].over(plain[column[0]]) for column in columns)
         lines.append(f"| {row} | {ratios} |")
     return [*lines, ""]
 
@@ -200,18 +261,18 @@ def page() -> str:
         COMMAND,
         "```",
         "",
-        "Error of one layer's output against float64, as a multiple of the error that torch's own",
-        "`scaled_dot_product_attention` has in the same precision on the same tokens (1 = as accurate as plain",
-        "attention). `eager` computes in float32 at least and rounds its output once; `sdpa` is the fast path of the",
-        "shape, fused calls in the given precision or blocks in float32 at least. Rotary positions round query and",
-        "key once more; feature columns of the `gaussian` position kernel in float32 hold p²/h², which costs digits",
-        "in narrow heads of long texts (still far below bfloat16's error).",
+        "Errors of one layer against float64, as multiples of those that torch's own `scaled_dot_product_attention`",
+        "has in the same precision on the same tokens (1 = as accurate as plain attention). Each cell: output / worst",
+        "gradient of query, key and value / worst gradient of the layer's bandwidths, gains and bucket or class-token",
+        "logits, where it has any (beside plain attention's gradients). `eager` computes in float32 at least and",
+        "rounds its output once; `sdpa` is the fast path of the shape, fused calls in the given precision or blocks",
+        "in float32 at least. Rotary positions round query and key once more.",
         "",
-        f"{HEADS} heads of width {HEAD_DIM}, standard normal query, key and value, default bandwidths, which are not",
-        f"learned. Measured on {platform.machine()} with torch {torch.__version__.split('+')[0]}, on the CPU.",
+        f"{HEADS} heads of width {HEAD_DIM}, standard normal query, key and value, default bandwidths, learned.",
+        f"Measured on {platform.machine()} with torch {torch.__version__.split('+')[0]}, on the CPU.",
         "",
     ]
-    for data in (TEXT, IMAGES):
+    for data in ALL_DATA:
         lines += table(data)
     return "\n".join(lines)
 

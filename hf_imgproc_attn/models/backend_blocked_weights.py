@@ -63,10 +63,10 @@ class Buffer:
 
 
 class KeySums:
-    """A sum over blocks of products A^T g with the rows of keys, begun by the last block, which sees all keys.
+    """Accumulates A^T g over query blocks. Blocks run in reverse: the first one sees all keys and allocates the sum.
 
     Held transposed where there are several blocks: a product with A on the right is faster than one with A^T on the
-    left, but has to be turned in the end.
+    left. The sum is transposed back at the end.
 
     Args:
         plan: what is computed.

@@ -74,13 +74,14 @@ class FilterCall(NamedTuple):
     @property
     def new_value(self) -> torch.Tensor:
         """V of the queries' own tokens, ``[batch, heads, length, d]``."""
-        own = self.value[..., self.key.shape[-2] - self.query.shape[-2] :, :]
-        return own if self.groups == 1 else own.repeat_interleave(self.groups, dim=1)
+        rows = self.value[..., self.key.shape[-2] - self.query.shape[-2] :, :]
+        return rows if self.groups == 1 else rows.repeat_interleave(self.groups, dim=1)
 
     @property
     def has_columns(self) -> bool:
         """Whether anything but a plain inner product enters the logits."""
-        return bool(self.positions) or CONTENT_COLUMNS[self.content.kernel] is not None
+        # Not bool(): torch 2.11 cannot trace it on a tuple.
+        return len(self.positions) > 0 or CONTENT_COLUMNS[self.content.kernel] is not None
 
     def repeated(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values with as many heads as the queries; keys that no query sees are 0 (:meth:`boost` does V)."""
@@ -112,10 +113,10 @@ class FilterCall(NamedTuple):
 
     def past_streams(self) -> list[torch.Tensor]:
         """The cached rows of the booster's streams, in order; empty where there are none."""
-        found: list[torch.Tensor] = []
-        while (rows := self.streams.past(boost_stream(len(found) + 1))) is not None:
-            found.append(rows)
-        return found
+        streams: list[torch.Tensor] = []
+        while (rows := self.streams.past(boost_stream(len(streams) + 1))) is not None:
+            streams.append(rows)
+        return streams
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -16,13 +16,15 @@ from .visibility import Visibility
 
 
 def filter_logits(call: FilterCall) -> torch.Tensor:
-    """log K, dense, ``[batch, heads, length, key_length]``, in the working precision; who sees whom is left out."""
-    work = working_dtype(call.query.dtype)
+    """log K, dense, ``[batch, heads, length, key_length]``, in the working precision, before any mask."""
+    compute_dtype = working_dtype(call.query.dtype)
     key, _ = call.repeated()
     with without_autocast(call.query.device.type):
-        logits = CONTENT_LOGITS[call.content.kernel](call.query.to(work), key.to(work), call.content.scale)
+        logits = CONTENT_LOGITS[call.content.kernel](
+            call.query.to(compute_dtype), key.to(compute_dtype), call.content.scale
+        )
         for term in call.positions:
-            logits = logits + position_logits(term, work)
+            logits = logits + position_logits(term, compute_dtype)
     return logits
 
 
@@ -56,7 +58,7 @@ def reference_attention(
 
     Args:
         logits: log K, ``[batch, heads, length, key_length]`` in at least float32.
-        call: values, visibility, booster, dropout and streams; how its logits come about is not looked at.
+        call: its values, visibility, booster, dropout and streams; ``logits`` replace its queries, keys and kernels.
         attentions: None, ``"filter"`` (A, whose rows a cache does not need) or ``"operator"`` (what multiplies V; it
             needs all rows of A, so no cached keys).
 
@@ -69,34 +71,34 @@ def reference_attention(
         ValueError: if the operator of a boosted filter is asked for with cached keys.
     """
     dtype = call.value.dtype
-    work = working_dtype(dtype)
+    compute_dtype = working_dtype(dtype)
     _, value = call.repeated()
-    # Autocast would run the products in half precision and make the reference no better than what it checks.
+    # Autocast would run the products in half precision; the reference must be more exact than what it checks.
     with without_autocast(logits.device.type):
-        matrix = filter_matrix(logits.to(work), call.visibility)
+        matrix = filter_matrix(logits.to(compute_dtype), call.visibility)
         matrix = nn.functional.dropout(matrix, p=call.dropout, training=call.dropout > 0.0)
 
         def attend(rows: torch.Tensor) -> torch.Tensor:
-            return torch.matmul(matrix, rows.to(work))
+            return torch.matmul(matrix, rows.to(compute_dtype))
 
         if attentions != "operator" or not call.is_boosted:
             returned = None
             if attentions is not None:
                 returned = matrix.to(dtype)
                 matrix = _exact_through(returned, matrix)
-            return call.boost(attend, call.new_value.to(work), value).to(dtype), returned
+            return call.boost(attend, call.new_value.to(compute_dtype), value).to(dtype), returned
         if not call.visibility.is_square:
             raise ValueError(
                 "the attention operator of a boosted layer needs every row of A, which a cache does not keep: use "
                 'output_attentions=True with use_cache=False, or config.attention_output = "filter" for the rows of A'
             )
-        identity = torch.eye(matrix.shape[-1], dtype=work, device=matrix.device).expand_as(matrix)
+        identity = torch.eye(matrix.shape[-1], dtype=compute_dtype, device=matrix.device).expand_as(matrix)
         name, steps, gain = call.booster
         exact = BOOSTING[name](attend, keep_rows, identity, identity, steps, gain)
         operator = exact.to(dtype)
         if call.streams.is_cached:  # the first tokens of a cache: their streams have to be stored
-            return call.boost(attend, call.new_value.to(work), value).to(dtype), operator
-        output = torch.matmul(_exact_through(operator, exact), call.visibility.clean(value).to(work))
+            return call.boost(attend, call.new_value.to(compute_dtype), value).to(dtype), operator
+        output = torch.matmul(_exact_through(operator, exact), call.visibility.clean(value).to(compute_dtype))
         return output.to(dtype), operator
 
 

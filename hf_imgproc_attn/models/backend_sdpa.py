@@ -37,7 +37,7 @@ def augment(call: FilterCall, dtype: torch.dtype, form_dtype: torch.dtype | None
     """Write content and position kernel as columns beside queries and keys, or as a bias where columns lose digits.
 
     Args:
-        call: the filter; booster and visibility are not looked at, but keys that no query sees become 0.
+        call: the filter. Its booster is ignored, and of its visibility only ``hidden`` is used: those keys become 0.
         dtype: to compute in.
         form_dtype: columns or bias are chosen as if inputs had this dtype. None: ``dtype``.
     """
@@ -66,7 +66,7 @@ def augment(call: FilterCall, dtype: torch.dtype, form_dtype: torch.dtype | None
 
 
 def append_columns(x: torch.Tensor, columns: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Append columns, and zeros up to a multiple of 8, the width that fused kernels want.
+    """Append columns, and zeros up to a multiple of 8: fused kernels need such a width.
 
     Args:
         x: ``[batch, heads, length, width]``.
@@ -134,8 +134,8 @@ def additive_mask(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One additive mask from logits and what may be seen.
 
-    Each row is shifted so that its largest visible value is 0 (the softmax does not notice), which keeps the digits
-    where the weights are and far keys inside the range of float16.
+    Each row is shifted so that its largest visible value is 0, which does not change the softmax. So the logits of the
+    keys with weight keep their digits, and those of far keys stay inside the range of float16.
 
     Args:
         bias: ``[batch or 1, heads or 1, length, key_length]`` in at least float32.
@@ -143,8 +143,8 @@ def additive_mask(
         dtype: of the mask.
 
     Returns:
-        The mask, and which rows see anything (``[..., length, 1]``) or None for all: the mask of the others is 0, so
-        that no kernel makes NaN of them, and their output has to be set to 0.
+        The mask, and which rows see any key (``[..., length, 1]``), or None if all do. Rows that see no key have a
+        mask of 0, which avoids NaN; the caller sets their output to 0.
     """
     smallest = torch.finfo(dtype).min
     if allowed is None:
@@ -165,7 +165,7 @@ def _attention(
     scale: float,
     dropout: float,
 ) -> torch.Tensor:
-    """SDPA with V as wide as Q and K, by zeros at either side: fused kernels want equal widths; padding costs less."""
+    """SDPA with V, or Q and K, padded by zeros to one width, which fused kernels need; padding is the cheaper way."""
     width, missing = value.shape[-1], query.shape[-1] - value.shape[-1]
     if missing < 0:
         query, key = (nn.functional.pad(x, (0, -missing)) for x in (query, key))

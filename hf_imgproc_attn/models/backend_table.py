@@ -16,10 +16,12 @@ from .backend_blocked import refuses as blocked_refuses
 from .backend_blocked import run as run_blocked
 from .backend_blocked_plan import WHOLE_SCORES
 from .backend_call import FilterCall
+from .backend_measured import SAFE, cuda_order
 from .backend_reference import run as run_reference
 from .backend_sdpa import refuses as sdpa_refuses
 from .backend_sdpa import run as run_sdpa
 from .kernel_content import HALF_DTYPES
+from .kernel_position import BlockedPositions
 
 Run = Callable[[FilterCall], torch.Tensor]
 """Returns ``[batch, heads, length, d]``, differentiable in all tensors; stores streams by ``call.streams``."""
@@ -78,10 +80,6 @@ FEW_SCORES = 2**15
 """With fewer scores than this in all, the time goes into calls and not into products."""
 
 
-def _is_traced(call: FilterCall) -> bool:
-    return torch.compiler.is_compiling()
-
-
 def _is_one_row(call: FilterCall) -> bool:
     is_plain = not (call.is_boosted or call.has_columns)
     return call.query.shape[-2] == 1 and call.query.dtype not in HALF_DTYPES and not is_plain
@@ -96,6 +94,10 @@ def _has_few_scores(call: FilterCall) -> bool:
     return call.query.shape[:3].numel() * call.key.shape[-2] <= FEW_SCORES
 
 
+def _sees_places(call: FilterCall) -> bool:
+    return any(isinstance(term, BlockedPositions) for term in call.positions)
+
+
 def _takes_several_passes(call: FilterCall) -> bool:
     scores = call.query.shape[-2] * call.key.shape[-2]
     return call.is_boosted and not call.visibility.causal and scores > WHOLE_SCORES
@@ -103,13 +105,20 @@ def _takes_several_passes(call: FilterCall) -> bool:
 
 CHOICES = (
     # No graph breaks.
-    Choice(None, "traced by torch.compile or torch.export", _is_traced, ("sdpa", "reference")),
+    Choice(
+        None,
+        "traced by torch.compile or torch.export",
+        lambda call: torch.compiler.is_compiling(),
+        ("sdpa", "reference"),
+    ),
     # One row of weights serves all passes, and no columns have to be put beside every cached key.
     Choice(None, "one query, boosted or with columns", _is_one_row, ("reference",)),
     # Twicing, in units of one SDPA call on the same tensors: forward / forward + backward, float32, head_dim 64.
     Choice("cpu", "not boosted, values as wide as queries", _is_plain, ("sdpa",)),
     # 4 heads, N = 64: SDPA 2.6 / 2.0, blocked 6.8 / 5.3
     Choice("cpu", "few scores", _has_few_scores, ("sdpa", "reference")),
+    # SDPA would need a dense N x N bias.
+    Choice("cpu", "positions by place", _sees_places, ("blocked",)),
     # N = 2048: SDPA 2.1 / 2.0, blocked 2.5 / 1.9
     Choice("cpu", "boosted, long, not causal", _takes_several_passes, ("sdpa", "blocked")),
     # Causal N = 1024: SDPA 2.0 / 2.0, blocked 1.5 / 1.3; bidirectional N = 197: SDPA 2.0 / 2.0, blocked 1.7 / 1.6. Not
@@ -117,15 +126,42 @@ CHOICES = (
     Choice("cpu", "all else", lambda call: True, ("blocked",)),
 )
 """The first row that fits decides."""
-ELSEWHERE = ("triton", "sdpa", "blocked")
-"""On other devices, and where everything in a row is missing or refuses."""
+LARGE_BIAS = 2**24
+"""Positions by place are a dense bias for SDPA: too much memory beyond so many scores over batch and heads."""
+
+
+def order_elsewhere(device: str, call: FilterCall) -> tuple[str, ...]:
+    """What is tried, in order, where no row of the table fits or everything in it refuses.
+
+    On a CUDA device what was measured there; what was not measured is not chosen by itself.
+
+    Args:
+        device: type of the device.
+        call: what is to be computed.
+    """
+    if _sees_places(call) and call.query.shape[:3].numel() * call.key.shape[-2] > LARGE_BIAS:
+        return ("blocked", *SAFE)
+    if device != "cuda" or not (call.is_boosted or call.has_columns):
+        return SAFE
+    kind = "several steps"
+    if call.has_columns:
+        kind = "columns"
+    elif (call.booster.name, call.booster.steps) == ("twicing", 2):
+        kind = "twicing"
+    return cuda_order(
+        kind,
+        is_causal=call.visibility.causal,
+        backward=torch.is_grad_enabled() and call.query.requires_grad,
+        length=max(call.query.shape[-2], 1),
+        head_dim=max(call.query.shape[-1], 1),
+    )
 
 
 def choose_backend(call: FilterCall) -> str:
     """The fastest back-end, by measured shape, of those that are there and do not refuse."""
     device = call.query.device.type
     order = next((row.order for row in CHOICES if row.device in (None, device) and row.fits(call)), ())
-    for name in (*order, *ELSEWHERE):
+    for name in (*order, *order_elsewhere(device, call)):
         if name in BACKENDS and BACKENDS[name].refuses(call) is None:
             return name
     return "reference"

@@ -10,8 +10,9 @@ With f(u) = Attn(LN(u)), x_m the input of block m and x_0 the embedded input, af
     sos       f(x_0 + x) - x
     osher     x + f(x_0 + sum_{1 <= m <= l} (x_0 - x_m))
 
-and then x + MLP(LN(x)) as ever; block 0 is always ``standard`` (arXiv 2506.10371; *choice*: the paper's "boosting
-residual scheme" names the family, the leading x keeps the identity path, without which training degrades).
+and then x + MLP(LN(x)) as in the stock model. Block 0 is always ``standard`` (arXiv 2506.10371; *choice*: the paper
+names the family only, "boosting residual scheme"; the leading x keeps the identity path, without which training
+degrades).
 
 Feedback adds to the head output, before the output projection, with e_l = V_0 - V_l and e_0 = 0
 
@@ -76,7 +77,7 @@ def standard_residual(hidden_states: torch.Tensor, state: LayerState) -> Residua
 
 
 def twicing_residual(hidden_states: torch.Tensor, state: LayerState) -> Residual:
-    """x + f(x_0 - x): the attention filters what the stream has lost of the input."""
+    """x + f(x_0 - x): the attention filters the difference between the embedded input and the current x."""
     return _first_hidden(state) - hidden_states, hidden_states, state
 
 
@@ -86,7 +87,7 @@ def sos_residual(hidden_states: torch.Tensor, state: LayerState) -> Residual:
 
 
 def osher_residual(hidden_states: torch.Tensor, state: LayerState) -> Residual:
-    """x + f(x_0 + sum_{1 <= m <= l} (x_0 - x_m)): all that was lost so far is added back before filtering."""
+    """x + f(x_0 + sum_{1 <= m <= l} (x_0 - x_m)): the differences to x_0 are summed over blocks and added to x_0."""
     first = _first_hidden(state)
     lost = first - hidden_states
     total = lost if state.hidden_sum is None else state.hidden_sum + lost

@@ -9,10 +9,14 @@ feature and token. This is not an operator on V: there are two attention maps, a
 *Choices* that the paper leaves open or that this framework makes:
 - Attn_1 applies the same filter as Attn_0: content and position kernels, bandwidths and position projections are
   shared; only the projections of the tokens differ.
-- The value projection of Attn_1 starts at zero, so that a model starts as the one without boosting, and so that a
-  converted checkpoint computes what it did; it is the first to learn, the others follow.
+- The value projection of Attn_1 starts at zero. So a new model starts as the one without boosting, and a converted
+  checkpoint computes what it did before. Of the second attention only this projection gets a gradient in the first
+  step.
 - Under ``elliptical`` the layer "before" Attn_1 is Attn_0 of the same layer. Layer 0 has no metric in either.
-- Dropout draws a mask for each of the two.
+- Each of the two attentions draws its own dropout mask.
+
+Differs from the paper's equation, as its experiment does: query, key and value of Attn_1 all come from z - F, not the
+query alone.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Ten
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero: a learner that adds nothing yet."""
+    """A linear layer whose weights start at zero, so that it adds nothing before it is trained."""
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -79,8 +83,10 @@ class GradientBoosting(nn.Module):
         """
         first = output.transpose(1, 2).flatten(2)
         shape = (*first.shape[:-1], self.num_heads, self.head_dim)
-        rest = hidden_states - first
-        query, key, value = (layer(rest).view(shape).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        residual = hidden_states - first
+        query, key, value = (
+            layer(residual).view(shape).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
         correction, second_weights = attend(query, key, value)
         correction = correction.transpose(1, 2).flatten(2)
         gate = torch.sigmoid(self.gate(torch.cat((first, correction), dim=-1)))

@@ -9,22 +9,22 @@ A is low-pass; stacking layers smooths detail away. Boosting applies A again to 
     sos        u_k = A(V + u_{k-1}) - u_{k-1}, u_0 = 0  (Romano, Elad 2015);   k = 2: A^2
 
 Osher's iterative regularisation (2005) is k-step twicing, since A is fixed and linear: an alias. ``gradient_boosted``
-is no operator on V and has its own file, ``boost_gradient``. ``sos`` smooths *more* than A does: an
-eigenvalue m of its limit (2I - A)^-1 A is l/(2 - l) <= l for an eigenvalue l of A in [0, 1]. It reaches the limit only
+is no operator on V and has its own file, ``boost_gradient``. ``sos`` smooths *more* than A does: in its
+limit (2I - A)^-1 A an eigenvalue l of A in [0, 1] becomes l / (2 - l), which is at most l. It reaches the limit only
 if the spectral radius of A - I is below 1, as for symmetric positive kernels, not for attention in general.
 
 Every booster is a function of *how to apply A* and of the value, never of A itself, so that A^2 is not formed and the
 same lines serve two ``scaled_dot_product_attention`` calls, a dense A, the operator itself (value = identity) and a
-cache. Row j of what A is applied to never changes once computed (A is causal where there is a cache), so decoding
-caches these streams beyond V, :func:`extra_streams` of them, and stays exact.
+cache. With a cache A is causal, so row j of what A is applied to never changes once it is computed. Decoding caches
+these rows too, as :func:`extra_streams` streams beside V, and stays exact.
 
 Arguments of every booster:
     attend: applies A.
     extend: stores the rows of the new tokens in a stream.
     value: ``[batch, heads, length, d]``, the new tokens' rows of V.
     full_value: ``[batch, heads, key_length, d]``, all of V.
-    steps: k >= 1; ``plain`` and ``learned`` have none.
-    gain: gamma, ``[heads, 1, 1]`` in at least float32; only ``learned`` has one, for the others it is None.
+    steps: k >= 1; ``plain`` and ``learned`` ignore it.
+    gain: gamma of ``learned``, ``[heads, 1, 1]`` in at least float32; the others ignore it.
 Each returns ``[batch, heads, length, d]``.
 """
 

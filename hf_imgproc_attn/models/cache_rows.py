@@ -15,8 +15,9 @@ class GrowingRows:
     """Appends along the last but one axis, in place where there is room.
 
     What is returned is a view of a buffer with up to a quarter of spare rows. Rows that were appended once never
-    change, but those that a crop gave up are written again. Plain concatenation is used where writing in place could
-    be seen: under autograd, in traced code, and on tensors of inference mode outside it.
+    change; after a crop new rows overwrite those that were removed. Where writing in place could change a tensor that
+    is still used, rows are concatenated instead: under autograd, in traced code, and for tensors that were created in
+    inference mode and are used outside it.
     """
 
     def __init__(self) -> None:
@@ -26,8 +27,8 @@ class GrowingRows:
         """Put rows behind what is stored.
 
         Args:
-            stored: ``[..., length, width]``: what the previous call returned, or what has taken its place (a part of
-                it, other batch rows, another device); None or an empty tensor: nothing yet.
+            stored: ``[..., length, width]``: what the previous call returned, or what a cache operation made of it (a
+                crop, other batch rows, another device); None or an empty tensor: nothing yet.
             rows: ``[..., new, width]``.
 
         Returns:

@@ -1,8 +1,8 @@
 """Rows that a filter keeps beside keys and values, by name: what one layer sees of a cache, or of none.
 
-``"boost.1"``, ``"boost.2"``, ... are what a booster applies A to after V; ``"metric"`` is what the elliptical metric
-sums. The second filter of gradient boosting has streams of its own in the same cache layer, ``"second.key"``,
-``"second.value"`` and ``"second.metric"``.
+A booster applies A first to V, then to ``"boost.1"``, ``"boost.2"`` and so on. ``"metric"`` holds the rows that the
+elliptical metric sums. The second filter of gradient boosting has streams of its own in the same cache layer:
+``"second.key"``, ``"second.value"`` and ``"second.metric"``.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import torch
 
 SECOND = "second."
-"""Begins the names of the second filter's streams."""
+"""Prefix of the names of the second filter's streams."""
 
 
 def boost_stream(number: int) -> str:
-    """Name of x_number, the stream that a booster applies A to after ``number`` applications."""
+    """Name of the stream that a booster applies A to after it has applied A ``number`` times."""
     return f"boost.{number}"
 
 

@@ -1,8 +1,8 @@
-"""The image processor of a model with one channel: it makes grey of what it is given.
+"""The image processor of a model with one channel: it converts every image to grey.
 
 Pipelines give every image processor a colour image, also where the file is grey, and the stock processors leave three
-channels where a model wants one. For models with three channels the stock processor is used, and this file stays at
-home.
+channels where a model needs one. Models with three channels use the stock processor, and this file does not travel
+with them.
 """
 
 from typing import Any
@@ -39,10 +39,10 @@ class ImgProcGreyImageProcessor(ViTImageProcessorPil):
         pixels = super().process_image(image, **{**kwargs, "do_convert_rgb": False})
         if pixels.shape[0] < 3:
             return pixels[:1]
-        whole = pixels.dtype.kind in "iu"
-        wide = pixels.astype("int64") if whole else pixels
+        is_integer = pixels.dtype.kind in "iu"
+        wide = pixels.astype("int64") if is_integer else pixels
         grey = sum(weight * wide[channel] for channel, weight in enumerate(_LUMA))
-        grey = (grey + 2**15) >> 16 if whole else grey / 2**16
+        grey = (grey + 2**15) >> 16 if is_integer else grey / 2**16
         return grey[None].astype(pixels.dtype)
 
 

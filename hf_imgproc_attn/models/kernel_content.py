@@ -31,18 +31,28 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALF_DTYPES else dtype
 
 
+# Asked once: torch 2.11 cannot trace the question, and breaks a compiled graph at it.
+_HAS_AUTOCAST = {name: torch.amp.is_autocast_available(name) for name in ("cpu", "cuda", "mps", "xpu", "meta")}
+
+
+def has_autocast(device_type: str) -> bool:
+    """Whether there is such a thing as autocast on a type of device."""
+    known = _HAS_AUTOCAST.get(device_type)
+    return torch.amp.is_autocast_available(device_type) if known is None else known
+
+
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype in which autocast would run a product of ``x``: its own where autocast is off or does not reach."""
     device_type = x.device.type
-    is_there = torch.amp.is_autocast_available(device_type)
+    is_there = has_autocast(device_type)
     if x.dtype == torch.float64 or not is_there or not torch.is_autocast_enabled(device_type):
         return x.dtype
     return torch.get_autocast_dtype(device_type)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Products in the dtype of what comes in."""
-    if not torch.amp.is_autocast_available(device_type):
+    """A context in which autocast does not change the dtype of products."""
+    if not has_autocast(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
 
@@ -88,7 +98,7 @@ def right_columns(b: torch.Tensor, dtype: torch.dtype, shift: torch.Tensor | flo
 
 
 def inside(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Inside the range of ``dtype``: an infinite column would make NaN of the logits."""
+    """Clamp to the range of ``dtype``: an infinite column would make the logits NaN."""
     largest = torch.finfo(dtype).max
     return x.clamp(-largest, largest)
 
@@ -117,12 +127,13 @@ def gaussian_content_columns(
     Returns:
         ``[batch, heads, length, c]`` and ``[batch, heads, key_length, c]`` in the query's dtype.
     """
-    dtype, work = query.dtype, working_dtype(query.dtype)
-    minus_half_scale = torch.as_tensor(scale, dtype=work, device=query.device) * -0.5
-    squared = key.to(work).square().sum(-1)
+    dtype, logits_dtype = query.dtype, working_dtype(query.dtype)
+    minus_half_scale = torch.as_tensor(scale, dtype=logits_dtype, device=query.device) * -0.5
+    squared = key.to(logits_dtype).square().sum(-1)
     shift: torch.Tensor | float = _FLOAT16_SHIFT
     if dtype == torch.float16 and key.shape[-2]:
-        # Keys may be longer than 2^12, whose square over the usual shift leaves float16. Logits end at 2^32.
+        # The usual shift fits squared norms up to 2^24, float16 ends near 2^16: longer keys need a larger one. The
+        # logits that such columns can represent end near 2^32.
         shift = torch.exp2((squared.detach().amax() / 2.0**15).log2().ceil()).clamp(min=_FLOAT16_SHIFT)
     left = left_columns(minus_half_scale.expand(query.shape[1], 1, 1)[..., 0], dtype, shift)
     return (
@@ -220,9 +231,8 @@ def class_token_columns(
 
     Args:
         class_bias: ``[heads, 3]``.
-        row_constant: the constant of grid row i that the grid columns dropped, with the opposite sign of what was
-            dropped, ``[batch, heads, length]``; class keys get it back, or they would be compared with another zero.
-            None: nothing was dropped.
+        row_constant: |p_i|^2/h^2, ``[batch, heads, length]``, which the grid columns omit. It is added for class keys,
+            so that both kinds of key share one reference. None: the grid columns omit nothing.
         length: number of queries, class tokens first.
         key_length: number of keys, class tokens first.
         num_class_tokens: how many.

@@ -39,7 +39,7 @@ def elliptical_metric(
     moved = (value.to(dtype) - previous_value.to(dtype)).abs()
     all_moved = streams.append("metric", moved)
     if visibility.hides_only_padding and visibility.keys is not None:
-        # A product would make NaN of what overflowed in padding.
+        # Padding may hold inf, which would become NaN if it were multiplied by 0.
         all_moved = all_moved.masked_fill(~visibility.keys.transpose(-1, -2), 0.0)
     if not visibility.hides_only_padding:
         allowed = visibility.allowed(value.device)
@@ -55,6 +55,6 @@ def elliptical_metric(
 
 
 def _sum_of_visible(rows: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-    """Sums over the keys that each query sees; what no query of a sample sees may be infinite or NaN."""
+    """Sums over the keys that each query sees. Rows that no query of a sample sees may be infinite or NaN."""
     seen = allowed.any(-2).unsqueeze(-1)
     return torch.matmul(allowed.to(rows.dtype), rows.masked_fill(~seen, 0.0))

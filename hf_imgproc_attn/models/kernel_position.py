@@ -1,7 +1,7 @@
 """The position kernel of one layer: s(p_i, p_j) as dense logits or as feature columns, and positions in cached keys.
 
-Tokens come as ``[class tokens, grid tokens]``. Class or register tokens have no place on the grid; a scalar per head
-stands for their position logit to the grid, from it and to themselves.
+Tokens come as ``[class tokens, grid tokens]``. Class or register tokens have no place on the grid. Each head learns
+three scalars for them: grid to class, class to grid, class to class.
 """
 
 from __future__ import annotations
@@ -226,7 +226,8 @@ def check_coordinates(
     if tuple(coordinates.shape) not in allowed or coordinates.dtype in HALF_DTYPES:
         raise ValueError(
             f"coordinates must have shape {(batch, length, axes)} or {(1, length, axes)} (one row per token, one "
-            f"column per axis of the grid), not of half precision, got {tuple(coordinates.shape)}, {coordinates.dtype}"
+            "column per axis of the grid) and not be of half precision, got "
+            f"{tuple(coordinates.shape)}, {coordinates.dtype}"
         )
     if coordinates.device.type != "cpu" or torch.compiler.is_compiling():
         return

@@ -105,11 +105,11 @@ class AttentionFilter(nn.Module):
 
     def _stream_names(self) -> tuple[str, ...]:
         """What a cache has to keep beside keys and values; see ``cache_streams``."""
-        own = ["metric"] if self.has_metric else []
+        metric = ["metric"] if self.has_metric else []
         if self.spec.boosting == "gradient_boosted":
-            return (*own, *(SECOND + name for name in ("key", "value", *own)))
+            return (*metric, *(SECOND + name for name in ("key", "value", *metric)))
         applications = extra_streams(self.spec.boosting, self.spec.boosting_steps)
-        return (*own, *(boost_stream(number + 1) for number in range(applications)))
+        return (*metric, *(boost_stream(number + 1) for number in range(applications)))
 
     def feedback_arguments(self) -> dict[str, Any]:
         """What the layer's feedback function takes: numbers, or learned factors ``[heads, 1, 1]``."""

@@ -1,6 +1,6 @@
 """The grid of patches that an image is cut into: its size, position tables on it, masks of patches.
 
-Height and width are two numbers everywhere: the stock ViT takes images, patches and its table's grid to be square.
+Height and width are kept apart everywhere. The stock ViT assumes that images, patches and its table's grid are square.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ def check_patch_mask(config: Any, pixel_values: torch.Tensor, bool_masked_pos: t
             f"bool_masked_pos needs, got patch_size={config.patch_size!r} and encoder_stride={stride}"
         )
     rows, columns = grid_size(config, *pixel_values.shape[-2:])
-    wanted = (pixel_values.shape[0], rows * columns)
-    if tuple(bool_masked_pos.shape) != wanted:
+    expected = (pixel_values.shape[0], rows * columns)
+    if tuple(bool_masked_pos.shape) != expected:
         raise ValueError(
-            f"bool_masked_pos must have one value for each of {rows} x {columns} patches, shape {wanted}, got "
+            f"bool_masked_pos must have one value for each of {rows} x {columns} patches, shape {expected}, got "
             f"{tuple(bool_masked_pos.shape)}"
         )
 

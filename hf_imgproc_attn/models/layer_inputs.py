@@ -15,8 +15,7 @@ class LayerInputs(NamedTuple):
 
     visibility: who sees whom; None in a model whose attention is stock in every layer.
     coordinates: places of the new tokens, ``[batch or 1, length, axes]`` in index or patch units, class tokens first;
-        None where no kernel sees them. Integers, where something on the way may cast floats (mixed precision of
-        sharded models does).
+        None where no kernel uses them. Models give integers: mixed precision of sharded models would round floats.
     contiguous: whether the coordinates are known to be in order and to have no gaps.
     position_states: ``untied``: position vectors of the new tokens ``[batch or 1, length, hidden_size]``, or, with
         shared projections, their projections ``[batch or 1, heads, length, 2 * head_dim]``; class tokens have none

@@ -51,7 +51,7 @@ def bandwidth_scale(log_bandwidth: torch.Tensor | None, bandwidths: list[float],
 def bandwidth_bounds(dtype: torch.dtype) -> tuple[float, float]:
     """The smallest and the largest bandwidth that a learned one acts as, beside queries of ``dtype``.
 
-    Those of a configuration; in float16, where products of 2/h^2 with a query must stay below 65,504, a larger least.
+    The bounds of a configuration. In float16 the smallest is 2^-5, since 2/h^2 times a query must stay below 65,504.
     """
     return 2.0**-5 if dtype == torch.float16 else MIN_BANDWIDTH, MAX_BANDWIDTH
 
@@ -59,21 +59,21 @@ def bandwidth_bounds(dtype: torch.dtype) -> tuple[float, float]:
 def bounded_log_bandwidth(log_bandwidth: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """log h inside the bounds for queries of ``dtype``.
 
-    The gradient passes as if there were no bound: a parameter that has run beyond it can come back.
+    The gradient is that of an unbounded value, so that a parameter beyond the bound can come back.
     """
     low, high = (math.log(bound) for bound in bandwidth_bounds(dtype))
-    # What is added is 0, and has the gradient.
+    # The difference is 0, but carries the gradient past the clamp.
     return log_bandwidth.detach().clamp(low, high) + (log_bandwidth - log_bandwidth.detach())
 
 
 def bandwidths_at_bound(model: nn.Module) -> list[str]:
-    """Names of the learned bandwidths of which some head's is at a bound or beyond it."""
+    """Names of the learned bandwidths that are at a bound or beyond it in at least one head."""
     low, high = (math.log(bound) for bound in bandwidth_bounds(torch.float32))
-    found = []
+    names = []
     for name, parameter in model.named_parameters():
         if name.endswith("_log_bandwidth") and bool(((parameter <= low) | (parameter >= high)).any()):
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 class Scalars(NamedTuple):
@@ -180,14 +180,14 @@ class FilterScalars(nn.Module):
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FilterScalars:
-        kept = {
+        unrounded = {
             name: (parameter.detach(), None if parameter.grad is None else parameter.grad.detach())
             for name, parameter in self.named_parameters()
         }
         super()._apply(fn, recurse)
         for name, parameter in self.named_parameters():
             if parameter.dtype in HALF_DTYPES:
-                value, gradient = kept[name]
+                value, gradient = unrounded[name]
                 parameter.grad = None
                 parameter.data = value.to(device=parameter.device, dtype=torch.float32)
                 if gradient is not None:

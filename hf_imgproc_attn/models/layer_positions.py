@@ -51,8 +51,8 @@ class LayerPositions:
         self.has_bandwidth = self.kernel in KERNELS_WITH_BANDWIDTH
         self._rotary_base = float(config.rotary_base or DEFAULT_ROTARY_BASE)
         self._slopes = alibi_slopes(heads)
-        # Text is read in one direction: what lies behind a query, which only a mask of the caller's shows, shares the
-        # bucket of the query itself.
+        # Text has buckets for earlier tokens only. Later tokens, which a caller's mask may show, share the bucket of
+        # distance 0.
         self._bidirectional = self.axes > 1
         self.bucket_table: tuple[int, int] | None = None
         self._boundaries: list[int] = []
@@ -104,7 +104,7 @@ class LayerPositions:
             vectors: U_Q p of the new tokens and U_K p of all, or None.
             coordinates: of the new tokens and of all, or None.
             contiguous: whether coordinates are known to be in order and to have no gaps.
-            causal: whether nothing shows a row any later token.
+            causal: whether no query sees a later token.
             like: a tensor of the query's dtype and device.
         """
         class_logits = scalars.class_token
@@ -113,17 +113,20 @@ class LayerPositions:
         if query is not None and key is not None:
             scale = bandwidth_scale(scalars.position_log_bandwidth, self.bandwidths, like)
             return (UntiedPositions(query, key, scale, class_tokens),)
-        new, everywhere = coordinates
-        if new is None or everywhere is None:
+        new, all_coordinates = coordinates
+        if new is None or all_coordinates is None:
             return ()
         if self.kernel == "alibi":
             slopes = torch.tensor(self._slopes, dtype=new.dtype, device=new.device).view(-1, 1, 1)
-            return (AlibiPositions(new, everywhere, slopes, class_tokens, max(self._slopes), causal, contiguous),)
+            return (AlibiPositions(new, all_coordinates, slopes, class_tokens, max(self._slopes), causal, contiguous),)
         if scalars.relative_buckets is not None:
             table = scalars.relative_buckets
-            return (BucketPositions(new, everywhere, table, class_tokens, self._boundaries, self._bidirectional),)
+            return (BucketPositions(new, all_coordinates, table, class_tokens, self._boundaries, self._bidirectional),)
         log_bandwidth = scalars.position_log_bandwidth
         scale = bandwidth_scale(log_bandwidth, self.bandwidths, like)
-        # A frozen parameter may have learned before: only numbers of the configuration are still what they were.
+        # A parameter counts as learned even if it is frozen: it may have been trained before, so that the numbers of
+        # the configuration are no longer its values.
         learns = log_bandwidth is not None
-        return (GaussianPositions(new, everywhere, scale, class_tokens, min(self.bandwidths), learns, contiguous),)
+        return (
+            GaussianPositions(new, all_coordinates, scale, class_tokens, min(self.bandwidths), learns, contiguous),
+        )

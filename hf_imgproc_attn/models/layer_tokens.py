@@ -45,7 +45,7 @@ def filter_tokens(
     # A decoder with cross-attention keeps the cache of its self-attention inside another one.
     cache = getattr(inputs.past_key_values, "self_attention_cache", inputs.past_key_values)
     if cache is not None:
-        check_cache_layer(cache, layer.layer_idx, bool(layer.stream_names))
+        check_cache_layer(cache, layer.layer_idx, len(layer.stream_names) > 0)
         streams = CachedStreams(cache, layer.layer_idx)
     value, state = projected[2], inputs.state
     output, weights = layer(*projected, inputs, streams=streams, dropout=dropout)

@@ -170,7 +170,8 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
             if self.position_projection is not None:
                 position_states = self.position_projection(position_states)
         if self.position_kernels & set(COORDINATE_KERNELS):
-            # Around a fixed centre, which cached keys and new queries share, float16 has digits for longer texts.
+            # Centred at a fixed index, the same for cached keys and new queries, so that numbers stay small: float16
+            # then represents the positions of longer texts.
             coordinates = (position_ids - self.config.n_positions // 2).unsqueeze(-1)
         return position_states, coordinates
 

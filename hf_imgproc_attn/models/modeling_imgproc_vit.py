@@ -50,15 +50,17 @@ class ImgProcViTEmbeddings(ViTEmbeddings):
     def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """What stock ``forward`` adds to the tokens ``[batch, 1 + patches, hidden_size]``: 0 unless ``additive``.
 
-        The stock function takes patches and the grid of the table to be square; where they are, it gives the same.
+        The stock function assumes that patches and the table's grid are square; where they are, it gives the same.
         """
         table = self.position_embeddings
         if not self.adds_positions or table is None:
             return embeddings.new_zeros(())
-        trained, wanted = trained_grid(self.config), grid_size(self.config, height, width)
-        if trained == wanted:
+        trained, requested = trained_grid(self.config), grid_size(self.config, height, width)
+        if trained == requested:
             return table
-        return torch.cat((table[:, :NUM_CLASS_TOKENS], resize_table(table[:, NUM_CLASS_TOKENS:], trained, wanted)), 1)
+        return torch.cat(
+            (table[:, :NUM_CLASS_TOKENS], resize_table(table[:, NUM_CLASS_TOKENS:], trained, requested)), 1
+        )
 
     def forward(
         self,
@@ -82,7 +84,7 @@ class ImgProcViTEmbeddings(ViTEmbeddings):
                 f"pixel_values must be images of {expected[0]} x {expected[1]} pixels, got {height} x {width}: "
                 "resize them or pass interpolate_pos_encoding=True"
             )
-        # Without added positions the stock code path that interpolates is the one that can be told to add nothing.
+        # Of the two ways in which the stock code adds positions, only interpolation can be overridden to add 0.
         interpolate = interpolate_pos_encoding or not self.adds_positions
         tokens = super().forward(pixel_values, bool_masked_pos, interpolate)
         compared = not self.adds_positions and self.position_embeddings is not None
@@ -93,10 +95,10 @@ class ImgProcViTEmbeddings(ViTEmbeddings):
         table = self.position_embeddings
         if table is None:
             raise ValueError("this model has no position table")
-        trained, wanted = trained_grid(self.config), grid_size(self.config, height, width)
-        if trained == wanted:
-            return table.clone()  # what shards parameters frees the parameter itself after this module's forward
-        return resize_table(table, trained, wanted)
+        trained, requested = trained_grid(self.config), grid_size(self.config, height, width)
+        if trained == requested:
+            return table.clone()  # FSDP frees the parameter itself after this module's forward
+        return resize_table(table, trained, requested)
 
 
 class ImgProcViTAttention(FilteredAttentionMixin, ViTAttention):
@@ -170,10 +172,10 @@ def accept_saved_names(model: nn.Module, state_dict: dict[str, Any], prefix: str
     ``Trainer`` reads checkpoints with ``load_state_dict``, on resuming and when it loads the best model: it would drop
     nearly every weight with a mere warning (seen with Transformers 5.23, with the stock ViT too).
     """
-    own = model.state_dict()
-    if prefix or state_dict.keys() <= own.keys():
+    parameters = model.state_dict()
+    if prefix or state_dict.keys() <= parameters.keys():
         return
-    for name, tensor in own.items():
+    for name, tensor in parameters.items():
         saved = list(revert_weight_conversion(model, {name: tensor}))
         if len(saved) == 1 and saved[0] != name and saved[0] in state_dict:
             state_dict[name] = state_dict.pop(saved[0])
@@ -345,13 +347,13 @@ class ImgProcViTForMaskedImageModeling(ImgProcViTPreTrainedModel, ViTForMaskedIm
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> MaskedImageModelingOutput:
-        """As the stock ``forward``, which takes every image to be square; see there for the arguments.
+        """As the stock ``forward``, which assumes square images; see there for the arguments.
 
         An image's last rows and columns that no patch covers are not reconstructed and not part of the loss.
 
         Raises:
-            ValueError: without images; for a mask that has not one value a patch, or any mask if ``patch_size`` is not
-                ``encoder_stride``.
+            ValueError: without images; for a mask without one value for each patch; for any mask if ``patch_size`` is
+                not ``encoder_stride``.
         """
         pixel_values = check_images(pixel_values)
         if bool_masked_pos is not None:

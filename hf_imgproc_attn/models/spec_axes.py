@@ -23,16 +23,16 @@ ATTENTION_OUTPUTS = ("operator", "filter")
 """What ``output_attentions=True`` returns: the operator that multiplies V, or A."""
 
 RUN_TIME_FIELDS = ("filter_backend", "attention_output")
-"""Fields of a configuration that are never saved."""
+"""Fields of a configuration that are chosen at run time and never saved."""
 
 STEPPED_BOOSTINGS = ("twicing", "osher", "diffusion", "sos")
 """Boosters that take a number of steps."""
 
 KERNELS_WITH_BANDWIDTH = ("untied", "gaussian")
-"""Position kernels that ``position_bandwidth`` goes for."""
+"""Position kernels that have a bandwidth, ``position_bandwidth``."""
 
 COORDINATE_KERNELS = ("gaussian", "alibi", "relative_buckets", "rotary")
-"""Position kernels that see a token's place on the grid and no vector, so that they reach beyond any table."""
+"""Position kernels that use a token's place on the grid: without a position table, inputs may be of any length."""
 
 MAX_BOOSTING_STEPS = 16
 """More steps than this only amplify rounding: ``I - (I - A)^k`` is within 2^-k of its limit where A smooths at all."""
@@ -110,7 +110,7 @@ def layer_schedule(config: Any) -> list[LayerSpec]:
         selected = {layer % max(num_layers, 1) for layer in config.boosted_layers}
     specs = []
     for i in range(num_layers):
-        # For a fixed linear A Osher's iterative regularisation is k-step twicing (FRAMEWORK, section 3).
+        # For a fixed linear A Osher's iterative regularisation is k-step twicing.
         booster = {"osher": "twicing"}.get(boosting[i], boosting[i]) if i in selected else "none"
         specs.append(
             LayerSpec(

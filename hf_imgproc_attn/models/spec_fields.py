@@ -79,7 +79,7 @@ class FilterSpecMixin:
         content_kernel: ``"dot_product"``, ``"gaussian"`` or ``"elliptical"``; one value, or a list with one per layer.
         position_kernel: ``"additive"`` (positions added to the tokens, the stock model), ``"untied"``, ``"gaussian"``,
             ``"alibi"``, ``"relative_buckets"``, ``"rotary"`` or ``"none"``; one value, or a list with one per layer.
-            ``additive`` goes for all layers or none.
+            ``additive`` is used by all layers or by none.
         content_bandwidth: h_y > 0, a number or a list with one number per head. None: 2/h_y^2 = the stock scaling.
         position_bandwidth: h_p > 0, likewise, of ``untied`` and ``gaussian``. None: as h_y for ``untied``; geometric
             over the heads from (4 head_dim)^(1/4) to the longest side of the grid, in index or patch units, for
@@ -149,7 +149,7 @@ class FilterSpecMixin:
 
     @classmethod
     def from_dict(cls: type[ConfigT], config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The stock ``from_dict`` (also of ``from_pretrained``): refuses near misses among the overrides, newer files.
+        """The stock ``from_dict`` (also of ``from_pretrained``): refuses misspelt fields and newer files.
 
         Raises:
             ValueError: for a near miss, or a ``filter_spec_version`` that this code does not know.
@@ -180,9 +180,9 @@ class FilterSpecMixin:
         """What ``output_attentions=True`` returns of a boosted layer, one of ``ATTENTION_OUTPUTS``.
 
         ``"operator"`` is what multiplies V (for twicing 2A - A^2); it needs every row of A, which a cache does not
-        keep. ``"filter"`` is A itself, whose rows are there at every step of cached generation. Both are parts of the
-        graph that the output is computed with, but for the two maps of ``gradient_boosted``, which are copies side by
-        side. Set at run time, as ``filter_backend`` is, and never saved.
+        keep. ``"filter"`` is A itself, whose rows are there at every step of cached generation. The output is computed
+        from the returned tensor, so gradients with respect to it exist; the two maps of ``gradient_boosted`` are
+        stacked copies and have none. Set at run time, as ``filter_backend`` is, and never saved.
 
         Raises:
             ValueError: on setting another value.

@@ -209,7 +209,7 @@ def _check_bandwidth(name: str, value: Any, num_heads: int) -> None:
 
 
 def _check_depth(config: Any, num_layers: int) -> None:
-    """What looks at earlier layers does nothing in a model of one layer: another model than was asked for."""
+    """Refuse what compares layers where there is no earlier layer: it would silently do nothing."""
     contents = config.content_kernel if isinstance(config.content_kernel, list) else [config.content_kernel]
     for name, value, looks_back in (
         ("feedback", config.feedback, config.feedback != "none"),

@@ -1,7 +1,7 @@
-"""Who sees whom: one object, built once a model forward, that every layer and every back-end asks.
+"""Who sees whom: one object, built once for each forward pass of a model, that every layer and back-end asks.
 
-Nothing else interprets a mask. Most calls hide two kinds of keys only, padding and later tokens; where that is known,
-two facts say everything (``keys`` and ``causal``) and no ``length x key_length`` mask has to be looked at.
+Nothing else interprets a mask. Most calls hide two kinds of keys only, padding and later tokens. Then the fields
+``keys`` and ``causal`` say everything, and no mask of size ``length x key_length`` is needed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Visibility(NamedTuple):
         bias: finite numbers added to the logits, ``[batch or 1, heads or 1, length or 1, key_length or 1]``, or None.
         hidden: keys that no query sees, ``[batch or 1, heads or 1, 1, key_length]``, or None if there are none.
             Whatever stands there, NaN included, has no influence.
-        dense: everything that is visible as one boolean mask, where somebody has built it already, or None.
+        dense: everything that is visible as one boolean mask, if it has been built already, or None.
     """
 
     length: int
@@ -271,12 +271,12 @@ def model_visibility(
 
 
 def _may_hold_several_texts(position_ids: torch.Tensor) -> bool:
-    # Transformers looks at the values in the same way, so that an accelerator is waited for anyway.
+    # This waits for an accelerator, but so does Transformers, which reads the same values.
     return torch.compiler.is_compiling() or bool((position_ids.diff(dim=-1) != 1).any())
 
 
 def _can_look(x: torch.Tensor) -> bool:
-    """Whether values may be looked at: an accelerator would be waited for, a traced graph would break."""
+    """Whether to read values: on an accelerator that would wait for it, in a traced graph it would break the graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -285,7 +285,7 @@ def _all_true(mask: torch.Tensor) -> bool:
 
 
 def _is_causal(allowed: torch.Tensor, length: int, key_length: int) -> bool:
-    """Whether a mask is seen to hide every later key, so that the algorithms for causal attention serve it."""
+    """Whether a mask is known to hide every later key, so that algorithms for causal attention may be used."""
     if not _can_look(allowed) or allowed.shape[-2:] != (length, key_length) or key_length < length:
         return False
     return not bool(allowed.triu(key_length - length + 1).any())

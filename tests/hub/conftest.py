@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from hf_imgproc_attn.hub import publishing
+from hf_imgproc_attn.hub import verification
 from tests.hub.server import HubServer
 from tests.models.variants import made_once
 from tests.training.conftest import TINY_GPT2, TINY_VIT
@@ -80,5 +80,5 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             commits.append(arguments[1])
         return {"class": "ImgProcViTForImageClassification"}
 
-    monkeypatch.setattr(publishing, "_run_fresh_process", check)
+    monkeypatch.setattr(verification, "_run_fresh_process", check)
     return commits

@@ -83,14 +83,16 @@ def test_what_was_deleted_on_the_hub_comes_back(
     assert second.revision != first.revision
 
 
-def test_what_was_put_beside_the_run_goes_if_it_is_in_the_way(
-    hub: HubServer, run: CopyOfRun, verified: list[str], api: HfApi
+def test_what_was_put_beside_the_run_goes_if_it_is_in_the_way_and_that_is_said(
+    hub: HubServer, run: CopyOfRun, verified: list[str], api: HfApi, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = run("vit")
     put(folder, hub, verified)
     for name in ("LICENSE", "robustness.json", "pytorch_model.bin", "old.py"):
         api.upload_file(path_or_fileobj=b"{}", path_in_repo=name, repo_id=ID)
     put(folder, hub, verified)
+    said = "deleting from the branch main, whose history keeps them: old.py, pytorch_model.bin, robustness.json\n"
+    assert said in capsys.readouterr().out
     left = hub.repo(ID).files()
     assert "LICENSE" in left
     assert {"robustness.json", "pytorch_model.bin", "old.py"}.isdisjoint(left)
@@ -195,11 +197,11 @@ def test_somebody_else_commits_meanwhile(
     assert "notes.txt" in hub.repo(ID).files()
     put(two, hub, verified)
 
-    def verify(*arguments: Any, **options: Any) -> dict[str, Any]:
+    def deletes(*arguments: Any, **options: Any) -> dict[str, Any]:
         api.delete_file("config.json", ID)
         return {"class": "x"}
 
-    monkeypatch.setattr(publishing, "verify", verify)
+    monkeypatch.setattr(publishing, "verify", deletes)
     with pytest.raises(HubError, match=r"the branch main has moved on to .* which does not hold it \(config.json\)"):
         publish(one, ID)
 

@@ -17,8 +17,18 @@ import torch
 
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.measure.benchmark.attention import Shape
-from hf_imgproc_attn.measure.gpu_check import cifar, part_backends, part_times, part_training, runner, tensors, worker
-from hf_imgproc_attn.measure.gpu_check.parts import PARTS, Part, Refused
+from hf_imgproc_attn.measure.gpu_check import (
+    cifar,
+    part_backends,
+    part_models,
+    part_steps,
+    part_times,
+    part_training,
+    runner,
+    tensors,
+    worker,
+)
+from hf_imgproc_attn.measure.gpu_check.parts import PARTS, Bench, Part, Refused
 from hf_imgproc_attn.models.spec_fields import PRESETS
 from tests.helpers import ROOT, RunPython
 
@@ -137,7 +147,7 @@ def test_rehearsal_covers_every_back_end(rehearsal: Record) -> None:
 
 
 def test_rehearsal_times_filters_steps_and_training(rehearsal: Record) -> None:
-    timed = [case for case in cases_of(rehearsal, "c").values() if case["status"] == "measured" and case["about"]]
+    timed = [case for case in cases_of(rehearsal, "c").values() if "directions" in case.get("values", {})]
     assert {case["about"]["backend"] for case in timed} >= {"sdpa", "blocked", "triton", "SDPA flash"}
     for case in timed:
         for found in case["values"]["directions"].values():
@@ -358,6 +368,30 @@ def test_exact_results_are_the_package_s_reference(name: str) -> None:
         assert (tensors.relative_error(plain, wanted) > 0.05) == (name != "plain")
 
 
+@pytest.mark.parametrize("name", list(tensors.FILTERS))
+def test_inputs_are_exact_in_half_precision_at_full_size(name: str) -> None:
+    """One result in float64 is then the truth for every precision; 515^2 / 4 would overflow float16."""
+    inputs = tensors.draw(name, part_backends.CAUSAL)
+    terms = [inputs.query, inputs.value, *(inputs.features or ()), *([] if inputs.bias is None else [inputs.bias])]
+    for term in terms:
+        assert term.isfinite().all()
+        assert torch.equal(term.bfloat16().double(), term)
+        assert torch.equal(term.half().double(), term)
+
+
+def test_cases_of_a_gpu_have_names_of_their_own() -> None:
+    """The full list, which the rehearsal shortens."""
+    for module, count in (
+        (part_models, 60),
+        (part_backends, 100),
+        (part_times, 70),
+        (part_steps, 20),
+        (part_training, 21),
+    ):
+        names = [case.name for case in module.cases(Bench("cuda"))]
+        assert len(set(names)) == len(names) >= count
+
+
 def test_a_result_that_is_not_a_number_is_wrong() -> None:
     setting = part_backends.Setting("twicing", part_backends.TINY_CAUSAL, "float32", "cpu")
     for factor in (float("nan"), 1.01):
@@ -452,8 +486,6 @@ def test_augmentation_shifts_and_mirrors_whole_images() -> None:
 
 
 def test_fgsm_moves_every_pixel_by_epsilon_and_raises_the_loss(images: Path) -> None:
-    from hf_imgproc_attn.measure.gpu_check.parts import Bench
-
     model = part_training.build(Bench("cpu"), "twicing", 0).eval()
     test = cifar.read(images)[1]
     pixels = test.pixels.float() / 255

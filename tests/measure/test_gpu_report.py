@@ -80,6 +80,8 @@ def a_record() -> Record:
                     timed("twicing", "sdpa", 2.0, 2.1),
                     timed("twicing", "triton", 1.5, 2.2),
                     timed("twicing", "flex", 1.4, 1.5),
+                    ("choice", {"about": {"what": "choice"}, "status": "measured", "values": {"a shape": "flash"}}),
+                    ("kernels", {"about": {"what": "kernels"}, "status": "measured", "values": {"a shape": ["fa3"]}}),
                 ]
             ),
             "d": part([("step", {"about": step, "status": "measured", "values": stepped})]),
@@ -116,6 +118,8 @@ def test_page_shows_what_was_measured_and_what_went_wrong() -> None:
         "- two: **crashed**. exit status 3",
         "| twicing | triton | causal (8, 12, 2048, 64) | 1.50 (1.40 to 1.60) | 2.20 (2.10 to 2.30) | 3 / 4.4 "
         "| 250 / 250 | 300 / 300 | 20 / 10 |",
+        "Plain SDPA chose: flash at a shape.",
+        "- a shape: fa3",
         "| ViT-B | training step | 64 images | bilateral | compiled | 1.20 (1.10 to 1.30) | 2.4 / 50 |",
         "| `softmax` | 701,000 | 2 | 72.0 (70.0 to 74.0) | 50.0 (50.0 to 50.0) |",
     ):
@@ -124,7 +128,7 @@ def test_page_shows_what_was_measured_and_what_went_wrong() -> None:
 
 def test_readme_paragraph_counts_and_names_the_fastest() -> None:
     text = report.readme_paragraph(a_record())
-    assert "On a GPU (NVIDIA H100, torch 2.11.0+cu130): of 10 checks 9 came out as they should and 1 did not" in text
+    assert "On a GPU (NVIDIA H100, torch 2.11.0+cu130): of 12 checks 11 came out as they should and 1 did not" in text
     assert "1.40 / 1.50 by `flex` at causal (8, 12, 2048, 64)." in text
 
 

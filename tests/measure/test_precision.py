@@ -20,25 +20,27 @@ def test_the_committed_page_has_a_row_of_every_kernel() -> None:
     kernels = [f"content `{name}`" for name in CONTENT_KERNELS]
     kernels += [f"position `{name}`" for name in POSITION_KERNELS if name not in ("additive", "none")]
     for row in kernels:
-        assert text.count(f"\n| {row} |") == 2, f"{row}: once for text, once for images"
+        assert text.count(f"\n| {row} |") == 3, f"{row}: twice for text, once for images"
 
 
 @pytest.mark.parametrize("data", SMALL, ids=lambda data: data.name)
 def test_errors_are_those_of_the_precision(data: precision.Data) -> None:
     """Each row in each precision: not exact, and within a small multiple of plain attention's error."""
     plain = precision.plain_errors(data)
-    assert 1e-8 < plain[torch.float32] < 1e-6
-    assert 5e-4 < plain[torch.bfloat16] < 5e-3
+    assert 1e-8 < plain[torch.float32].output < 1e-6
+    assert 5e-4 < plain[torch.bfloat16].output < 5e-3
     for row, fields in precision.cases().items():
-        for (dtype, implementation), error in precision.measure(fields, data).items():
-            assert 0 < error < 8 * plain[dtype], (row, dtype, implementation)
+        for (dtype, implementation), errors in precision.measure(fields, data).items():
+            place = (row, dtype, implementation)
+            assert 0 < errors.output < 8 * plain[dtype].output, place
+            assert 0 < errors.inputs < 8 * plain[dtype].inputs, place
+            assert errors.parameters is None or 0 < errors.parameters < 12 * plain[dtype].inputs, place
 
 
 def test_the_command_writes_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(precision, "TEXT", SMALL[0])
-    monkeypatch.setattr(precision, "IMAGES", SMALL[1])
+    monkeypatch.setattr(precision, "ALL_DATA", SMALL)
     monkeypatch.setattr(precision, "cases", lambda: {"a row": {"position_kernel": "alibi"}})
     assert precision.main([str(tmp_path / "page.md")]) == 0
     text = (tmp_path / "page.md").read_text(encoding="utf-8")

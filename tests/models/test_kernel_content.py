@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from hf_imgproc_attn.models import kernel_content
 from hf_imgproc_attn.models.kernel_content import (
     class_token_columns,
     class_token_logits,
@@ -331,3 +332,18 @@ def test_given_bandwidths_are_used_a_head_each(implementation: str) -> None:
         alone = apply(make_filter(*kernels, learn_bandwidths=False, **one), implementation)
         torch.testing.assert_close(alone[:, head], expected[:, head], **EXACT)
         assert (alone - expected).abs().amax((0, 2, 3)).sort().values[1] > 1e-3, "the heads differ"
+
+
+def test_autocast_is_asked_for_without_breaking_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11 cannot trace `is_autocast_available`: it must not be called on the way."""
+    kinds = {kind: torch.amp.is_autocast_available(kind) for kind in ("cpu", "cuda", "meta")}
+
+    def untraceable(device_type: str) -> bool:
+        raise AssertionError(f"asked for {device_type}")
+
+    monkeypatch.setattr(torch.amp, "is_autocast_available", untraceable)
+    assert kinds == {"cpu": True, "cuda": True, "meta": False}
+    assert {kind: kernel_content.has_autocast(kind) for kind in kinds} == kinds
+    tokens = torch.zeros(1, 5, dtype=torch.long)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ImgProcGPT2Model(tiny_gpt2_config("bilateral_gaussian", boosting="twicing")).eval()(tokens)

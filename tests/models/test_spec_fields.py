@@ -93,7 +93,7 @@ def test_defaults_are_the_stock_model(config_class: Any, stock_name: str) -> Non
     assert all(is_stock_layer(config, spec) for spec in config.layer_specs)
 
 
-# FRAMEWORK.md, section 6: content, position, boosting and its steps, residual, feedback, learned bandwidths.
+# Content, position, boosting and its steps, residual, feedback, learned bandwidths; see docs/framework.md, section 8.
 TABLE = {
     "softmax": ("dot_product", "additive", "none", 2, "standard", "none", False),
     "bilateral": ("dot_product", "untied", "none", 2, "standard", "none", True),

@@ -7,7 +7,6 @@ user does next: train, checkpoint activations, compile.
 
 from __future__ import annotations
 
-import copy
 import math
 import tempfile
 from collections.abc import Callable
@@ -38,8 +37,8 @@ MODES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
 
 LARGEST_MULTIPLE = 16.0
 """Of the stock model's error; above it, and above the floor, a result is wrong."""
-FLOORS = {"float32": 2e-3, "bfloat16": 8e-2, "float16": 1e-2, "autocast bfloat16": 8e-2}
-"""Relative errors that the precision explains. float32: Gaussian position columns cancel (docs/precision.md)."""
+FLOORS = {"float32": 2e-5, "bfloat16": 4e-2, "float16": 6e-3, "autocast bfloat16": 4e-2}
+"""Relative errors that the precision explains: some times those of a CPU (8e-7, 1.4e-2, 1.7e-3, 1e-2). TF32 is not."""
 
 _FIRST = ("softmax", "twicing", "bilateral", "bilateral_twicing", "bilateral_gaussian")
 _COMPILED = (("gpt2", "twicing"), ("vit", "bilateral"))
@@ -79,7 +78,7 @@ def cases(bench: Bench) -> list[Case]:
     for what, check, chosen, seconds in (
         ("training", train, _TRAINED, limit),
         ("gradient checkpointing", checkpoint_activations, _COMPILED, limit),
-        ("torch.compile", compile_model, _COMPILED[:1] if bench.tiny else _COMPILED, 150.0),
+        ("torch.compile", compile_model, _COMPILED, 150.0),
     ):
         found += [
             Case(
@@ -197,7 +196,7 @@ def errors_in(backbone: str, preset: str, bench: Bench) -> dict[str, dict[str, f
     truth = exact(backbone, preset, sizes)
     found: dict[str, dict[str, float | str]] = {}
     for mode, (dtype, autocast) in MODES.items():
-        model = copy.deepcopy(build(backbone, preset, sizes)).to(bench.device, dtype)
+        model = build(backbone, preset, sizes).to(bench.device, dtype)
         got = run_model(model, inputs_for(backbone, sizes), dtype, autocast)
         if got.gradients.keys() != truth.gradients.keys():
             missing = sorted(truth.gradients.keys() ^ got.gradients.keys())
@@ -272,9 +271,8 @@ def generate(bench: Bench, preset: str, seconds_left: float) -> dict[str, Any]:
         truth = truth[:, sizes.length - 1 :]
         error = relative_error(got, truth)
         values[mode] = {"logits": error, "same_choices": float((got.argmax(-1) == truth.argmax(-1)).double().mean())}
-        allowed = 5 * FLOORS[mode] if mode == "bfloat16" else FLOORS[mode]
-        if not error <= allowed:
-            wrong.append(f"{mode}: relative error of the logits {error:.2g}, allowed {allowed:.2g}")
+        if not error <= FLOORS[mode]:
+            wrong.append(f"{mode}: relative error of the logits {error:.2g}, allowed {FLOORS[mode]:.2g}")
     if wrong:
         raise Wrong("; ".join(wrong), values)
     return values
@@ -299,7 +297,7 @@ def checkpoint_activations(bench: Bench, backbone: str, preset: str, seconds_lef
 
 
 def compile_model(bench: Bench, backbone: str, preset: str, seconds_left: float) -> dict[str, Any]:
-    """``torch.compile``: forward and backward, in float32 and under autocast, against float64."""
+    """``torch.compile`` in one graph: forward and backward, in float32 and under autocast, against float64."""
     sizes = TINY._replace(layers=1) if bench.tiny else FULL
     truth = exact(backbone, preset, sizes)
     names = sorted(truth.gradients)
@@ -312,16 +310,15 @@ def compile_model(bench: Bench, backbone: str, preset: str, seconds_left: float)
     for mode in ("float32",) if bench.tiny else ("float32", "autocast bfloat16"):
         dtype, autocast = MODES[mode]
         model = build(backbone, preset, sizes).to(bench.device, dtype)
-        run_compiled: Callable[..., Any] = torch.compile(model, backend="aot_eager" if bench.tiny else "inductor")
-        compiled = _Compiled(model, run_compiled)
+        backend = "aot_eager" if bench.tiny else "inductor"
+        compiled = _Compiled(model, torch.compile(model, backend=backend, fullgraph=True))
         got = run_model(compiled, inputs_for(backbone, sizes), dtype, autocast)
         values[mode] = {
             "logits": relative_error(got.logits, truth.logits),
             "gradients": relative_error(joined(got), joined(truth)),
         }
-        allowed = FLOORS[mode] * (1 if mode == "float32" else 2)
-        if not max(values[mode].values()) <= allowed:
-            wrong.append(f"{mode}: relative errors {values[mode]}, allowed {allowed:.2g}")
+        if not max(values[mode].values()) <= FLOORS[mode]:
+            wrong.append(f"{mode}: relative errors {values[mode]}, allowed {FLOORS[mode]:.2g}")
         torch.compiler.reset()
     if wrong:
         raise Wrong("; ".join(wrong), values)

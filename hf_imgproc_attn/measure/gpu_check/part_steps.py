@@ -15,7 +15,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
 from ... import ImgProcGPT2Config, ImgProcGPT2LMHeadModel, ImgProcViTConfig, ImgProcViTForImageClassification
-from ..benchmark.decoding import model_step
+from ..benchmark.decoding import build_on, model_step
 from ..benchmark.timing import interleave, peak_memory
 from ..benchmark.whole_models import GPT2_SMALL, GPT2_TINY, STOCK, VARIANTS, VIT_BASE, VIT_TINY
 from .parts import Bench, Case
@@ -83,36 +83,33 @@ def make_step(
     bench: Bench, backbone: str, variant: dict[str, Any] | None, compiled: bool
 ) -> tuple[Callable[[], object], str]:
     """A training step, and what it works on in words."""
-    torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    model: Any
+    make: Callable[[], Any]
     if backbone == "GPT-2 small":
         sizes = {**(GPT2_TINY if bench.tiny else GPT2_SMALL), "bos_token_id": 0, "eos_token_id": 0}
         if bench.tiny:
             sizes["n_layer"] = 1 if compiled else 3  # one of the variants boosts three
-        model = (
-            GPT2LMHeadModel(GPT2Config(**sizes))
-            if variant is None
-            else ImgProcGPT2LMHeadModel(ImgProcGPT2Config(**sizes, **variant))
-        )
+        if variant is None:
+            make = partial(GPT2LMHeadModel, GPT2Config(**sizes))
+        else:
+            make = partial(ImgProcGPT2LMHeadModel, ImgProcGPT2Config(**sizes, **variant))
         batch = 2 if bench.tiny else TEXTS
         ids = torch.randint(sizes["vocab_size"], (batch, sizes["n_positions"]), generator=generator)
         inputs = {"input_ids": ids, "labels": ids}
         words = f"{batch} texts of {sizes['n_positions']} tokens"
     else:
         sizes = {**VIT_TINY, "num_hidden_layers": 3} if bench.tiny else VIT_BASE
-        model = (
-            ViTForImageClassification(ViTConfig(**sizes))
-            if variant is None
-            else ImgProcViTForImageClassification(ImgProcViTConfig(**sizes, **variant))
-        )
+        if variant is None:
+            make = partial(ViTForImageClassification, ViTConfig(**sizes))
+        else:
+            make = partial(ImgProcViTForImageClassification, ImgProcViTConfig(**sizes, **variant))
         batch, side = 2 if bench.tiny else IMAGES, sizes["image_size"]
         inputs = {
             "pixel_values": torch.randn(batch, 3, side, side, generator=generator),
             "labels": torch.arange(batch),
         }
         words = f"{batch} images of {(side // sizes['patch_size']) ** 2 + 1} tokens"
-    model = model.train().to(bench.device)
+    model = build_on(bench.device, make).train()
     inputs = {name: tensor.to(bench.device) for name, tensor in inputs.items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     forward: Callable[..., Any] = torch.compile(model, backend=_compiler(bench), dynamic=False) if compiled else model

@@ -267,10 +267,15 @@ def _times_table(cases: dict[str, Any]) -> list[str]:
     if graphs:
         lines += ["Forward as a CUDA graph, where nothing has to be launched:", ""]
         lines += _table(["filter", "back-end", "shape", "forward", "ms"], graphs)
-    for name, case in cases.items():
-        if name.startswith("which kernels") and case["status"] == MEASURED:
-            chosen = (f"{shape}: {found['choice']}" for shape, found in case["values"].items())
-            lines += [f"Kernels of plain SDPA: {'; '.join(chosen)}.", ""]
+    for _, chosen in _measured(cases, what="choice"):
+        lines += [f"Plain SDPA chose: {'; '.join(f'{name} at {shape}' for shape, name in chosen.items())}.", ""]
+    for _, kernels in _measured(cases, what="kernels"):
+        lines += [
+            "Kernels that it ran:",
+            "",
+            *(f"- {shape}: {_cell(', '.join(names))}" for shape, names in kernels.items()),
+            "",
+        ]
     return lines
 
 

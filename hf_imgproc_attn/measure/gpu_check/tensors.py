@@ -14,7 +14,7 @@ import torch
 
 from ...functional import filter_attention
 from ..benchmark.attention import Shape
-from ..benchmark.methods import gaussian_features, untied_features
+from ..benchmark.methods import untied_features
 
 Attend = Callable[["Inputs"], torch.Tensor]
 
@@ -120,6 +120,18 @@ def draw(name: str, shape: Shape) -> Inputs:
         mask[0, ..., length - length // 3 :] = False
         inputs = replace(inputs, mask=mask)
     return inputs
+
+
+def gaussian_features(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns of a spatial Gaussian over the token index, 8 wide with padding; h_p is a quarter of the length.
+
+    In units of h_p no number is above 4, which float16 holds at every length: 2 u_i u_j - u_j^2, u = i / h_p.
+    """
+    heads, length = query.shape[1], query.shape[2]
+    place = (torch.arange(length, dtype=torch.float64) - (length - 1) / 2) / (length / 4)
+    left, right = torch.stack((2 * place, -torch.ones_like(place)), -1), torch.stack((place, place.square()), -1)
+    shape = (1, heads, length, 8)
+    return tuple(torch.nn.functional.pad(columns, (0, 6)).expand(shape) for columns in (left, right))  # type: ignore[return-value]
 
 
 def exact(name: str, inputs: Inputs) -> torch.Tensor:

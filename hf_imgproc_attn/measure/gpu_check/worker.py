@@ -68,7 +68,7 @@ def main() -> None:
     while True:
         order = json.loads(orders.get())
         result = measure(cases[order["case"]], order["seconds_left"])
-        lost = _device_is_lost(bench.device) if result["status"] == FAILED else False
+        lost = _device_is_lost(bench.device)  # kernels run late: their error may come after a result
         if lost:
             result["status"] = CRASHED
         elif result["status"] == MEASURED:

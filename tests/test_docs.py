@@ -1,0 +1,106 @@
+"""docs/framework.md against the code: its links and tests exist, and it names every value of every axis."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from hf_imgproc_attn import PRESETS
+from hf_imgproc_attn.catalogue.works import PAPERS
+from hf_imgproc_attn.models.spec_axes import BOOSTINGS, CONTENT_KERNELS, FEEDBACKS, POSITION_KERNELS, RESIDUALS
+from tests.helpers import ROOT
+
+PAGE_FILE = ROOT / "docs" / "framework.md"
+PAGE = PAGE_FILE.read_text(encoding="utf-8")
+REFERENCES = dict(re.findall(r"^\[([^\]`]+)\]: (\S+)$", PAGE, re.MULTILINE))
+"""Link definitions at the end of the page: name -> path."""
+LINKED_TESTS = re.findall(r"\[`(test_\w+)`\]\[([^\]]+)\]", PAGE)
+"""Name of the test, name of its link."""
+
+
+def target(path: str) -> Path:
+    return (PAGE_FILE.parent / path.split("#")[0]).resolve()
+
+
+def section(heading: str) -> str:
+    """The text below a heading, up to the next one of any level."""
+    _, found, rest = PAGE.partition(f"\n{heading}\n")
+    assert found, f"there is no heading {heading!r}"
+    return re.split(r"^#", rest, maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def first_cells(heading: str) -> set[str]:
+    """What stands in code at the beginning of the rows of a section's tables, the heads left out."""
+    return set(re.findall(r"^\| `(\w+)`(?=[^|]*\|)", section(heading), re.MULTILINE))
+
+
+def test_linked_files_exist() -> None:
+    linked = re.findall(r"\]\(([^)]+)\)", PAGE) + list(REFERENCES.values())
+    assert len(linked) > 20
+    missing = [path for path in linked if not target(path).is_file() or ROOT not in target(path).parents]
+    assert missing == []
+
+
+def test_named_tests_are_in_the_linked_files() -> None:
+    assert len(LINKED_TESTS) > 50
+    assert set(re.findall(r"`(test_\w+)`", PAGE)) == {name for name, _ in LINKED_TESTS}, "a test without a link"
+    assert {link for _, link in LINKED_TESTS} == set(REFERENCES)
+    lost = [
+        f"{REFERENCES[link]}: {name}"
+        for name, link in LINKED_TESTS
+        if f"\ndef {name}(" not in target(REFERENCES[link]).read_text(encoding="utf-8")
+    ]
+    assert lost == []
+
+
+@pytest.mark.parametrize(
+    ("heading", "field", "values"),
+    [
+        ("### Content kernels", "content_kernel", CONTENT_KERNELS),
+        ("### Position kernels", "position_kernel", POSITION_KERNELS),
+        ("## 4. Boosting", "boosting", BOOSTINGS),
+        ("## 5. Residual schemes across depth", "residual", RESIDUALS),
+        ("## 6. Feedback and the elliptical metric", "feedback", FEEDBACKS),
+    ],
+)
+def test_every_value_of_an_axis_has_a_row(heading: str, field: str, values: tuple[str, ...]) -> None:
+    assert first_cells(heading) == {field, *values}
+
+
+def test_every_preset_is_named() -> None:
+    rows = re.findall(r"^\| (`[^|]+) \|", section("## 8. Presets"), re.MULTILINE)
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == sorted(PRESETS)
+
+
+def test_cited_works_are_those_of_the_catalogue() -> None:
+    """Each arXiv number of the page is one of the works that cards cite, and none of those is left out."""
+    known = {
+        number for paper in PAPERS.values() for number in re.findall(r"arxiv\.org/abs/(\d+\.\d+)", paper.reference)
+    }
+    assert set(re.findall(r"arXiv (\d{4}\.\d{5})", PAGE)) == known
+
+
+def test_files_that_contributing_names_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    folders = ("hf_imgproc_attn", "tests", "training", "docs")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    named = set(re.findall(r"[\w/]*\w\.py\b", text))
+    assert len(named) > 40
+    lost = [
+        name for name in sorted(named) if not any(f"/{path.relative_to(ROOT)}".endswith(f"/{name}") for path in files)
+    ]
+    assert lost == []
+
+
+def test_floors_of_the_flat_room_are_those_of_contributing() -> None:
+    """Each prefix has a line, and each line has files."""
+    layout = (
+        (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Layout")[2].partition("\n  functional")[0]
+    )
+    floors = re.findall(r"(?:^ {4}|, )(\w+?)_\*", layout, re.MULTILINE)
+    modules = {path.stem for path in (ROOT / "hf_imgproc_attn" / "models").glob("*.py")} - {"__init__", "visibility"}
+    assert len(modules) > 30
+    assert {name for name in modules if not name.startswith(tuple(f"{floor}_" for floor in floors))} == set()
+    assert [floor for floor in floors if not any(name.startswith(f"{floor}_") for name in modules)] == []
