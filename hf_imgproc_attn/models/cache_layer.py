@@ -113,20 +113,21 @@ class FilterStaticLayer(StaticLayer):
         )
 
 
-def check_cache_implementation(name: str | None) -> None:
+def check_cache_implementation(name: str | None, device: str) -> None:
     """Refuse the cache implementations that filtered layers do not support.
 
     Args:
         name: ``generation_config.cache_implementation``.
+        device: type of the model's device; ``offloaded`` needs an accelerator, with streams of its own.
 
     Raises:
         ValueError: naming the value and what is allowed.
     """
-    allowed = (None, "dynamic", "offloaded")
-    if name not in allowed:
-        raise ValueError(
-            f"cache_implementation={name!r} is not supported for layers with {_FILTERED}: use 'dynamic' or 'offloaded'"
-        )
+    if name == "offloaded" and device == "cpu":
+        raise ValueError("cache_implementation='offloaded' needs an accelerator, got a model on 'cpu': use 'dynamic'")
+    if name not in (None, "dynamic", "offloaded"):
+        instead = "use 'dynamic'" if device == "cpu" else "use 'dynamic' or 'offloaded'"
+        raise ValueError(f"cache_implementation={name!r} is not supported for layers with {_FILTERED}: {instead}")
 
 
 def check_cache_layer(cache: Cache, layer_idx: int, keeps_streams: bool) -> None:

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from hf_imgproc_attn.models.cache_layer import FilterDynamicLayer, check_cache_implementation, check_cache_layer
 from hf_imgproc_attn.models.layer_filter import AttentionFilter
+from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2LMHeadModel
 from tests.models.helpers import make_filter, tiny_gpt2_config
 
 BATCH, HEADS, LENGTH, WIDTH = 3, 3, 12, 6
@@ -556,13 +557,25 @@ def test_a_static_cache_of_a_stock_model_is_refused() -> None:
 
 @pytest.mark.parametrize("name", [None, "dynamic", "offloaded"])
 def test_allowed_cache_implementations(name: str | None) -> None:
-    check_cache_implementation(name)
+    check_cache_implementation(name, "cuda")
+    if name != "offloaded":
+        check_cache_implementation(name, "cpu")
 
 
 @pytest.mark.parametrize("name", ["static", "offloaded_static", "quantized", "sliding_window", "hybrid", "dynamc"])
 def test_refused_cache_implementations(name: str) -> None:
-    with pytest.raises(ValueError, match=f"cache_implementation='{name}' is not supported .*'dynamic' or 'offloaded'"):
-        check_cache_implementation(name)
+    """What is recommended works on the device."""
+    refused = f"cache_implementation='{name}' is not supported .*"
+    with pytest.raises(ValueError, match=refused + "use 'dynamic' or 'offloaded'$"):
+        check_cache_implementation(name, "cuda")
+    with pytest.raises(ValueError, match=refused + "use 'dynamic'$"):
+        check_cache_implementation(name, "cpu")
+
+
+def test_offloading_without_an_accelerator_is_refused_by_name() -> None:
+    model = ImgProcGPT2LMHeadModel(tiny_gpt2_config("twicing")).eval()
+    with pytest.raises(ValueError, match=r"'offloaded' needs an accelerator, got a model on 'cpu': use 'dynamic'"):
+        model.generate(torch.tensor([[3, 4]]), max_new_tokens=2, cache_implementation="offloaded", pad_token_id=0)
 
 
 @pytest.mark.parametrize("streams", [False, True])
