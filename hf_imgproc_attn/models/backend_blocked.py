@@ -277,9 +277,8 @@ def refuses(call: FilterCall) -> str | None:
 def run(call: FilterCall) -> torch.Tensor:
     """The back-end ``blocked``: every weight once, positions inside the blocks. Half precision becomes float32."""
     dtype, visibility = torch.promote_types(call.query.dtype, torch.float32), call.visibility
-    by_place = next((term for term in call.positions if isinstance(term, BlockedPositions)), None)
+    by_place, rest = call.split_positions() if call.positions else (None, call)
     query, key, value, scale, bias = call.query, call.key, call.value, call.content.scale, visibility.bias
-    rest = call._replace(positions=tuple(term for term in call.positions if term is not by_place))
     if rest.has_columns or isinstance(scale, torch.Tensor):
         with torch.autocast(query.device.type, enabled=False):
             query, key, scale, extra = augment(rest, dtype)
