@@ -22,6 +22,7 @@ from .kernel_position import check_coordinates
 from .layer_filter import AttentionFilter
 from .layer_inputs import LayerInputs
 from .layer_tokens import FilteredAttentionMixin, Projected, filter_residual
+from .modeling_losses import SummedLossMixin, classification_loss, token_loss
 from .modeling_shared import FilterPreTrainedMixin, run_time_choices, shared_position_projection, wanted_attentions
 from .spec_axes import COORDINATE_KERNELS, is_stock_layer, uses_position_table
 from .visibility import check_model_mask, model_visibility, stock_mask
@@ -331,7 +332,7 @@ class ImgProcGPT2LMHeadModel(ImgProcGPT2PreTrainedModel, GPT2LMHeadModel, Genera
         return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
 
 
-class ImgProcGPT2ForSequenceClassification(ImgProcGPT2PreTrainedModel, GPT2ForSequenceClassification):
+class ImgProcGPT2ForSequenceClassification(SummedLossMixin, ImgProcGPT2PreTrainedModel, GPT2ForSequenceClassification):
     """GPT-2 variant that classifies a sequence by its last token."""
 
     def __init__(self, config: ImgProcGPT2Config) -> None:
@@ -339,10 +340,12 @@ class ImgProcGPT2ForSequenceClassification(ImgProcGPT2PreTrainedModel, GPT2ForSe
         self.num_labels = config.num_labels
         self.transformer = ImgProcGPT2Model(config)
         self.score = nn.Linear(config.n_embd, self.num_labels, bias=False)
+        self.loss_type = "ForSequenceClassification"
+        self.loss_function = classification_loss
         self.post_init()
 
 
-class ImgProcGPT2ForTokenClassification(ImgProcGPT2PreTrainedModel, GPT2ForTokenClassification):
+class ImgProcGPT2ForTokenClassification(SummedLossMixin, ImgProcGPT2PreTrainedModel, GPT2ForTokenClassification):
     """GPT-2 variant that classifies every token."""
 
     def __init__(self, config: ImgProcGPT2Config) -> None:
@@ -353,6 +356,8 @@ class ImgProcGPT2ForTokenClassification(ImgProcGPT2PreTrainedModel, GPT2ForToken
         dropout = getattr(config, "hidden_dropout", None) if dropout is None else dropout
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.loss_type = "ForTokenClassification"
+        self.loss_function = token_loss
         self.post_init()
 
 

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .boost_gradient import ZeroLinear
 from .layer_parameters import FilterScalars, PositionProjection
+from .modeling_names import tell_class_name
 
 logger = logging.get_logger(__name__)
 
@@ -49,6 +50,10 @@ class FilterPreTrainedMixin:
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_attention_backend = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        tell_class_name(cls, cls.auto_map, getattr(cls.config_class, "model_type", ""))  # type: ignore[attr-defined]
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         check_attn_implementation(attn_implementation)
