@@ -6,7 +6,7 @@ Plain PyTorch, for any device; made for CPUs. Its truth is ``backend_reference``
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,7 +23,7 @@ from .kernel_position import BlockedPositions
 from .visibility import visible
 
 
-def blocked_attention(
+def blocked_attention(  # noqa: PLR0913  # in the form of scaled_dot_product_attention
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -84,52 +84,73 @@ def blocked_attention(
     if positions is not None:
         check_positions(positions, query, key)
     return _blocked(
-        query, key, value, attn_mask, _hidden_keys(attn_mask), bias, positions, is_causal, scale, dropout_p, boosting,
-        steps, past_streams, seed, block_rows, group_pairs,
-    )  # fmt: skip
+        _Arguments(
+            query,
+            key,
+            value,
+            attn_mask,
+            _hidden_keys(attn_mask),
+            bias,
+            positions,
+            is_causal,
+            query.shape[-1] ** -0.5 if scale is None else float(scale),
+            dropout_p,
+            boosting,
+            steps,
+            past_streams,
+            seed,
+            block_rows,
+            group_pairs,
+        )
+    )
+
+
+class _Arguments(NamedTuple):
+    """Those of :func:`blocked_attention`, checked; ``hidden``: keys that no query sees, or None."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    hidden: torch.Tensor | None
+    bias: torch.Tensor | None
+    positions: BlockedPositions | None
+    is_causal: bool
+    scale: float
+    dropout: float
+    boosting: str
+    steps: int
+    past_streams: Sequence[torch.Tensor] = ()
+    seed: int | None = None
+    block_rows: int | None = None
+    group_pairs: int | None = None
 
 
 @torch.compiler.disable  # a generator a block, and a backward of its own: a graph break costs less than tracing it
-def _blocked(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    hidden: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    positions: BlockedPositions | None,
-    is_causal: bool,
-    scale: float | None,
-    dropout: float,
-    boosting: str,
-    steps: int,
-    past_streams: Sequence[torch.Tensor],
-    seed: int | None = None,
-    block_rows: int | None = None,
-    group_pairs: int | None = None,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    booster = recurrence(boosting, steps)
+def _blocked(given: _Arguments) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    query, key, value, mask, bias, seed = given.query, given.key, given.value, given.mask, given.bias, given.seed
+    booster = recurrence(given.boosting, given.steps)
     extra, width = len(booster.streams) - 1, value.shape[-1]
     if mask is not None and mask.requires_grad:
         mask, additive = visible(mask, False, query.shape[-2], key.shape[-2], query.device)
         if additive is not None:
             bias = additive if bias is None else bias + additive
-    if dropout and seed is None:
+    if given.dropout and seed is None:
         seed = int(torch.randint(2**62, ()))
     plan = make_plan(
         query,
         key,
-        is_causal=is_causal,
-        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
-        dropout=dropout,
+        is_causal=given.is_causal,
+        scale=given.scale,
+        dropout=given.dropout,
         seed=seed or 0,
-        one_pass=is_causal or not extra,
-        block_rows=block_rows,
-        group_pairs=group_pairs,
+        one_pass=given.is_causal or not extra,
+        block_rows=given.block_rows,
+        group_pairs=given.group_pairs,
     )
-    past = _past(past_streams, plan, extra, width)
-    call = Call(plan, booster, mask, positions, hidden)
-    tensors = Tensors(query, key, value, bias, past, () if positions is None else positions.parameters())
+    past = _past(given.past_streams, plan, extra, width)
+    call = Call(plan, booster, mask, given.positions, given.hidden)
+    tensors = Tensors(query, key, value, bias, past, () if given.positions is None else given.positions.parameters())
     # Autocast would run the products in half precision.
     with torch.autocast(query.device.type, enabled=False):
         if _is_transformed((mask, *tensors[:5], *tensors.parameters)):
@@ -256,9 +277,8 @@ def refuses(call: FilterCall) -> str | None:
 def run(call: FilterCall) -> torch.Tensor:
     """The back-end ``blocked``: every weight once, positions inside the blocks. Half precision becomes float32."""
     dtype, visibility = torch.promote_types(call.query.dtype, torch.float32), call.visibility
-    by_place = next((term for term in call.positions if isinstance(term, BlockedPositions)), None)
+    by_place, rest = call.split_positions() if call.positions else (None, call)
     query, key, value, scale, bias = call.query, call.key, call.value, call.content.scale, visibility.bias
-    rest = call._replace(positions=tuple(term for term in call.positions if term is not by_place))
     if rest.has_columns or isinstance(scale, torch.Tensor):
         with torch.autocast(query.device.type, enabled=False):
             query, key, scale, extra = augment(rest, dtype)
@@ -267,7 +287,7 @@ def run(call: FilterCall) -> torch.Tensor:
         if key.shape[1] != value.shape[1]:
             value = value.repeat_interleave(call.groups, dim=1)
     name, steps, gain = call.booster
-    output, streams = _blocked(
+    given = _Arguments(
         query,
         key,
         value,
@@ -283,6 +303,7 @@ def run(call: FilterCall) -> torch.Tensor:
         2 if gain is not None else steps,
         call.past_streams() if call.streams.is_cached else (),
     )
+    output, streams = _blocked(given)
     if call.streams.is_cached:
         for index, rows in enumerate(streams):
             call.streams.append(boost_stream(index + 1), rows.to(call.value.dtype))

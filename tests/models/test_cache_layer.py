@@ -584,3 +584,26 @@ def test_our_layers_are_taken(streams: bool) -> None:
     cache = DynamicCache(config=tiny_gpt2_config("twicing", boosting_steps=3))
     check_cache_layer(cache, 2, streams)
     check_cache_layer(EncoderDecoderCache(cache, DynamicCache()).self_attention_cache, 0, streams)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("content", "position"),
+    [("dot_product", "none"), ("gaussian", "gaussian"), ("dot_product", "rotary"), ("elliptical", "alibi")],
+)
+@pytest.mark.parametrize(("boosting", "steps"), [("none", 2), ("twicing", 3), ("learned", 2)])
+def test_grouped_keys_are_cached_before_they_are_repeated(
+    content: str, position: str, boosting: str, steps: int, implementation: str
+) -> None:
+    """One key head serves three query heads: it is cached once; what a booster keeps has the queries' heads."""
+    layer, inputs, cache = build(content, position, boosting, steps), tensors(position), new_cache()
+    inputs |= {name: inputs[name][:, :1] for name in ("key", "value", "previous_value")}
+    expected = full_pass(layer, inputs, "eager")
+    got = decode(layer, inputs, CHUNKS["chunks"], cache, implementation)
+    torch.testing.assert_close(got, expected, **TIGHT)
+    kept = cache.layers[layer.layer_idx]
+    assert kept.keys.shape[1] == kept.values.shape[1] == 1
+    assert {name: rows.shape[1] for name, rows in kept.streams.items()} == {
+        name: 1 if name == "metric" else HEADS for name in layer.stream_names
+    }
