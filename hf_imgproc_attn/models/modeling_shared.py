@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .boost_gradient import ZeroLinear
 from .layer_parameters import FilterScalars, PositionProjection
+from .layer_summary import FilterSummary, filter_summary
 from .modeling_names import tell_class_name
 from .spec_axes import is_stock_layer
 
@@ -82,6 +83,10 @@ class FilterPreTrainedMixin:
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, FilterScalars | ZeroLinear):
             module.reset_parameters()
+
+    def filter_summary(self) -> FilterSummary:
+        """Bandwidths, gains, class-token and bucket logits of every layer and head, as rows that print as a table."""
+        return filter_summary(self)  # type: ignore[arg-type]
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """The stock ``save_pretrained``, with all Auto classes of the backbone in the configuration's ``auto_map``.
