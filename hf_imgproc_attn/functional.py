@@ -13,7 +13,7 @@ from .models.kernel_position import Positions
 from .models.visibility import attention_visibility
 
 
-def filter_attention(
+def filter_attention(  # noqa: PLR0913  # in the form of scaled_dot_product_attention
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

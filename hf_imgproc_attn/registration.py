@@ -86,7 +86,6 @@ def register() -> None:
         AutoTokenizer,
         GPT2Tokenizer,
     )
-    from transformers.models.auto import modeling_auto
     from transformers.utils import is_torchvision_available, is_vision_available
 
     from . import gpu as _gpu  # noqa: F401  # its back-ends register themselves
@@ -100,40 +99,17 @@ def register() -> None:
     FilterPreTrainedMixin.load_listeners = [report_differing_code]
     for config in (ImgProcGPT2Config, ImgProcViTConfig):
         AutoConfig.register(config.model_type, config, exist_ok=True)
-    # `pipeline` and Trainer's label smoothing look class names up in tables that `AutoModel….register` leaves alone:
-    # without an entry a pipeline logs an error, and label smoothing forgets to shift a language model's labels.
-    for auto_class, names, config, model in (
-        (AutoModel, None, ImgProcGPT2Config, gpt2.ImgProcGPT2Model),
-        (
-            AutoModelForCausalLM,
-            modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-            ImgProcGPT2Config,
-            gpt2.ImgProcGPT2LMHeadModel,
-        ),
-        (
-            AutoModelForSequenceClassification,
-            modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-            ImgProcGPT2Config,
-            gpt2.ImgProcGPT2ForSequenceClassification,
-        ),
-        (
-            AutoModelForTokenClassification,
-            modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-            ImgProcGPT2Config,
-            gpt2.ImgProcGPT2ForTokenClassification,
-        ),
-        (AutoModel, None, ImgProcViTConfig, vit.ImgProcViTModel),
-        (
-            AutoModelForImageClassification,
-            modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-            ImgProcViTConfig,
-            vit.ImgProcViTForImageClassification,
-        ),
-        (AutoModelForMaskedImageModeling, None, ImgProcViTConfig, vit.ImgProcViTForMaskedImageModeling),
+    # What Transformers looks up by a class's name is entered by `models/modeling_names.py`, where the classes are.
+    for auto_class, config, model in (
+        (AutoModel, ImgProcGPT2Config, gpt2.ImgProcGPT2Model),
+        (AutoModelForCausalLM, ImgProcGPT2Config, gpt2.ImgProcGPT2LMHeadModel),
+        (AutoModelForSequenceClassification, ImgProcGPT2Config, gpt2.ImgProcGPT2ForSequenceClassification),
+        (AutoModelForTokenClassification, ImgProcGPT2Config, gpt2.ImgProcGPT2ForTokenClassification),
+        (AutoModel, ImgProcViTConfig, vit.ImgProcViTModel),
+        (AutoModelForImageClassification, ImgProcViTConfig, vit.ImgProcViTForImageClassification),
+        (AutoModelForMaskedImageModeling, ImgProcViTConfig, vit.ImgProcViTForMaskedImageModeling),
     ):
         auto_class.register(config, model, exist_ok=True)
-        if names is not None:
-            names[config.model_type] = model.__name__
     AutoTokenizer.register(ImgProcGPT2Config, tokenizer_class=GPT2Tokenizer, exist_ok=True)
     # Neither Pillow nor torchvision is a requirement; asking for a processor whose library is missing warns or fails.
     image_processors: dict[str, type] = {}

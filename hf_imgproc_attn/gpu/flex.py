@@ -1,7 +1,8 @@
 """The back-end ``flex``: PyTorch's FlexAttention, one call a booster pass, with any mask and bias.
 
-On a CUDA device the calls are compiled to a fused kernel, with mask and bias looked up inside it: the fallback where
-the Triton kernels refuse. On the CPU FlexAttention runs dense and forward only, which is enough to test it.
+On a CUDA device the calls are compiled to a fused kernel. Mask and bias are looked up inside it, and position kernels
+of places (Gaussian, ALiBi, buckets) are computed inside it, so that no bias of length x key_length is formed. On the
+CPU FlexAttention runs dense and forward only, which is enough to test it.
 *Not measured* on a GPU.
 """
 
@@ -16,7 +17,9 @@ import torch
 
 from ..models.backend_call import FilterCall
 from ..models.backend_sdpa import augment
+from ..models.kernel_blocks import DistanceKernel
 from ..models.kernel_content import autocast_dtype, without_autocast
+from ..models.kernel_position import BlockedPositions
 
 NO_STREAMS = "does not hand out the streams that a cache of boosted attention keeps"
 
@@ -27,7 +30,9 @@ def refuses(call: FilterCall) -> str | None:
         return NO_STREAMS
     if call.dropout > 0.0:
         return f"drops nothing out, got dropout_p={call.dropout}"
-    inputs = (call.query, call.key, call.value, call.visibility.bias)
+    fields: list[Any] = [field for term in call.positions if isinstance(term, tuple) for field in term]
+    terms = [field for field in fields if isinstance(field, torch.Tensor)]
+    inputs = (call.query, call.key, call.value, call.visibility.bias, *terms)
     needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     if needs_gradient and call.query.device.type == "cpu":
         return "has no backward pass on the CPU"
@@ -37,7 +42,8 @@ def refuses(call: FilterCall) -> str | None:
 def run(call: FilterCall) -> torch.Tensor:
     """Serve a call that is not refused: ``[batch, heads, length, d]`` in the value's dtype."""
     dtype = autocast_dtype(call.query)
-    query, key, scale, bias = augment(call, dtype)
+    by_place, rest = call.split_positions()
+    query, key, scale, bias = augment(rest, dtype)
     _, value = call.repeated()
     if key.shape[1] != query.shape[1]:
         key = key.repeat_interleave(call.groups, dim=1)
@@ -47,7 +53,8 @@ def run(call: FilterCall) -> torch.Tensor:
     if allowed is not None and hidden_rows is not None:
         # A row of nothing but -inf has no softmax: such rows see everything here, and give 0 below.
         allowed = _four_axes(allowed | hidden_rows)
-    attention, score = _attention(query.device.type), _score(allowed, [_four_axes(term) for term in terms])
+    score = _score(allowed, [_four_axes(term) for term in terms], None if by_place is None else place_score(by_place))
+    attention = _attention(query.device.type)
 
     def attend(rows: torch.Tensor) -> torch.Tensor:
         with without_autocast(query.device.type):
@@ -61,17 +68,75 @@ def _four_axes(x: torch.Tensor) -> torch.Tensor:
     return x.view((1,) * (4 - x.ndim) + tuple(x.shape))
 
 
-def _score(allowed: torch.Tensor | None, terms: list[torch.Tensor]) -> Callable[..., torch.Tensor] | None:
+Place = Callable[[Any, Any, Any, Any], torch.Tensor]
+"""(sample, head, query, key) to a number."""
+
+
+def place_score(positions: BlockedPositions) -> Place:
+    """A position kernel as FlexAttention computes it: from the places of one query and one key, inside the kernel.
+
+    Args:
+        positions: Gaussian, ALiBi or relative buckets; see ``models.kernel_blocks`` for the formulas.
+    """
+    kernel, (parameter, *class_logits) = positions.block_kernel(), positions.parameters()
+    new, everywhere = positions.coordinates, positions.key_coordinates
+    axes, several, several_keys = new.shape[-1], int(new.shape[0] > 1), int(everywhere.shape[0] > 1)
+    count = 0 if positions.class_tokens is None else positions.class_tokens.num_tokens
+
+    def offset(b: Any, i: Any, j: Any, axis: int) -> torch.Tensor:
+        return everywhere[b * several_keys, j, axis] - new[b * several, i, axis]
+
+    def distance(b: Any, h: Any, i: Any, j: Any) -> torch.Tensor:
+        total = offset(b, i, j, 0) ** 2
+        for axis in range(1, axes):
+            total = total + offset(b, i, j, axis) ** 2
+        is_squared = isinstance(kernel, DistanceKernel) and kernel.squared
+        return parameter.flatten()[h] * (total * -0.5 if is_squared else -total.sqrt())
+
+    def buckets(b: Any, h: Any, i: Any, j: Any) -> torch.Tensor:
+        total = parameter[h, 0, bucket_of(offset(b, i, j, 0), kernel)]
+        for axis in range(1, axes):
+            total = total + parameter[h, axis, bucket_of(offset(b, i, j, axis), kernel)]
+        return total
+
+    on_grid = distance if isinstance(kernel, DistanceKernel) else buckets
+    if not count:
+        return on_grid
+    (scalars,) = class_logits
+
+    def with_class_tokens(b: Any, h: Any, i: Any, j: Any) -> torch.Tensor:
+        from_class = torch.where(j < count, scalars[h, 2], scalars[h, 1])
+        from_grid = torch.where(j < count, scalars[h, 0], on_grid(b, h, i, j))
+        return torch.where(i < count, from_class, from_grid)
+
+    return with_class_tokens
+
+
+def bucket_of(offset: torch.Tensor, kernel: Any) -> torch.Tensor:
+    """``kernel_relative.relative_buckets`` of one offset, in comparisons that a kernel can be compiled of."""
+    distance = offset.abs() if kernel.bidirectional else (-offset).clamp(min=0)
+    behind = len(kernel.boundaries) + 1 if kernel.bidirectional else 0
+    bucket = (offset > 0).long() * behind
+    for boundary in kernel.boundaries:
+        bucket = bucket + (distance >= boundary).long()
+    return bucket
+
+
+def _score(
+    allowed: torch.Tensor | None, terms: list[torch.Tensor], place: Place | None
+) -> Callable[..., torch.Tensor] | None:
     """What FlexAttention does with each score: adds the terms, hides what may not be seen."""
-    if allowed is None and not terms:
+    if allowed is None and not terms and place is None:
         return None
 
-    def look_up(x: torch.Tensor, *place: torch.Tensor) -> torch.Tensor:
-        return x[tuple(index * (size > 1) for index, size in zip(place, x.shape, strict=True))]
+    def look_up(x: torch.Tensor, *index: torch.Tensor) -> torch.Tensor:
+        return x[tuple(at * (size > 1) for at, size in zip(index, x.shape, strict=True))]
 
     def modify(score: torch.Tensor, b: Any, h: Any, i: Any, j: Any) -> torch.Tensor:
         for term in terms:
             score = score + look_up(term, b, h, i, j)
+        if place is not None:
+            score = score + place(b, h, i, j)
         return score if allowed is None else torch.where(look_up(allowed, b, h, i, j), score, float("-inf"))
 
     return modify

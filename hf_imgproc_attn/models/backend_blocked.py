@@ -6,23 +6,24 @@ Plain PyTorch, for any device; made for CPUs. Its truth is ``backend_reference``
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-from .backend_blocked_autograd import BlockedFilter
-from .backend_blocked_dense import dense_passes, is_transformed
-from .backend_blocked_passes import Call, Tensors, recurrence
+from .backend_blocked_backward import Gradients
+from .backend_blocked_dense import dense_passes
+from .backend_blocked_passes import Call, Computed, Tensors, forward_passes, recurrence
 from .backend_blocked_plan import Plan, make_plan
 from .backend_blocked_positions import check_positions
 from .backend_call import FilterCall, check_options, check_tensors, check_terms
 from .backend_sdpa import augment
 from .cache_streams import boost_stream
-from .kernel_content import HALF_DTYPES, working_dtype
+from .kernel_content import HALF_DTYPES
 from .kernel_position import BlockedPositions
 from .visibility import visible
 
 
-def blocked_attention(
+def blocked_attention(  # noqa: PLR0913  # in the form of scaled_dot_product_attention
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -83,59 +84,158 @@ def blocked_attention(
     if positions is not None:
         check_positions(positions, query, key)
     return _blocked(
-        query, key, value, attn_mask, bias, positions, is_causal, scale, dropout_p, boosting, steps, past_streams,
-        seed, block_rows, group_pairs,
-    )  # fmt: skip
+        _Arguments(
+            query,
+            key,
+            value,
+            attn_mask,
+            _hidden_keys(attn_mask),
+            bias,
+            positions,
+            is_causal,
+            query.shape[-1] ** -0.5 if scale is None else float(scale),
+            dropout_p,
+            boosting,
+            steps,
+            past_streams,
+            seed,
+            block_rows,
+            group_pairs,
+        )
+    )
+
+
+class _Arguments(NamedTuple):
+    """Those of :func:`blocked_attention`, checked; ``hidden``: keys that no query sees, or None."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    hidden: torch.Tensor | None
+    bias: torch.Tensor | None
+    positions: BlockedPositions | None
+    is_causal: bool
+    scale: float
+    dropout: float
+    boosting: str
+    steps: int
+    past_streams: Sequence[torch.Tensor] = ()
+    seed: int | None = None
+    block_rows: int | None = None
+    group_pairs: int | None = None
 
 
 @torch.compiler.disable  # a generator a block, and a backward of its own: a graph break costs less than tracing it
-def _blocked(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    positions: BlockedPositions | None,
-    is_causal: bool,
-    scale: float | None,
-    dropout: float,
-    boosting: str,
-    steps: int,
-    past_streams: Sequence[torch.Tensor],
-    seed: int | None = None,
-    block_rows: int | None = None,
-    group_pairs: int | None = None,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    booster = recurrence(boosting, steps)
+def _blocked(given: _Arguments) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    query, key, value, mask, bias, seed = given.query, given.key, given.value, given.mask, given.bias, given.seed
+    booster = recurrence(given.boosting, given.steps)
     extra, width = len(booster.streams) - 1, value.shape[-1]
     if mask is not None and mask.requires_grad:
         mask, additive = visible(mask, False, query.shape[-2], key.shape[-2], query.device)
         if additive is not None:
             bias = additive if bias is None else bias + additive
-    if dropout and seed is None:
+    if given.dropout and seed is None:
         seed = int(torch.randint(2**62, ()))
     plan = make_plan(
         query,
         key,
-        is_causal=is_causal,
-        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
-        dropout=dropout,
+        is_causal=given.is_causal,
+        scale=given.scale,
+        dropout=given.dropout,
         seed=seed or 0,
-        one_pass=is_causal or not extra,
-        block_rows=block_rows,
-        group_pairs=group_pairs,
+        one_pass=given.is_causal or not extra,
+        block_rows=given.block_rows,
+        group_pairs=given.group_pairs,
     )
-    past = _past(past_streams, plan, extra, width)
-    call = Call(plan, booster, mask, positions)
-    tensors = Tensors(query, key, value, bias, past, () if positions is None else positions.parameters())
+    past = _past(given.past_streams, plan, extra, width)
+    call = Call(plan, booster, mask, given.positions, given.hidden)
+    tensors = Tensors(query, key, value, bias, past, () if given.positions is None else given.positions.parameters())
     # Autocast would run the products in half precision.
     with torch.autocast(query.device.type, enabled=False):
-        if is_transformed((mask, *tensors[:5], *tensors.parameters)):
+        if _is_transformed((mask, *tensors[:5], *tensors.parameters)):
             output, streams = dense_passes(call, tensors)
         else:
-            call = call._replace(hidden=_hidden_keys(mask))
             output, streams = BlockedFilter.apply(*tensors[:5], call, *tensors.parameters)
     return output, [stream.to(value.dtype) for stream in streams.split(width, dim=-1)] if extra else []
+
+
+def _is_transformed(tensors: tuple[torch.Tensor | None, ...]) -> bool:
+    """Whether ``torch.func`` or forward-mode differentiation looks at a call."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    unpack = torch.autograd.forward_ad.unpack_dual
+    return any(tensor is not None and unpack(tensor).tangent is not None for tensor in tensors)
+
+
+class BlockedFilter(torch.autograd.Function):
+    """``apply(query, key, value, bias, past, call, *parameters)`` -> output, and x_1, x_2, ... of the queries.
+
+    The streams stand side by side; the parameters are those of the position kernel.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+        past: torch.Tensor | None,
+        call: Call,
+        *parameters: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        computed = forward_passes(call, Tensors(query, key, value, bias, past, parameters))
+        ctx.call = call
+        ctx.save_for_backward(query, key, value, bias, past, *computed, *parameters)
+        ctx.set_materialize_grads(False)
+        output = computed.output.to(value.dtype).unflatten(0, (call.plan.batch, call.plan.heads))
+        return output, computed.streams
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None, stream_grad: torch.Tensor | None) -> tuple[Any, ...]:
+        query, key, value, bias, past, *rest = ctx.saved_tensors
+        tensors, computed = Tensors(query, key, value, bias, past, tuple(rest[3:])), Computed(*rest[:3])
+        needs = ctx.needs_input_grad
+        with torch.autocast(query.device.type, enabled=False):
+            if torch.is_grad_enabled():  # create_graph=True: the gradients are to be differentiated themselves
+                return _differentiable_gradients(ctx.call, tensors, (grad, stream_grad), needs)
+            gradients = Gradients(ctx.call, tensors, computed, needs[3], needs[6:])
+            gradients.run(grad, stream_grad)
+        own = (gradients.query, gradients.key, gradients.value, gradients.bias, gradients.past)
+        return (
+            *map(_like, own, tensors[:5]),
+            None,
+            *map(_like, gradients.parameters(), tensors.parameters),
+        )
+
+
+def _like(gradient: torch.Tensor | None, given: torch.Tensor | None) -> torch.Tensor | None:
+    """A gradient in the dtype of what it belongs to."""
+    return None if gradient is None or given is None else gradient.to(given.dtype)
+
+
+def _differentiable_gradients(
+    call: Call, tensors: Tensors, grads: tuple[torch.Tensor | None, ...], needs: tuple[bool, ...]
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients that have gradients of their own, by autograd through the dense form."""
+    # Where the key was made of the query, say, what flows through the key must not be counted for the query as well.
+    own = tensors.aliases()
+    results = dense_passes(call, own)
+    used = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
+    wanted = [
+        x for x, needed in zip((*own[:5], None, *own.parameters), needs, strict=True) if needed and x is not None
+    ]
+    computed = iter(
+        torch.autograd.grad(
+            [result for result, _ in used],
+            wanted,
+            [grad for _, grad in used],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return tuple(next(computed) if needed else None for needed in needs)
 
 
 def _past(past_streams: Sequence[torch.Tensor], plan: Plan, extra: int, width: int) -> torch.Tensor | None:
@@ -176,10 +276,9 @@ def refuses(call: FilterCall) -> str | None:
 
 def run(call: FilterCall) -> torch.Tensor:
     """The back-end ``blocked``: every weight once, positions inside the blocks. Half precision becomes float32."""
-    dtype, visibility = working_dtype(call.query.dtype), call.visibility
-    by_place = next((term for term in call.positions if isinstance(term, BlockedPositions)), None)
+    dtype, visibility = torch.promote_types(call.query.dtype, torch.float32), call.visibility
+    by_place, rest = call.split_positions() if call.positions else (None, call)
     query, key, value, scale, bias = call.query, call.key, call.value, call.content.scale, visibility.bias
-    rest = call._replace(positions=tuple(term for term in call.positions if term is not by_place))
     if rest.has_columns or isinstance(scale, torch.Tensor):
         with torch.autocast(query.device.type, enabled=False):
             query, key, scale, extra = augment(rest, dtype)
@@ -188,11 +287,12 @@ def run(call: FilterCall) -> torch.Tensor:
         if key.shape[1] != value.shape[1]:
             value = value.repeat_interleave(call.groups, dim=1)
     name, steps, gain = call.booster
-    output, streams = _blocked(
+    given = _Arguments(
         query,
         key,
         value,
         visibility.keys if visibility.mask is None else visibility.mask,
+        visibility.hidden,
         bias,
         by_place,
         visibility.causal,
@@ -203,6 +303,7 @@ def run(call: FilterCall) -> torch.Tensor:
         2 if gain is not None else steps,
         call.past_streams() if call.streams.is_cached else (),
     )
+    output, streams = _blocked(given)
     if call.streams.is_cached:
         for index, rows in enumerate(streams):
             call.streams.append(boost_stream(index + 1), rows.to(call.value.dtype))

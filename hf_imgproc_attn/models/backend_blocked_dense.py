@@ -13,14 +13,6 @@ from .kernel_position import position_logits
 from .visibility import visible
 
 
-def is_transformed(tensors: tuple[torch.Tensor | None, ...]) -> bool:
-    """Whether ``torch.func`` or forward-mode differentiation looks at a call."""
-    if torch._C._are_functorch_transforms_active():
-        return True
-    unpack = torch.autograd.forward_ad.unpack_dual
-    return any(tensor is not None and unpack(tensor).tangent is not None for tensor in tensors)
-
-
 def dropout_factors(plan: Plan, like: torch.Tensor) -> torch.Tensor:
     """What a call multiplies A with, put together densely.
 

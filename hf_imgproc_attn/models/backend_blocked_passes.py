@@ -38,7 +38,6 @@ from .backend_blocked_plan import Group, Plan
 from .backend_blocked_positions import PositionTerm
 from .backend_blocked_weights import KeyHeads, Weights, flat
 from .boost_operators import BOOSTING, extra_streams
-from .kernel_content import working_dtype
 from .kernel_position import BlockedPositions
 
 
@@ -118,7 +117,7 @@ class Inputs:
     """All inputs in working precision, ``[pairs, ..., ...]``, and a group's rows of them."""
 
     def __init__(self, call: Call, tensors: Tensors, streams: torch.Tensor) -> None:
-        plan, dtype = call.plan, working_dtype(tensors.query.dtype)
+        plan, dtype = call.plan, torch.promote_types(tensors.query.dtype, torch.float32)
         self.past, self.width = plan.past, tensors.value.shape[-1]
         self.key_heads = KeyHeads(plan)
         self._all = tuple(flat(x, dtype) for x in (*tensors[:3], streams))
@@ -210,7 +209,7 @@ def forward_passes(call: Call, tensors: Tensors) -> Computed:
     """Compute output and streams block by block."""
     plan, booster = call.plan, call.booster
     width, num_streams = tensors.value.shape[-1], len(booster.streams)
-    like = tensors.query.new_empty(0, dtype=working_dtype(tensors.query.dtype))
+    like = tensors.query.new_empty(0, dtype=torch.promote_types(tensors.query.dtype, torch.float32))
     streams = like.new_empty(plan.batch, plan.heads, plan.length, (num_streams - 1) * width)
     output, row_sums = (like.new_empty(plan.batch * plan.heads, plan.length, size) for size in (width, 2))
     weights = Weights(plan, call.mask, tensors.bias, call.position_term(tensors.parameters, like), like)

@@ -9,7 +9,7 @@ import torch
 from .boost_operators import BOOSTING, Attend
 from .cache_streams import NO_STREAMS, Streams, boost_stream
 from .kernel_content import CONTENT_COLUMNS
-from .kernel_position import Positions
+from .kernel_position import BlockedPositions, Positions
 from .visibility import Visibility, check_mask_dtype, four_axes
 
 
@@ -82,6 +82,11 @@ class FilterCall(NamedTuple):
         """Whether anything but a plain inner product enters the logits."""
         # Not bool(): torch 2.11 cannot trace it on a tuple.
         return len(self.positions) > 0 or CONTENT_COLUMNS[self.content.kernel] is not None
+
+    def split_positions(self) -> tuple[BlockedPositions | None, FilterCall]:
+        """The term that is a function of places, for back-ends that compute it as they go, and the call without it."""
+        by_place = next((term for term in self.positions if isinstance(term, BlockedPositions)), None)
+        return by_place, self._replace(positions=tuple(term for term in self.positions if term is not by_place))
 
     def repeated(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values with as many heads as the queries; keys that no query sees are 0 (:meth:`boost` does V)."""

@@ -80,10 +80,6 @@ FEW_SCORES = 2**15
 """With fewer scores than this in all, the time goes into calls and not into products."""
 
 
-def _is_traced(call: FilterCall) -> bool:
-    return torch.compiler.is_compiling()
-
-
 def _is_one_row(call: FilterCall) -> bool:
     is_plain = not (call.is_boosted or call.has_columns)
     return call.query.shape[-2] == 1 and call.query.dtype not in HALF_DTYPES and not is_plain
@@ -109,7 +105,12 @@ def _takes_several_passes(call: FilterCall) -> bool:
 
 CHOICES = (
     # No graph breaks.
-    Choice(None, "traced by torch.compile or torch.export", _is_traced, ("sdpa", "reference")),
+    Choice(
+        None,
+        "traced by torch.compile or torch.export",
+        lambda call: torch.compiler.is_compiling(),
+        ("sdpa", "reference"),
+    ),
     # One row of weights serves all passes, and no columns have to be put beside every cached key.
     Choice(None, "one query, boosted or with columns", _is_one_row, ("reference",)),
     # Twicing, in units of one SDPA call on the same tensors: forward / forward + backward, float32, head_dim 64.

@@ -60,7 +60,7 @@ class FilterDynamicLayer(DynamicLayer):
         self.streams[name] = stream
         keys: torch.Tensor | None = self.keys
         if keys is not None and keys.device != stream.device:
-            # An offloading cache has moved keys and values away by now; the stream follows them.
+            # An offloading cache has already moved keys and values to another device; move the stream there too.
             self.streams[name] = stream.to(keys.device, non_blocking=True)
         return stream
 
@@ -85,7 +85,7 @@ class FilterDynamicLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
-        # By the length that is left: what the argument means has changed between versions of Transformers.
+        # The argument's meaning differs between versions of Transformers; the length that is left does not.
         length = self.get_seq_length()
         self._map_streams(lambda stream: stream[..., :length, :])
 
@@ -103,7 +103,7 @@ class FilterDynamicLayer(DynamicLayer):
 
 
 class FilterStaticLayer(StaticLayer):
-    """Refuses: a pre-allocated cache for filtered attention is not built."""
+    """Refuses to be built: filtered attention has no pre-allocated cache."""
 
     _layer_type = FILTER_LAYER_TYPE
 
@@ -113,20 +113,21 @@ class FilterStaticLayer(StaticLayer):
         )
 
 
-def check_cache_implementation(name: str | None) -> None:
-    """Refuse the caches that generation could be asked for and that are not built.
+def check_cache_implementation(name: str | None, device: str) -> None:
+    """Refuse the cache implementations that filtered layers do not support.
 
     Args:
         name: ``generation_config.cache_implementation``.
+        device: type of the model's device; ``offloaded`` needs an accelerator, with streams of its own.
 
     Raises:
         ValueError: naming the value and what is allowed.
     """
-    allowed = (None, "dynamic", "offloaded")
-    if name not in allowed:
-        raise ValueError(
-            f"cache_implementation={name!r} is not supported for layers with {_FILTERED}: use 'dynamic' or 'offloaded'"
-        )
+    if name == "offloaded" and device == "cpu":
+        raise ValueError("cache_implementation='offloaded' needs an accelerator, got a model on 'cpu': use 'dynamic'")
+    if name not in (None, "dynamic", "offloaded"):
+        instead = "use 'dynamic'" if device == "cpu" else "use 'dynamic' or 'offloaded'"
+        raise ValueError(f"cache_implementation={name!r} is not supported for layers with {_FILTERED}: {instead}")
 
 
 def check_cache_layer(cache: Cache, layer_idx: int, keeps_streams: bool) -> None:

@@ -1,8 +1,11 @@
 """Configuration of GPT-2 with a chosen attention filter."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import GPT2Config
 
+from .configuration_peft import tell_peft
 from .spec_axes import FILTER_LAYER_TYPE, is_stock_layer
 from .spec_fields import FilterSpecMixin
 
@@ -26,6 +29,11 @@ class ImgProcGPT2Config(FilterSpecMixin, GPT2Config):
 
     def validate_layer_type(self) -> None:
         """Stock configurations check user-given layer types here; ours are derived, so there is nothing to check."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stock ``to_dict`` without what is chosen at run time; PEFT, which calls it, learns its targets here."""
+        tell_peft(self.model_type)
+        return super().to_dict()
 
 
 ImgProcGPT2Config.register_for_auto_class()

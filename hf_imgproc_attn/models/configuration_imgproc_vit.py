@@ -1,8 +1,11 @@
 """Configuration of ViT with a chosen attention filter."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import ViTConfig
 
+from .configuration_peft import tell_peft
 from .spec_fields import FilterSpecMixin
 
 
@@ -19,6 +22,11 @@ class ImgProcViTConfig(FilterSpecMixin, ViTConfig):
     model_type = "imgproc_vit"
     position_axes = 2
     default_neutreno_lambda = 0.6
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stock ``to_dict`` without what is chosen at run time; PEFT, which calls it, learns its targets here."""
+        tell_peft(self.model_type, ["q_proj", "v_proj"])
+        return super().to_dict()
 
 
 ImgProcViTConfig.register_for_auto_class()

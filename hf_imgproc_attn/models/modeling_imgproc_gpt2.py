@@ -22,6 +22,7 @@ from .kernel_position import check_coordinates
 from .layer_filter import AttentionFilter
 from .layer_inputs import LayerInputs
 from .layer_tokens import FilteredAttentionMixin, Projected, filter_residual
+from .modeling_losses import SummedLossMixin, classification_loss, token_loss
 from .modeling_shared import FilterPreTrainedMixin, run_time_choices, shared_position_projection, wanted_attentions
 from .spec_axes import COORDINATE_KERNELS, is_stock_layer, uses_position_table
 from .visibility import check_model_mask, model_visibility, stock_mask
@@ -215,9 +216,10 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
             if self.config.add_cross_attention and not isinstance(past_key_values, EncoderDecoderCache):
                 past_key_values = EncoderDecoderCache(past_key_values, DynamicCache())
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        # The mask of a static cache, which stock layers can have, covers its empty places too.
-        is_static = past_key_values is not None and past_key_values.is_compileable
-        if not is_static and not torch.compiler.is_compiling():
+        # The mask of a static cache, which stock layers can have, covers its empty places too; that of continuous
+        # batching, which comes with a `cache` of its own, every request in it.
+        is_other = "cache" in kwargs or (past_key_values is not None and past_key_values.is_compileable)
+        if not is_other and not torch.compiler.is_compiling():
             check_model_mask(attention_mask, batch, self.config.n_head, length, past_length + length)
         self._check_positions(position_ids, batch, length, past_length)
         positions: torch.Tensor = (
@@ -318,20 +320,26 @@ class ImgProcGPT2LMHeadModel(ImgProcGPT2PreTrainedModel, GPT2LMHeadModel, Genera
         )
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuses: paged attention is not built.
+        """As the stock function, where every layer is stock.
 
         Raises:
-            ValueError: always.
+            ValueError: for a model with filtered layers, whose rows a paged cache does not keep.
         """
-        raise ValueError("continuous batching needs a paged attention implementation, which is not supported")
+        if not self.transformer.is_stock:
+            layer = next(i for i, kind in enumerate(self.config.layer_types) if kind != "full_attention")
+            raise ValueError(
+                "continuous batching needs a paged attention implementation, which is not supported for layers with a "
+                f"filter other than stock softmax attention, here layer {layer}: use generate() with a padded batch"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         if any(layer_type != "full_attention" for layer_type in self.config.layer_types):
-            check_cache_implementation(generation_config.cache_implementation)
+            check_cache_implementation(generation_config.cache_implementation, self.device.type)
         return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
 
 
-class ImgProcGPT2ForSequenceClassification(ImgProcGPT2PreTrainedModel, GPT2ForSequenceClassification):
+class ImgProcGPT2ForSequenceClassification(SummedLossMixin, ImgProcGPT2PreTrainedModel, GPT2ForSequenceClassification):
     """GPT-2 variant that classifies a sequence by its last token."""
 
     def __init__(self, config: ImgProcGPT2Config) -> None:
@@ -339,10 +347,12 @@ class ImgProcGPT2ForSequenceClassification(ImgProcGPT2PreTrainedModel, GPT2ForSe
         self.num_labels = config.num_labels
         self.transformer = ImgProcGPT2Model(config)
         self.score = nn.Linear(config.n_embd, self.num_labels, bias=False)
+        self.loss_type = "ForSequenceClassification"
+        self.loss_function = classification_loss
         self.post_init()
 
 
-class ImgProcGPT2ForTokenClassification(ImgProcGPT2PreTrainedModel, GPT2ForTokenClassification):
+class ImgProcGPT2ForTokenClassification(SummedLossMixin, ImgProcGPT2PreTrainedModel, GPT2ForTokenClassification):
     """GPT-2 variant that classifies every token."""
 
     def __init__(self, config: ImgProcGPT2Config) -> None:
@@ -353,6 +363,8 @@ class ImgProcGPT2ForTokenClassification(ImgProcGPT2PreTrainedModel, GPT2ForToken
         dropout = getattr(config, "hidden_dropout", None) if dropout is None else dropout
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.loss_type = "ForTokenClassification"
+        self.loss_function = token_loss
         self.post_init()
 
 

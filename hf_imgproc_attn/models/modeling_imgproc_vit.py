@@ -27,15 +27,10 @@ from .layer_filter import AttentionFilter
 from .layer_grid import check_images, check_patch_mask, grid_size, masked_patch_loss, resize_table, trained_grid
 from .layer_inputs import LayerInputs
 from .layer_tokens import FilteredAttentionMixin, Projected, filter_residual
+from .modeling_losses import classification_loss
 from .modeling_shared import FilterPreTrainedMixin, run_time_choices, shared_position_projection, wanted_attentions
 from .spec_axes import COORDINATE_KERNELS, is_stock_layer, uses_position_table
 from .visibility import check_model_mask, model_visibility, stock_mask
-
-# On disk ViT has the names of Transformers 4; the stock library renames them on loading by the class name `ViTModel`
-# and would leave our class with random layers.
-register_checkpoint_conversion_mapping(
-    "ImgProcViTModel", get_checkpoint_conversion_mapping("ViTModel"), overwrite=True
-)
 
 NUM_CLASS_TOKENS = 1
 
@@ -206,7 +201,21 @@ class ImgProcViTPreTrainedModel(FilterPreTrainedMixin, ViTPreTrainedModel):
         self.register_load_state_dict_pre_hook(accept_saved_names)
 
 
-class ImgProcViTModel(ImgProcViTPreTrainedModel, ViTModel):
+class _RenamedOnLoadingMixin:
+    """Tells Transformers of every class defined below this one that its weights on disk have other names.
+
+    On disk ViT has the names of Transformers 4; the stock library renames them on loading by the class name `ViTModel`
+    and would leave our class, and classes derived from it, with random layers.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        register_checkpoint_conversion_mapping(
+            cls.__name__, get_checkpoint_conversion_mapping("ViTModel"), overwrite=True
+        )
+
+
+class ImgProcViTModel(_RenamedOnLoadingMixin, ImgProcViTPreTrainedModel, ViTModel):
     """The bare encoder.
 
     Args:
@@ -310,11 +319,15 @@ class ImgProcViTForImageClassification(ImgProcViTPreTrainedModel, ViTForImageCla
         self.num_labels = config.num_labels
         self.vit = ImgProcViTModel(config, add_pooling_layer=False)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.loss_type = "ForImageClassification"  # not told by the name of a class that a user derives
+        self.loss_function = classification_loss
         self.post_init()
 
 
 class ImgProcViTForMaskedImageModeling(ImgProcViTPreTrainedModel, ViTForMaskedImageModeling):
     """ViT variant that reconstructs masked patches (SimMIM)."""
+
+    accepts_loss_kwargs = False  # a mean over the masked patches, of which Trainer does not know the number
 
     def __init__(self, config: ImgProcViTConfig) -> None:
         ViTPreTrainedModel.__init__(self, config)

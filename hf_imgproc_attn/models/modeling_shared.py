@@ -14,20 +14,30 @@ from transformers.utils import logging
 
 from .boost_gradient import ZeroLinear
 from .layer_parameters import FilterScalars, PositionProjection
+from .modeling_names import tell_class_name
+from .spec_axes import is_stock_layer
 
 logger = logging.get_logger(__name__)
 
 SUPPORTED_IMPLEMENTATIONS = ("eager", "sdpa")
 
 
-def check_attn_implementation(name: str | None) -> None:
-    """Refuse attention back-ends that are not built, by name.
+def check_attn_implementation(name: str | None, also: tuple[str, ...] = ()) -> None:
+    """Refuse attention back-ends that are not built, in the words of the library.
+
+    Args:
+        name: the value that is asked for.
+        also: what is allowed beside ``SUPPORTED_IMPLEMENTATIONS``.
 
     Raises:
         ValueError: naming the value and what is allowed.
     """
-    if name is not None and name not in SUPPORTED_IMPLEMENTATIONS:
-        raise ValueError(f"attn_implementation must be one of {', '.join(SUPPORTED_IMPLEMENTATIONS)}, got {name!r}")
+    allowed = (*SUPPORTED_IMPLEMENTATIONS, *also)
+    if name is not None and name not in allowed:
+        listed = ", ".join(f'`attn_implementation="{each}"`' for each in allowed)
+        raise ValueError(
+            f'Specified `attn_implementation="{name}"` is not supported. The only possible arguments are {listed}.'
+        )
 
 
 # Parameters that exist or not, or change their meaning, with the variant.
@@ -50,9 +60,22 @@ class FilterPreTrainedMixin:
     _supports_flex_attn = False
     _supports_attention_backend = False
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        tell_class_name(cls, cls.auto_map, getattr(cls.config_class, "model_type", ""))  # type: ignore[attr-defined]
+
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
-        check_attn_implementation(attn_implementation)
+        config = self.config  # type: ignore[attr-defined]
+        # What continuous batching sets in place of `eager`, and only the stock layers of a decoder understand.
+        is_stock = config.model_type == "imgproc_gpt2" and all(is_stock_layer(config, s) for s in config.layer_specs)
+        check_attn_implementation(attn_implementation, ("paged|eager",) if is_stock else ())
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
+
+    def post_init(self) -> None:
+        """The stock ``post_init``, without names of modules that hold nothing in this variant."""
+        if not any(".scalar_bias." in name for name, _ in self.named_parameters()):  # type: ignore[attr-defined]
+            self._keep_in_fp32_modules_strict: Any = None
+        super().post_init()  # type: ignore[misc]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -92,6 +115,7 @@ class FilterPreTrainedMixin:
 
         Raises:
             ValueError: if parameters of the filter are missing in the checkpoint or unexpected, naming them.
+            RuntimeError: if other parameters have other shapes, naming them.
             OSError: if a weights file is truncated or corrupt.
         """
         forced = kwargs.pop("ignore_mismatched_sizes", False)
@@ -158,7 +182,8 @@ def refuse_other_variant(source: Any, loading_info: dict[str, Any]) -> None:
         loading_info: ``missing_keys``, ``unexpected_keys``, ``mismatched_keys`` as ``from_pretrained`` reports them.
 
     Raises:
-        ValueError: naming the missing and the unexpected parameters, or those of another shape.
+        ValueError: for another variant, naming the missing and the unexpected parameters and those of another shape.
+        RuntimeError: as in the library, for other shapes alone, naming them.
     """
     found = {
         kind: sorted(key for key in loading_info[f"{kind}_keys"] if _VARIANT_PARAMETER.search(key))
@@ -176,7 +201,7 @@ def refuse_other_variant(source: Any, loading_info: dict[str, Any]) -> None:
             "stock checkpoint into a variant"
         )
     if reshaped:
-        raise ValueError(
+        raise RuntimeError(
             f"the checkpoint {str(source)!r} has {message}: load it with its own configuration, or pass "
             "ignore_mismatched_sizes=True to have them initialised anew"
         )

@@ -79,7 +79,7 @@ class FilterSpecMixin:
         content_kernel: ``"dot_product"``, ``"gaussian"`` or ``"elliptical"``; one value, or a list with one per layer.
         position_kernel: ``"additive"`` (positions added to the tokens, the stock model), ``"untied"``, ``"gaussian"``,
             ``"alibi"``, ``"relative_buckets"``, ``"rotary"`` or ``"none"``; one value, or a list with one per layer.
-            ``additive`` goes for all layers or none.
+            ``additive`` is used by all layers or by none.
         content_bandwidth: h_y > 0, a number or a list with one number per head. None: 2/h_y^2 = the stock scaling.
         position_bandwidth: h_p > 0, likewise, of ``untied`` and ``gaussian``. None: as h_y for ``untied``; geometric
             over the heads from (4 head_dim)^(1/4) to the longest side of the grid, in index or patch units, for

@@ -1,7 +1,7 @@
-"""Who sees whom: one object, built once a model forward, that every layer and every back-end asks.
+"""Who sees whom: one object, built once for each forward pass of a model, that every layer and back-end asks.
 
-Nothing else interprets a mask. Most calls hide two kinds of keys only, padding and later tokens; where that is known,
-two facts say everything (``keys`` and ``causal``) and no ``length x key_length`` mask has to be looked at.
+Nothing else interprets a mask. Most calls hide two kinds of keys only, padding and later tokens. Then the fields
+``keys`` and ``causal`` say everything, and no mask of size ``length x key_length`` is needed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Visibility(NamedTuple):
         bias: finite numbers added to the logits, ``[batch or 1, heads or 1, length or 1, key_length or 1]``, or None.
         hidden: keys that no query sees, ``[batch or 1, heads or 1, 1, key_length]``, or None if there are none.
             Whatever stands there, NaN included, has no influence.
-        dense: everything that is visible as one boolean mask, where somebody has built it already, or None.
+        dense: everything that is visible as one boolean mask, if it has been built already, or None.
     """
 
     length: int

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from hf_imgproc_attn.gpu import flex
+from hf_imgproc_attn.models import backend_sdpa
 from hf_imgproc_attn.models.backend_call import Booster, Content, FilterCall
 from hf_imgproc_attn.models.backend_table import BACKENDS
 from hf_imgproc_attn.models.kernel_given import BiasPositions
+from hf_imgproc_attn.models.kernel_relative import BucketKernel, bucket_boundaries, relative_buckets
 from hf_imgproc_attn.models.visibility import attention_visibility
+from tests.models.helpers import layer_inputs, make_filter
 
 LENGTH = 11
 
@@ -62,3 +65,39 @@ def test_what_it_cannot_do_is_refused_in_words() -> None:
     assert flex.refuses(call) == "has no backward pass on the CPU"
     with torch.no_grad():
         assert flex.refuses(call) is None
+
+
+@pytest.mark.parametrize("position", ["gaussian", "alibi", "relative_buckets", "gaussian patches", "alibi patches"])
+@pytest.mark.parametrize("boosting", ["none", "twicing"])
+def test_positions_are_computed_inside_the_kernel(
+    position: str, boosting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the places of one query and one key: no bias is formed, and the result is the reference's."""
+    kernel, *patches = position.split()
+    options = {"num_class_tokens": 2, "position_axes": 2, "longest_side": 4} if patches else {}
+    if kernel == "relative_buckets":
+        options |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 9}
+    layer = make_filter("gaussian", kernel, boosting, head_dim=4, **options)
+    length = 2 + 4 * 3 if patches else LENGTH
+    generator = torch.Generator().manual_seed(1)
+    given = [torch.randn(2, 3, length, 4, generator=generator, dtype=torch.float64) for _ in range(3)]
+    if patches:
+        grid = torch.cartesian_prod(torch.arange(4), torch.arange(3))
+        places = torch.nn.functional.pad(grid, (0, 0, 2, 0)).unsqueeze(0)
+    else:
+        places = torch.stack([torch.arange(length), 2 * torch.arange(length)]).unsqueeze(-1)
+    inputs = layer_inputs(length, coordinates=places, is_causal=not patches)
+    with torch.no_grad():
+        expected, _ = layer(*given, inputs._replace(backend="reference"))
+        monkeypatch.setattr(backend_sdpa, "position_logits", None)  # what would form a bias
+        got, _ = layer(*given, inputs._replace(backend="flex"))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+def test_buckets_of_one_offset_are_those_of_the_table() -> None:
+    offsets = torch.arange(-40, 41)
+    boundaries = bucket_boundaries(8, 20)
+    for bidirectional in (False, True):
+        kernel = BucketKernel(boundaries, bidirectional, 1, 16)
+        expected = relative_buckets(offsets, boundaries, bidirectional)
+        assert torch.equal(flex.bucket_of(offsets, kernel), expected)

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     EncoderDecoderCache,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     StaticCache,
@@ -200,7 +201,6 @@ UNSUPPORTED = [
     "flash_attention_3",
     "flex_attention",
     "paged|sdpa",
-    "paged|eager",
     "sdpaa",
     "flash",
     "",
@@ -212,7 +212,7 @@ UNSUPPORTED = [
 @pytest.mark.parametrize("backbone", CLASSES)
 def test_other_attention_implementations(backbone: str, variant: str, name: str, tmp_path: Path) -> None:
     model_class, config, *_ = CLASSES[backbone]
-    rule = rf"attn_implementation must be one of eager, sdpa, got {name!r}".replace("|", r"\|")
+    rule = re.escape(f'Specified `attn_implementation="{name}"` is not supported. The only possible arguments are ')
     with pytest.raises(ValueError, match=rule):
         model_class(config(variant, attn_implementation=name))
     with pytest.raises(ValueError, match=rule):
@@ -224,6 +224,18 @@ def test_other_attention_implementations(backbone: str, variant: str, name: str,
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rule):
         model_class.from_pretrained(tmp_path, attn_implementation=name)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "variant"), [("gpt2", "bilateral_twicing"), ("vit", "softmax"), ("vit", "bilateral_twicing")]
+)
+def test_paged_attention_is_for_stock_decoders_alone(backbone: str, variant: str) -> None:
+    """It is what continuous batching makes of `eager`."""
+    model_class, config, *_ = CLASSES[backbone]
+    with pytest.raises(ValueError, match=r"paged\|eager.* is not supported"):
+        model_class(config(variant, attn_implementation="paged|eager"))
+    stock = gpt2("softmax", implementation="paged|eager")
+    assert stock.config._attn_implementation == "paged|eager"
 
 
 @pytest.mark.parametrize("backbone", CLASSES)
@@ -382,12 +394,45 @@ def test_cache_implementations_that_are_not_built(variant: str, name: str) -> No
         model.generate(token_ids(), max_new_tokens=2, cache_implementation=name, pad_token_id=0)
 
 
-@pytest.mark.parametrize("variant", ["softmax", "twicing"])
-def test_continuous_batching_is_not_built(variant: str) -> None:
-    with pytest.raises(ValueError, match=r"continuous batching needs a paged .* not supported"):
-        gpt2(variant).generate_batch([[1, 2, 3]])
+def test_continuous_batching_is_not_built_for_filtered_layers() -> None:
+    with pytest.raises(ValueError, match=r"continuous batching needs a paged .* not supported .* here layer 0"):
+        gpt2("twicing").generate_batch([[1, 2, 3]])
     with pytest.raises(ValueError, match=r"paged"):
-        gpt2(variant).generate(token_ids(), cache_implementation="paged", max_new_tokens=1)
+        gpt2("twicing").generate(token_ids(), cache_implementation="paged", max_new_tokens=1)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_continuous_batching_of_stock_layers_generates_what_generate_does(implementation: str) -> None:
+    model = gpt2("softmax", implementation=implementation)
+    options = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    prompts = [[3, 4, 5], [7, 8, 9, 10, 11]]
+    answers = model.generate_batch(prompts, generation_config=options, progress_bar=False)
+    found = sorted(answer.generated_tokens for answer in answers.values())
+    wanted = sorted(
+        model.generate(torch.tensor([prompt]), generation_config=options)[0, len(prompt) :].tolist()
+        for prompt in prompts
+    )
+    assert found == wanted
+
+
+@pytest.mark.parametrize("backbone", CLASSES)
+def test_other_shapes_raise_what_the_stock_class_raises(backbone: str, tmp_path: Path) -> None:
+    """A head of another size, with the names of the tensors in our message."""
+    model_class, config, stock_class, stock_config = CLASSES[backbone]
+    other = {"vocab_size": 67} if backbone == "gpt2" else {"num_labels": 7}
+    model_class(config("softmax")).save_pretrained(tmp_path / "own")
+    stock_class(stock_config()).save_pretrained(tmp_path / "stock")
+    with pytest.raises(RuntimeError):
+        stock_class.from_pretrained(tmp_path / "stock", **other)
+    with pytest.raises(RuntimeError, match=r"weight.*in place of"):
+        model_class.from_pretrained(tmp_path / "own", **other)
+
+
+@pytest.mark.parametrize("backbone", CLASSES)
+def test_only_modules_that_a_preset_has_are_kept_in_float32(backbone: str) -> None:
+    model_class, config, *_ = CLASSES[backbone]
+    for variant, kept in (("softmax", set()), ("twicing", set()), ("bilateral", {"scalar_bias"})):
+        assert model_class(config(variant))._keep_in_fp32_modules_strict == kept
 
 
 @pytest.mark.parametrize("variant", FILTERED)

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from hf_imgproc_attn.models.cache_layer import FilterDynamicLayer, check_cache_implementation, check_cache_layer
 from hf_imgproc_attn.models.layer_filter import AttentionFilter
+from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2LMHeadModel
 from tests.models.helpers import make_filter, tiny_gpt2_config
 
 BATCH, HEADS, LENGTH, WIDTH = 3, 3, 12, 6
@@ -556,13 +557,25 @@ def test_a_static_cache_of_a_stock_model_is_refused() -> None:
 
 @pytest.mark.parametrize("name", [None, "dynamic", "offloaded"])
 def test_allowed_cache_implementations(name: str | None) -> None:
-    check_cache_implementation(name)
+    check_cache_implementation(name, "cuda")
+    if name != "offloaded":
+        check_cache_implementation(name, "cpu")
 
 
 @pytest.mark.parametrize("name", ["static", "offloaded_static", "quantized", "sliding_window", "hybrid", "dynamc"])
 def test_refused_cache_implementations(name: str) -> None:
-    with pytest.raises(ValueError, match=f"cache_implementation='{name}' is not supported .*'dynamic' or 'offloaded'"):
-        check_cache_implementation(name)
+    """What is recommended works on the device."""
+    refused = f"cache_implementation='{name}' is not supported .*"
+    with pytest.raises(ValueError, match=refused + "use 'dynamic' or 'offloaded'$"):
+        check_cache_implementation(name, "cuda")
+    with pytest.raises(ValueError, match=refused + "use 'dynamic'$"):
+        check_cache_implementation(name, "cpu")
+
+
+def test_offloading_without_an_accelerator_is_refused_by_name() -> None:
+    model = ImgProcGPT2LMHeadModel(tiny_gpt2_config("twicing")).eval()
+    with pytest.raises(ValueError, match=r"'offloaded' needs an accelerator, got a model on 'cpu': use 'dynamic'"):
+        model.generate(torch.tensor([[3, 4]]), max_new_tokens=2, cache_implementation="offloaded", pad_token_id=0)
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -571,3 +584,26 @@ def test_our_layers_are_taken(streams: bool) -> None:
     cache = DynamicCache(config=tiny_gpt2_config("twicing", boosting_steps=3))
     check_cache_layer(cache, 2, streams)
     check_cache_layer(EncoderDecoderCache(cache, DynamicCache()).self_attention_cache, 0, streams)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("content", "position"),
+    [("dot_product", "none"), ("gaussian", "gaussian"), ("dot_product", "rotary"), ("elliptical", "alibi")],
+)
+@pytest.mark.parametrize(("boosting", "steps"), [("none", 2), ("twicing", 3), ("learned", 2)])
+def test_grouped_keys_are_cached_before_they_are_repeated(
+    content: str, position: str, boosting: str, steps: int, implementation: str
+) -> None:
+    """One key head serves three query heads: it is cached once; what a booster keeps has the queries' heads."""
+    layer, inputs, cache = build(content, position, boosting, steps), tensors(position), new_cache()
+    inputs |= {name: inputs[name][:, :1] for name in ("key", "value", "previous_value")}
+    expected = full_pass(layer, inputs, "eager")
+    got = decode(layer, inputs, CHUNKS["chunks"], cache, implementation)
+    torch.testing.assert_close(got, expected, **TIGHT)
+    kept = cache.layers[layer.layer_idx]
+    assert kept.keys.shape[1] == kept.values.shape[1] == 1
+    assert {name: rows.shape[1] for name, rows in kept.streams.items()} == {
+        name: 1 if name == "metric" else HEADS for name in layer.stream_names
+    }
