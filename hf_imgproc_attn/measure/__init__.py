@@ -1,1 +1,1 @@
-"""Measurements: time and memory (``benchmark``), rounding (``precision``)."""
+"""Measurements: time and memory (``benchmark``), rounding (``precision``), what only a GPU tells (``gpu_check``)."""

@@ -32,6 +32,8 @@ from hf_imgproc_attn.measure.gpu_check.parts import PARTS, Bench, Part, Refused
 from hf_imgproc_attn.models.spec_fields import PRESETS
 from tests.helpers import ROOT, RunPython
 
+# One worker runs the rehearsal for the four tests that look at it.
+rehearsed = pytest.mark.xdist_group("gpu rehearsal")
 FAULTY = (Part("x", "What goes wrong", "tests.measure.faulty_cases", share=1.0),)
 Record = dict[str, Any]
 
@@ -108,6 +110,7 @@ def statuses(record: Record, letter: str = "x") -> dict[str, str]:
     return {name: case["status"] for name, case in record["parts"][letter]["cases"].items()}
 
 
+@rehearsed
 def test_rehearsal_runs_every_part_to_its_end(rehearsal: Record) -> None:
     assert list(rehearsal["parts"]) == [part.letter for part in PARTS]
     for part in rehearsal["parts"].values():
@@ -119,6 +122,7 @@ def test_rehearsal_runs_every_part_to_its_end(rehearsal: Record) -> None:
     assert str(ROOT) not in json.dumps(rehearsal)
 
 
+@rehearsed
 def test_rehearsal_covers_every_preset_in_every_precision(rehearsal: Record) -> None:
     compared = cases_of(rehearsal, "a", what="all modes").values()
     found = {(case["about"]["preset"], case["about"]["backbone"]) for case in compared}
@@ -131,6 +135,7 @@ def test_rehearsal_covers_every_preset_in_every_precision(rehearsal: Record) -> 
         assert cases_of(rehearsal, "a", what=what)
 
 
+@rehearsed
 def test_rehearsal_covers_every_back_end(rehearsal: Record) -> None:
     measured = [case for case in cases_of(rehearsal, "b").values() if case["status"] == "measured"]
     methods = {case["about"]["method"] for case in measured}
@@ -146,6 +151,7 @@ def test_rehearsal_covers_every_back_end(rehearsal: Record) -> None:
         assert max(case["values"]["multiples"].values()) <= 5.0, case["about"]
 
 
+@rehearsed
 def test_rehearsal_times_filters_steps_and_training(rehearsal: Record) -> None:
     timed = [case for case in cases_of(rehearsal, "c").values() if "directions" in case.get("values", {})]
     assert {case["about"]["backend"] for case in timed} >= {"sdpa", "blocked", "triton", "SDPA flash"}
@@ -267,8 +273,8 @@ def _is_alive(pid: int) -> bool:
 def test_what_the_time_does_not_reach_is_named_and_left_for_resume(tmp_path: Path) -> None:
     (calm(tmp_path) / "wait").touch()  # the case that waits uses up what is left
     started = time.monotonic()
-    record = run_faulty(tmp_path, minutes=0.4)
-    assert time.monotonic() - started < 30
+    record = run_faulty(tmp_path, minutes=0.5)
+    assert time.monotonic() - started < 40
     part = record["parts"]["x"]
     assert part["not_reached"] == ["waits", "earlier", "last"]
     (tmp_path / "data" / "wait").unlink()

@@ -95,8 +95,9 @@ class Child:
         """End the process and those that it started."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self._reader.join(timeout=10)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold on to it: then nothing waits for it
+            self._process.wait(timeout=10)
+        self._reader.join(timeout=5)
         for stream in (self._process.stdin, self._process.stdout, self._log):
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):
@@ -108,7 +109,9 @@ def _environment(device: str, workers: int) -> dict[str, str]:
     # The package need not be installed: it is found where this file is.
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    cores = max(1, (os.cpu_count() or 1) // workers)
+    environment.setdefault("OMP_NUM_THREADS", str(cores))
+    environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(cores))
     if device == "cpu":
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     else:
