@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 import triton
+from torch.utils.flop_counter import register_flop_formula
 
+from ..models.backend_flops import product_flops
 from . import triton_general, triton_short, triton_single_pass
 from .triton_tiles import INTERPRETED
 
@@ -296,3 +298,21 @@ def _gradient(ctx: Any, grad: torch.Tensor | None, *unused: Any) -> tuple[torch.
 
 
 twicing_forward.register_autograd(_gradient, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.hf_imgproc_attn.twicing)
+def forward_flops(query_shape: Any, key_shape: Any, value_shape: Any, *args: Any, **kwargs: Any) -> int:
+    """The logits and two applications of A, 6 N^2 d: what is computed twice to save memory does not count."""
+    return product_flops(query_shape, key_shape, query_shape[-1]) + product_flops(
+        query_shape, key_shape, value_shape[-1], 2
+    )
+
+
+@register_flop_formula(torch.ops.hf_imgproc_attn.twicing_backward)
+def backward_flops(
+    grad_shape: Any, query_shape: Any, key_shape: Any, value_shape: Any, *args: Any, **kwargs: Any
+) -> int:
+    """The logits once more, two gradients of them and four products with values, 14 N^2 d."""
+    return product_flops(query_shape, key_shape, query_shape[-1], 3) + product_flops(
+        query_shape, key_shape, value_shape[-1], 4
+    )
