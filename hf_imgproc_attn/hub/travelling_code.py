@@ -18,7 +18,7 @@ _LIBRARIES = ("torch", "transformers", "huggingface_hub")
 # What a model may use of the standard library: nothing here opens a file or a connection, or starts a process.
 _STANDARD_LIBRARY = {
     "__future__", "abc", "collections", "contextlib", "copy", "dataclasses", "difflib", "enum", "functools",
-    "itertools", "logging", "math", "numbers", "operator", "os", "re", "typing", "warnings",
+    "itertools", "logging", "math", "numbers", "operator", "os", "re", "sys", "typing", "warnings",
 }  # fmt: skip
 # Modules of the three libraries that read or write files, fetch something, or compile and load native code.
 _FORBIDDEN_MODULES = (
@@ -32,7 +32,27 @@ _FORBIDDEN_OF_TORCH = {
     for name in ("export.load", "export.save", "from_file", "hub", "jit.load", "jit.save", "load", "package", "save",
                  "serialization")
 }  # fmt: skip
-_ALLOWED_OF_OS = {"os.PathLike", "os.fspath"}
+_ALLOWED_OF = {"os": {"os.PathLike", "os.fspath"}, "sys": set()}
+_MAY_BE_LOOKED_UP = "peft"
+"""The library of which ``sys.modules.get("…")`` may ask whether it is imported: that of no other gives a way to it."""
+
+
+def _goes_too_far(name: str) -> bool:
+    """Whether a dotted name is a part of ``os`` or ``sys`` that a model has no need for."""
+    top, _, rest = name.partition(".")
+    return bool(rest) and top in _ALLOWED_OF and name not in _ALLOWED_OF[top]
+
+
+def _harmless_look_ups(tree: ast.AST) -> set[int]:
+    """The nodes of ``sys.modules.get("peft…")``, by identity."""
+    found: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "sys.modules.get" and len(node.args) == 1:
+            module = node.args[0]
+            name = module.value if isinstance(module, ast.Constant) else None
+            if isinstance(name, str) and name.partition(".")[0] == _MAY_BE_LOOKED_UP and not node.keywords:
+                found |= {id(part) for part in ast.walk(node.func)}
+    return found
 
 
 def audit(source: str) -> list[str]:
@@ -52,7 +72,10 @@ def audit(source: str) -> list[str]:
 
 
 def _findings(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    harmless = _harmless_look_ups(tree)
     for node in ast.walk(tree):
+        if id(node) in harmless:
+            continue
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield from ((node.lineno, what) for what in _module_findings(alias.name, alias.asname))
@@ -66,8 +89,7 @@ def _findings(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield node.lineno, f"uses {node.id}"
         elif isinstance(node, ast.Attribute):
             name = ast.unparse(node)
-            forbidden_os = name.startswith("os.") and name not in _ALLOWED_OF_OS
-            if node.attr in _FORBIDDEN_ATTRIBUTES or name in _FORBIDDEN_OF_TORCH or forbidden_os:
+            if node.attr in _FORBIDDEN_ATTRIBUTES or name in _FORBIDDEN_OF_TORCH or _goes_too_far(name):
                 yield node.lineno, f"uses {name}"
 
 
@@ -75,9 +97,9 @@ def _module_findings(name: str, renamed: str | None) -> Iterator[str]:
     top = name.partition(".")[0]
     unknown = top not in _STANDARD_LIBRARY and top not in _LIBRARIES
     forbidden = any(f"{name}.".startswith(f"{module}.") for module in (*_FORBIDDEN_MODULES, *_FORBIDDEN_OF_TORCH))
-    if unknown or forbidden or (name.startswith("os.") and name not in _ALLOWED_OF_OS):
+    if unknown or forbidden or _goes_too_far(name):
         yield f"imports {name}"
-    elif renamed is not None and top in ("os", "torch"):
+    elif renamed is not None and top in ("os", "sys", "torch"):
         yield f"imports {name} under another name, {renamed}"  # the names above would not be recognised
 
 

@@ -47,7 +47,12 @@ def test_what_travels_reads_no_file_opens_no_connection_and_runs_no_text() -> No
         ("import numpy as np", "imports numpy"),
         ("import pickle", "imports pickle"),
         ("import importlib", "imports importlib"),
-        ("import sys", "imports sys"),
+        ("import sys as innocent", "imports sys under another name, innocent"),
+        ("from sys import modules", "imports sys.modules"),
+        ("sys.modules['os'].remove(path)", "uses sys.modules"),
+        ("sys.modules.get('os')", "uses sys.modules"),
+        ("sys.modules.get(name)", "uses sys.modules"),
+        ("sys.exit(1)", "uses sys.exit"),
         ("from os import system", "imports os.system"),
         ("import os as innocent", "imports os under another name, innocent"),
         ("import torch.utils.cpp_extension", "imports torch.utils.cpp_extension"),
@@ -69,8 +74,9 @@ def test_what_travels_reads_no_file_opens_no_connection_and_runs_no_text() -> No
     ],
 )
 def test_what_a_model_has_no_need_for_is_found(line: str, what: str) -> None:
-    (finding,) = audit(f"import torch\n{line}\n")
-    assert finding.startswith(f"line 2: {what}")
+    first, *rest = audit(f"import torch\n{line}\n")
+    assert first.startswith(f"line 2: {what}")
+    assert all(finding.startswith("line 2: uses sys.") for finding in rest)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +88,7 @@ def test_what_a_model_has_no_need_for_is_found(line: str, what: str) -> None:
         "from torch import nn",
         "import os; name: os.PathLike = x",
         "from transformers import GPT2Model",
+        "import sys; sys.modules.get('peft.utils.constants')",
         "from .spec_fields import PRESETS",
     ],
 )
