@@ -113,6 +113,10 @@ def load_source(model_or_path: Any) -> Source:
         model, info = loaded_class.from_pretrained(model_or_path, output_loading_info=True, **options)
     except SafetensorError as error:
         raise OSError(f"the weights of {str(model_or_path)!r} cannot be read, the file is damaged: {error}") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):  # how the library, and our classes, speak of other shapes
+            raise
+        raise ValueError(f"the tensors of {model_or_path} have other shapes than its config.json says") from error
     if info["missing_keys"]:
         raise ValueError(f"{model_or_path} lacks tensors of {name}: {', '.join(sorted(info['missing_keys']))}")
     return Source(str(model_or_path), model, variant_class, list(info["unexpected_keys"]))

@@ -647,3 +647,16 @@ def test_bad_input_is_refused_before_work(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="output must be a new or empty folder"):
         convert_checkpoint(str(tmp_path / "stock"), "twicing", str(tmp_path / "full"))
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_checkpoint_with_other_shapes_than_its_configuration_says_is_refused(own: bool, tmp_path: Path) -> None:
+    """The library raises a RuntimeError, which a command line would show as a traceback."""
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 11, "n_positions": 16}
+    tokens = {"bos_token_id": 0, "eos_token_id": 0}
+    stock = GPT2LMHeadModel(GPT2Config(**sizes, **tokens))
+    (convert(stock, "twicing") if own else stock).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 13}))
+    with pytest.raises(ValueError, match="have other shapes than its config.json says"):
+        convert(str(tmp_path), "sos")

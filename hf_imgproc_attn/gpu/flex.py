@@ -9,7 +9,7 @@ CPU FlexAttention runs dense and forward only, which is enough to test it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..models.backend_sdpa import augment
 from ..models.kernel_blocks import DistanceKernel
 from ..models.kernel_content import autocast_dtype, without_autocast
 from ..models.kernel_position import BlockedPositions
+from ..models.visibility import Visibility
 
 NO_STREAMS = "does not hand out the streams that a cache of boosted attention keeps"
 
@@ -30,13 +31,19 @@ def refuses(call: FilterCall) -> str | None:
         return NO_STREAMS
     if call.dropout > 0.0:
         return f"drops nothing out, got dropout_p={call.dropout}"
-    fields: list[Any] = [field for term in call.positions if isinstance(term, tuple) for field in term]
-    terms = [field for field in fields if isinstance(field, torch.Tensor)]
-    inputs = (call.query, call.key, call.value, call.visibility.bias, *terms)
-    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(call))
     if needs_gradient and call.query.device.type == "cpu":
         return "has no backward pass on the CPU"
     return None
+
+
+def _tensors(x: Any) -> Iterator[torch.Tensor]:
+    """All tensors of a call, however deep."""
+    if isinstance(x, torch.Tensor):
+        yield x
+    elif isinstance(x, tuple):
+        for part in x:
+            yield from _tensors(part)
 
 
 def run(call: FilterCall) -> torch.Tensor:
@@ -47,13 +54,9 @@ def run(call: FilterCall) -> torch.Tensor:
     _, value = call.repeated()
     if key.shape[1] != query.shape[1]:
         key = key.repeat_interleave(call.groups, dim=1)
-    allowed = call.visibility.allowed(key.device)
-    terms = [term for term in (bias, call.visibility.bias) if term is not None]
-    hidden_rows = None if allowed is None else ~allowed.any(-1, keepdim=True)
-    if allowed is not None and hidden_rows is not None:
-        # A row of nothing but -inf has no softmax: such rows see everything here, and give 0 below.
-        allowed = _four_axes(allowed | hidden_rows)
-    score = _score(allowed, [_four_axes(term) for term in terms], None if by_place is None else place_score(by_place))
+    terms = [_four_axes(term) for term in (bias, call.visibility.bias) if term is not None]
+    seen, hidden_rows = visible_places(call.visibility, key.device)
+    score = _score(seen, terms, None if by_place is None else place_score(by_place))
     attention = _attention(query.device.type)
 
     def attend(rows: torch.Tensor) -> torch.Tensor:
@@ -69,7 +72,44 @@ def _four_axes(x: torch.Tensor) -> torch.Tensor:
 
 
 Place = Callable[[Any, Any, Any, Any], torch.Tensor]
-"""(sample, head, query, key) to a number."""
+"""(sample, head, query, key) to a number or a boolean."""
+
+
+def _look_up(x: torch.Tensor, *index: Any) -> torch.Tensor:
+    """An entry of a tensor with four axes, some of which may be 1."""
+    return x[tuple(at * (size > 1) for at, size in zip(index, x.shape, strict=True))]
+
+
+def visible_places(visibility: Visibility, device: torch.device) -> tuple[Place | None, torch.Tensor | None]:
+    """Whether a query sees a key, as FlexAttention asks it, and the queries that see none (``[..., length, 1]``).
+
+    None stands for "all" and for "no query". Padding and causality are told from the places: no mask of
+    length x key_length is formed. A row of nothing but -inf has no softmax, so that queries which see nothing see
+    everything here; their output has to be set to 0.
+    """
+    if visibility.hides_nothing:
+        return None, None
+    past = visibility.key_length - visibility.length
+    if visibility.hides_only_padding:
+        keys = visibility.keys
+        if keys is None:
+            return lambda b, h, i, j: j <= i + past, None
+        some = keys.long().cumsum(-1).mT[..., past:, :] > 0 if visibility.causal else keys.any(-1, keepdim=True)
+        hidden_rows = ~some
+
+        def see(b: Any, h: Any, i: Any, j: Any) -> torch.Tensor:
+            seen = _look_up(keys, b, h, i, j)
+            if visibility.causal:
+                seen = seen & (j <= i + past)
+            return seen | _look_up(hidden_rows, b, h, i, j)
+
+        return see, hidden_rows
+    allowed = visibility.allowed(device)
+    if allowed is None:
+        return None, None
+    hidden_rows = ~allowed.any(-1, keepdim=True)
+    every = _four_axes(allowed | hidden_rows)
+    return lambda b, h, i, j: _look_up(every, b, h, i, j), hidden_rows
 
 
 def place_score(positions: BlockedPositions) -> Place:
@@ -122,22 +162,17 @@ def bucket_of(offset: torch.Tensor, kernel: Any) -> torch.Tensor:
     return bucket
 
 
-def _score(
-    allowed: torch.Tensor | None, terms: list[torch.Tensor], place: Place | None
-) -> Callable[..., torch.Tensor] | None:
+def _score(seen: Place | None, terms: list[torch.Tensor], place: Place | None) -> Callable[..., torch.Tensor] | None:
     """What FlexAttention does with each score: adds the terms, hides what may not be seen."""
-    if allowed is None and not terms and place is None:
+    if seen is None and not terms and place is None:
         return None
-
-    def look_up(x: torch.Tensor, *index: torch.Tensor) -> torch.Tensor:
-        return x[tuple(at * (size > 1) for at, size in zip(index, x.shape, strict=True))]
 
     def modify(score: torch.Tensor, b: Any, h: Any, i: Any, j: Any) -> torch.Tensor:
         for term in terms:
-            score = score + look_up(term, b, h, i, j)
+            score = score + _look_up(term, b, h, i, j)
         if place is not None:
             score = score + place(b, h, i, j)
-        return score if allowed is None else torch.where(look_up(allowed, b, h, i, j), score, float("-inf"))
+        return score if seen is None else torch.where(seen(b, h, i, j), score, float("-inf"))
 
     return modify
 

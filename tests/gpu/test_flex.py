@@ -13,7 +13,7 @@ from hf_imgproc_attn.models.backend_call import Booster, Content, FilterCall
 from hf_imgproc_attn.models.backend_table import BACKENDS
 from hf_imgproc_attn.models.kernel_given import BiasPositions
 from hf_imgproc_attn.models.kernel_relative import BucketKernel, bucket_boundaries, relative_buckets
-from hf_imgproc_attn.models.visibility import attention_visibility
+from hf_imgproc_attn.models.visibility import Visibility, attention_visibility
 from tests.models.helpers import layer_inputs, make_filter
 
 LENGTH = 11
@@ -101,3 +101,38 @@ def test_buckets_of_one_offset_are_those_of_the_table() -> None:
         kernel = BucketKernel(boundaries, bidirectional, 1, 16)
         expected = relative_buckets(offsets, boundaries, bidirectional)
         assert torch.equal(flex.bucket_of(offsets, kernel), expected)
+
+
+def test_a_learned_scalar_needs_a_backward_pass_too() -> None:
+    """Bandwidths, gains and class-token logits are inputs as much as queries are."""
+    for options in ({"content_kernel": "gaussian"}, {"position_kernel": "gaussian"}, {"boosting": "learned"}):
+        layer = make_filter(**options)
+        given = [torch.zeros(1, 3, 4, 5, dtype=torch.float64) for _ in range(3)]
+        places = torch.arange(4).view(1, 4, 1)
+        with pytest.raises(ValueError, match="has no backward pass on the CPU"):
+            layer(*given, layer_inputs(4, coordinates=places, backend="flex"))
+
+
+@pytest.mark.parametrize("past", [0, 3])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("padded", ["none", "left", "right", "all of one"])
+def test_who_sees_whom_is_told_from_the_places(padded: str, causal: bool, past: int) -> None:
+    """Without a mask of all pairs: the same as the mask says, but that rows which see nothing see everything."""
+    length, key_length = 5, 5 + past
+    keys = torch.ones(2, 1, 1, key_length, dtype=torch.bool)
+    keys[0, ..., {"left": slice(0, 6), "right": slice(-2, None), "all of one": slice(None)}.get(padded, slice(0))] = (
+        False
+    )
+    visibility = Visibility(length, key_length, causal, keys=None if padded == "none" else keys)
+    allowed = visibility.allowed(torch.device("cpu"))
+    dense = torch.ones(2, 1, length, key_length, dtype=torch.bool)
+    dense = dense if allowed is None else dense & allowed
+    see, hidden_rows = flex.visible_places(visibility, torch.device("cpu"))
+    b, i, j = torch.meshgrid(torch.arange(2), torch.arange(length), torch.arange(key_length), indexing="ij")
+    got = torch.ones(2, length, key_length, dtype=torch.bool) if see is None else see(b, torch.zeros_like(b), i, j)
+    nothing = ~dense.any(-1, keepdim=True)
+    assert torch.equal(got, (dense | nothing)[:, 0])
+    if hidden_rows is not None:
+        assert torch.equal(hidden_rows.expand_as(nothing), nothing)
+    else:
+        assert not nothing.any()
