@@ -24,6 +24,7 @@ from hf_imgproc_attn.measure.gpu_check import (
     part_steps,
     part_times,
     part_training,
+    report,
     runner,
     tensors,
     worker,
@@ -249,6 +250,7 @@ def test_killing_the_run_in_the_middle_of_a_part_loses_nothing(tmp_path: Path) -
     assert list(statuses(before)) == sorted(
         ["good", "nan", "wrong", "refused", "no kernel", "exception", "lost", "killed", "hangs"]
     )
+    assert "not reached in the time given, 0 s" in report.summary(before)
     (data / "wait").unlink()
     after = run_faulty(tmp_path, resume=True)
     assert after["parts"]["x"]["cases"].items() >= before["parts"]["x"]["cases"].items()
@@ -408,6 +410,25 @@ def test_a_result_that_is_not_a_number_is_wrong() -> None:
 
         with pytest.raises(part_backends.Wrong, match="times plain attention's error"):
             part_backends.compare(setting, run, True, 1.0)
+
+
+def test_a_wrong_yardstick_is_wrong_and_passes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiples of the error of plain attention, or of the stock model, mean nothing where that is wrong itself."""
+    setting = part_backends.Setting("twicing", part_backends.TINY_CAUSAL, "float32", "cpu")
+    monkeypatch.setattr(part_backends, "plain_errors", lambda *setting: [1e-6, 1e-6, 1e-6, 1e-3])
+    with pytest.raises(part_backends.Wrong, match="the yardstick, is off itself"):
+        part_backends.compare(setting, tensors.attend("twicing", "sdpa"), True, 1.0)
+    as_with_tf32 = {mode: {"logits": 1e-3, "gradients": 1e-3} for mode in part_models.MODES}
+    monkeypatch.setattr(part_models, "stock_errors", lambda *stock: as_with_tf32)
+    with pytest.raises(part_models.Wrong, match="float32: relative error of logits 0.001, allowed 2e-05"):
+        part_models.compare(Bench("cpu"), "vit", "softmax", 1.0)
+
+
+def test_what_compiles_for_long_is_timed_last() -> None:
+    backends = [case.about.get("backend") for case in part_times.cases(Bench("cuda"))]
+    first = backends.index("flex")
+    assert set(backends[first:]) == {"flex"}
+    assert {"triton single_pass", "triton general", "SDPA cuDNN"} <= set(backends[:first])
 
 
 class FakeEvent:

@@ -13,11 +13,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..benchmark.attention import Shape
 from ..benchmark.timing import interleave, peak_memory
-from .part_backends import SDPA_KERNELS, compiled_flex, forced
+from .part_backends import SDPA_KERNELS, compiled_flex, forced, triton_algorithm
 from .parts import Bench, Case, Refused, Wrong
 from .tensors import FILTERS, Attend, Inputs, attend, gaussian_features, relative_error
 
@@ -35,7 +36,10 @@ _MOST_CALLS = 50
 
 
 def cases(bench: Bench) -> list[Case]:
-    """The cases: back-ends that are quick to prepare on every shape, then FlexAttention, forced kernels, graphs."""
+    """The cases: back-ends on every shape, Triton's algorithms, forced kernels and graphs; FlexAttention comes last.
+
+    It compiles for half a minute a case, and nothing that takes a second should wait for that.
+    """
     shapes = TINY_SHAPES if bench.tiny else SHAPES
     found = [
         Case("SDPA's choice for plain attention", partial(baseline_choice, bench, shapes), about={"what": "choice"})
@@ -54,20 +58,32 @@ def cases(bench: Bench) -> list[Case]:
         about["graph"] = bool(prefix)
         found.append(Case(f"{prefix}{name}, {backend}, {words(shape)}", run, 90.0, about))
 
-    for name, backend, shape in quick + slow:
+    for name, backend, shape in quick:
         add(name, backend, shape, partial(time_backend, bench, name, backend, shape))
+    for algorithm, shape in _triton_algorithms(bench, shapes):
+        run = partial(time_triton, bench, algorithm, shape)
+        add("twicing", f"triton {algorithm}", shape, run)
     for shape in shapes:
         for kernel in ("flash", "memory-efficient", "cuDNN"):
             add(PLAIN, f"SDPA {kernel}", shape, partial(time_kernel, bench, kernel, shape))
-        add(PLAIN, "flex", shape, partial(time_flex, bench, shape))
     for shape in shapes[:2]:
         for name, backend in (("twicing", "triton"), ("twicing", "sdpa"), ("bilateral gaussian", "sdpa")):
             add(name, backend, shape, partial(time_graph, bench, name, backend, shape), "CUDA graph: ")
-    # Last: profilers do not work on every machine.
     found.append(
         Case("kernels of plain attention", partial(baseline_kernels, bench, shapes), about={"what": "kernels"})
     )
+    for name, backend, shape in slow:
+        add(name, backend, shape, partial(time_backend, bench, name, backend, shape))
+    for shape in shapes:
+        add(PLAIN, "flex", shape, partial(time_flex, bench, shape))
     return found
+
+
+def _triton_algorithms(bench: Bench, shapes: tuple[Shape, ...]) -> list[tuple[str, Shape]]:
+    """Algorithms that Triton's kernels do not choose by themselves at these shapes: was the choice right?"""
+    if bench.tiny:
+        return [("single_pass", shapes[1])]
+    return [("single_pass", shapes[1]), ("single_pass", shapes[3]), ("general", shapes[0])]
 
 
 def words(shape: Shape) -> str:
@@ -224,11 +240,30 @@ def time_backend(bench: Bench, name: str, backend: str, shape: Shape, seconds_le
     return values | time_against_plain(bench, run, inputs, shape, FILTERS[name].products, budget)
 
 
+def time_triton(bench: Bench, algorithm: str, shape: Shape, seconds_left: float) -> dict[str, Any]:
+    """Twicing by one algorithm of the Triton kernels; the back-end ``triton`` chooses one itself."""
+    inputs, run = draw_on(bench, "twicing", shape), triton_algorithm(algorithm)
+    with torch.no_grad():
+        difference = relative_error(run(inputs), attend("twicing", "sdpa")(inputs))
+    values = {"difference_from_sdpa": difference}
+    if not difference <= DISAGREEMENT:
+        raise Wrong(f"differs from two SDPA calls by {difference:.2g}, allowed {DISAGREEMENT}", values)
+    budget = 0.0 if bench.tiny else 0.4
+    return values | time_against_plain(bench, run, inputs, shape, FILTERS["twicing"].products, budget)
+
+
 def time_kernel(bench: Bench, kernel: str, shape: Shape, seconds_left: float) -> dict[str, Any]:
     """Plain attention forced to one SDPA kernel, against PyTorch's own choice."""
     inputs = draw_on(bench, "plain", shape)
+    with_leaves, _ = inputs.with_leaves()
+    forced(kernel, plain)(with_leaves)  # says why, if the kernel does not take it
+
+    def run(given: Inputs) -> torch.Tensor:
+        with sdpa_kernel(SDPA_KERNELS[kernel]):  # without `forced`: catching warnings would be timed, too
+            return plain(given)
+
     budget = 0.0 if bench.tiny else 0.3
-    return time_against_plain(bench, forced(kernel, plain), inputs, shape, (2.0, 5.0), budget)
+    return time_against_plain(bench, run, inputs, shape, (2.0, 5.0), budget)
 
 
 def time_flex(bench: Bench, shape: Shape, seconds_left: float) -> dict[str, Any]:

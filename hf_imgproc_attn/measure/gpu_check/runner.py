@@ -140,7 +140,9 @@ class _Record:
 
     def cases(self, part: Part) -> dict[str, dict[str, Any]]:
         """The cases of a part that have a verdict, by name."""
-        entry = self.content["parts"].setdefault(part.letter, {"title": part.title, "cases": {}})
+        # Whole from the start: a run that is killed leaves a record that can be rendered.
+        new = {"title": part.title, "cases": {}, "seconds": 0.0, "not_reached": None, "failure": None}
+        entry = self.content["parts"].setdefault(part.letter, new)
         cases: dict[str, dict[str, Any]] = entry["cases"]
         return cases
 

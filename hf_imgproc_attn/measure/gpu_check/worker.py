@@ -32,7 +32,7 @@ _REFUSALS = (
     "No viable backend",  # likewise, on the CPU
     "BACKEND='FLASH' but flash attention cannot be used",  # FlexAttention without the FlashAttention package
     "cannot serve this call",  # this package's back-ends
-    "is not available",
+    "is not available: the kernels need",
 )
 _LONGEST_TRACEBACK = 4000
 
