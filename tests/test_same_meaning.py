@@ -113,6 +113,24 @@ def test_a_query_that_sees_nothing_may_hold_anything(backend: str, boosting: str
     torch.testing.assert_close(filtered(backend, *given, **options), expected, **EXACT)
 
 
+@pytest.mark.parametrize("kv_heads", [1, HEADS])
+@pytest.mark.parametrize("boosting", ["none", "twicing"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_features_of_hidden_keys_have_no_influence(backend: str, boosting: str, kv_heads: int) -> None:
+    query, key, value = tensors()
+    key, value = key[:, :kv_heads], value[:, :kv_heads]
+    mask = torch.ones(BATCH, 1, LENGTH, LENGTH, dtype=torch.bool)
+    mask[..., 3] = False
+    columns, clean = random(1, 1, LENGTH, 2, seed=7), random(1, 1, LENGTH, 2, seed=8)
+    poisoned = clean.clone()
+    poisoned[:, :, 3] = float("nan")
+    options: dict[str, Any] = {"attn_mask": mask, "boosting": boosting, "query_features": columns, "enable_gqa": True}
+    got, expected = (
+        filtered(backend, query, key, value, key_features=features, **options) for features in (poisoned, clean)
+    )
+    torch.testing.assert_close(got, expected, **EXACT)
+
+
 @pytest.mark.parametrize("boosting", ["none", "twicing"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_in_an_additive_mask_shows(backend: str, boosting: str) -> None:

@@ -185,10 +185,11 @@ def _attention(device_type: str) -> Callable[..., torch.Tensor]:
         compiled: Callable[..., torch.Tensor] = torch.compile(flex_attention, dynamic=False)
         return compiled
 
-    def dense(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         with warnings.catch_warnings():  # it advises to compile
             warnings.simplefilter("ignore")
-            output: torch.Tensor = flex_attention(*args, **kwargs)
+            # It refuses leaves that require a gradient on the CPU, even under no_grad; here none is wanted.
+            output: torch.Tensor = flex_attention(query.detach(), key.detach(), value.detach(), **kwargs)
         return output
 
     return dense

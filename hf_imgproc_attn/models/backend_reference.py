@@ -97,7 +97,7 @@ def reference_attention(
         exact = BOOSTING[name](attend, keep_rows, identity, identity, steps, gain)
         operator = exact.to(dtype)
         if call.streams.is_cached:  # the first tokens of a cache: their streams have to be stored
-            return call.boost(attend, call.new_value.to(compute_dtype), value).to(dtype), operator
+            call.boost(attend, call.new_value.to(compute_dtype), value)
         output = torch.matmul(_exact_through(operator, exact), call.visibility.clean(value).to(compute_dtype))
         return output.to(dtype), operator
 

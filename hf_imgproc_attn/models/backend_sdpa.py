@@ -65,7 +65,9 @@ def augment(call: FilterCall, dtype: torch.dtype, form_dtype: torch.dtype | None
         scaled = query * call.content.scale
         query = (scaled if dtype != torch.float16 else inside(scaled, dtype)).to(dtype)
     left, right = [left for left, _ in columns], [right for _, right in columns]
-    return Augmented(append_columns(query, left), append_columns(key, right), scale, bias)
+    key = append_columns(key, right)
+    # A caller's feature columns may hold anything, too, for keys that no query sees.
+    return Augmented(append_columns(query, left), call.visibility.clean(key) if right else key, scale, bias)
 
 
 def append_columns(x: torch.Tensor, columns: Sequence[torch.Tensor]) -> torch.Tensor:

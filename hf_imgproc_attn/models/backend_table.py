@@ -161,9 +161,11 @@ def choose_backend(call: FilterCall) -> str:
     """The fastest back-end, by measured shape, of those that are there and do not refuse."""
     device = call.query.device.type
     order = next((row.order for row in CHOICES if row.device in (None, device) and row.fits(call)), ())
-    for name in (*order, *order_elsewhere(device, call)):
-        if name in BACKENDS and BACKENDS[name].refuses(call) is None:
-            return name
+    # The second order is made only if the first one fails: it compares sizes, which would fix them in a traced graph.
+    for names in (lambda: order, lambda: order_elsewhere(device, call)):
+        for name in names():
+            if name in BACKENDS and BACKENDS[name].refuses(call) is None:
+                return name
     return "reference"
 
 

@@ -152,6 +152,8 @@ class GaussianPositions(NamedTuple):
         needs_gradient = self.learns_bandwidth and torch.is_grad_enabled()
         if needs_gradient or dtype == torch.float16 or (dtype == torch.bfloat16 and self.class_tokens):
             return "bias"
+        if torch.compiler.is_exporting():  # an exported graph must serve every length
+            return "bias"
         # Positions with gaps would have to be looked at, which one query and a traced graph are not worth.
         if not self.contiguous and (self.coordinates.shape[-2] == 1 or torch.compiler.is_compiling()):
             return "bias"

@@ -82,9 +82,11 @@ class AlibiPositions(NamedTuple):
         """Features where the distance is linear in p_j: causal, one axis, positions in order."""
         if not self.is_causal or self.class_tokens is not None or self.key_coordinates.shape[-1] > 1:
             return "bias"
+        if torch.compiler.is_exporting():  # an exported graph must serve every length
+            return "bias"
         places = self.key_coordinates[..., 0].detach()
         if self.contiguous:
-            side = float(places.shape[-1])
+            side: float = places.shape[-1]  # not float(): that would compile every length anew
         else:
             # They would have to be looked at, which one query and a traced graph are not worth.
             unseen = self.coordinates.shape[-2] == 1 or torch.compiler.is_compiling()

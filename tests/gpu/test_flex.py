@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 
+from hf_imgproc_attn.functional import filter_attention
 from hf_imgproc_attn.gpu import flex
 from hf_imgproc_attn.models import backend_sdpa
 from hf_imgproc_attn.models.backend_call import Booster, Content, FilterCall
@@ -136,3 +137,11 @@ def test_who_sees_whom_is_told_from_the_places(padded: str, causal: bool, past: 
         assert torch.equal(hidden_rows.expand_as(nothing), nothing)
     else:
         assert not nothing.any()
+
+
+def test_leaves_with_gradients_are_served_without_gradients() -> None:
+    """Parameters require gradients, whatever ``no_grad`` says."""
+    leaves = [x.requires_grad_() for x in torch.randn(3, 2, 2, 9, 8).unbind()]
+    with torch.no_grad():
+        got, wanted = (filter_attention(*leaves, boosting="twicing", backend=name) for name in ("flex", "reference"))
+    torch.testing.assert_close(got, wanted)

@@ -75,6 +75,25 @@ def test_attentions_are_parts_of_the_graph(variant: str, attention_output: str, 
         assert attentions.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("variant", ["twicing", "sos", "learned_twicing", "bilateral_twicing"])
+def test_the_operator_is_part_of_the_graph_where_a_cache_is_filled(variant: str) -> None:
+    """A decoder fills a cache unless it is told not to; its operators have the same gradients with and without."""
+    model, gradients = gpt2(variant, "operator"), []
+    for use_cache in (True, False):
+        result = model(token_ids(), output_attentions=True, use_cache=use_cache)
+        loss = result.logits.square().sum()
+        gradients.append(torch.autograd.grad(loss, result.attentions))
+        if use_cache:
+            cache = result.past_key_values
+    for cached, uncached in zip(*gradients, strict=True):
+        assert uncached.abs().sum() > 0
+        torch.testing.assert_close(cached, uncached, rtol=0, atol=1e-10)
+    more = torch.cat((token_ids(), token_ids()[:, :2]), 1)
+    with torch.no_grad():
+        step = model(more[:, -2:], past_key_values=cache).logits
+        torch.testing.assert_close(step, model(more, use_cache=False).logits[:, -2:], rtol=0, atol=1e-10)
+
+
 def test_the_gradient_of_an_operator_is_that_of_the_product_with_v() -> None:
     """d loss / d operator = (d loss / d output) V^T: it explains how much each value's weight matters."""
     torch.manual_seed(0)

@@ -386,6 +386,44 @@ def test_new_lengths_do_not_recompile_for_ever() -> None:
     assert counter.frame_count <= 2
 
 
+POSITIONS_BY_PLACE = ["bilateral_gaussian", "t5_bias", "alibi"]
+
+
+def padded(length: int) -> dict[str, torch.Tensor]:
+    """Two texts, the first with two tokens of padding at the left."""
+    mask = torch.ones(2, length, dtype=torch.long)
+    mask[0, :2] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return {"input_ids": token_ids(length=length)[:2], "attention_mask": mask, "position_ids": positions}
+
+
+@pytest.mark.parametrize("variant", POSITIONS_BY_PLACE)
+def test_one_dynamic_graph_serves_every_length(variant: str) -> None:
+    """The choice of a back-end compares sizes; in a traced graph it must not."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    model = build("gpt2", variant).eval()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for length in (9, 7, 12, 5, 16):
+            got, wanted = (run(**padded(length), use_cache=False).logits for run in (compiled, model))
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("variant", POSITIONS_BY_PLACE)
+def test_an_exported_model_serves_every_length(variant: str) -> None:
+    model = build("gpt2", variant).eval()
+    length = torch.export.Dim("length", min=2, max=100_000)
+    shapes = {name: {1: length} for name in padded(9)}
+    options = {"dynamic_shapes": {**shapes, "use_cache": None}, "strict": False}
+    exported = torch.export.export(model, (), {**padded(9), "use_cache": False}, **options).module()
+    with torch.no_grad():
+        for size in (9, 14, 23):
+            got, wanted = (run(**padded(size), use_cache=False).logits for run in (exported, model))
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_compiled_decoding_does_not_recompile_for_ever() -> None:
     """Growing caches become dynamic shapes; streams are no exception."""
     torch._dynamo.reset()
