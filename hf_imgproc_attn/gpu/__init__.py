@@ -43,7 +43,6 @@ def supports(
     *,
     is_causal: bool = False,
     attn_mask: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     boosting: str = "twicing",
     steps: int = 2,
@@ -56,7 +55,6 @@ def supports(
         value: ``[batch, key_heads, key_length, d]``.
         is_causal: whether query i sees keys j <= i only.
         attn_mask: None, or boolean ``[batch or 1, 1, 1, key_length]``, True = visible; other masks are refused.
-        bias: what is added to the logits; refused.
         dropout_p: probability on A; refused unless 0.
         boosting: only ``"twicing"`` is served.
         steps: only 2 are served.
@@ -78,8 +76,6 @@ def supports(
     dtypes = (torch.float16, torch.bfloat16, *((torch.float32,) if interpreted else ()))
     if not (query.dtype == key.dtype == value.dtype and query.dtype in dtypes):
         return f"needs float16 or bfloat16, got {query.dtype}, {key.dtype}, {value.dtype}"
-    if bias is not None:
-        return "adds nothing to the logits, got a bias"
     if dropout_p > 0.0:
         return f"drops nothing out, got dropout_p={dropout_p}"
     if attn_mask is not None:

@@ -20,7 +20,7 @@ from .backend_sdpa import augment
 from .cache_streams import boost_stream
 from .kernel_content import HALF_DTYPES
 from .kernel_position import BlockedPositions
-from .visibility import visible
+from .visibility import split_mask
 
 
 def blocked_attention(  # noqa: PLR0913  # in the form of scaled_dot_product_attention
@@ -132,7 +132,7 @@ def _blocked(given: _Arguments) -> tuple[torch.Tensor, list[torch.Tensor]]:
     booster = recurrence(given.boosting, given.steps)
     extra, width = len(booster.streams) - 1, value.shape[-1]
     if mask is not None and mask.requires_grad:
-        mask, additive = visible(mask, False, query.shape[-2], key.shape[-2], query.device)
+        mask, additive = split_mask(mask)
         if additive is not None:
             bias = additive if bias is None else bias + additive
     if given.dropout and seed is None:

@@ -10,7 +10,7 @@ from .backend_blocked_passes import Call, Tensors
 from .backend_blocked_plan import Plan
 from .kernel_content import working_dtype
 from .kernel_position import position_logits
-from .visibility import visible
+from .visibility import causal_mask, split_mask
 
 
 def dropout_factors(plan: Plan, like: torch.Tensor) -> torch.Tensor:
@@ -34,9 +34,9 @@ def dropout_factors(plan: Plan, like: torch.Tensor) -> torch.Tensor:
 def _allowed(call: Call, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """What may be seen, causality included, and what is added to the logits; each None if there is nothing."""
     plan = call.plan
-    allowed, additive = visible(call.mask, False, plan.length, plan.key_length, device)
+    allowed, additive = (None, None) if call.mask is None else split_mask(call.mask)
     if plan.is_causal:
-        causal = torch.ones(plan.length, plan.key_length, dtype=torch.bool, device=device).tril(plan.past)[None, None]
+        causal = causal_mask(plan.length, plan.key_length, device)
         allowed = causal if allowed is None else allowed & causal
     return allowed, additive
 

@@ -14,7 +14,7 @@ from .backend_blocked_plan import Block, Group, Plan, cut
 from .kernel_blocks import BlockKernel
 from .kernel_content import HALF_DTYPES
 from .kernel_position import BlockedPositions
-from .visibility import visible
+from .visibility import split_mask
 
 KEPT_SCORES = 2**20
 """What rows and columns have in common, or a costly kernel's logits, is kept for all groups of heads and samples up to
@@ -111,7 +111,7 @@ class PositionTerm:
         allowed = None
         if self._mask is not None:
             part = cut(self._mask, group, block)
-            allowed, _ = visible(part, False, block.stop - block.start, block.keys, part.device)
+            allowed, _ = split_mask(part)
         if allowed is not None:
             allowed = allowed.any(1)
         if self._is_causal:

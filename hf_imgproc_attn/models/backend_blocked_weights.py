@@ -12,7 +12,7 @@ import torch
 
 from .backend_blocked_plan import Block, Group, Plan, cut
 from .backend_blocked_positions import PositionTerm
-from .visibility import visible
+from .visibility import split_mask
 
 LOG2_E = math.log2(math.e)
 
@@ -150,12 +150,10 @@ class Weights:
         if self.bias is not None:
             shaped.add_(cut(self.bias, self.group, block), alpha=LOG2_E)
         if self.mask is not None:
-            part = cut(self.mask, self.group, block)
-            allowed, additive = visible(part, False, rows, block.keys, part.device)
+            allowed, additive = split_mask(cut(self.mask, self.group, block))
             if additive is not None:
                 shaped.add_(additive, alpha=LOG2_E)
-            if allowed is not None:
-                shaped.masked_fill_(~allowed, float("-inf"))
+            shaped.masked_fill_(~allowed, float("-inf"))
         if self.future is not None:
             own = scores[:, :, block.keys - rows :]
             if self.mask is None:

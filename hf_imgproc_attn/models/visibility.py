@@ -187,16 +187,6 @@ def split_mask(
     return ~hidden, mask.masked_fill(hidden, 0.0)
 
 
-def visible(
-    attention_mask: torch.Tensor | None, is_causal: bool, length: int, key_length: int, device: torch.device
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """:func:`split_mask` of a mask that may be None, with causality (square) put into the booleans."""
-    allowed, additive = (None, None) if attention_mask is None else split_mask(attention_mask)
-    if is_causal:
-        allowed = _both(allowed, torch.ones(length, key_length, dtype=torch.bool, device=device).tril())
-    return allowed, additive
-
-
 def attention_visibility(
     mask: torch.Tensor | None,
     *,
