@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, RunPython, pairwise_cover
+from tests.helpers import ROOT, RunPython, pairwise_cover, run_command
 
 # A private cache: tests neither see nor change what the user has downloaded, nor another worker's dynamic modules.
 _HF_HOME = tempfile.mkdtemp(prefix="hf_imgproc_attn_tests_")
@@ -41,14 +41,11 @@ def run_python(tmp_path: Path) -> RunPython:
     ) -> subprocess.CompletedProcess[str]:
         folder = cwd or tmp_path / "cwd"
         folder.mkdir(exist_ok=True)
-        return subprocess.run(
+        return run_command(
             [sys.executable, *arguments],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": str(path)},
-            capture_output=True,
-            text=True,
             timeout=timeout,
-            stdin=subprocess.DEVNULL,
         )
 
     return run

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
+import signal
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,3 +39,37 @@ def pairwise_cover(axes: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
 
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
 """The type of the fixture ``run_python``."""
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str | Path], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process with its output in pipes; it and everything that it started end with the block, however that ends."""
+    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    process = subprocess.Popen(command, text=True, start_new_session=True, **options)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+def run_command(
+    command: Sequence[str | Path], *, timeout: float = 300, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a command without standard input and return its status and output.
+
+    Unlike :func:`subprocess.run`, which at the end of the time kills one process and then waits for as long as another
+    that it started holds the pipes, this fails in time, with what was printed.
+    """
+    with started(command, **options) as process:
+        try:
+            out, error = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            out, error = process.communicate()
+            pytest.fail(f"{command} ran for more than {timeout} s\n{out[-3000:]}\n{error[-3000:]}")
+    return subprocess.CompletedProcess(command, process.returncode, out, error)

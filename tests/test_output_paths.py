@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 from hf_imgproc_attn import cli
 from hf_imgproc_attn.errors import UsageError, disk_problem
 from hf_imgproc_attn.output_paths import check_output_file, check_output_folder, write_or_keep, writing
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_command
 from tests.training.conftest import TINY_GPT2
 
 TINY = ["--disable_tqdm", "true", "--use_cpu", "--save_strategy", "no", "--eval_strategy", "no", "--max_steps", "1"]
@@ -214,7 +213,7 @@ def test_a_trained_model_that_cannot_be_saved_is_kept_elsewhere(
 def test_standard_output_that_is_full_or_closed(command: str, shell: str, status: int, error: str) -> None:
     line = shell.replace("COMMAND", f"{sys.executable} -m hf_imgproc_attn.cli {command}")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True)
+    done = run_command(["bash", "-c", line], env=environment)
     assert (done.returncode, done.stderr) == (status, error)
 
 

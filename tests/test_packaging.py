@@ -6,7 +6,6 @@ import configparser
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
 import tomllib
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import hf_imgproc_attn
-from tests.helpers import ROOT, RunPython
+from tests.helpers import ROOT, RunPython, run_command
 
 # One worker builds and installs for all tests of this file.
 pytestmark = pytest.mark.xdist_group("packaging")
@@ -39,7 +38,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
         str(folder),
         str(source),
     ]
-    result = subprocess.run(build, capture_output=True, text=True, timeout=300)
+    result = run_command(build, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder
 
@@ -50,7 +49,7 @@ def installed(distributions: Path) -> Path:
     target = distributions / "installed"
     (wheel,) = distributions.glob("*.whl")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
-    result = subprocess.run([*pip, str(wheel)], capture_output=True, text=True, timeout=300)
+    result = run_command([*pip, str(wheel)], timeout=300)
     assert result.returncode == 0, result.stderr
     return target
 
@@ -153,12 +152,10 @@ def test_makefile_refuses_an_old_python(tmp_path: Path) -> None:
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
-    result = subprocess.run(
+    result = run_command(
         ["make", "setup", f"PYTHON={old} no-such-python"],
         cwd=tmp_path,
         env=environment,
-        capture_output=True,
-        text=True,
         timeout=60,
     )
     assert result.returncode != 0

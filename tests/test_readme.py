@@ -16,7 +16,6 @@ import importlib.metadata
 import json
 import os
 import re
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from hf_imgproc_attn import PRESETS
-from tests.helpers import ROOT, RunPython
+from tests.helpers import ROOT, RunPython, run_command
 from tests.hub.server import HubServer
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -146,9 +145,7 @@ def readme_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def run(command: str, folder: Path, environment: dict[str, str]) -> None:
     """Run a command, which has to succeed, as a user's shell does."""
-    result = subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=LONGEST
-    )
+    result = run_command(["bash", "-c", command], cwd=folder, env=environment, timeout=LONGEST)
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     assert "Traceback" not in result.stderr, f"{command}\n{result.stderr}"
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers import ROOT, RunPython
+from tests.helpers import ROOT, RunPython, run_command
 
 # The workers run once, for all tests of this file.
 pytestmark = pytest.mark.xdist_group("triton")
@@ -24,11 +23,9 @@ SHARED_MEMORY = 227 * 1024
 
 
 def run_worker(name: str, folder: Path, **environment: str) -> Any:
-    result = subprocess.run(
+    result = run_command(
         [sys.executable, str(Path(__file__).with_name(name))],
         env={**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(folder), **environment},
-        capture_output=True,
-        text=True,
         timeout=600,
     )
     assert result.returncode == 0, result.stderr

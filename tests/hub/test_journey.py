@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 
 from hf_imgproc_attn.records import weights_sha256
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_command
 from tests.hub.conftest import IMAGE_RUN, TEXT_RUN, TOKEN
 from tests.hub.server import HubServer
 
@@ -35,7 +34,7 @@ def run_elsewhere(hub: HubServer, home: Path, *arguments: str, **options: Any) -
     """What a pipeline answers without a token, without the package, with an empty cache."""
     environment = {key: value for key, value in hub.environment(home).items() if key != "PYTHONPATH"}
     command = [sys.executable, "-I", "-c", ELSEWHERE, *arguments, json.dumps(options)]
-    done = subprocess.run(command, env=environment, cwd=home.parent, capture_output=True, text=True, timeout=300)
+    done = run_command(command, env=environment, cwd=home.parent, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -43,7 +42,7 @@ def run_elsewhere(hub: HubServer, home: Path, *arguments: str, **options: Any) -
 def train(*arguments: str) -> str:
     command = [sys.executable, "-m", "hf_imgproc_attn.cli", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = run_command(command, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
     return done.stdout

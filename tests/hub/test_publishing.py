@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from hf_imgproc_attn.hub.publishing import Publication, prepare_repository, publ
 from hf_imgproc_attn.hub.run_files import read_run
 from hf_imgproc_attn.hub.travelling_code import ROOM
 from hf_imgproc_attn.records import weights_sha256
-from tests.helpers import ROOT
+from tests.helpers import ROOT, started
 from tests.hub.conftest import READER, TOKEN, CopyOfRun
 from tests.hub.server import HubServer
 
@@ -413,7 +412,7 @@ def test_killed_in_the_middle_of_an_upload(hub: HubServer, run: CopyOfRun) -> No
     fault = hub.stall("upload")
     command = [sys.executable, "-m", "hf_imgproc_attn.cli", "publish", str(folder), "--repo-id", ID]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with started(command, env=environment) as process:
         assert fault.reached.wait(120)
         process.send_signal(signal.SIGKILL)
     assert hub.repo(ID).tags == {}

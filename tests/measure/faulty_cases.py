@@ -84,7 +84,8 @@ def hang(bench: Bench, seconds_left: float) -> dict[str, Any]:
 def wait(bench: Bench, seconds_left: float) -> dict[str, Any]:
     """Waits, if it is asked to, for a file."""
     assert bench.data is not None
-    (bench.data / "waiting").write_text(str(os.getpid()), encoding="utf-8")
+    (bench.data / "beginning").write_text(str(os.getpid()), encoding="utf-8")
+    (bench.data / "beginning").rename(bench.data / "waiting")
     while (bench.data / "wait").exists():
         time.sleep(0.02)
     return {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import subprocess
 import sys
 import textwrap
 import time
@@ -31,7 +30,7 @@ from hf_imgproc_attn.measure.gpu_check import (
 )
 from hf_imgproc_attn.measure.gpu_check.parts import PARTS, Bench, Part, Refused
 from hf_imgproc_attn.models.spec_fields import PRESETS
-from tests.helpers import ROOT, RunPython
+from tests.helpers import ROOT, RunPython, run_command, started
 
 # One worker runs the rehearsal for the four tests that look at it.
 rehearsed = pytest.mark.xdist_group("gpu rehearsal")
@@ -85,15 +84,13 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Record:
     """The whole command on the CPU, as on a bare machine: not installed, and without what only training needs."""
     folder = tmp_path_factory.mktemp("rehearsal")
     (folder / "sitecustomize.py").write_text(HIDE, encoding="utf-8")
-    result = subprocess.run(
+    result = run_command(
         [
             *(sys.executable, "-m", "hf_imgproc_attn.cli", "gpu-check", "--device", "cpu", "--minutes", "30"),
             *("--strict", "--data", str(images), "--output", "deep/gpu.json"),
         ],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(folder)},
-        capture_output=True,
-        text=True,
         timeout=900,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
@@ -233,18 +230,19 @@ def test_killing_the_run_in_the_middle_of_a_part_loses_nothing(tmp_path: Path) -
         from tests.measure.test_gpu_check import FAULTY
         runner.run(parts=FAULTY, output=Path({str(output)!r}), device="cpu", minutes=5.0, data=Path({str(data)!r}))
     """)
-    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path)
+    command = [sys.executable, "-c", code]
     deadline = time.monotonic() + 240
-    while not (data / "waiting").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    pid = int(_once_written(data / "waiting"))
-    process.kill()
-    process.wait()
-    while _is_alive(pid):  # the worker ends with the runner, whatever it was doing
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    with started(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path) as process:
+        while not (data / "waiting").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        pid = int((data / "waiting").read_text(encoding="utf-8"))
+        process.kill()
+        process.wait()
+        while _is_alive(pid):  # the worker ends with the runner, whatever it was doing
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
     before = json.loads(output.read_text(encoding="utf-8"))
     assert list(statuses(before)) == sorted(
@@ -256,12 +254,6 @@ def test_killing_the_run_in_the_middle_of_a_part_loses_nothing(tmp_path: Path) -
     assert after["parts"]["x"]["cases"].items() >= before["parts"]["x"]["cases"].items()
     assert statuses(after).keys() - statuses(before).keys() == {"waits", "earlier", "last"}
     assert after["parts"]["x"]["not_reached"] == []
-
-
-def _once_written(path: Path) -> str:
-    while not (text := path.read_text(encoding="utf-8")):
-        time.sleep(0.01)
-    return text
 
 
 def _is_alive(pid: int) -> bool:

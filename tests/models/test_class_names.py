@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from transformers.models.auto import modeling_auto
 
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2LMHeadModel
 from hf_imgproc_attn.models.modeling_imgproc_vit import ImgProcViTForImageClassification, ImgProcViTModel
+from tests.helpers import run_command
 from tests.models.helpers import sharpen_
 from tests.models.variants import gpt2_config, images, token_ids, vit_config
 
@@ -78,12 +78,10 @@ def test_a_model_without_the_package_is_trained_with_smoothed_labels_as_stock_gp
     same.save_pretrained(tmp_path / "stock")
     ImgProcGPT2LMHeadModel(gpt2_config("twicing", **sizes)).save_pretrained(tmp_path / "twicing")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    result = subprocess.run(
+    result = run_command(
         [sys.executable, "-P", "-c", WORKER],
         cwd=tmp_path,
         env={**environment, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        capture_output=True,
-        text=True,
         timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers import RunPython
+from tests.helpers import RunPython, run_command
 
 START = """
 import json, logging, sys
@@ -85,11 +84,9 @@ def files_named(config: dict[str, Any]) -> set[str]:
 
 def elsewhere(folder: Path, home: Path) -> Any:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(
+    done = run_command(
         [sys.executable, "-I", "-c", ELSEWHERE, str(folder)],
         env={**environment, "HF_HOME": str(home)},
-        capture_output=True,
-        text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from hf_imgproc_attn.models.modeling_imgproc_vit import (
     ImgProcViTForImageClassification,
     ImgProcViTLayer,
 )
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_command
 from tests.models.helpers import sharpen_
 from tests.models.variants import (
     IMPLEMENTATIONS,
@@ -519,12 +518,10 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 def run_sharded(folder: Path) -> None:
     """Start the two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
+    result = run_command(
         [*command, str(Path(__file__).with_name("fsdp_worker.py"))],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
         timeout=300,
     )
     assert result.returncode == 0, result.stderr[-4000:]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from hf_imgproc_attn.models.modeling_imgproc_vit import (
     ImgProcViTModel,
 )
 from hf_imgproc_attn.models.spec_fields import PRESETS
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_command
 from tests.models.helpers import sharpen_
 from tests.models.variants import gpt2_config, made_once, token_ids, vit_config
 
@@ -127,14 +126,11 @@ def run(folder: Path, mode: str) -> None:
     }
     elsewhere = folder / f"elsewhere_{mode}"
     elsewhere.mkdir()
-    result = subprocess.run(
+    result = run_command(
         [sys.executable, "-P", str(Path(__file__).with_name("travelling_worker.py")), str(folder), mode],
         cwd=elsewhere,
         env=environment,
-        capture_output=True,
-        text=True,
         timeout=600,
-        stdin=subprocess.DEVNULL,
     )
     assert result.returncode == 0, result.stderr[-4000:]
 

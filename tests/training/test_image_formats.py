@@ -12,9 +12,8 @@ import train_image_classification
 from PIL import Image
 
 from hf_imgproc_attn.errors import UsageError
-from hf_imgproc_attn.training_support import image_pixels
 from hf_imgproc_attn.training_support.image_pixels import PixelDataset, build_image_processor, eight_bits
-from tests.helpers import RunPython
+from tests.helpers import ROOT, RunPython
 from tests.training.conftest import TINY_VIT
 
 RAMP = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
@@ -85,10 +84,12 @@ def folder_with_a_damaged_image(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+SHORT = ["--config_overrides", *TINY_VIT, "--max_steps", "2", "--disable_tqdm", "true", "--save_strategy", "no"]
+
+
 def train(folder: Path, output: Path, *words: str) -> int:
-    options = ["--config_overrides", *TINY_VIT, "--max_steps", "2", "--disable_tqdm", "true", "--save_strategy", "no"]
     return train_image_classification.main(
-        ["--dataset_name", str(folder), "--output_dir", str(output), *options, *words]
+        ["--dataset_name", str(folder), "--output_dir", str(output), *SHORT, *words]
     )
 
 
@@ -126,21 +127,28 @@ def test_a_damaged_image_of_a_table_is_named_by_its_row(tmp_path: Path, capsys: 
     assert "the image row 11 of the train split cannot be used: " in capsys.readouterr().err
 
 
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 def test_an_image_damaged_while_it_is_read_late_is_named(
-    folder_with_a_damaged_image: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    folder_with_a_damaged_image: Path, tmp_path: Path, run_python: RunPython
 ) -> None:
-    """Splits too large for the memory are read by the data loader's own processes."""
-    monkeypatch.setattr(image_pixels, "DECODE_ONCE_BYTES", 100)
+    """Splits too large for the memory are read by the data loader's own processes.
+
+    In a process of its own, as the script runs: a fork of one that has run a thousand tests may hang.
+    """
     path = folder_with_a_damaged_image / "train" / "dog" / "7.png"
     path.write_bytes(path.read_bytes()[:60])
-    words = ["--dataloader_num_workers", "1", "--validation_fraction", "0", "--per_device_train_batch_size", "4"]
-    assert train(folder_with_a_damaged_image, tmp_path / "run", *words, "--max_steps", "5") == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"error: the image {str(path)!r} (row ")
+    words = [
+        *("--dataset_name", str(folder_with_a_damaged_image), *SHORT, "--output_dir", str(tmp_path / "run")),
+        *("--dataloader_num_workers", "1", "--validation_fraction", "0", "--per_device_train_batch_size", "4"),
+        *("--max_steps", "5"),
+    ]
+    code = (
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'training')!r})\nimport train_image_classification\n"
+        "from hf_imgproc_attn.training_support import image_pixels\nimage_pixels.DECODE_ONCE_BYTES = 100\n"
+        f"sys.exit(train_image_classification.main({words!r}))"
+    )
+    result = run_python("-c", code)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.splitlines()[-1].startswith(f"error: the image {str(path)!r} (row ")
 
 
 def test_a_grey_model_works_in_a_pipeline_without_the_package(tmp_path: Path, run_python: RunPython) -> None:

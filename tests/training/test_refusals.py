@@ -25,7 +25,7 @@ from hf_imgproc_attn.library_fields import configuration_fields, training_fields
 from hf_imgproc_attn.training_support import model_setup
 from hf_imgproc_attn.training_support.arguments import ModelArguments
 from hf_imgproc_attn.training_support.model_setup import check_block_size
-from tests.helpers import ROOT, RunPython
+from tests.helpers import ROOT, RunPython, run_command
 from tests.training.conftest import TINY_GPT2, TINY_VIT
 
 QUIET = ["--disable_tqdm", "true", "--save_strategy", "no", "--eval_strategy", "no"]
@@ -192,12 +192,10 @@ def torchrun(folder: Path, script: Path, *words: str) -> subprocess.CompletedPro
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    return subprocess.run(
+    return run_command(
         [sys.executable, *launcher, str(script), *words, *QUIET],
         env={**os.environ, "PYTHONPATH": f"{ROOT / 'training'}:{ROOT}"},
         cwd=folder,
-        capture_output=True,
-        text=True,
         timeout=240,
     )
 
@@ -234,12 +232,10 @@ def test_trackers_that_cannot_be_used_are_one_line(
         (library / "wandb/__init__.py").write_text(fake, encoding="utf-8")
         (library / "wandb/sdk/lib/config_util.py").write_text("class ConfigError(Exception): pass\n", encoding="utf-8")
     words = ["--config_overrides", *TINY_VIT, "--max_steps", "1", "--report_to", "wandb"]
-    done = subprocess.run(
+    done = run_command(
         [sys.executable, str(ROOT / "training/train_image_classification.py"), *words, "--output_dir", "run", *QUIET],
         env={**os.environ, "PYTHONPATH": f"{library}:{ROOT}", "HOME": str(tmp_path), **environment},
         cwd=tmp_path,
-        capture_output=True,
-        text=True,
     )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification, 
 from hf_imgproc_attn import ImgProcGPT2LMHeadModel, ImgProcViTForImageClassification
 from hf_imgproc_attn.records import weights_sha256
 from hf_imgproc_attn.training_support.checkpoints import newest_complete_checkpoint
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_command, started
 from tests.training.conftest import TINY_GPT2, TINY_VIT, WriteText
 
 IMAGE_SCRIPT = "train_image_classification.py"
@@ -225,10 +225,10 @@ def test_killed_run_resumes_past_an_incomplete_checkpoint_to_the_same_weights(tm
 
     folder = tmp_path / "killed"
     command = [sys.executable, str(ROOT / "training" / script), *options(script, folder, words)]
-    with subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+    with started(command, env=environment(), stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while not (folder / "checkpoint-20" / "trainer_state.json").exists():
-            assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
             assert time.monotonic() < deadline
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
@@ -259,7 +259,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, allowed: int) ->
     folder = tmp_path / "run"
     words = "--preset twicing --max_steps 60 --save_strategy steps --save_steps 10 --save_total_limit 1"
     command = [sys.executable, str(ROOT / "training" / IMAGE_SCRIPT), *options(IMAGE_SCRIPT, folder, words)]
-    with subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+    with started(command, env=environment(), stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while not (folder / "checkpoint-10" / "trainer_state.json").exists():
             assert process.poll() is None
@@ -267,8 +267,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, allowed: int) ->
             time.sleep(0.002)
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (allowed, allowed))
         _, error = process.communicate(timeout=120)
-    assert process.returncode == 2, error.decode()
-    last = error.decode().splitlines()[-1]
+    assert process.returncode == 2, error
+    last = error.splitlines()[-1]
     assert "the disk is full or a file too large" in last
     with pytest.warns(UserWarning, match="is incomplete and is passed over"):
         complete = newest_complete_checkpoint(folder)
@@ -297,11 +297,9 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(tmp_path: Pat
         port = probe.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     two_options = options(script, tmp_path / "two", f"{words} --per_device_train_batch_size 4")
-    result = subprocess.run(
+    result = run_command(
         [sys.executable, *launcher, str(ROOT / "training" / script), *two_options],
         env=environment(),
-        capture_output=True,
-        text=True,
         timeout=240,
     )
     assert result.returncode == 0, result.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
 )
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_command, started
 from tests.hub.server import HubServer
 from tests.hub.server_tests.samples import ID, WEIGHTS, outcome
 
@@ -116,11 +115,12 @@ def test_a_client_killed_in_the_middle_of_an_upload(hub: HubServer, api: HfApi, 
     fault = hub.stall("upload")
     worker = [sys.executable, "-m", "tests.hub.server_tests.client_worker", "upload", str(folder)]
     environment = {**hub.environment(tmp_path / "home", token="hf_ann"), "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(worker, env=environment, stdout=subprocess.PIPE, cwd=tmp_path) as process:
+    with started(worker, env=environment, cwd=tmp_path) as process:
         assert fault.reached.wait(60)
         process.kill()
     assert len(hub.repo(ID).commits()) == 1, "nothing was committed"
-    again = subprocess.run(worker, env=environment, stdout=subprocess.PIPE, check=True, timeout=60, cwd=tmp_path)
+    again = run_command(worker, env=environment, timeout=60, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["commit"] == hub.repo(ID).head
     assert [(entry.status, entry.fault) for entry in hub.requests("upload")] == [(0, "stall"), (200, None)]
     hub.check()
