@@ -7,6 +7,7 @@ from the library's it stands in :data:`IMAGE_TRAINER_DEFAULTS` and :data:`TEXT_T
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
+from hf_imgproc_attn.backbones import OF_TASK
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.models.spec_fields import PRESETS
 
@@ -37,7 +38,7 @@ class ModelArguments:
     )
     model_name_or_path: str | None = _option(
         None,
-        "checkpoint to start from: one of ours is loaded, a stock GPT-2 or ViT is converted to the preset on the way. "
+        "checkpoint to start from: one of ours is loaded, a stock one is converted to the preset on the way. "
         "Default: a new, small model",
     )
     config_overrides: list[str] = field(
@@ -81,7 +82,7 @@ class DataArguments:
 class ImageDataArguments(DataArguments):
     """Data of ``train_image_classification.py``."""
 
-    model_type = "imgproc_vit"
+    model_type = OF_TASK["image-classification"].model_type
 
     dataset_name: str = _option(
         EMBEDDED_IMAGES,
@@ -101,7 +102,7 @@ class ImageDataArguments(DataArguments):
 class TextDataArguments(DataArguments):
     """Data of ``train_causal_lm.py``."""
 
-    model_type = "imgproc_gpt2"
+    model_type = OF_TASK["causal-lm"].model_type
 
     dataset_name: str = _option(
         EMBEDDED_TEXT,
