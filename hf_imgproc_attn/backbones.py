@@ -315,7 +315,20 @@ BERT = Backbone(
         query="encoder.layer.{}.attention.self.query.weight",
         key="encoder.layer.{}.attention.self.key.weight",
     ),
-    tasks=(),
+    tasks=(
+        Task(
+            name="text-classification",
+            pipeline="text-classification",
+            command="train-text-classification",
+            script="train_text_classification",
+            help="a text classifier",
+            auto_class="AutoModelForSequenceClassification",
+            metric="accuracy",
+            disturbances=("word swap",),
+            rows="texts",
+            recipe=("bert_topics", "topics_bert.yaml"),
+        ),
+    ),
     new_model={
         "hidden_size": 128,
         "num_hidden_layers": 4,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluate_checkpoint import evaluate
 
-from hf_imgproc_attn.backbones import TASKS
+from hf_imgproc_attn.backbones import OF_TASK, TASKS
 from hf_imgproc_attn.errors import OneLineParser, exit_code, require_extras
 from hf_imgproc_attn.models.spec_fields import PRESETS
 
@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 RECIPES = {task.recipe[0]: task for task in TASKS.values()}
 """Name of a recipe -> its task."""
 
+NAMES = [
+    f"{task.recipe[0]}_{preset}"
+    for task in TASKS.values()
+    for preset in PRESETS
+    if preset not in OF_TASK[task.name].refused_presets
+]
+"""Names of all results: a recipe and a preset that its backbone can have."""
 SEED = 0
 
 _CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -71,9 +78,8 @@ def make_results(names: Sequence[str], output: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    names = [f"{recipe}_{preset}" for recipe in RECIPES for preset in PRESETS]
     parser = OneLineParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("--only", choices=names, nargs="+", default=names, metavar="NAME", help="(default: all)")
+    parser.add_argument("--only", choices=NAMES, nargs="+", default=NAMES, metavar="NAME", help="(default: all)")
     parser.add_argument(
         "--output", type=Path, default=Path("training/results"), metavar="DIR", help="(default: %(default)s)"
     )

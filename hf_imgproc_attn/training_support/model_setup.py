@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from hf_imgproc_attn.backbones import GPT2, OF_MODEL_TYPE, OF_TASK, TASKS, VIT
+from hf_imgproc_attn.backbones import BERT, GPT2, OF_MODEL_TYPE, OF_TASK, TASKS, VIT
 from hf_imgproc_attn.errors import UsageError, plain_message
 from hf_imgproc_attn.models.spec_fields import PRESETS
 from hf_imgproc_attn.training_support.argument_parser import check_override_names
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers.image_processing_utils import BaseImageProcessor
 
 DEFAULT_BLOCK_SIZE = 256
+DEFAULT_MAX_LENGTH = 128
 _LARGEST_PATCH = 16
 
 
@@ -176,6 +177,41 @@ def build_causal_lm(
     return model, block_size
 
 
+def build_text_classifier(
+    args: ModelArguments, tokenizer: "PreTrainedTokenizerBase", label_names: list[str], max_length: int | None
+) -> tuple["PreTrainedModel", int]:
+    """The classifier, and the length at which its texts are cut.
+
+    Args:
+        args: the model options.
+        tokenizer: decides the vocabulary of a new model; a checkpoint whose vocabulary is too small is refused.
+        label_names: class index -> name. A checkpoint with another number of classes gets a new classification head.
+        max_length: tokens of a text; None for 128 or the model's positions, whichever is less.
+
+    Raises:
+        UsageError: for a checkpoint or configuration that cannot be used, or texts longer than the model's positions.
+    """
+    overrides, labels = parse_overrides(args.config_overrides, BERT.our_class(BERT.config)), label_fields(label_names)
+    if args.model_name_or_path is None:
+        fields = {
+            "max_position_embeddings": max_length or DEFAULT_MAX_LENGTH,
+            "vocab_size": len(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            **labels,
+            **overrides,
+        }
+        model = new_model("text-classification", args, fields)
+    else:
+        model = start_from("text-classification", args, overrides, labels)
+    positions, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
+    if len(tokenizer) > vocabulary:
+        raise UsageError(f"vocab_size must hold the tokenizer's {len(tokenizer)} entries, got {vocabulary}")
+    max_length = min(positions, DEFAULT_MAX_LENGTH) if max_length is None else max_length
+    if max_length > positions:
+        raise UsageError(f"max_length must not exceed the model's {positions} positions, got {max_length}")
+    return model, max_length
+
+
 def parse_overrides(words: list[str], config_class: type[Any]) -> dict[str, Any]:
     """``["n_layer=2", "boosted_layers=[-1]"]`` -> ``{"n_layer": 2, "boosted_layers": [-1]}``.
 
@@ -304,7 +340,8 @@ def _check_preset(preset: str, found: Any) -> None:
 def _check_loaded(name: str, missing: Any, mismatched: Any, unexpected: Any = ()) -> None:
     """Refuse a checkpoint of which anything but the classification head would start at random or be dropped."""
     keys = {*missing, *(entry[0] for entry in mismatched), *unexpected}
-    wrong = sorted(key for key in keys if not key.startswith("classifier."))
+    # The body of a pretrained text encoder may come with the head of its pretraining.
+    wrong = sorted(key for key in keys if not key.startswith(("classifier.", "cls.")))
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UsageError(

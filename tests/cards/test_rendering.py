@@ -38,7 +38,7 @@ import make_cards
 import make_results
 
 RESULTS, CARDS = ROOT / "training" / "results", ROOT / "model_cards"
-NAMES = [f"{recipe}_{preset}" for recipe in make_results.RECIPES for preset in PRESETS]
+NAMES = make_results.NAMES
 
 
 @pytest.fixture
