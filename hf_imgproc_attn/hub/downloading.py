@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from ..backbones import BACKBONES, OF_MODEL_TYPE
+from ..backbones import OF_MODEL_TYPE
 from ..cards.merging import LIBRARY_TAG
 from ..models.spec_fields import PRESETS
 from ..output_paths import check_output_folder
@@ -140,7 +140,7 @@ def list_checkpoints(name: str, *, endpoint: str | None = None) -> Iterator[List
     for model in models:
         results = (model.card_data.eval_results if model.card_data is not None else None) or []
         metrics = {str(result.metric_name or result.metric_type): result.metric_value for result in results}
-        variant = " ".join(tag for tag in model.tags or [] if tag in (*PRESETS, "custom", *BACKBONES))
+        variant = " ".join(tag for tag in model.tags or [] if tag in (*PRESETS, "custom", *OF_MODEL_TYPE))
         yield Listing(model.id, str(model.sha), bool(model.private), variant, metrics)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -340,8 +341,8 @@ def _check_preset(preset: str, found: Any) -> None:
 def _check_loaded(name: str, missing: Any, mismatched: Any, unexpected: Any = ()) -> None:
     """Refuse a checkpoint of which anything but the classification head would start at random or be dropped."""
     keys = {*missing, *(entry[0] for entry in mismatched), *unexpected}
-    # The body of a pretrained text encoder may come with the head of its pretraining.
-    wrong = sorted(key for key in keys if not key.startswith(("classifier.", "cls.")))
+    # A pretrained text encoder may come with the head of its pretraining, and without the pooler of a classifier.
+    wrong = sorted(key for key in keys if not re.match(r"classifier\.|cls\.|(\w+\.)?pooler\.", key))
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UsageError(

@@ -510,7 +510,10 @@ def test_results_are_read_from_run_folders_too(tmp_path: Path, images: RunResult
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "detection"}, "task must be one of image-classification, causal-lm, got 'detection'"),
+        (
+            {"task": "detection"},
+            "task must be one of causal-lm, image-classification, text-classification, got 'detection'",
+        ),
         ({"status": "running"}, "the run must have finished, got status 'running'"),
         ({"arguments__trainer": None}, "the arguments have no trainer"),
         ({"metrics": []}, r"metrics must be of type dict, got \[\]"),
