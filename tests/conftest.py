@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,10 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A test that takes more memory than it may fails under its own name. Without a limit, the system ends some process, or
+# swaps for ever, and the suite hangs. The processes that tests start inherit the limit.
+_MOST_MEMORY = 8 * 2**30
+resource.setrlimit(resource.RLIMIT_DATA, (_MOST_MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 @pytest.fixture
