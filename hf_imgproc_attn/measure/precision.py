@@ -257,7 +257,7 @@ def page() -> str:
         "",
         "Written by",
         "",
-        "```",
+        "```bash",
         COMMAND,
         "```",
         "",
