@@ -18,7 +18,7 @@ from .backend_blocked_positions import check_positions
 from .backend_call import FilterCall, check_options, check_tensors, check_terms
 from .backend_sdpa import augment
 from .cache_streams import boost_stream
-from .kernel_content import HALF_DTYPES
+from .kernel_content import HALF_DTYPES, without_autocast
 from .kernel_position import BlockedPositions
 from .visibility import split_mask
 
@@ -152,7 +152,7 @@ def _blocked(given: _Arguments) -> tuple[torch.Tensor, list[torch.Tensor]]:
     call = Call(plan, booster, mask, given.positions, given.hidden)
     tensors = Tensors(query, key, value, bias, past, () if given.positions is None else given.positions.parameters())
     # Autocast would run the products in half precision.
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         if _is_transformed((mask, *tensors[:5], *tensors.parameters)):
             output, streams = dense_passes(call, tensors)
         else:
@@ -197,7 +197,7 @@ class BlockedFilter(torch.autograd.Function):
         query, key, value, bias, past, *rest = ctx.saved_tensors
         tensors, computed = Tensors(query, key, value, bias, past, tuple(rest[3:])), Computed(*rest[:3])
         needs = ctx.needs_input_grad
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query.device.type):
             if torch.is_grad_enabled():  # create_graph=True: the gradients are to be differentiated themselves
                 return _differentiable_gradients(ctx.call, tensors, (grad, stream_grad), needs)
             gradients = Gradients(ctx.call, tensors, computed, needs[3], needs[6:])
@@ -278,9 +278,10 @@ def run(call: FilterCall) -> torch.Tensor:
     """The back-end ``blocked``: every weight once, positions inside the blocks. Half precision becomes float32."""
     dtype, visibility = torch.promote_types(call.query.dtype, torch.float32), call.visibility
     by_place, rest = call.split_positions() if call.positions else (None, call)
-    query, key, value, scale, bias = call.query, call.key, call.value, call.content.scale, visibility.bias
+    query, key, value = visibility.clean_queries(call.query), call.key, call.value
+    scale, bias = call.content.scale, visibility.bias
     if rest.has_columns or isinstance(scale, torch.Tensor):
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query.device.type):
             query, key, scale, extra = augment(rest, dtype)
         if extra is not None:
             bias = extra if bias is None else bias + extra

@@ -90,7 +90,7 @@ class FilterCall(NamedTuple):
 
     def repeated(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values with as many heads as the queries; keys that no query sees are 0 (:meth:`boost` does V)."""
-        key, value = self.visibility.clean(self.key), self.value
+        key, value = self.visibility.clean_keys(self.key), self.value
         if self.groups == 1:
             return key, value
         return key.repeat_interleave(self.groups, dim=1), value.repeat_interleave(self.groups, dim=1)
@@ -108,7 +108,7 @@ class FilterCall(NamedTuple):
         """
 
         def apply(rows: torch.Tensor) -> torch.Tensor:
-            return attend(self.visibility.clean(rows))
+            return attend(self.visibility.clean_keys(rows))
 
         def extend(index: int, rows: torch.Tensor) -> torch.Tensor:
             return self.streams.append(boost_stream(index + 1), rows)

@@ -18,10 +18,10 @@ from .visibility import Visibility
 def filter_logits(call: FilterCall) -> torch.Tensor:
     """log K, dense, ``[batch, heads, length, key_length]``, in the working precision, before any mask."""
     compute_dtype = working_dtype(call.query.dtype)
-    key, _ = call.repeated()
+    query, (key, _) = call.visibility.clean_queries(call.query), call.repeated()
     with without_autocast(call.query.device.type):
         logits = CONTENT_LOGITS[call.content.kernel](
-            call.query.to(compute_dtype), key.to(compute_dtype), call.content.scale
+            query.to(compute_dtype), key.to(compute_dtype), call.content.scale
         )
         for term in call.positions:
             logits = logits + position_logits(term, compute_dtype)
@@ -44,7 +44,8 @@ def filter_matrix(logits: torch.Tensor, visibility: Visibility) -> torch.Tensor:
     if allowed is None:
         return logits.softmax(-1)
     sees_something = allowed.any(-1, keepdim=True)
-    logits = logits.masked_fill(~allowed & sees_something, float("-inf"))
+    # Rows that see nothing are 0 before the softmax too: whatever stands there, NaN included, has no gradient.
+    logits = logits.masked_fill(~allowed & sees_something, float("-inf")).masked_fill(~sees_something, 0.0)
     return logits.softmax(-1).masked_fill(~sees_something, 0.0)
 
 
@@ -98,7 +99,7 @@ def reference_attention(
         operator = exact.to(dtype)
         if call.streams.is_cached:  # the first tokens of a cache: their streams have to be stored
             call.boost(attend, call.new_value.to(compute_dtype), value)
-        output = torch.matmul(_exact_through(operator, exact), call.visibility.clean(value).to(compute_dtype))
+        output = torch.matmul(_exact_through(operator, exact), call.visibility.clean_keys(value).to(compute_dtype))
         return output.to(dtype), operator
 
 

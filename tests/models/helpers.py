@@ -19,7 +19,7 @@ from hf_imgproc_attn.models.layer_filter import AttentionFilter
 from hf_imgproc_attn.models.layer_inputs import LayerInputs
 from hf_imgproc_attn.models.modeling_shared import run_time_choices
 from hf_imgproc_attn.models.spec_axes import STEPPED_BOOSTINGS
-from hf_imgproc_attn.models.visibility import Visibility, attention_visibility
+from hf_imgproc_attn.models.visibility import Visibility, attention_visibility, padding_visibility
 
 GPT2 = {
     "vocab_size": 61,
@@ -117,7 +117,7 @@ def layer_inputs(
         visibility = Visibility(length, key_length, is_causal)
     elif token_mask is not None:  # the last query sees every key that is no padding
         keys = attention_mask[:, :1, -1:, :]
-        visibility = Visibility(length, key_length, is_causal, keys=keys, hidden=~keys)
+        visibility = padding_visibility(keys, length, is_causal)
     else:
         batch, heads = (max(size, 1) for size in attention_mask.shape[:2])
         visibility = attention_visibility(attention_mask, shape=(batch, heads, length, key_length))

@@ -40,6 +40,9 @@ def add_command(commands: Any) -> None:
         "--retry", action="store_true", help="go on likewise, and run again what was wrong, failed or took too long"
     )
     command.add_argument(
+        "--force", action="store_true", help="measure again, and replace the results of these parts that FILE has"
+    )
+    command.add_argument(
         "--data",
         type=Path,
         default=DATA,
@@ -88,6 +91,7 @@ def run_command(options: argparse.Namespace) -> int:
         letters=None if options.parts is None else [letter.strip() for letter in options.parts.split(",")],
         resume=options.resume,
         retry=options.retry,
+        force=options.force,
         data=options.data.resolve(),
     )
     print(summary(record))
