@@ -251,19 +251,16 @@ def _warnings(source: Source, variant: PreTrainedModel, report: ConversionReport
             f"the residual scheme {wanted!r} changes the function of the checkpoint, which was trained with "
             f"{trained!r}: train the model before using it"
         )
-    sources = {
-        layer: (old.gradient_boosting_source, new.gradient_boosting_source)
-        for layer, (old, new) in enumerate(
-            zip(getattr(source.model.config, "layer_specs", []), variant.config.layer_specs, strict=False)
-        )
+    layers = zip(getattr(source.model.config, "layer_specs", []), variant.config.layer_specs, strict=False)
+    changed = [
+        (old.gradient_boosting_source, new.gradient_boosting_source)
+        for old, new in layers
         if old.boosting == new.boosting == "gradient_boosted"
-        and old.gradient_boosting_source != new.gradient_boosting_source
-    }
-    if sources:
-        before, after = next(iter(sources.values()))
+    ]
+    if changed and changed[0][0] != changed[0][1]:  # it is the same in all layers of a model
         warnings.append(
-            f"gradient_boosting_source={after!r} changes the function of the checkpoint, whose later rounds were "
-            f"trained with {before!r}: train the model before using it"
+            f"gradient_boosting_source={changed[0][1]!r} changes the function of the checkpoint, whose later rounds "
+            f"were trained with {changed[0][0]!r}: train the model before using it"
         )
     dropped = [name for name in report.unused if ".filter." in name or ".position_projection." in f".{name}"]
     if dropped:

@@ -6,16 +6,16 @@
 
 z is the input of the attention after its norm, F and c are the heads side by side before the output projection, so the
 head width times the number of heads must be the hidden size. M, the number of rounds, is ``boosting_steps``, by
-default 2, with which the paper gets most of the benefit. Each round has projections and a gate of its own, and g is one
-number a feature and token. This is not an operator on V: there are M attention maps, and decoding caches keys and
+default 2, with which the paper gets most of the benefit. Each round has projections and a gate of its own, and g is
+one number a feature and token. This is not an operator on V: there are M attention maps, and decoding caches keys and
 values of every round.
 
 ``gradient_boosting_source``: in the paper's first version its experiments are not its equation.
-- ``residual``, the default: query, key and value of Attn_m all come from z - F_{m-1}. This is what the authors' language
-  models are trained with (``kv_source='residual'`` in github.com/salehsargolzaee/boosted-attention), and a later
-  version of the paper writes its equation and algorithm 1 so.
-- ``input``: the query comes from z - F_{m-1}, key and value come from z. This is the equation of Attn_m and algorithm 1
-  of arXiv 2604.03190v1; ``kv_source='input'`` in the authors' code.
+- ``residual``, the default: query, key and value of Attn_m all come from z - F_{m-1}. This is what the authors'
+  language models are trained with (``kv_source='residual'`` in github.com/salehsargolzaee/boosted-attention), and a
+  later version of the paper writes its equation and algorithm 1 so.
+- ``input``: the query comes from z - F_{m-1}, key and value come from z. This is the equation of Attn_m and
+  algorithm 1 of arXiv 2604.03190v1; ``kv_source='input'`` in the authors' code.
 
 *Choices* that the paper leaves open or that this framework makes:
 - All rounds apply the same filter: content and position kernels, bandwidths and position projections are shared; only

@@ -149,7 +149,7 @@ def heads_by_hand(
     Args:
         config: of the model.
         layer: its index.
-        maps: ``[batch, maps, heads, length, length]``: one operator on V, or the filters of gradient boosting's rounds.
+        maps: ``[batch, maps, heads, length, length]``: one operator on V, or those of gradient boosting's rounds.
         values: V of this layer and all before it, ``[batch, heads, length, head_dim]``.
         seen: of the call.
         name: of the layer's attention module.
