@@ -1,8 +1,8 @@
 """The table of variants: equation, source, parameters, cost and limits of every preset.
 
-``imgproc-attn variants`` prints it and the README shows it. What the code knows is asked of the code: the number of
-passes by applying the boosters, cached streams by building a layer, fields by the presets themselves. The rest is
-:data:`EQUATIONS` and :data:`LIMITS`.
+``imgproc-attn variants`` prints it and ``docs/variants.md`` shows it. What the code knows is asked of the code: the
+number of passes by applying the boosters, cached streams by building a layer, fields by the presets themselves. The
+rest is :data:`EQUATIONS` and :data:`LIMITS`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How accurate each kernel is in float32 and bfloat16, beside plain attention in the same precision.
 
-    python -m hf_imgproc_attn.measure.precision docs/precision.md
+    python -m hf_imgproc_attn.measure.precision docs/precision.md --force
 
 One layer filters random tokens whose query, key and value bfloat16 holds exactly, so that one result in float64 (the
 dense form) is the truth for every precision. An error is the root mean square of the difference over the root mean
@@ -11,7 +11,6 @@ error of torch's own ``scaled_dot_product_attention`` in the same precision on t
 
 from __future__ import annotations
 
-import argparse
 import platform
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import UsageError, exit_code
+from ..errors import OneLineParser, UsageError, exit_code
 from ..models.boost_depth import LayerState
 from ..models.boost_operators import BOOSTING
 from ..models.configuration_imgproc_gpt2 import ImgProcGPT2Config
@@ -30,9 +29,9 @@ from ..models.layer_inputs import LayerInputs
 from ..models.modeling_shared import SUPPORTED_IMPLEMENTATIONS
 from ..models.spec_axes import BOOSTINGS, CONTENT_KERNELS, POSITION_KERNELS
 from ..models.visibility import Visibility
-from ..output_paths import check_output_file, write_or_keep
+from ..output_paths import check_new_files, write_or_keep
 
-COMMAND = "python -m hf_imgproc_attn.measure.precision docs/precision.md"
+COMMAND = "python -m hf_imgproc_attn.measure.precision docs/precision.md --force"
 PRECISIONS = (torch.float32, torch.bfloat16)
 HEADS, HEAD_DIM = 8, 64
 Fields = dict[str, Any]
@@ -257,7 +256,7 @@ def page() -> str:
         "",
         "Written by",
         "",
-        "```",
+        "```bash",
         COMMAND,
         "```",
         "",
@@ -283,14 +282,14 @@ def main(arguments: list[str] | None = None) -> int:
     Args:
         arguments: of the command line; None: those of this process.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m hf_imgproc_attn.measure.precision", description=__doc__.split("\n")[0]
-    )
+    parser = OneLineParser(prog="python -m hf_imgproc_attn.measure.precision", description=str(__doc__).split("\n")[0])
     parser.add_argument("output", type=Path, help="the Markdown file to write")
-    output = parser.parse_args(arguments).output
+    parser.add_argument("--force", action="store_true", help="replace a file that is there")
 
     def work() -> None:
-        check_output_file(output)
+        options = parser.parse_args(arguments)
+        output: Path = options.output
+        check_new_files([output], options.force)
         if not output.parent.is_dir():
             raise UsageError(f"output must be in a folder that exists, got {str(output)!r}")
         text = page()

@@ -6,7 +6,7 @@ import torch
 
 from .backend_blocked_passes import Call, Computed, Inputs, Tensors, passes_over_blocks
 from .backend_blocked_plan import Block, Group
-from .backend_blocked_weights import Buffer, KeySums, Weights, flat
+from .backend_blocked_weights import Buffer, KeySums, flat
 from .kernel_content import working_dtype
 
 
@@ -35,7 +35,7 @@ class Gradients:
         self.bias = self.like.new_zeros(bias.shape) if bias is not None and needs_bias else None
         self.past = None if past is None else self.like.new_empty(past.shape)
         self.positions = call.position_term(parameters, self.like, needs_parameters)
-        self.weights = Weights(self.plan, call.mask, bias, self.positions, self.like)
+        self.weights = call.weights(bias, self.positions, self.like)
         self.blocks = self.plan.blocks()[::-1]
         self.buffer = Buffer(self.like, self.weights.size)
         widest = max(self.width, key.shape[-1]) if len(self.blocks) > 1 else 0
@@ -75,8 +75,6 @@ class Gradients:
         pairs = inputs.query.shape[0]
         self.group, self.output_grad = group, output_grads[group.pairs]
         self.output, self.row_sums = self.computed.output[group.pairs], self.computed.row_sums[group.pairs]
-        if self.call.mask is not None:  # queries that see no key may hold anything
-            inputs.query = inputs.query.masked_fill(self.row_sums[..., :1] == float("inf"), 0.0)
         self.d_query = self.query.flatten(0, 1)[group.pairs]
         self.side_by_side = torch.cat([inputs.value, inputs.all], dim=-1) if self.num_streams > 1 else inputs.value
         self.d_key = KeySums(plan, pairs, inputs.key.shape[-1], self.scratch)

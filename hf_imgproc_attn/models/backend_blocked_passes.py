@@ -39,6 +39,7 @@ from .backend_blocked_positions import PositionTerm
 from .backend_blocked_weights import KeyHeads, Weights, flat
 from .boost_operators import BOOSTING, extra_streams
 from .kernel_position import BlockedPositions
+from .visibility import Visibility
 
 
 class Recurrence(NamedTuple):
@@ -73,11 +74,22 @@ class Call(NamedTuple):
 
     plan: Plan
     booster: Recurrence
-    mask: torch.Tensor | None
+    visibility: Visibility
+    """Without its bias, which is an input of its own."""
+    largest_bias: torch.Tensor | None = None
+    """The largest bias that each query sees, ``[batch or 1, heads or 1, length or 1, 1]``, or None without a bias."""
     positions: BlockedPositions | None = None
     """Of the position kernel, or None; its parameters are inputs of their own."""
-    hidden: torch.Tensor | None = None
-    """Keys that no query sees, ``[batch or 1, heads or 1, 1, key_length or 1]``: whatever stands there is not read."""
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """Who sees whom besides causality, boolean ``[batch or 1, heads or 1, length or 1, key_length or 1]``."""
+        return self.visibility.keys if self.visibility.mask is None else self.visibility.mask
+
+    def weights(self, bias: torch.Tensor | None, positions: PositionTerm | None, like: torch.Tensor) -> Weights:
+        """The attention weights, block by block; arguments as in :class:`Weights`."""
+        terms = None if bias is None or self.largest_bias is None else (bias, self.largest_bias)
+        return Weights(self.plan, self.mask, terms, positions, like)
 
     def position_term(
         self, parameters: tuple[torch.Tensor, ...], like: torch.Tensor, needs_grad: tuple[bool, ...] = ()
@@ -123,9 +135,9 @@ class Inputs:
         self._all = tuple(flat(x, dtype) for x in (*tensors[:3], streams))
         self._past = None if tensors.past is None else flat(tensors.past, dtype)
         self._hidden = None
-        if call.hidden is not None:
-            shape = (plan.batch, plan.heads, 1, plan.key_length)
-            self._hidden = flat(call.hidden.expand(shape), torch.bool).mT
+        hidden = call.visibility.hidden
+        if hidden is not None:
+            self._hidden = flat(hidden.expand(plan.batch, plan.heads, 1, plan.key_length), torch.bool).mT
 
     def start(self, group: Group) -> None:
         """Turn to a group."""
@@ -212,7 +224,7 @@ def forward_passes(call: Call, tensors: Tensors) -> Computed:
     like = tensors.query.new_empty(0, dtype=torch.promote_types(tensors.query.dtype, torch.float32))
     streams = like.new_empty(plan.batch, plan.heads, plan.length, (num_streams - 1) * width)
     output, row_sums = (like.new_empty(plan.batch * plan.heads, plan.length, size) for size in (width, 2))
-    weights = Weights(plan, call.mask, tensors.bias, call.position_term(tensors.parameters, like), like)
+    weights = call.weights(tensors.bias, call.position_term(tensors.parameters, like), like)
     blocks, inputs = plan.blocks(), Inputs(call, tensors, streams)
     for group in plan.groups():
         inputs.start(group)

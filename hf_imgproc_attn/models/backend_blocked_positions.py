@@ -6,53 +6,15 @@ them, and each head's three scalars (grid to class, class to grid, class to clas
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from .backend_blocked_plan import Block, Group, Plan, cut
 from .kernel_blocks import BlockKernel
-from .kernel_content import HALF_DTYPES
 from .kernel_position import BlockedPositions
-from .visibility import split_mask
 
 KEPT_SCORES = 2**20
 """What rows and columns have in common, or a costly kernel's logits, is kept for all groups of heads and samples up to
 this many numbers (4 MB); beyond, it is computed again, and memory stays linear in the length."""
-
-
-def check_positions(positions: Any, query: torch.Tensor, key: torch.Tensor) -> None:
-    """Refuse positions that do not fit the tokens, or whose kernel has no form inside a block.
-
-    Raises:
-        ValueError: naming what is wrong.
-    """
-    if not isinstance(positions, BlockedPositions):
-        raise ValueError(
-            "positions must be GaussianPositions, AlibiPositions or BucketPositions, "
-            f"got {type(positions).__name__}: inner products of positions go into query and key as columns"
-        )
-    axes = positions.key_coordinates.shape[-1]
-    wanted = {"coordinates": query.shape[-2], "key_coordinates": key.shape[-2]}
-    for name, length in wanted.items():
-        coordinates = getattr(positions, name)
-        # No set: hashing a shape would compile anew for every length.
-        allowed = ((query.shape[0], length, axes), (1, length, axes))
-        if tuple(coordinates.shape) not in allowed:
-            raise ValueError(
-                f"positions.{name} must have shape {allowed[0]} or {allowed[1]}, got {tuple(coordinates.shape)}"
-            )
-        if coordinates.device != query.device or coordinates.dtype in HALF_DTYPES:
-            raise ValueError(
-                f"positions.{name} must be on the device of query, {query.device}, and not of half precision, "
-                f"got {coordinates.dtype} on {coordinates.device}"
-            )
-    for parameter in positions.parameters():
-        if parameter.shape[0] != query.shape[1]:
-            raise ValueError(
-                f"parameters of positions must have one row for each of {query.shape[1]} heads, "
-                f"got shape {tuple(parameter.shape)}"
-            )
 
 
 class PositionTerm:
@@ -62,7 +24,7 @@ class PositionTerm:
         positions: what is compared.
         parameters: those of ``positions.parameters()``, whose gradients are summed.
         plan: what is computed.
-        mask: who sees whom besides causality, boolean or additive with four axes, or None.
+        mask: who sees whom besides causality, boolean with four axes, or None.
         like: a tensor of the device and dtype to work in.
         needs_grad: which parameters' gradients are wanted; none in the forward pass.
     """
@@ -110,10 +72,7 @@ class PositionTerm:
         """What any head of a block sees, ``[samples or 1, rows or 1, keys or 1]``; None for everything."""
         allowed = None
         if self._mask is not None:
-            part = cut(self._mask, group, block)
-            allowed, _ = split_mask(part)
-        if allowed is not None:
-            allowed = allowed.any(1)
+            allowed = cut(self._mask, group, block).any(1)
         if self._is_causal:
             rows = block.stop - block.start
             causal = torch.ones(rows, block.keys, dtype=torch.bool, device=self.coordinates.device)

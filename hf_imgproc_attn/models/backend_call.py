@@ -10,7 +10,7 @@ from .boost_operators import BOOSTING, Attend
 from .cache_streams import NO_STREAMS, Streams, boost_stream
 from .kernel_content import CONTENT_COLUMNS
 from .kernel_position import BlockedPositions, Positions
-from .visibility import Visibility, check_mask_dtype, four_axes
+from .visibility import Visibility, four_axes
 
 
 class Content(NamedTuple):
@@ -90,7 +90,7 @@ class FilterCall(NamedTuple):
 
     def repeated(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values with as many heads as the queries; keys that no query sees are 0 (:meth:`boost` does V)."""
-        key, value = self.visibility.clean(self.key), self.value
+        key, value = self.visibility.clean_keys(self.key), self.value
         if self.groups == 1:
             return key, value
         return key.repeat_interleave(self.groups, dim=1), value.repeat_interleave(self.groups, dim=1)
@@ -108,7 +108,7 @@ class FilterCall(NamedTuple):
         """
 
         def apply(rows: torch.Tensor) -> torch.Tensor:
-            return attend(self.visibility.clean(rows))
+            return attend(self.visibility.clean_keys(rows))
 
         def extend(index: int, rows: torch.Tensor) -> torch.Tensor:
             return self.streams.append(boost_stream(index + 1), rows)
@@ -169,23 +169,6 @@ def check_options(boosting: str, boosting_steps: int, dropout: float) -> None:
         raise ValueError(f"boosting_steps must be an integer >= 1, got {boosting_steps!r}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout!r}")
-
-
-def check_terms(
-    query: torch.Tensor, key: torch.Tensor, attn_mask: torch.Tensor | None, bias: torch.Tensor | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Check mask and bias of the blocked passes, and give both four axes.
-
-    Raises:
-        ValueError: for a mask of integers, a bias that is not of a floating dtype, or a wrong shape.
-    """
-    shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    if attn_mask is not None:
-        check_mask_dtype(attn_mask)
-        attn_mask = four_axes("attn_mask", attn_mask, shape)
-    if bias is not None:
-        bias = check_bias(bias, shape)
-    return attn_mask, bias
 
 
 def check_bias(bias: torch.Tensor, shape: tuple[int, int, int, int]) -> torch.Tensor:

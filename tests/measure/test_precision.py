@@ -45,5 +45,8 @@ def test_the_command_writes_the_page(
     assert precision.main([str(tmp_path / "page.md")]) == 0
     text = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert text.count("\n| a row |") == 2
+    assert precision.main([str(tmp_path / "page.md")]) == 2
+    assert capsys.readouterr().err.endswith("page.md' is there already; --force replaces it\n")
+    assert precision.main([str(tmp_path / "page.md"), "--force"]) == 0
     assert precision.main([str(tmp_path / "missing" / "page.md")]) == 2
     assert capsys.readouterr().err.startswith("error: output must be in a folder that exists")

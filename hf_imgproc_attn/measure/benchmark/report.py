@@ -1,4 +1,4 @@
-"""Tables, plot and the README's summary of a benchmark, all made of its JSON file."""
+"""Tables, plot and the summary in ``docs/speed.md`` of a benchmark, all made of its JSON file."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def _draw_panel(
 
 
 def goals_table(record: dict[str, Any]) -> str:
-    """The README's table of costs, in Markdown: what was measured beside what was to be reached."""
+    """The table of costs of ``docs/speed.md``: what was measured beside what was to be reached."""
     lines = ["| case | direction | × plain (quartiles) | goal | reached |", "|---|---|---|---|---|"]
     for case, method, words, direction, goal in GOALS:
         row = next(
