@@ -243,6 +243,17 @@ def _warnings(source: Source, variant: PreTrainedModel, report: ConversionReport
             f"the residual scheme {wanted!r} changes the function of the checkpoint, which was trained with "
             f"{trained!r}: train the model before using it"
         )
+    layers = zip(getattr(source.model.config, "layer_specs", []), variant.config.layer_specs, strict=False)
+    changed = [
+        (old.gradient_boosting_source, new.gradient_boosting_source)
+        for old, new in layers
+        if old.boosting == new.boosting == "gradient_boosted"
+    ]
+    if changed and changed[0][0] != changed[0][1]:  # it is the same in all layers of a model
+        warnings.append(
+            f"gradient_boosting_source={changed[0][1]!r} changes the function of the checkpoint, whose later rounds "
+            f"were trained with {changed[0][0]!r}: train the model before using it"
+        )
     dropped = [name for name in report.unused if ".filter." in name or ".position_projection." in f".{name}"]
     if dropped:
         warnings.append(
@@ -259,10 +270,11 @@ def _boosting_in_words(config: Any) -> str:
     boosted = {index: spec for index, spec in enumerate(config.layer_specs) if spec.is_boosted}
     if not boosted:
         return ""
-    kinds = {
-        f"{spec.boosting}, {spec.boosting_steps} steps" if spec.boosting in STEPPED_BOOSTINGS else spec.boosting: None
-        for spec in boosted.values()
-    }
+    kinds: dict[str, None] = {}
+    for spec in boosted.values():
+        counted = "rounds" if spec.boosting == "gradient_boosted" else "steps"
+        steps = f", {spec.boosting_steps} {counted}" if spec.boosting in STEPPED_BOOSTINGS else ""
+        kinds[spec.boosting + steps] = None
     number = config.num_hidden_layers
     which = f"all {number}" if len(boosted) == number else f"{', '.join(map(str, boosted))} of 0 to {number - 1}"
     return f"boosted layers: {which} ({' and '.join(kinds)})"

@@ -65,6 +65,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run every combination of a grid, not a pairwise cover of it")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is marked ``long`` starts first: begun last, it would run alone, while the other process has nothing."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``@pytest.mark.grid(names=values, ...)``: each pair of values of two axes occurs, or with ``--full`` each row.
 

@@ -180,6 +180,27 @@ def test_the_function_is_kept_and_what_is_new_learns(stock_spec: tuple, preset: 
     assert all(not parameter.any() and parameter.grad.abs().min() > 0 for parameter in starts)
 
 
+@pytest.mark.parametrize("stock_spec", [STOCK[1], STOCK[5]], ids=["gpt2", "vit"])
+def test_further_rounds_keep_the_function(stock_spec: tuple) -> None:
+    """Of a stock checkpoint, and of one that is gradient-boosted; other keys and values do not, and that is said."""
+    stock = make_stock(*stock_spec)
+    source = convert(stock, "gradient_boosted", boosting_steps=3, gradient_boosting_source="input")
+    torch.testing.assert_close(outputs(source), outputs(stock), rtol=1e-5, atol=1e-5)
+    disturbed(source)
+    more, report = convert(source, "gradient_boosted", return_report=True, boosting_steps=5, boosted_layers=[0, 1, 2])
+    torch.testing.assert_close(outputs(more), outputs(source), rtol=1e-5, atol=1e-5)
+    assert more.config.gradient_boosting_source == "input"
+    assert (report.warnings, report.kept) == ([], {"gradient_boosting_source": "input"})
+    assert "(gradient_boosted, 5 rounds)" in str(report)
+    other, report = convert(source, "gradient_boosted", return_report=True, gradient_boosting_source="residual")
+    assert (outputs(other) - outputs(source)).abs().max() > 1e-3
+    assert len(report.warnings) == 1
+    assert "gradient_boosting_source='residual' changes the function" in report.warnings[0]
+    fewer, report = convert(source, "gradient_boosted", return_report=True, boosting_steps=2)
+    assert (outputs(fewer) - outputs(source)).abs().max() > 1e-3
+    assert "24 trained tensors of the source's filter have no place" in report.warnings[0]
+
+
 def test_given_factors_are_used_as_they_are() -> None:
     stock = make_stock(*STOCK[1])
     for fields, learned, strength in (
@@ -566,6 +587,8 @@ def test_there_and_back(stock_spec: tuple, preset: str, tmp_path: Path) -> None:
         (("neutreno", {"neutreno_lambda": 0.3}), ("neutreno", {"learn_feedback": True}), True),
         (("boosted_residual", {}), ("boosted_residual", {"boosting": "learned"}), True),
         (("alibi", {}), ("nope", {}), False),
+        (("gradient_boosted", {}), ("gradient_boosted", {"boosting_steps": 3}), True),
+        (("gradient_boosted", {"gradient_boosting_source": "input"}), ("gradient_boosted", {}), True),
     ],
     ids=str,
 )

@@ -93,9 +93,10 @@ _EQUATIONS: dict[str, tuple[str, str]] = {
         f"$\\gamma$ is learned, one per head and layer, from 1, where this is twicing; {_STOCK_SYMBOLS}",
     ),
     "gradient_boosted": (
-        r"F = \mathrm{Attn}_0(z), \qquad c = \mathrm{Attn}_1(z - F), \qquad U = F + \sigma(W_g [F, c]) \odot c",
+        r"F_0 = \mathrm{Attn}_0(z), \qquad c = \mathrm{Attn}_1(z - F_0), \qquad "
+        r"U = F_0 + \sigma(W_1 [F_0, c]) \odot c",
         "$z$ is the layer's normalised input; $\\mathrm{Attn}_0$ and $\\mathrm{Attn}_1$ are softmax attention with "
-        f"projections of their own; {_STOCK_SYMBOLS}",
+        f"projections of their own, queries, keys and values of the latter all made of $z - F_0$; {_STOCK_SYMBOLS}",
     ),
     "boosted_residual": (
         rf"x'_l = x_l + f(x_0 - x_l), \qquad f(x) = \mathrm{{Attn}}(\mathrm{{LN}}(x)), \qquad {_STOCK}",

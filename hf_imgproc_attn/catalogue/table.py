@@ -1,8 +1,8 @@
 """The table of variants: equation, source, parameters, cost and limits of every preset.
 
-``imgproc-attn variants`` prints it and the README shows it. What the code knows is asked of the code: the number of
-passes by applying the boosters, cached streams by building a layer, fields by the presets themselves. The rest is
-:data:`EQUATIONS` and :data:`LIMITS`.
+``imgproc-attn variants`` prints it and ``docs/variants.md`` shows it. What the code knows is asked of the code: the
+number of passes by applying the boosters, cached streams by building a layer, fields by the presets themselves. The
+rest is :data:`EQUATIONS` and :data:`LIMITS`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ EQUATIONS = {
     "tupe": "A of bilateral, h fixed, U_Q, U_K shared by all layers; U = A V",
     "sos": "A of softmax; U = u_3, u_m = A(V + u_(m-1)) - u_(m-1), u_0 = 0",
     "learned_twicing": "A of softmax; U = (A + γA(I - A)) V",
-    "gradient_boosted": "F = Attn_0(z), c = Attn_1(z - F); U = F + σ(W_g[F; c]) ∘ c",
+    "gradient_boosted": "F_0 = Attn_0(z), c = Attn_1(z - F_0); U = F_1 = F_0 + σ(W_1[F_0; c]) ∘ c",
     "boosted_residual": "A of softmax; x + Attn(LN(x_0 - x)) instead of x + Attn(LN(x))",
 }
 """preset -> what it computes, in a line of plain text, without the `|` that separates the columns of a table."""
@@ -47,7 +47,7 @@ REASONS = {
     "one-layer models": "a layer is compared with one before it",
     "rotary positions": "they mix the features that M weighs",
     "every head width": "features turn in pairs, for each axis: a multiple of 2 for text, of 4 for images",
-    "one attention map": "there are two",
+    "one attention map": "each round has its own",
 }
 """What some presets do not support, and why."""
 
@@ -111,7 +111,9 @@ LEGEND = (
     "pass applies A to values once, in so many floating-point operations forward; `blocked` computes the weights of A "
     "once for all passes. Causal is GPT-2; ViT is not, with every preset. Not supported, and why: "
     + "; ".join(f"{name}: {reason}" for name, reason in REASONS.items())
-    + "."
+    + ". `gradient_boosted` takes more rounds (`boosting_steps`), F_m of F_(m-1) as F_1 of F_0, each with the cost "
+    "and the parameters of the second one; as in the authors' experiments Attn_m reads z - F_(m-1) alone, with "
+    "`gradient_boosting_source='input'`, the equation of the paper's first version, its keys and values are made of z."
 )
 
 
@@ -165,7 +167,7 @@ def passes(preset: str) -> int:
     # The boosters only add, subtract and multiply: a number will do for a tensor.
     one: Any = 1.0
     BOOSTING[operator_on_value(spec.boosting)](attend, keep_rows, one, one, spec.boosting_steps)
-    return len(calls) * (2 if spec.boosting == "gradient_boosted" else 1)
+    return len(calls) * (spec.boosting_steps if spec.boosting == "gradient_boosted" else 1)
 
 
 def cost(preset: str) -> str:
