@@ -34,8 +34,7 @@ class Gradients:
         self.key, self.value = (self.inputs.key_heads.total(x, self.like.dtype) for x in (key, value))
         self.bias = self.like.new_zeros(bias.shape) if bias is not None and needs_bias else None
         self.past = None if past is None else self.like.new_empty(past.shape)
-        self.positions = call.position_term(parameters, self.like, needs_parameters)
-        self.weights = call.weights(bias, self.positions, self.like)
+        self.weights = call.weights(bias, parameters, self.like, needs_parameters)
         self.blocks = self.plan.blocks()[::-1]
         self.buffer = Buffer(self.like, self.weights.size)
         widest = max(self.width, key.shape[-1]) if len(self.blocks) > 1 else 0
@@ -66,7 +65,8 @@ class Gradients:
 
     def parameters(self) -> list[torch.Tensor | None]:
         """Of the position kernel's parameters, None where one has no gradient."""
-        return [] if self.positions is None else self.positions.finish(self.plan)
+        positions = self.weights.positions
+        return [] if positions is None else positions.finish(self.plan)
 
     def _start(self, group: Group, output_grads: torch.Tensor, stream_grads: torch.Tensor | None) -> None:
         """Turn to a group: its inputs, its rows of G, and empty sums."""

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .backend_call import FilterCall
+from .backend_call import FilterCall, autocast_dtype
 from .backend_flops import register_formulas
-from .kernel_content import CONTENT_COLUMNS, autocast_dtype, inside, working_dtype
+from .kernel_content import CONTENT_COLUMNS, inside, working_dtype
 from .kernel_position import position_columns, position_form, position_logits
 from .visibility import Visibility
 
