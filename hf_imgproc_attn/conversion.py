@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
-from transformers.utils import cached_file, logging
+from transformers import PreTrainedModel
+from transformers.utils import logging
 
+from .conversion_files import copy_processor, write_card
 from .conversion_probe import Change, Inputs, difference, measure, probe_inputs
 from .conversion_source import ARCHITECTURES, Source, load_source, new_variant
 from .conversion_weights import check_structure, unused_rows, variant_fields, variant_weights
@@ -54,6 +55,7 @@ class ConversionReport:
         output_std: standard deviation of the source's outputs on the probe, to compare it with.
         change: what it costs: the rise of a language model's cross-entropy, or the predictions of a classifier that
             change; None for other models.
+        license: the source's, as the Hub names it; empty where none is known, None where it was not asked for.
         warnings: what a user should know before using the model, one sentence each.
         advice: what costs less, where the change is large; else empty.
     """
@@ -70,6 +72,7 @@ class ConversionReport:
     max_difference: float = float("nan")
     output_std: float = float("nan")
     change: Change | None = None
+    license: str | None = None
     warnings: list[str] = field(default_factory=list)
     advice: str = ""
 
@@ -94,6 +97,8 @@ class ConversionReport:
         )
         if self.change is not None:
             lines.append(f"  {self.change}")
+        if self.license is not None:
+            lines.append(f"  licence of the source: {self.license or 'none is known'}")
         lines += [f"  warning: {warning}" for warning in self.warnings]
         if self.advice:
             lines.append(f"  {self.advice}")
@@ -186,7 +191,7 @@ def _convert(source: Source, preset: str, overrides: dict[str, Any]) -> tuple[Pr
 
 
 def convert_checkpoint(source: str, preset: str, output_dir: str, **config_overrides: Any) -> ConversionReport:
-    """Convert a checkpoint and save it, with its tokenizer or image processor where it has one.
+    """Convert a checkpoint and save it, with its tokenizer or image processor and its licence where it has one.
 
     Args:
         source: path or Hub name of a checkpoint, stock or a variant.
@@ -204,22 +209,9 @@ def convert_checkpoint(source: str, preset: str, output_dir: str, **config_overr
     model, report = convert(source, preset, return_report=True, **config_overrides)
     with writing(folder):
         model.save_pretrained(folder)
-        _copy_processor(source, folder)
+        copy_processor(source, folder, getattr(model.config, "num_channels", 3))
+        write_card(source, folder, report)
     return report
-
-
-def _copy_processor(source: str, folder: Path) -> None:
-    """Save the source's tokenizer or image processor beside the model; a checkpoint without one is complete as it is.
-
-    Asked by file: v5's ``AutoTokenizer`` invents an empty tokenizer where there is none.
-    """
-    for processor_class, names in (
-        (AutoTokenizer, ("tokenizer.json", "tokenizer_config.json", "vocab.json")),
-        (AutoImageProcessor, ("preprocessor_config.json",)),
-    ):
-        found = (cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in names)
-        if any(path is not None for path in found):
-            processor_class.from_pretrained(source).save_pretrained(folder)
 
 
 def _check_shapes(
@@ -251,6 +243,17 @@ def _warnings(source: Source, variant: PreTrainedModel, report: ConversionReport
             f"the residual scheme {wanted!r} changes the function of the checkpoint, which was trained with "
             f"{trained!r}: train the model before using it"
         )
+    layers = zip(getattr(source.model.config, "layer_specs", []), variant.config.layer_specs, strict=False)
+    changed = [
+        (old.gradient_boosting_source, new.gradient_boosting_source)
+        for old, new in layers
+        if old.boosting == new.boosting == "gradient_boosted"
+    ]
+    if changed and changed[0][0] != changed[0][1]:  # it is the same in all layers of a model
+        warnings.append(
+            f"gradient_boosting_source={changed[0][1]!r} changes the function of the checkpoint, whose later rounds "
+            f"were trained with {changed[0][0]!r}: train the model before using it"
+        )
     dropped = [name for name in report.unused if ".filter." in name or ".position_projection." in f".{name}"]
     if dropped:
         warnings.append(
@@ -267,10 +270,11 @@ def _boosting_in_words(config: Any) -> str:
     boosted = {index: spec for index, spec in enumerate(config.layer_specs) if spec.is_boosted}
     if not boosted:
         return ""
-    kinds = {
-        f"{spec.boosting}, {spec.boosting_steps} steps" if spec.boosting in STEPPED_BOOSTINGS else spec.boosting: None
-        for spec in boosted.values()
-    }
+    kinds: dict[str, None] = {}
+    for spec in boosted.values():
+        counted = "rounds" if spec.boosting == "gradient_boosted" else "steps"
+        steps = f", {spec.boosting_steps} {counted}" if spec.boosting in STEPPED_BOOSTINGS else ""
+        kinds[spec.boosting + steps] = None
     number = config.num_hidden_layers
     which = f"all {number}" if len(boosted) == number else f"{', '.join(map(str, boosted))} of 0 to {number - 1}"
     return f"boosted layers: {which} ({' and '.join(kinds)})"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,10 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A test that takes more memory than it may fails under its own name. Without a limit, the system ends some process, or
+# swaps for ever, and the suite hangs. The processes that tests start inherit the limit.
+_MOST_MEMORY = 8 * 2**30
+resource.setrlimit(resource.RLIMIT_DATA, (_MOST_MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 @pytest.fixture
@@ -58,6 +63,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="let the blocked back-end serve every call that it can, as it does at real sizes",
     )
     parser.addoption("--full", action="store_true", help="run every combination of a grid, not a pairwise cover of it")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is marked ``long`` starts first: begun last, it would run alone, while the other process has nothing."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

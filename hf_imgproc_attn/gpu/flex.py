@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from ..models.backend_call import FilterCall
+from ..models.backend_call import FilterCall, autocast_dtype, without_autocast
 from ..models.backend_sdpa import augment
 from ..models.kernel_blocks import DistanceKernel
-from ..models.kernel_content import autocast_dtype, without_autocast
 from ..models.kernel_position import BlockedPositions
 from ..models.visibility import Visibility
 
@@ -54,7 +53,10 @@ def run(call: FilterCall) -> torch.Tensor:
     _, value = call.repeated()
     if key.shape[1] != query.shape[1]:
         key = key.repeat_interleave(call.groups, dim=1)
-    terms = [_four_axes(term) for term in (bias, call.visibility.bias) if term is not None]
+    if call.visibility.bias is not None:
+        bias = call.visibility.bias if bias is None else bias + call.visibility.bias
+    # A number a row changes no softmax, and a large one would leave the products no digits.
+    terms = [] if bias is None else [bias - call.visibility.largest_seen(bias)]
     seen, hidden_rows = visible_places(call.visibility, key.device)
     score = _score(seen, terms, None if by_place is None else place_score(by_place))
     attention = _attention(query.device.type)

@@ -25,8 +25,11 @@ ATTENTION_OUTPUTS = ("operator", "filter")
 RUN_TIME_FIELDS = ("filter_backend", "attention_output")
 """Fields of a configuration that are chosen at run time and never saved."""
 
-STEPPED_BOOSTINGS = ("twicing", "osher", "diffusion", "sos")
-"""Boosters that take a number of steps."""
+STEPPED_BOOSTINGS = ("twicing", "osher", "diffusion", "sos", "gradient_boosted")
+"""Boosters that take a number of steps; of ``gradient_boosted`` they are the rounds, two at least."""
+
+GRADIENT_BOOSTING_SOURCES = ("residual", "input")
+"""What the later rounds of ``gradient_boosted`` make their keys and values of, the default first."""
 
 KERNELS_WITH_BANDWIDTH = ("untied", "gaussian")
 """Position kernels that have a bandwidth, ``position_bandwidth``."""
@@ -57,6 +60,7 @@ class LayerSpec(NamedTuple):
     boosting_steps: int
     residual: str
     feedback: str
+    gradient_boosting_source: str = GRADIENT_BOOSTING_SOURCES[0]
 
     @property
     def is_boosted(self) -> bool:
@@ -88,7 +92,7 @@ def per_layer(name: str, value: Any, num_layers: int) -> list[Any]:
 
 
 def default_steps(boosting: str) -> int:
-    """Number of steps where none is given: 3 for ``sos`` (two are plain diffusion, A^2), else 2."""
+    """Number of steps or rounds where none is given: 3 for ``sos`` (two are plain diffusion, A^2), else 2."""
     return 3 if boosting == "sos" else 2
 
 
@@ -120,6 +124,7 @@ def layer_schedule(config: Any) -> list[LayerSpec]:
                 default_steps(booster) if steps[i] is None else steps[i],
                 config.residual if i else "standard",
                 config.feedback,
+                config.gradient_boosting_source or GRADIENT_BOOSTING_SOURCES[0],
             )
         )
     return specs

@@ -17,6 +17,7 @@ from .spec_axes import (
     DEFAULT_PID_GAINS,
     DEFAULT_ROTARY_BASE,
     FILTER_BACKENDS,
+    GRADIENT_BOOSTING_SOURCES,
     RUN_TIME_FIELDS,
     LayerSpec,
     default_steps,
@@ -60,6 +61,7 @@ _FIELDS = (
     "boosting",
     "boosting_steps",
     "boosted_layers",
+    "gradient_boosting_source",
     "residual",
     "feedback",
     "neutreno_lambda",
@@ -94,8 +96,12 @@ class FilterSpecMixin:
             ``"learned"`` (A + gamma A(I - A), one gamma per head), ``"diffusion"`` (A^steps), ``"sos"`` or
             ``"gradient_boosted"``; one value, or one per layer.
         boosting_steps: number of steps, an integer from 1 to 16, or a list with one per layer. None: 3 for ``sos``,
-            else 2, which for ``twicing`` is 2A - A^2.
+            else 2, which for ``twicing`` is 2A - A^2. Of ``gradient_boosted`` they are the rounds M >= 2, that is the
+            attentions in a layer.
         boosted_layers: indices of the layers that are boosted, negative ones count from the end; None: all layers.
+        gradient_boosting_source: ``gradient_boosted`` only: what the rounds after the first make their keys and values
+            of. ``"residual"``: of z - F, as their queries, which is what the authors' experiments run; ``"input"``: of
+            z, the equation of arXiv 2604.03190v1. None: ``"residual"``.
         residual: scheme across depth: ``"standard"`` is x + f(x), ``"twicing"``, ``"sos"``, ``"osher"``.
         feedback: cross-layer feedback on the head output: ``"none"``, ``"neutreno"``, ``"pid"``.
         neutreno_lambda: ``neutreno`` only: its strength. None: the published 0.6 for images, 0.4 for text.
@@ -121,6 +127,7 @@ class FilterSpecMixin:
     boosting: str | list[str] = "none"
     boosting_steps: int | list[int] | None = None
     boosted_layers: list[int] | None = None
+    gradient_boosting_source: str | None = None
     residual: str = "standard"
     feedback: str = "none"
     neutreno_lambda: float | int | None = None
@@ -181,8 +188,8 @@ class FilterSpecMixin:
 
         ``"operator"`` is what multiplies V (for twicing 2A - A^2); it needs every row of A, which a cache does not
         keep. ``"filter"`` is A itself, whose rows are there at every step of cached generation. The output is computed
-        from the returned tensor, so gradients with respect to it exist; the two maps of ``gradient_boosted`` are
-        stacked copies and have none. Set at run time, as ``filter_backend`` is, and never saved.
+        from the returned tensor, so gradients with respect to it exist; the maps of ``gradient_boosted`` are stacked
+        copies and have none. Set at run time, as ``filter_backend`` is, and never saved.
 
         Raises:
             ValueError: on setting another value.
@@ -238,6 +245,7 @@ def preset_name(config: Any) -> str:
     """The name of the preset whose filter fields ``config`` has, or ``"custom"``; defaults may be written out."""
     written_out = {
         "boosting_steps": default_steps(config.boosting) if isinstance(config.boosting, str) else None,
+        "gradient_boosting_source": GRADIENT_BOOSTING_SOURCES[0],
         "neutreno_lambda": config.default_neutreno_lambda,
         "pid_gains": list(DEFAULT_PID_GAINS),
         "relative_attention_num_buckets": DEFAULT_NUM_BUCKETS,

@@ -257,7 +257,7 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
             f"trained {trainer.state.global_step} steps in {seconds:.0f} s; checkpoint and run.json in {path.parent}"
         )
         if run.training_args.push_to_hub:
-            _publish(run.training_args, str(trainer.hub_model_id), run.arguments.run.license)
+            _publish(run.training_args, str(trainer.hub_model_id), run.record["arguments"]["run"]["license"])
     return Result(run.training_args.output_dir, metrics, run.record)
 
 

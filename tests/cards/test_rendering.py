@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 from hf_imgproc_attn import PRESETS
 from hf_imgproc_attn.cards.rendering import RunResults, load_results, render_card
 from hf_imgproc_attn.cards.results import METRICS, check_results
-from hf_imgproc_attn.catalogue.equations import VARIANTS
+from hf_imgproc_attn.catalogue.presets import VARIANTS
 from hf_imgproc_attn.catalogue.works import PACKAGE_PAPERS, PAPERS
 from hf_imgproc_attn.models.spec_fields import preset_fields
 from hf_imgproc_attn.records import public_record
@@ -143,9 +143,26 @@ def test_make_cards_writes_and_refuses_in_one_line(tmp_path: Path, capsys: pytes
     output.mkdir()
     assert make_cards.main(["--results", str(RESULTS), "--output", str(output)]) == 0
     assert {path.name for path in output.iterdir()} == {f"{name}.md" for name in NAMES}
+    (output / f"{NAMES[0]}.md").write_text("mine", encoding="utf-8")
+    assert make_cards.main(["--results", str(RESULTS), "--output", str(output)]) == 2
+    assert "more files are there already; --force replaces them" in capsys.readouterr().err
+    assert (output / f"{NAMES[0]}.md").read_text(encoding="utf-8") == "mine"
+    assert make_cards.main(["--results", str(RESULTS), "--output", str(output), "--force"]) == 0
+    assert (output / f"{NAMES[0]}.md").read_text(encoding="utf-8").startswith("---")
     (tmp_path / "wrong.json").write_text("[]", encoding="utf-8")
     assert make_cards.main(["--results", str(tmp_path), "--output", str(output)]) == 2
     assert "wrong.json must hold a JSON object, got list" in capsys.readouterr().err
+
+
+def test_make_results_replaces_only_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / f"{NAMES[0]}.json"
+    path.write_text("mine", encoding="utf-8")
+    monkeypatch.setattr(make_results, "run_recipe", lambda *_: pytest.fail("work has begun"))
+    assert make_results.main(["--only", NAMES[0], "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: output '{path}' is there already; --force replaces it\n"
+    assert path.read_text(encoding="utf-8") == "mine"
 
 
 def test_example_cards_say_that_they_are(images: RunResults) -> None:

@@ -45,7 +45,9 @@ class Compiler:
         self.launch = jit.JITFunction.run
 
     def tuned(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        self.compile(kernel.fn, *args, grid=grid, warmup=True, **kwargs, **kernel.configs[self.configuration].all_kwargs())
+        self.compile(
+            kernel.fn, *args, grid=grid, warmup=True, **kwargs, **kernel.configs[self.configuration].all_kwargs()
+        )
 
     def compile(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         binary = self.launch(kernel, *args, grid=grid, warmup=True, **kwargs)

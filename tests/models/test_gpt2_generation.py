@@ -183,9 +183,10 @@ def test_boosted_layers_keep_streams_and_others_none(variant: str) -> None:
     for index, (spec, layer) in enumerate(zip(model.config.layer_specs, cache.layers, strict=True)):
         streams = list(getattr(layer, "streams", {}).values())
         metric = spec.content_kernel == "elliptical" and index > 0
-        expected = {"none": 0, "learned": 1, "gradient_boosted": 2}.get(spec.boosting, spec.boosting_steps - 1)
-        # Each of the two filters of gradient boosting has a metric of its own.
-        assert len(streams) == expected + metric * (2 if spec.boosting == "gradient_boosted" else 1)
+        further = spec.boosting_steps - 1
+        expected = {"none": 0, "learned": 1, "gradient_boosted": 2 * further}.get(spec.boosting, further)
+        # The filter of each round of gradient boosting has a metric of its own.
+        assert len(streams) == expected + metric * (1 + further if spec.boosting == "gradient_boosted" else 1)
         assert all(stream.shape == (2, 4, 9, 5) for stream in streams)
 
 

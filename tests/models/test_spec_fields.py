@@ -50,6 +50,11 @@ LISTS: dict[str, dict[str, Any]] = {
     },
     "gains": {"feedback": "pid", "pid_gains": [0, 0.25, -1]},
     "strength": {"feedback": "neutreno", "neutreno_lambda": 1},
+    "rounds": {
+        "boosting": ["twicing", "gradient_boosted", "gradient_boosted"],
+        "boosting_steps": [1, 3, 2],
+        "gradient_boosting_source": "input",
+    },
     "learned_gains": {"feedback": "pid", "pid_gains": [0, 0, 0], "learn_feedback": True},
 }
 VARIANTS = [(preset, {}) for preset in PRESETS] + [("softmax", fields) for fields in LISTS.values()]
@@ -137,6 +142,7 @@ def test_there_are_no_other_presets() -> None:
     [
         ("twicing", {"boosting_steps": 2}),
         ("sos", {"boosting_steps": 3}),
+        ("gradient_boosted", {"boosting_steps": 2, "gradient_boosting_source": "residual"}),
         ("pidformer", {"pid_gains": [0.5, 0.05, 0.05]}),
         ("t5_bias", {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}),
         ("rope", {"rotary_base": 10000}),
@@ -241,7 +247,27 @@ RULES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"boosting_steps": 3}, ("boosting_steps has no effect with boosting='none'", "got 3")),
     ({"boosting_steps": 2}, ("boosting_steps has no effect with boosting='none'", "got 2")),
     ({"boosting": "learned", "boosting_steps": 2}, ("boosting_steps has no effect with boosting='learned'", "got 2")),
-    ({"boosting": "gradient_boosted", "boosting_steps": 2}, ("no effect with boosting='gradient_boosted'", "got 2")),
+    (
+        {"boosting": "gradient_boosted", "boosting_steps": 1},
+        ("boosting_steps must be >= 2", "'gradient_boosted'", "1"),
+    ),
+    ({"boosting": "gradient_boosted", "boosting_steps": 17}, ("boosting_steps", "<= 16", "got 17")),
+    (
+        {"boosting": ["twicing", "none", "gradient_boosted"], "boosting_steps": [1, 2, 1]},
+        ("boosting_steps must be >= 2", "'gradient_boosted'", "[1, 2, 1]"),
+    ),
+    *(
+        (
+            {"boosting": booster, "gradient_boosting_source": "input"},
+            ("gradient_boosting_source needs boosting", "input"),
+        )
+        for booster in ("none", "twicing", ["twicing"] * 3)
+    ),
+    (
+        {"boosting": "gradient_boosted", "gradient_boosting_source": "z"},
+        ("gradient_boosting_source must be one of residual, input", "'z'"),
+    ),
+    ({"boosting": "gradient_boosted", "gradient_boosting_source": ["input"] * 3}, ("gradient_boosting_source", "str")),
     ({"boosting": "sos", "boosting_steps": 17}, ("boosting_steps", "<= 16", "got 17")),
     ({"boosting": ["none"] * 3, "boosting_steps": 3}, ("boosting_steps has no effect", "got 3")),
     # Positions.
@@ -559,7 +585,7 @@ def test_registries_have_the_allowed_keys() -> None:
     assert set(RESIDUAL) == set(spec_axes.RESIDUALS)
     assert set(FEEDBACK) == set(spec_axes.FEEDBACKS)
     streams = {name: extra_streams(name, 3) for name in (*BOOSTING, "gradient_boosted")}
-    assert streams == {"none": 0, "twicing": 2, "learned": 1, "diffusion": 2, "sos": 2, "gradient_boosted": 2}
+    assert streams == {"none": 0, "twicing": 2, "learned": 1, "diffusion": 2, "sos": 2, "gradient_boosted": 4}
 
 
 def test_filter_spec_needs_neither_torch_nor_transformers(run_python: RunPython) -> None:
