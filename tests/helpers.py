@@ -37,6 +37,19 @@ def pairwise_cover(axes: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
     return rows
 
 
+def site_pages() -> list[str]:
+    """The pages of the documentation's site, in the order of its navigation."""
+    import yaml
+
+    def pages_of(entry: Any) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        parts = entry.values() if isinstance(entry, dict) else entry
+        return [page for part in parts for page in pages_of(part)]
+
+    return pages_of(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+
+
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
 """The type of the fixture ``run_python``."""
 

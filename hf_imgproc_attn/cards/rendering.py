@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import records
-from ..catalogue.equations import VARIANTS
+from ..catalogue.presets import VARIANTS
 from ..catalogue.works import PACKAGE_PAPERS, PAPERS
 from ..errors import UsageError, require_extras
 from ..shipped_files import shipped_file

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from ..models.backend_call import FilterCall
+from ..models.backend_call import FilterCall, autocast_dtype, without_autocast
 from ..models.backend_sdpa import augment
 from ..models.kernel_blocks import DistanceKernel
-from ..models.kernel_content import autocast_dtype, without_autocast
 from ..models.kernel_position import BlockedPositions
 from ..models.visibility import Visibility
 

@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 from hf_imgproc_attn import PRESETS
 from hf_imgproc_attn.cards.rendering import RunResults, load_results, render_card
 from hf_imgproc_attn.cards.results import METRICS, check_results
-from hf_imgproc_attn.catalogue.equations import VARIANTS
+from hf_imgproc_attn.catalogue.presets import VARIANTS
 from hf_imgproc_attn.catalogue.works import PACKAGE_PAPERS, PAPERS
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.models.spec_fields import preset_fields
