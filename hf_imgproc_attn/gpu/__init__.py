@@ -136,8 +136,8 @@ def run(call: FilterCall) -> torch.Tensor:
         key_mask = key_mask[:, 0, 0].expand(call.key.shape[0], -1)
     return fused_attention(
         query,
-        call.visibility.clean(call.key),
-        call.visibility.clean(call.value),
+        call.visibility.clean_keys(call.key),
+        call.visibility.clean_keys(call.value),
         key_mask,
         positions=by_place,
         boosting=call.booster.name,

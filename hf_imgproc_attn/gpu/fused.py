@@ -14,7 +14,6 @@ import torch
 import triton
 from torch.utils.flop_counter import register_flop_formula
 
-from ..models.backend_blocked_positions import check_positions
 from ..models.backend_flops import product_flops
 from ..models.kernel_position import BlockedPositions
 from . import triton_general, triton_short, triton_single_pass
@@ -63,9 +62,7 @@ def fused_attention(
         raise ValueError(f"boosting must be 'twicing' or 'none', got {boosting!r}")
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
-    if positions is not None:
-        check_positions(positions, query, key)
-    kind, class_tokens, *tensors = position_tensors(positions)
+    kind, class_tokens, *tensors = position_tensors(positions, query)
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
     options = (kind, class_tokens, factor, is_causal, boosting == "twicing", algorithm)
     out, _, _ = fused_forward(query, key, value, key_mask, *tensors, *options)

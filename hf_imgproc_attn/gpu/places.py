@@ -36,14 +36,30 @@ class PositionTensors(NamedTuple):
     lookup: torch.Tensor | None = None
 
 
-def position_tensors(positions: BlockedPositions | None) -> PositionTensors:
+def position_tensors(positions: BlockedPositions | None, query: torch.Tensor) -> PositionTensors:
     """What the operator takes of a position kernel.
 
+    Args:
+        positions: what the kernel compares, or None.
+        query: ``[batch, heads, length, head_dim]``, for which it must be.
+
     Raises:
-        ValueError: for a kernel that has no formula in ``triton_positions``.
+        ValueError: for a kernel that has no formula in ``triton_positions``, or one of other tokens or heads.
     """
     if positions is None:
         return PositionTensors()
+    batch, heads, length, _ = query.shape
+    for name, places in (("coordinates", positions.coordinates), ("key_coordinates", positions.key_coordinates)):
+        if places.shape[0] not in (1, batch) or places.shape[1] != length:
+            raise ValueError(
+                f"positions.{name} must have shape [{batch} or 1, {length}, axes], got {tuple(places.shape)}"
+            )
+    for parameter in positions.parameters():
+        if parameter.shape[0] != heads:
+            raise ValueError(
+                f"parameters of positions must have one row for each of {heads} heads, "
+                f"got shape {tuple(parameter.shape)}"
+            )
     kernel, lookup = positions.block_kernel(), None
     if isinstance(kernel, DistanceKernel):
         kind = SQUARED.value if kernel.squared else DISTANCE.value

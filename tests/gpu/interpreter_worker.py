@@ -240,7 +240,7 @@ def saved_tensors() -> dict[str, float]:
     for is_causal, others in ((True, ["single_pass"]), (False, ["short"])):
         (query, key, value, _), mask = inputs_of(Case("general", 40, 32, is_causal, masked=True))
         case = Case("general", 40, 32, is_causal, masked=True, positions="gaussian")
-        inputs = (query, key, value, mask, *position_tensors(positions_of(case, parameters_of(case)))[2:])
+        inputs = (query, key, value, mask, *position_tensors(positions_of(case, parameters_of(case)), query)[2:])
 
         def forward(
             algorithm: str, inputs: tuple[Any, ...] = inputs, is_causal: bool = is_causal
@@ -262,7 +262,9 @@ def operator_checks() -> dict[str, str]:
     (query, key, value, grad), mask = inputs_of(case)
     leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
     scales = [parameter.float().requires_grad_() for parameter in parameters_of(case)]
-    kind, class_tokens, coordinates, key_coordinates, scale, lookup = position_tensors(positions_of(case, scales))
+    kind, class_tokens, coordinates, key_coordinates, scale, lookup = position_tensors(
+        positions_of(case, scales), query
+    )
     places = [coordinates, key_coordinates, None if scale is None else scale.detach().requires_grad_(), lookup]
     options = (kind, class_tokens, SCALE, True, True, "general")
     found = torch.library.opcheck(fused_forward, (*leaves, mask, *places, *options))
@@ -299,7 +301,7 @@ def compiled() -> dict[str, Any]:
 def edges() -> dict[str, Any]:
     """What happens at the edges of the domain."""
     (query, key, value, _), _ = inputs_of(Case("general", 19, 16, False))
-    nothing = torch.zeros(2, 19, dtype=torch.bool)
+    nothing, patches = torch.zeros(2, 19, dtype=torch.bool), Case("general", 19, 16, False, positions="alibi patches")
     leaf = query.detach().requires_grad_()
     out = fused_attention(leaf, key, value, nothing)
     (gradient,) = torch.autograd.grad(out.sum(), leaf)  # a gradient without memory of its own, too
@@ -313,6 +315,9 @@ def edges() -> dict[str, Any]:
         "short": lambda: fused_attention(query, key, value, is_causal=True, algorithm="short"),
         "single_pass": lambda: fused_attention(query, key, value, algorithm="single_pass"),
         "unboosted": lambda: fused_attention(query, key, value, boosting="none", algorithm="short"),
+        "places": lambda: fused_attention(
+            query, key, value, positions=positions_of(patches._replace(length=18), parameters_of(patches))
+        ),
         "boosting": lambda: fused_attention(query, key, value, boosting="sos"),
         "heads": lambda: fused_attention(torch.cat([query, query[:, :1]], 1), key, value),
         "twice": lambda: torch.autograd.grad(

@@ -119,6 +119,7 @@ def test_algorithm_is_chosen_by_shape(found: Any) -> None:
         ("algorithm", "algorithm must be one of auto, general, short, single_pass, got 'fast'"),
         ("short", "needs is_causal=False, length <= 256 and head_dim <= 64, got is_causal=True"),
         ("single_pass", "needs is_causal=True, got is_causal=False"),
+        ("places", "positions.coordinates must have shape [2 or 1, 19, axes], got (1, 18, 2)"),
         ("unboosted", "algorithm='short' needs boosting='twicing', got boosting='none'"),
         ("boosting", "boosting must be 'twicing' or 'none', got 'sos'"),
         ("twice", "no autograd formula was registered"),
