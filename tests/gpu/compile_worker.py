@@ -98,7 +98,7 @@ def main() -> None:
             torch.zeros(1, heads, length, 64, dtype=torch.bfloat16, requires_grad=True)
             for heads in (2, key_heads, key_heads)
         )
-        mask = torch.ones(1, length, dtype=torch.bool)
+        mask = torch.ones(1, length, dtype=torch.bool) if kind == "gaussian" else None
         options: dict[str, Any] = {"boosting": boosting, "algorithm": algorithm, "is_causal": algorithm != "short"}
         out = fused.fused_attention(query, key, value, mask, positions=positions(kind, 2, length), **options)
         out.sum().backward()
