@@ -87,9 +87,9 @@ class Gradients:
     def _block(self, block: Block, steps: range) -> None:
         """Add a block's share to T_m of the streams ``steps`` and, with x_0 among them, to all other gradients."""
         inputs, plan, rows, keys = self.inputs, self.plan, slice(block.start, block.stop), slice(0, block.keys)
-        matrix, correction = self.weights.recall(block, self.row_sums)
-        kept = plan.kept(self.group, block, self.like) if plan.dropout else None
-        dropped = matrix if kept is None else matrix * kept
+        matrix, correction = self.weights.recompute(block, self.row_sums)
+        factors = plan.dropout_factors(self.group, block, self.like) if plan.dropout else None
+        dropped = matrix if factors is None else matrix * factors
         # g_0, g_1, ... side by side.
         row_grads = self.like.new_empty(matrix.shape[0], block.stop - block.start, self.num_streams * self.width)
         for m in reversed(range(steps.start, self.num_streams)):
@@ -99,8 +99,8 @@ class Gradients:
         if steps.start:
             return
         d_matrix = torch.bmm(row_grads, self.side_by_side[:, keys].mT, out=self.buffer.view(*matrix.shape))
-        if kept is not None:
-            d_matrix.mul_(kept)
+        if factors is not None:
+            d_matrix.mul_(factors)
         d_logits = d_matrix.sub_(self._row_term(block).mul_(correction)).mul_(matrix)
         self.d_query[:, rows].baddbmm_(d_logits, inputs.key[:, keys], beta=0.0, alpha=plan.scale)
         self.d_key.add(d_logits, inputs.query[:, rows])
@@ -142,10 +142,10 @@ class Gradients:
     def _finish(self) -> None:
         """Hand the group's sums over keys to its key heads."""
         inputs, plan, group = self.inputs, self.plan, self.group
-        every, own = slice(0, plan.key_length), slice(plan.past, plan.key_length)
-        inputs.key_heads.add(self.key, self.d_key.rows(every).mul_(plan.scale), group)
+        all_keys, own = slice(0, plan.key_length), slice(plan.past, plan.key_length)
+        inputs.key_heads.add(self.key, self.d_key.rows(all_keys).mul_(plan.scale), group)
         # Of earlier keys only x_0 is a function of V here; the rest came in as streams.
-        d_value = self.totals[0].rows(every)
+        d_value = self.totals[0].rows(all_keys)
         for m in range(1, self.num_streams):
             if self.booster.streams[m][0]:
                 d_value[:, own].add_(self.totals[m].rows(own), alpha=self.booster.streams[m][0])

@@ -170,7 +170,7 @@ class Inputs:
         """x_m of all keys, ``[pairs, key_length, d]``."""
         return self.all[..., self.columns(stream)] if stream else self.value
 
-    def publish(self, stream: int, rows: slice) -> None:
+    def copy_to_keys(self, stream: int, rows: slice) -> None:
         """Make rows of a stream, complete in ``own``, visible to the products."""
         if self.all is self.own:
             return
@@ -236,18 +236,18 @@ def forward_passes(call: Call, tensors: Tensors) -> Computed:
         weights.start(group, inputs.query, inputs.key)
         for steps in passes_over_blocks(plan, num_streams):
             if steps.start:
-                inputs.publish(steps.start, slice(0, plan.length))
+                inputs.copy_to_keys(steps.start, slice(0, plan.length))
             for block in blocks:
                 rows = slice(block.start, block.stop)
                 if steps.start:
-                    matrix, factor = weights.recall(block, row_sum)
+                    matrix, factor = weights.recompute(block, row_sum)
                 else:
                     matrix, factor, row_sum[:, rows] = weights.compute(block)
                 if plan.dropout:
-                    matrix = matrix.mul_(plan.kept(group, block, like))
+                    matrix = matrix.mul_(plan.dropout_factors(group, block, like))
                 for m in steps:
                     if m > steps.start:
-                        inputs.publish(m, rows)
+                        inputs.copy_to_keys(m, rows)
                     product = torch.bmm(matrix, inputs.stream(m)[:, : block.keys])
                     common = (m, inputs.own_value[:, rows], product, factor)
                     for later in range(m + 1, num_streams):

@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_imgproc_attn.models.backend_blocked_dense import dropout_factors
+from hf_imgproc_attn.models.backend_blocked_dense import dense_dropout_factors
 from hf_imgproc_attn.models.backend_blocked_passes import recurrence
 from hf_imgproc_attn.models.backend_blocked_plan import make_plan
 from hf_imgproc_attn.models.backend_table import run_filter
@@ -107,7 +107,7 @@ def compare(tensors: list[torch.Tensor], *, dropout: float = 0.0, **options: Any
         causal = options.get("is_causal", False)
         one_pass = causal or options.get("steps", 2) == 1
         chosen = {"scale": SCALE, "dropout": dropout, "seed": dropout_seed(5), "one_pass": one_pass, **cutting}
-        factors = dropout_factors(make_plan(*tensors[:2], is_causal=causal, **chosen), tensors[0])
+        factors = dense_dropout_factors(make_plan(*tensors[:2], is_causal=causal, **chosen), tensors[0])
         assert 0.2 < float((factors == 0).double().mean()) < 0.9
     expected, expected_streams = dense(plain, factors=factors, **options)
     torch.testing.assert_close(output, expected, **EXACT)

@@ -21,7 +21,13 @@ from hf_imgproc_attn.models.kernel_content import CONTENT_COLUMNS, CONTENT_LOGIT
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2Model
 from hf_imgproc_attn.models.modeling_imgproc_vit import ImgProcViTModel
 from hf_imgproc_attn.models.spec_axes import LayerSpec, is_stock_layer
-from hf_imgproc_attn.models.spec_fields import PRESETS, FilterSpecMixin, preset_name
+from hf_imgproc_attn.models.spec_fields import (
+    PRESETS,
+    FilterSpecMixin,
+    closest_preset,
+    preset_in_words,
+    preset_name,
+)
 from tests.helpers import RunPython
 from tests.models.helpers import tiny_gpt2_config, tiny_vit_config
 
@@ -161,6 +167,35 @@ def test_published_strength_of_the_backbone() -> None:
     for make, strength, other in ((tiny_vit_config, 0.6, 0.4), (tiny_gpt2_config, 0.4, 0.6)):
         assert preset_name(make("neutreno", neutreno_lambda=strength)) == "neutreno"
         assert preset_name(make("neutreno", neutreno_lambda=other)) == "custom"
+        assert closest_preset(make("neutreno", neutreno_lambda=other)) == ("neutreno", {"neutreno_lambda": other})
+
+
+@pytest.mark.parametrize(
+    ("preset", "fields", "name", "changes"),
+    [
+        ("neutreno", {"neutreno_lambda": 0.0, "learn_feedback": True}, "neutreno", None),
+        ("pidformer", {"pid_gains": [0.0, 0.0, 0.0], "learn_feedback": True}, "pidformer", None),
+        ("twicing", {"boosting_steps": 3, "boosted_layers": [-1]}, "twicing", None),
+        ("twicing", {"boosting": "osher"}, "twicing", {}),
+        ("twicing", {"boosting": "sos"}, "sos", {}),
+        ("gradient_boosted", {"gradient_boosting_source": "input"}, "gradient_boosted", None),
+        ("bilateral", {"share_position_projections": True, "learn_bandwidths": False}, "tupe", {}),
+        ("tupe", {"content_bandwidth": 3.0}, "tupe", None),
+        ("softmax", {"content_bandwidth": 3.0}, "softmax", None),
+        ("bilateral", {"boosting": "sos"}, "custom", {**PRESETS["bilateral"], "boosting": "sos"}),
+        ("softmax", {"boosting": ["none", "twicing", "twicing"]}, "custom", None),
+    ],
+    ids=str,
+)
+def test_a_varied_preset_keeps_its_name(
+    tiny: Callable[..., Any], preset: str, fields: dict[str, Any], name: str, changes: dict[str, Any] | None
+) -> None:
+    """With the fields in which it differs; another kernel, booster or scheme makes another filter of it."""
+    config, changes = tiny(preset, **fields), fields if changes is None else changes
+    assert closest_preset(config) == (name, changes)
+    assert preset_name(config) == ("custom" if changes else name)
+    assert preset_in_words(config).startswith(f"{name} with " if changes else name)
+    assert all(f"{field}={value!r}" in preset_in_words(config) for field, value in changes.items())
 
 
 def test_overrides_win_over_the_preset(tiny: Callable[..., Any]) -> None:
