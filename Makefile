@@ -12,7 +12,7 @@ PYTHON ?= python3 python3.11 python3.12 python3.13 python3.14 python
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-blocked test-full quality bench gpu-check rehearse-oldest results cards clean
+.PHONY: help setup demo test test-blocked test-full quality docs bench gpu-check rehearse-oldest results cards clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -57,18 +57,21 @@ quality: $(STAMP) ## lint, format check, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP) ## time filters, layers, decoding and whole models against stock attention (the better part of an hour)
-	$(BIN)/imgproc-attn benchmark
+docs: $(STAMP) ## build the documentation's site in outputs/site; a link that leads nowhere fails
+	$(BIN)/mkdocs build --strict
+
+bench: $(STAMP) ## time filters, layers, decoding and whole models against stock attention (the better part of an hour; ARGS=--force replaces the last record)
+	$(BIN)/imgproc-attn benchmark $(ARGS)
 
 gpu-check: $(STAMP) ## check and measure everything on a GPU (9 minutes; writes docs/gpu.json), then render its page
-	$(BIN)/imgproc-attn gpu-check
+	$(BIN)/imgproc-attn gpu-check --force
 	$(BIN)/imgproc-attn gpu-check --render
 
 # What a GPU machine has: the oldest supported versions, and none of the packages that only training needs.
 OLDEST := .venv-oldest
 rehearse-oldest: $(OLDEST)/.installed ## rehearse gpu-check on the CPU with the oldest supported versions (downloads gigabytes)
 	PYTHONPATH=$(CURDIR) $(OLDEST)/bin/python -m hf_imgproc_attn.cli gpu-check --device cpu --minutes 30 \
-		--output outputs/gpu_rehearsal_oldest.json --strict
+		--output outputs/gpu_rehearsal_oldest.json --strict --force
 
 $(OLDEST)/.installed: constraints-oldest.txt
 	python3.12 -m venv --clear $(OLDEST)
@@ -76,10 +79,10 @@ $(OLDEST)/.installed: constraints-oldest.txt
 	@touch $@
 
 results: $(STAMP) ## train and evaluate every preset again for training/results/ (minutes; from a clean checkout)
-	$(BIN)/python training/make_results.py
+	$(BIN)/python training/make_results.py --force
 
 cards: $(STAMP) ## render the cards in model_cards/ from training/results/
-	$(BIN)/python training/make_cards.py
+	$(BIN)/python training/make_cards.py --force
 
 clean: ## remove .venv and everything the other targets write
 	rm -rf $(VENV) $(OLDEST) build dist outputs .mypy_cache .pytest_cache .ruff_cache

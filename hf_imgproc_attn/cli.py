@@ -30,8 +30,9 @@ from .errors import (
 )
 from .hub.commands import add_commands as add_hub_commands
 from .library_fields import configuration_fields
+from .measure.commands import add_commands as add_measuring_commands
 from .measure.gpu_check.command import add_command as add_gpu_check
-from .output_paths import check_output_file, check_output_folder
+from .output_paths import check_new_files, check_output_folder
 from .shipped_files import shipped_file
 
 TRAINING_SCRIPTS = {
@@ -144,7 +145,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--budget", type=float, default=40.0, help="seconds for the rounds of a table (default: %(default)s)"
     )
     benchmark.add_argument(
-        "--output", type=Path, default=Path("outputs/benchmark.json"), metavar="FILE", help="(default: %(default)s)"
+        "--output",
+        type=Path,
+        default=Path("outputs/benchmark.json"),
+        metavar="FILE",
+        help="the record; the plot is written beside it, as .png (default: %(default)s)",
+    )
+    benchmark.add_argument("--force", action="store_true", help="replace an earlier record and plot")
+    benchmark.add_argument(
+        "--redraw",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing; draw the plot beside this record again, in place of the one that is there",
     )
     benchmark.set_defaults(run_command=run_benchmark)
 
@@ -179,9 +191,13 @@ def build_parser() -> argparse.ArgumentParser:
     denoise.add_argument(
         "--output", type=Path, default=Path("outputs/denoising"), metavar="DIR", help="(default: %(default)s)"
     )
+    denoise.add_argument(
+        "--force", action="store_true", help="replace figure, record and pictures of an earlier run in DIR"
+    )
     denoise.set_defaults(run_command=run_denoise)
 
     add_gpu_check(commands)
+    add_measuring_commands(commands)
     add_hub_commands(commands)
     return parser
 
@@ -252,6 +268,12 @@ def run_variants(options: argparse.Namespace) -> int:
 
 def run_benchmark(options: argparse.Namespace) -> int:
     """``imgproc-attn benchmark``."""
+    if options.redraw is not None:
+        require_extras("viz")
+        from .measure.benchmark.report import redraw
+
+        redraw(options.redraw)
+        return 0
     if options.threads is not None and options.threads < 1:
         _refuse(f"--threads must be an integer >= 1, got {options.threads}")
     for length in options.lengths or []:
@@ -262,10 +284,11 @@ def run_benchmark(options: argparse.Namespace) -> int:
         if value is not None and not value > 0:
             _refuse(f"--{name.replace('_', '-')} must be a number > 0, got {value}")
 
-    check_output_file(options.output)
+    check_new_files([options.output], options.force)
     require_extras("viz")  # before the seconds that importing torch takes
 
     from .measure.benchmark import SUITES, run
+    from .measure.benchmark.attention import Limits
 
     run(
         suites=options.suite or SUITES,
@@ -274,10 +297,9 @@ def run_benchmark(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         device=options.device,
         lengths=options.lengths,
-        max_seconds=options.max_seconds,
-        max_mib=options.max_mib,
-        budget=options.budget,
+        limits=Limits(options.max_seconds, options.max_mib, options.budget),
         output=options.output,
+        force=options.force,
     )
     return 0
 
@@ -297,6 +319,7 @@ def run_denoise(options: argparse.Namespace) -> int:
         crop=options.crop,
         seed=options.seed,
         save=options.save,
+        force=options.force,
     )
     _print_table(table_rows(record))
     what = "figure, record and pictures" if options.save else "figure and record"

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
-from transformers.utils import cached_file, logging
+from transformers import PreTrainedModel
+from transformers.utils import logging
 
+from .conversion_files import copy_processor, write_card
 from .conversion_probe import Change, Inputs, difference, measure, probe_inputs
 from .conversion_source import ARCHITECTURES, Source, head_of, load_source, new_variant
 from .conversion_weights import check_structure, unused_rows, variant_fields, variant_weights
 from .models.spec_axes import STEPPED_BOOSTINGS
-from .models.spec_fields import preset_fields, preset_name
+from .models.spec_fields import preset_fields, preset_in_words
 from .output_paths import writing
 
 __all__ = ["ARCHITECTURES", "ConversionReport", "convert", "convert_checkpoint"]
@@ -41,8 +42,9 @@ class ConversionReport:
     Attributes:
         source: name or path of the checkpoint.
         architecture: its class.
-        preset: the variant.
-        source_preset: what the source was: ``softmax`` for a stock model.
+        preset: the variant that was asked for.
+        variant: what the filter is: its preset, with the fields in which it differs from that.
+        source_preset: what the source was, likewise: ``softmax`` for a stock model.
         mapped: parameter of the variant -> the source tensors it was made of.
         unused: source tensors, or rows of one, that nothing was made of.
         new: parameters of the variant that no source tensor went into. They start at their defaults, or where the
@@ -54,6 +56,7 @@ class ConversionReport:
         output_std: standard deviation of the source's outputs on the probe, to compare it with.
         change: what it costs: the rise of a language model's cross-entropy, or the predictions of a classifier that
             change; None for other models.
+        license: the source's, as the Hub names it; empty where none is known, None where it was not asked for.
         warnings: what a user should know before using the model, one sentence each.
         advice: what costs less, where the change is large; else empty.
     """
@@ -61,6 +64,7 @@ class ConversionReport:
     source: str
     architecture: str
     preset: str
+    variant: str = ""
     source_preset: str = "softmax"
     mapped: dict[str, list[str]] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
@@ -70,12 +74,13 @@ class ConversionReport:
     max_difference: float = float("nan")
     output_std: float = float("nan")
     change: Change | None = None
+    license: str | None = None
     warnings: list[str] = field(default_factory=list)
     advice: str = ""
 
     def __str__(self) -> str:
         changed = {name: made_of for name, made_of in self.mapped.items() if made_of != [name]}
-        lines = [f"{self.architecture} {self.source}, {self.source_preset} -> {self.preset}"]
+        lines = [f"{self.architecture} {self.source}, {self.source_preset} -> {self.variant or self.preset}"]
         if self.boosting:
             lines.append(f"  {self.boosting}")
         if self.kept:
@@ -94,6 +99,8 @@ class ConversionReport:
         )
         if self.change is not None:
             lines.append(f"  {self.change}")
+        if self.license is not None:
+            lines.append(f"  licence of the source: {self.license or 'none is known'}")
         lines += [f"  warning: {warning}" for warning in self.warnings]
         if self.advice:
             lines.append(f"  {self.advice}")
@@ -173,7 +180,8 @@ def _convert(source: Source, preset: str, overrides: dict[str, Any]) -> tuple[Pr
         source.name,
         source.model.__class__.__name__,
         preset,
-        preset_name(stock.config) if source.is_variant else "softmax",
+        preset_in_words(config),
+        preset_in_words(stock.config) if source.is_variant else "softmax",
         mapped={name: made_of for name, (_, made_of) in made.items() if made_of},
         kept=kept,
         boosting=_boosting_in_words(config),
@@ -186,7 +194,7 @@ def _convert(source: Source, preset: str, overrides: dict[str, Any]) -> tuple[Pr
 
 
 def convert_checkpoint(source: str, preset: str, output_dir: str, **config_overrides: Any) -> ConversionReport:
-    """Convert a checkpoint and save it, with its tokenizer or image processor where it has one.
+    """Convert a checkpoint and save it, with its tokenizer or image processor and its licence where it has one.
 
     Args:
         source: path or Hub name of a checkpoint, stock or a variant.
@@ -204,22 +212,9 @@ def convert_checkpoint(source: str, preset: str, output_dir: str, **config_overr
     model, report = convert(source, preset, return_report=True, **config_overrides)
     with writing(folder):
         model.save_pretrained(folder)
-        _copy_processor(source, folder)
+        copy_processor(source, folder, getattr(model.config, "num_channels", 3))
+        write_card(source, folder, report, model.filter_summary())
     return report
-
-
-def _copy_processor(source: str, folder: Path) -> None:
-    """Save the source's tokenizer or image processor beside the model; a checkpoint without one is complete as it is.
-
-    Asked by file: v5's ``AutoTokenizer`` invents an empty tokenizer where there is none.
-    """
-    for processor_class, names in (
-        (AutoTokenizer, ("tokenizer.json", "tokenizer_config.json", "vocab.json")),
-        (AutoImageProcessor, ("preprocessor_config.json",)),
-    ):
-        found = (cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in names)
-        if any(path is not None for path in found):
-            processor_class.from_pretrained(source).save_pretrained(folder)
 
 
 def _check_shapes(
@@ -251,6 +246,17 @@ def _warnings(source: Source, variant: PreTrainedModel, report: ConversionReport
             f"the residual scheme {wanted!r} changes the function of the checkpoint, which was trained with "
             f"{trained!r}: train the model before using it"
         )
+    layers = zip(getattr(source.model.config, "layer_specs", []), variant.config.layer_specs, strict=False)
+    changed = [
+        (old.gradient_boosting_source, new.gradient_boosting_source)
+        for old, new in layers
+        if old.boosting == new.boosting == "gradient_boosted"
+    ]
+    if changed and changed[0][0] != changed[0][1]:  # it is the same in all layers of a model
+        warnings.append(
+            f"gradient_boosting_source={changed[0][1]!r} changes the function of the checkpoint, whose later rounds "
+            f"were trained with {changed[0][0]!r}: train the model before using it"
+        )
     dropped = [name for name in report.unused if ".filter." in name or ".position_projection." in f".{name}"]
     if dropped:
         warnings.append(
@@ -267,10 +273,11 @@ def _boosting_in_words(config: Any) -> str:
     boosted = {index: spec for index, spec in enumerate(config.layer_specs) if spec.is_boosted}
     if not boosted:
         return ""
-    kinds = {
-        f"{spec.boosting}, {spec.boosting_steps} steps" if spec.boosting in STEPPED_BOOSTINGS else spec.boosting: None
-        for spec in boosted.values()
-    }
+    kinds: dict[str, None] = {}
+    for spec in boosted.values():
+        counted = "rounds" if spec.boosting == "gradient_boosted" else "steps"
+        steps = f", {spec.boosting_steps} {counted}" if spec.boosting in STEPPED_BOOSTINGS else ""
+        kinds[spec.boosting + steps] = None
     number = config.num_hidden_layers
     which = f"all {number}" if len(boosted) == number else f"{', '.join(map(str, boosted))} of 0 to {number - 1}"
     return f"boosted layers: {which} ({' and '.join(kinds)})"

@@ -10,7 +10,7 @@ from .models.backend_table import run_filter
 from .models.kernel_content import working_dtype
 from .models.kernel_given import BiasPositions, FeaturePositions
 from .models.kernel_position import Positions
-from .models.visibility import attention_visibility
+from .models.visibility import Visibility, attention_visibility
 
 
 def filter_attention(  # noqa: PLR0913  # in the form of scaled_dot_product_attention
@@ -80,15 +80,16 @@ def filter_attention(  # noqa: PLR0913  # in the form of scaled_dot_product_atte
                 f"boosting={boosting!r} applies A to its own output and needs as many queries as keys, {lengths}"
             )
     shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    visibility = attention_visibility(
+        attn_mask, shape=shape, causal=is_causal, working_dtype=working_dtype(query.dtype), name="attn_mask"
+    )
     call = FilterCall(
         query,
         key,
         value,
         content=Content("dot_product", query.shape[-1] ** -0.5 if scale is None else float(scale)),
-        visibility=attention_visibility(
-            attn_mask, shape=shape, causal=is_causal, working_dtype=working_dtype(query.dtype), name="attn_mask"
-        ),
-        positions=_given_positions(query, key, query_features, key_features, position_bias),
+        visibility=visibility,
+        positions=_given_positions(query, key, visibility, query_features, key_features, position_bias),
         booster=Booster(boosting, boosting_steps),
         dropout=dropout_p,
     )
@@ -98,6 +99,7 @@ def filter_attention(  # noqa: PLR0913  # in the form of scaled_dot_product_atte
 def _given_positions(
     query: torch.Tensor,
     key: torch.Tensor,
+    visibility: Visibility,
     query_features: torch.Tensor | None,
     key_features: torch.Tensor | None,
     position_bias: torch.Tensor | None,
@@ -120,7 +122,9 @@ def _given_positions(
         )
     if key_features.shape[1] not in (1, query.shape[1]):
         key_features = key_features.repeat_interleave(query.shape[1] // key_features.shape[1], dim=1)
-    return (FeaturePositions(query_features, key_features), *terms)
+    if visibility.hidden is not None:  # features, too, may hold anything at keys that no query sees
+        key_features = key_features.masked_fill(visibility.hidden.mT, 0.0)
+    return (FeaturePositions(visibility.clean_queries(query_features), key_features), *terms)
 
 
 def _check_features(name: str, features: torch.Tensor, columns_of: torch.Tensor) -> None:

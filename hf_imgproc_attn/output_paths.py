@@ -7,7 +7,7 @@ import contextlib
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from .errors import UsageError
@@ -66,6 +66,27 @@ def check_output_file(path: str | Path, option: str = "output") -> Path:
         raise UsageError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from error
     check_output_folder(file.parent, f"the folder of {option}")
     return file
+
+
+def check_new_files(paths: Iterable[str | Path], force: bool, option: str = "output") -> None:
+    """Check that files can be written, and that nothing is lost by it: what is there is replaced only on request.
+
+    Args:
+        paths: all that is going to be written.
+        force: whether what is there may be replaced.
+        option: the option that they were given with, for the message.
+
+    Raises:
+        UsageError: as :func:`check_output_file`; without ``force`` also if one is there already.
+    """
+    files = [check_output_file(path, option) for path in paths]
+    there = [str(file) for file in files if os.path.lexists(file)]
+    if there and not force:
+        first, more = repr(there[0]), f" and {len(there) - 1} more files" if len(there) > 2 else ""
+        if len(there) == 2:
+            more = f" and {there[1]!r}"
+        verb, them = ("are", "them") if more else ("is", "it")
+        raise UsageError(f"{option} {first}{more} {verb} there already; --force replaces {them}")
 
 
 @contextlib.contextmanager

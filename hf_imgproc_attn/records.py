@@ -62,8 +62,9 @@ def check_output_dir(output_dir: str, record: dict[str, Any], resume: bool) -> N
 
     Args:
         output_dir: folder of the run.
-        record: from :func:`start_record`; takes over the earlier data fingerprint, training time and sessions: one
-            entry each time that training was started, since versions and devices may differ.
+        record: from :func:`start_record`; takes over the earlier data fingerprint, training time, licence where this
+            one names none, and sessions: one entry each time that training was started, since versions and devices
+            may differ.
         resume: whether the user asked to go on with the run.
 
     Raises:
@@ -87,6 +88,7 @@ def check_output_dir(output_dir: str, record: dict[str, Any], resume: bool) -> N
             )
         _refuse_finished(output_dir, earlier, record)
         record |= {name: earlier[name] for name in ("data_fingerprint", "training_seconds") if name in earlier}
+        _keep_licence(earlier, record)
         record[_EARLIER] = earlier["arguments"]["trainer"]
         before = earlier.get("sessions") or [{name: earlier.get(name) for name in _SESSION}]
         record["sessions"] = [*before, {name: record[name] for name in _SESSION}]
@@ -323,6 +325,14 @@ def _difference(earlier: dict[str, Any], record: dict[str, Any]) -> str | None:
     if None not in (processes, wanted_processes) and processes != wanted_processes:
         return f"with {processes} processes instead of {wanted_processes}, which change the size of a batch"
     return None
+
+
+def _keep_licence(earlier: dict[str, Any], record: dict[str, Any]) -> None:
+    """What the user once named stays as long as nothing else is named."""
+    named = earlier["arguments"].get("run", {}).get("license")
+    if named is not None and record["arguments"]["run"]["license"] is None:
+        record["arguments"]["run"]["license"] = named
+        record["command"] = [*record["command"], "--license", named]
 
 
 def _depends_on_length(trainer: dict[str, Any]) -> bool:

@@ -7,13 +7,16 @@ import logging
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
     AutoImageProcessor,
+    AutoModelForImageClassification,
     AutoTokenizer,
     DeiTConfig,
     DeiTForImageClassification,
@@ -34,9 +37,11 @@ from transformers import (
     ViTModel,
 )
 
-from hf_imgproc_attn import PRESETS, ConversionReport, convert
+from hf_imgproc_attn import PRESETS, ConversionReport, cli, convert
+from hf_imgproc_attn.cards.filters import recorded
 from hf_imgproc_attn.conversion import convert_checkpoint
 from hf_imgproc_attn.conversion_probe import probe_inputs, sample_texts
+from hf_imgproc_attn.conversion_source import load_source
 from tests.models.helpers import sharpen_
 
 GPT2 = {"n_layer": 3, "n_head": 4, "n_embd": 32, "n_positions": 48, "vocab_size": 61, "pad_token_id": 0}
@@ -175,6 +180,27 @@ def test_the_function_is_kept_and_what_is_new_learns(stock_spec: tuple, preset: 
     starts = [p for name, p in model.named_parameters() if name.endswith(("boosting_gain", "feedback_gains"))]
     assert bool(starts) == (preset != "gradient_boosted")
     assert all(not parameter.any() and parameter.grad.abs().min() > 0 for parameter in starts)
+
+
+@pytest.mark.parametrize("stock_spec", [STOCK[1], STOCK[5]], ids=["gpt2", "vit"])
+def test_further_rounds_keep_the_function(stock_spec: tuple) -> None:
+    """Of a stock checkpoint, and of one that is gradient-boosted; other keys and values do not, and that is said."""
+    stock = make_stock(*stock_spec)
+    source = convert(stock, "gradient_boosted", boosting_steps=3, gradient_boosting_source="input")
+    torch.testing.assert_close(outputs(source), outputs(stock), rtol=1e-5, atol=1e-5)
+    disturbed(source)
+    more, report = convert(source, "gradient_boosted", return_report=True, boosting_steps=5, boosted_layers=[0, 1, 2])
+    torch.testing.assert_close(outputs(more), outputs(source), rtol=1e-5, atol=1e-5)
+    assert more.config.gradient_boosting_source == "input"
+    assert (report.warnings, report.kept) == ([], {"gradient_boosting_source": "input"})
+    assert "(gradient_boosted, 5 rounds)" in str(report)
+    other, report = convert(source, "gradient_boosted", return_report=True, gradient_boosting_source="residual")
+    assert (outputs(other) - outputs(source)).abs().max() > 1e-3
+    assert len(report.warnings) == 1
+    assert "gradient_boosting_source='residual' changes the function" in report.warnings[0]
+    fewer, report = convert(source, "gradient_boosted", return_report=True, boosting_steps=2)
+    assert (outputs(fewer) - outputs(source)).abs().max() > 1e-3
+    assert "24 trained tensors of the source's filter have no place" in report.warnings[0]
 
 
 def test_given_factors_are_used_as_they_are() -> None:
@@ -522,7 +548,9 @@ def test_unsupported_architectures_are_refused_by_name(
         convert(tmp_path, "twicing")
 
 
-WITHOUT_TABLE = ("bilateral_gaussian", "nlm", "alibi", "t5_bias", "rope", "nope")
+WITHOUT_TABLE = [
+    name for name, fields in PRESETS.items() if fields.get("position_kernel", "additive") not in ("additive", "untied")
+]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -537,7 +565,8 @@ def test_there_and_back(stock_spec: tuple, preset: str, tmp_path: Path) -> None:
         return
     model, report = convert(tmp_path, "softmax", return_report=True)
     torch.testing.assert_close(outputs(model), outputs(stock), rtol=1e-5, atol=1e-5)
-    assert report.source_preset == (preset if preset not in ("neutreno", "pidformer") else "custom")
+    learned = {"neutreno": "neutreno_lambda=0.0", "pidformer": "pid_gains=[0.0, 0.0, 0.0]"}.get(preset)
+    assert report.source_preset == (f"{preset} with {learned}, learn_feedback=True" if learned else preset)
     assert f"{report.source_preset} -> softmax" in str(report)
     dropped = [name for name in report.unused if ".filter." in name or "position_projection" in name]
     assert bool(dropped) == any("have no place in softmax" in warning for warning in report.warnings)
@@ -563,6 +592,8 @@ def test_there_and_back(stock_spec: tuple, preset: str, tmp_path: Path) -> None:
         (("neutreno", {"neutreno_lambda": 0.3}), ("neutreno", {"learn_feedback": True}), True),
         (("boosted_residual", {}), ("boosted_residual", {"boosting": "learned"}), True),
         (("alibi", {}), ("nope", {}), False),
+        (("gradient_boosted", {}), ("gradient_boosted", {"boosting_steps": 3}), True),
+        (("gradient_boosted", {"gradient_boosting_source": "input"}), ("gradient_boosted", {}), True),
     ],
     ids=str,
 )
@@ -624,6 +655,94 @@ def test_processors_travel_where_there_are_any(tmp_path: Path) -> None:
     convert_checkpoint(str(image), "twicing", str(tmp_path / "image-twicing"))
     assert AutoTokenizer.from_pretrained(tmp_path / "text-twicing").get_vocab() == words.get_vocab()
     assert AutoImageProcessor.from_pretrained(tmp_path / "image-twicing").size["height"] == 16
+
+
+@pytest.mark.parametrize(
+    "given",
+    [ViTImageProcessorPil(image_mean=[0.3], image_std=[0.2]), ViTImageProcessorPil(image_mean=[0.3] * 3)],
+    ids=["one value", "three equal ones"],
+)
+def test_a_model_with_one_channel_gets_the_processor_that_makes_grey(
+    tmp_path: Path, given: ViTImageProcessorPil, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The stock one leaves three channels, which the model refuses."""
+    fields = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = ViTConfig(**fields, image_size=16, patch_size=4, num_channels=1)
+    ViTForImageClassification(config).save_pretrained(tmp_path / "stock")
+    given.size = {"height": 16, "width": 16}
+    given.save_pretrained(tmp_path / "stock")
+    words = ["convert", str(tmp_path / "stock"), "--preset", "twicing", "--output", str(tmp_path / "grey")]
+    assert cli.main(words) == 0
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "grey")
+    assert type(processor).__name__ == "ImgProcGreyImageProcessor"
+    assert list(processor.image_mean) == [0.3]
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "grey")
+    assert model(**processor(picture, return_tensors="pt")).logits.shape == (1, 2)
+    ViTImageProcessorPil(image_mean=[0.3, 0.4, 0.5]).save_pretrained(tmp_path / "stock")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*words[:-1], str(tmp_path / "colour")])
+    message = "image_mean of the image processor of a model with one channel must be one, got [0.3, 0.4, 0.5]"
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "colour").exists()
+
+
+def test_the_licence_of_the_source_is_kept(tmp_path: Path) -> None:
+    from hf_imgproc_attn.hub.licences import licence_of_folder
+
+    stock = tmp_path / "stock"
+    make_stock(*STOCK[1]).save_pretrained(stock)
+    report = convert_checkpoint(str(stock), "twicing", str(tmp_path / "none"))
+    assert report.license == ""
+    assert "licence of the source: none is known" in str(report)
+    assert licence_of_folder(tmp_path / "none", ask_hub=False) == {}
+    keys = {"license": "other", "license_name": "own", "license_link": "LICENSE"}
+    front_matter = "\n".join(f"{key}: {value}" for key, value in keys.items())
+    (stock / "README.md").write_text(f"---\n{front_matter}\ntags:\n- x\n---\n# x\n", encoding="utf-8")
+    (stock / "LICENSE").write_text("own", encoding="utf-8")
+    report = convert_checkpoint(str(stock), "twicing", str(tmp_path / "once"))
+    assert "licence of the source: other" in str(report)
+    convert_checkpoint(str(tmp_path / "once"), "softmax", str(tmp_path / "twice"))
+    for name in ("once", "twice"):
+        assert licence_of_folder(tmp_path / name, ask_hub=False) == keys
+        assert (tmp_path / name / "LICENSE").read_text(encoding="utf-8") == "own"
+        card = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+        assert "base_model" not in card
+        assert str(tmp_path) not in card
+        assert "tensors copied" in card
+
+
+def test_the_card_names_the_preset_and_shows_the_numbers(tmp_path: Path) -> None:
+    """By what the filter is, whatever was asked for; learned factors with their values."""
+    disturbed(convert(make_stock(*STOCK[1]), "neutreno")).save_pretrained(tmp_path / "source")
+    report = convert_checkpoint(str(tmp_path / "source"), "neutreno", str(tmp_path / "new"), boosted_layers=None)
+    assert (report.preset, report.variant) == ("neutreno", "neutreno with neutreno_lambda=0.0, learn_feedback=True")
+    card = (tmp_path / "new" / "README.md").read_text(encoding="utf-8")
+    assert f"# source, converted to {report.variant}\n" in card
+    assert f"GPT2LMHeadModel source, {report.variant} -> {report.variant}\n" in card.replace("ImgProc", "")
+    rows = recorded(load_source(tmp_path / "new").model.filter_summary())["rows"]
+    for layer in (1, 2):
+        values = ", ".join(f"{row['lambda']:.3g}" for row in rows if row["layer"] == layer)
+        assert f"| {layer} | {values} |\n" in card
+        assert "0, 0" not in values
+    report = convert_checkpoint(str(tmp_path / "source"), "twicing", str(tmp_path / "sos"), boosting="sos")
+    assert "converted to sos\n" in (tmp_path / "sos" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_licence_of_a_source_on_the_hub_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as the Hub, or what was downloaded from it, can be asked."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    commit, repository = "0" * 40, tmp_path / "cache" / "models--ann--stock"
+    make_stock(*STOCK[1]).save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit, encoding="utf-8")
+    assert convert_checkpoint("ann/stock", "twicing", str(tmp_path / "unknown")).license == ""
+    card = "---\nlicense: mit\nbase_model: ann/older\n---\n"
+    (repository / "snapshots" / commit / "README.md").write_text(card, encoding="utf-8")
+    assert convert_checkpoint("ann/stock", "twicing", str(tmp_path / "known")).license == "mit"
+    card = (tmp_path / "known" / "README.md").read_text(encoding="utf-8")
+    assert "\nlicense: mit\n" in f"\n{card}"
+    assert "base_model: ann/stock\n" in card
 
 
 def test_bad_input_is_refused_before_work(tmp_path: Path) -> None:

@@ -13,7 +13,13 @@ import pytest
 
 from hf_imgproc_attn import cli
 from hf_imgproc_attn.errors import UsageError, disk_problem
-from hf_imgproc_attn.output_paths import check_output_file, check_output_folder, write_or_keep, writing
+from hf_imgproc_attn.output_paths import (
+    check_new_files,
+    check_output_file,
+    check_output_folder,
+    write_or_keep,
+    writing,
+)
 from tests.helpers import ROOT, run_command
 from tests.training.conftest import TINY_GPT2
 
@@ -51,6 +57,28 @@ def test_what_cannot_be_written_is_refused(a_file: Path) -> None:
         check_output_file(a_file / "x.json")
     assert check_output_file(a_file) == a_file
     assert a_file.read_text(encoding="utf-8") == "mine"
+
+
+def test_what_is_there_is_replaced_only_on_request(a_file: Path) -> None:
+    new, folder = a_file.with_name("new.txt"), a_file.parent
+    check_new_files([new], force=False)
+    check_new_files([new, a_file], force=True)
+    with pytest.raises(UsageError, match=r"^output '.*notes\.txt' is there already; --force replaces it$"):
+        check_new_files([new, a_file], force=False)
+    with pytest.raises(UsageError, match=r"^output must be a file, got '.*', which is a folder$"):
+        check_new_files([folder], force=True)
+
+
+@pytest.mark.parametrize(("suite", "name"), [("decode", "a.json"), ("attention", "a.png")])
+def test_benchmark_replaces_only_on_request(
+    suite: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text("mine", encoding="utf-8")
+    words = ["benchmark", "--quick", "--suite", suite, "--output", str(tmp_path / "a.json")]
+    assert refused(capsys, words) == f"output '{tmp_path / name}' is there already; --force replaces it"
+    assert (tmp_path / name).read_text(encoding="utf-8") == "mine"
+    words = ["benchmark", "--quick", "--suite", suite, "--output", str(tmp_path / "b.png")]
+    assert refused(capsys, words).startswith("output must not end in .png, as the plot beside it does, got ")
 
 
 def test_read_only_files_are_refused(a_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,3 +129,16 @@ def test_a_card_tells_of_sessions_on_another_machine() -> None:
     same = dict(environment({**now, "sessions": [now, now]}, None))
     assert same["session 1, until checkpoint-20"] == "the same device, versions and source"
     assert not [name for name in environment(now, None) if "session" in name[0]]
+
+
+def test_a_licence_that_was_named_stays_until_another_is(tmp_path: Path) -> None:
+    records.write_record(str(tmp_path), record_of(tmp_path, "--license mit"))
+    record = record_of(tmp_path)
+    records.check_output_dir(str(tmp_path), record, resume=True)
+    assert record["arguments"]["run"]["license"] == "mit"
+    assert record["command"] == ["--license", "mit"]
+    records.write_record(str(tmp_path), record)
+    record = record_of(tmp_path, "--license cc0-1.0")
+    records.check_output_dir(str(tmp_path), record, resume=True)
+    assert record["arguments"]["run"]["license"] == "cc0-1.0"
+    assert record["command"] == ["--license", "cc0-1.0"]

@@ -113,6 +113,43 @@ def test_a_query_that_sees_nothing_may_hold_anything(backend: str, boosting: str
     torch.testing.assert_close(filtered(backend, *given, **options), expected, **EXACT)
 
 
+def poisoned_call(kind: str, poison: float | None = None) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """Leaves and options of a call; query 3 sees nothing, nobody sees key 5, and both hold ``poison``."""
+    allowed = (random(1, 1, LENGTH, LENGTH, seed=9) > -0.5).logical_or(torch.eye(LENGTH, dtype=torch.bool))
+    allowed[..., 3, :], allowed[..., 5] = False, False
+    leaves = dict(zip(("query", "key", "value"), tensors(), strict=True))
+    mask = allowed
+    if kind == "additive mask":
+        mask = random(1, 1, LENGTH, LENGTH, seed=6).masked_fill(~allowed, float("-inf"))
+    elif kind == "features":
+        leaves |= {f"{name}_features": random(1, 1, LENGTH, 3, seed=7) for name in ("query", "key")}
+    elif kind == "bias":
+        leaves["position_bias"] = random(1, HEADS, LENGTH, LENGTH, seed=7)
+    if poison is not None:
+        for name, leaf in leaves.items():
+            if name == "position_bias":
+                leaf.masked_fill_(~allowed, poison)
+            else:
+                leaf[..., 3 if name.startswith("query") else 5, :] = poison
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    return list(leaves.values()), {**leaves, "attn_mask": mask}
+
+
+@pytest.mark.parametrize("kind", ["boolean mask", "additive mask", "features", "bias"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("boosting", ["none", "twicing"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "blocked", "auto"])
+def test_what_stands_in_hidden_places_has_no_gradient(backend: str, boosting: str, poison: float, kind: str) -> None:
+    gradients = []
+    for given, name in ((None, "reference"), (poison, backend)):
+        leaves, options = poisoned_call(kind, given)
+        out = filter_attention(boosting=boosting, backend=name, **options)
+        gradients.append(torch.autograd.grad(out.sin().sum(), leaves))
+    assert all(gradient.isfinite().all() for gradient in gradients[0])
+    torch.testing.assert_close(gradients[1], gradients[0], **EXACT)
+
+
 @pytest.mark.parametrize("kv_heads", [1, HEADS])
 @pytest.mark.parametrize("boosting", ["none", "twicing"])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -152,6 +189,48 @@ def test_a_wide_mask_hides_what_the_logits_cannot_hold(backend: str, dtype: torc
     expected = dense(*(x.to(dtype).double() for x in given), allowed, 1)
     assert (got - expected).abs().max() < (2e-2 if dtype == torch.bfloat16 else 2e-6)
     assert (got[:, :, 5] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["mask", "bias", "mask and bias", "keys", "causal"])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float64, -1e300), (torch.float32, -1e30), (torch.float32, 1e30)])
+@pytest.mark.parametrize("boosting", ["none", "twicing"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_number_for_a_whole_row_changes_nothing(
+    backend: str, boosting: str, dtype: torch.dtype, size: float, kind: str
+) -> None:
+    """A softmax does not notice what is added to a whole row, however large: the products keep their digits."""
+    given = tensors()
+    small = random(1, 1, LENGTH, LENGTH, seed=6).to(dtype)
+    allowed = (random(1, 1, LENGTH, LENGTH, seed=9) > -0.5).logical_or(torch.eye(LENGTH, dtype=torch.bool))
+    shifted, options = small.clone(), {}
+    shifted[:, :, 4:] = size
+    shifted[:, :, 7] = 0.0
+    meant = small.clone()
+    meant[:, :, 4:] = 0.0
+    if kind == "mask":
+        options["attn_mask"] = shifted.masked_fill(~allowed, float("-inf"))
+    elif kind == "bias":
+        options |= {"position_bias": shifted, "attn_mask": allowed}
+    elif kind == "mask and bias":  # one row of numbers, half of it in the mask and half in the bias
+        left = torch.arange(LENGTH) < 5
+        options["position_bias"] = shifted.masked_fill(left, 0.0)
+        options["attn_mask"] = shifted.masked_fill(~left, 0.0).masked_fill(~allowed, float("-inf"))
+    elif kind == "keys":  # for all queries alike
+        options |= {"position_bias": torch.full((1, 1, 1, LENGTH), size, dtype=dtype), "attn_mask": allowed}
+        meant = torch.zeros(1)
+    else:  # what the first queries see is far below what comes later
+        row = torch.zeros(LENGTH, dtype=dtype)
+        row[:6] = -abs(size)
+        options |= {"position_bias": row.view(1, 1, 1, -1), "is_causal": True}
+        allowed = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+        meant = torch.where(torch.arange(LENGTH)[:, None] < 6, 0.0, row)
+    logits = (given[0] @ given[1].mT / WIDTH**0.5 + meant.double()).masked_fill(~allowed, float("-inf"))
+    matrix = logits.softmax(-1)
+    expected = matrix @ given[2]
+    if boosting == "twicing":
+        expected = 2 * expected - matrix @ expected
+    got = filtered(backend, *(x.to(dtype) for x in given), boosting=boosting, **options)
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-11 if dtype == torch.float64 else 5e-6)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -217,11 +296,12 @@ def test_empty_calls(backend: str, boosting: str, batch: int, length: int) -> No
 
 @pytest.mark.parametrize("boosting", ["none", "twicing"])
 @pytest.mark.parametrize("mask", [False, True])
-def test_the_meta_device(boosting: str, mask: bool) -> None:
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "blocked", "auto"])
+def test_the_meta_device(backend: str, boosting: str, mask: bool) -> None:
     """Shapes without numbers, as tools that plan memory use them."""
     given = [x.to("meta") for x in tensors(value_width=5)]
     options = {"attn_mask": torch.ones(LENGTH, LENGTH, dtype=torch.bool, device="meta")} if mask else {}
-    out = filter_attention(*given, boosting=boosting, **options)
+    out = filter_attention(*given, boosting=boosting, backend=backend, **options)
     assert out.shape == (BATCH, HEADS, LENGTH, 5)
     assert out.device.type == "meta"
 

@@ -25,7 +25,7 @@ from hf_imgproc_attn.errors import (
     missing_packages,
     require_extras,
 )
-from hf_imgproc_attn.output_paths import check_output_file, write_or_keep
+from hf_imgproc_attn.output_paths import check_new_files, write_or_keep
 from hf_imgproc_attn.training_support.arguments import (
     ImageDataArguments,
     LabelledTextDataArguments,
@@ -82,19 +82,20 @@ class Settings:
             raise UsageError(f"split must be one of {', '.join(SPLITS)}, got {self.split!r}")
 
 
-def evaluate(run: str | Path, settings: Settings | None = None) -> dict[str, Any]:
+def evaluate(run: str | Path, settings: Settings | None = None, *, force: bool = False) -> dict[str, Any]:
     """Evaluate a run and write its ``robustness.json``.
 
     Args:
         run: the folder of a finished run.
         settings: what is measured.
+        force: replace a ``robustness.json`` that is there already.
 
     Returns:
         The content of ``robustness.json``.
 
     Raises:
         UsageError: if the folder holds no finished run or other weights than it made, the data are not the run's or
-            have no such split, or a setting does not belong to the run's task.
+            have no such split, or a setting does not belong to the run's task; without ``force`` if it was evaluated.
     """
     require_extras("train")
     import torch
@@ -105,7 +106,7 @@ def evaluate(run: str | Path, settings: Settings | None = None) -> dict[str, Any
 
     folder, settings = Path(run), settings or Settings()
     record = load_record(folder)
-    check_output_file(folder / ROBUSTNESS_FILE, "the run's robustness.json")
+    check_new_files([folder / ROBUSTNESS_FILE], force, "the run's robustness.json")
     weights = records.weights_sha256(str(folder))
     if not weights or weights != record.get("weights_sha256"):
         raise UsageError(f"{folder} must hold the weights that its run.json names (weights_sha256), got {weights}")
@@ -280,13 +281,15 @@ def _build_parser() -> OneLineParser:
     parser.add_argument("--seed", type=int, default=0, help="of noise and word swap (default: %(default)s)")
     parser.add_argument("--max_samples", type=int, help="use at most so many images or lines (default: all)")
     parser.add_argument("--split", choices=SPLITS, default="test", help="(default: %(default)s)")
+    parser.add_argument("--force", action="store_true", help="replace the robustness.json of an earlier evaluation")
     return parser
 
 
 def _run(argv: Sequence[str] | None) -> None:
     options = vars(_build_parser().parse_args(argv))
     folder: Path = options.pop("run")
-    robustness = evaluate(folder, Settings(**options))
+    force: bool = options.pop("force")
+    robustness = evaluate(folder, Settings(**options), force=force)
     from hf_imgproc_attn.cards.results import Measurement, result_rows
 
     for row in result_rows([Measurement(**result) for result in robustness["results"]], None, None):

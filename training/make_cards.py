@@ -1,6 +1,6 @@
 """Render model_cards/NAME.md of every training/results/NAME.json, beside the softmax run of the same recipe.
 
-python training/make_cards.py
+python training/make_cards.py --force
 """
 
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hf_imgproc_attn.cards.rendering import load_results, render_card
 from hf_imgproc_attn.errors import OneLineParser, exit_code
-from hf_imgproc_attn.output_paths import check_output_folder
+from hf_imgproc_attn.output_paths import check_new_files, check_output_folder, writing
 
 OWNER = "hf-imgproc-attn"
 REVISION = "not-published"
@@ -47,12 +47,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--results", type=Path, default=Path("training/results"), metavar="DIR")
     parser.add_argument("--output", type=Path, default=Path("model_cards"), metavar="DIR")
+    parser.add_argument("--force", action="store_true", help="replace cards that are there")
 
     def work() -> None:
         options = parser.parse_args(argv)
-        check_output_folder(options.output).mkdir(parents=True, exist_ok=True)
-        for name, text in render_all(options.results).items():
-            (options.output / f"{name}.md").write_text(text, encoding="utf-8")
+        folder: Path = check_output_folder(options.output)
+        cards = {folder / f"{name}.md": text for name, text in render_all(options.results).items()}
+        check_new_files(cards, options.force)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for path, text in cards.items():
+                path.write_text(text, encoding="utf-8")
 
     return exit_code(work)
 

@@ -1,7 +1,7 @@
 """Train and evaluate every preset by the small recipes, for training/results/: the facts of the example model cards.
 
-    python training/make_results.py
-    python training/make_results.py --only vit_digits_twicing
+    python training/make_results.py --force
+    python training/make_results.py --force --only vit_digits_twicing
 
 Minutes on one CPU core. A file holds the run record as it may be published and the robustness of the checkpoint, which
 itself is not kept.
@@ -57,15 +57,19 @@ def run_recipe(recipe: str, preset: str, folder: Path, options: Sequence[str] = 
     return result, evaluate(folder)
 
 
-def make_results(names: Sequence[str], output: Path) -> None:
-    """Write ``NAME.json`` for every name, which is a recipe and a preset joined by ``_``."""
+def make_results(names: Sequence[str], output: Path, force: bool) -> None:
+    """Write ``NAME.json`` for every name, which is a recipe and a preset joined by ``_``.
+
+    Raises:
+        UsageError: without ``force`` if there is a file of such a name.
+    """
     require_extras("train", "robustness")
     import torch
 
-    from hf_imgproc_attn.output_paths import check_output_folder
+    from hf_imgproc_attn.output_paths import check_new_files
     from hf_imgproc_attn.records import public_record, write_json
 
-    check_output_folder(output)
+    check_new_files([output / f"{name}.json" for name in names], force)
 
     torch.set_num_threads(1)  # models this small gain nothing from a second one
     for name in names:
@@ -84,9 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--output", type=Path, default=Path("training/results"), metavar="DIR", help="(default: %(default)s)"
     )
 
+    parser.add_argument("--force", action="store_true", help="replace results that are there")
+
     def work() -> None:
         options = parser.parse_args(argv)
-        make_results(options.only, options.output)
+        make_results(options.only, options.output, options.force)
 
     return exit_code(work)
 

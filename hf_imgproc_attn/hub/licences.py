@@ -72,7 +72,7 @@ def find_licence(record: dict[str, Any], given: str | None, *, ask_hub: bool, ch
     def look(part: str, option: str, describe: Look) -> dict[str, Any]:
         name = hub_name(public, part, option)
         if name is None:
-            return _of_folder(Path(str(arguments[part][option])), ask_hub, chain - 1)
+            return licence_of_folder(Path(str(arguments[part][option])), ask_hub=ask_hub, chain=chain - 1)
         if not ask_hub:
             pending.append(name)
             remarks.append(f"the licence of {name} is asked from the Hub when the run is published")
@@ -93,8 +93,17 @@ def find_licence(record: dict[str, Any], given: str | None, *, ask_hub: bool, ch
     return Licence(of_base, f"of the base model, {_last(start)}", False, bool(pending), remarks)
 
 
-def _of_folder(folder: Path, ask_hub: bool, chain: int) -> dict[str, Any]:
-    """The licence that a folder's card, configuration or run record names; of a run that of what it started from."""
+def licence_of_folder(folder: Path, *, ask_hub: bool, chain: int = _LONGEST_CHAIN) -> dict[str, Any]:
+    """The licence that a folder's card, configuration or run record names; of a run that of what it started from.
+
+    Args:
+        folder: of a checkpoint or of data.
+        ask_hub: as in :func:`find_licence`.
+        chain: as in :func:`find_licence`.
+
+    Returns:
+        The keys of a card's front matter that name it; empty where none is known.
+    """
     readers: list[tuple[str, Callable[[str], dict[str, Any]]]] = [
         ("README.md", lambda text: _known(front_matter_of(text))),
         ("config.json", lambda text: _known(json.loads(text))),

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import UsageError
-from ..output_paths import check_output_folder, write_or_keep
+from ..output_paths import check_new_files, check_output_folder, write_or_keep
 from ..records import git_state, package_versions, write_json
 from .denoising_rules import RULES, estimate_noise, filter_settings
 from .filters import ImageFilter
@@ -119,6 +119,7 @@ def run(
     crop: int | None = None,
     seed: int = 0,
     save: bool = False,
+    force: bool = False,
     show: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Filter several photographs; write a figure, a record and on request the pictures, and return the record.
@@ -128,14 +129,15 @@ def run(
         preset: a key of :data:`RULES`.
         noise: standard deviations in grey values of the noise that is added, from 1 to 128; 0: none is added, and
             that of the picture itself is estimated.
-        output: a folder, made if missing; what an earlier run of the same pictures left in it is replaced.
+        output: a folder, made if missing.
         crop: side of the square in the middle of each photograph; None: all of it.
         seed: of the noise, the same for every photograph and level.
         save: also write each noisy and filtered picture, as PNG with the bit depth and the transparency it came with.
+        force: replace files of those names that are in the folder.
         show: what to call with lines of progress; None: they go to standard error.
 
     Raises:
-        UsageError: naming the argument, the rule and the value.
+        UsageError: naming the argument, the rule and the value; without ``force`` also the files that are there.
     """
     _check_arguments(sources, noise, output, seed)
     for level in noise:
@@ -144,8 +146,8 @@ def run(
     names = [photograph.name for photograph in photographs]
     if len(set(names)) < len(names):
         raise UsageError(f"every image must have a name of its own, got {', '.join(names)}")
-    if save:
-        _check_pictures(names, noise, sources, Path(output))
+    pictures = _check_pictures(names, noise, sources, Path(output)) if save else []
+    check_new_files([Path(output) / FIGURE, Path(output) / RECORD, *pictures], force)
     from .denoising_figure import save_figure
 
     git = git_state()  # of what runs: files may change meanwhile
@@ -231,14 +233,17 @@ def picture_names(name: str, noise: float) -> dict[str, str]:
     return {label: f"{name}{level}_{label}.png" for label in ESTIMATES if noise or label != "noisy"}
 
 
-def _check_pictures(names: Sequence[str], noise: Sequence[float], sources: Sequence[str], folder: Path) -> None:
-    """Refuse to save one picture over another, or over one that is read."""
+def _check_pictures(names: Sequence[str], noise: Sequence[float], sources: Sequence[str], folder: Path) -> list[Path]:
+    """The files of the pictures; refuses to save one picture over another, or over one that is read."""
+    files = []
     taken = {Path(source).resolve() for source in sources} | {(folder / name).resolve() for name in (FIGURE, RECORD)}
     for name, level in itertools.product(names, noise):
         for file in picture_names(name, level).values():
             if (folder / file).resolve() in taken:
                 raise UsageError(f"save would write {file} over another file: rename the image or change output")
             taken.add((folder / file).resolve())
+            files.append(folder / file)
+    return files
 
 
 def _check_arguments(sources: Sequence[str], noise: Sequence[float], output: str | Path, seed: int) -> None:

@@ -1,6 +1,6 @@
 """How accurate each kernel is in float32 and bfloat16, beside plain attention in the same precision.
 
-    python -m hf_imgproc_attn.measure.precision docs/precision.md
+    imgproc-attn precision docs/precision.md --force
 
 One layer filters random tokens whose query, key and value bfloat16 holds exactly, so that one result in float64 (the
 dense form) is the truth for every precision. An error is the root mean square of the difference over the root mean
@@ -11,9 +11,7 @@ error of torch's own ``scaled_dot_product_attention`` in the same precision on t
 
 from __future__ import annotations
 
-import argparse
 import platform
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..backbones import BACKBONES
-from ..errors import UsageError, exit_code
+from ..errors import UsageError
 from ..models.boost_depth import LayerState
 from ..models.boost_operators import BOOSTING
 from ..models.layer_filter import AttentionFilter
@@ -29,9 +27,9 @@ from ..models.layer_inputs import LayerInputs
 from ..models.modeling_shared import SUPPORTED_IMPLEMENTATIONS
 from ..models.spec_axes import BOOSTINGS, CONTENT_KERNELS, POSITION_KERNELS
 from ..models.visibility import Visibility
-from ..output_paths import check_output_file, write_or_keep
+from ..output_paths import check_new_files, write_or_keep
 
-COMMAND = "python -m hf_imgproc_attn.measure.precision docs/precision.md"
+COMMAND = "imgproc-attn precision docs/precision.md --force"
 PRECISIONS = (torch.float32, torch.bfloat16)
 HEADS, HEAD_DIM = 8, 64
 Fields = dict[str, Any]
@@ -257,7 +255,7 @@ def page() -> str:
         "",
         "Written by",
         "",
-        "```",
+        "```bash",
         COMMAND,
         "```",
         "",
@@ -277,27 +275,18 @@ def page() -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Write the page.
+def write(output: Path, *, force: bool = False) -> None:
+    """Measure, and write the page.
 
     Args:
-        arguments: of the command line; None: those of this process.
+        output: the Markdown file.
+        force: replace one that is there.
+
+    Raises:
+        UsageError: if it cannot be written, before anything is measured.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m hf_imgproc_attn.measure.precision", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("output", type=Path, help="the Markdown file to write")
-    output = parser.parse_args(arguments).output
-
-    def work() -> None:
-        check_output_file(output)
-        if not output.parent.is_dir():
-            raise UsageError(f"output must be in a folder that exists, got {str(output)!r}")
-        text = page()
-        write_or_keep(output, lambda file: file.write_text(text, encoding="utf-8"))
-
-    return exit_code(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    check_new_files([output], force)
+    if not output.parent.is_dir():
+        raise UsageError(f"output must be in a folder that exists, got {str(output)!r}")
+    text = page()
+    write_or_keep(output, lambda file: file.write_text(text, encoding="utf-8"))

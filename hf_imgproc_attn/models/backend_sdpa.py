@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .backend_call import FilterCall
+from .backend_call import FilterCall, autocast_dtype
 from .backend_flops import register_formulas
-from .kernel_content import CONTENT_COLUMNS, autocast_dtype, inside, working_dtype
-from .kernel_position import position_columns, position_form, position_logits
+from .kernel_content import CONTENT_COLUMNS, inside, working_dtype
+from .kernel_position import features_or_bias, position_columns, position_logits
 from .visibility import Visibility
 
 register_formulas()  # FLOPs of the fused calls below
@@ -36,15 +36,17 @@ class Augmented(NamedTuple):
     bias: torch.Tensor | None
 
 
-def augment(call: FilterCall, dtype: torch.dtype, form_dtype: torch.dtype | None = None) -> Augmented:
+def augment(call: FilterCall, dtype: torch.dtype, choice_dtype: torch.dtype | None = None) -> Augmented:
     """Write content and position kernel as columns beside queries and keys, or as a bias where columns lose digits.
 
     Args:
-        call: the filter. Its booster is ignored, and of its visibility only ``hidden`` is used: those keys become 0.
+        call: the filter. Its booster is ignored; of its visibility only ``hidden`` keys and ``blind`` queries are
+            used, which become 0.
         dtype: to compute in.
-        form_dtype: columns or bias are chosen as if inputs had this dtype. None: ``dtype``.
+        choice_dtype: columns or bias are chosen as if inputs had this dtype. None: ``dtype``.
     """
-    query, key = call.query.to(dtype), call.visibility.clean(call.key).to(dtype)
+    query = call.visibility.clean_queries(call.query).to(dtype)
+    key = call.visibility.clean_keys(call.key).to(dtype)
     if call.has_columns and call.groups > 1:
         key = key.repeat_interleave(call.groups, dim=1)
     columns: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -53,7 +55,7 @@ def augment(call: FilterCall, dtype: torch.dtype, form_dtype: torch.dtype | None
     if content_columns is not None:
         columns.append(content_columns(query, key, call.content.scale))
     for term in call.positions:
-        if position_form(term, form_dtype or dtype) == "features":
+        if features_or_bias(term, choice_dtype or dtype) == "features":
             columns += position_columns(term, dtype)
         else:
             logits = position_logits(term, dtype)
@@ -65,9 +67,7 @@ def augment(call: FilterCall, dtype: torch.dtype, form_dtype: torch.dtype | None
         scaled = query * call.content.scale
         query = (scaled if dtype != torch.float16 else inside(scaled, dtype)).to(dtype)
     left, right = [left for left, _ in columns], [right for _, right in columns]
-    key = append_columns(key, right)
-    # A caller's feature columns may hold anything, too, for keys that no query sees.
-    return Augmented(append_columns(query, left), call.visibility.clean(key) if right else key, scale, bias)
+    return Augmented(append_columns(query, left), append_columns(key, right), scale, bias)
 
 
 def append_columns(x: torch.Tensor, columns: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -128,10 +128,7 @@ def _mask(
     if visibility.hides_only_padding and visibility.keys is None and visibility.is_square:
         return None, None, True
     allowed = visibility.allowed(device)
-    if allowed is None or visibility.hidden is None:
-        return allowed, None, False
-    # A query that sees no key: SDPA gives 0, but for NaN in the query itself.
-    return allowed, allowed.any(-1, keepdim=True), False
+    return allowed, None if visibility.blind is None else ~visibility.blind, False
 
 
 def additive_mask(
@@ -156,7 +153,7 @@ def additive_mask(
         return (bias - bias.amax(-1, keepdim=True).detach()).clamp(min=smallest).to(dtype), None
     sees = allowed.any(-1, keepdim=True)
     hidden = ~allowed & sees
-    bias = torch.where(hidden, float("-inf"), bias)
+    bias = torch.where(sees, bias, 0.0).masked_fill(hidden, float("-inf"))
     bias = bias - bias.amax(-1, keepdim=True).detach()
     return torch.where(hidden, float("-inf"), bias.clamp(min=smallest)).to(dtype), sees
 

@@ -27,6 +27,8 @@ class Visibility(NamedTuple):
         bias: finite numbers added to the logits, ``[batch or 1, heads or 1, length or 1, key_length or 1]``, or None.
         hidden: keys that no query sees, ``[batch or 1, heads or 1, 1, key_length]``, or None if there are none.
             Whatever stands there, NaN included, has no influence.
+        blind: queries that see no key, ``[batch or 1, heads or 1, length or 1, 1]``, or None if there are none. The
+            same holds for what stands there.
         dense: everything that is visible as one boolean mask, if it has been built already, or None.
     """
 
@@ -37,6 +39,7 @@ class Visibility(NamedTuple):
     mask: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     hidden: torch.Tensor | None = None
+    blind: torch.Tensor | None = None
     dense: torch.Tensor | None = None
 
     @property
@@ -71,7 +74,33 @@ class Visibility(NamedTuple):
             allowed = _both(allowed, causal_mask(self.length, self.key_length, device))
         return allowed
 
-    def clean(self, rows: torch.Tensor) -> torch.Tensor:
+    def largest_seen(self, terms: torch.Tensor) -> torch.Tensor:
+        """The largest number that each query sees, without a gradient: 0 for queries that see none.
+
+        Args:
+            terms: of the logits, ``[batch or 1, heads or 1, length or 1, key_length or 1]``.
+
+        Returns:
+            ``[batch or 1, heads or 1, length or 1, 1]``.
+        """
+        terms, places = terms.detach(), _both(self.mask, self.keys)
+        is_one_row = terms.shape[-2] == 1 and (places is None or places.shape[-2] == 1)
+        if self.hides_later_keys and is_one_row and self.length <= self.key_length:
+            # A running maximum: no matrix of length x key_length is formed.
+            shown = terms if places is None else torch.where(places, terms, float("-inf"))
+            shown = shown.expand(-1, -1, -1, self.key_length)
+            largest = shown.cummax(-1).values[..., self.key_length - self.length :].mT
+        else:
+            allowed = self.allowed(terms.device)
+            shown = terms if allowed is None else torch.where(allowed, terms, float("-inf"))
+            largest = shown.amax(-1, keepdim=True)
+        return largest.masked_fill(largest == float("-inf"), 0.0)
+
+    def clean_queries(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of queries ``[batch or 1, heads or 1, length, width]`` with 0 where they see no key."""
+        return rows if self.blind is None else rows.masked_fill(self.blind, 0.0)
+
+    def clean_keys(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows of keys ``[batch, heads, key_length, width]`` with 0 where no query sees them."""
         if self.hidden is None:
             return rows
@@ -218,11 +247,29 @@ def attention_visibility(
         if _all_true(allowed):
             return Visibility(length, key_length, causal, bias=bias)
         # A single query or a row for all queries: what is hidden, is hidden from every query.
-        return Visibility(length, key_length, causal, keys=allowed, bias=bias, hidden=~allowed)
+        return padding_visibility(allowed, length, causal)._replace(bias=bias)
+    both = allowed & causal_mask(length, key_length, mask.device) if causal else allowed
+    seen, sees = both.any(-2, keepdim=True).expand(-1, -1, -1, key_length), both.any(-1, keepdim=True)
     causal = causal or _is_causal(allowed, length, key_length)
-    seen = allowed.any(-2, keepdim=True).expand(-1, -1, -1, key_length)
-    hidden = None if _all_true(seen) else ~seen
-    return Visibility(length, key_length, causal, mask=allowed, bias=bias, hidden=hidden)
+    return Visibility(
+        length, key_length, causal, mask=allowed, bias=bias, hidden=_places_outside(seen), blind=_places_outside(sees)
+    )
+
+
+def padding_visibility(keys: torch.Tensor, length: int, causal: bool) -> Visibility:
+    """What is seen where nothing but padding and, if ``causal``, later tokens is hidden.
+
+    Args:
+        keys: boolean ``[batch or 1, heads or 1, 1, key_length]``, True = no padding.
+        length: number of queries, the last tokens.
+        causal: whether no query sees a key after its own.
+    """
+    key_length = keys.shape[-1]
+    if causal and length > 1:  # padding by a negative number cuts off the earlier tokens
+        sees = torch.nn.functional.pad(keys.long().cumsum(-1), (length - key_length, 0)).mT > 0
+    else:
+        sees = keys.any(-1, keepdim=True)
+    return Visibility(length, key_length, causal, keys=keys, hidden=_places_outside(keys), blind=_places_outside(sees))
 
 
 def model_visibility(
@@ -252,7 +299,7 @@ def model_visibility(
         keys = (attention_mask != 0)[:, None, None, :]
         if _all_true(keys):
             return Visibility(length, key_length, causal)
-        return Visibility(length, key_length, causal, keys=keys, hidden=~keys, dense=dense)
+        return padding_visibility(keys, length, causal)._replace(dense=dense)
     is_packed = attention_mask is None and position_ids is not None and _may_hold_several_texts(position_ids)
     if built_mask is None or not (is_packed or attention_mask is not None):
         return Visibility(length, key_length, causal, dense=dense)
@@ -272,6 +319,11 @@ def _can_look(x: torch.Tensor) -> bool:
 
 def _all_true(mask: torch.Tensor) -> bool:
     return _can_look(mask) and bool(mask.all())
+
+
+def _places_outside(seen: torch.Tensor) -> torch.Tensor | None:
+    """The places that are not seen, or None where there are known to be none."""
+    return None if _all_true(seen) else ~seen
 
 
 def _is_causal(allowed: torch.Tensor, length: int, key_length: int) -> bool:

@@ -353,18 +353,13 @@ def _check_loaded(name: str, missing: Any, mismatched: Any, unexpected: Any = ()
 
 def _image_processor(name: str | None, config: Any) -> "BaseImageProcessor":
     from transformers import AutoImageProcessor
-    from transformers.utils import cached_file
 
-    from hf_imgproc_attn.models.image_processing_imgproc import ImgProcGreyImageProcessor
+    from hf_imgproc_attn.conversion_files import fitting_processor, has_image_processor
     from hf_imgproc_attn.training_support.image_pixels import build_image_processor
 
-    if name is not None and cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False):
+    if name is not None and has_image_processor(name):
         with _as_usage_errors(f"the image processor of model_name_or_path {name!r}"):
-            processor = AutoImageProcessor.from_pretrained(name)
-        if config.num_channels == 3 or isinstance(processor, ImgProcGreyImageProcessor):
-            return processor
-        fields = {key: value for key, value in processor.to_dict().items() if not key.startswith("image_processor")}
-        return ImgProcGreyImageProcessor(**fields)  # a stock one leaves the three channels that a pipeline gives it
+            return fitting_processor(AutoImageProcessor.from_pretrained(name), config.num_channels)
     return build_image_processor(_pair(config.image_size), config.num_channels)
 
 

@@ -214,7 +214,7 @@ def columns(path: Path) -> np.ndarray:
 def test_the_figure_has_the_clean_picture_where_it_is_known(tmp_path: Path) -> None:
     clean = load_photograph("camera", crop=160).pixels
     for noise, panels in ((["25"], 8), (["0"], 7), (["0", "25"], 8)):
-        arguments = ["denoise", "camera", "--noise", *noise, "--crop", "160", "--output", str(tmp_path)]
+        arguments = ["denoise", "camera", "--noise", *noise, "--crop", "160", "--output", str(tmp_path), "--force"]
         assert cli.main(arguments) == 0
         drawn = columns(tmp_path / "denoising.png")
         assert len(drawn) == panels
@@ -239,6 +239,30 @@ def test_pictures_are_not_written_over_others(tmp_path: Path, monkeypatch: pytes
     assert Path("a_filtered.png").read_bytes() == before
 
 
+def test_an_earlier_run_is_replaced_only_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["denoise", "camera", "--noise", "0", "--crop", "40", "--output", "out"]
+    Path("out").mkdir()
+    for name in ("denoising.png", "denoising.json", "camera_sos.png"):
+        Path("out", name).write_text("mine", encoding="utf-8")
+    monkeypatch.setattr(denoising, "compare", lambda *_: pytest.fail("work has begun"))
+    for options, files in (
+        ([], "'out/denoising.png' and 'out/denoising.json' are"),
+        (["--save"], "'out/denoising.png' and 2 more files are"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main([*arguments, *options])
+        error = capsys.readouterr().err
+        assert error == f"imgproc-attn: error: output {files} there already; --force replaces them\n"
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*arguments, "--force"]) == 0
+    assert json.loads(Path("out/denoising.json").read_text(encoding="utf-8"))["results"]
+    assert Path("out/camera_sos.png").read_text(encoding="utf-8") == "mine"
+
+
 def test_a_picture_without_noise_is_refused(tmp_path: Path) -> None:
     Pillow.fromarray(np.full((40, 40), 7, dtype=np.uint8)).save(tmp_path / "flat.png")
     with pytest.raises(UsageError, match="at least 0.001 grey values, got .*, as estimated, for flat"):
@@ -259,5 +283,5 @@ def test_committed_record_and_figure_belong_to_the_documentation() -> None:
     record = json.loads((ROOT / "docs" / "denoising.json").read_text(encoding="utf-8"))
     assert record["git"]["dirty"] is False
     assert record["rule"] == json.loads(json.dumps(denoising.RULES[record["preset"]]._asdict()))
-    assert denoising.markdown_table(record) in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert denoising.markdown_table(record) in (ROOT / "docs" / "images.md").read_text(encoding="utf-8")
     assert (ROOT / "docs" / "denoising.png").stat().st_size < 1_500_000

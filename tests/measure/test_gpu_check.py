@@ -216,7 +216,9 @@ def test_resume_keeps_verdicts_and_retry_runs_bad_cases_again(tmp_path: Path) ->
     retried = run_faulty(tmp_path, retry=True)
     assert statuses(retried) == {**statuses(first), "exception": "measured"}
     assert retried["parts"]["x"]["cases"]["good"]["values"]["runs"] == 1
-    anew = run_faulty(tmp_path)
+    with pytest.raises(UsageError, match=r"found\.json' has results of part x already; --resume goes on with them"):
+        run_faulty(tmp_path)
+    anew = run_faulty(tmp_path, force=True)
     assert anew["parts"]["x"]["cases"]["good"]["values"]["runs"] == 2
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    ContinuousBatchingConfig,
     DynamicCache,
     EncoderDecoderCache,
     GenerationConfig,
@@ -406,7 +407,11 @@ def test_continuous_batching_of_stock_layers_generates_what_generate_does(implem
     model = gpt2("softmax", implementation=implementation)
     options = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
     prompts = [[3, 4, 5], [7, 8, 9, 10, 11]]
-    answers = model.generate_batch(prompts, generation_config=options, progress_bar=False)
+    # As it comes, the paged cache takes nearly all the memory that the machine has free.
+    small = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64)
+    answers = model.generate_batch(
+        prompts, generation_config=options, continuous_batching_config=small, progress_bar=False
+    )
     found = sorted(answer.generated_tokens for answer in answers.values())
     wanted = sorted(
         model.generate(torch.tensor([prompt]), generation_config=options)[0, len(prompt) :].tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -14,13 +15,15 @@ import evaluate_checkpoint
 import pytest
 import train_causal_lm
 import train_image_classification
-from evaluate_checkpoint import Settings, evaluate
+from evaluate_checkpoint import Settings
 
 from hf_imgproc_attn.cards.rendering import load_results, render_card
 from hf_imgproc_attn.cards.results import METRICS
 from tests.helpers import RunPython
 from tests.training.conftest import TINY_GPT2, TINY_VIT
 
+evaluate = functools.partial(evaluate_checkpoint.evaluate, force=True)
+"""Runs are shared by the tests."""
 QUIET = ["--disable_tqdm", "true", "--use_cpu", "--save_strategy", "no", "--eval_strategy", "no", "--max_steps", "30"]
 
 
@@ -80,12 +83,12 @@ def test_without_foolbox_the_rest_is_measured(
 ) -> None:
     folder = copy_of(image_run)
     monkeypatch.setitem(sys.modules, "foolbox", None)
-    assert evaluate_checkpoint.main([str(folder), "--max_samples", "20"]) == 0
+    assert evaluate_checkpoint.main([str(folder), "--max_samples", "20", "--force"]) == 0
     printed = capsys.readouterr().out
     assert 'left out: FGSM, which needs foolbox: pip install ".[robustness]"' in printed
     results = json.loads((folder / "robustness.json").read_text(encoding="utf-8"))["results"]
     assert [entry["disturbance"] for entry in results] == ["clean"] + ["Gaussian noise"] * 3
-    assert evaluate_checkpoint.main([str(folder), "--epsilons", "8/255"]) == 2
+    assert evaluate_checkpoint.main([str(folder), "--epsilons", "8/255", "--force"]) == 2
     assert "this needs foolbox, which is not installed" in capsys.readouterr().err
 
 
@@ -98,6 +101,21 @@ def test_a_file_that_cannot_be_written_is_found_before_work_begins(
     monkeypatch.setattr(evaluate_checkpoint, "_measure_images", lambda *_: pytest.fail("work has begun"))
     assert evaluate_checkpoint.main([str(folder)]) == 2
     assert "robustness.json must be a file, got" in capsys.readouterr().err
+
+
+def test_an_earlier_evaluation_is_replaced_only_on_request(
+    image_run: Path, copy_of: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_of(image_run)
+    (folder / "robustness.json").write_text("{}", encoding="utf-8")
+    with monkeypatch.context() as context:
+        context.setattr(evaluate_checkpoint, "_measure_images", lambda *_: pytest.fail("work has begun"))
+        assert evaluate_checkpoint.main([str(folder)]) == 2
+    message = f"the run's robustness.json '{folder}/robustness.json' is there already; --force replaces it"
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert (folder / "robustness.json").read_text(encoding="utf-8") == "{}"
+    assert evaluate_checkpoint.main([str(folder), "--force", "--sigmas", "--epsilons", "--max_samples", "9"]) == 0
+    assert json.loads((folder / "robustness.json").read_text(encoding="utf-8"))["results"][0]["samples"] == 9
 
 
 def test_text_is_evaluated_clean_and_with_swapped_words(text_run: Path) -> None:
@@ -221,7 +239,7 @@ def test_the_training_split_is_never_evaluated(image_run: Path, tmp_path: Path) 
 def test_mistakes_are_one_line(
     image_run: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
-    assert evaluate_checkpoint.main([str(image_run), *words]) == 2
+    assert evaluate_checkpoint.main([str(image_run), "--force", *words]) == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1
     assert message in error[0]
@@ -236,7 +254,7 @@ def test_settings_of_the_other_task_and_folders_without_a_run_are_refused(text_r
 
 
 def test_command_line_prints_the_values(image_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate_checkpoint.main([str(image_run), "--sigmas", "--epsilons", "4/255"]) == 0
+    assert evaluate_checkpoint.main([str(image_run), "--sigmas", "--epsilons", "4/255", "--force"]) == 0
     lines = capsys.readouterr().out.splitlines()
     robustness = json.loads((image_run / "robustness.json").read_text(encoding="utf-8"))
     assert [line.split("  ")[0] for line in lines[:2]] == ["clean", "FGSM, epsilon 4/255"]

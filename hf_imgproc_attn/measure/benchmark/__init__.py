@@ -10,20 +10,22 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...errors import UsageError, did_you_mean, require_extras
-from ...output_paths import check_output_file, write_or_keep
+from ...output_paths import check_new_files, write_or_keep
 from ...records import device_description, git_state, package_versions, write_json
 from . import attention, decoding, layers, whole_models
+from .attention import Limits
 from .report import draw, goals_table, render, slope_rows
 from .timing import Row
 
 SUITES = ("attention", "decode", "layers", "models")
+LIMITS = Limits(seconds=20.0, mib=None, budget=40.0)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -35,10 +37,9 @@ def run(
     dtype: str = "float32",
     device: str = "cpu",
     lengths: Sequence[int] | None = None,
-    max_seconds: float = 20.0,
-    max_mib: float | None = None,
-    budget: float = 40.0,
+    limits: Limits = LIMITS,
     output: str | Path | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Run suites, print tables, write JSON and a plot beside it.
 
@@ -49,16 +50,17 @@ def run(
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         device: ``cpu`` or a CUDA device.
         lengths: of the sweep over N; None: powers of two from 64 to 16,384.
-        max_seconds: methods with a higher estimate for one call are skipped.
-        max_mib: likewise for memory; None: half of what is free.
-        budget: seconds that the rounds of one table may take.
-        output: a JSON file, overwritten; None writes none. The plot has its name with ``.png``.
+        limits: methods with a higher estimate of one call's seconds or MiB (None: half of what is free) are skipped;
+            ``budget`` is the seconds that the rounds of one table may take.
+        output: a JSON file; None writes none. The plot of the attention suite has its name with ``.png``.
+        force: replace files that are there.
 
     Returns:
         The record: settings, versions, device and ``rows``, one dictionary for each :class:`Row`.
 
     Raises:
-        UsageError: for an unknown suite or dtype, or a device that is not there.
+        UsageError: for an unknown suite or dtype, a device that is not there, or (without ``force``) an output that
+            is.
     """
     for suite in suites:
         if suite not in SUITES:
@@ -70,12 +72,11 @@ def run(
         raise UsageError(f"device must be there, got {device!r}, and torch sees no GPU")
     if output is not None:  # before minutes of work whose results could not be written
         require_extras("viz")
-        for file in (Path(output), Path(output).with_suffix(".png")):
-            check_output_file(file)
+        check_new_files(output_files(output, suites), force)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     started = time.perf_counter()
-    limits = attention.Limits(max_seconds, max_mib, 0.0 if quick else budget)
+    limits = replace(limits, budget=0.0) if quick else limits
     rows: list[dict[str, Any]] = []
     try:
         description = device_description(torch.device(device), 1)
@@ -109,8 +110,20 @@ def run(
     return record
 
 
+def output_files(output: str | Path, suites: Sequence[str]) -> list[Path]:
+    """What is written: the record and, where the suite that it shows is run, the plot.
+
+    Raises:
+        UsageError: if the two would be one file.
+    """
+    record, plot = Path(output), Path(output).with_suffix(".png")
+    if record == plot:
+        raise UsageError(f"output must not end in .png, as the plot beside it does, got {str(output)!r}")
+    return [record, plot] if "attention" in suites else [record]
+
+
 def _rows(
-    suite: str, quick: bool, dtype: torch.dtype, device: str, lengths: Sequence[int] | None, limits: attention.Limits
+    suite: str, quick: bool, dtype: torch.dtype, device: str, lengths: Sequence[int] | None, limits: Limits
 ) -> Iterator[Row]:
     """The rows of one suite; what is being timed is said on standard error."""
 

@@ -40,6 +40,9 @@ def add_command(commands: Any) -> None:
         "--retry", action="store_true", help="go on likewise, and run again what was wrong, failed or took too long"
     )
     command.add_argument(
+        "--force", action="store_true", help="measure again, and replace the results of these parts that FILE has"
+    )
+    command.add_argument(
         "--data",
         type=Path,
         default=DATA,
@@ -52,7 +55,8 @@ def add_command(commands: Any) -> None:
     command.add_argument(
         "--render",
         action="store_true",
-        help="measure nothing; write docs/gpu.md, the README's paragraph and the table of back-ends from the record",
+        help="measure nothing; write docs/gpu.md, a paragraph of docs/compatibility.md and the table of back-ends "
+        "from the record",
     )
     command.set_defaults(run_command=run_command)
 
@@ -87,6 +91,7 @@ def run_command(options: argparse.Namespace) -> int:
         letters=None if options.parts is None else [letter.strip() for letter in options.parts.split(",")],
         resume=options.resume,
         retry=options.retry,
+        force=options.force,
         data=options.data.resolve(),
     )
     print(summary(record))

@@ -38,6 +38,7 @@ def run(
     letters: Sequence[str] | None = None,
     resume: bool = False,
     retry: bool = False,
+    force: bool = False,
     data: Path | None = None,
     parts: Sequence[Part] = PARTS,
     workers: int | None = None,
@@ -51,6 +52,7 @@ def run(
         letters: of the parts to run; None: all.
         resume: keep the cases of these parts that have a verdict, and run the others.
         retry: likewise, but run again what failed, crashed, was wrong or too slow.
+        force: forget what the output has of these parts.
         data: the folder of part e's images.
         parts: the table of parts.
         workers: processes at a time, at most; None: what the part and the processor's cores allow.
@@ -59,7 +61,8 @@ def run(
         The record.
 
     Raises:
-        UsageError: for an unknown part, a device that is not there, or an output that holds something else.
+        UsageError: for an unknown part, a device that is not there, or an output that holds something else, or
+            (without ``resume``, ``retry`` and ``force``) results of these parts.
     """
     deadline = time.monotonic() + 60 * minutes - min(MARGIN, 6 * minutes)
     known = [part.letter for part in parts]
@@ -69,6 +72,12 @@ def run(
     chosen = [part for part in parts if letters is None or part.letter in letters]
     record = _Record(output, device, _earlier(output, device))
     if not resume and not retry:
+        there = [part.letter for part in chosen if record.content["parts"].get(part.letter, {}).get("cases")]
+        if there and not force:
+            raise UsageError(
+                f"--output {str(output)!r} has results of part {', '.join(there)} already; --resume goes on with "
+                "them, --force replaces them"
+            )
         record.forget({part.letter for part in chosen})
     elif retry:
         record.forget({part.letter for part in chosen}, statuses=BAD)
