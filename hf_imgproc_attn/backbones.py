@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,11 @@ class Backbone:
         """Our classes -> their modules, relative to the package."""
         heads = {head.variant: f".models.modeling_{self.model_type}" for head in self.heads}
         return {self.config: f".models.configuration_{self.model_type}", **heads}
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token sees only itself and those before it."""
+        return any(head.auto_class == "AutoModelForCausalLM" for head in self.heads)
 
     def head(self, auto_class: str) -> Head:
         """The model that an Auto class loads."""
@@ -356,10 +362,10 @@ OF_TASK: dict[str, Backbone] = {task.name: row for row in BACKBONES.values() for
 """Name of a task -> the backbone that it is taught to."""
 
 
-def in_words(joint: str = "and") -> str:
-    """The backbones as people write them: ``"GPT-2 and ViT"``."""
-    *others, last = [row.title for row in BACKBONES.values()]
-    return f"{', '.join(others)} {joint} {last}"
+def in_words(joint: str = "and", rows: Iterable[Backbone] = BACKBONES.values()) -> str:
+    """Backbones as people write them: ``"GPT-2, ViT and BERT"``."""
+    *others, last = [row.title for row in rows]
+    return f"{', '.join(others)} {joint} {last}" if others else last
 
 
 def of_config(config: Any) -> Backbone:
