@@ -25,6 +25,7 @@ def test_a_row_and_the_code_that_travels_say_the_same(row: Backbone) -> None:
     config = row.our_class(row.config)
     assert config.model_type == row.model_type
     assert issubclass(config, row.stock_class(row.stock_config))
+    assert config.needs_positions == row.needs_positions
     wanted = {head.auto_class: f"modeling_{row.model_type}.{head.variant}" for head in row.heads}
     wanted["AutoConfig"] = f"configuration_{row.model_type}.{row.config}"
     assert row.our_class(row.heads[0].variant).auto_map == wanted
@@ -91,12 +92,14 @@ def test_no_other_file_knows_the_model_types() -> None:
     names = {*BACKBONES, *OF_MODEL_TYPE}
     own = {f"{kind}_{model_type}.py" for kind in ("configuration", "modeling") for model_type in OF_MODEL_TYPE}
     files = [path for folder in (PACKAGE, shipped_file("training/demo.py").parent) for path in folder.rglob("*.py")]
-    found = [
-        f"{path.name}:{line}: {text!r}"
-        for path in sorted({path for path in files if path.name not in {*own, "backbones.py"}})
-        for line, text in _constants(ast.parse(path.read_text(encoding="utf-8")))
-        if text in names or any(f"imgproc_{name}" in text for name in BACKBONES)
-    ]
+    found = []
+    for path in sorted({path for path in files if path.name not in {*own, "backbones.py"}}):
+        source = path.read_text(encoding="utf-8")
+        if not any(name in source for name in BACKBONES):
+            continue
+        for line, text in _constants(ast.parse(source)):
+            if text in names or any(f"imgproc_{name}" in text for name in BACKBONES):
+                found.append(f"{path.name}:{line}: {text!r}")
     assert not found, "a list of backbones of its own"
 
 
