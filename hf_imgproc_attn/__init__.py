@@ -13,6 +13,7 @@ from .registration import register_with_transformers
 if TYPE_CHECKING:
     from .conversion import ConversionReport, convert
     from .functional import filter_attention
+    from .models.any_filter import apply_filter, filtered_layers, remove_filter
     from .models.configuration_imgproc_gpt2 import ImgProcGPT2Config
     from .models.configuration_imgproc_vit import ImgProcViTConfig
     from .models.modeling_imgproc_gpt2 import (
@@ -43,8 +44,11 @@ __all__ = [
     "ImgProcViTForMaskedImageModeling",
     "ImgProcViTModel",
     "__version__",
+    "apply_filter",
     "convert",
     "filter_attention",
+    "filtered_layers",
+    "remove_filter",
 ]
 
 _MODULE_OF = {
@@ -59,8 +63,11 @@ _MODULE_OF = {
     "ImgProcViTForImageClassification": ".models.modeling_imgproc_vit",
     "ImgProcViTForMaskedImageModeling": ".models.modeling_imgproc_vit",
     "ImgProcViTModel": ".models.modeling_imgproc_vit",
+    "apply_filter": ".models.any_filter",
     "convert": ".conversion",
     "filter_attention": ".functional",
+    "filtered_layers": ".models.any_filter",
+    "remove_filter": ".models.any_filter",
 }
 
 
