@@ -12,7 +12,7 @@ PYTHON ?= python3 python3.11 python3.12 python3.13 python3.14 python
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-blocked test-full quality bench gpu-check rehearse-oldest results cards clean
+.PHONY: help setup demo test test-blocked test-full quality docs bench gpu-check rehearse-oldest results cards clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -56,6 +56,9 @@ quality: $(STAMP) ## lint, format check, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMP) ## build the documentation's site in outputs/site; a link that leads nowhere fails
+	$(BIN)/mkdocs build --strict
 
 bench: $(STAMP) ## time filters, layers, decoding and whole models against stock attention (the better part of an hour; ARGS=--force replaces the last record)
 	$(BIN)/imgproc-attn benchmark $(ARGS)

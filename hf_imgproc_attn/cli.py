@@ -29,6 +29,7 @@ from .errors import (
 )
 from .hub.commands import add_commands as add_hub_commands
 from .library_fields import configuration_fields
+from .measure.commands import add_commands as add_measuring_commands
 from .measure.gpu_check.command import add_command as add_gpu_check
 from .output_paths import check_new_files, check_output_folder
 from .shipped_files import shipped_file
@@ -151,6 +152,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="the record; the plot is written beside it, as .png (default: %(default)s)",
     )
     benchmark.add_argument("--force", action="store_true", help="replace an earlier record and plot")
+    benchmark.add_argument(
+        "--redraw",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing; draw the plot beside this record again, in place of the one that is there",
+    )
     benchmark.set_defaults(run_command=run_benchmark)
 
     denoise = commands.add_parser(
@@ -190,6 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
     denoise.set_defaults(run_command=run_denoise)
 
     add_gpu_check(commands)
+    add_measuring_commands(commands)
     add_hub_commands(commands)
     return parser
 
@@ -260,6 +268,12 @@ def run_variants(options: argparse.Namespace) -> int:
 
 def run_benchmark(options: argparse.Namespace) -> int:
     """``imgproc-attn benchmark``."""
+    if options.redraw is not None:
+        require_extras("viz")
+        from .measure.benchmark.report import redraw
+
+        redraw(options.redraw)
+        return 0
     if options.threads is not None and options.threads < 1:
         _refuse(f"--threads must be an integer >= 1, got {options.threads}")
     for length in options.lengths or []:

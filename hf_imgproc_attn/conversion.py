@@ -24,7 +24,7 @@ from .conversion_probe import Change, Inputs, difference, measure, probe_inputs
 from .conversion_source import ARCHITECTURES, Source, load_source, new_variant
 from .conversion_weights import check_structure, unused_rows, variant_fields, variant_weights
 from .models.spec_axes import STEPPED_BOOSTINGS
-from .models.spec_fields import preset_fields, preset_name
+from .models.spec_fields import preset_fields, preset_in_words
 from .output_paths import writing
 
 __all__ = ["ARCHITECTURES", "ConversionReport", "convert", "convert_checkpoint"]
@@ -42,8 +42,9 @@ class ConversionReport:
     Attributes:
         source: name or path of the checkpoint.
         architecture: its class.
-        preset: the variant.
-        source_preset: what the source was: ``softmax`` for a stock model.
+        preset: the variant that was asked for.
+        variant: what the filter is: its preset, with the fields in which it differs from that.
+        source_preset: what the source was, likewise: ``softmax`` for a stock model.
         mapped: parameter of the variant -> the source tensors it was made of.
         unused: source tensors, or rows of one, that nothing was made of.
         new: parameters of the variant that no source tensor went into. They start at their defaults, or where the
@@ -63,6 +64,7 @@ class ConversionReport:
     source: str
     architecture: str
     preset: str
+    variant: str = ""
     source_preset: str = "softmax"
     mapped: dict[str, list[str]] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
@@ -78,7 +80,7 @@ class ConversionReport:
 
     def __str__(self) -> str:
         changed = {name: made_of for name, made_of in self.mapped.items() if made_of != [name]}
-        lines = [f"{self.architecture} {self.source}, {self.source_preset} -> {self.preset}"]
+        lines = [f"{self.architecture} {self.source}, {self.source_preset} -> {self.variant or self.preset}"]
         if self.boosting:
             lines.append(f"  {self.boosting}")
         if self.kept:
@@ -178,7 +180,8 @@ def _convert(source: Source, preset: str, overrides: dict[str, Any]) -> tuple[Pr
         source.name,
         source.model.__class__.__name__,
         preset,
-        preset_name(stock.config) if source.is_variant else "softmax",
+        preset_in_words(config),
+        preset_in_words(stock.config) if source.is_variant else "softmax",
         mapped={name: made_of for name, (_, made_of) in made.items() if made_of},
         kept=kept,
         boosting=_boosting_in_words(config),
@@ -210,7 +213,7 @@ def convert_checkpoint(source: str, preset: str, output_dir: str, **config_overr
     with writing(folder):
         model.save_pretrained(folder)
         copy_processor(source, folder, getattr(model.config, "num_channels", 3))
-        write_card(source, folder, report)
+        write_card(source, folder, report, model.filter_summary())
     return report
 
 
@@ -243,6 +246,17 @@ def _warnings(source: Source, variant: PreTrainedModel, report: ConversionReport
             f"the residual scheme {wanted!r} changes the function of the checkpoint, which was trained with "
             f"{trained!r}: train the model before using it"
         )
+    layers = zip(getattr(source.model.config, "layer_specs", []), variant.config.layer_specs, strict=False)
+    changed = [
+        (old.gradient_boosting_source, new.gradient_boosting_source)
+        for old, new in layers
+        if old.boosting == new.boosting == "gradient_boosted"
+    ]
+    if changed and changed[0][0] != changed[0][1]:  # it is the same in all layers of a model
+        warnings.append(
+            f"gradient_boosting_source={changed[0][1]!r} changes the function of the checkpoint, whose later rounds "
+            f"were trained with {changed[0][0]!r}: train the model before using it"
+        )
     dropped = [name for name in report.unused if ".filter." in name or ".position_projection." in f".{name}"]
     if dropped:
         warnings.append(
@@ -259,10 +273,11 @@ def _boosting_in_words(config: Any) -> str:
     boosted = {index: spec for index, spec in enumerate(config.layer_specs) if spec.is_boosted}
     if not boosted:
         return ""
-    kinds = {
-        f"{spec.boosting}, {spec.boosting_steps} steps" if spec.boosting in STEPPED_BOOSTINGS else spec.boosting: None
-        for spec in boosted.values()
-    }
+    kinds: dict[str, None] = {}
+    for spec in boosted.values():
+        counted = "rounds" if spec.boosting == "gradient_boosted" else "steps"
+        steps = f", {spec.boosting_steps} {counted}" if spec.boosting in STEPPED_BOOSTINGS else ""
+        kinds[spec.boosting + steps] = None
     number = config.num_hidden_layers
     which = f"all {number}" if len(boosted) == number else f"{', '.join(map(str, boosted))} of 0 to {number - 1}"
     return f"boosted layers: {which} ({' and '.join(kinds)})"

@@ -7,8 +7,8 @@ are no longer added to the tokens, the stock class position is added to the clas
 position table leave the rest of it unused, buckets of offsets start at 0, which is no positions at all.
 
 Where a parameter allows it, the variant starts as the source's own function: gamma of ``learned`` at 0 (at 1 where the
-source is twiced, at -1 where it applies A twice), the factors of a feedback at 0 and learned, the second attention of
-``gradient_boosted`` with values that are 0.
+source is twiced, at -1 where it applies A twice), the factors of a feedback at 0 and learned, the attentions of
+``gradient_boosted`` after the first with values that are 0.
 
 *Variant to variant*: parameters of the same meaning are kept. A position table can be used again, as vectors that are
 added or compared; where the source has none, or a pair of projections for every layer in place of a shared one, there
@@ -39,7 +39,7 @@ _AXIS_SETTINGS = {
         "relative_attention_max_distance",
         "rotary_base",
     ),
-    "boosting": ("boosting_steps", "boosted_layers"),
+    "boosting": ("boosting_steps", "boosted_layers", "gradient_boosting_source"),
     "feedback": ("neutreno_lambda", "pid_gains", "learn_feedback"),
 }
 """Fields that belong to an axis: a variant's stay as they are where its axis does."""

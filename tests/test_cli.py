@@ -49,6 +49,8 @@ def stock_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("benchmark", "--help"),
         ("denoise", "--help"),
         ("variants", "--help"),
+        ("precision", "--help"),
+        ("calls", "--help"),
         ("presets",),
     ],
 )

@@ -38,8 +38,10 @@ from transformers import (
 )
 
 from hf_imgproc_attn import PRESETS, ConversionReport, cli, convert
+from hf_imgproc_attn.cards.filters import recorded
 from hf_imgproc_attn.conversion import convert_checkpoint
 from hf_imgproc_attn.conversion_probe import probe_inputs, sample_texts
+from hf_imgproc_attn.conversion_source import load_source
 from tests.models.helpers import sharpen_
 
 GPT2 = {"n_layer": 3, "n_head": 4, "n_embd": 32, "n_positions": 48, "vocab_size": 61, "pad_token_id": 0}
@@ -178,6 +180,27 @@ def test_the_function_is_kept_and_what_is_new_learns(stock_spec: tuple, preset: 
     starts = [p for name, p in model.named_parameters() if name.endswith(("boosting_gain", "feedback_gains"))]
     assert bool(starts) == (preset != "gradient_boosted")
     assert all(not parameter.any() and parameter.grad.abs().min() > 0 for parameter in starts)
+
+
+@pytest.mark.parametrize("stock_spec", [STOCK[1], STOCK[5]], ids=["gpt2", "vit"])
+def test_further_rounds_keep_the_function(stock_spec: tuple) -> None:
+    """Of a stock checkpoint, and of one that is gradient-boosted; other keys and values do not, and that is said."""
+    stock = make_stock(*stock_spec)
+    source = convert(stock, "gradient_boosted", boosting_steps=3, gradient_boosting_source="input")
+    torch.testing.assert_close(outputs(source), outputs(stock), rtol=1e-5, atol=1e-5)
+    disturbed(source)
+    more, report = convert(source, "gradient_boosted", return_report=True, boosting_steps=5, boosted_layers=[0, 1, 2])
+    torch.testing.assert_close(outputs(more), outputs(source), rtol=1e-5, atol=1e-5)
+    assert more.config.gradient_boosting_source == "input"
+    assert (report.warnings, report.kept) == ([], {"gradient_boosting_source": "input"})
+    assert "(gradient_boosted, 5 rounds)" in str(report)
+    other, report = convert(source, "gradient_boosted", return_report=True, gradient_boosting_source="residual")
+    assert (outputs(other) - outputs(source)).abs().max() > 1e-3
+    assert len(report.warnings) == 1
+    assert "gradient_boosting_source='residual' changes the function" in report.warnings[0]
+    fewer, report = convert(source, "gradient_boosted", return_report=True, boosting_steps=2)
+    assert (outputs(fewer) - outputs(source)).abs().max() > 1e-3
+    assert "24 trained tensors of the source's filter have no place" in report.warnings[0]
 
 
 def test_given_factors_are_used_as_they_are() -> None:
@@ -525,7 +548,9 @@ def test_unsupported_architectures_are_refused_by_name(
         convert(tmp_path, "twicing")
 
 
-WITHOUT_TABLE = ("bilateral_gaussian", "nlm", "alibi", "t5_bias", "rope", "nope")
+WITHOUT_TABLE = [
+    name for name, fields in PRESETS.items() if fields.get("position_kernel", "additive") not in ("additive", "untied")
+]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -540,7 +565,8 @@ def test_there_and_back(stock_spec: tuple, preset: str, tmp_path: Path) -> None:
         return
     model, report = convert(tmp_path, "softmax", return_report=True)
     torch.testing.assert_close(outputs(model), outputs(stock), rtol=1e-5, atol=1e-5)
-    assert report.source_preset == (preset if preset not in ("neutreno", "pidformer") else "custom")
+    learned = {"neutreno": "neutreno_lambda=0.0", "pidformer": "pid_gains=[0.0, 0.0, 0.0]"}.get(preset)
+    assert report.source_preset == (f"{preset} with {learned}, learn_feedback=True" if learned else preset)
     assert f"{report.source_preset} -> softmax" in str(report)
     dropped = [name for name in report.unused if ".filter." in name or "position_projection" in name]
     assert bool(dropped) == any("have no place in softmax" in warning for warning in report.warnings)
@@ -566,6 +592,8 @@ def test_there_and_back(stock_spec: tuple, preset: str, tmp_path: Path) -> None:
         (("neutreno", {"neutreno_lambda": 0.3}), ("neutreno", {"learn_feedback": True}), True),
         (("boosted_residual", {}), ("boosted_residual", {"boosting": "learned"}), True),
         (("alibi", {}), ("nope", {}), False),
+        (("gradient_boosted", {}), ("gradient_boosted", {"boosting_steps": 3}), True),
+        (("gradient_boosted", {"gradient_boosting_source": "input"}), ("gradient_boosted", {}), True),
     ],
     ids=str,
 )
@@ -682,6 +710,23 @@ def test_the_licence_of_the_source_is_kept(tmp_path: Path) -> None:
         assert "base_model" not in card
         assert str(tmp_path) not in card
         assert "tensors copied" in card
+
+
+def test_the_card_names_the_preset_and_shows_the_numbers(tmp_path: Path) -> None:
+    """By what the filter is, whatever was asked for; learned factors with their values."""
+    disturbed(convert(make_stock(*STOCK[1]), "neutreno")).save_pretrained(tmp_path / "source")
+    report = convert_checkpoint(str(tmp_path / "source"), "neutreno", str(tmp_path / "new"), boosted_layers=None)
+    assert (report.preset, report.variant) == ("neutreno", "neutreno with neutreno_lambda=0.0, learn_feedback=True")
+    card = (tmp_path / "new" / "README.md").read_text(encoding="utf-8")
+    assert f"# source, converted to {report.variant}\n" in card
+    assert f"GPT2LMHeadModel source, {report.variant} -> {report.variant}\n" in card.replace("ImgProc", "")
+    rows = recorded(load_source(tmp_path / "new").model.filter_summary())["rows"]
+    for layer in (1, 2):
+        values = ", ".join(f"{row['lambda']:.3g}" for row in rows if row["layer"] == layer)
+        assert f"| {layer} | {values} |\n" in card
+        assert "0, 0" not in values
+    report = convert_checkpoint(str(tmp_path / "source"), "twicing", str(tmp_path / "sos"), boosting="sos")
+    assert "converted to sos\n" in (tmp_path / "sos" / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_licence_of_a_source_on_the_hub_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

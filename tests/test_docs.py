@@ -10,7 +10,7 @@ import pytest
 from hf_imgproc_attn import PRESETS
 from hf_imgproc_attn.catalogue.works import PAPERS
 from hf_imgproc_attn.models.spec_axes import BOOSTINGS, CONTENT_KERNELS, FEEDBACKS, POSITION_KERNELS, RESIDUALS
-from tests.helpers import ROOT
+from tests.helpers import ROOT, site_pages
 
 PAGE_FILE = ROOT / "docs" / "framework.md"
 PAGE = PAGE_FILE.read_text(encoding="utf-8")
@@ -80,6 +80,12 @@ def test_cited_works_are_those_of_the_catalogue() -> None:
         number for paper in PAPERS.values() for number in re.findall(r"arxiv\.org/abs/(\d+\.\d+)", paper.reference)
     }
     assert set(re.findall(r"arXiv (\d{4}\.\d{5})", PAGE)) == known
+
+
+def test_navigation_of_the_site_names_every_page_once() -> None:
+    """The pages of docs/, and those that docs/hooks.py makes of README, CONTRIBUTING and CHANGELOG."""
+    pages = [str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(site_pages()) == sorted([*pages, "index.md", "contributing.md", "changelog.md"])
 
 
 def test_files_that_contributing_names_exist() -> None:

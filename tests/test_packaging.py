@@ -80,7 +80,7 @@ def test_metadata(installed: Path) -> None:
     requirements = [line for line in metadata.splitlines() if line.startswith("Requires-Dist")]
     runtime = {line.split()[1].split(">")[0] for line in requirements if "extra ==" not in line}
     assert runtime == {"torch", "transformers", "safetensors", "huggingface-hub"}
-    assert {"train", "robustness", "viz", "hub", "kernels", "filters", "all", "dev"} == {
+    assert {"train", "robustness", "viz", "hub", "kernels", "filters", "docs", "all", "dev"} == {
         line.split()[1] for line in metadata.splitlines() if line.startswith("Provides-Extra")
     }
     scripts = configparser.ConfigParser()
@@ -95,6 +95,7 @@ def test_sdist_is_complete(distributions: Path) -> None:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     for name in (
         "pyproject.toml", "constraints.txt", "Makefile", "README.md", "LICENSE", "CITATION.cff", "CONTRIBUTING.md",
+        "CHANGELOG.md", "mkdocs.yml", "docs/hooks.py", ".pre-commit-config.yaml",
         ".ci/run", "hf_imgproc_attn/py.typed", "training/train_causal_lm.py", "model_cards/template.md",
         "tests/test_packaging.py",
     ):  # fmt: skip

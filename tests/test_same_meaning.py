@@ -191,6 +191,48 @@ def test_a_wide_mask_hides_what_the_logits_cannot_hold(backend: str, dtype: torc
     assert (got[:, :, 5] == 0).all()
 
 
+@pytest.mark.parametrize("kind", ["mask", "bias", "mask and bias", "keys", "causal"])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float64, -1e300), (torch.float32, -1e30), (torch.float32, 1e30)])
+@pytest.mark.parametrize("boosting", ["none", "twicing"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_number_for_a_whole_row_changes_nothing(
+    backend: str, boosting: str, dtype: torch.dtype, size: float, kind: str
+) -> None:
+    """A softmax does not notice what is added to a whole row, however large: the products keep their digits."""
+    given = tensors()
+    small = random(1, 1, LENGTH, LENGTH, seed=6).to(dtype)
+    allowed = (random(1, 1, LENGTH, LENGTH, seed=9) > -0.5).logical_or(torch.eye(LENGTH, dtype=torch.bool))
+    shifted, options = small.clone(), {}
+    shifted[:, :, 4:] = size
+    shifted[:, :, 7] = 0.0
+    meant = small.clone()
+    meant[:, :, 4:] = 0.0
+    if kind == "mask":
+        options["attn_mask"] = shifted.masked_fill(~allowed, float("-inf"))
+    elif kind == "bias":
+        options |= {"position_bias": shifted, "attn_mask": allowed}
+    elif kind == "mask and bias":  # one row of numbers, half of it in the mask and half in the bias
+        left = torch.arange(LENGTH) < 5
+        options["position_bias"] = shifted.masked_fill(left, 0.0)
+        options["attn_mask"] = shifted.masked_fill(~left, 0.0).masked_fill(~allowed, float("-inf"))
+    elif kind == "keys":  # for all queries alike
+        options |= {"position_bias": torch.full((1, 1, 1, LENGTH), size, dtype=dtype), "attn_mask": allowed}
+        meant = torch.zeros(1)
+    else:  # what the first queries see is far below what comes later
+        row = torch.zeros(LENGTH, dtype=dtype)
+        row[:6] = -abs(size)
+        options |= {"position_bias": row.view(1, 1, 1, -1), "is_causal": True}
+        allowed = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+        meant = torch.where(torch.arange(LENGTH)[:, None] < 6, 0.0, row)
+    logits = (given[0] @ given[1].mT / WIDTH**0.5 + meant.double()).masked_fill(~allowed, float("-inf"))
+    matrix = logits.softmax(-1)
+    expected = matrix @ given[2]
+    if boosting == "twicing":
+        expected = 2 * expected - matrix @ expected
+    got = filtered(backend, *(x.to(dtype) for x in given), boosting=boosting, **options)
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-11 if dtype == torch.float64 else 5e-6)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Scales
 # --------------------------------------------------------------------------------------------------------------------

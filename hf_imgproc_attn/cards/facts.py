@@ -14,9 +14,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ..models.spec_fields import FilterSpecMixin, preset_name
+from ..models.spec_axes import COMPARING_KERNELS, PUBLISHED_NEUTRENO_LAMBDAS
+from ..models.spec_fields import PRESETS, FilterSpecMixin, closest_preset, preset_name
 from ..models.spec_versions import bring_up_to_date
 from ..training_support.arguments import EMBEDDED_IMAGES, EMBEDDED_TEXT
+from .filters import NOTHING_LEARNED, in_markdown
 from .results import FAMILIES, NOT_MEASURED, Measurement
 
 NOT_RECORDED = "not recorded"
@@ -51,8 +53,13 @@ _DATA_OPTIONS = (
 
 
 def variant_of(record: dict[str, Any]) -> str:
-    """The preset whose filter the model has, or ``custom``."""
-    return preset_name(SimpleNamespace(**filter_fields(record)))
+    """The preset whose filter the model has, or varies in some fields; else ``custom``."""
+    return closest_preset(_configuration(record))[0]
+
+
+def is_stock(record: dict[str, Any]) -> bool:
+    """Whether the filter is that of the stock model."""
+    return preset_name(_configuration(record)) == "softmax"
 
 
 def filter_fields(record: dict[str, Any]) -> dict[str, Any]:
@@ -62,15 +69,45 @@ def filter_fields(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def changed_fields(record: dict[str, Any]) -> list[list[str]]:
-    """The fields of the filter specification, with their values, in which the model differs from the stock model."""
-    return [
-        [name, str(value)] for name, value in filter_fields(record).items() if value != getattr(FilterSpecMixin, name)
-    ]
+    """Fields of the filter with their values and those of the preset in which the model differs from it.
+
+    A model without a preset, ``custom``, is compared with the stock model.
+    """
+    name, changes = closest_preset(_configuration(record))
+    preset = {field: PRESETS.get(name, {}).get(field, getattr(FilterSpecMixin, field)) for field in changes}
+    return [[field, str(value), str(preset[field])] for field, value in changes.items()]
+
+
+def _configuration(record: dict[str, Any]) -> SimpleNamespace:
+    """The filter's fields, and the strength that its kind of data has by default."""
+    fields = filter_fields(record)
+    fields["default_neutreno_lambda"] = PUBLISHED_NEUTRENO_LAMBDAS[2 if _has_class_token(record) else 1]
+    return SimpleNamespace(**fields)
+
+
+def _has_class_token(record: dict[str, Any]) -> bool:
+    """Whether the model is a ViT, of images and with a class token."""
+    return "image_size" in record["model_config"]
+
+
+def filter_numbers(record: dict[str, Any]) -> str:
+    """The filters' bandwidths, gains and logits at the end of the training, in Markdown; older records have none."""
+    if "filter_summary" in record:
+        return in_markdown(record["filter_summary"])
+    fields = filter_fields(record)
+    learns = (
+        fields["learn_bandwidths"]
+        or fields["learn_feedback"]
+        or "learned" in _as_list(fields["boosting"])
+        or "relative_buckets" in _as_list(fields["position_kernel"])
+        or (_has_class_token(record) and compares_positions(record))
+    )
+    return "What the filters have learned beside their projections is not recorded." if learns else NOTHING_LEARNED
 
 
 def compares_positions(record: dict[str, Any]) -> bool:
     """Whether positions enter through the attention logits of a layer instead of being added to the tokens."""
-    return bool({"untied", "gaussian"} & set(_as_list(filter_fields(record)["position_kernel"])))
+    return bool(set(COMPARING_KERNELS) & set(_as_list(filter_fields(record)["position_kernel"])))
 
 
 def hub_name(record: dict[str, Any], part: str, option: str) -> str | None:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import records
-from ..catalogue.equations import VARIANTS
+from ..catalogue.presets import VARIANTS
 from ..catalogue.works import PACKAGE_PAPERS, PAPERS
 from ..errors import UsageError, require_extras
 from ..shipped_files import shipped_file
 from . import facts
 from .baseline import check_same_recipe, environment_differences
+from .filters import check as check_filters
 from .results import FAMILIES, Measurement, check_results, evaluation_results, measurements, result_rows
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ _PIPELINES = {"image-classification": "image-classification", "causal-lm": "text
 _REQUIRED = {"task": str, "arguments": dict, "model_config": dict}
 _OPTIONAL = {
     "metrics": dict, "data_fingerprint": dict, "device": dict, "versions": dict, "parameters": dict,
-    "weights_sha256": dict, "train_loss": list, "eval_history": list, "command": list, "local_paths": list,
+    "weights_sha256": dict, "filter_summary": dict, "train_loss": list, "eval_history": list, "command": list,
+    "local_paths": list,
 }  # fmt: skip
 
 
@@ -147,7 +149,9 @@ def render_card(
         is_commit=re.fullmatch(r"[0-9a-f]{40}", revision) is not None,
         preset=preset,
         variant=variant,
+        stock=facts.is_stock(record),
         fields=facts.changed_fields(record),
+        filters=facts.filter_numbers(record),
         compares_positions=facts.compares_positions(record),
         papers=[PAPERS[name].reference for name in sources],
         start=record["arguments"]["model"].get("model_name_or_path"),
@@ -229,6 +233,11 @@ def _check_record(file: Path, record: dict[str, Any]) -> None:
             raise UsageError(f"{file}: {name} must be of type {kind.__name__}, got {record[name]!r}")
     if record["task"] not in _BACKBONES:
         raise UsageError(f"{file}: task must be one of {', '.join(_BACKBONES)}, got {record['task']!r}")
+    if "filter_summary" in record:
+        try:
+            check_filters(record["filter_summary"])
+        except UsageError as error:
+            raise UsageError(f"{file}: {error}") from error
     for part in ("model", "data", "trainer"):
         if not isinstance(record["arguments"].get(part), dict):
             raise UsageError(f"{file}: the arguments have no {part}")

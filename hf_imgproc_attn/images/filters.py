@@ -35,7 +35,7 @@ IMAGE_PRESETS = tuple(
 )
 """Presets that are filters of images as they stand: nothing in them has to be learned first."""
 
-IMAGE_BOOSTINGS = ("none", *STEPPED_BOOSTINGS)
+IMAGE_BOOSTINGS = ("none", *(name for name in STEPPED_BOOSTINGS if name != "gradient_boosted"))
 MAX_WINDOW_RADIUS = 50
 MAX_GREY_VALUE = 2.0**32
 """The range of 32-bit images: squares of larger differences, over the smallest bandwidth, would leave float32."""

@@ -1,4 +1,4 @@
-"""How far one layer's call travels through the package: ``python -m hf_imgproc_attn.measure.calls [--list]``.
+"""How far one layer's call travels through the package: ``imgproc-attn calls [--list]``.
 
 Counts the package's own functions that run between an attention layer's tokens and its output, for twicing on 256
 tokens: a number to keep small when the core is changed.
@@ -6,7 +6,6 @@ tokens: a number to keep small when the core is changed.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 from collections import Counter
@@ -91,21 +90,10 @@ def layer_call(preset: str = "twicing", length: int = 256) -> Callable[[], Any]:
     return call
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Print the figures.
-
-    Args:
-        arguments: of the command line; None: those of this process.
-    """
-    parser = argparse.ArgumentParser(prog="python -m hf_imgproc_attn.measure.calls", description=__doc__)
-    parser.add_argument("--list", action="store_true", help="list the functions too, with how often each runs")
-    options = parser.parse_args(arguments)
+def report(*, with_list: bool = False) -> str:
+    """The figures in a line and, ``with_list``, a line for each function: how often it runs, its file, its name."""
     journey = record(layer_call())
-    print(", ".join(f"{count} {name}" for name, count in journey.figures().items()))
-    if options.list:
-        for (file, function), count in Counter(journey.calls).items():
-            print(f"{count:4} {file}: {function}")
-
-
-if __name__ == "__main__":
-    main()
+    lines = [", ".join(f"{count} {name}" for name, count in journey.figures().items())]
+    if with_list:
+        lines += [f"{count:4} {file}: {function}" for (file, function), count in Counter(journey.calls).items()]
+    return "\n".join(lines)

@@ -1,6 +1,6 @@
 """How accurate each kernel is in float32 and bfloat16, beside plain attention in the same precision.
 
-    python -m hf_imgproc_attn.measure.precision docs/precision.md --force
+    imgproc-attn precision docs/precision.md --force
 
 One layer filters random tokens whose query, key and value bfloat16 holds exactly, so that one result in float64 (the
 dense form) is the truth for every precision. An error is the root mean square of the difference over the root mean
@@ -12,14 +12,13 @@ error of torch's own ``scaled_dot_product_attention`` in the same precision on t
 from __future__ import annotations
 
 import platform
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import OneLineParser, UsageError, exit_code
+from ..errors import UsageError
 from ..models.boost_depth import LayerState
 from ..models.boost_operators import BOOSTING
 from ..models.configuration_imgproc_gpt2 import ImgProcGPT2Config
@@ -31,7 +30,7 @@ from ..models.spec_axes import BOOSTINGS, CONTENT_KERNELS, POSITION_KERNELS
 from ..models.visibility import Visibility
 from ..output_paths import check_new_files, write_or_keep
 
-COMMAND = "python -m hf_imgproc_attn.measure.precision docs/precision.md --force"
+COMMAND = "imgproc-attn precision docs/precision.md --force"
 PRECISIONS = (torch.float32, torch.bfloat16)
 HEADS, HEAD_DIM = 8, 64
 Fields = dict[str, Any]
@@ -256,7 +255,7 @@ def page() -> str:
         "",
         "Written by",
         "",
-        "```",
+        "```bash",
         COMMAND,
         "```",
         "",
@@ -276,27 +275,18 @@ def page() -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Write the page.
+def write(output: Path, *, force: bool = False) -> None:
+    """Measure, and write the page.
 
     Args:
-        arguments: of the command line; None: those of this process.
+        output: the Markdown file.
+        force: replace one that is there.
+
+    Raises:
+        UsageError: if it cannot be written, before anything is measured.
     """
-    parser = OneLineParser(prog="python -m hf_imgproc_attn.measure.precision", description=str(__doc__).split("\n")[0])
-    parser.add_argument("output", type=Path, help="the Markdown file to write")
-    parser.add_argument("--force", action="store_true", help="replace a file that is there")
-
-    def work() -> None:
-        options = parser.parse_args(arguments)
-        output: Path = options.output
-        check_new_files([output], options.force)
-        if not output.parent.is_dir():
-            raise UsageError(f"output must be in a folder that exists, got {str(output)!r}")
-        text = page()
-        write_or_keep(output, lambda file: file.write_text(text, encoding="utf-8"))
-
-    return exit_code(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    check_new_files([output], force)
+    if not output.parent.is_dir():
+        raise UsageError(f"output must be in a folder that exists, got {str(output)!r}")
+    text = page()
+    write_or_keep(output, lambda file: file.write_text(text, encoding="utf-8"))

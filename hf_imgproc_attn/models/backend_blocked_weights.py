@@ -12,7 +12,6 @@ import torch
 
 from .backend_blocked_plan import Block, Group, Plan, cut
 from .backend_blocked_positions import PositionTerm
-from .visibility import split_mask
 
 LOG2_E = math.log2(math.e)
 
@@ -112,8 +111,9 @@ class Weights:
 
     Args:
         plan: what is computed.
-        mask: boolean or additive float ``[batch or 1, heads or 1, length or 1, key_length or 1]``, or None.
-        bias: added to the logits, of the same form, or None.
+        mask: boolean ``[batch or 1, heads or 1, length or 1, key_length or 1]``, or None.
+        bias: added to the logits, of the same form, and the largest of it that each query sees, which is subtracted
+            first: a number a row changes no softmax, and a large one would leave the products no digits. Or None.
         positions: the position kernel's term, or None.
         like: a tensor of the device and dtype to work in.
     """
@@ -122,7 +122,7 @@ class Weights:
         self,
         plan: Plan,
         mask: torch.Tensor | None,
-        bias: torch.Tensor | None,
+        bias: tuple[torch.Tensor, torch.Tensor] | None,
         positions: PositionTerm | None,
         like: torch.Tensor,
     ) -> None:
@@ -148,12 +148,10 @@ class Weights:
         if self.positions is not None:
             self.positions.add_(shaped, self.group, block, LOG2_E)
         if self.bias is not None:
-            shaped.add_(cut(self.bias, self.group, block), alpha=LOG2_E)
+            bias, largest = (cut(x, self.group, block).to(scores.dtype) for x in self.bias)
+            shaped.add_(bias - largest, alpha=LOG2_E)
         if self.mask is not None:
-            allowed, additive = split_mask(cut(self.mask, self.group, block))
-            if additive is not None:
-                shaped.add_(additive, alpha=LOG2_E)
-            shaped.masked_fill_(~allowed, float("-inf"))
+            shaped.masked_fill_(~cut(self.mask, self.group, block), float("-inf"))
         if self.future is not None:
             own = scores[:, :, block.keys - rows :]
             if self.mask is None:
@@ -167,7 +165,7 @@ class Weights:
 
         Returns:
             ``[pairs, rows, keys]``, valid until the next block; the factor that normalises them, ``[pairs, rows, 1]``,
-            0 for rows that see no key; and what :meth:`recall` needs, ``[pairs, rows, 2]``: the base-2 log-sum-exp,
+            0 for rows that see no key; and what :meth:`recompute` needs, ``[pairs, rows, 2]``: the base-2 log-sum-exp,
             infinite for rows that see no key, and the factor that makes good its rounding.
         """
         scores = self._logits(block)
@@ -184,7 +182,7 @@ class Weights:
             correction.masked_fill_(empty, 1.0)
         return scores, factor, torch.cat((log_sum, correction), dim=-1)
 
-    def recall(self, block: Block, row_sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def recompute(self, block: Block, row_sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A's block again, without dropout, from what :meth:`compute` found of all rows, ``[pairs, length, 2]``.
 
         Returns:

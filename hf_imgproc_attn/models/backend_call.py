@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,7 +11,7 @@ from .boost_operators import BOOSTING, Attend
 from .cache_streams import NO_STREAMS, Streams, boost_stream
 from .kernel_content import CONTENT_COLUMNS
 from .kernel_position import BlockedPositions, Positions
-from .visibility import Visibility, check_mask_dtype, four_axes
+from .visibility import Visibility, four_axes
 
 
 class Content(NamedTuple):
@@ -130,6 +131,32 @@ class FilterCall(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Precision under autocast
+# --------------------------------------------------------------------------------------------------------------------
+
+# Asked once: torch 2.11 cannot trace the question, and breaks a compiled graph at it.
+_HAS_AUTOCAST = {name: torch.amp.is_autocast_available(name) for name in ("cpu", "cuda", "mps", "xpu", "meta")}
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """A context in which autocast does not change the dtype of products."""
+    if _HAS_AUTOCAST[device_type] if device_type in _HAS_AUTOCAST else torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which autocast would run a product of ``x``: its own where autocast is off or does not reach."""
+    device_type = x.device.type
+    has_autocast = _HAS_AUTOCAST.get(device_type)
+    if has_autocast is None:
+        has_autocast = torch.amp.is_autocast_available(device_type)
+    if x.dtype == torch.float64 or not has_autocast or not torch.is_autocast_enabled(device_type):
+        return x.dtype
+    return torch.get_autocast_dtype(device_type)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Checks of what a caller gave
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -174,23 +201,6 @@ def check_options(boosting: str, boosting_steps: int, dropout: float) -> None:
         raise ValueError(f"boosting_steps must be an integer >= 1, got {boosting_steps!r}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout!r}")
-
-
-def check_terms(
-    query: torch.Tensor, key: torch.Tensor, attn_mask: torch.Tensor | None, bias: torch.Tensor | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Check mask and bias of the blocked passes, and give both four axes.
-
-    Raises:
-        ValueError: for a mask of integers, a bias that is not of a floating dtype, or a wrong shape.
-    """
-    shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    if attn_mask is not None:
-        check_mask_dtype(attn_mask)
-        attn_mask = four_axes("attn_mask", attn_mask, shape)
-    if bias is not None:
-        bias = check_bias(bias, shape)
-    return attn_mask, bias
 
 
 def check_bias(bias: torch.Tensor, shape: tuple[int, int, int, int]) -> torch.Tensor:

@@ -5,27 +5,51 @@ Everything is computed in at least float32 and stays in float64 for float64 inpu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
-from .backend_call import FilterCall
+from .backend_call import FilterCall, without_autocast
 from .boost_operators import BOOSTING, keep_rows
-from .kernel_content import CONTENT_LOGITS, without_autocast, working_dtype
+from .kernel_content import CONTENT_LOGITS, working_dtype
 from .kernel_position import position_logits
 from .visibility import Visibility
 
 
 def filter_logits(call: FilterCall) -> torch.Tensor:
-    """log K, dense, ``[batch, heads, length, key_length]``, in the working precision, before any mask."""
+    """log K + const_i, dense, ``[batch, heads, length, key_length]``, in the working precision.
+
+    What a mask adds is in it; what it hides is not, see :func:`filter_matrix`.
+    """
     compute_dtype = working_dtype(call.query.dtype)
     query, (key, _) = call.visibility.clean_queries(call.query), call.repeated()
+    terms = [] if call.visibility.bias is None else [call.visibility.bias]
     with without_autocast(call.query.device.type):
         logits = CONTENT_LOGITS[call.content.kernel](
             query.to(compute_dtype), key.to(compute_dtype), call.content.scale
         )
-        for term in call.positions:
-            logits = logits + position_logits(term, compute_dtype)
-    return logits
+        terms += [position_logits(term, compute_dtype) for term in call.positions]
+        return add_terms(logits, terms, call.visibility)
+
+
+def add_terms(logits: torch.Tensor, terms: Sequence[torch.Tensor], visibility: Visibility) -> torch.Tensor:
+    """Add position logits and biases to the content's logits, minus the largest of their sum that a query sees.
+
+    A number a row changes no softmax. Without it large terms, -1e300 for a whole row say, would leave the content no
+    digits.
+
+    Args:
+        logits: ``[batch, heads, length, key_length]``.
+        terms: each broadcastable to ``logits``.
+        visibility: who sees whom.
+    """
+    if not terms:
+        return logits
+    total = terms[0].to(logits.dtype)
+    for term in terms[1:]:
+        total = total + term.to(logits.dtype)
+    return logits + (total - visibility.largest_seen(total))
 
 
 def filter_matrix(logits: torch.Tensor, visibility: Visibility) -> torch.Tensor:
@@ -33,13 +57,11 @@ def filter_matrix(logits: torch.Tensor, visibility: Visibility) -> torch.Tensor:
 
     Args:
         logits: ``[batch, heads, length, key_length]``, at least float32.
-        visibility: who sees whom.
+        visibility: who sees whom; its bias is part of the logits.
 
     Returns:
         A of the logits' shape and dtype; its rows sum to 1, except those that see no key, which are 0.
     """
-    if visibility.bias is not None:
-        logits = logits + visibility.bias.to(logits.dtype)
     allowed = visibility.allowed(logits.device)
     if allowed is None:
         return logits.softmax(-1)
@@ -58,7 +80,7 @@ def reference_attention(
     does (their language code drops out 2A - A^2).
 
     Args:
-        logits: log K, ``[batch, heads, length, key_length]`` in at least float32.
+        logits: as :func:`filter_logits` returns them, ``[batch, heads, length, key_length]`` in at least float32.
         call: its values, visibility, booster, dropout and streams; ``logits`` replace its queries, keys and kernels.
         attentions: None, ``"filter"`` (A, whose rows a cache does not need) or ``"operator"`` (what multiplies V; it
             needs all rows of A, so no cached keys).

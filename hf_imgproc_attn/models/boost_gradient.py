@@ -1,22 +1,30 @@
-"""Gradient boosting in one layer: a second attention filters what the first one left over (arXiv 2604.03190).
+"""Gradient boosting in one layer: further attentions filter what those before left over (arXiv 2604.03190).
 
-    F = Attn_0(z),   c = Attn_1(z - F),   g = sigmoid(W_g [F ; c]),   output = W_O (F + g * c)
+    F_0 = Attn_0(z)
+    c_m = Attn_m(z - F_{m-1}),   g_m = sigmoid(W_m [F_{m-1} ; c_m]),   F_m = F_{m-1} + g_m * c_m,   m = 1 .. M - 1
+    output = W_O F_{M-1}
 
 z is the input of the attention after its norm, F and c are the heads side by side before the output projection, so the
-head width times the number of heads must be the hidden size. Attn_1 has projections of its own, and g is one number a
-feature and token. This is not an operator on V: there are two attention maps, and decoding caches a second K and V.
+head width times the number of heads must be the hidden size. M, the number of rounds, is ``boosting_steps``, by
+default 2, with which the paper gets most of the benefit. Each round has projections and a gate of its own, and g is
+one number a feature and token. This is not an operator on V: there are M attention maps, and decoding caches keys and
+values of every round.
+
+``gradient_boosting_source``: in the paper's first version its experiments are not its equation.
+- ``residual``, the default: query, key and value of Attn_m all come from z - F_{m-1}. This is what the authors'
+  language models are trained with (``kv_source='residual'`` in github.com/salehsargolzaee/boosted-attention), and a
+  later version of the paper writes its equation and algorithm 1 so.
+- ``input``: the query comes from z - F_{m-1}, key and value come from z. This is the equation of Attn_m and
+  algorithm 1 of arXiv 2604.03190v1; ``kv_source='input'`` in the authors' code.
 
 *Choices* that the paper leaves open or that this framework makes:
-- Attn_1 applies the same filter as Attn_0: content and position kernels, bandwidths and position projections are
-  shared; only the projections of the tokens differ.
-- The value projection of Attn_1 starts at zero. So a new model starts as the one without boosting, and a converted
-  checkpoint computes what it did before. Of the second attention only this projection gets a gradient in the first
-  step.
-- Under ``elliptical`` the layer "before" Attn_1 is Attn_0 of the same layer. Layer 0 has no metric in either.
-- Each of the two attentions draws its own dropout mask.
-
-Differs from the paper's equation, as its experiment does: query, key and value of Attn_1 all come from z - F, not the
-query alone.
+- All rounds apply the same filter: content and position kernels, bandwidths and position projections are shared; only
+  the projections of the tokens differ.
+- The value projections of rounds 1 to M - 1 start at zero. So a new model starts as the one without boosting, and a
+  converted checkpoint computes what it did before, or a boosted one when it gets further rounds. Of a new round only
+  this projection gets a gradient in the first step.
+- Under ``elliptical`` the layer "before" Attn_m is Attn_{m-1} of the same layer. Layer 0 has no metric in any round.
+- Each attention draws its own dropout mask.
 """
 
 from __future__ import annotations
@@ -43,54 +51,53 @@ class ZeroLinear(nn.Linear):
 
 
 class GradientBoosting(nn.Module):
-    """The projections of the second attention and the gate.
+    """The projections and the gate of one round after the first.
 
     Args:
         hidden_size: width of the tokens.
         num_heads: number of heads.
         head_dim: width of a head.
+        source: one of ``GRADIENT_BOOSTING_SOURCES``.
 
     Raises:
         ValueError: if the heads side by side are not as wide as the tokens.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, head_dim: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, source: str = "residual") -> None:
         super().__init__()
         if num_heads * head_dim != hidden_size:
             raise ValueError(
                 "boosting 'gradient_boosted' subtracts the heads' output from the input: num_attention_heads * "
                 f"head_dim must be hidden_size = {hidden_size}, got {num_heads} * {head_dim}"
             )
-        self.num_heads, self.head_dim = num_heads, head_dim
+        self.num_heads, self.head_dim, self.source = num_heads, head_dim, source
         self.query = nn.Linear(hidden_size, hidden_size)
         self.key = nn.Linear(hidden_size, hidden_size)
         self.value = ZeroLinear(hidden_size, hidden_size)
         self.gate = nn.Linear(2 * hidden_size, hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, output: torch.Tensor, weights: torch.Tensor | None, attend: Attention
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """F + g * c.
+        self, hidden_states: torch.Tensor, estimate: torch.Tensor, attend: Attention
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """F_m = F_{m-1} + g_m * c_m.
 
         Args:
             hidden_states: z, ``[batch, length, hidden_size]``.
-            output: F, ``[batch, heads, length, head_dim]``.
-            weights: the first map ``[batch, heads, length, key_length]`` or None.
-            attend: the second attention.
+            estimate: F_{m-1}, the heads side by side, ``[batch, length, hidden_size]``.
+            attend: the attention of this round.
 
         Returns:
-            ``[batch, heads, length, head_dim]``, and both maps ``[batch, 2, heads, length, key_length]`` or None.
+            F_m ``[batch, length, hidden_size]``, the values that were filtered ``[batch, heads, length, head_dim]``,
+            and the attention map ``[batch, heads, length, key_length]`` or None.
         """
-        first = output.transpose(1, 2).flatten(2)
-        shape = (*first.shape[:-1], self.num_heads, self.head_dim)
-        residual = hidden_states - first
-        query, key, value = (
-            layer(residual).view(shape).transpose(1, 2) for layer in (self.query, self.key, self.value)
-        )
-        correction, second_weights = attend(query, key, value)
-        correction = correction.transpose(1, 2).flatten(2)
-        gate = torch.sigmoid(self.gate(torch.cat((first, correction), dim=-1)))
-        output = (first + gate * correction).view(shape).transpose(1, 2)
-        if weights is None or second_weights is None:
-            return output, None
-        return output, torch.stack((weights, second_weights), dim=1)
+        residual = hidden_states - estimate
+        source = residual if self.source == "residual" else hidden_states
+        value = self._heads(self.value(source))
+        filtered, weights = attend(self._heads(self.query(residual)), self._heads(self.key(source)), value)
+        correction = filtered.transpose(1, 2).flatten(2)
+        gate = torch.sigmoid(self.gate(torch.cat((estimate, correction), dim=-1)))
+        return estimate + gate * correction, value, weights
+
+    def _heads(self, tokens: torch.Tensor) -> torch.Tensor:
+        """``[batch, length, hidden_size]`` to ``[batch, heads, length, head_dim]``."""
+        return tokens.view(*tokens.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2)

@@ -126,16 +126,16 @@ BOOSTING = {"none": plain, "twicing": twicing, "learned": learned, "diffusion": 
 
 
 def operator_on_value(boosting: str) -> str:
-    """The key of :data:`BOOSTING` for a layer's booster: each of the two filters of ``gradient_boosted`` is plain."""
+    """The key of :data:`BOOSTING` for a layer's booster: each round of ``gradient_boosted`` is plain."""
     return "none" if boosting == "gradient_boosted" else boosting
 
 
 def extra_streams(boosting: str, steps: int) -> int:
     """How many streams a cache has to keep beside K and V.
 
-    One for each application of A after the first, and the keys and values of the second filter of
-    ``gradient_boosted``.
+    One for each application of A after the first, and keys and values of each round of ``gradient_boosted`` after its
+    first.
     """
     if boosting in ("twicing", "diffusion", "sos"):
         return steps - 1
-    return {"learned": 1, "gradient_boosted": 2}.get(boosting, 0)
+    return {"learned": 1, "gradient_boosted": 2 * (steps - 1)}.get(boosting, 0)

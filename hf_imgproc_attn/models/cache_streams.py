@@ -1,8 +1,8 @@
 """Rows that a filter keeps beside keys and values, by name: what one layer sees of a cache, or of none.
 
 A booster applies A first to V, then to ``"boost.1"``, ``"boost.2"`` and so on. ``"metric"`` holds the rows that the
-elliptical metric sums. The second filter of gradient boosting has streams of its own in the same cache layer:
-``"second.key"``, ``"second.value"`` and ``"second.metric"``.
+elliptical metric sums. The rounds of gradient boosting after the first have streams of their own in the same cache
+layer: ``"round.1.key"``, ``"round.1.value"`` and ``"round.1.metric"``, and so on.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from typing import Any, Protocol
 
 import torch
 
-SECOND = "second."
-"""Prefix of the names of the second filter's streams."""
+
+def round_stream(number: int, name: str) -> str:
+    """Name of a stream of gradient boosting's round ``number``, counted from 0: the first one has the plain names."""
+    return f"round.{number}.{name}"
 
 
 def boost_stream(number: int) -> str:
@@ -34,8 +36,8 @@ class Streams(Protocol):
     def past(self, name: str) -> torch.Tensor | None:
         """The cached rows of a stream, or None where there are none yet."""
 
-    def second(self) -> Streams:
-        """What the second filter of gradient boosting sees."""
+    def of_round(self, number: int) -> Streams:
+        """What the filter of gradient boosting's round ``number`` >= 1 sees."""
 
 
 class NoStreams:
@@ -55,7 +57,7 @@ class NoStreams:
         """There is none."""
         return None
 
-    def second(self) -> NoStreams:
+    def of_round(self, number: int) -> NoStreams:
         """The same."""
         return self
 
@@ -92,18 +94,23 @@ class CachedStreams:
         streams: dict[str, torch.Tensor] = getattr(self._cache.layers[self._layer_idx], "streams", {})
         return streams.get(name)
 
-    def second(self) -> SecondStreams:
+    def of_round(self, number: int) -> RoundStreams:
         """Streams of the same cache layer."""
-        return SecondStreams(self)
+        return RoundStreams(self, number)
 
 
-class SecondStreams:
-    """What the second filter of gradient boosting sees: its keys and values are streams too."""
+class RoundStreams:
+    """What a round of gradient boosting after the first sees: its keys and values are streams too.
+
+    Args:
+        first: what the layer's first filter sees.
+        number: of the round, from 1.
+    """
 
     is_cached = True
 
-    def __init__(self, first: CachedStreams) -> None:
-        self._first = first
+    def __init__(self, first: CachedStreams, number: int) -> None:
+        self._first, self._number = first, number
 
     def update(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys and values as streams."""
@@ -111,12 +118,12 @@ class SecondStreams:
 
     def append(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Append under a name of its own."""
-        return self._first.append(SECOND + name, rows)
+        return self._first.append(round_stream(self._number, name), rows)
 
     def past(self, name: str) -> torch.Tensor | None:
         """The cached rows of a stream."""
-        return self._first.past(SECOND + name)
+        return self._first.past(round_stream(self._number, name))
 
-    def second(self) -> SecondStreams:
-        """There is no third filter."""
-        raise ValueError("gradient boosting has two filters")
+    def of_round(self, number: int) -> RoundStreams:
+        """Streams of another round."""
+        return self._first.of_round(number)

@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import ViTConfig
 
 from .configuration_peft import tell_peft
+from .spec_axes import PUBLISHED_NEUTRENO_LAMBDAS
 from .spec_fields import FilterSpecMixin
 
 
@@ -21,7 +22,7 @@ class ImgProcViTConfig(FilterSpecMixin, ViTConfig):
 
     model_type = "imgproc_vit"
     position_axes = 2
-    default_neutreno_lambda = 0.6
+    default_neutreno_lambda = PUBLISHED_NEUTRENO_LAMBDAS[2]
 
     def to_dict(self) -> dict[str, Any]:
         """The stock ``to_dict`` without what is chosen at run time; PEFT, which calls it, learns its targets here."""

@@ -19,7 +19,7 @@ from .backend_table import run_filter
 from .boost_depth import feedback_gains, gain_arguments
 from .boost_gradient import GradientBoosting
 from .boost_operators import extra_streams, operator_on_value
-from .cache_streams import NO_STREAMS, SECOND, Streams, boost_stream
+from .cache_streams import NO_STREAMS, Streams, boost_stream, round_stream
 from .kernel_content import working_dtype
 from .kernel_elliptical import elliptical_metric
 from .kernel_position import Positions, pack_key, unpack_key
@@ -101,13 +101,24 @@ class AttentionFilter(nn.Module):
             self.position_projection = PositionProjection(config.hidden_size, self.num_heads, head_dim, layer_norm_eps)
         self.gradient_boosting = None
         if spec.boosting == "gradient_boosted":
-            self.gradient_boosting = GradientBoosting(config.hidden_size, self.num_heads, head_dim)
+            given = (config.hidden_size, self.num_heads, head_dim, spec.gradient_boosting_source)
+            # The second round has the names of checkpoints from the time when it was the last one.
+            self.gradient_boosting = GradientBoosting(*given)
+            if spec.boosting_steps > 2:
+                further = (GradientBoosting(*given) for _ in range(2, spec.boosting_steps))
+                self.gradient_boosting_further = nn.ModuleList(further)
+
+    def later_rounds(self) -> list[GradientBoosting]:
+        """The rounds of gradient boosting after the first, in order; none with another booster."""
+        further = getattr(self, "gradient_boosting_further", ())
+        return [] if self.gradient_boosting is None else [self.gradient_boosting, *further]
 
     def _stream_names(self) -> tuple[str, ...]:
         """What a cache has to keep beside keys and values; see ``cache_streams``."""
         metric = ["metric"] if self.has_metric else []
         if self.spec.boosting == "gradient_boosted":
-            return (*metric, *(SECOND + name for name in ("key", "value", *metric)))
+            rounds, names = range(1, self.spec.boosting_steps), ("key", "value", *metric)
+            return (*metric, *(round_stream(number, name) for number in rounds for name in names))
         applications = extra_streams(self.spec.boosting, self.spec.boosting_steps)
         return (*metric, *(boost_stream(number + 1) for number in range(applications)))
 

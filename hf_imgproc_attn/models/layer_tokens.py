@@ -6,6 +6,7 @@ filter (with the boosters that are operators on V) -> gradient boosting -> feedb
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,8 +39,8 @@ def filter_tokens(
 
     Returns:
         The heads side by side, ``[batch, length, heads * head_dim]``; the attentions
-        ``[batch, heads, length, key_length]`` (of ``gradient_boosted`` those of its two filters,
-        ``[batch, 2, heads, length, key_length]``) or None; the new state.
+        ``[batch, heads, length, key_length]`` (of ``gradient_boosted`` those of its rounds,
+        ``[batch, rounds, heads, length, key_length]``) or None; the new state.
     """
     streams: Streams = NO_STREAMS
     # A decoder with cross-attention keeps the cache of its self-attention inside another one.
@@ -50,18 +51,41 @@ def filter_tokens(
     value, state = projected[2], inputs.state
     output, weights = layer(*projected, inputs, streams=streams, dropout=dropout)
     if layer.gradient_boosting is not None:
-        # Where the elliptical metric compares values, those of the first filter come before those of the second.
-        second_inputs = inputs._replace(state=state._replace(previous_value=value))
-
-        def attend(*second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-            return layer(*second, second_inputs, streams=streams.second(), dropout=dropout)
-
-        output, weights = layer.gradient_boosting(hidden_states, output, weights, attend)
+        output, weights = _boost_by_gradient(layer, hidden_states, (output, value, weights), inputs, streams, dropout)
     if layer.spec.feedback != "none":
         output, state = FEEDBACK[layer.spec.feedback](output, value, state, **layer.feedback_arguments())
     if layer.passes_value:
         state = state._replace(previous_value=value)
     return output.transpose(1, 2).flatten(2), weights, state
+
+
+def _boost_by_gradient(
+    layer: AttentionFilter,
+    hidden_states: torch.Tensor,
+    first: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    inputs: LayerInputs,
+    streams: Streams,
+    dropout: float,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The rounds of gradient boosting after the first, see ``boost_gradient``.
+
+    Args:
+        first: output and values of the first round, ``[batch, heads, length, head_dim]``, and its map or None.
+
+    Returns:
+        The heads' output, and the maps of all rounds ``[batch, rounds, heads, length, key_length]`` or None.
+    """
+    output, value, weights = first
+    estimate, maps = output.transpose(1, 2).flatten(2), [weights]
+    for number, boost in enumerate(layer.later_rounds(), start=1):
+        # Where the elliptical metric compares values, those of the round before come before those of this one.
+        given = inputs._replace(state=inputs.state._replace(previous_value=value))
+        attend = partial(layer, inputs=given, streams=streams.of_round(number), dropout=dropout)
+        estimate, value, weights = boost(hidden_states, estimate, attend)
+        maps.append(weights)
+    output = estimate.unflatten(-1, (layer.num_heads, layer.head_dim)).transpose(1, 2)
+    seen = [each for each in maps if each is not None]
+    return output, torch.stack(seen, dim=1) if len(seen) == len(maps) else None
 
 
 class FilteredAttentionMixin:

@@ -87,8 +87,8 @@ class ImgProcViTEmbeddings(ViTEmbeddings):
         # Of the two ways in which the stock code adds positions, only interpolation can be overridden to add 0.
         interpolate = interpolate_pos_encoding or not self.adds_positions
         tokens = super().forward(pixel_values, bool_masked_pos, interpolate)
-        compared = not self.adds_positions and self.position_embeddings is not None
-        return tokens, self.position_table(height, width) if compared else None
+        kernel_reads_positions = not self.adds_positions and self.position_embeddings is not None
+        return tokens, self.position_table(height, width) if kernel_reads_positions else None
 
     def position_table(self, height: int, width: int) -> torch.Tensor:
         """Position vectors of the patches, ``[1, patches, hidden_size]``, interpolated to the image's grid."""

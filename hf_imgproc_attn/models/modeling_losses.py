@@ -33,7 +33,7 @@ def classification_loss(
     """
     loss: torch.Tensor = ForSequenceClassificationLoss(labels, logits, config, num_items_in_batch=num_items_in_batch)
     if num_items_in_batch is not None and config.problem_type != "single_label_classification":
-        loss = loss * (labels.numel() / _beside(loss, num_items_in_batch))
+        loss = loss * (labels.numel() / _same_device(num_items_in_batch, loss))
     return loss
 
 
@@ -57,7 +57,7 @@ def token_loss(
     return fixed_cross_entropy(logits.view(-1, config.num_labels), labels, num_items_in_batch=num_items_in_batch)
 
 
-def _beside(loss: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor | int:
+def _same_device(count: torch.Tensor | int, loss: torch.Tensor) -> torch.Tensor | int:
     return count.to(loss.device) if torch.is_tensor(count) else count
 
 

@@ -25,8 +25,11 @@ ATTENTION_OUTPUTS = ("operator", "filter")
 RUN_TIME_FIELDS = ("filter_backend", "attention_output")
 """Fields of a configuration that are chosen at run time and never saved."""
 
-STEPPED_BOOSTINGS = ("twicing", "osher", "diffusion", "sos")
-"""Boosters that take a number of steps."""
+STEPPED_BOOSTINGS = ("twicing", "osher", "diffusion", "sos", "gradient_boosted")
+"""Boosters that take a number of steps; of ``gradient_boosted`` they are the rounds, two at least."""
+
+GRADIENT_BOOSTING_SOURCES = ("residual", "input")
+"""What the later rounds of ``gradient_boosted`` make their keys and values of, the default first."""
 
 KERNELS_WITH_BANDWIDTH = ("untied", "gaussian")
 """Position kernels that have a bandwidth, ``position_bandwidth``."""
@@ -34,11 +37,17 @@ KERNELS_WITH_BANDWIDTH = ("untied", "gaussian")
 COORDINATE_KERNELS = ("gaussian", "alibi", "relative_buckets", "rotary")
 """Position kernels that use a token's place on the grid: without a position table, inputs may be of any length."""
 
+COMPARING_KERNELS = ("untied", "gaussian", "alibi", "relative_buckets")
+"""Position kernels that are a term of the attention logits; class tokens have learned logits there."""
+
 MAX_BOOSTING_STEPS = 16
 """More steps than this only amplify rounding: ``I - (I - A)^k`` is within 2^-k of its limit where A smooths at all."""
 
 MIN_BANDWIDTH, MAX_BANDWIDTH = 1e-4, 1e8
 """Outside, 2/h^2 leaves the range in which float32 logits mean anything."""
+
+PUBLISHED_NEUTRENO_LAMBDAS = {1: 0.4, 2: 0.6}
+"""Axes of the grid of positions -> the published strength for such data: text, images."""
 
 DEFAULT_PID_GAINS = (0.5, 0.05, 0.05)
 DEFAULT_NUM_BUCKETS, DEFAULT_MAX_DISTANCE = 32, 128
@@ -57,6 +66,7 @@ class LayerSpec(NamedTuple):
     boosting_steps: int
     residual: str
     feedback: str
+    gradient_boosting_source: str = GRADIENT_BOOSTING_SOURCES[0]
 
     @property
     def is_boosted(self) -> bool:
@@ -69,7 +79,7 @@ class LayerSpec(NamedTuple):
 
         ``additive`` adds them to the tokens instead, ``rotary`` turns queries and keys by them.
         """
-        return self.position_kernel in ("untied", "gaussian", "alibi", "relative_buckets")
+        return self.position_kernel in COMPARING_KERNELS
 
 
 def per_layer(name: str, value: Any, num_layers: int) -> list[Any]:
@@ -88,7 +98,7 @@ def per_layer(name: str, value: Any, num_layers: int) -> list[Any]:
 
 
 def default_steps(boosting: str) -> int:
-    """Number of steps where none is given: 3 for ``sos`` (two are plain diffusion, A^2), else 2."""
+    """Number of steps or rounds where none is given: 3 for ``sos`` (two are plain diffusion, A^2), else 2."""
     return 3 if boosting == "sos" else 2
 
 
@@ -120,6 +130,7 @@ def layer_schedule(config: Any) -> list[LayerSpec]:
                 default_steps(booster) if steps[i] is None else steps[i],
                 config.residual if i else "standard",
                 config.feedback,
+                config.gradient_boosting_source or GRADIENT_BOOSTING_SOURCES[0],
             )
         )
     return specs

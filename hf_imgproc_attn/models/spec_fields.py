@@ -17,6 +17,8 @@ from .spec_axes import (
     DEFAULT_PID_GAINS,
     DEFAULT_ROTARY_BASE,
     FILTER_BACKENDS,
+    GRADIENT_BOOSTING_SOURCES,
+    PUBLISHED_NEUTRENO_LAMBDAS,
     RUN_TIME_FIELDS,
     LayerSpec,
     default_steps,
@@ -60,6 +62,7 @@ FILTER_FIELDS = (
     "boosting",
     "boosting_steps",
     "boosted_layers",
+    "gradient_boosting_source",
     "residual",
     "feedback",
     "neutreno_lambda",
@@ -67,6 +70,9 @@ FILTER_FIELDS = (
     "learn_feedback",
 )
 """The fields below, but for the version, which is never chosen."""
+
+_AXES = ("content_kernel", "position_kernel", "boosting", "residual", "feedback")
+"""The fields that make a preset what it is."""
 
 ConfigT = TypeVar("ConfigT", bound="FilterSpecMixin")
 
@@ -94,8 +100,12 @@ class FilterSpecMixin:
             ``"learned"`` (A + gamma A(I - A), one gamma per head), ``"diffusion"`` (A^steps), ``"sos"`` or
             ``"gradient_boosted"``; one value, or one per layer.
         boosting_steps: number of steps, an integer from 1 to 16, or a list with one per layer. None: 3 for ``sos``,
-            else 2, which for ``twicing`` is 2A - A^2.
+            else 2, which for ``twicing`` is 2A - A^2. Of ``gradient_boosted`` they are the rounds M >= 2, that is the
+            attentions in a layer.
         boosted_layers: indices of the layers that are boosted, negative ones count from the end; None: all layers.
+        gradient_boosting_source: ``gradient_boosted`` only: what the rounds after the first make their keys and values
+            of. ``"residual"``: of z - F, as their queries, which is what the authors' experiments run; ``"input"``: of
+            z, the equation of arXiv 2604.03190v1. None: ``"residual"``.
         residual: scheme across depth: ``"standard"`` is x + f(x), ``"twicing"``, ``"sos"``, ``"osher"``.
         feedback: cross-layer feedback on the head output: ``"none"``, ``"neutreno"``, ``"pid"``.
         neutreno_lambda: ``neutreno`` only: its strength. None: the published 0.6 for images, 0.4 for text.
@@ -121,6 +131,7 @@ class FilterSpecMixin:
     boosting: str | list[str] = "none"
     boosting_steps: int | list[int] | None = None
     boosted_layers: list[int] | None = None
+    gradient_boosting_source: str | None = None
     residual: str = "standard"
     feedback: str = "none"
     neutreno_lambda: float | int | None = None
@@ -130,7 +141,7 @@ class FilterSpecMixin:
 
     position_axes: ClassVar[int] = 1
     """Axes of the grid that positions lie on: 1 for text, 2 for patches."""
-    default_neutreno_lambda: ClassVar[float] = 0.4
+    default_neutreno_lambda: ClassVar[float] = PUBLISHED_NEUTRENO_LAMBDAS[1]
     """The published strength for this kind of data."""
 
     @classmethod
@@ -181,8 +192,8 @@ class FilterSpecMixin:
 
         ``"operator"`` is what multiplies V (for twicing 2A - A^2); it needs every row of A, which a cache does not
         keep. ``"filter"`` is A itself, whose rows are there at every step of cached generation. The output is computed
-        from the returned tensor, so gradients with respect to it exist; the two maps of ``gradient_boosted`` are
-        stacked copies and have none. Set at run time, as ``filter_backend`` is, and never saved.
+        from the returned tensor, so gradients with respect to it exist; the maps of ``gradient_boosted`` are stacked
+        copies and have none. Set at run time, as ``filter_backend`` is, and never saved.
 
         Raises:
             ValueError: on setting another value.
@@ -236,23 +247,50 @@ def preset_fields(name: str) -> dict[str, Any]:
 
 def preset_name(config: Any) -> str:
     """The name of the preset whose filter fields ``config`` has, or ``"custom"``; defaults may be written out."""
+    name, changes = closest_preset(config)
+    return "custom" if changes else name
+
+
+def closest_preset(config: Any) -> tuple[str, dict[str, Any]]:
+    """The preset that a configuration varies, and the fields in which it differs from it, with their values.
+
+    It is of a preset if it has the same kernels, booster, residual scheme and feedback; steps, layers, bandwidths,
+    gains and what is learned may differ. Of several presets the one with the fewest differences is meant.
+
+    Returns:
+        A key of :data:`PRESETS` and the fields; with other axes ``"custom"`` and the fields in which the
+        configuration differs from the stock model.
+    """
     written_out = {
         "boosting_steps": default_steps(config.boosting) if isinstance(config.boosting, str) else None,
+        "gradient_boosting_source": GRADIENT_BOOSTING_SOURCES[0],
         "neutreno_lambda": config.default_neutreno_lambda,
         "pid_gains": list(DEFAULT_PID_GAINS),
         "relative_attention_num_buckets": DEFAULT_NUM_BUCKETS,
         "relative_attention_max_distance": DEFAULT_MAX_DISTANCE,
         "rotary_base": DEFAULT_ROTARY_BASE,
     }
-    stock = {field: getattr(FilterSpecMixin, field) for field in FILTER_FIELDS}
     fields = {field: getattr(config, field) for field in FILTER_FIELDS}
     for field, default in written_out.items():
         if fields[field] == default:
             fields[field] = None
-    for name, changes in PRESETS.items():
-        if fields == {**stock, **changes}:
-            return name
-    return "custom"
+    if fields["boosting"] == "osher":
+        fields["boosting"] = "twicing"  # an alias
+    stock = {field: getattr(FilterSpecMixin, field) for field in FILTER_FIELDS}
+    differences = {
+        name: {field: value for field, value in fields.items() if value != {**stock, **preset}[field]}
+        for name, preset in PRESETS.items()
+    }
+    of_its_axes = [name for name, changes in differences.items() if not changes.keys() & set(_AXES)]
+    name = min(of_its_axes, key=lambda name: len(differences[name]), default="custom")
+    return name, differences["softmax" if name == "custom" else name]
+
+
+def preset_in_words(config: Any) -> str:
+    """:func:`closest_preset` as one text: ``neutreno with learn_feedback=True``."""
+    name, changes = closest_preset(config)
+    listed = ", ".join(f"{field}={value!r}" for field, value in changes.items())
+    return f"{name} with {listed}" if listed else name
 
 
 def refuse_near_misses(kwargs: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from .spec_axes import (
     DEFAULT_MAX_DISTANCE,
     DEFAULT_NUM_BUCKETS,
     FEEDBACKS,
+    GRADIENT_BOOSTING_SOURCES,
     KERNELS_WITH_BANDWIDTH,
     MAX_BANDWIDTH,
     MAX_BOOSTING_STEPS,
@@ -84,6 +85,7 @@ def _check_boosting(config: Any, num_layers: int) -> None:
             f"boosting_steps has no effect with boosting={config.boosting!r}, only with one of "
             f"{', '.join(STEPPED_BOOSTINGS)}: leave it at None, got {steps!r}"
         )
+    _check_gradient_boosting(config, num_layers)
     layers = config.boosted_layers
     if layers is None:
         return
@@ -104,6 +106,24 @@ def _check_boosting(config: Any, num_layers: int) -> None:
             )
     if len({layer % num_layers for layer in layers}) != len(layers):
         raise ValueError(f"boosted_layers must name every layer at most once, got {layers!r}")
+
+
+def _check_gradient_boosting(config: Any, num_layers: int) -> None:
+    boostings, source = per_layer("boosting", config.boosting, num_layers), config.gradient_boosting_source
+    for booster, rounds in zip(boostings, per_layer("boosting_steps", config.boosting_steps, num_layers), strict=True):
+        if booster == "gradient_boosted" and rounds == 1:
+            raise ValueError(
+                "boosting_steps must be >= 2 with boosting 'gradient_boosted', whose rounds they are (one round is "
+                f"boosting 'none'), got {config.boosting_steps!r}"
+            )
+    if source is None:
+        return
+    if "gradient_boosted" not in boostings:
+        raise ValueError(
+            "gradient_boosting_source needs boosting 'gradient_boosted', got "
+            f"gradient_boosting_source={source!r} with boosting={config.boosting!r}"
+        )
+    _check_choice("gradient_boosting_source", source, GRADIENT_BOOSTING_SOURCES)
 
 
 def _check_kernels(config: Any, num_layers: int) -> None:

@@ -2,13 +2,14 @@
 
 from typing import Any
 
-FILTER_SPEC_VERSION = 3
+FILTER_SPEC_VERSION = 4
 """Saved with every configuration. It goes up with each change that older code would misread (a new value, a new field,
 another default); newer code reads all older versions.
 
 1: boosters with two steps by default, written into every file, boosted or not.
 2: all kernels, boosters, residual schemes and feedbacks; ``boosting_steps`` is None for a booster's own default.
 3: the field ``learn_feedback``.
+4: the field ``gradient_boosting_source``, and ``boosting_steps`` as the rounds of ``gradient_boosted``, which had two.
 """
 
 
@@ -41,4 +42,15 @@ def bring_up_to_date(config_dict: dict[str, Any]) -> dict[str, Any]:
     if version == 1 and fields.get("boosting_steps") == 2:
         # Two were the default of the only booster there was, and still are.
         fields["boosting_steps"] = None
+    boosting = fields.get("boosting")
+    if version < 4 and isinstance(boosting, list) and "gradient_boosted" in boosting:
+        fields["boosting_steps"] = _two_rounds(fields.get("boosting_steps"), boosting)
     return fields
+
+
+def _two_rounds(steps: Any, boosting: list[Any]) -> Any:
+    """``boosting_steps`` of layers that differ: gradient boosting had two rounds whatever was meant for the others."""
+    if steps is None or (isinstance(steps, list) and len(steps) != len(boosting)):
+        return steps
+    counts = steps if isinstance(steps, list) else [steps] * len(boosting)
+    return [2 if name == "gradient_boosted" else count for name, count in zip(boosting, counts, strict=True)]

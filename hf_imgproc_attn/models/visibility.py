@@ -74,6 +74,28 @@ class Visibility(NamedTuple):
             allowed = _both(allowed, causal_mask(self.length, self.key_length, device))
         return allowed
 
+    def largest_seen(self, terms: torch.Tensor) -> torch.Tensor:
+        """The largest number that each query sees, without a gradient: 0 for queries that see none.
+
+        Args:
+            terms: of the logits, ``[batch or 1, heads or 1, length or 1, key_length or 1]``.
+
+        Returns:
+            ``[batch or 1, heads or 1, length or 1, 1]``.
+        """
+        terms, places = terms.detach(), _both(self.mask, self.keys)
+        is_one_row = terms.shape[-2] == 1 and (places is None or places.shape[-2] == 1)
+        if self.hides_later_keys and is_one_row and self.length <= self.key_length:
+            # A running maximum: no matrix of length x key_length is formed.
+            shown = terms if places is None else torch.where(places, terms, float("-inf"))
+            shown = shown.expand(-1, -1, -1, self.key_length)
+            largest = shown.cummax(-1).values[..., self.key_length - self.length :].mT
+        else:
+            allowed = self.allowed(terms.device)
+            shown = terms if allowed is None else torch.where(allowed, terms, float("-inf"))
+            largest = shown.amax(-1, keepdim=True)
+        return largest.masked_fill(largest == float("-inf"), 0.0)
+
     def clean_queries(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows of queries ``[batch or 1, heads or 1, length, width]`` with 0 where they see no key."""
         return rows if self.blind is None else rows.masked_fill(self.blind, 0.0)

@@ -1,4 +1,4 @@
-"""The table of variants says what the code does, and the README holds it."""
+"""The table of variants says what the code does, and docs/variants.md holds it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from huggingface_hub.errors import StrictDataclassError
 
 from hf_imgproc_attn import PRESETS, ImgProcGPT2Config, ImgProcGPT2LMHeadModel, ImgProcViTConfig, ImgProcViTModel, cli
 from hf_imgproc_attn.catalogue import table
-from hf_imgproc_attn.catalogue.works import PAPERS, PAPERS_OF
+from hf_imgproc_attn.catalogue.presets import REASONS, VARIANTS
+from hf_imgproc_attn.catalogue.works import PAPERS
 from hf_imgproc_attn.models.layer_filter import AttentionFilter
 from tests.helpers import ROOT, RunPython
 from tests.models.helpers import sharpen_
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "variants.md").read_text(encoding="utf-8")
 
 
-def test_every_preset_has_its_entries_and_no_other() -> None:
-    assert set(table.EQUATIONS) == set(PRESETS) == set(PAPERS_OF)
-    assert set(table.LIMITS) <= set(PRESETS)
+def test_every_preset_has_its_row_and_no_other() -> None:
+    assert list(VARIANTS) == list(PRESETS)
     used = {reason for preset in PRESETS for reason in table.limits(preset)}
-    assert used == set(table.REASONS)
-    assert len(set(table.EQUATIONS.values())) == len(PRESETS)
-    assert not any("|" in equation for equation in table.EQUATIONS.values())
+    assert used == set(REASONS)
+    assert len({variant.text for variant in VARIANTS.values()}) == len(PRESETS)
+    assert not any("|" in variant.text for variant in VARIANTS.values())
     assert set(table.COLUMNS) == set(vars(table.row("softmax")))
 
 
@@ -123,8 +123,8 @@ def test_cached_decoding_and_limits_are_what_a_model_does(preset: str) -> None:
     assert (f"{streams} stream" in table.cached_decoding(preset)) == (streams > 0)
 
 
-def test_readme_holds_the_table() -> None:
-    between = re.search(r"<!-- variants: begin -->\n(.*?)\n<!-- variants: end -->", README, re.DOTALL)
+def test_the_page_holds_the_table() -> None:
+    between = re.search(r"<!-- variants: begin -->\n(.*?)\n<!-- variants: end -->", PAGE, re.DOTALL)
     assert between is not None, "the markers around the table of variants are missing"
     assert between[1] == f"{table.markdown_table()}\n\n{table.LEGEND}", "stale: imgproc-attn variants --markdown"
 

@@ -283,5 +283,5 @@ def test_committed_record_and_figure_belong_to_the_documentation() -> None:
     record = json.loads((ROOT / "docs" / "denoising.json").read_text(encoding="utf-8"))
     assert record["git"]["dirty"] is False
     assert record["rule"] == json.loads(json.dumps(denoising.RULES[record["preset"]]._asdict()))
-    assert denoising.markdown_table(record) in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert denoising.markdown_table(record) in (ROOT / "docs" / "images.md").read_text(encoding="utf-8")
     assert (ROOT / "docs" / "denoising.png").stat().st_size < 1_500_000

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hf_imgproc_attn.measure.benchmark.__main__ import main
+from hf_imgproc_attn import cli
 from hf_imgproc_attn.measure.benchmark.report import LEAST, draw
 from tests.helpers import ROOT
 
@@ -81,7 +81,7 @@ def test_no_value_is_left_out(drawn: list[Figure], tmp_path: Path) -> None:
 
 def test_the_committed_plot_is_drawn_by_the_command(drawn: list[Figure], tmp_path: Path) -> None:
     shutil.copy(ROOT / "docs" / "benchmark.json", tmp_path / "benchmark.json")
-    assert main([str(tmp_path / "benchmark.json")]) == 0
+    assert cli.main(["benchmark", "--redraw", str(tmp_path / "benchmark.json")]) == 0
     assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
     sweep = [row for row in record["rows"] if row["suite"] == "attention" and "(1, 2," in row["case"]]
@@ -100,8 +100,7 @@ def test_the_committed_plot_is_drawn_by_the_command(drawn: list[Figure], tmp_pat
 def test_what_is_no_record_is_one_line(content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     if content is not None:
         (tmp_path / "a.json").write_text(content, encoding="utf-8")
-    assert main([str(tmp_path / "a.json")]) == 2
-    assert main([]) == 2
-    first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("error: record must be one of a benchmark, got ")
-    assert second == "error: the following arguments are required: record"
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["benchmark", "--redraw", str(tmp_path / "a.json")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("imgproc-attn: error: --redraw must be a record of a benchmark, got ")

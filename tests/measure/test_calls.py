@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from hf_imgproc_attn import cli
 from hf_imgproc_attn.measure import calls
 
 
@@ -21,7 +22,7 @@ def test_it_is_packed_once_and_the_back_end_is_chosen_once() -> None:
 
 
 def test_the_command_prints_them(capsys: pytest.CaptureFixture[str]) -> None:
-    calls.main(["--list"])
+    assert cli.main(["calls", "--list"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert " functions, " in printed[0]
     assert any("AttentionFilter.compose" in line for line in printed[1:])

@@ -1,4 +1,4 @@
-"""What is made of a GPU check's record: the page, the README's paragraph, the table of measured back-ends."""
+"""What is made of a GPU check's record: the page, the paragraph of another page, the table of measured back-ends."""
 
 from __future__ import annotations
 
@@ -94,15 +94,15 @@ def test_committed_pages_are_what_the_committed_record_says() -> None:
     path = ROOT / "docs" / "gpu.json"
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     assert (ROOT / report.PAGE).read_text(encoding="utf-8") == report.page(record)
-    readme = (ROOT / report.README).read_text(encoding="utf-8")
-    assert report.readme_paragraph(record).join(report.README_MARKS) in readme
+    compatibility = (ROOT / report.COMPATIBILITY).read_text(encoding="utf-8")
+    assert report.paragraph(record).join(report.PARAGRAPH_MARKS) in compatibility
     table = (ROOT / report.TABLE).read_text(encoding="utf-8")
     assert report.table_source(record).join(report.TABLE_MARKS) in table
 
 
 def test_without_a_record_everything_says_not_measured() -> None:
     assert "Not measured" in report.page(None)
-    assert "not measured" in report.readme_paragraph(None)
+    assert "not measured" in report.paragraph(None)
     assert cuda_choices(None) == ()
 
 
@@ -126,8 +126,8 @@ def test_page_shows_what_was_measured_and_what_went_wrong() -> None:
         assert line in page.splitlines(), line
 
 
-def test_readme_paragraph_counts_and_names_the_fastest() -> None:
-    text = report.readme_paragraph(a_record())
+def test_paragraph_counts_and_names_the_fastest() -> None:
+    text = report.paragraph(a_record())
     assert "On a GPU (NVIDIA H100, torch 2.11.0+cu130): of 12 checks 11 came out as they should and 1 did not" in text
     assert "1.40 / 1.50 by `flex` at causal (8, 12, 2048, 64)." in text
 
@@ -143,23 +143,23 @@ def test_a_part_that_was_not_run_says_so() -> None:
 
 
 def test_render_writes_a_checkout(tmp_path: Path) -> None:
-    for name in (report.PAGE, report.README, report.TABLE):
+    for name in (report.PAGE, report.COMPATIBILITY, report.TABLE):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     found = tmp_path / "gpu.json"
     found.write_text(json.dumps(a_record()), encoding="utf-8")
     report.render(found, tmp_path)
     assert (tmp_path / report.PAGE).read_text(encoding="utf-8") == report.page(a_record())
-    assert "NVIDIA H100" in (tmp_path / report.README).read_text(encoding="utf-8")
+    assert "NVIDIA H100" in (tmp_path / report.COMPATIBILITY).read_text(encoding="utf-8")
     namespace: dict[str, Any] = {}
     exec((tmp_path / report.TABLE).read_text(encoding="utf-8"), namespace)  # the generated file is Python
     assert namespace["MEASURED"] == tuple(tuple(row) for row in cuda_choices(a_record()))
     report.render(tmp_path / "missing.json", tmp_path)  # and back
-    assert "On a GPU: not measured." in (tmp_path / report.README).read_text(encoding="utf-8")
+    assert "On a GPU: not measured." in (tmp_path / report.COMPATIBILITY).read_text(encoding="utf-8")
     assert "MEASURED: tuple[Row, ...] = ()\n" in (tmp_path / report.TABLE).read_text(encoding="utf-8")
 
-    (tmp_path / report.README).write_text("no marks", encoding="utf-8")
-    with pytest.raises(UsageError, match="README.md must have the marks"):
+    (tmp_path / report.COMPATIBILITY).write_text("no marks", encoding="utf-8")
+    with pytest.raises(UsageError, match="compatibility.md must have the marks"):
         report.render(found, tmp_path)
     record = a_record()
     record["environment"]["device"]["type"] = "cpu"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_imgproc_attn import cli
 from hf_imgproc_attn.measure import precision
 from hf_imgproc_attn.models.spec_axes import CONTENT_KERNELS, POSITION_KERNELS
 from tests.helpers import ROOT
@@ -42,11 +43,14 @@ def test_the_command_writes_the_page(
 ) -> None:
     monkeypatch.setattr(precision, "ALL_DATA", SMALL)
     monkeypatch.setattr(precision, "cases", lambda: {"a row": {"position_kernel": "alibi"}})
-    assert precision.main([str(tmp_path / "page.md")]) == 0
-    text = (tmp_path / "page.md").read_text(encoding="utf-8")
+    page = tmp_path / "page.md"
+    assert cli.main(["precision", str(page)]) == 0
+    text = page.read_text(encoding="utf-8")
     assert text.count("\n| a row |") == 2
-    assert precision.main([str(tmp_path / "page.md")]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["precision", str(page)])
     assert capsys.readouterr().err.endswith("page.md' is there already; --force replaces it\n")
-    assert precision.main([str(tmp_path / "page.md"), "--force"]) == 0
-    assert precision.main([str(tmp_path / "missing" / "page.md")]) == 2
-    assert capsys.readouterr().err.startswith("error: output must be in a folder that exists")
+    assert cli.main(["precision", str(page), "--force"]) == 0
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["precision", str(tmp_path / "missing" / "page.md")])
+    assert capsys.readouterr().err.startswith("imgproc-attn: error: output must be in a folder that exists")

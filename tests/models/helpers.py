@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from hf_imgproc_attn.models.backend_call import Booster, Content, FilterCall
+from hf_imgproc_attn.models.backend_blocked import run as run_blocked
+from hf_imgproc_attn.models.backend_call import Booster, Content, FilterCall, check_bias
 from hf_imgproc_attn.models.backend_reference import filter_matrix, reference_attention
 from hf_imgproc_attn.models.boost_depth import LayerState
 from hf_imgproc_attn.models.cache_layer import check_cache_layer
-from hf_imgproc_attn.models.cache_streams import CachedStreams
+from hf_imgproc_attn.models.cache_streams import NO_STREAMS, CachedStreams, NoStreams, Streams, boost_stream
 from hf_imgproc_attn.models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from hf_imgproc_attn.models.configuration_imgproc_vit import ImgProcViTConfig
-from hf_imgproc_attn.models.kernel_position import check_coordinates
+from hf_imgproc_attn.models.kernel_given import BiasPositions
+from hf_imgproc_attn.models.kernel_position import Positions, check_coordinates
 from hf_imgproc_attn.models.layer_filter import AttentionFilter
 from hf_imgproc_attn.models.layer_inputs import LayerInputs
 from hf_imgproc_attn.models.modeling_shared import run_time_choices
@@ -160,29 +163,120 @@ class LooseFilter(AttentionFilter):
         return super().forward(query, key, value, inputs, streams=streams, dropout=dropout)
 
 
+class RecordedStreams(NoStreams):
+    """A cache of one call.
+
+    Args:
+        past: rows of the booster's streams of earlier keys, in order.
+    """
+
+    is_cached = True
+
+    def __init__(self, past: Sequence[torch.Tensor] = ()) -> None:
+        self._past = {boost_stream(index + 1): rows for index, rows in enumerate(past)}
+        self.appended: list[torch.Tensor] = []
+
+    def append(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        self.appended.append(rows)
+        return torch.cat((self._past[name], rows), dim=2) if name in self._past else rows
+
+    def past(self, name: str) -> torch.Tensor | None:
+        return self._past.get(name)
+
+
 def filter_call(
+    query: torch.Tensor,
+    key: torch.Tensor,
     value: torch.Tensor,
-    full_value: torch.Tensor | None = None,
     *,
     attention_mask: torch.Tensor | None = None,
     is_causal: bool = False,
+    bias: torch.Tensor | None = None,
+    positions: Positions | None = None,
+    scale: float | None = None,
     boosting: str = "none",
     boosting_steps: int = 2,
     boosting_gain: torch.Tensor | None = None,
     dropout: float = 0.0,
+    streams: Streams = NO_STREAMS,
 ) -> FilterCall:
-    """A call for :func:`reference_attention`, which looks at everything but queries and keys."""
-    full_value = value if full_value is None else full_value
-    shape = (value.shape[0], value.shape[1], value.shape[-2], full_value.shape[-2])
+    """A call of plain inner products, with its options one by one.
+
+    Args:
+        query: ``[batch, heads, length, head_dim]``.
+        key: ``[batch, key_heads, key_length, head_dim]``.
+        value: ``[batch, key_heads, key_length, d]``.
+        attention_mask: boolean or additive, broadcastable to ``[batch, heads, length, key_length]``, or None.
+        is_causal: whether causality hides keys too.
+        bias: added to the logits, broadcastable likewise, or None.
+        positions: a position kernel, or None.
+        scale: factor on q.k; None: 1/sqrt(head_dim).
+        boosting: key of ``BOOSTING``.
+        boosting_steps: k >= 1.
+        boosting_gain: of ``learned``, or None.
+        dropout: probability on A.
+        streams: of a cache.
+    """
+    shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    working = torch.promote_types(query.dtype, torch.float32)
+    terms: list[Positions] = [] if positions is None else [positions]
+    if bias is not None:
+        terms.append(BiasPositions(check_bias(bias, shape)))
     return FilterCall(
+        query,
+        key,
         value,
-        full_value,
-        full_value,
-        Content("dot_product", 1.0),
-        attention_visibility(attention_mask, shape=shape, causal=is_causal),
+        Content("dot_product", query.shape[-1] ** -0.5 if scale is None else scale),
+        attention_visibility(attention_mask, shape=shape, causal=is_causal, working_dtype=working),
+        positions=tuple(terms),
         booster=Booster(boosting, boosting_steps, boosting_gain),
         dropout=dropout,
+        streams=streams,
     )
+
+
+def dropout_seed(seed: int | None) -> int:
+    """Seed torch's generator, unless None, and return what the next blocked call will draw from it."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    state = torch.get_rng_state()
+    drawn = int(torch.randint(2**62, ()))
+    torch.set_rng_state(state)
+    return drawn
+
+
+def blocked_filter(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    boosting: str = "twicing",
+    steps: int = 2,
+    past: Sequence[torch.Tensor] = (),
+    seed: int | None = None,
+    block_rows: int | None = None,
+    group_pairs: int | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The back-end ``blocked``, cut as one likes: the output, and the booster's streams of the queries.
+
+    Args:
+        query: see :func:`filter_call`.
+        key: likewise.
+        value: likewise.
+        boosting: likewise.
+        steps: k >= 1.
+        past: rows of the streams of earlier keys.
+        seed: of the dropout mask; None: torch's generator goes on.
+        block_rows: see ``backend_blocked.run``.
+        group_pairs: likewise.
+        **options: of :func:`filter_call`.
+    """
+    streams = RecordedStreams(past)
+    call = filter_call(query, key, value, boosting=boosting, boosting_steps=steps, streams=streams, **options)
+    if seed is not None:
+        torch.manual_seed(seed)
+    return run_blocked(call, block_rows=block_rows, group_pairs=group_pairs), streams.appended
 
 
 def dense_matrix(
@@ -190,7 +284,8 @@ def dense_matrix(
 ) -> torch.Tensor:
     """``filter_matrix`` of a mask."""
     shape = (*logits.shape[:2], *logits.shape[-2:])
-    return filter_matrix(logits, attention_visibility(attention_mask, shape=shape, causal=is_causal))
+    visibility = attention_visibility(attention_mask, shape=shape, causal=is_causal)
+    return filter_matrix(logits if visibility.bias is None else logits + visibility.bias, visibility)
 
 
 def dense_attention(
@@ -202,7 +297,11 @@ def dense_attention(
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``reference_attention`` with its options one by one."""
-    call = filter_call(value.expand(*logits.shape[:2], -1, -1), full_value, **options)
+    value = value.expand(*logits.shape[:2], -1, -1)
+    full_value = value if full_value is None else full_value
+    call = filter_call(value, full_value, full_value, **options)
+    if call.visibility.bias is not None:
+        logits = logits + call.visibility.bias
     return reference_attention(logits, call, "operator" if need_weights else None)
 
 

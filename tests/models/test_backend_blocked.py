@@ -15,14 +15,21 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_imgproc_attn.models.backend_blocked import blocked_attention
-from hf_imgproc_attn.models.backend_blocked_dense import dropout_factors
+from hf_imgproc_attn.models.backend_blocked_dense import dense_dropout_factors
 from hf_imgproc_attn.models.backend_blocked_passes import recurrence
 from hf_imgproc_attn.models.backend_blocked_plan import make_plan
+from hf_imgproc_attn.models.backend_table import run_filter
 from hf_imgproc_attn.models.boost_operators import BOOSTING, extra_streams
 from hf_imgproc_attn.models.kernel_position import BlockedPositions, GaussianPositions
 from hf_imgproc_attn.models.kernel_relative import AlibiPositions, BucketPositions, bucket_boundaries
-from tests.models.helpers import dense_attention, dense_matrix
+from tests.models.helpers import (
+    RecordedStreams,
+    blocked_filter,
+    dense_attention,
+    dense_matrix,
+    dropout_seed,
+    filter_call,
+)
 
 BATCH, HEADS, WIDTH, VALUE_WIDTH, SCALE = 2, 3, 5, 4, 0.6
 SMALL = {"block_rows": 8, "group_pairs": 2}
@@ -65,7 +72,7 @@ def make_mask(kind: str, length: int, key_length: int) -> torch.Tensor | None:
 def dense(
     tensors: list[torch.Tensor],
     *,
-    attn_mask: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
     is_causal: bool = False,
     boosting: str = "twicing",
     steps: int = 2,
@@ -76,7 +83,7 @@ def dense(
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     logits = query @ key.mT * SCALE
-    matrix = dense_matrix(logits + bias[0] if bias else logits, attn_mask, is_causal)
+    matrix = dense_matrix(logits + bias[0] if bias else logits, attention_mask, is_causal)
     matrix = matrix if factors is None else matrix * factors
     streams = []
 
@@ -87,20 +94,20 @@ def dense(
     return BOOSTING[boosting](lambda stream: matrix @ stream, extend, value, value, steps), streams
 
 
-def compare(tensors: list[torch.Tensor], *, dropout_p: float = 0.0, **options: Any) -> None:
+def compare(tensors: list[torch.Tensor], *, dropout: float = 0.0, **options: Any) -> None:
     """Output, streams and the gradients of a sum over all of them."""
     blocked, plain = ([x.clone().requires_grad_() for x in tensors] for _ in range(2))
     bias = blocked[3] if len(blocked) > 3 else None
     cutting = {name: options.pop(name) for name in tuple(options) if name in SMALL}
-    output, streams = blocked_attention(
-        *blocked[:3], bias=bias, scale=SCALE, dropout_p=dropout_p, seed=5, **options, **cutting
+    output, streams = blocked_filter(
+        *blocked[:3], bias=bias, scale=SCALE, dropout=dropout, seed=5, **options, **cutting
     )
     factors = None
-    if dropout_p:
+    if dropout:
         causal = options.get("is_causal", False)
         one_pass = causal or options.get("steps", 2) == 1
-        chosen = {"scale": SCALE, "dropout": dropout_p, "seed": 5, "one_pass": one_pass, **cutting}
-        factors = dropout_factors(make_plan(*tensors[:2], is_causal=causal, **chosen), tensors[0])
+        chosen = {"scale": SCALE, "dropout": dropout, "seed": dropout_seed(5), "one_pass": one_pass, **cutting}
+        factors = dense_dropout_factors(make_plan(*tensors[:2], is_causal=causal, **chosen), tensors[0])
         assert 0.2 < float((factors == 0).double().mean()) < 0.9
     expected, expected_streams = dense(plain, factors=factors, **options)
     torch.testing.assert_close(output, expected, **EXACT)
@@ -132,7 +139,7 @@ def test_lengths_around_the_edges_of_blocks(length: int, steps: int, is_causal: 
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("cutting", [SMALL, {}, {"group_pairs": 4}], ids=["small", "whole", "samples"])
 def test_masks(mask: str, is_causal: bool, cutting: dict[str, int]) -> None:
-    compare(inputs(19), attn_mask=make_mask(mask, 19, 19), is_causal=is_causal, steps=3, **cutting)
+    compare(inputs(19), attention_mask=make_mask(mask, 19, 19), is_causal=is_causal, steps=3, **cutting)
 
 
 @pytest.mark.parametrize("shape", [(BATCH, HEADS, 13, 13), (1, HEADS, 13, 13), (1, 1, 13, 13), (1, HEADS, 1, 13)])
@@ -140,7 +147,7 @@ def test_masks(mask: str, is_causal: bool, cutting: dict[str, int]) -> None:
 @pytest.mark.parametrize("mask", ["none", "float"])
 def test_bias_and_its_gradient(shape: tuple[int, ...], is_causal: bool, mask: str) -> None:
     tensors = [*inputs(13), random(*shape, seed=3)]
-    compare(tensors, is_causal=is_causal, attn_mask=make_mask(mask, 13, 13), **SMALL)
+    compare(tensors, is_causal=is_causal, attention_mask=make_mask(mask, 13, 13), **SMALL)
 
 
 @pytest.mark.parametrize("pairs", [1, 2, 4, 6, 12])
@@ -153,14 +160,14 @@ def test_grouped_query_heads(pairs: int, is_causal: bool) -> None:
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("cutting", [SMALL, {}], ids=["small", "whole"])
 def test_dropout_is_one_mask_for_all_products(steps: int, is_causal: bool, cutting: dict[str, int]) -> None:
-    compare(inputs(17), is_causal=is_causal, steps=steps, dropout_p=0.3, **cutting)
+    compare(inputs(17), is_causal=is_causal, steps=steps, dropout=0.3, **cutting)
 
 
 def test_dropout_follows_the_seed() -> None:
     tensors = inputs(17)
 
     def run(seed: int | None) -> torch.Tensor:
-        return blocked_attention(*tensors, dropout_p=0.5, seed=seed, **SMALL)[0]
+        return blocked_filter(*tensors, dropout=0.5, seed=seed, **SMALL)[0]
 
     torch.testing.assert_close(run(1), run(1), rtol=0, atol=0)
     assert not torch.equal(run(1), run(2))
@@ -175,7 +182,7 @@ def test_dropout_keeps_the_mean() -> None:
     """Averaged over seeds, A with dropout is A."""
     tensors = inputs(9)
     expected = dense(tensors, steps=1)[0]
-    runs = [blocked_attention(*tensors, scale=SCALE, dropout_p=0.25, steps=1, seed=seed)[0] for seed in range(800)]
+    runs = [blocked_filter(*tensors, scale=SCALE, dropout=0.25, steps=1, seed=seed)[0] for seed in range(800)]
     torch.testing.assert_close(torch.stack(runs).mean(0), expected, rtol=0, atol=0.12)
 
 
@@ -192,7 +199,7 @@ def test_coefficients_of_twicing() -> None:
 
 
 def test_fewer_keys_than_queries_without_boosting() -> None:
-    compare(inputs(19, 11), steps=1, **SMALL)
+    compare(inputs(19, 11), boosting="none", **SMALL)
 
 
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
@@ -209,8 +216,8 @@ def test_nothing_to_do(
     boosting, steps = booster
     past = [random(batch, heads, 9, VALUE_WIDTH, seed=3)] * extra_streams(boosting, steps) if not length else []
     mask = torch.ones(batch, 1, 1, 9, dtype=torch.bool) if padded else None
-    options = {"boosting": boosting, "steps": steps, "is_causal": is_causal, "past_streams": past}
-    output, streams = blocked_attention(*leaves, attn_mask=mask, **options)
+    options = {"boosting": boosting, "steps": steps, "is_causal": is_causal, "past": past}
+    output, streams = blocked_filter(*leaves, attention_mask=mask, **options)
     assert all(x.shape == (batch, heads, length, VALUE_WIDTH) for x in (output, *streams))
     for grad in torch.autograd.grad(output, leaves, torch.ones_like(output)):
         assert not grad.any()
@@ -231,8 +238,8 @@ def test_gradcheck(boosting: str, bias: bool) -> None:
 
     def run(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
         term = leaves[3] if bias else None
-        options = {"attn_mask": mask, "bias": term, "is_causal": True, "block_rows": 2}
-        output, streams = blocked_attention(*leaves[:3], boosting=boosting, **options)
+        options = {"attention_mask": mask, "bias": term, "is_causal": True, "block_rows": 2}
+        output, streams = blocked_filter(*leaves[:3], boosting=boosting, **options)
         return output, *streams
 
     assert torch.autograd.gradcheck(run, [*tensors, extra] if extra is not None else tensors)
@@ -255,21 +262,21 @@ def test_chunks_are_the_whole(steps: int, padded: bool) -> None:
     leaves, whole = ([x.clone().requires_grad_() for x in inputs(length)] for _ in range(2))
     outputs, past = [], []
     for start, stop in itertools.pairwise(cuts):
-        output, streams = blocked_attention(
+        output, streams = blocked_filter(
             leaves[0][:, :, start:stop],
             leaves[1][:, :, :stop],
             leaves[2][:, :, :stop],
-            attn_mask=None if mask is None else mask[..., :stop],
+            attention_mask=None if mask is None else mask[..., :stop],
             is_causal=True,
             scale=SCALE,
             steps=steps,
-            past_streams=past if start else (),
+            past=past if start else (),
             **SMALL,
         )
         outputs.append(output)
         past = [torch.cat(pair, 2) for pair in zip(past, streams, strict=True)] if past else streams
     output = torch.cat(outputs, 2)
-    expected, _ = dense(whole, attn_mask=mask, is_causal=True, steps=steps)
+    expected, _ = dense(whole, attention_mask=mask, is_causal=True, steps=steps)
     torch.testing.assert_close(output, expected, **EXACT)
     direction = random(*output.shape, seed=4)
     ours = torch.autograd.grad(output, leaves, direction)
@@ -277,31 +284,26 @@ def test_chunks_are_the_whole(steps: int, padded: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("boosting", "past", "message"),
     [
-        ({}, "past_streams must hold 1 of shape (2, 3, 4, 4), got []"),
-        ({"past_streams": [random(2, 3, 5, 4, seed=0)]}, "got [(2, 3, 5, 4)]"),
-        ({"past_streams": [random(2, 3, 4, 4, seed=0)], "steps": 1, "boosting": "none"}, "must hold 0"),
-        ({"steps": 0}, "boosting_steps must be an integer >= 1, got 0"),
-        ({"steps": True}, "boosting_steps must be an integer >= 1, got True"),
-        ({"dropout_p": 1.0}, "dropout_p must be in [0, 1), got 1.0"),
-        ({"boosting": "thricing"}, "boosting must be one of none, twicing"),
-        ({"attn_mask": torch.ones(7, 7, dtype=torch.bool)}, "attn_mask must be broadcastable to (2, 3, 5, 9)"),
-        ({"attn_mask": torch.ones(1, 1, 1, 5, 9, dtype=torch.bool)}, "attn_mask must be broadcastable"),
-        ({"attn_mask": torch.ones(5, 9, dtype=torch.int64)}, "must be bool or float, got torch.int64"),
-        ({"bias": torch.ones(5, 9, dtype=torch.bool)}, "position bias must be of a floating dtype, got torch.bool"),
-        ({"bias": torch.ones(3, 5, 8)}, "position bias must be broadcastable to (2, 3, 5, 9), got shape (3, 5, 8)"),
+        ("twicing", [], "the cached streams must be 1 of shape (2, 3, 4, 4), got []"),
+        ("twicing", [random(2, 3, 5, 4, seed=0)], "got [(2, 3, 5, 4)]"),
+        ("none", [random(2, 3, 4, 4, seed=0)], "must be 0"),
     ],
+    ids=["none", "of another length", "too many"],
 )
-def test_what_is_refused(change: dict[str, Any], message: str) -> None:
+def test_streams_that_do_not_fit_are_refused(boosting: str, past: list[torch.Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        blocked_attention(*inputs(5, 9), **change)
+        blocked_filter(*inputs(5, 9), boosting=boosting, past=past)
 
 
 def test_more_queries_than_keys_are_refused_where_rows_matter() -> None:
-    for options in ({"steps": 2}, {"steps": 1, "is_causal": True}):
-        with pytest.raises(ValueError, match="key must not be shorter than query here, got 5 < 9"):
-            blocked_attention(*inputs(9, 5), **options)
+    for options in ({}, {"boosting": "none", "is_causal": True}):
+        with pytest.raises(ValueError, match="backend='blocked' cannot serve this call: it .* got 5 keys for 9"):
+            run_filter(
+                filter_call(*inputs(9, 5), **{"boosting": "twicing", "streams": RecordedStreams(), **options}),
+                "blocked",
+            )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -314,7 +316,7 @@ def test_no_key_no_output(is_causal: bool) -> None:
     leaves = [x.requires_grad_() for x in inputs(11)]
     mask = torch.ones(BATCH, 1, 11, 11, dtype=torch.bool)
     mask[0, :, 3] = False
-    output, _ = blocked_attention(*leaves, attn_mask=mask, is_causal=is_causal, **SMALL)
+    output, _ = blocked_filter(*leaves, attention_mask=mask, is_causal=is_causal, **SMALL)
     assert torch.equal(output[0, :, 3], torch.zeros(HEADS, VALUE_WIDTH, dtype=torch.float64))
     grads = torch.autograd.grad(output, leaves, random(*output.shape, seed=4))
     assert torch.equal(grads[0][0, :, 3], torch.zeros(HEADS, WIDTH, dtype=torch.float64))
@@ -335,7 +337,7 @@ def test_hidden_keys_may_hold_anything(poison: float, is_causal: bool, floating:
         for x in leaves[1:]:
             x.masked_fill_(~mask.mT, value)
         leaves = [x.requires_grad_() for x in leaves]
-        output, _ = blocked_attention(*leaves, attn_mask=given, is_causal=is_causal, steps=3, **SMALL)
+        output, _ = blocked_filter(*leaves, attention_mask=given, is_causal=is_causal, steps=3, **SMALL)
         results.append([output, *torch.autograd.grad(output, leaves, random(*output.shape, seed=4))])
     torch.testing.assert_close(results[1], results[0], **EXACT)
     hidden = (~mask.mT).expand(-1, HEADS, -1, 1)
@@ -359,7 +361,7 @@ def test_queries_that_see_no_key_may_hold_anything(mask: str, cutting: dict[str,
     results = []
     for poison in (0.0, float("nan")):
         leaves = [x.masked_fill(hidden[..., None], poison).requires_grad_() for x in inputs(13)]
-        output, _ = blocked_attention(*leaves, attn_mask=seen, is_causal=is_causal, steps=3, **cutting)
+        output, _ = blocked_filter(*leaves, attention_mask=seen, is_causal=is_causal, steps=3, **cutting)
         results.append([output, *torch.autograd.grad(output, leaves, random(*output.shape, seed=4))])
     torch.testing.assert_close(results[1], results[0], **EXACT)
     assert all(grad.isfinite().all() for grad in results[1])
@@ -374,7 +376,7 @@ def test_causality(token: int, steps: int) -> None:
         tensors = inputs(13)
         for x in tensors:
             x[:, :, token] += shift
-        outputs.append(blocked_attention(*tensors, is_causal=True, steps=steps, **SMALL)[0])
+        outputs.append(blocked_filter(*tensors, is_causal=True, steps=steps, **SMALL)[0])
     assert torch.equal(outputs[0][:, :, :token], outputs[1][:, :, :token])
     assert not torch.isclose(outputs[0][:, :, token], outputs[1][:, :, token]).all(-1).any()
     if token < 12:
@@ -408,7 +410,7 @@ def test_error_is_at_most_twice_that_of_sdpa(dtype: torch.dtype, steps: int) -> 
     for blocked in (False, True):
         leaves = [x.detach().to(dtype).requires_grad_() for x in exact]
         if blocked:
-            output, _ = blocked_attention(*leaves, is_causal=True, steps=steps)
+            output, _ = blocked_filter(*leaves, is_causal=True, steps=steps)
         else:
             output = two_sdpa_calls(*leaves, steps)
         assert output.dtype == dtype
@@ -438,7 +440,7 @@ def test_gradients_at_extreme_logits(length: int, size: float, steps: int) -> No
         if kind == "sdpa":
             output = two_sdpa_calls(*leaves, steps)
         else:
-            output, _ = blocked_attention(*leaves, is_causal=True, steps=steps)
+            output, _ = blocked_filter(*leaves, is_causal=True, steps=steps)
         results = [output.detach(), *torch.autograd.grad(output, leaves, direction.to(dtype))]
         truth = truth or results
         pairs = [(got.flatten(1), x.flatten(1)) for got, x in zip(results, truth, strict=True)]
@@ -459,7 +461,7 @@ def masked_twicing(*tensors: torch.Tensor) -> torch.Tensor:
     mask = torch.ones(BATCH, 1, 1, 9, dtype=torch.bool)
     mask[1, ..., 2] = False
     query, key, value = (x.masked_fill(~mask.mT, float("nan")) if x.shape[1] == 1 else x for x in tensors)
-    return blocked_attention(query, key, value, attn_mask=mask, dropout_p=0.2, seed=3, **OPTIONS, **SMALL)[0]
+    return blocked_filter(query, key, value, attention_mask=mask, dropout=0.2, seed=3, **OPTIONS, **SMALL)[0]
 
 
 def test_gradients_of_gradients() -> None:
@@ -480,7 +482,7 @@ def test_gradients_of_gradients_of_inputs_that_hang_together(linked: str) -> Non
 
     def run(x: torch.Tensor) -> torch.Tensor:
         key = x if linked == "one tensor" else x.sin() * 2
-        return blocked_attention(x, key, key, **OPTIONS, **SMALL)[0]
+        return blocked_filter(x, key, key, **OPTIONS, **SMALL)[0]
 
     output = run(leaf)
     direction = random(*output.shape, seed=4)
@@ -494,7 +496,7 @@ def test_gradients_of_gradients_through_streams() -> None:
     tensors = [x.requires_grad_() for x in inputs(7)]
 
     def run(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        output, streams = blocked_attention(*leaves, boosting="sos", steps=3, scale=SCALE, **SMALL)
+        output, streams = blocked_filter(*leaves, boosting="sos", steps=3, scale=SCALE, **SMALL)
         return output, *streams
 
     assert torch.autograd.gradgradcheck(run, tensors, fast_mode=True)
@@ -505,7 +507,7 @@ def test_per_sample_gradients() -> None:
     samples = inputs(9, batch=4)
 
     def loss(*one: torch.Tensor) -> torch.Tensor:
-        return blocked_attention(*(x[None] for x in one), **OPTIONS, **SMALL)[0].square().sum()
+        return blocked_filter(*(x[None] for x in one), **OPTIONS, **SMALL)[0].square().sum()
 
     got = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))(*samples)
     for index in range(4):
@@ -523,7 +525,7 @@ def test_forward_mode(kind: str) -> None:
     tangents = tuple(random(*x.shape, seed=10 + index) for index, x in enumerate(tensors))
 
     def run(*given: torch.Tensor) -> torch.Tensor:
-        return blocked_attention(*given, **OPTIONS, **SMALL)[0]
+        return blocked_filter(*given, **OPTIONS, **SMALL)[0]
 
     if kind == "torch.func":
         output, change = torch.func.jvp(run, tensors, tangents)
@@ -544,9 +546,9 @@ def test_forward_mode(kind: str) -> None:
 def test_autocast_does_not_reach_the_products() -> None:
     tensors = [x.float().requires_grad_() for x in inputs(19)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output, _ = blocked_attention(*tensors, scale=SCALE, **SMALL)
+        output, _ = blocked_filter(*tensors, scale=SCALE, **SMALL)
         grads = torch.autograd.grad(output, tensors, torch.ones_like(output))
-    plain, _ = blocked_attention(*tensors, scale=SCALE, **SMALL)
+    plain, _ = blocked_filter(*tensors, scale=SCALE, **SMALL)
     torch.testing.assert_close(output, plain, rtol=0, atol=0)
     torch.testing.assert_close(grads, torch.autograd.grad(plain, tensors, torch.ones_like(plain)), rtol=0, atol=0)
 
@@ -555,7 +557,7 @@ def test_transposed_layout() -> None:
     """Heads split off a projection, as models do, and inputs are left as they were."""
     tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(19)]
     copies = [x.clone() for x in tensors]
-    output, _ = blocked_attention(*tensors, scale=SCALE, is_causal=True, group_pairs=6)
+    output, _ = blocked_filter(*tensors, scale=SCALE, is_causal=True, group_pairs=6)
     torch.testing.assert_close(output, dense(copies, is_causal=True)[0], **EXACT)
     torch.testing.assert_close(tensors, copies, rtol=0, atol=0)
 
@@ -563,7 +565,7 @@ def test_transposed_layout() -> None:
 def test_float_mask_with_a_gradient() -> None:
     leaves, plain = ([*inputs(9), random(1, 1, 9, 9, seed=3)] for _ in range(2))
     leaves, plain = ([x.requires_grad_() for x in tensors] for tensors in (leaves, plain))
-    output, _ = blocked_attention(*leaves[:3], attn_mask=leaves[3], scale=SCALE, **SMALL)
+    output, _ = blocked_filter(*leaves[:3], attention_mask=leaves[3], scale=SCALE, **SMALL)
     expected, _ = dense(plain)
     ours, theirs = (torch.autograd.grad(x.square().sum(), y) for x, y in ((output, leaves), (expected, plain)))
     torch.testing.assert_close(ours, theirs, **EXACT)
@@ -576,7 +578,7 @@ def test_compiled() -> None:
     tensors = [x.requires_grad_() for x in inputs(9)]
 
     def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return blocked_attention(query * 2, key, value, is_causal=True, **SMALL)[0].sin()
+        return blocked_filter(query * 2, key, value, is_causal=True, **SMALL)[0].sin()
 
     output, expected = torch.compile(run, backend="aot_eager")(*tensors), run(*tensors)
     torch.testing.assert_close(output, expected, **EXACT)
@@ -630,7 +632,7 @@ def peak_memory(length: int, is_causal: bool, kernel: str, repeated: bool) -> in
     mask = torch.ones(1, 1, 1, length, dtype=torch.bool)
     mask[..., :3] = False
     with Memory() as memory:
-        output, _ = blocked_attention(*leaves, attn_mask=mask, positions=positions, is_causal=is_causal, dropout_p=0.1)
+        output, _ = blocked_filter(*leaves, attention_mask=mask, positions=positions, is_causal=is_causal, dropout=0.1)
         output.sum().backward()
     return memory.peak
 

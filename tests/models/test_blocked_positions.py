@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from hf_imgproc_attn.models.backend_blocked import blocked_attention
-from hf_imgproc_attn.models.backend_blocked_dense import dropout_factors
+from hf_imgproc_attn.models.backend_blocked_dense import dense_dropout_factors
 from hf_imgproc_attn.models.backend_blocked_plan import make_plan
 from hf_imgproc_attn.models.boost_operators import BOOSTING, extra_streams
 from hf_imgproc_attn.models.kernel_position import BlockedPositions, ClassTokens, GaussianPositions, position_logits
 from hf_imgproc_attn.models.kernel_relative import AlibiPositions, BucketPositions, bucket_boundaries
-from tests.models.helpers import dense_matrix
+from tests.models.helpers import blocked_filter, dense_matrix, dropout_seed
 
 BATCH, LENGTH, WIDTH, VALUE_WIDTH, SCALE = 2, 19, 5, 4, 0.6
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -149,10 +148,10 @@ def dense(case: dict[str, Any], tensors: list[torch.Tensor], positions: BlockedP
     if case["dropout"]:
         one_pass = case["is_causal"] or case["booster"][1] == 1
         plan = make_plan(
-            query, tensors[1], is_causal=case["is_causal"], scale=SCALE, dropout=case["dropout"], seed=5,
+            query, tensors[1], is_causal=case["is_causal"], scale=SCALE, dropout=case["dropout"], seed=dropout_seed(5),
             one_pass=one_pass, **case["cutting"],
         )  # fmt: skip
-        matrix = matrix * dropout_factors(plan, query)
+        matrix = matrix * dense_dropout_factors(plan, query)
     streams: list[torch.Tensor] = []
 
     def extend(index: int, rows: torch.Tensor) -> torch.Tensor:
@@ -171,20 +170,20 @@ def blocked(case: dict[str, Any], tensors: list[torch.Tensor], positions: Blocke
     query, key, value, *rest = leaves[:count]
     bias = rest.pop(0) if case["bias"] else None
     boosting, steps = case["booster"]
-    output, streams = blocked_attention(
+    output, streams = blocked_filter(
         query,
         key,
         value,
-        attn_mask=make_mask(case["mask"], query.shape[1], query.shape[2]),
+        attention_mask=make_mask(case["mask"], query.shape[1], query.shape[2]),
         bias=bias,
         positions=positions.with_parameters(*leaves[count:]),
         is_causal=case["is_causal"],
         scale=SCALE,
-        dropout_p=case["dropout"],
+        dropout=case["dropout"],
         seed=5,
         boosting=boosting,
         steps=steps,
-        past_streams=rest,
+        past=rest,
         **case["cutting"],
     )
     return Sides([output, *streams], leaves)

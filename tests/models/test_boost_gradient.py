@@ -1,4 +1,4 @@
-"""Gradient boosting: a second, gated attention of the remainder, on both backbones; its start, cache and dropout."""
+"""Gradient boosting: gated attentions of the remainder, on both backbones; sources, rounds, start, cache, dropout."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests.models.helpers import sharpen_
 from tests.models.variants import IMPLEMENTATIONS, gpt2_config, gradients, images, token_ids, vit_config
 
 TIGHT = {"rtol": 0, "atol": 1e-11}
+ROUNDS = [(source, rounds) for source in ("residual", "input") for rounds in (2, 3)]
 
 
 def build(backbone: str, preset: str = "gradient_boosted", implementation: str = "sdpa", **fields: Any) -> Any:
@@ -49,9 +50,13 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: 
 
 
 def by_hand(model: Any, backbone: str, inputs: torch.Tensor) -> torch.Tensor:
-    """Logits: F = Attn_0(z); c = Attn_1(z - F); g = sigmoid(W_g [F ; c]); W_O (F + g c)."""
+    """Logits of the published recurrence, arXiv 2604.03190, algorithm 1.
+
+    r_m = z - F, c_m = Attn_m(r_m), F <- F + sigmoid(W_m [F ; c_m]) c_m for m = 1 .. M - 1, then W_O F. Keys and values
+    of Attn_m are made of r_m in the authors' experiments, of z in the first version's equation.
+    """
     gpt2 = backbone == "gpt2"
-    body = model.base_model
+    body, config = model.base_model, model.config
     hidden = body.wte(inputs) + body.wpe.weight[: inputs.shape[1]] if gpt2 else body.embeddings(inputs)[0]
     for block in body.h if gpt2 else body.layers:
         attention = block.attn if gpt2 else block.attention
@@ -61,21 +66,30 @@ def by_hand(model: Any, backbone: str, inputs: torch.Tensor) -> torch.Tensor:
             if gpt2
             else (attention.q_proj(z), attention.k_proj(z), attention.v_proj(z))
         )
-        first = attend(*projections, causal=gpt2)
-        own = attention.filter.gradient_boosting
-        rest = z - first
-        second = attend(own.query(rest), own.key(rest), own.value(rest), causal=gpt2)
-        gate = 1 / (1 + torch.exp(-(torch.cat((first, second), -1) @ own.gate.weight.T + own.gate.bias)))
-        hidden = hidden + (attention.c_proj if gpt2 else attention.o_proj)(first + gate * second)
+        estimate = attend(*projections, causal=gpt2)
+        rounds = [attention.filter.gradient_boosting, *getattr(attention.filter, "gradient_boosting_further", ())]
+        assert len(rounds) == (config.boosting_steps or 2) - 1
+        for own in rounds:
+            residual = z - estimate
+            source = z if config.gradient_boosting_source == "input" else residual
+            correction = attend(own.query(residual), own.key(source), own.value(source), causal=gpt2)
+            logits = torch.cat((estimate, correction), -1) @ own.gate.weight.T + own.gate.bias
+            estimate = estimate + correction / (1 + torch.exp(-logits))
+        hidden = hidden + (attention.c_proj if gpt2 else attention.o_proj)(estimate)
         hidden = hidden + block.mlp((block.ln_2 if gpt2 else block.layernorm_after)(hidden))
     return body.ln_f(hidden) @ body.wte.weight.T if gpt2 else model.classifier(body.layernorm(hidden)[:, 0])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "blocked"])
+@pytest.mark.parametrize(("source", "rounds"), ROUNDS)
 @pytest.mark.parametrize("backbone", ["gpt2", "vit"])
-def test_the_model_is_the_formula(backbone: str, implementation: str) -> None:
-    """Logits and the gradient of every parameter."""
-    model = sharpen_(build(backbone, implementation=implementation)).double()
+def test_the_model_is_the_formula(backbone: str, source: str, rounds: int, implementation: str) -> None:
+    """Logits and the gradient of every parameter, of each source and two or three rounds, in each back-end."""
+    fields = {"gradient_boosting_source": source, "boosting_steps": rounds}
+    model = build(backbone, implementation="eager" if implementation == "eager" else "sdpa", **fields)
+    model = sharpen_(model).double()
+    if implementation == "blocked":
+        model.config.filter_backend = "blocked"
     inputs = given(backbone)
     inputs = inputs.double() if inputs.is_floating_point() else inputs
     results = []
@@ -87,11 +101,27 @@ def test_the_model_is_the_formula(backbone: str, implementation: str) -> None:
         torch.testing.assert_close(got_gradients[name], gradient, rtol=1e-9, atol=1e-10, msg=name)
 
 
+def test_residual_and_two_rounds_are_the_default() -> None:
+    """And the other source, or another round, computes something else."""
+    model, ids = sharpen_(build("gpt2")).eval(), token_ids()
+    wanted = model(ids).logits
+    for fields, same in (
+        ({"gradient_boosting_source": "residual", "boosting_steps": 2}, True),
+        ({"gradient_boosting_source": "input"}, False),
+        ({"boosting_steps": 3}, False),
+    ):
+        other = sharpen_(build("gpt2", **fields)).eval()
+        other.load_state_dict(model.state_dict(), strict=False)
+        assert torch.equal(other(ids).logits, wanted) == same, fields
+
+
+@pytest.mark.parametrize(("source", "rounds"), [("residual", 2), ("input", 3)])
 @pytest.mark.parametrize("backbone", ["gpt2", "vit"])
-def test_it_starts_as_the_model_without_it(backbone: str) -> None:
-    """The second value projection starts at zero; it learns first, and a step later all the rest does."""
+def test_it_starts_as_the_model_without_it(backbone: str, source: str, rounds: int) -> None:
+    """The later value projections start at zero; they learn first, and a step later all the rest does."""
     torch.manual_seed(0)
-    model, plain = build(backbone), build(backbone, "softmax")
+    model = build(backbone, gradient_boosting_source=source, boosting_steps=rounds)
+    plain = build(backbone, "softmax")
     plain.load_state_dict(model.state_dict(), strict=False)
     torch.testing.assert_close(model.eval()(given(backbone)).logits, plain.eval()(given(backbone)).logits)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -99,9 +129,11 @@ def test_it_starts_as_the_model_without_it(backbone: str) -> None:
         optimizer.zero_grad()
         model(given(backbone)).logits.sin().sum().backward()
         for attention in attentions_of(model, backbone):
-            for name, parameter in attention.filter.gradient_boosting.named_parameters():
-                if name != "key.bias":
-                    assert (parameter.grad.abs().max() > 0) == (step == 1 or name.startswith("value")), name
+            later = {name: value for name, value in attention.filter.named_parameters() if "gradient_boost" in name}
+            assert len(later) == 8 * (rounds - 1)
+            for name, parameter in later.items():
+                if not name.endswith("key.bias"):
+                    assert (parameter.grad.abs().max() > 0) == (step == 1 or ".value." in name), name
         optimizer.step()
 
 
@@ -121,11 +153,14 @@ def test_initialisation_does_not_touch_loaded_weights(tmp_path: Any) -> None:
         ({}, [5, 5]),
         ({"position_kernel": "untied"}, [10, 5]),
         ({"content_kernel": "elliptical"}, [5, 5, 5, 5]),
+        ({"boosting_steps": 3}, [5, 5, 5, 5]),
+        ({"gradient_boosting_source": "input"}, [5, 5]),
+        ({"boosting_steps": 3, "gradient_boosting_source": "input", "content_kernel": "elliptical"}, [5] * 7),
     ],
-    ids=["plain", "with positions", "with the metric's rows"],
+    ids=["plain", "with positions", "with the metric's rows", "three rounds", "of the input", "all of it"],
 )
-def test_the_cache_holds_a_second_key_and_value(fields: dict[str, Any], widths: list[int]) -> None:
-    """As streams of the layer, behind the first metric's rows and before the second's, of the queries' heads."""
+def test_the_cache_holds_keys_and_values_of_every_round(fields: dict[str, Any], widths: list[int]) -> None:
+    """As streams of the layer, behind the first metric's rows and before the round's own, of the queries' heads."""
     model = sharpen_(build("gpt2", **fields)).eval().double()
     cache = DynamicCache(config=model.config)
     parts = [
@@ -169,20 +204,25 @@ def test_heads_must_fill_the_hidden_size() -> None:
         GradientBoosting(20, 4, 6)
 
 
-def test_the_second_filter_has_streams_of_its_own() -> None:
-    """In the same cache layer, under names that the first filter does not use."""
+def test_each_round_has_streams_of_its_own() -> None:
+    """In the same cache layer, under names that the other rounds do not use."""
     cache = DynamicCache(config=build("gpt2").config)
     first = CachedStreams(cache, 0)
     zeros, ones = torch.zeros(1, 4, 2, 5), torch.ones(1, 4, 2, 5)
     first.update(zeros, zeros)
     first.append("metric", zeros)
-    key, value = first.second().update(zeros, ones)
-    first.second().append("metric", ones)
-    assert set(cache.layers[0].streams) == {"metric", "second.key", "second.value", "second.metric"}
+    later = first.of_round(1)
+    key, value = later.update(zeros, ones)
+    later.append("metric", ones)
+    later.of_round(2).update(ones, zeros)
+    names = {"metric", "round.1.key", "round.1.value", "round.1.metric", "round.2.key", "round.2.value"}
+    assert set(cache.layers[0].streams) == names
     assert torch.equal(key, zeros)
     assert torch.equal(value, ones)
     assert torch.equal(first.past("metric"), zeros)
-    assert torch.equal(first.second().past("metric"), ones)
+    assert torch.equal(first.of_round(1).past("metric"), ones)
+    assert first.of_round(2).past("metric") is None
+    assert torch.equal(first.of_round(2).past("key"), ones)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

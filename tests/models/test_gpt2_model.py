@@ -291,8 +291,9 @@ def test_attentions_are_the_operator_that_multiplies_v(variant: str, padding: st
     values = [seen[f"{name}.c_attn"].output.chunk(3, dim=-1)[2] for name in names]
     values = [value.view(2, 9, heads, -1).transpose(1, 2) for value in values]
     for layer, (name, operator) in enumerate(zip(names, output.attentions, strict=True)):
-        two_maps = model.config.layer_specs[layer].boosting == "gradient_boosted"
-        assert operator.shape == ((2, 2, heads, 9, 9) if two_maps else (2, heads, 9, 9))
+        spec = model.config.layer_specs[layer]
+        rounds = (spec.boosting_steps,) if spec.boosting == "gradient_boosted" else ()
+        assert operator.shape == (2, *rounds, heads, 9, 9)
         maps = operator.view(2, -1, heads, 9, 9)
         operator = maps.flatten(1, 2)
         assert operator.triu(1).transpose(1, 2)[real].abs().max() == 0
@@ -465,7 +466,8 @@ def test_additive_mask_values_are_added_to_the_logits(variant: str, implementati
 
     Not so in the elliptical metric, where three copies of a token are three tokens.
     """
-    model = build_double(variant, implementation, boosting="none", boosting_steps=None, boosted_layers=None)
+    plain = dict.fromkeys(("boosting_steps", "boosted_layers", "gradient_boosting_source"))
+    model = build_double(variant, implementation, boosting="none", **plain)
     ids = token_ids(batch=1, length=6)
     tripled = torch.cat((ids[:, :1], ids[:, :1], ids), dim=1)
     allowed, all_allowed = torch.ones(6, 6).tril().bool(), torch.ones(8, 8).tril().bool()

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from hf_imgproc_attn.models.backend_blocked import blocked_attention
 from hf_imgproc_attn.models.kernel_position import BlockedPositions, ClassTokens, GaussianPositions, position_logits
 from hf_imgproc_attn.models.kernel_relative import AlibiPositions, BucketPositions, bucket_boundaries
+from tests.models.helpers import blocked_filter
 
 WIDTH, DIRECTIONS, BOUND = 16, 6, 3.0
 BANDWIDTHS = (0.1, 0.3, 0.5, 1.0, 4.1, 15.0, 61.0, 250.0, 1000.0)  # no powers of two, whose products would be exact
@@ -76,7 +76,7 @@ def gaussian(known: Case, log_bandwidth: torch.Tensor, dtype: torch.dtype) -> Bl
 
 def run(known: Case, positions: BlockedPositions, dtype: torch.dtype) -> torch.Tensor:
     options = {"is_causal": known.is_causal, "boosting": "none", "steps": 1}
-    return blocked_attention(*known.tokens(dtype), positions=positions, **options)[0]
+    return blocked_filter(*known.tokens(dtype), positions=positions, **options)[0]
 
 
 def dense(known: Case, positions: BlockedPositions) -> torch.Tensor:
@@ -187,8 +187,8 @@ def test_rows_that_do_not_see_themselves(gap: int, is_causal: bool) -> None:
 
     def output(log_bandwidth: torch.Tensor) -> torch.Tensor:
         positions = gaussian(known, log_bandwidth, log_bandwidth.dtype)
-        options = {"attn_mask": mask, "is_causal": is_causal, "boosting": "none", "steps": 1}
-        return blocked_attention(*known.tokens(log_bandwidth.dtype), positions=positions, **options)[0]
+        options = {"attention_mask": mask, "is_causal": is_causal, "boosting": "none", "steps": 1}
+        return blocked_filter(*known.tokens(log_bandwidth.dtype), positions=positions, **options)[0]
 
     for dtype in (torch.float64, torch.float32):
         leaf = logs.to(dtype).requires_grad_()
@@ -216,8 +216,8 @@ def test_padding_of_one_row_alone() -> None:
         class_tokens = ClassTokens(1, random(heads, 3, seed=5))
         scale = torch.tensor([200.0, 0.5]).double().view(-1, 1, 1)
         positions = GaussianPositions(coordinates, places[: len(coordinates)], scale, class_tokens, 1.0, True, False)
-        options = {"attn_mask": mask, "positions": positions, "boosting": "none", "steps": 1, "block_rows": 16}
-        got, _ = blocked_attention(query, key, value, **options)
+        options = {"attention_mask": mask, "positions": positions, "boosting": "none", "steps": 1, "block_rows": 16}
+        got, _ = blocked_filter(query, key, value, **options)
         logits = query @ key.mT * WIDTH**-0.5 + position_logits(positions, torch.float64)
         expected = logits.masked_fill(~mask, float("-inf")).softmax(-1) @ value
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)

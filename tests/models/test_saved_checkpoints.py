@@ -28,7 +28,7 @@ from hf_imgproc_attn import (
     ImgProcViTConfig,
     ImgProcViTForImageClassification,
 )
-from hf_imgproc_attn.models.spec_versions import FILTER_SPEC_VERSION
+from hf_imgproc_attn.models.spec_versions import FILTER_SPEC_VERSION, bring_up_to_date
 from tests.helpers import ROOT
 from tests.models.helpers import sharpen_
 from tests.models.variants import gpt2_config, images, token_ids, vit_config
@@ -86,6 +86,19 @@ def test_a_configuration_without_a_version_is_of_the_first(tmp_path: Path, confi
     config = config_class.from_pretrained(tmp_path)
     assert config.boosting == "twicing"
     assert config.filter_spec_version == FILTER_SPEC_VERSION
+
+
+@pytest.mark.parametrize(
+    ("steps", "now"), [(3, [2, 3, 2]), ([1, 3, 5], [2, 3, 2]), (None, None), ([1, 3], [1, 3])], ids=str
+)
+def test_steps_of_other_layers_are_no_rounds(steps: Any, now: Any) -> None:
+    """Before version 4 gradient boosting had two rounds, whatever the steps of the layers beside it were."""
+    boosting = ["gradient_boosted", "twicing", "gradient_boosted"]
+    saved = {"filter_spec_version": 3, "boosting": boosting, "boosting_steps": steps}
+    assert bring_up_to_date(saved)["boosting_steps"] == now
+    kept = bring_up_to_date({**saved, "filter_spec_version": 4})
+    assert kept["boosting_steps"] == steps
+    assert saved["boosting_steps"] == steps
 
 
 @pytest.mark.parametrize("version", [FILTER_SPEC_VERSION + 1, 1000])

@@ -21,7 +21,13 @@ from hf_imgproc_attn.models.kernel_content import CONTENT_COLUMNS, CONTENT_LOGIT
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2Model
 from hf_imgproc_attn.models.modeling_imgproc_vit import ImgProcViTModel
 from hf_imgproc_attn.models.spec_axes import LayerSpec, is_stock_layer
-from hf_imgproc_attn.models.spec_fields import PRESETS, FilterSpecMixin, preset_name
+from hf_imgproc_attn.models.spec_fields import (
+    PRESETS,
+    FilterSpecMixin,
+    closest_preset,
+    preset_in_words,
+    preset_name,
+)
 from tests.helpers import RunPython
 from tests.models.helpers import tiny_gpt2_config, tiny_vit_config
 
@@ -50,6 +56,11 @@ LISTS: dict[str, dict[str, Any]] = {
     },
     "gains": {"feedback": "pid", "pid_gains": [0, 0.25, -1]},
     "strength": {"feedback": "neutreno", "neutreno_lambda": 1},
+    "rounds": {
+        "boosting": ["twicing", "gradient_boosted", "gradient_boosted"],
+        "boosting_steps": [1, 3, 2],
+        "gradient_boosting_source": "input",
+    },
     "learned_gains": {"feedback": "pid", "pid_gains": [0, 0, 0], "learn_feedback": True},
 }
 VARIANTS = [(preset, {}) for preset in PRESETS] + [("softmax", fields) for fields in LISTS.values()]
@@ -137,6 +148,7 @@ def test_there_are_no_other_presets() -> None:
     [
         ("twicing", {"boosting_steps": 2}),
         ("sos", {"boosting_steps": 3}),
+        ("gradient_boosted", {"boosting_steps": 2, "gradient_boosting_source": "residual"}),
         ("pidformer", {"pid_gains": [0.5, 0.05, 0.05]}),
         ("t5_bias", {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}),
         ("rope", {"rotary_base": 10000}),
@@ -155,6 +167,35 @@ def test_published_strength_of_the_backbone() -> None:
     for make, strength, other in ((tiny_vit_config, 0.6, 0.4), (tiny_gpt2_config, 0.4, 0.6)):
         assert preset_name(make("neutreno", neutreno_lambda=strength)) == "neutreno"
         assert preset_name(make("neutreno", neutreno_lambda=other)) == "custom"
+        assert closest_preset(make("neutreno", neutreno_lambda=other)) == ("neutreno", {"neutreno_lambda": other})
+
+
+@pytest.mark.parametrize(
+    ("preset", "fields", "name", "changes"),
+    [
+        ("neutreno", {"neutreno_lambda": 0.0, "learn_feedback": True}, "neutreno", None),
+        ("pidformer", {"pid_gains": [0.0, 0.0, 0.0], "learn_feedback": True}, "pidformer", None),
+        ("twicing", {"boosting_steps": 3, "boosted_layers": [-1]}, "twicing", None),
+        ("twicing", {"boosting": "osher"}, "twicing", {}),
+        ("twicing", {"boosting": "sos"}, "sos", {}),
+        ("gradient_boosted", {"gradient_boosting_source": "input"}, "gradient_boosted", None),
+        ("bilateral", {"share_position_projections": True, "learn_bandwidths": False}, "tupe", {}),
+        ("tupe", {"content_bandwidth": 3.0}, "tupe", None),
+        ("softmax", {"content_bandwidth": 3.0}, "softmax", None),
+        ("bilateral", {"boosting": "sos"}, "custom", {**PRESETS["bilateral"], "boosting": "sos"}),
+        ("softmax", {"boosting": ["none", "twicing", "twicing"]}, "custom", None),
+    ],
+    ids=str,
+)
+def test_a_varied_preset_keeps_its_name(
+    tiny: Callable[..., Any], preset: str, fields: dict[str, Any], name: str, changes: dict[str, Any] | None
+) -> None:
+    """With the fields in which it differs; another kernel, booster or scheme makes another filter of it."""
+    config, changes = tiny(preset, **fields), fields if changes is None else changes
+    assert closest_preset(config) == (name, changes)
+    assert preset_name(config) == ("custom" if changes else name)
+    assert preset_in_words(config).startswith(f"{name} with " if changes else name)
+    assert all(f"{field}={value!r}" in preset_in_words(config) for field, value in changes.items())
 
 
 def test_overrides_win_over_the_preset(tiny: Callable[..., Any]) -> None:
@@ -241,7 +282,27 @@ RULES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"boosting_steps": 3}, ("boosting_steps has no effect with boosting='none'", "got 3")),
     ({"boosting_steps": 2}, ("boosting_steps has no effect with boosting='none'", "got 2")),
     ({"boosting": "learned", "boosting_steps": 2}, ("boosting_steps has no effect with boosting='learned'", "got 2")),
-    ({"boosting": "gradient_boosted", "boosting_steps": 2}, ("no effect with boosting='gradient_boosted'", "got 2")),
+    (
+        {"boosting": "gradient_boosted", "boosting_steps": 1},
+        ("boosting_steps must be >= 2", "'gradient_boosted'", "1"),
+    ),
+    ({"boosting": "gradient_boosted", "boosting_steps": 17}, ("boosting_steps", "<= 16", "got 17")),
+    (
+        {"boosting": ["twicing", "none", "gradient_boosted"], "boosting_steps": [1, 2, 1]},
+        ("boosting_steps must be >= 2", "'gradient_boosted'", "[1, 2, 1]"),
+    ),
+    *(
+        (
+            {"boosting": booster, "gradient_boosting_source": "input"},
+            ("gradient_boosting_source needs boosting", "input"),
+        )
+        for booster in ("none", "twicing", ["twicing"] * 3)
+    ),
+    (
+        {"boosting": "gradient_boosted", "gradient_boosting_source": "z"},
+        ("gradient_boosting_source must be one of residual, input", "'z'"),
+    ),
+    ({"boosting": "gradient_boosted", "gradient_boosting_source": ["input"] * 3}, ("gradient_boosting_source", "str")),
     ({"boosting": "sos", "boosting_steps": 17}, ("boosting_steps", "<= 16", "got 17")),
     ({"boosting": ["none"] * 3, "boosting_steps": 3}, ("boosting_steps has no effect", "got 3")),
     # Positions.
@@ -559,7 +620,7 @@ def test_registries_have_the_allowed_keys() -> None:
     assert set(RESIDUAL) == set(spec_axes.RESIDUALS)
     assert set(FEEDBACK) == set(spec_axes.FEEDBACKS)
     streams = {name: extra_streams(name, 3) for name in (*BOOSTING, "gradient_boosted")}
-    assert streams == {"none": 0, "twicing": 2, "learned": 1, "diffusion": 2, "sos": 2, "gradient_boosted": 2}
+    assert streams == {"none": 0, "twicing": 2, "learned": 1, "diffusion": 2, "sos": 2, "gradient_boosted": 4}
 
 
 def test_filter_spec_needs_neither_torch_nor_transformers(run_python: RunPython) -> None:

@@ -267,8 +267,9 @@ def test_attentions_are_the_operator_that_multiplies_v(variant: str, masked: boo
     values = [calls[f"{name}.v_proj"].output.view(2, TOKENS, heads, -1).transpose(1, 2) for name in names]
     seen = mask[1].bool()
     for layer, (name, operator) in enumerate(zip(names, output.attentions, strict=True)):
-        two_maps = model.config.layer_specs[layer].boosting == "gradient_boosted"
-        assert operator.shape == ((2, 2, heads, TOKENS, TOKENS) if two_maps else (2, heads, TOKENS, TOKENS))
+        spec = model.config.layer_specs[layer]
+        rounds = (spec.boosting_steps,) if spec.boosting == "gradient_boosted" else ()
+        assert operator.shape == (2, *rounds, heads, TOKENS, TOKENS)
         maps = operator.view(2, -1, heads, TOKENS, TOKENS)
         sums = maps.sum(-1)
         torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=tolerance)

@@ -56,7 +56,8 @@ CUSTOM: dict[str, dict[str, Any]] = {
     "mixed_boosters": {
         "content_kernel": ["gaussian", "dot_product", "gaussian"],
         "boosting": ["learned", "diffusion", "gradient_boosted"],
-        "boosting_steps": [2, 3, 2],
+        "boosting_steps": [2, 3, 3],
+        "gradient_boosting_source": "input",
         "residual": "osher",
         "feedback": "neutreno",
     },
@@ -148,7 +149,7 @@ def heads_by_hand(
     Args:
         config: of the model.
         layer: its index.
-        maps: ``[batch, maps, heads, length, length]``: one operator on V, or the two filters of gradient boosting.
+        maps: ``[batch, maps, heads, length, length]``: one operator on V, or those of gradient boosting's rounds.
         values: V of this layer and all before it, ``[batch, heads, length, head_dim]``.
         seen: of the call.
         name: of the layer's attention module.
@@ -159,10 +160,10 @@ def heads_by_hand(
 
     value = values[layer]
     output = merged(maps[:, 0] @ value)
-    if maps.shape[1] == 2:
-        boosting = f"{name}.filter.gradient_boosting"
-        second = seen[f"{boosting}.value"].output.view(value.transpose(1, 2).shape).transpose(1, 2)
-        correction = merged(maps[:, 1] @ second)
+    for number in range(1, maps.shape[1]):
+        boosting = f"{name}.filter.gradient_boosting" + (f"_further.{number - 2}" if number > 1 else "")
+        own = seen[f"{boosting}.value"].output.view(value.transpose(1, 2).shape).transpose(1, 2)
+        correction = merged(maps[:, number] @ own)
         gate = seen[f"{boosting}.gate"]
         torch.testing.assert_close(gate.input, torch.cat((output, correction), dim=-1), rtol=0, atol=1e-12)
         output = output + gate.output.sigmoid() * correction

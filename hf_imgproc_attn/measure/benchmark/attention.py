@@ -35,7 +35,7 @@ class Shape:
 
 
 GOALS = (Shape(2, 12, 1024), Shape(1, 12, 4096), Shape(16, 12, 197, is_causal=False))
-"""The shapes that the README's table shows: GPT-2 at two lengths, ViT-B at 224 pixels."""
+"""The shapes that the table of ``docs/speed.md`` shows: GPT-2 at two lengths, ViT-B at 224 pixels."""
 
 GPU_GOALS = (Shape(8, 12, 2048), Shape(64, 12, 197, is_causal=False))
 

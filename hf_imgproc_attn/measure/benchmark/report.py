@@ -1,13 +1,15 @@
-"""Tables, plot and the README's summary of a benchmark, all made of its JSON file."""
+"""Tables, plot and the summary in ``docs/speed.md`` of a benchmark, all made of its JSON file."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import require_extras
+from ...errors import UsageError, require_extras
+from ...output_paths import check_output_file, write_or_keep
 
 FIT_FROM = 1024
 """Slopes are fitted to lengths from here on: below, fixed costs weigh."""
@@ -178,8 +180,22 @@ def _draw_panel(
         axes.legend(fontsize=7)
 
 
+def redraw(path: Path) -> None:
+    """Draw the plot beside a record, which all of it is made of; one that is there is replaced.
+
+    Raises:
+        UsageError: if it is no record of a benchmark, or the plot cannot be written.
+    """
+    plot = check_output_file(path.with_suffix(".png"))
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--redraw must be a record of a benchmark, got {str(path)!r}: {error!r}") from error
+    write_or_keep(plot, lambda file: draw(rows, file))
+
+
 def goals_table(record: dict[str, Any]) -> str:
-    """The README's table of costs, in Markdown: what was measured beside what was to be reached."""
+    """The table of costs of ``docs/speed.md``: what was measured beside what was to be reached."""
     lines = ["| case | direction | × plain (quartiles) | goal | reached |", "|---|---|---|---|---|"]
     for case, method, words, direction, goal in GOALS:
         row = next(

@@ -10,7 +10,7 @@ traceback and stops nothing else:
     tensors         filters on plain tensors: inputs, exact results, errors
     part_*          the cases
     choices         record -> which back-end is fastest on which shape
-    report          record -> docs/gpu.md, the README's paragraph, the table in models/backend_measured.py
+    report          record -> docs/gpu.md, a paragraph of docs/compatibility.md, the table of back-ends
 
 Parts a to d need nothing but torch, transformers, accelerate and triton; part e also reads Parquet files (pyarrow) of
 JPEG or PNG images (pillow). ``--device cpu`` rehearses all of it on tiny sizes, with Triton in its interpreter.

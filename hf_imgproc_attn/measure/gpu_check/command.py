@@ -55,7 +55,8 @@ def add_command(commands: Any) -> None:
     command.add_argument(
         "--render",
         action="store_true",
-        help="measure nothing; write docs/gpu.md, the README's paragraph and the table of back-ends from the record",
+        help="measure nothing; write docs/gpu.md, a paragraph of docs/compatibility.md and the table of back-ends "
+        "from the record",
     )
     command.set_defaults(run_command=run_command)
 

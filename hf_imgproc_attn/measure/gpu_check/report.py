@@ -1,4 +1,4 @@
-"""Record of a GPU check -> what it says: a summary, ``docs/gpu.md``, a paragraph of the README, the measured table.
+"""Record of a GPU check -> what it says: a summary, two pages of ``docs/``, the table of measured back-ends.
 
 Nothing is written by hand: without a record each of them says "not measured".
 """
@@ -18,8 +18,9 @@ from .parts import BAD, MEASURED, PARTS, STATUSES
 
 COMMAND = "imgproc-attn gpu-check"
 ROOT = Path(__file__).resolve().parents[3]
-PAGE, README, TABLE = "docs/gpu.md", "README.md", "hf_imgproc_attn/models/backend_measured.py"
-README_MARKS = ("<!-- gpu: begin -->\n", "\n<!-- gpu: end -->")
+PAGE, COMPATIBILITY = "docs/gpu.md", "docs/compatibility.md"
+TABLE = "hf_imgproc_attn/models/backend_measured.py"
+PARAGRAPH_MARKS = ("<!-- gpu: begin -->\n", "\n<!-- gpu: end -->")
 TABLE_MARKS = ("# measured: begin\n", "\n# measured: end")
 
 Record = dict[str, Any]
@@ -39,9 +40,9 @@ def render(path: Path, root: Path = ROOT) -> list[Path]:
     if not is_cuda:
         raise UsageError(f"--output must be the record of a GPU, got {str(path)!r}, of a rehearsal on the CPU")
     (root / PAGE).write_text(page(record), encoding="utf-8")
-    replace_between(root / README, README_MARKS, readme_paragraph(record))
+    replace_between(root / COMPATIBILITY, PARAGRAPH_MARKS, paragraph(record))
     replace_between(root / TABLE, TABLE_MARKS, table_source(record))
-    return [root / name for name in (PAGE, README, TABLE)]
+    return [root / name for name in (PAGE, COMPATIBILITY, TABLE)]
 
 
 def replace_between(path: Path, marks: tuple[str, str], text: str) -> None:
@@ -85,7 +86,7 @@ def is_complete(record: Record) -> bool:
 def page(record: Record | None) -> str:
     """``docs/gpu.md``."""
     lines = ["# On a GPU", "", "Written from `docs/gpu.json`, which this command makes on a machine with a GPU:", ""]
-    lines += ["```", COMMAND, f"{COMMAND} --render", "```", ""]
+    lines += ["```bash", COMMAND, f"{COMMAND} --render", "```", ""]
     if record is None:
         lines += ["Not measured: this version of the package has not yet run on a GPU. What will stand here:", ""]
         lines += [f"- {part.title}" for part in PARTS]
@@ -103,12 +104,12 @@ def page(record: Record | None) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def readme_paragraph(record: Record | None) -> str:
-    """What the README says about GPUs."""
+def paragraph(record: Record | None) -> str:
+    """What ``docs/compatibility.md`` says about GPUs."""
     if record is None:
         return (
             f"On a GPU: not measured. `{COMMAND}` checks models and back-ends there and times them, in nine\n"
-            "minutes; what it finds will stand in [docs/gpu.md](docs/gpu.md)."
+            "minutes; what it finds will stand in [On a GPU](gpu.md)."
         )
     cases = [case for part in record["parts"].values() for case in part["cases"].values()]
     right = sum(case["status"] == MEASURED for case in cases)
@@ -117,7 +118,7 @@ def readme_paragraph(record: Record | None) -> str:
     lines = [
         f"On a GPU ({device}, torch {record['environment']['versions']['torch']}): of {right + bad} checks {right} "
         f"came out as they should and {bad} did not;",
-        f"[docs/gpu.md](docs/gpu.md) has them all, and the times, made by `{COMMAND}`.",
+        f"[On a GPU](gpu.md) has them all, and the times, made by `{COMMAND}`.",
     ]
     fastest = _fastest_twicing(record)
     if fastest:

@@ -1,10 +1,12 @@
-"""README.md does what it says: every code block runs, and printed output is the output shown.
+"""README.md and the pages in docs/ do what they say: every code block runs, and printed output is the output shown.
 
 The conventions, all of them enforced:
 
-- The commands of the bash blocks run first, exactly as they stand, in order, by bash, in one empty folder; then the
-  python blocks, in order, in one fresh process in the same folder. A ```text block right after a python block is its
-  output, exactly. The few commands that cannot run here stand in `ELSEWHERE`, each with its reason.
+- The commands of the bash blocks run first, exactly as they stand, in the order of `PAGES`, by bash, in one empty
+  folder; a command that stands on several pages runs once. Then the python blocks, in the same folder: all in one
+  fresh process, but each with names of its own, so that a reader can copy any of them alone. A ```text block right
+  after a python block is its output, exactly. The few commands that cannot run here stand in `ELSEWHERE`, each with
+  its reason. What ```diff blocks change is checked in tests/test_recipes.py.
 - Only packages that the README's own installation brings can be imported meanwhile.
 - The name of a stock checkpoint stands for a small folder of that name; ``you/…`` is published on, and loaded from, a
   Hub on the loopback.
@@ -27,11 +29,13 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from hf_imgproc_attn import PRESETS
-from tests.helpers import ROOT, RunPython, run_command
+from hf_imgproc_attn.measure.precision import COMMAND as MEASURE_PRECISION
+from tests.helpers import ROOT, RunPython, run_command, site_pages
 from tests.hub.server import HubServer
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = "README.md"
+PAGES = (README, *(f"docs/{page}" for page in site_pages() if (ROOT / "docs" / page).exists()))
+"""In the order of the site's navigation, in which they are read, and their commands run."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 INSTALLATION = 'pip install ".[all]"'
 EIGHT_GPUS = (
@@ -41,29 +45,49 @@ ELSEWHERE = {
     INSTALLATION: "needs a package index; what it brings is checked here, tests/test_packaging.py installs a wheel",
     "make demo": "sets up an environment of its own; tests/training/test_demo.py runs it with few steps",
     "make test": "is what runs this file",
+    "make quality": "is what CI runs first",
     EIGHT_GPUS: "needs eight GPUs; tests/training/test_shipped_configs.py reads the file",
+    MEASURE_PRECISION: "takes minutes; tests/measure/test_precision.py runs it on small tokens",
+    "imgproc-attn gpu-check": "needs a GPU; tests/measure/test_gpu_check.py rehearses it",
+    "imgproc-attn gpu-check --render": "writes into a checkout; tests/measure/test_gpu_report.py runs it",
 }
-"""Commands of the README that do not run here, and why."""
+"""Commands of the pages that do not run here, and why."""
 LONGEST = 600
 """Seconds that a single command may take, on a machine that has other work too."""
 MARK = "=== next block ==="
+RUNNER = f"""
+import json, sys
+for path, line, text in json.loads(sys.argv[1]):
+    print({MARK!r})
+    # Preceded by as many lines as in the file, so that a traceback shows the file's own.
+    exec(compile(chr(10) * (line - 1) + text, path, "exec"), {{"__name__": "__main__"}})
+"""
 
 
 class Block(NamedTuple):
-    """A fenced block of the README."""
+    """A fenced block; ``line`` is its first one in the file."""
 
+    page: str
     line: int
     language: str
     text: str
 
 
-def fenced_blocks() -> list[Block]:
-    """All fenced blocks, in order."""
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def fenced_blocks(page: str) -> list[Block]:
+    """All fenced blocks of a page, in order."""
+    text = text_of(page)
     pattern = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
     return [
-        Block(README.count("\n", 0, match.start()) + 2, match.group(1), match.group(2))
-        for match in pattern.finditer(README)
+        Block(page, text.count("\n", 0, match.start()) + 2, match.group(1), match.group(2))
+        for match in pattern.finditer(text)
     ]
+
+
+BLOCKS = [block for page in PAGES for block in fenced_blocks(page)]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +105,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from PIL import Image
     from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
-    folder = tmp_path_factory.mktemp("readme")
+    folder = tmp_path_factory.mktemp("pages")
     gpt2 = GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=11, n_positions=16, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(gpt2).save_pretrained(folder / "openai-community" / "gpt2")
     vit = ViTConfig(
@@ -94,9 +118,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def commands() -> list[str]:
-    """The commands of all bash blocks, in order."""
-    lines = (line for block in fenced_blocks() if block.language == "bash" for line in block.text.splitlines())
-    return [line for line in lines if line]
+    """The commands of all bash blocks, in order, each once."""
+    lines = (line for block in BLOCKS if block.language == "bash" for line in block.text.splitlines())
+    return list(dict.fromkeys(line for line in lines if line))
 
 
 def installed_by_the_readme() -> set[str]:
@@ -150,6 +174,7 @@ def run(command: str, folder: Path, environment: dict[str, str]) -> None:
     assert "Traceback" not in result.stderr, f"{command}\n{result.stderr}"
 
 
+@pytest.mark.long
 def test_commands_and_then_code(
     workplace: Path,
     hub: HubServer,
@@ -170,26 +195,25 @@ def test_commands_and_then_code(
     two = json.loads((workplace / "outputs/two-processes/run.json").read_text(encoding="utf-8"))
     assert two["device"]["processes"] == 2
 
-    blocks = fenced_blocks()
-    programs = [block for block in blocks if block.language == "python"]
-    code = "".join(f"print({MARK!r})\n{block.text}" for block in programs)
+    programs = [block for block in BLOCKS if block.language == "python"]
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    result = run_python("-c", code, cwd=workplace, path=readme_path)
+    code = json.dumps([(str(ROOT / block.page), block.line, block.text) for block in programs])
+    result = run_python("-c", RUNNER, code, cwd=workplace, path=readme_path)
     assert result.returncode == 0, result.stderr
-    printed = dict(zip((block.line for block in programs), result.stdout.split(f"{MARK}\n")[1:], strict=True))
+    printed = dict(zip(programs, result.stdout.split(f"{MARK}\n")[1:], strict=True))
     shown = {
-        before.line: after.text
-        for before, after in pairwise(blocks)
+        before: after.text
+        for before, after in pairwise(BLOCKS)
         if before.language == "python" and after.language == "text"
     }
     assert shown
-    assert {line: printed[line] for line in shown} == shown
+    assert {block: printed[block] for block in shown} == shown
 
 
 def test_what_does_not_run_here_is_there() -> None:
     """Commands that need another machine name targets and files that exist, and none is excused that is not shown."""
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    makefile = text_of("Makefile")
     assert set(ELSEWHERE) <= set(commands())
     assert commands()[0] == INSTALLATION
     for command in ELSEWHERE:
@@ -204,42 +228,51 @@ def test_what_does_not_run_here_is_there() -> None:
 def test_the_installation_brings_every_extra_that_users_need() -> None:
     brought = installed_by_the_readme()
     for extra, requirements in PROJECT["optional-dependencies"].items():
-        if extra not in ("all", "dev"):
+        if extra not in ("all", "dev", "docs"):
             assert {canonicalize_name(Requirement(text).name) for text in requirements} <= brought, extra
     assert "pytest" not in brought
 
 
-def test_every_block_has_a_language_that_is_checked() -> None:
-    blocks = fenced_blocks()
-    assert README.count("```") == 2 * len(blocks)
-    assert {block.language for block in blocks} == {"python", "bash", "text", "bibtex"}
-    for before, after in pairwise(blocks):
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_has_a_language_that_is_checked(page: str) -> None:
+    blocks = fenced_blocks(page)
+    assert text_of(page).count("```") == 2 * len(blocks)
+    assert {block.language for block in blocks} <= {"python", "bash", "text", "bibtex", "math", "diff"}
+    for before, after in pairwise([Block(page, 0, "", ""), *blocks]):
         assert after.language != "text" or before.language == "python"
 
 
-def test_every_preset_has_its_row_in_the_table_of_variants() -> None:
-    section = README.partition("## What the variants are")[2].partition("\n## ")[0]
-    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(PRESETS)
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    """To files of the repository and, in pages, to headings."""
+    for path, anchor in re.findall(r"\]\((?!https?://)([^)#]*)(?:#([^)]+))?\)", text_of(page)):
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), path
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), f"{path}#{anchor}"
 
 
-def test_sections_are_in_the_order_a_reader_needs() -> None:
-    assert re.findall(r"^## (.*)$", README, re.MULTILINE) == [
+def anchors(text: str) -> set[str]:
+    """What the headings of a page are called in a link."""
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_readme_is_short_and_in_the_order_a_reader_needs() -> None:
+    text = text_of(README)
+    assert len(text.splitlines()) <= 220
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == [
         "Install",
         "Ten lines",
         "Two commands",
-        "What the variants are",
-        "Filters on images",
-        "In your own model",
-        "Training your own",
-        "Converting",
-        "Publishing",
-        "Loading from the Hub",
-        "What works with what",
-        "Speed",
+        "Gallery",
+        "Pages",
         "Citing",
     ]
 
 
-def test_links_to_files_lead_somewhere() -> None:
-    for target in re.findall(r"\]\((?!https?://)([^)#]+)", README):
-        assert (ROOT / target).exists(), target
+def test_every_page_is_linked() -> None:
+    """By the README, in the order of the navigation; those for contributors by CONTRIBUTING.md."""
+    linked = re.findall(r"^\| \[[^\]]+\]\(([^)]+)\) \|", text_of(README), re.MULTILINE)
+    for_contributors = re.findall(r"\((docs/contributing/[^)]+)\)", text_of("CONTRIBUTING.md"))
+    assert (*linked, *for_contributors) == PAGES[1:]
