@@ -141,6 +141,6 @@ class FollowingStreams:
         """None: back-ends which need the earlier rows by themselves are not used with them."""
         return None
 
-    def second(self) -> FollowingStreams:
-        """There is no second filter."""
+    def of_round(self, number: int) -> FollowingStreams:
+        """There is only one round."""
         raise ValueError("gradient boosting is not defined for layers of other models")

@@ -143,6 +143,10 @@ class FilterSpecMixin:
     """Axes of the grid that positions lie on: 1 for text, 2 for patches."""
     default_neutreno_lambda: ClassVar[float] = PUBLISHED_NEUTRENO_LAMBDAS[1]
     """The published strength for this kind of data."""
+    needs_positions: ClassVar[bool] = False
+    """Whether a model without any notion of positions would be blind to the order of its input."""
+    must_be: ClassVar[dict[str, tuple[Any, str]]] = {}
+    """Fields of the stock configuration that make another architecture of it: the value that is supported, and why."""
 
     @classmethod
     def from_preset(cls: type[ConfigT], name: str, **overrides: Any) -> ConfigT:
