@@ -548,7 +548,9 @@ def test_unsupported_architectures_are_refused_by_name(
         convert(tmp_path, "twicing")
 
 
-WITHOUT_TABLE = ("bilateral_gaussian", "nlm", "alibi", "t5_bias", "rope", "nope")
+WITHOUT_TABLE = [
+    name for name, fields in PRESETS.items() if fields.get("position_kernel", "additive") not in ("additive", "untied")
+]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from ..models.boost_operators import BOOSTING, keep_rows, operator_on_value
 from ..models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from ..models.layer_filter import AttentionFilter
-from ..models.spec_axes import FILTER_BACKENDS, is_stock_layer, uses_position_table
+from ..models.spec_axes import COORDINATE_KERNELS, FILTER_BACKENDS, is_stock_layer, uses_position_table
 from ..models.spec_fields import PRESETS
 from .presets import REASONS, VARIANTS
 from .works import PAPERS
@@ -159,8 +159,9 @@ def back_ends(preset: str) -> str:
         return "stock"
     names = [name for name in FILTER_BACKENDS if name not in ("auto", "triton")]
     spec = layer.spec
-    # The Triton kernels know twicing of plain inner products alone.
-    has_kernel = spec.boosting == "twicing" and spec.content_kernel == "dot_product" and not spec.compares_positions
+    # The Triton kernels know inner products, positions by place and twicing.
+    by_place = not spec.compares_positions or spec.position_kernel in COORDINATE_KERNELS
+    has_kernel = spec.boosting in ("none", "twicing") and spec.content_kernel == "dot_product" and by_place
     return ", ".join([*names, "triton"] if has_kernel else names)
 
 
