@@ -1,4 +1,4 @@
-"""Turn a GPT-2 or ViT checkpoint into a variant, with every tensor accounted for.
+"""Turn a checkpoint into a variant, with every tensor accounted for.
 
 A stock checkpoint becomes a variant, and a variant another one or stock attention again; what each tensor is made of,
 and where new ones start, is in ``conversion_weights``. Where a parameter allows it the function is kept; where it is
@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from .conversion_files import copy_processor, write_card
 from .conversion_probe import Change, Inputs, difference, measure, probe_inputs
-from .conversion_source import ARCHITECTURES, Source, load_source, new_variant
+from .conversion_source import ARCHITECTURES, Source, head_of, load_source, new_variant
 from .conversion_weights import check_structure, unused_rows, variant_fields, variant_weights
 from .models.spec_axes import STEPPED_BOOSTINGS
 from .models.spec_fields import preset_fields, preset_in_words
@@ -115,7 +115,7 @@ def convert(
     samples: torch.Tensor | None = None,
     **config_overrides: Any,
 ) -> Any:
-    """Convert a GPT-2 or ViT (also a DeiT that was published as ViT) to a variant.
+    """Convert a model of one of the backbones (also a DeiT that was published as ViT) to a variant.
 
     What allows it starts where the source's function is kept: gamma of ``learned``, and lambda or the gains of
     ``neutreno`` and ``pidformer``, which are learned (``learn_feedback``) from 0 on unless the overrides name a value.
@@ -263,7 +263,7 @@ def _warnings(source: Source, variant: PreTrainedModel, report: ConversionReport
             f"{len(dropped)} trained tensors of the source's filter have no place in {report.preset}: they are unused"
         )
     model: Any = source.model
-    if type(model).__name__.endswith("ViTModel") and model.pooler is None:
+    if head_of(type(model)).has_parts and model.pooler is None:
         warnings.append("the checkpoint has no pooler: load it with add_pooling_layer=False, or you get a random one")
     return warnings
 

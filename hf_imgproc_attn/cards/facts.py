@@ -14,20 +14,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ..backbones import TASKS
 from ..models.spec_axes import COMPARING_KERNELS, PUBLISHED_NEUTRENO_LAMBDAS
-from ..models.spec_fields import PRESETS, FilterSpecMixin, closest_preset, preset_name
+from ..models.spec_fields import PRESETS, FilterSpecMixin, closest_preset, preset_name, written_out_defaults
 from ..models.spec_versions import bring_up_to_date
 from ..training_support.arguments import EMBEDDED_IMAGES, EMBEDDED_TEXT
 from .filters import NOTHING_LEARNED, in_markdown
-from .results import FAMILIES, NOT_MEASURED, Measurement
+from .results import NOT_MEASURED, Measurement
 
 NOT_RECORDED = "not recorded"
-COMMANDS = {"image-classification": "train-image", "causal-lm": "train-lm"}
 
 Facts = list[tuple[str, str]]
 
 _PRECISIONS = {"bf16": "bfloat16 (mixed)", "fp16": "float16 (mixed)"}
-# Label, and the field of the configuration of ViT or GPT-2.
+# Label, and the fields that a configuration may have for it, the first one that it has.
 _MODEL_FIELDS = (
     ("layers", ("num_hidden_layers", "n_layer")),
     ("heads", ("num_attention_heads", "n_head")),
@@ -36,7 +36,7 @@ _MODEL_FIELDS = (
     ("image size (pixels)", ("image_size",)),
     ("patch size (pixels)", ("patch_size",)),
     ("channels", ("num_channels",)),
-    ("positions", ("n_positions",)),
+    ("positions", ("n_positions", "max_position_embeddings")),
     ("vocabulary", ("vocab_size",)),
     ("dropout", ("hidden_dropout_prob", "resid_pdrop")),
     ("dropout of the attention", ("attention_probs_dropout_prob", "attn_pdrop")),
@@ -73,9 +73,14 @@ def changed_fields(record: dict[str, Any]) -> list[list[str]]:
 
     A model without a preset, ``custom``, is compared with the stock model.
     """
-    name, changes = closest_preset(_configuration(record))
-    preset = {field: PRESETS.get(name, {}).get(field, getattr(FilterSpecMixin, field)) for field in changes}
-    return [[field, str(value), str(preset[field])] for field, value in changes.items()]
+    config = _configuration(record)
+    name, changes = closest_preset(config)
+    defaults = {} if name == "custom" else written_out_defaults(config)
+    rows = []
+    for field, value in changes.items():
+        before = PRESETS.get(name, {}).get(field, getattr(FilterSpecMixin, field))
+        rows.append([field, str(value), str(defaults.get(field) if before is None else before)])
+    return rows
 
 
 def _configuration(record: dict[str, Any]) -> SimpleNamespace:
@@ -144,7 +149,7 @@ def split_table(record: dict[str, Any]) -> list[list[str]]:
 def command(record: dict[str, Any]) -> str:
     """The command line of the run, which needs no YAML file."""
     words = record.get("command")
-    return NOT_RECORDED if words is None else shlex.join(["imgproc-attn", COMMANDS[record["task"]], *words])
+    return NOT_RECORDED if words is None else shlex.join(["imgproc-attn", TASKS[record["task"]].command, *words])
 
 
 def hyper_parameters(record: dict[str, Any]) -> Facts:
@@ -243,13 +248,13 @@ def limits(record: dict[str, Any], rows: Sequence[Measurement]) -> list[str]:
         if row.family == "clean" and row.split == "test" and row.metric == "accuracy" and row.value and row.samples:
             error = 100 * math.sqrt(max(row.value * (1 - row.value), 0.0) / row.samples)
             texts.append(
-                f"With {row.samples:,} test images the clean accuracy has a standard error of {error:.1f} percentage "
-                "points from the choice of these images alone (binomial)."
+                f"With {row.samples:,} test {row.unit} the clean accuracy has a standard error of {error:.1f} "
+                f"percentage points from the choice of these {row.unit} alone (binomial)."
             )
             break
     name = record["arguments"]["data"]["dataset_name"]
     counts = record.get("data_fingerprint", {}).get("train", {})
-    size = f" ({counts['rows']:,} training {'images' if name == EMBEDDED_IMAGES else 'lines'})" if counts else ""
+    size = f" ({counts['rows']:,} training {TASKS[record['task']].rows})" if counts else ""
     if name in (EMBEDDED_IMAGES, EMBEDDED_TEXT):
         texts.append(
             f"The data are a small set that comes with a Python package{size}: the checkpoint shows how the method is "
@@ -257,7 +262,7 @@ def limits(record: dict[str, Any], rows: Sequence[Measurement]) -> list[str]:
         )
     if name == EMBEDDED_TEXT:
         texts.append("The manual changes with Python, so another version gives other data and other numbers.")
-    missing = [row.name for row in rows if row.value is None and row.family in FAMILIES[record["task"]]]
+    missing = [row.name for row in rows if row.value is None and row.family in TASKS[record["task"]].disturbances]
     untested = f" Not measured among these: {', '.join(missing)}." if missing else ""
     texts.append(f"Nothing was tested but what the table of results shows, on the data set named there.{untested}")
     if record["arguments"]["trainer"].get("load_best_model_at_end"):
