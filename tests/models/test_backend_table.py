@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from hf_imgproc_attn.models.backend_table import BACKENDS
 from hf_imgproc_attn.models.layer_filter import AttentionFilter
 from hf_imgproc_attn.models.spec_axes import FILTER_BACKENDS
-from tests.models.test_layer_filter import (
+from tests.models.layer_cases import (
     BOOSTERS,
     LENGTH,
     MASKS,
