@@ -15,6 +15,7 @@ from .registration import register_with_transformers
 if TYPE_CHECKING:
     from .conversion import ConversionReport, convert
     from .functional import filter_attention
+    from .models.any_filter import apply_filter, filtered_layers, remove_filter
     from .models.configuration_imgproc_bert import ImgProcBertConfig
     from .models.configuration_imgproc_gpt2 import ImgProcGPT2Config
     from .models.configuration_imgproc_vit import ImgProcViTConfig
@@ -57,15 +58,21 @@ __all__ = [
     "ImgProcViTForMaskedImageModeling",
     "ImgProcViTModel",
     "__version__",
+    "apply_filter",
     "convert",
     "filter_attention",
+    "filtered_layers",
+    "remove_filter",
 ]
 
 _MODULE_OF = {
     "PRESETS": ".models.spec_fields",
     "ConversionReport": ".conversion",
+    "apply_filter": ".models.any_filter",
     "convert": ".conversion",
     "filter_attention": ".functional",
+    "filtered_layers": ".models.any_filter",
+    "remove_filter": ".models.any_filter",
     **{name: module for row in BACKBONES.values() for name, module in row.module_of.items()},
 }
 

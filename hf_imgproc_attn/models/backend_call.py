@@ -50,6 +50,8 @@ class FilterCall(NamedTuple):
     booster: how often A is applied.
     dropout: probability on A, one mask for all applications.
     streams: rows of earlier tokens that the booster needs, and where those of the new tokens go.
+    own_value: values of the queries' own tokens, ``[batch, key_heads, length, d]``; None where they are the last rows
+        of ``value``. In a cache of fixed size they are not, and nothing but the mask tells which keys are there.
     """
 
     query: torch.Tensor
@@ -61,6 +63,7 @@ class FilterCall(NamedTuple):
     booster: Booster = Booster()
     dropout: float = 0.0
     streams: Streams = NO_STREAMS
+    own_value: torch.Tensor | None = None
 
     @property
     def is_boosted(self) -> bool:
@@ -75,7 +78,9 @@ class FilterCall(NamedTuple):
     @property
     def new_value(self) -> torch.Tensor:
         """V of the queries' own tokens, ``[batch, heads, length, d]``."""
-        rows = self.value[..., self.key.shape[-2] - self.query.shape[-2] :, :]
+        rows = self.own_value
+        if rows is None:
+            rows = self.value[..., self.key.shape[-2] - self.query.shape[-2] :, :]
         return rows if self.groups == 1 else rows.repeat_interleave(self.groups, dim=1)
 
     @property

@@ -49,7 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Named variants: the fields in which each differs from the stock model."""
 
-_FIELDS = (
+FILTER_FIELDS = (
     "content_kernel",
     "position_kernel",
     "content_bandwidth",
@@ -169,7 +169,7 @@ class FilterSpecMixin:
         Raises:
             ValueError: for a near miss, or a ``filter_spec_version`` that this code does not know.
         """
-        refuse_near_misses({key: value for key, value in kwargs.items() if key not in _FIELDS})
+        refuse_near_misses({key: value for key, value in kwargs.items() if key not in FILTER_FIELDS})
         return super().from_dict(bring_up_to_date(config_dict), **kwargs)  # type: ignore[misc]
 
     @property
@@ -265,7 +265,25 @@ def closest_preset(config: Any) -> tuple[str, dict[str, Any]]:
         A key of :data:`PRESETS` and the fields; with other axes ``"custom"`` and the fields in which the
         configuration differs from the stock model.
     """
-    written_out = {
+    fields = {field: getattr(config, field) for field in FILTER_FIELDS}
+    for field, default in written_out_defaults(config).items():
+        if fields[field] == default:
+            fields[field] = None
+    if fields["boosting"] == "osher":
+        fields["boosting"] = "twicing"  # an alias
+    stock = {field: getattr(FilterSpecMixin, field) for field in FILTER_FIELDS}
+    differences = {
+        name: {field: value for field, value in fields.items() if value != {**stock, **preset}[field]}
+        for name, preset in PRESETS.items()
+    }
+    of_its_axes = [name for name, changes in differences.items() if not changes.keys() & set(_AXES)]
+    name = min(of_its_axes, key=lambda name: len(differences[name]), default="custom")
+    return name, differences["softmax" if name == "custom" else name]
+
+
+def written_out_defaults(config: Any) -> dict[str, Any]:
+    """What the fields stand for whose default is None, for a configuration's booster and kind of data."""
+    return {
         "boosting_steps": default_steps(config.boosting) if isinstance(config.boosting, str) else None,
         "gradient_boosting_source": GRADIENT_BOOSTING_SOURCES[0],
         "neutreno_lambda": config.default_neutreno_lambda,
@@ -274,20 +292,6 @@ def closest_preset(config: Any) -> tuple[str, dict[str, Any]]:
         "relative_attention_max_distance": DEFAULT_MAX_DISTANCE,
         "rotary_base": DEFAULT_ROTARY_BASE,
     }
-    fields = {field: getattr(config, field) for field in _FIELDS}
-    for field, default in written_out.items():
-        if fields[field] == default:
-            fields[field] = None
-    if fields["boosting"] == "osher":
-        fields["boosting"] = "twicing"  # an alias
-    stock = {field: getattr(FilterSpecMixin, field) for field in _FIELDS}
-    differences = {
-        name: {field: value for field, value in fields.items() if value != {**stock, **preset}[field]}
-        for name, preset in PRESETS.items()
-    }
-    of_its_axes = [name for name, changes in differences.items() if not changes.keys() & set(_AXES)]
-    name = min(of_its_axes, key=lambda name: len(differences[name]), default="custom")
-    return name, differences["softmax" if name == "custom" else name]
 
 
 def preset_in_words(config: Any) -> str:
@@ -309,6 +313,6 @@ def refuse_near_misses(kwargs: dict[str, Any]) -> None:
         if key in RUN_TIME_FIELDS:
             continue
         normalised = key.lower().replace("-", "_")
-        matches = difflib.get_close_matches(normalised, (*_FIELDS, *RUN_TIME_FIELDS), n=1, cutoff=0.8)
+        matches = difflib.get_close_matches(normalised, (*FILTER_FIELDS, *RUN_TIME_FIELDS), n=1, cutoff=0.8)
         if matches:
             raise ValueError(f"unknown configuration field {key}={kwargs[key]!r}; did you mean {matches[0]}?")

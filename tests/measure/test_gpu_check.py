@@ -109,13 +109,16 @@ def test_rehearsal_covers_every_back_end(rehearsal: Record) -> None:
     # The memory-efficient and cuDNN kernels of SDPA are a GPU's.
     assert methods == {
         "triton single_pass", "triton general", "triton short", "SDPA flash", "SDPA maths", "sdpa", "blocked", "flex",
-        "flex, called directly",
+        "flex, called directly", "flex, several lengths",
     }  # fmt: skip
     assert {case["about"]["filter"] for case in measured} == set(tensors.FILTERS)
     for case in measured:
         parts = {"output"} if case["about"]["backend"].startswith("flex") else {"output", "dQ", "dK", "dV"}
+        if "by place" in case["about"]["filter"] and len(parts) > 1:
+            parts.add("dt")
         assert case["values"]["multiples"].keys() == parts
-        assert max(case["values"]["multiples"].values()) <= 5.0, case["about"]
+        # The sum that a parameter's gradient is may be small.
+        assert max(multiple for part, multiple in case["values"]["multiples"].items() if part != "dt") <= 5.0, case
 
 
 @rehearsed
