@@ -17,7 +17,8 @@ streams instead of 2k. The same holds where all rows are one block. Otherwise th
     dV   = sum_m d_m T_m
 
 2k + 3 products where one pass suffices. Saved are out, x_1, x_2, ... and the row log-sum-exp, from which the s_m
-follow: memory is O(length), never O(length * key_length). Plain attention is the case k = 1 (FlashAttention-2's backward, Dao 2023).
+follow: memory is O(length), never O(length * key_length). Plain attention is the case k = 1 (FlashAttention-2's
+backward, Dao 2023).
 
 D is also the row sum of A o dA, if the rows of A sum to 1. They do not quite: recomputed from a rounded log-sum-exp at
 logits of 1e4, they sum to 1 within 1e-3 only, and that error times all of dA would swamp dS = A o (dA - D) where one
