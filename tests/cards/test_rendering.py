@@ -39,7 +39,7 @@ import make_cards
 import make_results
 
 RESULTS, CARDS = ROOT / "training" / "results", ROOT / "model_cards"
-NAMES = [name for name in make_results.NAMES if not name.startswith("bert")]
+NAMES = make_results.NAMES
 
 
 @pytest.fixture
