@@ -136,7 +136,7 @@ class Inputs:
     def __init__(self, call: Call, tensors: Tensors, streams: torch.Tensor) -> None:
         plan, dtype = call.plan, torch.promote_types(tensors.query.dtype, torch.float32)
         self.past, self.width = plan.past, tensors.value.shape[-1]
-        self.key_heads = KeyHeads(plan)
+        self.key_heads = KeyHeads(plan.heads // plan.key_heads)
         self._all = tuple(flat(x, dtype) for x in (*tensors[:3], streams))
         self._past = None if tensors.past is None else flat(tensors.past, dtype)
         self._hidden = None
