@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import output_capturing
 
-from .any_layer import AppliedFilter, SharedState
+from .any_layer import AppliedFilter, FilterSeat, SharedState
 from .any_streams import follow_layer
 from .visibility import Visibility, attention_visibility, padding_visibility
 
@@ -18,6 +19,8 @@ IMPLEMENTATION = "imgproc_filter"
 """Name of :func:`filtered_attention` in Transformers' table of attention functions."""
 PART = "imgproc_filter"
 """Name of the sub-module of a filtered layer."""
+SEAT = "imgproc_filter_seat"
+"""Name of the attribute of a filtered layer that holds its ``FilterSeat``."""
 
 _CACHES = ("past_key_values", "layer_past", "past_key_value")
 _OTHER_SEQUENCE = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
@@ -70,6 +73,7 @@ def filtered_attention(
         ValueError: for terms of the logits that the filter does not know, or a call that is no self-attention.
     """
     part: AppliedFilter = getattr(module, PART)
+    seat: FilterSeat = getattr(module, SEAT)
     for name, extra in kwargs.items():
         if extra is None or extra is False or name in _HARMLESS:
             continue
@@ -79,18 +83,32 @@ def filtered_attention(
     if attention_mask is None and causal and 1 < query.shape[-2] < key.shape[-2]:
         # As Transformers has it, the first tokens of a cache of fixed size: the places after them are empty.
         key, value = (x[..., : query.shape[-2], :] for x in (key, value))
-    visibility = _visibility(part.shared, attention_mask, query, key, causal)
+    visibility = _visibility(seat.shared, attention_mask, query, key, causal)
     output, weights = part(
-        module,
+        seat,
         (query, key, value),
         visibility,
         scaling=scaling,
         dropout=dropout,
         bias=None if position_bias is None else position_bias[..., : key.shape[-2]],
         position_ids=kwargs.get("position_ids"),
-        attentions=bool(kwargs.get("output_attentions")),
+        attentions=_wants_attentions(seat.stock_config, bool(kwargs.get("output_attentions"))),
     )
     return output.transpose(1, 2).contiguous(), weights
+
+
+def _wants_attentions(config: Any, asked: bool) -> bool:
+    """Whether the layers beside this one return their attentions, and anybody looks at them.
+
+    Only ``"eager"`` layers return any, so that a filtered layer which did would stand at the place of another. Most
+    models do not tell their layers that they were asked: what Transformers collects does.
+    """
+    if config._attn_implementation not in ("eager", None):
+        return False
+    if asked or getattr(config, "output_attentions", False) or torch.compiler.is_compiling():
+        return asked or bool(getattr(config, "output_attentions", False))
+    collector = getattr(output_capturing, "_active_collector", None)  # no public name
+    return collector is None or any("attentions" in name for name in collector.get() or ())
 
 
 def _visibility(
@@ -126,12 +144,13 @@ def before_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             )
     cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
     cache = getattr(cache, "self_attention_cache", cache)
-    part.cache_layer = None
+    seat: FilterSeat = getattr(module, SEAT)
+    seat.cache_layer = None
     if cache is not None:
         layer_idx = getattr(module, "layer_idx", None)
         if layer_idx is None:
             raise ValueError(f"the filter of {part.layer_name} was given a cache, and the layer has no layer_idx")
-        part.cache_layer = follow_layer(cache, layer_idx, part.keeps_streams)
+        seat.cache_layer = follow_layer(cache, layer_idx, part.keeps_streams)
 
 
 def _parameters(module_class: type[nn.Module]) -> list[str]:

@@ -66,9 +66,13 @@ class FilterFields(NamedTuple):
             raise ValueError(
                 "boosting='gradient_boosted' is not for layers of another model: it has projections of its own"
             )
-        if wanted.get("feedback", "none") != "none" and not {"neutreno_lambda", "pid_gains", "learn_feedback"} & set(
-            wanted
-        ):
+        if not isinstance(wanted.get("feedback", "none"), str):
+            raise ValueError(f"feedback must be one of none, neutreno, pid, got {wanted['feedback']!r}")
+        if wanted.get("feedback") in ("neutreno", "pid") and not {
+            "neutreno_lambda",
+            "pid_gains",
+            "learn_feedback",
+        } & set(wanted):
             # As in a conversion: factors that are learned and start at 0 leave the model what it was.
             wanted |= {"learn_feedback": True, **_zero_gains(wanted["feedback"])}
         values = {name: wanted.get(name, getattr(FilterSpecMixin, name)) for name in known}
@@ -85,7 +89,7 @@ def _check_positions(wanted: dict[str, Any]) -> None:
     kernels = wanted.get("position_kernel")
     for kernel in kernels if isinstance(kernels, list) else [kernels]:
         if kernel is not None and kernel not in _POSITIONS:
-            reason = _NEEDS.get(kernel, "it is unknown")
+            reason = _NEEDS.get(str(kernel), "it is unknown")
             raise ValueError(
                 f"position_kernel must be one of {', '.join(_POSITIONS)} for layers of another model, got {kernel!r}: "
                 f"{reason}"

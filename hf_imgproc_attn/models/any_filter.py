@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from .any_attention import IMPLEMENTATION, PART, before_layer
+from .any_attention import IMPLEMENTATION, PART, SEAT, before_layer
 from .any_fields import FilterFields, StackConfig
-from .any_layer import AppliedFilter, SharedState
+from .any_layer import AppliedFilter, FilterSeat, SharedState
 from .any_layers import AttentionLayer, attention_layers
 
 
@@ -40,7 +42,7 @@ def apply_filter(
     model: nn.Module,
     preset: str | None = None,
     *,
-    layers: Sequence[int] | int | None = None,
+    layers: Iterable[int] | int | None = None,
     stacks: str | Sequence[str] | None = None,
     num_special_tokens: int | None = None,
     **fields: Any,
@@ -66,6 +68,12 @@ def apply_filter(
         ValueError: for fields that need another projection or another block, layers or stacks that are not there, a
             model without such layers, or one that is filtered already. The model is then as it was.
     """
+    _check_model(model)
+    layers, stacks = _integers(layers), [stacks] if isinstance(stacks, str) else stacks
+    if num_special_tokens is not None and (
+        isinstance(num_special_tokens, bool) or not isinstance(num_special_tokens, int) or num_special_tokens < 0
+    ):
+        raise ValueError(f"num_special_tokens must be an integer >= 0 or None, got {num_special_tokens!r}")
     if any(_parts(model)):
         raise ValueError("the model is filtered already: call remove_filter(model) first")
     wanted = FilterFields.of(preset, fields, is_image=_is_image(model))
@@ -75,7 +83,7 @@ def apply_filter(
         config = StackConfig(wanted, stack_layers, model, num_special_tokens)
         shared = SharedState()
         prepared += [
-            (layer, AppliedFilter(layer, order, config.for_layer(layer), shared))
+            (layer, AppliedFilter(layer, order, config.for_layer(layer)), shared)
             for order, layer in enumerate(stack_layers)
         ]
     # Not from the top: that file loads filtered models, by this function.
@@ -83,9 +91,8 @@ def apply_filter(
 
     arguments = {"layers": layers, "stacks": stacks, "num_special_tokens": num_special_tokens}
     record = {**wanted.changed(), **{name: value for name, value in arguments.items() if value is not None}}
-    for layer, part in prepared:
-        _attach(layer.module, part)
-        part.arguments = record  # type: ignore[assignment]
+    for layer, part, shared in prepared:
+        _attach(layer.module, part, shared, record)
     model.save_pretrained = functools.partial(save_filtered, model)  # type: ignore[assignment]
     return model
 
@@ -96,12 +103,12 @@ def filter_arguments(model: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: if the model has no filter.
     """
-    for _, part in _parts(model):
-        return dict(part.arguments)  # type: ignore[arg-type]
+    for module, _ in _parts(model):
+        return dict(getattr(module, SEAT).arguments)
     raise ValueError("the model has no filter")
 
 
-def _attach(module: nn.Module, part: AppliedFilter) -> None:
+def _attach(module: nn.Module, part: AppliedFilter, shared: SharedState, arguments: dict[str, Any]) -> None:
     tensor = next(module.parameters(), None)
     if tensor is not None:
         # The filter's scalars are never less precise than single.
@@ -109,10 +116,10 @@ def _attach(module: nn.Module, part: AppliedFilter) -> None:
     part.train(module.training)
     own = copy.copy(module.config)
     own._attn_implementation_internal = IMPLEMENTATION  # type: ignore[union-attr]
-    part.stock_config = module.config
+    hook = module.register_forward_pre_hook(before_layer, with_kwargs=True)
+    setattr(module, SEAT, FilterSeat(shared, arguments, module.config, hook))
     module.config = own
     setattr(module, PART, part)
-    part.hook = module.register_forward_pre_hook(before_layer, with_kwargs=True)  # type: ignore[assignment]
 
 
 def remove_filter(model: nn.Module) -> nn.Module:
@@ -124,10 +131,12 @@ def remove_filter(model: nn.Module) -> nn.Module:
     found = list(_parts(model))
     if not found:
         raise ValueError("the model has no filter to remove")
-    for module, part in found:
-        part.hook.remove()  # type: ignore[union-attr,operator]
-        module.config = part.stock_config
+    for module, _ in found:
+        seat: FilterSeat = getattr(module, SEAT)
+        seat.hook.remove()
+        module.config = seat.stock_config
         delattr(module, PART)
+        delattr(module, SEAT)
     model.__dict__.pop("save_pretrained", None)
     return model
 
@@ -162,10 +171,38 @@ def stack_names(model: nn.Module) -> dict[str, int]:
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[nn.Module, AppliedFilter]]:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a model, which is loaded already, got {model!r}")
     for module in model.modules():
         part = getattr(module, PART, None)
+        part = getattr(part, "original_module", part)  # PEFT's wrapper, where modules_to_save names the filter
         if isinstance(part, AppliedFilter):
             yield module, part
+
+
+def _check_model(model: Any) -> None:
+    """Refuse what is no model, and a wrapper that saves something else."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a model, which is loaded already, got {model!r}")
+    if hasattr(model, "peft_config") and not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"model is a {type(model).__name__}, which saves its adapter alone and would lose the filter: call "
+            "apply_filter first, save that model, and get_peft_model after it"
+        )
+
+
+def _integers(layers: Any) -> Any:
+    """Layers as plain integers, which can be saved; what is none is left to be refused."""
+    if isinstance(layers, (str, bytes)) or not (hasattr(layers, "__iter__") or hasattr(layers, "__index__")):
+        return layers
+    if hasattr(layers, "tolist"):  # an array or a tensor, of NumPy or torch
+        return layers.tolist()
+    if not hasattr(layers, "__iter__"):
+        return layers if isinstance(layers, bool) else operator.index(layers)
+    return [
+        operator.index(index) if hasattr(index, "__index__") and not isinstance(index, (bool, torch.Tensor)) else index
+        for index in layers
+    ]
 
 
 def _is_image(model: nn.Module) -> bool:
@@ -173,7 +210,7 @@ def _is_image(model: nn.Module) -> bool:
 
 
 def _chosen(
-    found: list[AttentionLayer], layers: Sequence[int] | int | None, stacks: str | Sequence[str] | None, model: str
+    found: list[AttentionLayer], layers: Any, stacks: str | Sequence[str] | None, model: str
 ) -> list[list[AttentionLayer]]:
     """The chosen layers of each chosen stack, in order."""
     by_stack: dict[str, list[AttentionLayer]] = {}
@@ -184,11 +221,13 @@ def _chosen(
             f"{model} has no self-attention layer that goes through Transformers' attention interface: no filter can "
             "be put into it"
         )
-    names = list(by_stack) if stacks is None else [stacks] if isinstance(stacks, str) else list(stacks)
-    for name in names:
-        if name not in by_stack:
+    if stacks is not None and (not isinstance(stacks, (list, tuple)) or not stacks):
+        raise ValueError(f"stacks must be one or more of {', '.join(by_stack)}, got {stacks!r}")
+    for name in stacks or ():
+        if not isinstance(name, str) or name not in by_stack:
             raise ValueError(f"stacks must be among {', '.join(by_stack)}, got {name!r}")
-    wanted = [layers] if isinstance(layers, int) else layers
+    names = list(by_stack) if stacks is None else list(dict.fromkeys(stacks))
+    wanted = layers if layers is None or isinstance(layers, (list, tuple)) else [layers]
     chosen = []
     for name in names:
         members = by_stack[name]

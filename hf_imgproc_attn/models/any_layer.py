@@ -40,6 +40,24 @@ class SharedState:
         return memo.setdefault(id(self), SharedState())
 
 
+class FilterSeat:
+    """What belongs to a filtered attention module and not to the filter's parameters.
+
+    PEFT puts copies of a sub-module in its place, one an adapter; what they have in common is kept here.
+
+    Args:
+        shared: of the stack.
+        arguments: what ``apply_filter`` has to be called with for the same filters.
+        stock_config: the configuration that the module had before.
+        hook: removes the hook of the module.
+    """
+
+    def __init__(self, shared: SharedState, arguments: dict[str, Any], stock_config: Any, hook: Any) -> None:
+        self.shared, self.arguments, self.stock_config, self.hook = shared, arguments, stock_config, hook
+        self.cache_layer: Any = None
+        """Set before the layer's forward pass: its part of the cache, or None."""
+
+
 class AppliedFilter(nn.Module):
     """The filter of one layer of another model.
 
@@ -47,10 +65,9 @@ class AppliedFilter(nn.Module):
         layer: the layer.
         order: its place among the filtered layers of its stack.
         config: what the filter is.
-        shared: of the stack.
     """
 
-    def __init__(self, layer: AttentionLayer, order: int, config: StackConfig, shared: SharedState) -> None:
+    def __init__(self, layer: AttentionLayer, order: int, config: StackConfig) -> None:
         super().__init__()
         self.layer_name, self.stack, self.index, self.order = layer.name, layer.stack, layer.place, order
         self.filter = AttentionFilter(
@@ -66,19 +83,17 @@ class AppliedFilter(nn.Module):
         if self.filter.scalar_bias.boosting_gain is not None:
             # Boosting that is learned starts where the model is: without it.
             nn.init.zeros_(self.filter.scalar_bias.boosting_gain)
-        self.sides, self.shared = config.sides, shared
+        self.sides = config.sides
         spec = self.filter.spec
         self.sees_places = self.filter.positions.sees_places
         self.needs_state = self.filter.passes_value or spec.feedback != "none"
         self.keeps_streams = bool(self.filter.stream_names) or self.sees_places
         fields = config.fields
         self.scales_by_itself = fields["learn_bandwidths"] or fields["content_bandwidth"] is not None
-        self.cache_layer: Any = None
-        """Set before the layer's forward pass: its part of the cache, or None."""
 
     def forward(
         self,
-        module: nn.Module,
+        seat: FilterSeat,
         projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         visibility: Visibility,
         *,
@@ -96,8 +111,8 @@ class AppliedFilter(nn.Module):
         query, key, value = projected
         streams: Streams = NO_STREAMS
         own_value, has_past = None, visibility.length != visibility.key_length
-        if self.cache_layer is not None:
-            streams = following = FollowingStreams(self.cache_layer, visibility.key_length)
+        if seat.cache_layer is not None:
+            streams = following = FollowingStreams(seat.cache_layer, visibility.key_length)
             own_value = following.own_value(value, visibility.length)
         elif has_past:
             raise ValueError(
@@ -111,9 +126,11 @@ class AppliedFilter(nn.Module):
                 f"content_kernel='elliptical' weighs queries by the values: {self.layer_name} has values of width "
                 f"{value.shape[-1]} and queries of width {query.shape[-1]}; choose another kernel"
             )
-        state = self._state()
+        state = self._state(seat.shared)
         scalars = self.filter.scalar_bias()
-        positions = self._positions(scalars, query, visibility, position_ids, streams)
+        positions = self._positions(
+            scalars, query, visibility, self._coordinates(query, position_ids, seat.cache_layer), streams
+        )
         if bias is not None:
             positions = (*positions, BiasPositions(bias))
         call = self.filter.call(
@@ -135,14 +152,14 @@ class AppliedFilter(nn.Module):
             output, weights = run_filter(call, one_row if has_past else "auto"), None
         if self.needs_state:
             output, state = self._hand_on(output, new_value, state, call.query.shape[1])
-            self.shared.states[self.order + 1] = state
-        self.cache_layer = None  # a model keeps no cache alive
+            seat.shared.states[self.order + 1] = state
+        seat.cache_layer = None  # a model keeps no cache alive
         return output, weights
 
-    def _state(self) -> LayerState:
+    def _state(self, shared: SharedState) -> LayerState:
         if not self.needs_state:
             return LayerState()
-        shared, with_gradient = self.shared, torch.is_grad_enabled()
+        with_gradient = torch.is_grad_enabled()
         if self.order == 0:
             shared.states, shared.with_gradient = {0: LayerState()}, with_gradient
         if self.order not in shared.states or (with_gradient and not shared.with_gradient):
@@ -169,12 +186,12 @@ class AppliedFilter(nn.Module):
         scalars: Scalars,
         query: torch.Tensor,
         visibility: Visibility,
-        position_ids: torch.Tensor | None,
+        coordinates: torch.Tensor | None,
         streams: Streams,
     ) -> tuple[Positions, ...]:
-        if not self.sees_places:
+        if coordinates is None:
             return ()
-        own = self._coordinates(query, position_ids).to(working_dtype(query.dtype))
+        own = coordinates.to(working_dtype(query.dtype))
         all_places = own
         if streams.is_cached:
             rows = own.expand(query.shape[0], -1, -1).unsqueeze(1)
@@ -188,8 +205,12 @@ class AppliedFilter(nn.Module):
             like=query,
         )
 
-    def _coordinates(self, query: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
-        """Places of the new tokens, ``[batch or 1, length, axes]``."""
+    def _coordinates(
+        self, query: torch.Tensor, position_ids: torch.Tensor | None, cache_layer: Any
+    ) -> torch.Tensor | None:
+        """Places of the new tokens, ``[batch or 1, length, axes]``; None where the filter does not see them."""
+        if not self.sees_places:
+            return None
         length = query.shape[-2]
         if len(self.sides) == 2:
             rows, columns = self.sides
@@ -207,8 +228,8 @@ class AppliedFilter(nn.Module):
         if position_ids is not None:
             return position_ids[..., None] if position_ids.ndim == 2 else position_ids[0, ..., None]
         places = torch.arange(length, device=query.device)
-        if self.cache_layer is not None:
-            places = places + (self.cache_layer.get_seq_length() - length)
+        if cache_layer is not None:
+            places = places + (cache_layer.get_seq_length() - length)
         return places[None, :, None]
 
     def extra_repr(self) -> str:

@@ -17,6 +17,11 @@ from transformers.dynamic_module_utils import custom_object_save
 from .any_filter import apply_filter, filter_arguments
 from .configuration_imgproc_filtered import ImgProcFilteredConfig
 
+_NOT_GIVEN = frozenset(
+    ("architectures", "dtype", "id2label", "label2id", "model_type", "transformers_version", "_name_or_path")
+)
+"""Of every configuration, and said by the saved one or elsewhere rather than by who loads it."""
+
 
 class FilteredModel(PreTrainedModel):
     """What an Auto class loads a filtered model with; it has no objects of its own."""
@@ -34,6 +39,10 @@ class FilteredModel(PreTrainedModel):
         if not isinstance(config, PreTrainedConfig):
             config = ImgProcFilteredConfig.from_pretrained(args[0] if config is None else config)
         filtered, base = cls._filtered_class(config)
+        # What a user says of the configuration is said of the model's own.
+        given = {name: kwargs.pop(name) for name in list(kwargs) if name != "dtype" and hasattr(base, name)}
+        for name, value in given.items():
+            setattr(base, name, value)
         model = filtered.from_pretrained(*args, config=base, **kwargs)
         loaded, info = model if isinstance(model, tuple) else (model, None)
         _settle(loaded)
@@ -51,8 +60,12 @@ class FilteredModel(PreTrainedModel):
         """The stock class, made so that it has the filters before its weights are loaded, and its configuration."""
         base = config.base()
         # An Auto class has put what it was given into this configuration.
-        if config.id2label != PreTrainedConfig().id2label:
-            base.id2label, base.label2id = config.id2label, config.label2id
+        for name, default in PreTrainedConfig().to_dict().items():
+            value = getattr(config, name, default)
+            if name not in _NOT_GIVEN and value != default:
+                setattr(base, name, value)
+        base.id2label = config.id2label
+        base.label2id = config.label2id or {label: number for number, label in config.id2label.items()}
         if config._attn_implementation_internal is not None:
             base._attn_implementation = config._attn_implementation_internal
         mapping = getattr(transformers, cls.base_auto_class)._model_mapping
@@ -142,6 +155,9 @@ def save_filtered(model: Any, save_directory: Any, *args: Any, push_to_hub: bool
     """
     if push_to_hub:
         raise ValueError("push_to_hub=True is not for a filtered model: call model.push_to_hub(repo_id)")
+    if getattr(model, "_hf_peft_config_loaded", False):  # the adapter alone is saved, and its base has the filters
+        type(model).save_pretrained(model, save_directory, *args, **kwargs)
+        return
     entries = auto_map(model)
     type(model).save_pretrained(model, save_directory, *args, **kwargs)
     if not kwargs.get("is_main_process", True):
@@ -152,6 +168,7 @@ def save_filtered(model: Any, save_directory: Any, *args: Any, push_to_hub: bool
         filter_arguments=filter_arguments(model),
         architectures=[type(model).__name__],
         id2label=model.config.id2label,
+        label2id=model.config.label2id,
     )
     config.auto_map = entries
     config.dtype = model.config.dtype

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     BertConfig,
     BertModel,
@@ -36,6 +37,17 @@ from tests.any_model.architectures import GROUPED, TEXT, build, inputs, output, 
         ({"preset": "twicing", "layers": []}, r"layers must name at least one layer, .*got \[\]"),
         ({"preset": "twicing", "layers": [0, -3]}, r"every layer once, got \[0, -3\]"),
         ({"preset": "twicing", "stacks": "encoder"}, "stacks must be among model.layers, got 'encoder'"),
+        ({"preset": "twicing", "layers": 1.0}, "layers must be integers .*got 1.0"),
+        ({"preset": "twicing", "layers": slice(0, 2)}, "layers must be integers .*got slice"),
+        ({"preset": "twicing", "stacks": []}, r"stacks must be one or more of model.layers, got \[\]"),
+        ({"preset": "twicing", "stacks": 3}, "stacks must be one or more of model.layers, got 3"),
+        ({"preset": "twicing", "stacks": [3]}, "stacks must be among model.layers, got 3"),
+        (
+            {"preset": "twicing", "num_special_tokens": "a"},
+            "num_special_tokens must be an integer >= 0 or None, got 'a'",
+        ),
+        ({"position_kernel": {}}, r"position_kernel must be one of .*got \{\}"),
+        ({"feedback": ["neutreno"]}, r"feedback must be one of none, neutreno, pid, got \['neutreno'\]"),
         ({"preset": "twicing", "boosting_step": 3}, "unknown configuration field boosting_step=3; did you mean"),
         ({"preset": "twicing", "colour": 3}, "fields must be among .*got 'colour'"),
         ({"preset": "twicing", "boosting_steps": 99}, "boosting_steps must be an integer >= 1 and <= 16, got 99"),
@@ -59,6 +71,20 @@ def test_wrong_arguments_leave_the_model_as_it_was(arguments: dict[str, Any], me
         apply_filter(model, **arguments)
     assert not filtered_layers(model)
     assert model.model.layers[0].self_attn.config is config  # type: ignore[union-attr,index]
+
+
+@pytest.mark.parametrize("call", [lambda model: apply_filter(model, "twicing"), remove_filter, filtered_layers])
+def test_what_is_no_model_is_refused(call: Any) -> None:
+    for wrong in (None, "gpt2", BertModel):
+        with pytest.raises(ValueError, match="model must be a model, which is loaded already, got"):
+            call(wrong)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # by PEFT
+def test_a_model_that_peft_has_wrapped_is_refused() -> None:
+    wrapped = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"]))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="model is a PeftModel, which saves its adapter alone"):
+        apply_filter(wrapped, "twicing")
 
 
 def test_a_filter_is_applied_and_removed_once() -> None:
