@@ -7,6 +7,9 @@ coordinates of a tile's rows and columns, so that nothing of size length x lengt
     DISTANCE    B = -|p_i - p_j|            ALiBi, t = the slope
     BUCKETS     1 in its own bucket         relative buckets, t = a table: an offset looks up its bucket, then t
 
+A Gaussian of contents is an inner product and a number for each key, -|k_j|^2 / h_y^2: ``key_bias`` is added to all
+logits of a key, and its gradient is the sum of dL/ds over the queries.
+
 Class tokens have no place: B is 0, and one of three scalars of the head is added (grid to class, class to grid, class
 to class). *Gradients*: a block of keys adds dL/ds B over all its queries and writes its sums into a slot of its own,
 so that they depend on no order; what calls the kernels adds the slots.
@@ -26,7 +29,7 @@ BUCKETS: tl.constexpr = tl.constexpr(3)
 
 
 class Places(NamedTuple):
-    """What a position kernel compares, as the kernels take it.
+    """What is added to the logits, as the kernels take it: a position kernel, a number for each key, or both.
 
     queries: p of the queries, float32 ``[batch or 1, length, axes]``.
     keys: p of the keys, likewise.
@@ -37,6 +40,9 @@ class Places(NamedTuple):
         notices, and the logits of near keys keep their digits.
     parameters: float32 ``[heads, count]`` in units of log 2: t, and behind it the scalars of class tokens, if any.
     lookup: of buckets: int32, those of the offsets 0, -1, ..., -reach, then those of 0 to reach seen as positive.
+    key_bias: float32 ``[batch, heads, length]`` in units of log 2, or None.
+    key_bias_grad: where its gradient goes, likewise; None in the forward pass.
+    heads: of the queries.
     axes, count, class_tokens, buckets, entries, reach: sizes, as ``tl.constexpr``; buckets are those of one axis, and
         entries those of the table, rounded up to a power of two.
     """
@@ -48,6 +54,9 @@ class Places(NamedTuple):
     nearest: Any
     parameters: Any
     lookup: Any
+    key_bias: Any
+    key_bias_grad: Any
+    heads: int
     axes: Any
     count: Any
     class_tokens: Any
@@ -111,7 +120,12 @@ def _bucket(places, offset):
 def add_position(
     scores, places, batch, head, query_rows, key_rows, length, POSITION: tl.constexpr, TRANSPOSED: tl.constexpr
 ):
-    """Logits ``[queries, keys]``, or ``[keys, queries]`` if TRANSPOSED, with those of the position kernel added."""
+    """Logits ``[queries, keys]``, or ``[keys, queries]`` if TRANSPOSED, with what :class:`Places` holds added."""
+    if places is not None:  # noqa: SIM102  # the compiler looks at both sides of `and`
+        if places.key_bias is not None:
+            bias = places.key_bias + (batch * places.heads + head) * length + key_rows
+            _, of_keys = _pair(query_rows, tl.load(bias, mask=key_rows < length, other=0.0), TRANSPOSED)
+            scores = scores + of_keys
     if POSITION == NO_POSITION:
         return scores
     else:
@@ -151,12 +165,16 @@ def add_gradient(
     POSITION: tl.constexpr, LEARNS: tl.constexpr,
 ):  # fmt: skip
     """The sums with a tile's dL/ds, ``[keys, queries]``, added."""
-    if POSITION != NO_POSITION and LEARNS:
-        if places.class_tokens > 0:
+    if places is not None:
+        if places.class_tokens == 0 and places.key_bias is not None:
+            of_grid += tl.sum(d_scores, 1)
+        if places.class_tokens > 0 and (LEARNS or places.key_bias is not None):
             query_class, key_class = _pair(query_rows < places.class_tokens, key_rows < places.class_tokens, True)
             of_class += tl.sum(tl.where(query_class, d_scores, 0.0), 1)
             of_grid += tl.sum(tl.where(query_class, 0.0, d_scores), 1)
+            # Class tokens have no part in what follows.
             d_scores = tl.where(query_class | key_class, 0.0, d_scores)
+    if POSITION != NO_POSITION and LEARNS:
         if POSITION == BUCKETS:
             entries = tl.arange(0, places.entries)
             for axis in tl.static_range(0, places.axes):
@@ -174,10 +192,14 @@ def add_gradient(
 
 @triton.jit
 def store_gradient(
-    sums_pointer, slot, of_parameter, of_grid, of_class, places, key_rows,
+    sums_pointer, slot, of_parameter, of_grid, of_class, places, batch, head, key_rows, length,
     POSITION: tl.constexpr, LEARNS: tl.constexpr,
 ):  # fmt: skip
-    """Write the sums of a block of keys into a slot of ``[slots, count]``."""
+    """Write the sums of a block of keys: those of parameters into a slot of ``[slots, count]``."""
+    if places is not None:  # noqa: SIM102  # as above
+        if places.key_bias is not None:
+            of_keys = places.key_bias_grad + (batch * places.heads + head) * length + key_rows
+            tl.store(of_keys, of_grid + of_class, mask=key_rows < length)
     if POSITION != NO_POSITION and LEARNS:
         own = sums_pointer + slot.to(tl.int64) * places.count
         if POSITION == BUCKETS:
