@@ -34,6 +34,7 @@ REASONS = {
     "one-layer models": "a layer is compared with one before it",
     "rotary positions": "they mix the features that M weighs",
     "every head width": "features turn in pairs, for each axis: a multiple of 2 for text, of 4 for images",
+    "encoders of texts": "without positions and without a causal mask a model is blind to the order of words",
     "one attention map": "each round has its own",
 }
 """What some presets do not support, and why."""

@@ -18,6 +18,7 @@ from ..models.backend_flops import product_flops
 from ..models.kernel_position import BlockedPositions
 from . import triton_general, triton_short, triton_single_pass
 from .places import PositionTensors, make_places, position_tensors, with_nearest
+from .triton_positions import ONLY_KEYS
 from .triton_tiles import INTERPRETED, Rows
 
 ALGORITHMS = ("auto", "general", "short", "single_pass")
@@ -169,7 +170,7 @@ def _arguments(
         "BLOCK_D": max(16, triton.next_power_of_2(query.shape[3])),
         "CAUSAL": is_causal,
         "HAS_MASK": key_mask is not None,
-        "POSITION": position.kind,
+        "POSITION": position.kind or (0 if key_bias is None else ONLY_KEYS.value),
         "BOOSTED": boosted,
     }
 

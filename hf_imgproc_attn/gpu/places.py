@@ -111,10 +111,7 @@ def make_places(
     coordinates, parameters = position.coordinates, position.parameters
     bias = None if key_bias is None else key_bias.contiguous() / math.log(2.0)
     if coordinates is None or parameters is None:
-        none = tl.constexpr(0)
-        sizes = (none,) * 6
-        fields = (None, None, 0, 0, None, None, None, bias, key_bias_grad, heads, *sizes)
-        return None if bias is None else Places(*fields)
+        return None if bias is None else _only_keys(bias, key_bias_grad, heads)
     key_coordinates = coordinates if position.key_coordinates is None else position.key_coordinates
     length, axes = coordinates.shape[1:]
     own = parameters.shape[1] - 3 * (position.class_tokens > 0)
@@ -124,12 +121,14 @@ def make_places(
         keys=key_coordinates,
         query_step=query_step,
         key_step=key_step,
-        nearest=None,
+        nearest=coordinates,
         parameters=parameters / math.log(2.0),
-        lookup=position.lookup,
-        key_bias=bias,
-        key_bias_grad=key_bias_grad,
+        lookup=coordinates if position.lookup is None else position.lookup,
+        key_bias=coordinates if bias is None else bias,
+        key_bias_grad=coordinates if key_bias_grad is None else key_bias_grad,
         heads=heads,
+        has_nearest=tl.constexpr(False),
+        has_key_bias=tl.constexpr(bias is not None),
         axes=tl.constexpr(axes),
         count=tl.constexpr(parameters.shape[1]),
         class_tokens=tl.constexpr(position.class_tokens),
@@ -167,4 +166,13 @@ def with_nearest(
         "BLOCK": NEAREST_BLOCK,
     }
     nearest_kernel[(triton.cdiv(length, NEAREST_BLOCK) * batch,)](**arguments)
-    return places._replace(nearest=nearest)
+    return places._replace(nearest=nearest, has_nearest=tl.constexpr(True))
+
+
+def _only_keys(bias: torch.Tensor, grad: torch.Tensor | None, heads: int) -> Places:
+    """A number for each key; the other fields, which no kernel looks at, hold anything."""
+    none = tl.constexpr(0)
+    fields: dict[str, Any] = dict.fromkeys(Places._fields, bias)
+    fields |= dict.fromkeys(("axes", "count", "class_tokens", "buckets", "entries", "reach", "has_nearest"), none)
+    fields |= {"query_step": 0, "key_step": 0, "key_bias_grad": bias if grad is None else grad, "heads": heads}
+    return Places(**{**fields, "has_key_bias": tl.constexpr(True)})

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from hf_imgproc_attn import ImgProcBertForSequenceClassification, ImgProcGPT2Config
 from hf_imgproc_attn.cards.rendering import load_results, render_card
 from hf_imgproc_attn.hub.run_files import read_run
+from hf_imgproc_attn.hub.verification import check_loads
 from hf_imgproc_attn.training_support.arguments import LabelledTextDataArguments
 from hf_imgproc_attn.training_support.labelled_text import TOPICS, TokenizedTexts, load_labelled_texts
 from hf_imgproc_attn.training_support.tokenizer import train_tokenizer
@@ -84,7 +85,9 @@ def test_evaluation_and_card(finished: Path) -> None:
     for part in ("pipeline_tag: text-classification", "- bert\n", 'pipeline("text-classification"', "test texts"):
         assert part in card
     assert "imgproc-attn train-text-classification" in card
-    assert read_run(finished).config["model_type"] == "imgproc_bert"
+    run = read_run(finished)
+    assert run.config["model_type"] == "imgproc_bert"
+    check_loads(run)  # in a process without the package
 
 
 def test_the_embedded_paragraphs_are_in_one_split_each_and_stay_there() -> None:
