@@ -47,6 +47,7 @@ _DATA_OPTIONS = (
     ("max_train_samples", "training samples used at most"),
     ("max_eval_samples", "validation and test samples used at most"),
     ("block_size", "tokens in a training sample"),
+    ("max_length", "tokens of a text that are read"),
     ("tokenizer_name", "tokenizer"),
     ("tokenizer_vocab_size", "vocabulary of a tokenizer trained for the run"),
 )

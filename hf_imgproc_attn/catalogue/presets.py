@@ -98,7 +98,8 @@ VARIANTS: dict[str, Variant] = {
         equation=rf"{_ONCE}, \qquad A_{{ij}} \propto \exp\left(\frac{{q_i^\top M_i k_j}}{{\sqrt{{d}}}}\right)",
         symbols=(
             "$M_i$ is diagonal: the mean over tokens of $|V_l - V_{l-1}|$, feature by feature, divided by its largest "
-            "entry (in text over the tokens up to $i$; no gradient flows through it; the first layer has none); "
+            "entry (where tokens see only earlier ones, over the tokens up to $i$; no gradient flows through it; the "
+            "first layer has none); "
             f"{_STOCK_SYMBOLS}"
         ),
         papers=("elliptical",),

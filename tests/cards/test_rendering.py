@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import math
 import re
@@ -25,13 +26,6 @@ from hf_imgproc_attn.catalogue.works import PACKAGE_PAPERS, PAPERS
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.models.spec_fields import preset_fields
 from hf_imgproc_attn.records import public_record
-from hf_imgproc_attn.training_support.argument_parser import parse_arguments
-from hf_imgproc_attn.training_support.arguments import (
-    IMAGE_TRAINER_DEFAULTS,
-    TEXT_TRAINER_DEFAULTS,
-    ImageDataArguments,
-    TextDataArguments,
-)
 from tests.helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "training"))
@@ -39,7 +33,7 @@ import make_cards
 import make_results
 
 RESULTS, CARDS = ROOT / "training" / "results", ROOT / "model_cards"
-NAMES = [name for name in make_results.NAMES if not name.startswith("bert")]
+NAMES = make_results.NAMES
 
 
 @pytest.fixture
@@ -88,20 +82,26 @@ def front_matter(card: str) -> dict[str, Any]:
 # -- the committed results and cards
 
 
+def recipe_of(name: str) -> str:
+    """The recipe of a result."""
+    return next(recipe for recipe in make_results.RECIPES if name.startswith(f"{recipe}_"))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_committed_result_is_a_clean_and_public_run(name: str) -> None:
     run = load_results(RESULTS / f"{name}.json")
     assert run.name == name
     assert run.robustness is not None
     assert public_record(run.record) == run.record
-    assert run.record["arguments"]["model"]["preset"] == name.removeprefix("vit_digits_").removeprefix("gpt2_pydoc_")
+    assert run.record["arguments"]["model"]["preset"] == name.removeprefix(f"{recipe_of(name)}_")
     assert run.record["seed"] == 0
     for source in (run.record["git"], run.robustness["git"]):
         assert source["dirty"] is False
         assert re.fullmatch("[0-9a-f]{40}", source["revision"])
     assert run.record["steps"] == run.record["eval_history"][-1][0]
-    family = {"vit": {"clean", "noise", "attack"}, "gpt2": {"clean", "word swap"}}[name.partition("_")[0]]
-    assert {result["family"] for result in run.robustness["results"]} == family
+    # Corruptions are measured by nothing that the recipes use.
+    family = set(make_results.RECIPES[recipe_of(name)].disturbances) - {"corruption"}
+    assert {result["family"] for result in run.robustness["results"]} == {"clean", *family}
 
 
 @pytest.mark.parametrize("folder", [RESULTS, CARDS], ids=lambda folder: folder.name)
@@ -327,7 +327,7 @@ def test_front_matter_holds_every_measured_value_and_survives_the_library(name: 
     assert str(card) == text
     data = card.data
     assert (data.license, data.library_name, data.model_name) == ("apache-2.0", "transformers", name)
-    assert data.pipeline_tag == ("image-classification" if name.startswith("vit") else "text-generation")
+    assert data.pipeline_tag == make_results.RECIPES[recipe_of(name)].pipeline
     assert {"hf_imgproc_attn", "attention", run.record["arguments"]["model"]["preset"]} <= set(data.tags)
     assert data.get("datasets") is None  # embedded ones are not on the Hub
     assert data.get("base_model") is None
@@ -523,11 +523,11 @@ def test_command_of_the_card_gives_the_arguments_of_the_run(name: str, tmp_path:
     card = (CARDS / f"{name}.md").read_text(encoding="utf-8")
     (line,) = re.findall(r"^```bash\n(.*)\n```$", card, re.MULTILINE)
     program, script, *words = shlex.split(line)
-    is_image = name.startswith("vit")
-    assert (program, script) == ("imgproc-attn", "train-image" if is_image else "train-lm")
-    data_class: Any = ImageDataArguments if is_image else TextDataArguments
-    defaults = IMAGE_TRAINER_DEFAULTS if is_image else TEXT_TRAINER_DEFAULTS
-    arguments = parse_arguments(words, data_class, defaults, "")
+    task = make_results.RECIPES[recipe_of(name)]
+    assert (program, script) == ("imgproc-attn", task.command)
+    module = importlib.import_module(task.script)
+    (defaults,) = (value for name, value in vars(module).items() if name.endswith("_TRAINER_DEFAULTS"))
+    arguments = module.read_arguments(words)
     recorded = load_results(RESULTS / f"{name}.json").record["arguments"]
     assert vars(arguments.model) == recorded["model"]
     assert vars(arguments.data) == recorded["data"]
@@ -541,7 +541,8 @@ def test_command_of_the_card_gives_the_arguments_of_the_run(name: str, tmp_path:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_table_of_a_card_is_rectangular(name: str) -> None:
     found = tables((CARDS / f"{name}.md").read_text(encoding="utf-8"))
-    assert len(found) == 5
+    filters = load_results(RESULTS / f"{name}.json").record.get("filter_summary", {"learned": []})
+    assert len(found) == (6 if filters["learned"] else 5)
     for table in found:
         assert len({len(row) for row in table}) == 1
         assert len(table) > 1

@@ -134,13 +134,23 @@ def test_the_attentions_are_the_operator_that_multiplies_v() -> None:
     assert a.std() > 0.1, "far from uniform"
 
 
-def test_a_layer_normalises_after_the_residual_scheme() -> None:
-    model = bert("boosted_residual", ImgProcBertModel)
+@pytest.mark.parametrize(
+    ("residual", "read", "skip"),
+    [
+        ("standard", lambda first, x: x, 1),
+        ("twicing", lambda first, x: first - x, 1),
+        ("sos", lambda first, x: first + x, -1),
+        ("osher", lambda first, x: first + (first - x), 1),
+    ],
+    ids=["standard", "twicing", "sos", "osher"],
+)
+def test_a_layer_normalises_after_the_residual_scheme(residual: str, read: Any, skip: int) -> None:
+    model = bert(kind=ImgProcBertModel, residual=residual)
     hidden = model(token_ids(), output_hidden_states=True).hidden_states
     layer = model.encoder.layer[1]
     attention, after = layer.attention.self, layer.attention.output
-    heads = torch.nn.functional.scaled_dot_product_attention(*attention.project(hidden[0] - hidden[1]))
-    middle = after.LayerNorm(hidden[1] + after.dense(heads.transpose(1, 2).flatten(2)))
+    heads = torch.nn.functional.scaled_dot_product_attention(*attention.project(read(hidden[0], hidden[1])))
+    middle = after.LayerNorm(skip * hidden[1] + after.dense(heads.transpose(1, 2).flatten(2)))
     torch.testing.assert_close(layer.feed_forward_chunk(middle), hidden[2])
 
 

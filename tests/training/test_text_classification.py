@@ -159,6 +159,14 @@ def test_mistakes_are_one_line(
     assert len(error.splitlines()) == 1
 
 
+def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The library makes an empty one up, to which every word is unknown."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertForMaskedLM(BertConfig(vocab_size=61, **sizes)).save_pretrained(tmp_path / "stock")
+    assert run(tmp_path / "run", "--model_name_or_path", str(tmp_path / "stock"), overrides=[]) == 2
+    assert "tokenizer_name must be a tokenizer with a vocabulary, got" in capsys.readouterr().err
+
+
 def test_a_checkpoint_of_another_backbone_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ImgProcGPT2Config(n_layer=1).save_pretrained(tmp_path / "gpt2")
     assert run(tmp_path / "run", "--model_name_or_path", str(tmp_path / "gpt2"), overrides=[]) == 2
