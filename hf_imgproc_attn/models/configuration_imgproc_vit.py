@@ -25,7 +25,7 @@ class ImgProcViTConfig(FilterSpecMixin, ViTConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The stock ``to_dict`` without what is chosen at run time; PEFT, which calls it, learns its targets here."""
-        tell_peft(self.model_type, ["q_proj", "v_proj"])
+        tell_peft(self.model_type, {"c_attn": ["q_proj", "v_proj"], "mlp.c_proj": ["mlp.fc2"]})
         return super().to_dict()
 
 

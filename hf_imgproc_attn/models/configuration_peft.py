@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 
-def tell_peft(model_type: str, attention: list[str] | None = None) -> None:
+def tell_peft(model_type: str, modules: dict[str, list[str]] | None = None) -> None:
     """Give PEFT, where it is imported, the default target modules of a model type.
 
     PEFT may be imported after the model was made. It asks the configuration for its dictionary before it looks up a
@@ -16,15 +16,16 @@ def tell_peft(model_type: str, attention: list[str] | None = None) -> None:
 
     Args:
         model_type: of the model that gets the defaults.
-        attention: names of the attention projections, which a method gets that adapts those of GPT-2 by default. None:
-            the modules have GPT-2's names, and every method gets what it has for GPT-2.
+        modules: name of a module of GPT-2 -> names of the modules that stand in its place; a method whose defaults for
+            GPT-2 have other names gets none. None: the modules have GPT-2's names.
     """
     constants = sys.modules.get("peft.utils.constants")
     if constants is None:
         return
     for name, table in list(vars(constants).items()):
-        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict) and "gpt2" in table:
-            if attention is None:
-                table.setdefault(model_type, table["gpt2"])
-            elif name.endswith("_TARGET_MODULES_MAPPING") and table["gpt2"] == ["c_attn"]:
-                table.setdefault(model_type, list(attention))
+        if not (name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict) and "gpt2" in table):
+            continue
+        if modules is None:
+            table.setdefault(model_type, table["gpt2"])
+        elif name.endswith("_MODULES_MAPPING") and set(table["gpt2"]) <= set(modules):
+            table.setdefault(model_type, [own for gpt2 in table["gpt2"] for own in modules[gpt2]])
