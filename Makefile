@@ -46,7 +46,8 @@ test: $(STAMP) ## run the tests (CPU, offline)
 # dropout with those of the dense path.
 test-blocked: $(STAMP) ## run the tests of whole models on the back-end of real sizes (a part of `make test`)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --blocked \
-		-k "not dropout_draws_one_mask" tests/models/test_gpt2_model.py tests/models/test_vit_model.py \
+		-k "not dropout_draws_one_mask" tests/models/test_gpt2_model.py tests/models/test_gpt2_inputs.py \
+		tests/models/test_gpt2_stock.py tests/models/test_vit_model.py tests/models/test_vit_stock.py \
 		tests/models/test_gpt2_generation.py tests/models/test_layer_state.py tests/models/test_ecosystem.py
 
 test-full: $(STAMP) ## run the tests with every combination of each grid, not a pairwise cover (half an hour)

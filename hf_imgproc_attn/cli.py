@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
+from .backbones import OF_MODEL_TYPE, TASKS, in_words
 from .errors import (
     OneLineParser,
     UsageError,
@@ -35,8 +36,7 @@ from .output_paths import check_new_files, check_output_folder
 from .shipped_files import shipped_file
 
 TRAINING_SCRIPTS = {
-    "train-image": ("train_image_classification", "train or fine-tune an image classifier"),
-    "train-lm": ("train_causal_lm", "train or fine-tune a causal language model"),
+    **{task.command: (task.script, f"train or fine-tune {task.help}") for task in TASKS.values()},
     "evaluate": ("evaluate_checkpoint", "evaluate a finished run on clean and on disturbed test data"),
 }
 
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of everything but the training scripts' own options."""
     parser = OneLineParser(
-        prog="imgproc-attn", description="Self-attention as image filtering: bilateral and twicing GPT-2 and ViT."
+        prog="imgproc-attn", description=f"Self-attention as image filtering: bilateral and twicing {in_words()}."
     )
     parser.add_argument("--version", action="version", version=f"imgproc-attn {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -93,8 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     convert = commands.add_parser(
         "convert",
-        help="turn a stock GPT-2, ViT or DeiT checkpoint into a variant",
-        description="Turn a stock GPT-2, ViT or DeiT checkpoint into a variant and account for every tensor.",
+        help=f"turn a stock {in_words('or')} checkpoint into a variant",
+        description=f"Turn a stock {in_words('or')} checkpoint into a variant and account for every tensor.",
     )
     convert.add_argument("source", help="a folder or a Hub name")
     convert.add_argument("--preset", required=True, help="the variant (imgproc-attn presets lists them)")
@@ -366,7 +366,7 @@ def _parse_fields(assignments: Sequence[str]) -> dict[str, Any]:
 
 def _check_field_names(names: Iterable[str]) -> None:
     """Refuse names that no configuration of ours has: Transformers would store them and nobody would read them."""
-    known = configuration_fields("imgproc_gpt2") | configuration_fields("imgproc_vit")
+    known = set().union(*map(configuration_fields, OF_MODEL_TYPE))
     for name in names:
         if known and name not in known:
             _refuse(f"--set must name a configuration field, got {name!r}{did_you_mean(name, known)}")

@@ -1,4 +1,4 @@
-"""Turn a GPT-2 or ViT checkpoint into a variant, with every tensor accounted for.
+"""Turn a checkpoint into a variant, with every tensor accounted for.
 
 A stock checkpoint becomes a variant, and a variant another one or stock attention again; what each tensor is made of,
 and where new ones start, is in ``conversion_weights``. Where a parameter allows it the function is kept; where it is
@@ -21,10 +21,10 @@ from transformers.utils import logging
 
 from .conversion_files import copy_processor, write_card
 from .conversion_probe import Change, Inputs, difference, measure, probe_inputs
-from .conversion_source import ARCHITECTURES, Source, load_source, new_variant
+from .conversion_source import ARCHITECTURES, Source, head_of, load_source, new_variant
 from .conversion_weights import check_structure, unused_rows, variant_fields, variant_weights
 from .models.spec_axes import STEPPED_BOOSTINGS
-from .models.spec_fields import preset_fields, preset_name
+from .models.spec_fields import preset_fields, preset_in_words
 from .output_paths import writing
 
 __all__ = ["ARCHITECTURES", "ConversionReport", "convert", "convert_checkpoint"]
@@ -42,8 +42,9 @@ class ConversionReport:
     Attributes:
         source: name or path of the checkpoint.
         architecture: its class.
-        preset: the variant.
-        source_preset: what the source was: ``softmax`` for a stock model.
+        preset: the variant that was asked for.
+        variant: what the filter is: its preset, with the fields in which it differs from that.
+        source_preset: what the source was, likewise: ``softmax`` for a stock model.
         mapped: parameter of the variant -> the source tensors it was made of.
         unused: source tensors, or rows of one, that nothing was made of.
         new: parameters of the variant that no source tensor went into. They start at their defaults, or where the
@@ -63,6 +64,7 @@ class ConversionReport:
     source: str
     architecture: str
     preset: str
+    variant: str = ""
     source_preset: str = "softmax"
     mapped: dict[str, list[str]] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
@@ -78,7 +80,7 @@ class ConversionReport:
 
     def __str__(self) -> str:
         changed = {name: made_of for name, made_of in self.mapped.items() if made_of != [name]}
-        lines = [f"{self.architecture} {self.source}, {self.source_preset} -> {self.preset}"]
+        lines = [f"{self.architecture} {self.source}, {self.source_preset} -> {self.variant or self.preset}"]
         if self.boosting:
             lines.append(f"  {self.boosting}")
         if self.kept:
@@ -113,7 +115,7 @@ def convert(
     samples: torch.Tensor | None = None,
     **config_overrides: Any,
 ) -> Any:
-    """Convert a GPT-2 or ViT (also a DeiT that was published as ViT) to a variant.
+    """Convert a model of one of the backbones (also a DeiT that was published as ViT) to a variant.
 
     What allows it starts where the source's function is kept: gamma of ``learned``, and lambda or the gains of
     ``neutreno`` and ``pidformer``, which are learned (``learn_feedback``) from 0 on unless the overrides name a value.
@@ -178,7 +180,8 @@ def _convert(source: Source, preset: str, overrides: dict[str, Any]) -> tuple[Pr
         source.name,
         source.model.__class__.__name__,
         preset,
-        preset_name(stock.config) if source.is_variant else "softmax",
+        preset_in_words(config),
+        preset_in_words(stock.config) if source.is_variant else "softmax",
         mapped={name: made_of for name, (_, made_of) in made.items() if made_of},
         kept=kept,
         boosting=_boosting_in_words(config),
@@ -210,7 +213,7 @@ def convert_checkpoint(source: str, preset: str, output_dir: str, **config_overr
     with writing(folder):
         model.save_pretrained(folder)
         copy_processor(source, folder, getattr(model.config, "num_channels", 3))
-        write_card(source, folder, report)
+        write_card(source, folder, report, model.filter_summary())
     return report
 
 
@@ -260,7 +263,7 @@ def _warnings(source: Source, variant: PreTrainedModel, report: ConversionReport
             f"{len(dropped)} trained tensors of the source's filter have no place in {report.preset}: they are unused"
         )
     model: Any = source.model
-    if type(model).__name__.endswith("ViTModel") and model.pooler is None:
+    if head_of(type(model)).has_parts and model.pooler is None:
         warnings.append("the checkpoint has no pooler: load it with add_pooling_layer=False, or you get a random one")
     return warnings
 

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.utils import cached_file
 
+from .cards.filters import in_markdown, recorded
 from .cards.merging import LIBRARY_TAG
 from .hub.licences import licence_of_folder
 from .models.image_processing_imgproc import ImgProcGreyImageProcessor
 
 if TYPE_CHECKING:
     from .conversion import ConversionReport
+    from .models.layer_summary import FilterSummary
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 _IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -70,8 +72,8 @@ def fitting_processor(processor: Any, num_channels: int) -> Any:
     return ImgProcGreyImageProcessor(**fields)
 
 
-def write_card(source: str, folder: Path, report: ConversionReport) -> None:
-    """Write a README.md with the source's licence, its name where it is one on the Hub, and the report.
+def write_card(source: str, folder: Path, report: ConversionReport, filters: FilterSummary) -> None:
+    """Write a README.md with the source's licence, its name where it is one on the Hub, the report and the filters.
 
     The texts that the licence may refer to are copied too.
 
@@ -79,6 +81,7 @@ def write_card(source: str, folder: Path, report: ConversionReport) -> None:
         source: a folder or a Hub name.
         folder: of the converted model.
         report: of the conversion; its ``license`` is set.
+        filters: the numbers of the model's filters.
     """
     from huggingface_hub import ModelCardData
 
@@ -92,7 +95,10 @@ def write_card(source: str, folder: Path, report: ConversionReport) -> None:
     front_matter = ModelCardData(
         **licence, library_name="transformers", base_model=None if is_local else source, tags=[LIBRARY_TAG]
     )
-    body = f"# {name}, converted to {report.preset}\n\n```text\n{dataclasses.replace(report, source=name)}\n```\n"
+    body = (
+        f"# {name}, converted to {report.variant}\n\n```text\n{dataclasses.replace(report, source=name)}\n```\n\n"
+        f"## Numbers of the filters\n\n{in_markdown(recorded(filters))}\n"
+    )
     (folder / "README.md").write_text(f"---\n{front_matter.to_yaml()}\n---\n\n{body}", encoding="utf-8")
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
+from .conversion_source import head_of
 from .models.layer_grid import sides
 
 _PROBE_LENGTH = 32
@@ -95,7 +96,7 @@ def probe_inputs(source: PreTrainedModel, checkpoint: str, given: torch.Tensor |
     if _is_language_model(source):
         texts = sample_texts(source, generator)
         return Inputs(texts, f"{texts[:, 1:].numel()} tokens that the source itself wrote")
-    length = min(_PROBE_LENGTH, config.n_positions)
+    length = min(_PROBE_LENGTH, config.max_position_embeddings)
     ids = torch.randint(config.vocab_size, (RANDOM_INPUTS, length), generator=generator)
     return Inputs(ids, "random tokens (no data was given)")
 
@@ -117,7 +118,7 @@ def difference(source: PreTrainedModel, variant: PreTrainedModel) -> tuple[float
     generator = torch.Generator().manual_seed(0)
     config: Any = source.config
     if source.main_input_name == "input_ids":
-        length = min(_PROBE_LENGTH, config.n_positions)
+        length = min(_PROBE_LENGTH, config.max_position_embeddings)
         inputs = torch.randint(config.vocab_size, (1, length), generator=generator)
     else:
         inputs = torch.randn(1, config.num_channels, *sides(config.image_size), generator=generator)
@@ -132,7 +133,7 @@ def sample_texts(model: PreTrainedModel, generator: torch.Generator, length: int
     start = next((token for token in (config.bos_token_id, config.eos_token_id) if token is not None), 0)
     texts = torch.full((SAMPLED_TEXTS, 1), start % config.vocab_size, device=model.device)
     cache = None
-    while texts.shape[1] < min(length, config.n_positions):
+    while texts.shape[1] < min(length, config.max_position_embeddings):
         output = model(texts[:, -1:], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         probabilities = output.logits[:, -1].float().softmax(-1).cpu()
@@ -161,12 +162,12 @@ def _predictions(model: PreTrainedModel, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def _is_language_model(model: PreTrainedModel) -> bool:
-    return type(model).__name__.endswith("LMHeadModel")
+    return head_of(type(model)).measured == "cross_entropy"
 
 
 def _predicts(model: PreTrainedModel) -> bool:
-    is_classifier = type(model).__name__.endswith("Classification") and model.config.num_labels > 1
-    return is_classifier or _is_language_model(model)
+    head = head_of(type(model))
+    return head.measured is not None and not ("Classification" in head.variant and model.config.num_labels < 2)
 
 
 def _check_given(model: PreTrainedModel, given: torch.Tensor) -> None:
@@ -174,8 +175,10 @@ def _check_given(model: PreTrainedModel, given: torch.Tensor) -> None:
     if not _predicts(model):
         raise ValueError(f"samples must be None for a model without predictions, got them for {type(model).__name__}")
     if model.main_input_name == "input_ids":
-        fits = given.ndim == 2 and not given.is_floating_point() and 2 <= given.shape[1] <= config.n_positions
-        wanted = f"token ids [texts, length] with a length from 2 to {config.n_positions}"
+        fits = (
+            given.ndim == 2 and not given.is_floating_point() and 2 <= given.shape[1] <= config.max_position_embeddings
+        )
+        wanted = f"token ids [texts, length] with a length from 2 to {config.max_position_embeddings}"
     else:
         shape = (config.num_channels, *sides(config.image_size))
         fits, wanted = (

@@ -1,23 +1,14 @@
-"""What a conversion starts from: a stock GPT-2 or ViT, or a variant of one, in memory, in a folder or on the Hub."""
+"""What a conversion starts from: a stock model of a backbone, or a variant, in memory, in a folder or on the Hub."""
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    AutoConfig,
-    GPT2ForSequenceClassification,
-    GPT2ForTokenClassification,
-    GPT2LMHeadModel,
-    GPT2Model,
-    PreTrainedModel,
-    ViTForImageClassification,
-    ViTForMaskedImageModeling,
-    ViTModel,
-)
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -26,35 +17,17 @@ from transformers.utils import (
     cached_file,
 )
 
-from .models.modeling_imgproc_gpt2 import (
-    ImgProcGPT2ForSequenceClassification,
-    ImgProcGPT2ForTokenClassification,
-    ImgProcGPT2LMHeadModel,
-    ImgProcGPT2Model,
-)
-from .models.modeling_imgproc_vit import (
-    ImgProcViTForImageClassification,
-    ImgProcViTForMaskedImageModeling,
-    ImgProcViTModel,
-)
+from .backbones import BACKBONES, Backbone, Head, of_config
+from .models.spec_rules import check_architecture
 
 ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], type[PreTrainedModel]]] = {
-    stock.__name__: (stock, variant)
-    for stock, variant in (
-        (GPT2Model, ImgProcGPT2Model),
-        (GPT2LMHeadModel, ImgProcGPT2LMHeadModel),
-        (GPT2ForSequenceClassification, ImgProcGPT2ForSequenceClassification),
-        (GPT2ForTokenClassification, ImgProcGPT2ForTokenClassification),
-        (ViTModel, ImgProcViTModel),
-        (ViTForImageClassification, ImgProcViTForImageClassification),
-        (ViTForMaskedImageModeling, ImgProcViTForMaskedImageModeling),
-    )
+    head.stock: (row.stock_class(head.stock), row.our_class(head.variant))
+    for row in BACKBONES.values()
+    for head in row.heads
 }
 """Stock architecture -> (stock class, variant class)."""
 
 _SOURCES = ARCHITECTURES | {variant.__name__: (variant, variant) for _, variant in ARCHITECTURES.values()}
-_MODEL_TYPES = {"gpt2": "", "vit": "", "imgproc_gpt2": "ImgProc", "imgproc_vit": "ImgProc"}
-"""Model type -> what the names of its classes begin with, beside those of the stock library."""
 
 
 class Source(NamedTuple):
@@ -81,7 +54,7 @@ def load_source(model_or_path: Any) -> Source:
     """The model, loaded if it is a name.
 
     What a ``config.json`` does not tell, the file's tensors do: which architecture it is where none is named, and
-    whether a bare ViT has a pooler (those of DINO have none) and a mask token.
+    whether a bare model has a pooler (a ViT of DINO has none) and other parts that are optional.
 
     Raises:
         ValueError: for an architecture that is not supported, or a checkpoint with missing tensors.
@@ -89,7 +62,7 @@ def load_source(model_or_path: Any) -> Source:
     """
     if isinstance(model_or_path, PreTrainedModel):
         name = type(model_or_path).__name__
-        _check_architecture(name, str(getattr(model_or_path.config, "model_type", None)))
+        _check_architecture(name, model_or_path.config)
         source = model_or_path.config._name_or_path or "(a model in memory)"
         return Source(source, model_or_path, _SOURCES[name][1], [])
     config = AutoConfig.from_pretrained(model_or_path)
@@ -99,15 +72,12 @@ def load_source(model_or_path: Any) -> Source:
     options: dict[str, Any] = {}
     try:
         if not declared:
-            _check_model_type(config.model_type)
-            declared = [_architecture_of(tensor_names(model_or_path), config.model_type)]
+            declared = [_architecture_of(tensor_names(model_or_path), config)]
         (name,) = declared
-        _check_architecture(name, config.model_type)
+        _check_architecture(name, config)
         loaded_class, variant_class = _SOURCES[name]
-        if name.endswith("ViTModel"):
-            tensors = tensor_names(model_or_path)
-            options["add_pooling_layer"] = any("pooler." in tensor for tensor in tensors)
-            options["use_mask_token"] = any(tensor.endswith("mask_token") for tensor in tensors)
+        if head_of(loaded_class).has_parts:
+            options = _parts(of_config(config), tensor_names(model_or_path))
         if loaded_class._keys_to_ignore_on_load_unexpected and loaded_class is not variant_class:
             loaded_class = _listing_all_tensors(loaded_class)
         model, info = loaded_class.from_pretrained(model_or_path, output_loading_info=True, **options)
@@ -119,16 +89,39 @@ def load_source(model_or_path: Any) -> Source:
         raise ValueError(f"the tensors of {model_or_path} have other shapes than its config.json says") from error
     if info["missing_keys"]:
         raise ValueError(f"{model_or_path} lacks tensors of {name}: {', '.join(sorted(info['missing_keys']))}")
-    return Source(str(model_or_path), model, variant_class, list(info["unexpected_keys"]))
+    unused = {*info["unexpected_keys"], *_remade_tensors(model, tensor_names(model_or_path))}
+    return Source(str(model_or_path), model, variant_class, sorted(unused))
+
+
+def _remade_tensors(model: PreTrainedModel, tensors: set[str]) -> set[str]:
+    """Tensors of a file that the model makes anew and so does not read, which Transformers does not tell.
+
+    Old BERT checkpoints hold their position indices, a constant that newer ones leave out.
+    """
+    made = {name for name, _ in model.named_buffers()} - set(model.state_dict())
+    prefix = f"{model.base_model_prefix}."
+    bare = {name.removeprefix(prefix) for name in made}
+    return {tensor for tensor in tensors if tensor.removeprefix(prefix) in bare}
 
 
 def new_variant(source: Source, config: Any) -> PreTrainedModel:
     """A variant with the parts that the source has beside what its configuration tells."""
-    if not source.variant_class.__name__.endswith("ViTModel"):
+    if not head_of(source.variant_class).has_parts:
         return source.variant_class(config)
-    model: Any = source.model
-    has_mask_token = model.embeddings.mask_token is not None
-    return source.variant_class(config, add_pooling_layer=model.pooler is not None, use_mask_token=has_mask_token)
+    return source.variant_class(config, **_parts(of_config(config), set(source.model.state_dict())))
+
+
+def head_of(model_class: type) -> Head:
+    """The row of a model class, stock or ours, or of the one that it derives from."""
+    heads = [head for row in BACKBONES.values() for head in row.heads]
+    names = [kind.__name__ for kind in model_class.__mro__]
+    found = {name: head for head in heads for name in (head.variant, head.stock)}
+    return next(found[name] for name in names if name in found)
+
+
+def _parts(row: Backbone, tensors: set[str]) -> dict[str, bool]:
+    """The options of a bare model with exactly the parts that have tensors."""
+    return {option: any(part in tensor for tensor in tensors) for option, part in row.optional_parts.items()}
 
 
 def tensor_names(checkpoint: Any) -> set[str]:
@@ -152,19 +145,18 @@ def tensor_names(checkpoint: Any) -> set[str]:
     raise OSError(f"{str(checkpoint)!r} must hold weights, {SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}, got neither")
 
 
-def _architecture_of(tensors: set[str], model_type: str) -> str:
+def _architecture_of(tensors: set[str], config: Any) -> str:
     """The class whose tensors these are."""
-    if model_type.endswith("gpt2"):
-        names = {"score.weight": "GPT2ForSequenceClassification", "classifier.weight": "GPT2ForTokenClassification"}
-        names["multiple_choice_head.summary.weight"] = "GPT2DoubleHeadsModel"
-        # The language model's head is the token table, which is stored once; its body has a prefix of its own.
-        has_prefix = any(tensor.startswith("transformer.") for tensor in tensors)
-        default = "GPT2LMHeadModel" if has_prefix or "lm_head.weight" in tensors else "GPT2Model"
-    else:
-        names = {"classifier.weight": "ViTForImageClassification", "decoder.0.weight": "ViTForMaskedImageModeling"}
-        default = "ViTModel"
-    found = [architecture for tensor, architecture in names.items() if tensor in tensors]
-    return _MODEL_TYPES[model_type] + (found[0] if found else default)
+    row = of_config(config)
+
+    def fits(told_by: tuple[str, ...]) -> bool:
+        return all(any(re.search(pattern, tensor) for tensor in tensors) for pattern in told_by)
+
+    refused = [name for name, told_by in row.refused.items() if fits(told_by)]
+    if refused:
+        return refused[0]
+    head = next(head for head in row.heads if fits(head.told_by))
+    return head.variant if config.model_type == row.model_type else head.stock
 
 
 def _listing_all_tensors(stock_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -177,14 +169,12 @@ def _listing_all_tensors(stock_class: type[PreTrainedModel]) -> type[PreTrainedM
     return type(stock_class.__name__, (stock_class,), {"__init__": __init__})
 
 
-def _check_model_type(model_type: str) -> None:
-    if model_type not in _MODEL_TYPES:
-        raise ValueError(f"model_type must be one of {', '.join(_MODEL_TYPES)}, got {model_type!r}")
-
-
-def _check_architecture(name: str, model_type: str) -> None:
-    if name not in _SOURCES or model_type not in _MODEL_TYPES:
+def _check_architecture(name: str, config: Any) -> None:
+    """Refuse what is no row of the table, and what a row's checkpoints may be beside what we have."""
+    row = BACKBONES.get(str(getattr(config, "model_type", None)).removeprefix("imgproc_"))
+    if name not in _SOURCES or row is None:
         raise ValueError(
             f"architecture must be a stock one of {', '.join(ARCHITECTURES)}, or a variant of one of them, got {name} "
-            f"(model type {model_type})"
+            f"(model type {getattr(config, 'model_type', None)})"
         )
+    check_architecture(config, row.our_class(row.config).must_be)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .backbones import Attention, of_config
 from .models.spec_axes import LayerSpec, layer_schedule, uses_position_table
 from .models.spec_fields import FilterSpecMixin, preset_fields
 
@@ -124,7 +125,7 @@ def variant_weights(stock: PreTrainedModel, variant: PreTrainedModel) -> Made:
     prefix = base_prefix(stock)
     sources, targets = _schedule(stock.config), layer_schedule(variant.config)
     tables = _position_tables(source, stock, variant, prefix)
-    projections = _position_projections(source, target, variant.config.num_hidden_layers, prefix)
+    projections = _position_projections(source, target, of_config(variant.config).attention, len(targets), prefix)
     starts = _starts(target, sources, targets)
     other_positions = {
         layer
@@ -163,8 +164,8 @@ def base_prefix(model: PreTrainedModel) -> str:
 
 def unused_rows(stock: PreTrainedModel, variant: PreTrainedModel) -> list[str]:
     """The table's rows of the patches, where only that of the class token went into something."""
-    embeddings = getattr(variant.base_model, "embeddings", None)
-    if embeddings is None or embeddings.position_embeddings is not None or not _has_class_row(stock):
+    embeddings: Any = getattr(variant.base_model, "embeddings", None)
+    if not hasattr(embeddings, "cls_token") or embeddings.position_embeddings is not None or not _has_class_row(stock):
         return []
     return [f"{base_prefix(stock)}embeddings.position_embeddings (rows of the patches)"]
 
@@ -203,23 +204,22 @@ def _position_tables(
 
 
 def _position_projections(
-    source: dict[str, torch.Tensor], target: dict[str, torch.Tensor], num_layers: int, prefix: str
+    source: dict[str, torch.Tensor],
+    target: dict[str, torch.Tensor],
+    places: Attention,
+    num_layers: int,
+    prefix: str,
 ) -> Made:
     """U_Q, U_K and their norm, for every layer that has its own and for the model that shares one pair."""
     made: Made = {}
     shared = f"{prefix}position_projection"
     for layer in range(num_layers):
-        if f"{prefix}h.0.ln_1.weight" in source:
-            norm, projection = f"{prefix}h.{layer}.ln_1", f"{prefix}h.{layer}.attn.c_attn.weight"
-            own = f"{prefix}h.{layer}.attn.filter.position_projection"
+        norm, own = prefix + places.norm_of(layer), f"{prefix}{places.filter.format(layer)}.position_projection"
+        names = [prefix + name.format(layer) for name in (places.query, places.key)]
+        query, key = source[names[0]], source[names[1]]
+        if names[0] == names[1]:
             # Conv1D stores [in, out], with query, key and value side by side.
-            query, key, _ = source[projection].T.chunk(3)
-            names = (projection, projection)
-        else:
-            norm, attention = f"{prefix}layers.{layer}.layernorm_before", f"{prefix}layers.{layer}.attention"
-            own = f"{attention}.filter.position_projection"
-            names = (f"{attention}.q_proj.weight", f"{attention}.k_proj.weight")
-            query, key = source[names[0]], source[names[1]]
+            query, key, _ = query.T.chunk(3)
         for wanted in [own, shared] if layer == 0 else [own]:
             if f"{wanted}.query.weight" not in target:
                 continue

@@ -10,12 +10,8 @@ import functools
 import importlib.util
 from pathlib import Path
 
+from .backbones import OF_MODEL_TYPE
 from .models.spec_fields import FilterSpecMixin
-
-_CONFIGURATIONS = {
-    "imgproc_gpt2": ("models/gpt2/configuration_gpt2.py", "GPT2Config"),
-    "imgproc_vit": ("models/vit/configuration_vit.py", "ViTConfig"),
-}
 
 
 @functools.cache
@@ -55,12 +51,13 @@ def configuration_fields(model_type: str) -> set[str]:
     """Names of all fields of a configuration of ours, the common names such as ``hidden_size`` among them.
 
     Args:
-        model_type: ``imgproc_gpt2`` or ``imgproc_vit``.
+        model_type: one of ours.
 
     Returns:
         The names; empty where they cannot be read.
     """
-    stock = set(declared_fields(*_CONFIGURATIONS[model_type]))
+    row = OF_MODEL_TYPE[model_type]
+    stock = set(declared_fields(f"models/{row.name}/configuration_{row.name}.py", row.stock_config))
     common = set(declared_fields("configuration_utils.py", "PreTrainedConfig"))
     if not stock or not common:
         return set()

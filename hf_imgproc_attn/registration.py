@@ -70,47 +70,32 @@ def register_with_transformers() -> None:
 
 
 def register() -> None:
-    """Register configurations, models, tokenizer and image processor of both model types.
+    """Register configurations, models, tokenizers and image processors of every backbone.
 
     Imports torch and the model code. It may run more than once, also in two threads: it always writes the same
     entries.
     """
-    from transformers import (
-        AutoConfig,
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoModelForImageClassification,
-        AutoModelForMaskedImageModeling,
-        AutoModelForSequenceClassification,
-        AutoModelForTokenClassification,
-        AutoTokenizer,
-        GPT2Tokenizer,
-    )
+    import transformers
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import is_torchvision_available, is_vision_available
 
     from . import gpu as _gpu  # noqa: F401  # its back-ends register themselves
+    from .backbones import BACKBONES
     from .hub.travelling_code import report_differing_code
-    from .models import modeling_imgproc_gpt2 as gpt2
-    from .models import modeling_imgproc_vit as vit
-    from .models.configuration_imgproc_gpt2 import ImgProcGPT2Config
-    from .models.configuration_imgproc_vit import ImgProcViTConfig
     from .models.modeling_shared import FilterPreTrainedMixin
 
     FilterPreTrainedMixin.load_listeners = [report_differing_code]
-    for config in (ImgProcGPT2Config, ImgProcViTConfig):
-        AutoConfig.register(config.model_type, config, exist_ok=True)
+    of_images = []
     # What Transformers looks up by a class's name is entered by `models/modeling_names.py`, where the classes are.
-    for auto_class, config, model in (
-        (AutoModel, ImgProcGPT2Config, gpt2.ImgProcGPT2Model),
-        (AutoModelForCausalLM, ImgProcGPT2Config, gpt2.ImgProcGPT2LMHeadModel),
-        (AutoModelForSequenceClassification, ImgProcGPT2Config, gpt2.ImgProcGPT2ForSequenceClassification),
-        (AutoModelForTokenClassification, ImgProcGPT2Config, gpt2.ImgProcGPT2ForTokenClassification),
-        (AutoModel, ImgProcViTConfig, vit.ImgProcViTModel),
-        (AutoModelForImageClassification, ImgProcViTConfig, vit.ImgProcViTForImageClassification),
-        (AutoModelForMaskedImageModeling, ImgProcViTConfig, vit.ImgProcViTForMaskedImageModeling),
-    ):
-        auto_class.register(config, model, exist_ok=True)
-    AutoTokenizer.register(ImgProcGPT2Config, tokenizer_class=GPT2Tokenizer, exist_ok=True)
+    for row in BACKBONES.values():
+        config = row.our_class(row.config)
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        for head in row.heads:
+            getattr(transformers, head.auto_class).register(config, row.our_class(head.variant), exist_ok=True)
+        if row.tokenizer is not None:
+            AutoTokenizer.register(config, tokenizer_class=row.stock_class(row.tokenizer), exist_ok=True)
+        if row.input == "images":
+            of_images.append(config)
     # Neither Pillow nor torchvision is a requirement; asking for a processor whose library is missing warns or fails.
     image_processors: dict[str, type] = {}
     if is_vision_available():
@@ -125,7 +110,8 @@ def register() -> None:
         # Not from the top: Transformers 5.17 hands out a stand-in there where torchvision is missing.
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-        AutoImageProcessor.register(ImgProcViTConfig, image_processor_classes=image_processors, exist_ok=True)
+        for config in of_images:
+            AutoImageProcessor.register(config, image_processor_classes=image_processors, exist_ok=True)
     if is_vision_available():
         from .models.image_processing_imgproc import ImgProcGreyImageProcessor
 

@@ -14,10 +14,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.helpers import ROOT, RunPython, pairwise_cover, run_command
+from tests.elementary import pytest_collection_finish, pytest_runtest_makereport  # noqa: F401  # hooks
+from tests.helpers import ROOT, RunPython, pairwise_cover, readable_id, run_command
 
 # A private cache: tests neither see nor change what the user has downloaded, nor another worker's dynamic modules.
 _HF_HOME = tempfile.mkdtemp(prefix="hf_imgproc_attn_tests_")
@@ -65,9 +67,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run every combination of a grid, not a pairwise cover of it")
 
 
+def pytest_make_parametrize_id(config: pytest.Config, val: Any, argname: str) -> str | None:
+    """Values that pytest would only number have names."""
+    return readable_id(val)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is marked ``long`` starts first: begun last, it would run alone, while the other process has nothing."""
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    """The elementary laws come first, then what is ``long``: begun last, it would run alone at the end."""
+    items.sort(
+        key=lambda item: (item.get_closest_marker("elementary") is None, item.get_closest_marker("long") is None)
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -37,6 +37,31 @@ def pairwise_cover(axes: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
     return rows
 
 
+def readable_id(value: Any) -> str | None:
+    """A parametrised value in a test's name, the same in every process; None where pytest has a good name itself."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, type)) or hasattr(value, "__name__"):
+        return None
+    return " ".join(_word(value).split())[:70]
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{_word(name)}={_word(part)}" for name, part in value.items()) or "{}"
+    if isinstance(value, (list, tuple)):
+        separator = "x" if value and all(type(part) is int for part in value) else ","
+        return separator.join(map(_word, value)) or ("[]" if isinstance(value, list) else "()")
+    if isinstance(value, (set, frozenset)):
+        return ",".join(sorted(map(_word, value))) or "{}"
+    if isinstance(value, slice):
+        return f"{value.start}:{value.stop}"
+    if hasattr(value, "dtype") and hasattr(value, "shape"):  # an array or a tensor
+        return f"{_word(value.dtype)}[{_word(tuple(value.shape))}]"
+    if hasattr(value, "__name__"):
+        return str(value.__name__)
+    word = str(value).removeprefix("torch.")
+    return type(value).__name__ if " at 0x" in word else word
+
+
 def site_pages() -> list[str]:
     """The pages of the documentation's site, in the order of its navigation."""
     import yaml

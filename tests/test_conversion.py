@@ -38,8 +38,10 @@ from transformers import (
 )
 
 from hf_imgproc_attn import PRESETS, ConversionReport, cli, convert
+from hf_imgproc_attn.cards.filters import recorded
 from hf_imgproc_attn.conversion import convert_checkpoint
 from hf_imgproc_attn.conversion_probe import probe_inputs, sample_texts
+from hf_imgproc_attn.conversion_source import load_source
 from tests.models.helpers import sharpen_
 
 GPT2 = {"n_layer": 3, "n_head": 4, "n_embd": 32, "n_positions": 48, "vocab_size": 61, "pad_token_id": 0}
@@ -557,7 +559,9 @@ def test_unsupported_architectures_are_refused_by_name(
         convert(tmp_path, "twicing")
 
 
-WITHOUT_TABLE = ("bilateral_gaussian", "nlm", "alibi", "t5_bias", "rope", "nope")
+WITHOUT_TABLE = [
+    name for name, fields in PRESETS.items() if fields.get("position_kernel", "additive") not in ("additive", "untied")
+]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -572,7 +576,8 @@ def test_there_and_back(stock_spec: tuple, preset: str, tmp_path: Path) -> None:
         return
     model, report = convert(tmp_path, "softmax", return_report=True)
     torch.testing.assert_close(outputs(model), outputs(stock), rtol=1e-5, atol=1e-5)
-    assert report.source_preset == (preset if preset not in ("neutreno", "pidformer") else "custom")
+    learned = {"neutreno": "neutreno_lambda=0.0", "pidformer": "pid_gains=[0.0, 0.0, 0.0]"}.get(preset)
+    assert report.source_preset == (f"{preset} with {learned}, learn_feedback=True" if learned else preset)
     assert f"{report.source_preset} -> softmax" in str(report)
     dropped = [name for name in report.unused if ".filter." in name or "position_projection" in name]
     assert bool(dropped) == any("have no place in softmax" in warning for warning in report.warnings)
@@ -716,6 +721,23 @@ def test_the_licence_of_the_source_is_kept(tmp_path: Path) -> None:
         assert "base_model" not in card
         assert str(tmp_path) not in card
         assert "tensors copied" in card
+
+
+def test_the_card_names_the_preset_and_shows_the_numbers(tmp_path: Path) -> None:
+    """By what the filter is, whatever was asked for; learned factors with their values."""
+    disturbed(convert(make_stock(*STOCK[1]), "neutreno")).save_pretrained(tmp_path / "source")
+    report = convert_checkpoint(str(tmp_path / "source"), "neutreno", str(tmp_path / "new"), boosted_layers=None)
+    assert (report.preset, report.variant) == ("neutreno", "neutreno with neutreno_lambda=0.0, learn_feedback=True")
+    card = (tmp_path / "new" / "README.md").read_text(encoding="utf-8")
+    assert f"# source, converted to {report.variant}\n" in card
+    assert f"GPT2LMHeadModel source, {report.variant} -> {report.variant}\n" in card.replace("ImgProc", "")
+    rows = recorded(load_source(tmp_path / "new").model.filter_summary())["rows"]
+    for layer in (1, 2):
+        values = ", ".join(f"{row['lambda']:.3g}" for row in rows if row["layer"] == layer)
+        assert f"| {layer} | {values} |\n" in card
+        assert "0, 0" not in values
+    report = convert_checkpoint(str(tmp_path / "source"), "twicing", str(tmp_path / "sos"), boosting="sos")
+    assert "converted to sos\n" in (tmp_path / "sos" / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_licence_of_a_source_on_the_hub_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

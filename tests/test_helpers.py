@@ -6,8 +6,11 @@ import itertools
 import time
 
 import pytest
+import torch
 
-from tests.helpers import pairwise_cover, run_command
+from tests.helpers import pairwise_cover, readable_id, run_command
+
+pytest_plugins = ("pytester",)
 
 
 def test_a_pairwise_cover_has_every_pair_and_few_rows() -> None:
@@ -18,6 +21,51 @@ def test_a_pairwise_cover_has_every_pair_and_few_rows() -> None:
         assert {(row[one], row[other]) for row in rows} == wanted
     assert len(rows) <= 32
     assert rows == pairwise_cover(axes)
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        ((2, 3, 4), "2x3x4"),
+        ({"steps": 2, "boosting": "twicing"}, "steps=2,boosting=twicing"),
+        ([{"a": None}, True], "a=None,True"),
+        (torch.float16, "float16"),
+        (torch.zeros(2, 3), "float32[2x3]"),
+        ({"b", "a"}, "a,b"),
+        ([], "[]"),
+        (object(), "object"),
+        ("text", None),
+        (len, None),
+    ],
+)
+def test_values_have_readable_names(value: object, name: str | None) -> None:
+    assert readable_id(value) == name
+
+
+BROKEN = """
+import pytest
+
+@pytest.mark.elementary
+def test_law():
+    assert {law}
+
+@pytest.mark.parametrize("number", range(3))
+def test_of_a_model(number):
+    assert number == 0
+"""
+
+
+@pytest.mark.parametrize("law", [True, False], ids=["law holds", "law is broken"])
+def test_a_broken_law_is_one_failure(pytester: pytest.Pytester, law: bool) -> None:
+    """What fails beside it is counted in one line, and fails where the law holds or is not tested."""
+    pytester.makeconftest("from tests.elementary import *")
+    pytester.makeini("[pytest]\nmarkers =\n    elementary: a law")
+    pytester.makepyfile(BROKEN.format(law=law))
+    if law:
+        pytester.inline_run().assertoutcome(passed=2, failed=2)
+    else:
+        pytester.inline_run().assertoutcome(passed=1, failed=1, skipped=2)
+        pytester.inline_run("-k", "model").assertoutcome(passed=1, failed=2)
 
 
 def test_a_command_that_leaves_a_process_behind_fails_in_time() -> None:

@@ -6,7 +6,7 @@ The conventions, all of them enforced:
   folder; a command that stands on several pages runs once. Then the python blocks, in the same folder: all in one
   fresh process, but each with names of its own, so that a reader can copy any of them alone. A ```text block right
   after a python block is its output, exactly. The few commands that cannot run here stand in `ELSEWHERE`, each with
-  its reason.
+  its reason. What ```diff blocks change is checked in tests/test_recipes.py.
 - Only packages that the README's own installation brings can be imported meanwhile.
 - The name of a stock checkpoint stands for a small folder of that name; ``you/…`` is published on, and loaded from, a
   Hub on the loopback.
@@ -45,6 +45,7 @@ ELSEWHERE = {
     INSTALLATION: "needs a package index; what it brings is checked here, tests/test_packaging.py installs a wheel",
     "make demo": "sets up an environment of its own; tests/training/test_demo.py runs it with few steps",
     "make test": "is what runs this file",
+    "make quality": "is what CI runs first",
     EIGHT_GPUS: "needs eight GPUs; tests/training/test_shipped_configs.py reads the file",
     MEASURE_PRECISION: "takes minutes; tests/measure/test_precision.py runs it on small tokens",
     "imgproc-attn gpu-check": "needs a GPU; tests/measure/test_gpu_check.py rehearses it",
@@ -236,7 +237,7 @@ def test_the_installation_brings_every_extra_that_users_need() -> None:
 def test_every_block_has_a_language_that_is_checked(page: str) -> None:
     blocks = fenced_blocks(page)
     assert text_of(page).count("```") == 2 * len(blocks)
-    assert {block.language for block in blocks} <= {"python", "bash", "text", "bibtex", "math"}
+    assert {block.language for block in blocks} <= {"python", "bash", "text", "bibtex", "math", "diff"}
     for before, after in pairwise([Block(page, 0, "", ""), *blocks]):
         assert after.language != "text" or before.language == "python"
 
@@ -270,6 +271,8 @@ def test_readme_is_short_and_in_the_order_a_reader_needs() -> None:
     ]
 
 
-def test_readme_links_every_page() -> None:
+def test_every_page_is_linked() -> None:
+    """By the README, in the order of the navigation; those for contributors by CONTRIBUTING.md."""
     linked = re.findall(r"^\| \[[^\]]+\]\(([^)]+)\) \|", text_of(README), re.MULTILINE)
-    assert tuple(linked) == PAGES[1:]
+    for_contributors = re.findall(r"\((docs/contributing/[^)]+)\)", text_of("CONTRIBUTING.md"))
+    assert (*linked, *for_contributors) == PAGES[1:]

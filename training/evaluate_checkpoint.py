@@ -16,6 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from hf_imgproc_attn.backbones import TASKS
 from hf_imgproc_attn.errors import (
     OneLineParser,
     UsageError,
@@ -25,10 +26,15 @@ from hf_imgproc_attn.errors import (
     require_extras,
 )
 from hf_imgproc_attn.output_paths import check_new_files, write_or_keep
-from hf_imgproc_attn.training_support.arguments import ImageDataArguments, TextDataArguments
+from hf_imgproc_attn.training_support.arguments import (
+    ImageDataArguments,
+    LabelledTextDataArguments,
+    TextDataArguments,
+)
 
 if TYPE_CHECKING:
     from hf_imgproc_attn.training_support.image_pixels import PixelDataset
+    from hf_imgproc_attn.training_support.labelled_text import LabelledTexts
     from hf_imgproc_attn.training_support.text_data import TextSplit
 
 FORMAT = 1
@@ -37,7 +43,7 @@ EPSILONS = (8 / 255, 16 / 255)
 FRACTION = 0.015
 SPLITS = ("test", "validation")
 
-DataT = TypeVar("DataT", "PixelDataset", "TextSplit")
+DataT = TypeVar("DataT", "PixelDataset", "TextSplit", "LabelledTexts")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,9 +111,8 @@ def evaluate(run: str | Path, settings: Settings | None = None, *, force: bool =
     if not weights or weights != record.get("weights_sha256"):
         raise UsageError(f"{folder} must hold the weights that its run.json names (weights_sha256), got {weights}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    measure = _measure_images if record["task"] == "image-classification" else _measure_text
     started = time.perf_counter()
-    results = measure(folder, record, settings, device)
+    results = _MEASURES[TASKS[record["task"]].auto_class](folder, record, settings, device)
     used = {name for result in results for name in (result["disturbance"], *result["parameters"])}
     robustness = {
         "format": FORMAT,
@@ -177,6 +182,39 @@ def _measure_text(folder: Path, record: dict[str, Any], settings: Settings, devi
     block_size = record["arguments"]["data"].get("block_size") or min(model.config.n_positions, DEFAULT_BLOCK_SIZE)
     fraction = FRACTION if settings.fraction is None else settings.fraction
     return text_robustness(model, tokenizer, text, block_size, fraction=fraction, seed=settings.seed)
+
+
+def _measure_labelled_texts(
+    folder: Path, record: dict[str, Any], settings: Settings, device: Any
+) -> list[dict[str, Any]]:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from hf_imgproc_attn.training_support.evaluation import labelled_text_robustness
+    from hf_imgproc_attn.training_support.labelled_text import load_labelled_texts
+
+    for name in ("sigmas", "epsilons"):
+        _refuse(name, settings, record)
+
+    def load(args: LabelledTextDataArguments) -> "LabelledTexts":
+        splits, _ = load_labelled_texts(args)
+        _check_split(splits, settings, args.dataset_name)
+        return splits[settings.split]
+
+    texts = _same_data(load, LabelledTextDataArguments, record, settings)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    fraction = FRACTION if settings.fraction is None else settings.fraction
+    return labelled_text_robustness(
+        model, tokenizer, texts, tokenizer.model_max_length, fraction=fraction, seed=settings.seed
+    )
+
+
+_MEASURES: dict[str, Callable[..., list[dict[str, Any]]]] = {
+    "AutoModelForImageClassification": _measure_images,
+    "AutoModelForCausalLM": _measure_text,
+    "AutoModelForSequenceClassification": _measure_labelled_texts,
+}
+"""Auto class that loads a task's checkpoints -> what measures them."""
 
 
 def _refuse(name: str, settings: Settings, record: dict[str, Any]) -> None:

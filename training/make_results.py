@@ -7,6 +7,7 @@ Minutes on one CPU core. A file holds the run record as it may be published and 
 itself is not kept.
 """
 
+import importlib
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -15,20 +16,23 @@ from typing import TYPE_CHECKING, Any
 
 from evaluate_checkpoint import evaluate
 
+from hf_imgproc_attn.backbones import OF_TASK, TASKS
 from hf_imgproc_attn.errors import OneLineParser, exit_code, require_extras
 from hf_imgproc_attn.models.spec_fields import PRESETS
-from hf_imgproc_attn.training_support.argument_parser import parse_arguments
-from hf_imgproc_attn.training_support.arguments import (
-    IMAGE_TRAINER_DEFAULTS,
-    TEXT_TRAINER_DEFAULTS,
-    ImageDataArguments,
-    TextDataArguments,
-)
 
 if TYPE_CHECKING:
     from hf_imgproc_attn.training_support.trainer_setup import Result
 
-RECIPES = {"vit_digits": "digits_vit.yaml", "gpt2_pydoc": "pydoc_gpt2.yaml"}
+RECIPES = {task.recipe[0]: task for task in TASKS.values()}
+"""Name of a recipe -> its task."""
+
+NAMES = [
+    f"{task.recipe[0]}_{preset}"
+    for task in TASKS.values()
+    for preset in PRESETS
+    if preset not in OF_TASK[task.name].refused_presets
+]
+"""Names of all results: a recipe and a preset that its backbone can have."""
 SEED = 0
 
 _CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -38,7 +42,7 @@ def run_recipe(recipe: str, preset: str, folder: Path, options: Sequence[str] = 
     """Train a preset by one of :data:`RECIPES` and evaluate the checkpoint on clean and disturbed test data.
 
     Args:
-        recipe: ``vit_digits`` or ``gpt2_pydoc``.
+        recipe: a key of :data:`RECIPES`.
         preset: the variant.
         folder: new; gets checkpoint, ``run.json`` and ``robustness.json``.
         options: further words of the training script's command line.
@@ -46,17 +50,10 @@ def run_recipe(recipe: str, preset: str, folder: Path, options: Sequence[str] = 
     Returns:
         The result of the training, and the content of ``robustness.json``.
     """
-    import train_causal_lm
-    import train_image_classification
-
-    words = ["--config", str(_CONFIGS / RECIPES[recipe]), "--preset", preset, "--seed", str(SEED)]
+    script = importlib.import_module(RECIPES[recipe].script)
+    words = ["--config", str(_CONFIGS / RECIPES[recipe].recipe[1]), "--preset", preset, "--seed", str(SEED)]
     words += ["--output_dir", str(folder), *options]
-    if recipe == "vit_digits":
-        arguments = parse_arguments(words, ImageDataArguments, IMAGE_TRAINER_DEFAULTS, "")
-        result = train_image_classification.train(arguments)
-    else:
-        text_arguments = parse_arguments(words, TextDataArguments, TEXT_TRAINER_DEFAULTS, "")
-        result = train_causal_lm.train(text_arguments)
+    result = script.train(script.read_arguments(words))
     return result, evaluate(folder)
 
 
@@ -85,9 +82,8 @@ def make_results(names: Sequence[str], output: Path, force: bool) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    names = [f"{recipe}_{preset}" for recipe in RECIPES for preset in PRESETS]
     parser = OneLineParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("--only", choices=names, nargs="+", default=names, metavar="NAME", help="(default: all)")
+    parser.add_argument("--only", choices=NAMES, nargs="+", default=NAMES, metavar="NAME", help="(default: all)")
     parser.add_argument(
         "--output", type=Path, default=Path("training/results"), metavar="DIR", help="(default: %(default)s)"
     )

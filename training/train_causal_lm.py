@@ -74,11 +74,14 @@ def train(arguments: Arguments[TextDataArguments]) -> "Result":
     return train_and_save(run, trainer, fingerprints, evaluated)
 
 
+def read_arguments(argv: Sequence[str] | None = None) -> Arguments[TextDataArguments]:
+    """The options of a command line; None: of this process."""
+    return parse_arguments(argv, TextDataArguments, TEXT_TRAINER_DEFAULTS, str(__doc__).split("\n")[0])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    return exit_code(
-        lambda: train(parse_arguments(argv, TextDataArguments, TEXT_TRAINER_DEFAULTS, str(__doc__).split("\n")[0]))
-    )
+    return exit_code(lambda: train(read_arguments(argv)))
 
 
 if __name__ == "__main__":

@@ -66,11 +66,14 @@ def train(arguments: Arguments[ImageDataArguments]) -> "Result":
     return train_and_save(run, trainer, fingerprints, evaluated)
 
 
+def read_arguments(argv: Sequence[str] | None = None) -> Arguments[ImageDataArguments]:
+    """The options of a command line; None: of this process."""
+    return parse_arguments(argv, ImageDataArguments, IMAGE_TRAINER_DEFAULTS, str(__doc__).split("\n")[0])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    return exit_code(
-        lambda: train(parse_arguments(argv, ImageDataArguments, IMAGE_TRAINER_DEFAULTS, str(__doc__).split("\n")[0]))
-    )
+    return exit_code(lambda: train(read_arguments(argv)))
 
 
 if __name__ == "__main__":

@@ -14,18 +14,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ..models.spec_fields import FilterSpecMixin, preset_name
+from ..backbones import TASKS
+from ..models.spec_axes import COMPARING_KERNELS, PUBLISHED_NEUTRENO_LAMBDAS
+from ..models.spec_fields import PRESETS, FilterSpecMixin, closest_preset, preset_name
 from ..models.spec_versions import bring_up_to_date
 from ..training_support.arguments import EMBEDDED_IMAGES, EMBEDDED_TEXT
-from .results import FAMILIES, NOT_MEASURED, Measurement
+from .filters import NOTHING_LEARNED, in_markdown
+from .results import NOT_MEASURED, Measurement
 
 NOT_RECORDED = "not recorded"
-COMMANDS = {"image-classification": "train-image", "causal-lm": "train-lm"}
 
 Facts = list[tuple[str, str]]
 
 _PRECISIONS = {"bf16": "bfloat16 (mixed)", "fp16": "float16 (mixed)"}
-# Label, and the field of the configuration of ViT or GPT-2.
+# Label, and the fields that a configuration may have for it, the first one that it has.
 _MODEL_FIELDS = (
     ("layers", ("num_hidden_layers", "n_layer")),
     ("heads", ("num_attention_heads", "n_head")),
@@ -34,7 +36,7 @@ _MODEL_FIELDS = (
     ("image size (pixels)", ("image_size",)),
     ("patch size (pixels)", ("patch_size",)),
     ("channels", ("num_channels",)),
-    ("positions", ("n_positions",)),
+    ("positions", ("n_positions", "max_position_embeddings")),
     ("vocabulary", ("vocab_size",)),
     ("dropout", ("hidden_dropout_prob", "resid_pdrop")),
     ("dropout of the attention", ("attention_probs_dropout_prob", "attn_pdrop")),
@@ -51,8 +53,13 @@ _DATA_OPTIONS = (
 
 
 def variant_of(record: dict[str, Any]) -> str:
-    """The preset whose filter the model has, or ``custom``."""
-    return preset_name(SimpleNamespace(**filter_fields(record)))
+    """The preset whose filter the model has, or varies in some fields; else ``custom``."""
+    return closest_preset(_configuration(record))[0]
+
+
+def is_stock(record: dict[str, Any]) -> bool:
+    """Whether the filter is that of the stock model."""
+    return preset_name(_configuration(record)) == "softmax"
 
 
 def filter_fields(record: dict[str, Any]) -> dict[str, Any]:
@@ -62,15 +69,45 @@ def filter_fields(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def changed_fields(record: dict[str, Any]) -> list[list[str]]:
-    """The fields of the filter specification, with their values, in which the model differs from the stock model."""
-    return [
-        [name, str(value)] for name, value in filter_fields(record).items() if value != getattr(FilterSpecMixin, name)
-    ]
+    """Fields of the filter with their values and those of the preset in which the model differs from it.
+
+    A model without a preset, ``custom``, is compared with the stock model.
+    """
+    name, changes = closest_preset(_configuration(record))
+    preset = {field: PRESETS.get(name, {}).get(field, getattr(FilterSpecMixin, field)) for field in changes}
+    return [[field, str(value), str(preset[field])] for field, value in changes.items()]
+
+
+def _configuration(record: dict[str, Any]) -> SimpleNamespace:
+    """The filter's fields, and the strength that its kind of data has by default."""
+    fields = filter_fields(record)
+    fields["default_neutreno_lambda"] = PUBLISHED_NEUTRENO_LAMBDAS[2 if _has_class_token(record) else 1]
+    return SimpleNamespace(**fields)
+
+
+def _has_class_token(record: dict[str, Any]) -> bool:
+    """Whether the model is a ViT, of images and with a class token."""
+    return "image_size" in record["model_config"]
+
+
+def filter_numbers(record: dict[str, Any]) -> str:
+    """The filters' bandwidths, gains and logits at the end of the training, in Markdown; older records have none."""
+    if "filter_summary" in record:
+        return in_markdown(record["filter_summary"])
+    fields = filter_fields(record)
+    learns = (
+        fields["learn_bandwidths"]
+        or fields["learn_feedback"]
+        or "learned" in _as_list(fields["boosting"])
+        or "relative_buckets" in _as_list(fields["position_kernel"])
+        or (_has_class_token(record) and compares_positions(record))
+    )
+    return "What the filters have learned beside their projections is not recorded." if learns else NOTHING_LEARNED
 
 
 def compares_positions(record: dict[str, Any]) -> bool:
     """Whether positions enter through the attention logits of a layer instead of being added to the tokens."""
-    return bool({"untied", "gaussian"} & set(_as_list(filter_fields(record)["position_kernel"])))
+    return bool(set(COMPARING_KERNELS) & set(_as_list(filter_fields(record)["position_kernel"])))
 
 
 def hub_name(record: dict[str, Any], part: str, option: str) -> str | None:
@@ -107,7 +144,7 @@ def split_table(record: dict[str, Any]) -> list[list[str]]:
 def command(record: dict[str, Any]) -> str:
     """The command line of the run, which needs no YAML file."""
     words = record.get("command")
-    return NOT_RECORDED if words is None else shlex.join(["imgproc-attn", COMMANDS[record["task"]], *words])
+    return NOT_RECORDED if words is None else shlex.join(["imgproc-attn", TASKS[record["task"]].command, *words])
 
 
 def hyper_parameters(record: dict[str, Any]) -> Facts:
@@ -206,13 +243,13 @@ def limits(record: dict[str, Any], rows: Sequence[Measurement]) -> list[str]:
         if row.family == "clean" and row.split == "test" and row.metric == "accuracy" and row.value and row.samples:
             error = 100 * math.sqrt(max(row.value * (1 - row.value), 0.0) / row.samples)
             texts.append(
-                f"With {row.samples:,} test images the clean accuracy has a standard error of {error:.1f} percentage "
-                "points from the choice of these images alone (binomial)."
+                f"With {row.samples:,} test {row.unit} the clean accuracy has a standard error of {error:.1f} "
+                f"percentage points from the choice of these {row.unit} alone (binomial)."
             )
             break
     name = record["arguments"]["data"]["dataset_name"]
     counts = record.get("data_fingerprint", {}).get("train", {})
-    size = f" ({counts['rows']:,} training {'images' if name == EMBEDDED_IMAGES else 'lines'})" if counts else ""
+    size = f" ({counts['rows']:,} training {TASKS[record['task']].rows})" if counts else ""
     if name in (EMBEDDED_IMAGES, EMBEDDED_TEXT):
         texts.append(
             f"The data are a small set that comes with a Python package{size}: the checkpoint shows how the method is "
@@ -220,7 +257,7 @@ def limits(record: dict[str, Any], rows: Sequence[Measurement]) -> list[str]:
         )
     if name == EMBEDDED_TEXT:
         texts.append("The manual changes with Python, so another version gives other data and other numbers.")
-    missing = [row.name for row in rows if row.value is None and row.family in FAMILIES[record["task"]]]
+    missing = [row.name for row in rows if row.value is None and row.family in TASKS[record["task"]].disturbances]
     untested = f" Not measured among these: {', '.join(missing)}." if missing else ""
     texts.append(f"Nothing was tested but what the table of results shows, on the data set named there.{untested}")
     if record["arguments"]["trainer"].get("load_best_model_at_end"):

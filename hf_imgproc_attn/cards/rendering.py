@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import records
-from ..catalogue.equations import VARIANTS
+from ..backbones import OF_TASK, TASKS
+from ..catalogue.presets import VARIANTS
 from ..catalogue.works import PACKAGE_PAPERS, PAPERS
 from ..errors import UsageError, require_extras
 from ..shipped_files import shipped_file
 from . import facts
 from .baseline import check_same_recipe, environment_differences
-from .results import FAMILIES, Measurement, check_results, evaluation_results, measurements, result_rows
+from .filters import check as check_filters
+from .results import Measurement, check_results, evaluation_results, measurements, result_rows
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -28,15 +30,11 @@ if TYPE_CHECKING:
 ROBUSTNESS_FILE = "robustness.json"
 TEMPLATE = "model_cards/template.md"
 
-_BACKBONES = {
-    "image-classification": ("vit", "A Vision Transformer"),
-    "causal-lm": ("gpt2", "A language model of the GPT-2 architecture"),
-}
-_PIPELINES = {"image-classification": "image-classification", "causal-lm": "text-generation"}
 _REQUIRED = {"task": str, "arguments": dict, "model_config": dict}
 _OPTIONAL = {
     "metrics": dict, "data_fingerprint": dict, "device": dict, "versions": dict, "parameters": dict,
-    "weights_sha256": dict, "train_loss": list, "eval_history": list, "command": list, "local_paths": list,
+    "weights_sha256": dict, "filter_summary": dict, "train_loss": list, "eval_history": list, "command": list,
+    "local_paths": list,
 }  # fmt: skip
 
 
@@ -141,13 +139,15 @@ def render_card(
         example=example,
         run_name=run.name,
         task=record["task"],
-        backbone_title=_BACKBONES[record["task"]][1],
+        backbone_title=OF_TASK[record["task"]].card_title,
         repo_id=repo_id,
         revision=revision,
         is_commit=re.fullmatch(r"[0-9a-f]{40}", revision) is not None,
         preset=preset,
         variant=variant,
+        stock=facts.is_stock(record),
         fields=facts.changed_fields(record),
+        filters=facts.filter_numbers(record),
         compares_positions=facts.compares_positions(record),
         papers=[PAPERS[name].reference for name in sources],
         start=record["arguments"]["model"].get("model_name_or_path"),
@@ -164,7 +164,7 @@ def render_card(
             record.get("seed"),
             with_disturbed=baseline is not None and baseline.robustness is not None,
         ),
-        not_evaluated="" if run.robustness is not None else ", ".join(FAMILIES[record["task"]]),
+        not_evaluated="" if run.robustness is not None else ", ".join(TASKS[record["task"]].disturbances),
         costs=facts.costs(record, other),
         baseline=None if other is None else facts.variant_of(other),
         baseline_not_evaluated=baseline is not None and baseline.robustness is None and run.robustness is not None,
@@ -185,7 +185,7 @@ def _front_matter(
 ) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
-    task = _PIPELINES[record["task"]]
+    task = TASKS[record["task"]].pipeline
     results = evaluation_results(rows, record, task=task, dataset_title=facts.dataset_title(record))
     dataset = facts.hub_name(record, "data", "dataset_name")
     return ModelCardData(
@@ -202,7 +202,7 @@ def _front_matter(
             facts.variant_of(record),
             "attention",
             "image-filtering",
-            _BACKBONES[record["task"]][0],
+            OF_TASK[record["task"]].name,
         ],
         model_name=title,
         eval_results=results or None,
@@ -227,8 +227,13 @@ def _check_record(file: Path, record: dict[str, Any]) -> None:
             raise UsageError(f"{file}: the record of the run has no {name}")
         if name in record and not isinstance(record[name], kind):
             raise UsageError(f"{file}: {name} must be of type {kind.__name__}, got {record[name]!r}")
-    if record["task"] not in _BACKBONES:
-        raise UsageError(f"{file}: task must be one of {', '.join(_BACKBONES)}, got {record['task']!r}")
+    if record["task"] not in TASKS:
+        raise UsageError(f"{file}: task must be one of {', '.join(TASKS)}, got {record['task']!r}")
+    if "filter_summary" in record:
+        try:
+            check_filters(record["filter_summary"])
+        except UsageError as error:
+            raise UsageError(f"{file}: {error}") from error
     for part in ("model", "data", "trainer"):
         if not isinstance(record["arguments"].get(part), dict):
             raise UsageError(f"{file}: the arguments have no {part}")

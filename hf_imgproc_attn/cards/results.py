@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from ..backbones import TASKS
 from ..errors import UsageError
 
 NOT_MEASURED = "not measured"
@@ -20,10 +21,6 @@ METRICS = {
     "loss": "loss (nats)",
 }
 """The metrics that there are, the most telling one first, and their names in a card."""
-FAMILIES = {"image-classification": ("noise", "attack", "corruption"), "causal-lm": ("word swap",)}
-"""The kinds of disturbance that a card of each task answers for."""
-
-_MAIN_METRIC = {"image-classification": "accuracy", "causal-lm": "word_perplexity"}
 # The same samples measured twice, by the training script and with the disturbed ones, differ by rounding only.
 _SAME = 1e-3
 
@@ -98,7 +95,7 @@ def measurements(record: dict[str, Any], robustness: dict[str, Any] | None) -> l
     for split in ("validation", "test"):
         values = record.get("metrics", {}).get(split, {})
         counts = record.get("data_fingerprint", {}).get(split, {})
-        for metric in [name for name in METRICS if name in values] or [_MAIN_METRIC[task]]:
+        for metric in [name for name in METRICS if name in values] or [TASKS[task].metric]:
             unit, samples = _samples(task, metric, counts)
             rows.append(Measurement("clean", "clean", metric, split, values.get(metric), samples, unit))
     for row in [Measurement(**result) for result in (robustness or {}).get("results", [])]:
@@ -107,9 +104,9 @@ def measurements(record: dict[str, Any], robustness: dict[str, Any] | None) -> l
         elif not any(_is_repeated(row, clean) for clean in rows):
             rows.append(replace(row, disturbance="clean, as evaluated with the disturbed"))
     measured = {row.family for row in rows}
-    for family in FAMILIES[task]:
+    for family in TASKS[task].disturbances:
         if family not in measured:
-            rows.append(Measurement(family, family, _MAIN_METRIC[task], "test"))
+            rows.append(Measurement(family, family, TASKS[task].metric, "test"))
     return rows
 
 
@@ -194,8 +191,8 @@ def evaluation_results(
 
 
 def _samples(task: str, metric: str, counts: dict[str, Any]) -> tuple[str, int | None]:
-    if task == "image-classification":
-        return "images", counts.get("rows")
+    if TASKS[task].metric == "accuracy":
+        return TASKS[task].rows, counts.get("rows")
     if metric == "word_perplexity":
         return "words", counts.get("words")
     tokens = counts.get("tokens")

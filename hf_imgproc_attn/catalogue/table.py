@@ -2,7 +2,7 @@
 
 ``imgproc-attn variants`` prints it and ``docs/variants.md`` shows it. What the code knows is asked of the code: the
 number of passes by applying the boosters, cached streams by building a layer, fields by the presets themselves. The
-rest is :data:`EQUATIONS` and :data:`LIMITS`.
+rest is their rows in ``presets``.
 """
 
 from __future__ import annotations
@@ -15,51 +15,10 @@ from typing import Any, NamedTuple
 from ..models.boost_operators import BOOSTING, keep_rows, operator_on_value
 from ..models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from ..models.layer_filter import AttentionFilter
-from ..models.spec_axes import FILTER_BACKENDS, is_stock_layer, uses_position_table
+from ..models.spec_axes import COORDINATE_KERNELS, FILTER_BACKENDS, is_stock_layer, uses_position_table
 from ..models.spec_fields import PRESETS
-from .works import PAPERS, PAPERS_OF
-
-EQUATIONS = {
-    "softmax": "A ∝ exp(qᵀk/√d), positions added to the tokens; U = A V",
-    "bilateral": "A ∝ exp(2qᵀk/h_y² + 2(U_Q p_i)ᵀ(U_K p_j)/h_p²); U = A V",
-    "bilateral_gaussian": "A ∝ exp(-‖q - k‖²/h_y² - ‖p_i - p_j‖²/h_p²); U = A V",
-    "twicing": "A of softmax; U = (2A - A²) V",
-    "bilateral_twicing": "A of bilateral; U = (2A - A²) V",
-    "nlm": "A ∝ exp(-‖q - k‖²/h_y²), no positions; U = A V",
-    "elliptical": "A ∝ exp(qᵀM k/√d), M = diag(mean abs(V_l - V_(l-1))) / its maximum; U = A V",
-    "neutreno": "A of softmax; U = A V_l + λ(V_0 - V_l)",
-    "pidformer": "A of softmax; U = A V_l + λ_P e_l + λ_I Σ e_m + λ_D(e_l - e_(l-1)), e_l = V_0 - V_l",
-    "alibi": "A ∝ exp(qᵀk/√d - m‖i - j‖); U = A V",
-    "t5_bias": "A ∝ exp(qᵀk/√d + b[bucket(i - j)]); U = A V",
-    "rope": "A ∝ exp((R_i q)ᵀ(R_j k)/√d); U = A V",
-    "nope": "A ∝ exp(qᵀk/√d), no positions; U = A V",
-    "tupe": "A of bilateral, h fixed, U_Q, U_K shared by all layers; U = A V",
-    "sos": "A of softmax; U = u_3, u_m = A(V + u_(m-1)) - u_(m-1), u_0 = 0",
-    "learned_twicing": "A of softmax; U = (A + γA(I - A)) V",
-    "gradient_boosted": "F_0 = Attn_0(z), c = Attn_1(z - F_0); U = F_1 = F_0 + σ(W_1[F_0; c]) ∘ c",
-    "boosted_residual": "A of softmax; x + Attn(LN(x_0 - x)) instead of x + Attn(LN(x))",
-}
-"""preset -> what it computes, in a line of plain text, without the `|` that separates the columns of a table."""
-
-REASONS = {
-    "static caches": "the layers keep tensors that static and quantised caches do not hold",
-    "longer texts": "the table of positions ends at N",
-    "one-layer models": "a layer is compared with one before it",
-    "rotary positions": "they mix the features that M weighs",
-    "every head width": "features turn in pairs, for each axis: a multiple of 2 for text, of 4 for images",
-    "one attention map": "each round has its own",
-}
-"""What some presets do not support, and why."""
-
-LIMITS = {
-    "elliptical": ("one-layer models", "rotary positions"),
-    "neutreno": ("one-layer models",),
-    "pidformer": ("one-layer models",),
-    "rope": ("every head width",),
-    "gradient_boosted": ("one attention map",),
-    "boosted_residual": ("one-layer models",),
-}
-"""preset -> keys of :data:`REASONS`, beyond what :func:`limits` finds out."""
+from .presets import REASONS, VARIANTS
+from .works import PAPERS
 
 
 class Sizes(NamedTuple):
@@ -200,8 +159,9 @@ def back_ends(preset: str) -> str:
         return "stock"
     names = [name for name in FILTER_BACKENDS if name not in ("auto", "triton")]
     spec = layer.spec
-    # The Triton kernels know twicing of plain inner products alone.
-    has_kernel = spec.boosting == "twicing" and spec.content_kernel == "dot_product" and not spec.compares_positions
+    # The Triton kernels know inner products, positions by place and twicing.
+    by_place = not spec.compares_positions or spec.position_kernel in COORDINATE_KERNELS
+    has_kernel = spec.boosting in ("none", "twicing") and spec.content_kernel == "dot_product" and by_place
     return ", ".join([*names, "triton"] if has_kernel else names)
 
 
@@ -227,19 +187,19 @@ def limits(preset: str) -> list[str]:
         found.append("static caches")
     if uses_position_table(config):
         found.append("longer texts")
-    return [*found, *LIMITS.get(preset, ())]
+    return [*found, *VARIANTS[preset].limits]
 
 
 def source(preset: str, markdown: bool = False) -> str:
     """The works of a preset: authors and year, with a link where there is one."""
-    return "; ".join(_cite(PAPERS[key].reference, markdown) for key in PAPERS_OF[preset])
+    return "; ".join(_cite(PAPERS[key].reference, markdown) for key in VARIANTS[preset].papers)
 
 
 def row(preset: str, markdown: bool = False) -> Row:
     """The line of a preset."""
     return Row(
         preset,
-        EQUATIONS[preset],
+        VARIANTS[preset].text,
         source(preset, markdown),
         parameters(preset),
         cost(preset),

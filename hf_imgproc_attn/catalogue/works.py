@@ -198,25 +198,3 @@ PAPERS: dict[str, Paper] = {
 
 PACKAGE_PAPERS = ("filtering", "twicing")
 """The two papers whose methods the package is about: cited by every card."""
-
-PAPERS_OF: dict[str, tuple[str, ...]] = {
-    "softmax": ("attention",),
-    "bilateral": ("filtering", "untied"),
-    "bilateral_gaussian": ("bilateral", "filtering"),
-    "twicing": ("twicing", "tukey"),
-    "bilateral_twicing": ("filtering", "twicing", "untied", "tukey"),
-    "nlm": ("nlm", "filtering"),
-    "elliptical": ("elliptical",),
-    "neutreno": ("neutreno",),
-    "pidformer": ("pidformer",),
-    "alibi": ("alibi",),
-    "t5_bias": ("t5",),
-    "rope": ("roformer",),
-    "nope": ("nope",),
-    "tupe": ("untied",),
-    "sos": ("sos", "filtering"),
-    "learned_twicing": ("twicing", "l2boosting"),
-    "gradient_boosted": ("gradient_boosting",),
-    "boosted_residual": ("filtering", "tukey"),
-}
-"""preset -> the works it comes from, the first one foremost."""

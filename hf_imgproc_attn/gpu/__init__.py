@@ -1,7 +1,9 @@
 """Fused kernels for NVIDIA GPUs, written in Triton: optional, and no part of what a checkpoint takes along.
 
-Twicing, ``(2A - A^2) V``, without A in memory, forward and backward, with head widths up to 128, float16 and bfloat16,
-causal or not, with an optional mask of padded keys. Three algorithms (:mod:`.twicing` chooses by shape):
+Twicing, ``(2A - A^2) V``, and plain ``A V``, without A in memory, forward and backward, with head widths up to 128,
+float16 and bfloat16, causal or not, with an optional mask of padded keys and grouped keys. Position kernels of places
+(Gaussian, ALiBi, relative buckets) are computed inside the kernels, with exact gradients of their parameters
+(:mod:`.triton_positions`). Three algorithms (:mod:`.fused` chooses by shape):
 
     module                 for                                   N x N products, forward / backward (plain: 2 / 5)
     triton_short           not causal, N <= 256, width <= 64     3 / 8
@@ -10,6 +12,8 @@ causal or not, with an optional mask of padded keys. Three algorithms (:mod:`.tw
 
 *Checked* without a GPU: outputs and gradients against float64 in Triton's interpreter; every kernel compiles for
 compute capability 9.0 (H100), where its products are warp-group instructions and its tiles fit into shared memory.
+
+Not boosted, ``general`` alone is used, with plain attention's 2 / 5.
 
 ``imgproc-attn gpu-check`` measures errors and times on a machine with a CUDA device; what it found stands in
 ``docs/gpu.md``. The choice between the algorithms is by the number of products.
@@ -28,6 +32,7 @@ import torch
 from ..errors import install_hint
 from ..models.backend_call import FilterCall
 from ..models.backend_table import Backend, register
+from ..models.kernel_content import CONTENT_COLUMNS
 from . import flex
 from .flex import NO_STREAMS
 
@@ -56,8 +61,8 @@ def supports(
         is_causal: whether query i sees keys j <= i only.
         attn_mask: None, or boolean ``[batch or 1, 1, 1, key_length]``, True = visible; other masks are refused.
         dropout_p: probability on A; refused unless 0.
-        boosting: only ``"twicing"`` is served.
-        steps: only 2 are served.
+        boosting: only ``"twicing"`` and ``"none"`` are served.
+        steps: of twicing; only 2 are served.
     """
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if not _TRITON_IS_THERE:
@@ -66,11 +71,11 @@ def supports(
         return f"needs tensors on a CUDA device, got {query.device}"
     if query.is_cuda and torch.cuda.get_device_properties(query.device).major < 8:
         return "needs a GPU of compute capability 8.0 or newer"
-    if boosting != "twicing" or steps != 2:
-        return f"does twicing with 2 steps only, got boosting={boosting!r} with {steps} steps"
-    if not (query.shape == key.shape == value.shape):
+    if boosting != "none" and (boosting != "twicing" or steps != 2):
+        return f"does twicing with 2 steps, or no boosting, got boosting={boosting!r} with {steps} steps"
+    if key.shape != value.shape or (query.shape[0], *query.shape[2:]) != (key.shape[0], *key.shape[2:]):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
-        return f"needs query, key and value of one shape, got {shapes}"
+        return f"needs query, key and value of one shape, but for heads that share a key, got {shapes}"
     if query.shape[-1] > MAX_HEAD_DIM:
         return f"needs head_dim <= {MAX_HEAD_DIM}, got {query.shape[-1]}"
     dtypes = (torch.float16, torch.bfloat16, *((torch.float32,) if interpreted else ()))
@@ -95,8 +100,14 @@ def refuses(call: FilterCall) -> str | None:
         return NO_STREAMS
     if call.booster.gain is not None:
         return "knows no learned gain"
-    if call.has_columns:
-        return "takes plain inner products, without columns of a position or content kernel"
+    _, rest = call.split_positions()
+    if CONTENT_COLUMNS[call.content.kernel] is not None:
+        return f"takes plain inner products, without columns, got content_kernel={call.content.kernel!r}"
+    if rest.positions:
+        return (
+            "takes plain inner products and positions by place (gaussian, alibi, relative_buckets), "
+            f"got {type(rest.positions[0]).__name__}"
+        )
     seen = call.visibility
     if seen.mask is not None or seen.bias is not None:
         return "takes masks of padded keys only"
@@ -114,19 +125,22 @@ def refuses(call: FilterCall) -> str | None:
 
 def run(call: FilterCall) -> torch.Tensor:
     """Serve a call that is not refused: ``[batch, heads, length, head_dim]``."""
-    from .twicing import twicing_attention
+    from .fused import fused_attention
 
     query, scale = call.query, call.content.scale
+    by_place, _ = call.split_positions()
     if isinstance(scale, torch.Tensor):  # one per head, or a metric
         query, scale = (query * scale).to(query.dtype), 1.0
     key_mask = call.visibility.keys
     if key_mask is not None:
         key_mask = key_mask[:, 0, 0].expand(call.key.shape[0], -1)
-    return twicing_attention(
+    return fused_attention(
         query,
-        call.key,
-        call.value,
+        call.visibility.clean_keys(call.key),
+        call.visibility.clean_keys(call.value),
         key_mask,
+        positions=by_place,
+        boosting=call.booster.name,
         scale=float(scale),
         is_causal=call.visibility.hides_later_keys,
     )

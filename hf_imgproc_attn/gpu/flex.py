@@ -1,8 +1,13 @@
 """The back-end ``flex``: PyTorch's FlexAttention, one call a booster pass, with any mask and bias.
 
 On a CUDA device the calls are compiled to a fused kernel. Mask and bias are looked up inside it, and position kernels
-of places (Gaussian, ALiBi, buckets) are computed inside it, so that no bias of length x key_length is formed. On the
-CPU FlexAttention runs dense and forward only, which is enough to test it.
+of places (Gaussian, ALiBi, buckets) are computed inside it, so that no bias of length x key_length is formed. Blocks
+that causality hides are left out by a block mask, made once for each length. On the CPU FlexAttention runs dense and
+forward only, which is enough to test it.
+
+*Compiling.* A kernel is compiled for each kind of call (precision, heads, width, what is hidden and added, whether
+gradients are wanted), and one more for all lengths together once there is a second one. PyTorch's limit of 8 kinds,
+behind which it would run dense without a word, is raised to ``MAX_KINDS``; behind that a call is an error.
 *Not measured* on a GPU.
 """
 
@@ -10,15 +15,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from ..models.backend_call import FilterCall
+from ..models.backend_call import FilterCall, autocast_dtype, without_autocast
 from ..models.backend_sdpa import augment
 from ..models.kernel_blocks import DistanceKernel
-from ..models.kernel_content import autocast_dtype, without_autocast
 from ..models.kernel_position import BlockedPositions
 from ..models.visibility import Visibility
 
@@ -58,13 +63,14 @@ def run(call: FilterCall) -> torch.Tensor:
         bias = call.visibility.bias if bias is None else bias + call.visibility.bias
     # A number a row changes no softmax, and a large one would leave the products no digits.
     terms = [] if bias is None else [bias - call.visibility.largest_seen(bias)]
-    seen, hidden_rows = visible_places(call.visibility, key.device)
+    blocks = _causal_blocks(call.visibility, key.device)
+    seen, hidden_rows = visible_places(call.visibility, key.device, but_causality=blocks is not None)
     score = _score(seen, terms, None if by_place is None else place_score(by_place))
     attention = _attention(query.device.type)
 
     def attend(rows: torch.Tensor) -> torch.Tensor:
         with without_autocast(query.device.type):
-            out = attention(query, key, rows.to(dtype), score_mod=score, scale=scale)
+            out = attention(query, key, rows.to(dtype), score, blocks, scale)
         return out if hidden_rows is None else out.masked_fill(hidden_rows, 0.0)
 
     return call.boost(attend, call.new_value, value).to(call.value.dtype)
@@ -83,8 +89,15 @@ def _look_up(x: torch.Tensor, *index: Any) -> torch.Tensor:
     return x[tuple(at * (size > 1) for at, size in zip(index, x.shape, strict=True))]
 
 
-def visible_places(visibility: Visibility, device: torch.device) -> tuple[Place | None, torch.Tensor | None]:
+def visible_places(
+    visibility: Visibility, device: torch.device, *, but_causality: bool = False
+) -> tuple[Place | None, torch.Tensor | None]:
     """Whether a query sees a key, as FlexAttention asks it, and the queries that see none (``[..., length, 1]``).
+
+    Args:
+        visibility: who sees whom.
+        device: of the answer.
+        but_causality: whether later keys are hidden elsewhere.
 
     None stands for "all" and for "no query". Padding and causality are told from the places: no mask of
     length x key_length is formed. A row of nothing but -inf has no softmax, so that queries which see nothing see
@@ -96,13 +109,13 @@ def visible_places(visibility: Visibility, device: torch.device) -> tuple[Place 
     if visibility.hides_only_padding:
         keys = visibility.keys
         if keys is None:
-            return lambda b, h, i, j: j <= i + past, None
+            return None if but_causality else lambda b, h, i, j: j <= i + past, None
         some = keys.long().cumsum(-1).mT[..., past:, :] > 0 if visibility.causal else keys.any(-1, keepdim=True)
         hidden_rows = ~some
 
         def see(b: Any, h: Any, i: Any, j: Any) -> torch.Tensor:
             seen = _look_up(keys, b, h, i, j)
-            if visibility.causal:
+            if visibility.causal and not but_causality:
                 seen = seen & (j <= i + past)
             return seen | _look_up(hidden_rows, b, h, i, j)
 
@@ -115,6 +128,51 @@ def visible_places(visibility: Visibility, device: torch.device) -> tuple[Place 
     return lambda b, h, i, j: _look_up(every, b, h, i, j), hidden_rows
 
 
+BLOCK = 128
+"""Rows and columns of the blocks that a block mask leaves out or keeps."""
+
+
+def _causal_blocks(visibility: Visibility, device: torch.device) -> BlockMask | None:
+    """The block mask of a causal call, or None where causality hides nothing or a graph is being traced."""
+    length, key_length = visibility.length, visibility.key_length
+    if not visibility.hides_later_keys or length > key_length or torch.compiler.is_compiling():
+        return None
+    with torch.inference_mode(False):  # what is remembered may be used in training
+        return causal_block_mask(length, key_length, device)
+
+
+@lru_cache(maxsize=64)
+def causal_block_mask(length: int, key_length: int, device: torch.device) -> BlockMask:
+    """Which blocks of keys a block of queries sees, in part or as a whole.
+
+    Counted rather than found in a mask of all pairs, as ``create_block_mask`` does: of (length / 128)^2 numbers.
+
+    Args:
+        length: queries, the last ones of the tokens.
+        key_length: keys, at least as many.
+        device: of the block mask.
+    """
+    past = key_length - length
+    first_query = torch.arange(-(-length // BLOCK), device=device).view(-1, 1) * BLOCK
+    first_key = torch.arange(-(-key_length // BLOCK), device=device) * BLOCK
+    is_inside = (first_query + BLOCK <= length) & (first_key + BLOCK <= key_length)
+    is_full = is_inside & (first_key + BLOCK - 1 <= first_query + past)
+    is_part = (first_key <= (first_query + BLOCK - 1).clamp(max=length - 1) + past) & ~is_full
+
+    def listed(kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many blocks are kept, and which: those first, in order."""
+        order = torch.argsort(~kept, dim=-1, stable=True)
+        return kept.sum(-1).int()[None, None], order.int()[None, None]
+
+    def sees(b: Any, h: Any, i: Any, j: Any) -> torch.Tensor:
+        return j <= i + past
+
+    mask: BlockMask = BlockMask.from_kv_blocks(
+        *listed(is_part), *listed(is_full), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(length, key_length)
+    )
+    return mask
+
+
 def place_score(positions: BlockedPositions) -> Place:
     """A position kernel as FlexAttention computes it: from the places of one query and one key, inside the kernel.
 
@@ -123,6 +181,7 @@ def place_score(positions: BlockedPositions) -> Place:
     """
     kernel, (parameter, *class_logits) = positions.block_kernel(), positions.parameters()
     new, everywhere = positions.coordinates, positions.key_coordinates
+    slopes = parameter.flatten()
     axes, several, several_keys = new.shape[-1], int(new.shape[0] > 1), int(everywhere.shape[0] > 1)
     count = 0 if positions.class_tokens is None else positions.class_tokens.num_tokens
 
@@ -130,11 +189,13 @@ def place_score(positions: BlockedPositions) -> Place:
         return everywhere[b * several_keys, j, axis] - new[b * several, i, axis]
 
     def distance(b: Any, h: Any, i: Any, j: Any) -> torch.Tensor:
+        is_squared = isinstance(kernel, DistanceKernel) and kernel.squared
+        if axes == 1 and not is_squared:
+            return slopes[h] * -offset(b, i, j, 0).abs()
         total = offset(b, i, j, 0) ** 2
         for axis in range(1, axes):
             total = total + offset(b, i, j, axis) ** 2
-        is_squared = isinstance(kernel, DistanceKernel) and kernel.squared
-        return parameter.flatten()[h] * (total * -0.5 if is_squared else -total.sqrt())
+        return slopes[h] * (total * -0.5 if is_squared else -total.sqrt())
 
     def buckets(b: Any, h: Any, i: Any, j: Any) -> torch.Tensor:
         total = parameter[h, 0, bucket_of(offset(b, i, j, 0), kernel)]
@@ -180,19 +241,70 @@ def _score(seen: Place | None, terms: list[torch.Tensor], place: Place | None) -
     return modify
 
 
+MAX_KINDS = 256
+"""Of calls that kernels are compiled for in one process."""
+
+Attention = Callable[
+    [
+        torch.Tensor,
+        torch.Tensor,
+        torch.Tensor,
+        "Callable[..., torch.Tensor] | None",
+        "BlockMask | None",
+        float,
+    ],
+    torch.Tensor,
+]
+"""(query, key, value, score_mod, block_mask, scale) to the output."""
+
+
 @cache
-def _attention(device_type: str) -> Callable[..., torch.Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
+def _attention(device_type: str) -> Attention:
+    return compiled_attention() if device_type == "cuda" else _dense
 
-    if device_type == "cuda":
-        compiled: Callable[..., torch.Tensor] = torch.compile(flex_attention, dynamic=False)
-        return compiled
 
-    def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        with warnings.catch_warnings():  # it advises to compile
-            warnings.simplefilter("ignore")
-            # It refuses leaves that require a gradient on the CPU, even under no_grad; here none is wanted.
-            output: torch.Tensor = flex_attention(query.detach(), key.detach(), value.detach(), **kwargs)
-        return output
+def _flex(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    score: Callable[..., torch.Tensor] | None,
+    blocks: BlockMask | None,
+    scale: float,
+) -> torch.Tensor:
+    output: torch.Tensor = flex_attention(query, key, value, score_mod=score, block_mask=blocks, scale=scale)
+    return output
 
-    return dense
+
+def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *options: Any) -> torch.Tensor:
+    with warnings.catch_warnings():  # it advises to compile
+        warnings.simplefilter("ignore")
+        # It refuses leaves that require a gradient on the CPU, even under no_grad; here none is wanted.
+        return _flex(query.detach(), key.detach(), value.detach(), *options)
+
+
+def compiled_attention(backend: Any = "inductor") -> Attention:
+    """FlexAttention compiled for every kind of call, up to ``MAX_KINDS``; then a call raises RuntimeError.
+
+    Args:
+        backend: of ``torch.compile``.
+    """
+    # One graph or an error: else a call that is not compiled would run dense.
+    fused = torch.compile(_flex, backend=backend, fullgraph=True)
+
+    def attend(*arguments: Any) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return _flex(*arguments)
+        limits = {"recompile_limit": MAX_KINDS, "accumulated_recompile_limit": MAX_KINDS}
+        for tensor in arguments[:3]:  # one kernel serves all lengths, but not all heads and widths
+            torch._dynamo.mark_static(tensor, 1)
+            torch._dynamo.mark_static(tensor, 3)
+        try:
+            with torch._dynamo.config.patch(limits):
+                return fused(*arguments)
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            raise RuntimeError(
+                f"filter_backend='flex' compiles at most {MAX_KINDS} kinds of calls in one process, and this is one "
+                "more; choose filter_backend='auto', or call torch.compiler.reset() first"
+            ) from error
+
+    return attend

@@ -1,4 +1,4 @@
-"""Twicing for any length, causal or bidirectional: two kernels forward, two backward, nothing N x N in memory.
+"""Any length, causal or bidirectional, boosted or not: two kernels forward, two backward, nothing N x N in memory.
 
     smooth       AV by online softmax; writes W = 2V - AV and the log-sum-exp of each row       2 products
     apply        out = A W with the saved log-sum-exp, so without softmax statistics            2 products
@@ -8,16 +8,22 @@
 Plain attention has 2 and 5, so the floors are 2.0x forward and 8/5 = 1.6x backward, or 11/5 with a dQ that does not
 depend on the order of additions. ``triton_single_pass`` has lower floors where there are heads enough for it.
 
+Not BOOSTED, out = AV: ``smooth`` writes it in place of W, ``apply`` is not needed, and ``residual`` has no H to make.
+
 Programs are numbered block first; causal ones start with the block that has most work.
 """
 
 import triton
 import triton.language as tl
 
+from .triton_positions import add_gradient, add_position, no_gradient, store_gradient
 from .triton_tiles import (
     add_product,
+    base_of,
+    block_of,
     hide,
     hide_transposed,
+    item_of,
     load_rows,
     product,
     rounded,
@@ -26,7 +32,7 @@ from .triton_tiles import (
     tuned,
 )
 
-KEY = ["length_class", "HEAD_DIM", "CAUSAL", "HAS_MASK"]
+KEY = ["length_class", "HEAD_DIM", "CAUSAL", "HAS_MASK", "POSITION", "BOOSTED"]
 
 _FORWARD = [
     ({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 3),
@@ -37,18 +43,29 @@ _FORWARD = [
 
 
 @triton.jit
+def _ends(block, length, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
+    """Up to where a block of queries sees all keys of its tiles, and up to where it sees any."""
+    if CAUSAL:
+        return block * BLOCK_M // BLOCK_N * BLOCK_N, tl.minimum((block + 1) * BLOCK_M, length)
+    else:
+        return length // BLOCK_N * BLOCK_N, length
+
+
+@triton.jit
 def _smooth_range(
-    average, total, highest, query, key_base, value_base, mask, stride_k, stride_v, query_rows, columns, low, high,
+    average, total, highest, query, keys, values, mask, places, batch, head, query_rows, columns, low, high,
     length, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
-    EDGE: tl.constexpr,
+    POSITION: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys from low to high; EDGE: they may lie beyond the diagonal or the length."""
+    key_base, value_base = base_of(keys, batch, head), base_of(values, batch, head)
     for start in range(low, high, BLOCK_N):
         key_rows = start + tl.arange(0, BLOCK_N)
-        key = load_rows(key_base, stride_k, key_rows, columns, length, HEAD_DIM, BLOCK_D)
-        value = load_rows(value_base, stride_v, key_rows, columns, length, HEAD_DIM, BLOCK_D)
+        key = load_rows(key_base, keys.row, key_rows, columns, length, HEAD_DIM, BLOCK_D)
+        value = load_rows(value_base, values.row, key_rows, columns, length, HEAD_DIM, BLOCK_D)
         scores = product(query, tl.trans(key)) * scale
+        scores = add_position(scores, places, batch, head, query_rows, key_rows, length, POSITION, False)
         if EDGE or HAS_MASK:
             scores = hide(scores, query_rows, key_rows, seen_keys(mask, key_rows, length, HAS_MASK), CAUSAL and EDGE)
         new_highest = tl.maximum(highest, tl.max(scores, 1))
@@ -65,62 +82,61 @@ def _smooth_range(
 @tuned(_FORWARD, KEY)
 @triton.jit
 def smooth_kernel(
-    query_pointer, key_pointer, value_pointer, mask_pointer, residual_pointer, lse_pointer,
-    query_b, query_h, query_n, key_b, key_h, key_n, value_b, value_h, value_n,
+    queries, keys, values, results, mask_pointer, lse_pointer, residual_pointer, places,
     heads, length, scale, length_class,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    POSITION: tl.constexpr, BOOSTED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """W = 2V - AV and the log-sum-exp (+inf for a row that sees no key, whose A is 0)."""
-    blocks = tl.cdiv(length, BLOCK_M)
-    block = tl.program_id(0) % blocks
-    if CAUSAL:
-        block = blocks - 1 - block
-    item = tl.program_id(0) // blocks
-    batch, head = (item // heads).to(tl.int64), (item % heads).to(tl.int64)
+    """W = 2V - AV, or, not BOOSTED, AV into ``results``; and the log-sum-exp (+inf for a row without keys: A = 0)."""
+    block, item = block_of(length, BLOCK_M, CAUSAL)
+    batch, head = item_of(item, heads)
     columns = tl.arange(0, BLOCK_D)
     query_rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    query_base = query_pointer + batch * query_b + head * query_h
-    key_base = key_pointer + batch * key_b + head * key_h
-    value_base = value_pointer + batch * value_b + head * value_h
     mask = mask_pointer + batch * length
-    query = load_rows(query_base, query_n, query_rows, columns, length, HEAD_DIM, BLOCK_D)
+    query = load_rows(base_of(queries, batch, head), queries.row, query_rows, columns, length, HEAD_DIM, BLOCK_D)
     average = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     highest = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    if CAUSAL:
-        inner, end = block * BLOCK_M // BLOCK_N * BLOCK_N, tl.minimum((block + 1) * BLOCK_M, length)
-    else:
-        inner, end = length // BLOCK_N * BLOCK_N, length
+    inner, end = _ends(block, length, BLOCK_M, BLOCK_N, CAUSAL)
     average, total, highest = _smooth_range(
-        average, total, highest, query, key_base, value_base, mask, key_n, value_n, query_rows, columns, 0, inner,
-        length, scale, HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, HAS_MASK, False,
+        average, total, highest, query, keys, values, mask, places, batch, head, query_rows, columns, 0, inner,
+        length, scale, HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, HAS_MASK, POSITION, False,
     )  # fmt: skip
     average, total, highest = _smooth_range(
-        average, total, highest, query, key_base, value_base, mask, key_n, value_n, query_rows, columns, inner, end,
-        length, scale, HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, HAS_MASK, True,
+        average, total, highest, query, keys, values, mask, places, batch, head, query_rows, columns, inner, end,
+        length, scale, HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, HAS_MASK, POSITION, True,
     )  # fmt: skip
     sees = total > 0.0
     total = tl.where(sees, total, 1.0)
     lse = tl.where(sees, highest + tl.log2(total), float("inf"))
     tl.store(lse_pointer + item.to(tl.int64) * length + query_rows, lse, mask=query_rows < length)
-    value = load_rows(value_base, value_n, query_rows, columns, length, HEAD_DIM, BLOCK_D)
-    residual = 2.0 * value.to(tl.float32) - average / total[:, None]
-    residual_base = residual_pointer + item.to(tl.int64) * length * HEAD_DIM
-    store_rows(residual_base, HEAD_DIM, query_rows, columns, residual, length, HEAD_DIM, BLOCK_D)
+    average = average / total[:, None]
+    if BOOSTED:
+        value_base = base_of(values, batch, head)
+        value = load_rows(value_base, values.row, query_rows, columns, length, HEAD_DIM, BLOCK_D)
+        residual_base = residual_pointer + item.to(tl.int64) * length * HEAD_DIM
+        residual = 2.0 * value.to(tl.float32) - average
+        if HAS_MASK:  # a padded query may hold anything
+            residual = tl.where(seen_keys(mask, query_rows, length, HAS_MASK)[:, None], residual, 0.0)
+        store_rows(residual_base, HEAD_DIM, query_rows, columns, residual, length, HEAD_DIM, BLOCK_D)
+    else:
+        result_base = base_of(results, batch, head)
+        store_rows(result_base, results.row, query_rows, columns, average, length, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def _apply_range(
-    output, query, lse, key_base, residual_base, mask, stride_k, query_rows, columns, low, high, length, scale,
+    output, query, lse, keys, residual_base, mask, places, batch, head, query_rows, columns, low, high, length, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
-    EDGE: tl.constexpr,
+    POSITION: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
+    key_base = base_of(keys, batch, head)
     for start in range(low, high, BLOCK_N):
         key_rows = start + tl.arange(0, BLOCK_N)
-        key = load_rows(key_base, stride_k, key_rows, columns, length, HEAD_DIM, BLOCK_D)
+        key = load_rows(key_base, keys.row, key_rows, columns, length, HEAD_DIM, BLOCK_D)
         residual = load_rows(residual_base, HEAD_DIM, key_rows, columns, length, HEAD_DIM, BLOCK_D)
         scores = product(query, tl.trans(key)) * scale
+        scores = add_position(scores, places, batch, head, query_rows, key_rows, length, POSITION, False)
         if EDGE or HAS_MASK:
             scores = hide(scores, query_rows, key_rows, seen_keys(mask, key_rows, length, HAS_MASK), CAUSAL and EDGE)
         weights = tl.exp2(scores - lse[:, None])
@@ -131,43 +147,32 @@ def _apply_range(
 @tuned(_FORWARD, KEY)
 @triton.jit
 def apply_kernel(
-    query_pointer, key_pointer, mask_pointer, residual_pointer, lse_pointer, out_pointer,
-    query_b, query_h, query_n, key_b, key_h, key_n, out_b, out_h, out_n,
+    queries, keys, outputs, mask_pointer, lse_pointer, residual_pointer, places,
     heads, length, scale, length_class,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    POSITION: tl.constexpr, BOOSTED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out = A W."""
-    blocks = tl.cdiv(length, BLOCK_M)
-    block = tl.program_id(0) % blocks
-    if CAUSAL:
-        block = blocks - 1 - block
-    item = tl.program_id(0) // blocks
-    batch, head = (item // heads).to(tl.int64), (item % heads).to(tl.int64)
+    block, item = block_of(length, BLOCK_M, CAUSAL)
+    batch, head = item_of(item, heads)
     columns = tl.arange(0, BLOCK_D)
     query_rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    query_base = query_pointer + batch * query_b + head * query_h
-    key_base = key_pointer + batch * key_b + head * key_h
     residual_base = residual_pointer + item.to(tl.int64) * length * HEAD_DIM
     mask = mask_pointer + batch * length
-    query = load_rows(query_base, query_n, query_rows, columns, length, HEAD_DIM, BLOCK_D)
+    query = load_rows(base_of(queries, batch, head), queries.row, query_rows, columns, length, HEAD_DIM, BLOCK_D)
     lse_rows = lse_pointer + item.to(tl.int64) * length + query_rows
     lse = tl.load(lse_rows, mask=query_rows < length, other=float("inf"))
     output = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    if CAUSAL:
-        inner, end = block * BLOCK_M // BLOCK_N * BLOCK_N, tl.minimum((block + 1) * BLOCK_M, length)
-    else:
-        inner, end = length // BLOCK_N * BLOCK_N, length
+    inner, end = _ends(block, length, BLOCK_M, BLOCK_N, CAUSAL)
     output = _apply_range(
-        output, query, lse, key_base, residual_base, mask, key_n, query_rows, columns, 0, inner, length, scale,
-        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, HAS_MASK, False,
+        output, query, lse, keys, residual_base, mask, places, batch, head, query_rows, columns, 0, inner, length,
+        scale, HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, HAS_MASK, POSITION, False,
     )  # fmt: skip
     output = _apply_range(
-        output, query, lse, key_base, residual_base, mask, key_n, query_rows, columns, inner, end, length, scale,
-        HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, HAS_MASK, True,
+        output, query, lse, keys, residual_base, mask, places, batch, head, query_rows, columns, inner, end, length,
+        scale, HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, HAS_MASK, POSITION, True,
     )  # fmt: skip
-    out_base = out_pointer + batch * out_b + head * out_h
-    store_rows(out_base, out_n, query_rows, columns, output, length, HEAD_DIM, BLOCK_D)
+    store_rows(base_of(outputs, batch, head), outputs.row, query_rows, columns, output, length, HEAD_DIM, BLOCK_D)
 
 
 @tuned(
@@ -181,57 +186,55 @@ def apply_kernel(
 )
 @triton.jit
 def residual_gradient_kernel(
-    query_pointer, key_pointer, value_pointer, mask_pointer, residual_pointer, lse_pointer, out_pointer, grad_pointer,
-    negative_h_pointer, delta_pointer, dq_pointer,
-    query_b, query_h, query_n, key_b, key_h, key_n, value_b, value_h, value_n, out_b, out_h, out_n,
-    grad_b, grad_h, grad_n, dq_b, dq_h, dq_n,
+    queries, keys, values, outputs, grads, dqs, mask_pointer, lse_pointer, residual_pointer,
+    negative_h_pointer, delta_pointer, places,
     heads, length, scale, softmax_scale, length_class,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
-    WITH_DQ: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    POSITION: tl.constexpr, BOOSTED: tl.constexpr, WITH_DQ: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """-H = -(A^T G) of a block of keys, D_i = g_i.out_i - h_i.(2v_i - w_i) of the same rows, and their dQ.
 
     With WITH_DQ a program has the same work whatever its block: it walks the queries below and the keys above it.
     """
-    blocks = tl.cdiv(length, BLOCK_N)
-    block = tl.program_id(0) % blocks
-    item = tl.program_id(0) // blocks
-    batch, head = (item // heads).to(tl.int64), (item % heads).to(tl.int64)
+    block, item = block_of(length, BLOCK_N, False)
+    batch, head = item_of(item, heads)
     columns = tl.arange(0, BLOCK_D)
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    query_base = query_pointer + batch * query_b + head * query_h
-    key_base = key_pointer + batch * key_b + head * key_h
-    value_base = value_pointer + batch * value_b + head * value_h
-    grad_base = grad_pointer + batch * grad_b + head * grad_h
+    query_base, key_base = base_of(queries, batch, head), base_of(keys, batch, head)
+    value_base, grad_base = base_of(values, batch, head), base_of(grads, batch, head)
     own = item.to(tl.int64) * length
-    mask = mask_pointer + batch * length
-    seen = seen_keys(mask, rows, length, HAS_MASK)
-    key = load_rows(key_base, key_n, rows, columns, length, HEAD_DIM, BLOCK_D)
-    h = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
-    first = 0
-    if CAUSAL:
-        first = block * BLOCK_N // BLOCK_M * BLOCK_M
-    for start in range(first, length, BLOCK_M):
-        query_rows = start + tl.arange(0, BLOCK_M)
-        query = load_rows(query_base, query_n, query_rows, columns, length, HEAD_DIM, BLOCK_D)
-        grad = load_rows(grad_base, grad_n, query_rows, columns, length, HEAD_DIM, BLOCK_D)
-        lse = tl.load(lse_pointer + own + query_rows, mask=query_rows < length, other=float("inf"))
-        scores = product(key, tl.trans(query)) * scale
-        scores = hide_transposed(scores, query_rows, rows, seen, CAUSAL)
-        h = add_product(rounded(tl.exp2(scores - lse[None, :]), grad.dtype), grad, h)
     residual_base = residual_pointer + own * HEAD_DIM
-    own_out = load_rows(out_pointer + batch * out_b + head * out_h, out_n, rows, columns, length, HEAD_DIM, BLOCK_D)
-    own_grad = load_rows(grad_base, grad_n, rows, columns, length, HEAD_DIM, BLOCK_D)
-    own_value = load_rows(value_base, value_n, rows, columns, length, HEAD_DIM, BLOCK_D)
-    own_residual = load_rows(residual_base, HEAD_DIM, rows, columns, length, HEAD_DIM, BLOCK_D)
-    # Rounded as the other products see it, so that each row of dS sums to 0.
-    own_negative_h = rounded(-h, key.dtype)
-    smoothed = 2.0 * own_value.to(tl.float32) - own_residual.to(tl.float32)
-    own_delta = tl.sum(own_grad.to(tl.float32) * own_out.to(tl.float32) + own_negative_h.to(tl.float32) * smoothed, 1)
+    mask = mask_pointer + batch * length
+    own_out = load_rows(base_of(outputs, batch, head), outputs.row, rows, columns, length, HEAD_DIM, BLOCK_D)
+    own_grad = load_rows(grad_base, grads.row, rows, columns, length, HEAD_DIM, BLOCK_D)
+    own_delta = tl.sum(own_grad.to(tl.float32) * own_out.to(tl.float32), 1)
+    if BOOSTED:
+        seen = seen_keys(mask, rows, length, HAS_MASK)
+        key = load_rows(key_base, keys.row, rows, columns, length, HEAD_DIM, BLOCK_D)
+        h = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+        first = 0
+        if CAUSAL:
+            first = block * BLOCK_N // BLOCK_M * BLOCK_M
+        for start in range(first, length, BLOCK_M):
+            query_rows = start + tl.arange(0, BLOCK_M)
+            query = load_rows(query_base, queries.row, query_rows, columns, length, HEAD_DIM, BLOCK_D)
+            grad = load_rows(grad_base, grads.row, query_rows, columns, length, HEAD_DIM, BLOCK_D)
+            lse = tl.load(lse_pointer + own + query_rows, mask=query_rows < length, other=float("inf"))
+            scores = product(key, tl.trans(query)) * scale
+            scores = add_position(scores, places, batch, head, query_rows, rows, length, POSITION, True)
+            scores = hide_transposed(scores, query_rows, rows, seen, CAUSAL)
+            h = add_product(rounded(tl.exp2(scores - lse[None, :]), grad.dtype), grad, h)
+        own_value = load_rows(value_base, values.row, rows, columns, length, HEAD_DIM, BLOCK_D)
+        own_residual = load_rows(residual_base, HEAD_DIM, rows, columns, length, HEAD_DIM, BLOCK_D)
+        # Rounded as the other products see it, so that each row of dS sums to 0.
+        own_negative_h = rounded(-h, key.dtype)
+        smoothed = 2.0 * own_value.to(tl.float32) - own_residual.to(tl.float32)
+        own_delta += tl.sum(own_negative_h.to(tl.float32) * smoothed, 1)
+        h_base = negative_h_pointer + own * HEAD_DIM
+        store_rows(h_base, HEAD_DIM, rows, columns, own_negative_h, length, HEAD_DIM, BLOCK_D)
     tl.store(delta_pointer + own + rows, own_delta, mask=rows < length)
-    store_rows(negative_h_pointer + own * HEAD_DIM, HEAD_DIM, rows, columns, own_negative_h, length, HEAD_DIM, BLOCK_D)
     if WITH_DQ:
-        own_query = load_rows(query_base, query_n, rows, columns, length, HEAD_DIM, BLOCK_D)
+        own_query = load_rows(query_base, queries.row, rows, columns, length, HEAD_DIM, BLOCK_D)
         own_lse = tl.load(lse_pointer + own + rows, mask=rows < length, other=float("inf"))
         dq = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
         end = length
@@ -239,17 +242,22 @@ def residual_gradient_kernel(
             end = tl.minimum((block + 1) * BLOCK_N, length)
         for start in range(0, end, BLOCK_M):
             key_rows = start + tl.arange(0, BLOCK_M)
-            key_tile = load_rows(key_base, key_n, key_rows, columns, length, HEAD_DIM, BLOCK_D)
-            value_tile = load_rows(value_base, value_n, key_rows, columns, length, HEAD_DIM, BLOCK_D)
-            residual_tile = load_rows(residual_base, HEAD_DIM, key_rows, columns, length, HEAD_DIM, BLOCK_D)
+            key_tile = load_rows(key_base, keys.row, key_rows, columns, length, HEAD_DIM, BLOCK_D)
+            value_tile = load_rows(value_base, values.row, key_rows, columns, length, HEAD_DIM, BLOCK_D)
             tile_scores = product(own_query, tl.trans(key_tile)) * scale
+            tile_scores = add_position(tile_scores, places, batch, head, rows, key_rows, length, POSITION, False)
             tile_scores = hide(tile_scores, rows, key_rows, seen_keys(mask, key_rows, length, HAS_MASK), CAUSAL)
             weights = tl.exp2(tile_scores - own_lse[:, None])
-            d_weights = add_product(own_negative_h, tl.trans(value_tile), product(own_grad, tl.trans(residual_tile)))
+            if BOOSTED:
+                residual_tile = load_rows(residual_base, HEAD_DIM, key_rows, columns, length, HEAD_DIM, BLOCK_D)
+                d_weights = product(own_grad, tl.trans(residual_tile))
+                d_weights = add_product(own_negative_h, tl.trans(value_tile), d_weights)
+            else:
+                d_weights = product(own_grad, tl.trans(value_tile))
             d_scores = weights * (d_weights - own_delta[:, None])
             dq = add_product(rounded(d_scores, key_tile.dtype), key_tile, dq)
-        dq_base = dq_pointer + batch * dq_b + head * dq_h
-        store_rows(dq_base, dq_n, rows, columns, dq * softmax_scale, length, HEAD_DIM, BLOCK_D)
+        dq_base = base_of(dqs, batch, head)
+        store_rows(dq_base, dqs.row, rows, columns, dq * softmax_scale, length, HEAD_DIM, BLOCK_D)
 
 
 @tuned(
@@ -260,69 +268,79 @@ def residual_gradient_kernel(
         ({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2),
         ({"BLOCK_M": 64, "BLOCK_N": 128}, 8, 2),
     ],
-    [*KEY, "ADD_DQ"],
-    # Timing runs add to it too.
-    reset_to_zero=["dq_sum_pointer"],
+    [*KEY, "ADD_DQ", "LEARNS"],
+    # Timing runs add to it too, or write more sums than the blocks that are chosen.
+    reset_to_zero=["dq_sum_pointer", "sums_pointer"],
 )
 @triton.jit
 def key_value_gradient_kernel(
-    query_pointer, key_pointer, value_pointer, mask_pointer, residual_pointer, lse_pointer, grad_pointer,
-    negative_h_pointer, delta_pointer, dq_sum_pointer, dk_pointer, dv_pointer,
-    query_b, query_h, query_n, key_b, key_h, key_n, value_b, value_h, value_n, grad_b, grad_h, grad_n,
-    dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
-    heads, length, scale, softmax_scale, length_class,
+    queries, keys, values, grads, dks, dvs, mask_pointer, lse_pointer, residual_pointer,
+    negative_h_pointer, delta_pointer, dq_sum_pointer, sums_pointer, places,
+    heads, length, slots, scale, softmax_scale, length_class,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
-    ADD_DQ: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    POSITION: tl.constexpr, BOOSTED: tl.constexpr, LEARNS: tl.constexpr, ADD_DQ: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV = 2H - A^T H of a block of keys; with ADD_DQ its part of dQ, added to a float32 sum."""
-    blocks = tl.cdiv(length, BLOCK_N)
-    block = tl.program_id(0) % blocks
-    item = tl.program_id(0) // blocks
-    batch, head = (item // heads).to(tl.int64), (item % heads).to(tl.int64)
+    """dK and dV = 2H - A^T H, or, not BOOSTED, A^T G, of a block of keys, and its sums for the position kernel.
+
+    With ADD_DQ also its part of dQ, added to a float32 sum.
+    """
+    block, item = block_of(length, BLOCK_N, False)
+    batch, head = item_of(item, heads)
     columns = tl.arange(0, BLOCK_D)
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    query_base = query_pointer + batch * query_b + head * query_h
-    key_base = key_pointer + batch * key_b + head * key_h
-    value_base = value_pointer + batch * value_b + head * value_h
-    grad_base = grad_pointer + batch * grad_b + head * grad_h
+    query_base, key_base = base_of(queries, batch, head), base_of(keys, batch, head)
+    value_base, grad_base = base_of(values, batch, head), base_of(grads, batch, head)
     own = item.to(tl.int64) * length
-    residual_base = residual_pointer + own * HEAD_DIM
     negative_h_base = negative_h_pointer + own * HEAD_DIM
     dq_sum_base = dq_sum_pointer + own * HEAD_DIM
     seen = seen_keys(mask_pointer + batch * length, rows, length, HAS_MASK)
-    key = load_rows(key_base, key_n, rows, columns, length, HEAD_DIM, BLOCK_D)
-    value = load_rows(value_base, value_n, rows, columns, length, HEAD_DIM, BLOCK_D)
-    residual = load_rows(residual_base, HEAD_DIM, rows, columns, length, HEAD_DIM, BLOCK_D)
+    key = load_rows(key_base, keys.row, rows, columns, length, HEAD_DIM, BLOCK_D)
+    value = load_rows(value_base, values.row, rows, columns, length, HEAD_DIM, BLOCK_D)
+    if BOOSTED:
+        residual_base = residual_pointer + own * HEAD_DIM
+        residual = load_rows(residual_base, HEAD_DIM, rows, columns, length, HEAD_DIM, BLOCK_D)
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
-    minus_smoothed_h = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    of_parameter, of_grid, of_class = no_gradient(places, POSITION, BLOCK_N)
     first = 0
     if CAUSAL:
         first = block * BLOCK_N // BLOCK_M * BLOCK_M
     for start in range(first, length, BLOCK_M):
         query_rows = start + tl.arange(0, BLOCK_M)
-        query = load_rows(query_base, query_n, query_rows, columns, length, HEAD_DIM, BLOCK_D)
-        grad = load_rows(grad_base, grad_n, query_rows, columns, length, HEAD_DIM, BLOCK_D)
-        negative_h = load_rows(negative_h_base, HEAD_DIM, query_rows, columns, length, HEAD_DIM, BLOCK_D)
+        query = load_rows(query_base, queries.row, query_rows, columns, length, HEAD_DIM, BLOCK_D)
+        grad = load_rows(grad_base, grads.row, query_rows, columns, length, HEAD_DIM, BLOCK_D)
         lse = tl.load(lse_pointer + own + query_rows, mask=query_rows < length, other=float("inf"))
         delta = tl.load(delta_pointer + own + query_rows, mask=query_rows < length, other=0.0)
         scores = product(key, tl.trans(query)) * scale
+        scores = add_position(scores, places, batch, head, query_rows, rows, length, POSITION, True)
         scores = hide_transposed(scores, query_rows, rows, seen, CAUSAL)
         weights = tl.exp2(scores - lse[None, :])
-        # dA = G W^T - H V^T, transposed.
-        d_weights = add_product(value, tl.trans(negative_h), product(residual, tl.trans(grad)))
-        d_scores = rounded(weights * (d_weights - delta[None, :]), key.dtype)
-        minus_smoothed_h = add_product(rounded(weights, key.dtype), negative_h, minus_smoothed_h)
-        dk = add_product(d_scores, query, dk)
+        # dA = G W^T - H V^T, or G V^T, transposed.
+        if BOOSTED:
+            negative_h = load_rows(negative_h_base, HEAD_DIM, query_rows, columns, length, HEAD_DIM, BLOCK_D)
+            d_weights = add_product(value, tl.trans(negative_h), product(residual, tl.trans(grad)))
+            dv = add_product(rounded(weights, key.dtype), negative_h, dv)
+        else:
+            d_weights = product(value, tl.trans(grad))
+            dv = add_product(rounded(weights, key.dtype), grad, dv)
+        d_scores = weights * (d_weights - delta[None, :])
+        of_parameter, of_grid, of_class = add_gradient(
+            of_parameter, of_grid, of_class, d_scores, places, batch, query_rows, rows, length, POSITION, LEARNS
+        )
+        low_d_scores = rounded(d_scores, key.dtype)
+        dk = add_product(low_d_scores, query, dk)
         if ADD_DQ:
-            dq = product(tl.trans(d_scores), key) * softmax_scale
+            dq = product(tl.trans(low_d_scores), key) * softmax_scale
             inside = query_rows[:, None] < length
             if HEAD_DIM != BLOCK_D:
                 inside = inside & (columns[None, :] < HEAD_DIM)
             target = dq_sum_base + query_rows[:, None] * HEAD_DIM + columns[None, :]
             tl.atomic_add(target, dq, mask=inside, sem="relaxed")
-    own_negative_h = load_rows(negative_h_base, HEAD_DIM, rows, columns, length, HEAD_DIM, BLOCK_D)
-    dv = minus_smoothed_h - 2.0 * own_negative_h.to(tl.float32)
-    dk_base = dk_pointer + batch * dk_b + head * dk_h
-    store_rows(dk_base, dk_n, rows, columns, dk * softmax_scale, length, HEAD_DIM, BLOCK_D)
-    dv_base = dv_pointer + batch * dv_b + head * dv_h
-    store_rows(dv_base, dv_n, rows, columns, dv, length, HEAD_DIM, BLOCK_D)
+    slot = item * slots + block
+    store_gradient(sums_pointer, slot, of_parameter, of_grid, of_class, places, rows, POSITION, LEARNS)
+    if BOOSTED:  # so far -A^T H
+        own_negative_h = load_rows(negative_h_base, HEAD_DIM, rows, columns, length, HEAD_DIM, BLOCK_D)
+        dv -= 2.0 * own_negative_h.to(tl.float32)
+    store_rows(base_of(dks, batch, head), dks.row, rows, columns, dk * softmax_scale, length, HEAD_DIM, BLOCK_D)
+    store_rows(base_of(dvs, batch, head), dvs.row, rows, columns, dv, length, HEAD_DIM, BLOCK_D)

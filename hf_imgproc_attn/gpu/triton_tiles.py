@@ -1,12 +1,13 @@
 """Device functions that the Triton kernels share, and the rule of their configurations.
 
 Every tensor is walked by pointers: ``rows`` ``[block]`` along the length, ``columns`` ``[BLOCK_D]`` along the head,
-where elements are adjacent. ``BLOCK_D`` is the head width rounded up to a power of two; columns beyond it read as 0.
+where elements are adjacent. Tensors with strides of their own come as :class:`Rows`, buffers without gaps as pointers.
+``BLOCK_D`` is the head width rounded up to a power of two; columns beyond it read as 0.
 Logits are in units of log 2 (the scale carries log2 e), because the hardware's exponential is base 2.
 """
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -17,6 +18,23 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 EMULATED: tl.constexpr = tl.constexpr(INTERPRETED)
 
 
+class Rows(NamedTuple):
+    """A tensor ``[batch, heads, length, head_dim]`` as a kernel takes it.
+
+    pointer: its first element (a tensor where a kernel is called).
+    batch: elements from one item of the batch to the next.
+    head: from one head to the next.
+    row: from one row to the next.
+    group: query heads that share one of its heads: 1, or more for the keys and values of grouped-query attention.
+    """
+
+    pointer: Any
+    batch: int
+    head: int
+    row: int
+    group: int = 1
+
+
 def tuned(configs: list[tuple[dict[str, int], int, int]], key: list[str], **options: Any) -> Any:
     """``triton.autotune`` over (block sizes, warps, stages); the interpreter, which cannot time, gets the first one.
 
@@ -25,6 +43,28 @@ def tuned(configs: list[tuple[dict[str, int], int, int]], key: list[str], **opti
     chosen = configs[:1] if INTERPRETED else configs
     listed = [triton.Config(blocks, num_warps=warps, num_stages=stages) for blocks, warps, stages in chosen]
     return triton.autotune(configs=listed, key=key, **options)
+
+
+@triton.jit
+def item_of(item, heads):
+    """The place in the batch and the head of a pair (batch, head) with number ``item``, in 64 bits."""
+    return (item // heads).to(tl.int64), (item % heads).to(tl.int64)
+
+
+@triton.jit
+def block_of(length, BLOCK: tl.constexpr, BACKWARDS: tl.constexpr):
+    """A program's block of rows, and its pair (batch, head); BACKWARDS: the last block comes first."""
+    blocks = tl.cdiv(length, BLOCK)
+    block = tl.program_id(0) % blocks
+    if BACKWARDS:
+        block = blocks - 1 - block
+    return block, tl.program_id(0) // blocks
+
+
+@triton.jit
+def base_of(tensor, batch, head):
+    """Where a head of :class:`Rows` starts, for a query head."""
+    return tensor.pointer + batch * tensor.batch + (head // tensor.group) * tensor.head
 
 
 @triton.jit

@@ -31,7 +31,7 @@ def probe(config: Any) -> dict[str, Any]:
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
         return {"pixel_values": torch.randn(2, config.num_channels, height, width, generator=generator)}
-    length = min(config.n_positions, 32)
+    length = min(config.max_position_embeddings, 32)
     return {"input_ids": torch.randint(config.vocab_size, (2, length), generator=generator)}
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..backbones import OF_MODEL_TYPE
 from ..errors import UsageError, require_extras
 from .travelling_code import audit_folder, missing_imports
 
@@ -23,13 +24,7 @@ TRAVELLING = (
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
     "preprocessor_config.json", "processor_config.json", "robustness.json",
 )  # fmt: skip
-MODEL_TYPES = ("imgproc_gpt2", "imgproc_vit")
 CARD, CURVES, RECORD = "README.md", "training_curves.png", "run.json"
-# One of these turns a user's images or texts into what the model takes, also in the pipeline of the card.
-_PROCESSORS = {
-    "imgproc_vit": ("preprocessor_config.json", "processor_config.json"),
-    "imgproc_gpt2": ("tokenizer_config.json", "tokenizer.json"),
-}
 
 
 @dataclass(frozen=True)
@@ -83,7 +78,7 @@ def read_run(folder: str | Path) -> RunFolder:
     config = _read_config(path)
     for name in sorted({file.name for file in travelling_files(path).values() if file.suffix == ".json"}):
         _read_json(path / name)
-    needed = _PROCESSORS[config["model_type"]]
+    needed = OF_MODEL_TYPE[config["model_type"]].processor_files
     if not any((path / name).is_file() for name in needed):
         raise UsageError(f"run {str(folder)!r} lacks {' or '.join(needed)}: nobody could give the model an input")
     named = {_file_of(reference) for reference in config["auto_map"].values()}
@@ -172,15 +167,12 @@ def _check_weights(folder: Path, record: dict[str, Any]) -> None:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     config = _read_json(path)
-    if config.get("model_type") not in MODEL_TYPES:
+    if config.get("model_type") not in OF_MODEL_TYPE:
         raise UsageError(
-            f"{str(path)!r} must have a model_type among {', '.join(MODEL_TYPES)}, got {config.get('model_type')!r}"
+            f"{str(path)!r} must have a model_type among {', '.join(OF_MODEL_TYPE)}, got {config.get('model_type')!r}"
         )
-    from ..models.modeling_imgproc_gpt2 import ImgProcGPT2PreTrainedModel
-    from ..models.modeling_imgproc_vit import ImgProcViTPreTrainedModel
-
-    backbone = ImgProcGPT2PreTrainedModel if config["model_type"] == "imgproc_gpt2" else ImgProcViTPreTrainedModel
-    missing = sorted(set(backbone.auto_map) - set(config.get("auto_map") or {}))
+    needed = {"AutoConfig", *(head.auto_class for head in OF_MODEL_TYPE[config["model_type"]].heads)}
+    missing = sorted(needed - set(config.get("auto_map") or {}))
     if missing:
         raise UsageError(f"{str(path)!r} lacks the auto_map entries {', '.join(missing)}: save the model again")
     return config

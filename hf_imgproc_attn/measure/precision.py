@@ -18,11 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..backbones import BACKBONES
 from ..errors import UsageError
 from ..models.boost_depth import LayerState
 from ..models.boost_operators import BOOSTING
-from ..models.configuration_imgproc_gpt2 import ImgProcGPT2Config
-from ..models.configuration_imgproc_vit import ImgProcViTConfig
 from ..models.layer_filter import AttentionFilter
 from ..models.layer_inputs import LayerInputs
 from ..models.modeling_shared import SUPPORTED_IMPLEMENTATIONS
@@ -103,7 +102,8 @@ def _random(*shape: int, seed: int) -> torch.Tensor:
 
 def build_layer(fields: Fields, data: Data) -> AttentionFilter:
     """The second layer of a model with these fields; learned logits and projections are random, bandwidths default."""
-    config_class: Any = ImgProcGPT2Config if len(data.sides) == 1 else ImgProcViTConfig
+    configs = [row.our_class(row.config) for row in BACKBONES.values()]
+    config_class: Any = next(kind for kind in configs if kind.position_axes == len(data.sides))
     config = config_class(
         hidden_size=HEADS * HEAD_DIM,
         num_attention_heads=HEADS,

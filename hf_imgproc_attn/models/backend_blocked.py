@@ -13,10 +13,10 @@ from .backend_blocked_backward import Gradients
 from .backend_blocked_dense import dense_passes
 from .backend_blocked_passes import Call, Computed, Tensors, forward_passes, recurrence
 from .backend_blocked_plan import Plan, make_plan
-from .backend_call import Booster, Content, FilterCall
+from .backend_call import Booster, Content, FilterCall, without_autocast
 from .backend_sdpa import augment
 from .cache_streams import boost_stream
-from .kernel_content import HALF_DTYPES, without_autocast
+from .kernel_content import HALF_DTYPES
 from .kernel_position import BlockedPositions
 
 
@@ -78,7 +78,7 @@ def _as_products(call: FilterCall) -> tuple[BlockedPositions | None, FilterCall]
             visibility = visibility._replace(bias=bias if visibility.bias is None else bias + visibility.bias)
         if key.shape[1] != value.shape[1]:
             value = value.repeat_interleave(call.groups, dim=1)
-    else:
+    elif visibility.blind is not None:
         query = visibility.clean_queries(query)
     booster = call.booster if call.booster.gain is None else Booster("twicing", 2)
     return by_place, FilterCall(query, key, value, content, visibility, (), booster, call.dropout, call.streams)
@@ -106,7 +106,8 @@ def _blocked(
     largest_bias = None if visibility.bias is None else visibility.largest_seen(visibility.bias)
     call = Call(plan, booster, visibility._replace(bias=None), largest_bias, positions)
     parameters = () if positions is None else positions.parameters()
-    tensors = Tensors(query, key, value, visibility.bias, _past(given, plan, extra), parameters)
+    past = _past(given, plan, extra) if given.streams.is_cached else None
+    tensors = Tensors(query, key, value, visibility.bias, past, parameters)
     # Autocast would run the products in half precision.
     with without_autocast(query.device.type):
         if _is_transformed((*tensors[:5], *parameters)):
@@ -196,7 +197,7 @@ def _differentiable_gradients(
 
 def _past(given: FilterCall, plan: Plan, extra: int) -> torch.Tensor | None:
     """The earlier keys' streams side by side, or None where there is nothing to be known of them."""
-    past_streams = given.past_streams() if given.streams.is_cached else []
+    past_streams = given.past_streams()
     shape = (plan.batch, plan.heads, plan.past, given.value.shape[-1])
     needed = extra if plan.past else len(past_streams) and extra
     if len(past_streams) != needed or any(tuple(stream.shape) != shape for stream in past_streams):

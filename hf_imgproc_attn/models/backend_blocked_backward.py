@@ -34,8 +34,7 @@ class Gradients:
         self.key, self.value = (self.inputs.key_heads.total(x, self.like.dtype) for x in (key, value))
         self.bias = self.like.new_zeros(bias.shape) if bias is not None and needs_bias else None
         self.past = None if past is None else self.like.new_empty(past.shape)
-        self.positions = call.position_term(parameters, self.like, needs_parameters)
-        self.weights = call.weights(bias, self.positions, self.like)
+        self.weights = call.weights(bias, parameters, self.like, needs_parameters)
         self.blocks = self.plan.blocks()[::-1]
         self.buffer = Buffer(self.like, self.weights.size)
         widest = max(self.width, key.shape[-1]) if len(self.blocks) > 1 else 0
@@ -66,7 +65,8 @@ class Gradients:
 
     def parameters(self) -> list[torch.Tensor | None]:
         """Of the position kernel's parameters, None where one has no gradient."""
-        return [] if self.positions is None else self.positions.finish(self.plan)
+        positions = self.weights.positions
+        return [] if positions is None else positions.finish(self.plan)
 
     def _start(self, group: Group, output_grads: torch.Tensor, stream_grads: torch.Tensor | None) -> None:
         """Turn to a group: its inputs, its rows of G, and empty sums."""
@@ -87,9 +87,9 @@ class Gradients:
     def _block(self, block: Block, steps: range) -> None:
         """Add a block's share to T_m of the streams ``steps`` and, with x_0 among them, to all other gradients."""
         inputs, plan, rows, keys = self.inputs, self.plan, slice(block.start, block.stop), slice(0, block.keys)
-        matrix, correction = self.weights.recall(block, self.row_sums)
-        kept = plan.kept(self.group, block, self.like) if plan.dropout else None
-        dropped = matrix if kept is None else matrix * kept
+        matrix, correction = self.weights.recompute(block, self.row_sums)
+        factors = plan.dropout_factors(self.group, block, self.like) if plan.dropout else None
+        dropped = matrix if factors is None else matrix * factors
         # g_0, g_1, ... side by side.
         row_grads = self.like.new_empty(matrix.shape[0], block.stop - block.start, self.num_streams * self.width)
         for m in reversed(range(steps.start, self.num_streams)):
@@ -99,8 +99,8 @@ class Gradients:
         if steps.start:
             return
         d_matrix = torch.bmm(row_grads, self.side_by_side[:, keys].mT, out=self.buffer.view(*matrix.shape))
-        if kept is not None:
-            d_matrix.mul_(kept)
+        if factors is not None:
+            d_matrix.mul_(factors)
         d_logits = d_matrix.sub_(self._row_term(block).mul_(correction)).mul_(matrix)
         self.d_query[:, rows].baddbmm_(d_logits, inputs.key[:, keys], beta=0.0, alpha=plan.scale)
         self.d_key.add(d_logits, inputs.query[:, rows])
@@ -142,10 +142,10 @@ class Gradients:
     def _finish(self) -> None:
         """Hand the group's sums over keys to its key heads."""
         inputs, plan, group = self.inputs, self.plan, self.group
-        every, own = slice(0, plan.key_length), slice(plan.past, plan.key_length)
-        inputs.key_heads.add(self.key, self.d_key.rows(every).mul_(plan.scale), group)
+        all_keys, own = slice(0, plan.key_length), slice(plan.past, plan.key_length)
+        inputs.key_heads.add(self.key, self.d_key.rows(all_keys).mul_(plan.scale), group)
         # Of earlier keys only x_0 is a function of V here; the rest came in as streams.
-        d_value = self.totals[0].rows(every)
+        d_value = self.totals[0].rows(all_keys)
         for m in range(1, self.num_streams):
             if self.booster.streams[m][0]:
                 d_value[:, own].add_(self.totals[m].rows(own), alpha=self.booster.streams[m][0])

@@ -13,7 +13,7 @@ from .kernel_content import working_dtype
 from .kernel_position import position_logits
 
 
-def dropout_factors(plan: Plan, like: torch.Tensor) -> torch.Tensor:
+def dense_dropout_factors(plan: Plan, like: torch.Tensor) -> torch.Tensor:
     """What a call multiplies A with, put together densely.
 
     Args:
@@ -26,7 +26,7 @@ def dropout_factors(plan: Plan, like: torch.Tensor) -> torch.Tensor:
     factors = like.new_zeros(plan.batch, plan.heads, plan.length, plan.key_length)
     for group in plan.groups():
         for block in plan.blocks():
-            part = plan.kept(group, block, like).unflatten(0, group.shape)
+            part = plan.dropout_factors(group, block, like).unflatten(0, group.shape)
             factors[group.batch, group.heads, block.start : block.stop, : block.keys] = part
     return factors
 
@@ -43,8 +43,8 @@ def _filter_matrix(call: Call, tensors: Tensors) -> torch.Tensor:
 
 def dense_passes(call: Call, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     """The output and the streams side by side, as ``BlockedFilter`` returns them."""
-    plan, booster, work, dtype = call.plan, call.booster, working_dtype(tensors.query.dtype), tensors.value.dtype
-    query, key, value = (x.to(work) for x in tensors[:3])
+    plan, booster, working, dtype = call.plan, call.booster, working_dtype(tensors.query.dtype), tensors.value.dtype
+    query, key, value = (x.to(working) for x in tensors[:3])
     past = tensors.past
     repeats = plan.heads // plan.key_heads
     if repeats > 1:
@@ -53,7 +53,7 @@ def dense_passes(call: Call, tensors: Tensors) -> tuple[torch.Tensor, torch.Tens
     own = value[:, :, max(plan.past, 0) :]
     matrix = _filter_matrix(call, tensors._replace(query=query, key=key))
     if plan.dropout:
-        matrix = matrix * dropout_factors(plan, query.new_empty(0))
+        matrix = matrix * dense_dropout_factors(plan, query.new_empty(0))
     smoothed = [torch.matmul(matrix, shown(value))]
     streams: list[torch.Tensor] = []
     for index, coefficients in enumerate(booster.streams[1:]):
@@ -63,7 +63,7 @@ def dense_passes(call: Call, tensors: Tensors) -> tuple[torch.Tensor, torch.Tens
         streams.append(rows)
         if past is not None:
             width = value.shape[-1]
-            rows = torch.cat((past[..., index * width : (index + 1) * width].to(work), rows), dim=2)
+            rows = torch.cat((past[..., index * width : (index + 1) * width].to(working), rows), dim=2)
         smoothed.append(torch.matmul(matrix, shown(rows)))
     output = own * booster.output[0] if booster.output[0] else torch.zeros_like(smoothed[0])
     for weight, smooth in zip(booster.output[1:], smoothed, strict=False):

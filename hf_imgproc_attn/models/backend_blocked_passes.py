@@ -81,23 +81,27 @@ class Call(NamedTuple):
     positions: BlockedPositions | None = None
     """Of the position kernel, or None; its parameters are inputs of their own."""
 
-    @property
-    def mask(self) -> torch.Tensor | None:
-        """Who sees whom besides causality, boolean ``[batch or 1, heads or 1, length or 1, key_length or 1]``."""
-        return self.visibility.keys if self.visibility.mask is None else self.visibility.mask
+    def weights(
+        self,
+        bias: torch.Tensor | None,
+        parameters: tuple[torch.Tensor, ...],
+        like: torch.Tensor,
+        needs_grad: tuple[bool, ...] = (),
+    ) -> Weights:
+        """The attention weights, block by block.
 
-    def weights(self, bias: torch.Tensor | None, positions: PositionTerm | None, like: torch.Tensor) -> Weights:
-        """The attention weights, block by block; arguments as in :class:`Weights`."""
+        Args:
+            bias: see :class:`Tensors`.
+            parameters: likewise.
+            like: a tensor of the device and dtype to work in.
+            needs_grad: which parameters' gradients are wanted; none in the forward pass.
+        """
+        mask = self.visibility.keys if self.visibility.mask is None else self.visibility.mask
         terms = None if bias is None or self.largest_bias is None else (bias, self.largest_bias)
-        return Weights(self.plan, self.mask, terms, positions, like)
-
-    def position_term(
-        self, parameters: tuple[torch.Tensor, ...], like: torch.Tensor, needs_grad: tuple[bool, ...] = ()
-    ) -> PositionTerm | None:
-        """The position kernel's part in the blocks; arguments as in :class:`PositionTerm`."""
-        if self.positions is None:
-            return None
-        return PositionTerm(self.positions, parameters, self.plan, self.mask, like, needs_grad)
+        positions = None
+        if self.positions is not None:
+            positions = PositionTerm(self.positions, parameters, self.plan, mask, like, needs_grad)
+        return Weights(self.plan, mask, terms, positions, like)
 
 
 class Tensors(NamedTuple):
@@ -166,7 +170,7 @@ class Inputs:
         """x_m of all keys, ``[pairs, key_length, d]``."""
         return self.all[..., self.columns(stream)] if stream else self.value
 
-    def publish(self, stream: int, rows: slice) -> None:
+    def copy_to_keys(self, stream: int, rows: slice) -> None:
         """Make rows of a stream, complete in ``own``, visible to the products."""
         if self.all is self.own:
             return
@@ -224,7 +228,7 @@ def forward_passes(call: Call, tensors: Tensors) -> Computed:
     like = tensors.query.new_empty(0, dtype=torch.promote_types(tensors.query.dtype, torch.float32))
     streams = like.new_empty(plan.batch, plan.heads, plan.length, (num_streams - 1) * width)
     output, row_sums = (like.new_empty(plan.batch * plan.heads, plan.length, size) for size in (width, 2))
-    weights = call.weights(tensors.bias, call.position_term(tensors.parameters, like), like)
+    weights = call.weights(tensors.bias, tensors.parameters, like)
     blocks, inputs = plan.blocks(), Inputs(call, tensors, streams)
     for group in plan.groups():
         inputs.start(group)
@@ -232,18 +236,18 @@ def forward_passes(call: Call, tensors: Tensors) -> Computed:
         weights.start(group, inputs.query, inputs.key)
         for steps in passes_over_blocks(plan, num_streams):
             if steps.start:
-                inputs.publish(steps.start, slice(0, plan.length))
+                inputs.copy_to_keys(steps.start, slice(0, plan.length))
             for block in blocks:
                 rows = slice(block.start, block.stop)
                 if steps.start:
-                    matrix, factor = weights.recall(block, row_sum)
+                    matrix, factor = weights.recompute(block, row_sum)
                 else:
                     matrix, factor, row_sum[:, rows] = weights.compute(block)
                 if plan.dropout:
-                    matrix = matrix.mul_(plan.kept(group, block, like))
+                    matrix = matrix.mul_(plan.dropout_factors(group, block, like))
                 for m in steps:
                     if m > steps.start:
-                        inputs.publish(m, rows)
+                        inputs.copy_to_keys(m, rows)
                     product = torch.bmm(matrix, inputs.stream(m)[:, : block.keys])
                     common = (m, inputs.own_value[:, rows], product, factor)
                     for later in range(m + 1, num_streams):

@@ -118,15 +118,15 @@ class Plan(NamedTuple):
                 groups.append(Group(len(groups), batch, part, pairs))
         return groups
 
-    def kept(self, group: Group, block: Block, like: torch.Tensor) -> torch.Tensor:
+    def dropout_factors(self, group: Group, block: Block, like: torch.Tensor) -> torch.Tensor:
         """The dropout mask of a block, 0 or 1/(1 - p), ``[pairs, rows, keys]``: the same whenever it is asked for."""
         count = group.number * -(-self.length // self.block_rows) + block.number
         generator = torch.Generator(like.device).manual_seed((self.seed + count) % 2**63)
         shape = (math.prod(group.shape), block.stop - block.start, block.keys)
-        kept = torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(
+        factors = torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(
             1.0 - self.dropout, generator=generator
         )
-        return kept.mul_(1.0 / (1.0 - self.dropout))
+        return factors.mul_(1.0 / (1.0 - self.dropout))
 
 
 def make_plan(

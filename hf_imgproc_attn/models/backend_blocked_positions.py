@@ -12,7 +12,7 @@ from .backend_blocked_plan import Block, Group, Plan, cut
 from .kernel_blocks import BlockKernel
 from .kernel_position import BlockedPositions
 
-KEPT_SCORES = 2**20
+MAX_STORED_SCORES = 2**20
 """What rows and columns have in common, or a costly kernel's logits, is kept for all groups of heads and samples up to
 this many numbers (4 MB); beyond, it is computed again, and memory stays linear in the length."""
 
@@ -46,19 +46,21 @@ class PositionTerm:
             torch.zeros_like(parameter) if needed else None
             for parameter, needed in zip(self.parameters, needs_grad, strict=False)
         ]
-        self.work = like.dtype
+        self.dtype = like.dtype
         self._mask, self._is_causal = mask, plan.is_causal
         see_themselves = mask is None and self._are_own_keys(plan.past)
         self._from_nearest = self.kernel.grows_with_distance and not see_themselves
         masks = mask.shape[0] if mask is not None and self._from_nearest else 1
         self._per_sample = max(self.coordinates.shape[0], self.key_coordinates.shape[0], masks) > 1
         samples, scores = plan.batch if self._per_sample else 1, plan.length * plan.key_length
-        self._kept: dict[tuple[int, int], torch.Tensor] | None = {} if samples * scores <= KEPT_SCORES else None
+        self._stored: dict[tuple[int, int], torch.Tensor] | None = (
+            {} if samples * scores <= MAX_STORED_SCORES else None
+        )
         # Look-ups that serve all samples, and one sum of their gradients, by the number of the block.
         self._logits: dict[int, torch.Tensor] | None = None
         self._logit_grads: dict[int, torch.Tensor] = {}
         if self.kernel.is_costly and not self._per_sample and plan.batch > 1:
-            self._logits = {} if plan.heads * scores <= KEPT_SCORES else None
+            self._logits = {} if plan.heads * scores <= MAX_STORED_SCORES else None
 
     def _are_own_keys(self, past: int) -> bool:
         """Whether every query is known to stand at the place of a key that it may see."""
@@ -80,22 +82,22 @@ class PositionTerm:
             allowed = causal[None] if allowed is None else allowed & causal
         return allowed
 
-    def _compared(self, group: Group, block: Block) -> torch.Tensor:
+    def _pair_values(self, group: Group, block: Block) -> torch.Tensor:
         """What the block's rows and columns have in common for all heads, ``[..., samples or 1, rows, keys]``."""
         place = (block.number, group.batch.start if self._per_sample else 0)
-        if self._kept is not None and place in self._kept:
-            return self._kept[place]
+        if self._stored is not None and place in self._stored:
+            return self._stored[place]
         rows, columns = (x if x.shape[0] == 1 else x[group.batch] for x in (self.coordinates, self.key_coordinates))
-        compared = self.kernel.compare(rows[:, block.start : block.stop], columns[:, : block.keys], self.work)
+        pair_values = self.kernel.compare(rows[:, block.start : block.stop], columns[:, : block.keys], self.dtype)
         count = self.num_class_tokens
         if count:
-            self.kernel.clear_(compared[..., :count])
-            self.kernel.clear_(compared[..., : max(count - block.start, 0), :])
+            self.kernel.clear_(pair_values[..., :count])
+            self.kernel.clear_(pair_values[..., : max(count - block.start, 0), :])
         if self._from_nearest:
-            compared = self.kernel.from_nearest(compared, self._allowed(group, block))
-        if self._kept is not None:
-            self._kept[place] = compared
-        return compared
+            pair_values = self.kernel.from_nearest(pair_values, self._allowed(group, block))
+        if self._stored is not None:
+            self._stored[place] = pair_values
+        return pair_values
 
     def _class_parts(self, logits: torch.Tensor, block: Block) -> list[torch.Tensor]:
         """The views of a block ``[samples, heads, rows, keys]`` in which class tokens take part, as the scalars stand.
@@ -108,12 +110,12 @@ class PositionTerm:
     def add_(self, logits: torch.Tensor, group: Group, block: Block, factor: float) -> None:
         """Add ``factor`` s to the logits of a block, ``[samples, heads, rows, keys]``."""
         if self._logits is None:
-            self.kernel.add_(logits, self._compared(group, block), self.parameters[0][group.heads], factor)
+            self.kernel.add_(logits, self._pair_values(group, block), self.parameters[0][group.heads], factor)
         else:
             if block.number not in self._logits:
-                every = logits.new_zeros(1, len(self.parameters[0]), *logits.shape[2:])
-                self.kernel.add_(every, self._compared(group, block), self.parameters[0], factor)
-                self._logits[block.number] = every
+                all_heads = logits.new_zeros(1, len(self.parameters[0]), *logits.shape[2:])
+                self.kernel.add_(all_heads, self._pair_values(group, block), self.parameters[0], factor)
+                self._logits[block.number] = all_heads
             logits += self._logits[block.number][:, group.heads]
         if self.num_class_tokens:
             scalars = self.parameters[1][group.heads].unsqueeze(-1)
@@ -136,7 +138,7 @@ class PositionTerm:
             return
         if self._logits is None:
             parameter = self.parameters[0][group.heads]
-            total[group.heads] += self.kernel.gradient(d_logits, self._compared(group, block), parameter)
+            total[group.heads] += self.kernel.gradient(d_logits, self._pair_values(group, block), parameter)
             return
         if block.number not in self._logit_grads:
             self._logit_grads[block.number] = d_logits.new_zeros(1, len(total), *d_logits.shape[2:])
@@ -148,6 +150,6 @@ class PositionTerm:
         for block in plan.blocks():
             d_logits = self._logit_grads.pop(block.number, None)
             if total is not None and d_logits is not None:
-                compared = self._compared(plan.groups()[0], block)
-                total += self.kernel.gradient(d_logits, compared, self.parameters[0])
+                pair_values = self._pair_values(plan.groups()[0], block)
+                total += self.kernel.gradient(d_logits, pair_values, self.parameters[0])
         return self.gradients

@@ -165,7 +165,7 @@ class Weights:
 
         Returns:
             ``[pairs, rows, keys]``, valid until the next block; the factor that normalises them, ``[pairs, rows, 1]``,
-            0 for rows that see no key; and what :meth:`recall` needs, ``[pairs, rows, 2]``: the base-2 log-sum-exp,
+            0 for rows that see no key; and what :meth:`recompute` needs, ``[pairs, rows, 2]``: the base-2 log-sum-exp,
             infinite for rows that see no key, and the factor that makes good its rounding.
         """
         scores = self._logits(block)
@@ -182,7 +182,7 @@ class Weights:
             correction.masked_fill_(empty, 1.0)
         return scores, factor, torch.cat((log_sum, correction), dim=-1)
 
-    def recall(self, block: Block, row_sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def recompute(self, block: Block, row_sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A's block again, without dropout, from what :meth:`compute` found of all rows, ``[pairs, length, 2]``.
 
         Returns:

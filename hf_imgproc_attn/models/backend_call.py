@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,6 +50,8 @@ class FilterCall(NamedTuple):
     booster: how often A is applied.
     dropout: probability on A, one mask for all applications.
     streams: rows of earlier tokens that the booster needs, and where those of the new tokens go.
+    own_value: values of the queries' own tokens, ``[batch, key_heads, length, d]``; None where they are the last rows
+        of ``value``. In a cache of fixed size they are not, and nothing but the mask tells which keys are there.
     """
 
     query: torch.Tensor
@@ -60,6 +63,7 @@ class FilterCall(NamedTuple):
     booster: Booster = Booster()
     dropout: float = 0.0
     streams: Streams = NO_STREAMS
+    own_value: torch.Tensor | None = None
 
     @property
     def is_boosted(self) -> bool:
@@ -74,7 +78,9 @@ class FilterCall(NamedTuple):
     @property
     def new_value(self) -> torch.Tensor:
         """V of the queries' own tokens, ``[batch, heads, length, d]``."""
-        rows = self.value[..., self.key.shape[-2] - self.query.shape[-2] :, :]
+        rows = self.own_value
+        if rows is None:
+            rows = self.value[..., self.key.shape[-2] - self.query.shape[-2] :, :]
         return rows if self.groups == 1 else rows.repeat_interleave(self.groups, dim=1)
 
     @property
@@ -122,6 +128,32 @@ class FilterCall(NamedTuple):
         while (rows := self.streams.past(boost_stream(len(streams) + 1))) is not None:
             streams.append(rows)
         return streams
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Precision under autocast
+# --------------------------------------------------------------------------------------------------------------------
+
+# Asked once: torch 2.11 cannot trace the question, and breaks a compiled graph at it.
+_HAS_AUTOCAST = {name: torch.amp.is_autocast_available(name) for name in ("cpu", "cuda", "mps", "xpu", "meta")}
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """A context in which autocast does not change the dtype of products."""
+    if _HAS_AUTOCAST[device_type] if device_type in _HAS_AUTOCAST else torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which autocast would run a product of ``x``: its own where autocast is off or does not reach."""
+    device_type = x.device.type
+    has_autocast = _HAS_AUTOCAST.get(device_type)
+    if has_autocast is None:
+        has_autocast = torch.amp.is_autocast_available(device_type)
+    if x.dtype == torch.float64 or not has_autocast or not torch.is_autocast_enabled(device_type):
+        return x.dtype
+    return torch.get_autocast_dtype(device_type)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .backend_call import FilterCall
+from .backend_call import FilterCall, without_autocast
 from .boost_operators import BOOSTING, keep_rows
-from .kernel_content import CONTENT_LOGITS, without_autocast, working_dtype
+from .kernel_content import CONTENT_LOGITS, working_dtype
 from .kernel_position import position_logits
 from .visibility import Visibility
 

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .backend_call import FilterCall
+from .backend_call import FilterCall, autocast_dtype
 from .backend_flops import register_formulas
-from .kernel_content import CONTENT_COLUMNS, autocast_dtype, inside, working_dtype
-from .kernel_position import position_columns, position_form, position_logits
+from .kernel_content import CONTENT_COLUMNS, inside, working_dtype
+from .kernel_position import features_or_bias, position_columns, position_logits
 from .visibility import Visibility
 
 register_formulas()  # FLOPs of the fused calls below
@@ -36,14 +36,14 @@ class Augmented(NamedTuple):
     bias: torch.Tensor | None
 
 
-def augment(call: FilterCall, dtype: torch.dtype, form_dtype: torch.dtype | None = None) -> Augmented:
+def augment(call: FilterCall, dtype: torch.dtype, choice_dtype: torch.dtype | None = None) -> Augmented:
     """Write content and position kernel as columns beside queries and keys, or as a bias where columns lose digits.
 
     Args:
         call: the filter. Its booster is ignored; of its visibility only ``hidden`` keys and ``blind`` queries are
             used, which become 0.
         dtype: to compute in.
-        form_dtype: columns or bias are chosen as if inputs had this dtype. None: ``dtype``.
+        choice_dtype: columns or bias are chosen as if inputs had this dtype. None: ``dtype``.
     """
     query = call.visibility.clean_queries(call.query).to(dtype)
     key = call.visibility.clean_keys(call.key).to(dtype)
@@ -55,7 +55,7 @@ def augment(call: FilterCall, dtype: torch.dtype, form_dtype: torch.dtype | None
     if content_columns is not None:
         columns.append(content_columns(query, key, call.content.scale))
     for term in call.positions:
-        if position_form(term, form_dtype or dtype) == "features":
+        if features_or_bias(term, choice_dtype or dtype) == "features":
             columns += position_columns(term, dtype)
         else:
             logits = position_logits(term, dtype)

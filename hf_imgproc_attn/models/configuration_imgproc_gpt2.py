@@ -32,7 +32,7 @@ class ImgProcGPT2Config(FilterSpecMixin, GPT2Config):
 
     def to_dict(self) -> dict[str, Any]:
         """The stock ``to_dict`` without what is chosen at run time; PEFT, which calls it, learns its targets here."""
-        tell_peft(self.model_type)
+        tell_peft(self.model_type, like="gpt2")
         return super().to_dict()
 
 

@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import ViTConfig
 
 from .configuration_peft import tell_peft
+from .spec_axes import PUBLISHED_NEUTRENO_LAMBDAS
 from .spec_fields import FilterSpecMixin
 
 
@@ -21,11 +22,12 @@ class ImgProcViTConfig(FilterSpecMixin, ViTConfig):
 
     model_type = "imgproc_vit"
     position_axes = 2
-    default_neutreno_lambda = 0.6
+    default_neutreno_lambda = PUBLISHED_NEUTRENO_LAMBDAS[2]
 
     def to_dict(self) -> dict[str, Any]:
         """The stock ``to_dict`` without what is chosen at run time; PEFT, which calls it, learns its targets here."""
-        tell_peft(self.model_type, {"c_attn": ["q_proj", "v_proj"], "mlp.c_proj": ["mlp.fc2"]})
+        names = {**{name: [name] for name in ("q_proj", "k_proj", "v_proj")}, "down_proj": ["mlp.fc2"]}
+        tell_peft(self.model_type, like="llama", names=names)
         return super().to_dict()
 
 

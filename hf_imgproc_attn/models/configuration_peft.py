@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 
-def tell_peft(model_type: str, modules: dict[str, list[str]] | None = None) -> None:
+def tell_peft(model_type: str, like: str, names: dict[str, list[str]] | None = None) -> None:
     """Give PEFT, where it is imported, the default target modules of a model type.
 
     PEFT may be imported after the model was made. It asks the configuration for its dictionary before it looks up a
@@ -16,16 +16,17 @@ def tell_peft(model_type: str, modules: dict[str, list[str]] | None = None) -> N
 
     Args:
         model_type: of the model that gets the defaults.
-        modules: name of a module of GPT-2 -> names of the modules that stand in its place; a method whose defaults for
-            GPT-2 have other names gets none. None: the modules have GPT-2's names.
+        like: a model type that PEFT knows, whose modules do the same.
+        names: name of a module of ``like`` -> names of the modules in its place; a method whose targets have other
+            names gets nothing. None: the modules have the same names, and every method gets what it has for ``like``.
     """
     constants = sys.modules.get("peft.utils.constants")
     if constants is None:
         return
     for name, table in list(vars(constants).items()):
-        if not (name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict) and "gpt2" in table):
+        if not (name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict) and like in table):
             continue
-        if modules is None:
-            table.setdefault(model_type, table["gpt2"])
-        elif name.endswith("_MODULES_MAPPING") and set(table["gpt2"]) <= set(modules):
-            table.setdefault(model_type, [own for gpt2 in table["gpt2"] for own in modules[gpt2]])
+        if names is None:
+            table.setdefault(model_type, table[like])
+        elif name.endswith("_MODULES_MAPPING") and set(table[like]) <= set(names):
+            table.setdefault(model_type, [own for target in table[like] for own in names[target]])

@@ -49,30 +49,30 @@ class BlockKernel(Protocol):
     def is_costly(self) -> bool:
         """Whether computing a logit from c_ij costs much more than adding it."""
 
-    def compare(self, rows: torch.Tensor, columns: torch.Tensor, work: torch.dtype) -> torch.Tensor:
+    def compare(self, rows: torch.Tensor, columns: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """c_ij from coordinates ``[samples or 1, rows, axes]`` and ``[samples or 1, columns, axes]``.
 
         Returns:
-            ``[..., samples or 1, rows, columns]``; of dtype ``work``, or integer.
+            ``[..., samples or 1, rows, columns]``; of ``dtype``, or integer.
         """
 
-    def clear_(self, compared: torch.Tensor) -> None:
+    def clear_(self, pair_values: torch.Tensor) -> None:
         """Set c_ij, any part of what :meth:`compare` returned, to what adds nothing and gets no gradient."""
 
-    def from_nearest(self, compared: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+    def from_nearest(self, pair_values: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
         """c_ij minus a number per row that keeps the logits of visible keys small; the softmax does not notice.
 
-        May overwrite ``compared``.
+        May overwrite ``pair_values``.
 
         Args:
-            compared: what :meth:`compare` returned.
+            pair_values: what :meth:`compare` returned.
             allowed: boolean ``[samples or 1, rows or 1, columns or 1]``, or None where everything is visible.
         """
 
-    def add_(self, logits: torch.Tensor, compared: torch.Tensor, parameter: torch.Tensor, factor: float) -> None:
+    def add_(self, logits: torch.Tensor, pair_values: torch.Tensor, parameter: torch.Tensor, factor: float) -> None:
         """Add ``factor`` s to the logits ``[samples, heads, rows, columns]``, for the heads of ``parameter``."""
 
-    def gradient(self, d_logits: torch.Tensor, compared: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    def gradient(self, d_logits: torch.Tensor, pair_values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
         """The block's share of the gradient, shaped like ``parameter``; may overwrite ``d_logits``."""
 
 
@@ -98,13 +98,13 @@ class DistanceKernel(NamedTuple):
     def _weight(self) -> float:
         return -0.5 if self.squared else -1.0
 
-    def compare(self, rows: torch.Tensor, columns: torch.Tensor, work: torch.dtype) -> torch.Tensor:
+    def compare(self, rows: torch.Tensor, columns: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """|p_i - p_j| or its square; see :class:`BlockKernel`."""
         axes = rows.shape[-1]
         total: torch.Tensor | None = None
         for axis in range(axes):
             # In the dtype of the coordinates: a difference of large numbers is small and keeps its digits.
-            offset = (rows[..., axis].unsqueeze(-1) - columns[..., axis].unsqueeze(-2)).to(work)
+            offset = (rows[..., axis].unsqueeze(-1) - columns[..., axis].unsqueeze(-2)).to(dtype)
             if axes == 1 and not self.squared:
                 return offset.abs_()
             total = offset.square_() if total is None else total.addcmul_(offset, offset)
@@ -112,15 +112,15 @@ class DistanceKernel(NamedTuple):
             raise ValueError("coordinates must have at least one axis, got 0")
         return total if self.squared else total.sqrt_()
 
-    def clear_(self, compared: torch.Tensor) -> None:
+    def clear_(self, pair_values: torch.Tensor) -> None:
         """No distance."""
-        compared.zero_()
+        pair_values.zero_()
 
-    def from_nearest(self, compared: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+    def from_nearest(self, pair_values: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
         """The nearest visible key at distance 0."""
-        samples = compared.shape[0] if allowed is None else max(compared.shape[0], allowed.shape[0])
-        result = compared if samples == compared.shape[0] else compared.repeat(samples, 1, 1)
-        for part in row_parts(*compared.shape[-2:]):
+        samples = pair_values.shape[0] if allowed is None else max(pair_values.shape[0], allowed.shape[0])
+        result = pair_values if samples == pair_values.shape[0] else pair_values.repeat(samples, 1, 1)
+        for part in row_parts(*pair_values.shape[-2:]):
             shown = result[:, part]
             if allowed is not None:
                 shown = shown.masked_fill(~(allowed if allowed.shape[1] == 1 else allowed[:, part]), float("inf"))
@@ -128,12 +128,12 @@ class DistanceKernel(NamedTuple):
             result[:, part] -= nearest.masked_fill_(nearest == float("inf"), 0.0)
         return result
 
-    def add_(self, logits: torch.Tensor, compared: torch.Tensor, parameter: torch.Tensor, factor: float) -> None:
+    def add_(self, logits: torch.Tensor, pair_values: torch.Tensor, parameter: torch.Tensor, factor: float) -> None:
         """One pass over the logits; see :class:`BlockKernel`."""
-        logits.addcmul_(compared.unsqueeze(1), parameter, value=self._weight * factor)
+        logits.addcmul_(pair_values.unsqueeze(1), parameter, value=self._weight * factor)
 
-    def gradient(self, d_logits: torch.Tensor, compared: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    def gradient(self, d_logits: torch.Tensor, pair_values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
         """The sum of products, in the memory of ``d_logits``; see :class:`BlockKernel`."""
         # torch.sum adds by pieces; a product with a matrix would be as fast and lose a digit of a long sum.
-        by_head = d_logits.mul_(compared.unsqueeze(1)).sum((0, 2, 3))
+        by_head = d_logits.mul_(pair_values.unsqueeze(1)).sum((0, 2, 3))
         return by_head.mul_(self._weight).view(parameter.shape)

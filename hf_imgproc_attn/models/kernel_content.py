@@ -14,9 +14,6 @@ arXiv 2506.10371; untied positions after Ke, He, Liu 2021 (arXiv 2006.15595).
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -29,32 +26,6 @@ _FLOAT16_POSITION_SHIFT = 2.0**9
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision in which bandwidths, positions and dense logits are computed: at least float32."""
     return torch.float32 if dtype in HALF_DTYPES else dtype
-
-
-# Asked once: torch 2.11 cannot trace the question, and breaks a compiled graph at it.
-_HAS_AUTOCAST = {name: torch.amp.is_autocast_available(name) for name in ("cpu", "cuda", "mps", "xpu", "meta")}
-
-
-def has_autocast(device_type: str) -> bool:
-    """Whether there is such a thing as autocast on a type of device."""
-    known = _HAS_AUTOCAST.get(device_type)
-    return torch.amp.is_autocast_available(device_type) if known is None else known
-
-
-def autocast_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which autocast would run a product of ``x``: its own where autocast is off or does not reach."""
-    device_type = x.device.type
-    is_there = has_autocast(device_type)
-    if x.dtype == torch.float64 or not is_there or not torch.is_autocast_enabled(device_type):
-        return x.dtype
-    return torch.get_autocast_dtype(device_type)
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """A context in which autocast does not change the dtype of products."""
-    if not has_autocast(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import torch
 
+from .backend_call import without_autocast
 from .cache_streams import Streams
-from .kernel_content import without_autocast, working_dtype
+from .kernel_content import working_dtype
 from .visibility import Visibility
 
 

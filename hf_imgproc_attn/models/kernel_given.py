@@ -25,9 +25,9 @@ class FeaturePositions(NamedTuple):
         """The features say everything."""
         return None
 
-    def grid_logits(self, work: torch.dtype) -> torch.Tensor:
-        """Dense, ``[batch or 1, heads or 1, length, key_length]`` in dtype ``work``."""
-        return torch.matmul(self.query_features.to(work), self.key_features.to(work).mT)
+    def grid_logits(self, dtype: torch.dtype) -> torch.Tensor:
+        """Dense, ``[batch or 1, heads or 1, length, key_length]`` in ``dtype``."""
+        return torch.matmul(self.query_features.to(dtype), self.key_features.to(dtype).mT)
 
     def grid_columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The features themselves; split into exact pieces where ``dtype`` would round them."""
@@ -39,7 +39,7 @@ class FeaturePositions(NamedTuple):
         query, key = (x.transpose(-2, -3).flatten(-2) for x in pieces)
         return query, key, None
 
-    def form(self, dtype: torch.dtype) -> str:
+    def features_or_bias(self, dtype: torch.dtype) -> str:
         """Always columns."""
         return "features"
 
@@ -57,14 +57,14 @@ class BiasPositions(NamedTuple):
         """The bias says everything."""
         return None
 
-    def grid_logits(self, work: torch.dtype) -> torch.Tensor:
-        """The bias in dtype ``work``."""
-        return self.bias.to(work)
+    def grid_logits(self, dtype: torch.dtype) -> torch.Tensor:
+        """The bias in ``dtype``."""
+        return self.bias.to(dtype)
 
     def grid_columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """There are none."""
         raise NotImplementedError
 
-    def form(self, dtype: torch.dtype) -> str:
+    def features_or_bias(self, dtype: torch.dtype) -> str:
         """Always a bias."""
         return "bias"

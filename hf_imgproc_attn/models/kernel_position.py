@@ -63,16 +63,16 @@ class UntiedPositions(NamedTuple):
     scale: torch.Tensor
     class_tokens: ClassTokens | None
 
-    def grid_logits(self, work: torch.dtype) -> torch.Tensor:
-        """Dense, ``[batch or 1, heads, length, key_length]`` in dtype ``work``; class tokens are not cared for."""
-        return dot_product_logits(self.query.to(work), self.key.to(work), self.scale)
+    def grid_logits(self, dtype: torch.dtype) -> torch.Tensor:
+        """Dense, ``[batch or 1, heads, length, key_length]`` in ``dtype``; class tokens are not cared for."""
+        return dot_product_logits(self.query.to(dtype), self.key.to(dtype), self.scale)
 
     def grid_columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Query and key columns, and the row constant that they lack (none); 0 for class tokens."""
         return (self.query * self.scale).to(dtype), self.key, None
 
-    def form(self, dtype: torch.dtype) -> str:
-        """See :func:`position_form`."""
+    def features_or_bias(self, dtype: torch.dtype) -> str:
+        """See :func:`features_or_bias`."""
         return "features"
 
 
@@ -114,7 +114,7 @@ class GaussianPositions(NamedTuple):
         on_grid = self._on_grid().detach()
         return float((on_grid.amax(-2) - on_grid.amin(-2)).max()) + 1
 
-    def grid_logits(self, work: torch.dtype) -> torch.Tensor:
+    def grid_logits(self, dtype: torch.dtype) -> torch.Tensor:
         """Dense, ``[batch or 1, heads, length, key_length]``; class tokens are not cared for."""
         return gaussian_position_logits(self.coordinates, self.key_coordinates, self.scale)
 
@@ -146,8 +146,8 @@ class GaussianPositions(NamedTuple):
             return float(self.scale.detach().amax() / 2.0) ** -0.5
         return None if self.learns_bandwidth else self.narrowest
 
-    def form(self, dtype: torch.dtype) -> str:
-        """See :func:`position_form`."""
+    def features_or_bias(self, dtype: torch.dtype) -> str:
+        """See :func:`features_or_bias`."""
         # Large gradients of columns cancel in that of h_p.
         needs_gradient = self.learns_bandwidth and torch.is_grad_enabled()
         if needs_gradient or dtype == torch.float16 or (dtype == torch.bfloat16 and self.class_tokens):
@@ -169,14 +169,14 @@ class Positions(Protocol):
     def class_tokens(self) -> ClassTokens | None:
         """None where every token has a place."""
 
-    def grid_logits(self, work: torch.dtype) -> torch.Tensor:
-        """Dense, ``[batch or 1, heads, length, key_length]`` in dtype ``work``; class tokens are not cared for."""
+    def grid_logits(self, dtype: torch.dtype) -> torch.Tensor:
+        """Dense, ``[batch or 1, heads, length, key_length]`` in ``dtype``; class tokens are not cared for."""
 
     def grid_columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Query and key columns, 0 for class tokens, and the row constant that they lack or None."""
 
-    def form(self, dtype: torch.dtype) -> str:
-        """See :func:`position_form`."""
+    def features_or_bias(self, dtype: torch.dtype) -> str:
+        """See :func:`features_or_bias`."""
 
 
 @runtime_checkable
@@ -249,7 +249,7 @@ def check_coordinates(
         raise ValueError("coordinates of a grid without gaps (contiguous=True) must be in order, got them unsorted")
 
 
-def position_form(positions: Positions, dtype: torch.dtype) -> str:
+def features_or_bias(positions: Positions, dtype: torch.dtype) -> str:
     """How SDPA gets s(p_i, p_j): ``"features"``, or ``"bias"``, dense logits as an additive mask.
 
     Features only where output and gradients keep to three times plain attention's own error; else the bias, whose
@@ -258,20 +258,20 @@ def position_form(positions: Positions, dtype: torch.dtype) -> str:
     not survive in bfloat16. Attention in blocks (``backend_blocked``) needs neither form. The bounds are in
     tests/models/test_precision.py.
     """
-    return positions.form(dtype)
+    return positions.features_or_bias(dtype)
 
 
 def position_logits(positions: Positions, dtype: torch.dtype) -> torch.Tensor:
     """s(p_i, p_j), dense, ``[batch or 1, heads, length, key_length]``, in the working precision of ``dtype``."""
-    work = working_dtype(dtype)
-    logits = positions.grid_logits(work)
+    working = working_dtype(dtype)
+    logits = positions.grid_logits(working)
     if positions.class_tokens is None:
         return logits
     count, class_logits = positions.class_tokens
     length, key_length = logits.shape[-2:]
     is_class_query = torch.arange(length, device=logits.device).view(-1, 1) < count
     is_class_key = torch.arange(key_length, device=logits.device).view(1, -1) < count
-    bias = class_token_logits(class_logits.to(work), length, key_length, count)
+    bias = class_token_logits(class_logits.to(working), length, key_length, count)
     return logits.masked_fill(is_class_query | is_class_key, 0.0) + bias
 
 

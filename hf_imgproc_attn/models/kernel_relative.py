@@ -51,7 +51,7 @@ class AlibiPositions(NamedTuple):
     is_causal: bool
     contiguous: bool
 
-    def grid_logits(self, work: torch.dtype) -> torch.Tensor:
+    def grid_logits(self, dtype: torch.dtype) -> torch.Tensor:
         """Dense, ``[batch or 1, heads, length, key_length]``; class tokens are not cared for."""
         difference = self.coordinates.unsqueeze(-2) - self.key_coordinates.unsqueeze(-3)
         axes = difference.shape[-1]
@@ -78,7 +78,7 @@ class AlibiPositions(NamedTuple):
         """The same with other parameters, in the order of :meth:`parameters`."""
         return self._replace(slopes=first, class_tokens=replace_class_logits(self.class_tokens, class_logits))
 
-    def form(self, dtype: torch.dtype) -> str:
+    def features_or_bias(self, dtype: torch.dtype) -> str:
         """Features where the distance is linear in p_j: causal, one axis, positions in order."""
         if not self.is_causal or self.class_tokens is not None or self.key_coordinates.shape[-1] > 1:
             return "bias"
@@ -200,7 +200,7 @@ class BucketKernel(NamedTuple):
     def _lanes(self) -> int:
         return max(min(MAX_LANES, JOINT_BUCKETS // self._size), 1)
 
-    def compare(self, rows: torch.Tensor, columns: torch.Tensor, work: torch.dtype) -> torch.Tensor:
+    def compare(self, rows: torch.Tensor, columns: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Places in each table, int32 ``[tables, samples or 1, rows, columns]``; see ``kernel_blocks.BlockKernel``."""
         samples, (length, key_length) = max(rows.shape[0], columns.shape[0]), (rows.shape[1], columns.shape[1])
         tables = self.axes // self._joint_axes
@@ -218,13 +218,13 @@ class BucketKernel(NamedTuple):
             places[:, :, part].mul_(self._lanes).add_(lanes)
         return places
 
-    def clear_(self, compared: torch.Tensor) -> None:
+    def clear_(self, pair_values: torch.Tensor) -> None:
         """The last entry of each table."""
-        compared.fill_(self._size * self._lanes)
+        pair_values.fill_(self._size * self._lanes)
 
-    def from_nearest(self, compared: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+    def from_nearest(self, pair_values: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
         """Nothing to do."""
-        return compared
+        return pair_values
 
     def _tables(self, parameter: torch.Tensor) -> list[torch.Tensor]:
         """``[heads, (size + 1) * lanes]`` each."""
@@ -236,24 +236,24 @@ class BucketKernel(NamedTuple):
                 tables.append(parameter[:, axis])
         return [torch.nn.functional.pad(table, (0, 1)).repeat_interleave(self._lanes, dim=1) for table in tables]
 
-    def add_(self, logits: torch.Tensor, compared: torch.Tensor, parameter: torch.Tensor, factor: float) -> None:
+    def add_(self, logits: torch.Tensor, pair_values: torch.Tensor, parameter: torch.Tensor, factor: float) -> None:
         """A look-up per head; see ``kernel_blocks.BlockKernel``."""
         tables = self._tables(parameter * factor)
-        for part in row_parts(*compared.shape[-2:]):
-            for table, places in zip(tables, compared[:, :, part], strict=True):
+        for part in row_parts(*pair_values.shape[-2:]):
+            for table, places in zip(tables, pair_values[:, :, part], strict=True):
                 flat = places.flatten().long()
                 found = logits.new_empty(flat.shape)
                 for head, values in enumerate(table):
                     logits[:, head, part] += torch.index_select(values, 0, flat, out=found).view(places.shape)
 
-    def gradient(self, d_logits: torch.Tensor, compared: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    def gradient(self, d_logits: torch.Tensor, pair_values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
         """The sum at each entry, and of those over the other axes; see ``kernel_blocks.BlockKernel``."""
         heads, joint_axes = parameter.shape[0], self._joint_axes
-        if compared.shape[1] == 1 and d_logits.shape[0] > 1:
+        if pair_values.shape[1] == 1 and d_logits.shape[0] > 1:
             d_logits = d_logits.sum(0, keepdim=True)
-        totals = d_logits.new_zeros(compared.shape[0], heads, self._size + 1)
-        for part in row_parts(*compared.shape[-2:]):
-            for total, places in zip(totals, compared[:, :, part], strict=True):
+        totals = d_logits.new_zeros(pair_values.shape[0], heads, self._size + 1)
+        for part in row_parts(*pair_values.shape[-2:]):
+            for total, places in zip(totals, pair_values[:, :, part], strict=True):
                 flat = places.flatten().long()
                 sums = d_logits.new_zeros(heads, (self._size + 1) * self._lanes)
                 for head, lanes in enumerate(sums):
@@ -289,14 +289,14 @@ class BucketPositions(NamedTuple):
     boundaries: list[int]
     bidirectional: bool
 
-    def grid_logits(self, work: torch.dtype) -> torch.Tensor:
-        """Dense, ``[batch or 1, heads, length, key_length]`` in dtype ``work``; class tokens are not cared for."""
+    def grid_logits(self, dtype: torch.dtype) -> torch.Tensor:
+        """Dense, ``[batch or 1, heads, length, key_length]`` in ``dtype``; class tokens are not cared for."""
         offset = self.key_coordinates.unsqueeze(-3) - self.coordinates.unsqueeze(-2)
         buckets = relative_buckets(offset, self.boundaries, self.bidirectional)
         # One look-up in all axes' tables: the bucket of a later axis is moved behind those of the earlier ones.
         count = self.table.shape[-1]
         buckets = buckets + torch.arange(buckets.shape[-1], device=buckets.device) * count
-        logits = torch.nn.functional.embedding(buckets, self.table.to(work).flatten(1).T).sum(-2)
+        logits = torch.nn.functional.embedding(buckets, self.table.to(dtype).flatten(1).T).sum(-2)
         return logits.permute(0, 3, 1, 2)
 
     def grid_columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -315,6 +315,6 @@ class BucketPositions(NamedTuple):
         """The same with other parameters, in the order of :meth:`parameters`."""
         return self._replace(table=first, class_tokens=replace_class_logits(self.class_tokens, class_logits))
 
-    def form(self, dtype: torch.dtype) -> str:
+    def features_or_bias(self, dtype: torch.dtype) -> str:
         """Always a bias, through which the table gets its gradient."""
         return "bias"

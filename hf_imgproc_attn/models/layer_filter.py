@@ -185,11 +185,44 @@ class AttentionFilter(nn.Module):
             query, key, value, positions = self._with_positions(query, key, value, inputs, scalars, streams)
         elif streams.is_cached:
             key, value = streams.update(key, value)
+        return self.call(
+            (query, key, value),
+            scalars,
+            visibility=inputs.visibility,
+            positions=positions,
+            moved=(new_value, inputs.state.previous_value),
+            streams=streams,
+            dropout=dropout,
+        )
+
+    def call(
+        self,
+        projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        scalars: Scalars,
+        *,
+        visibility: Visibility,
+        positions: tuple[Positions, ...],
+        moved: tuple[torch.Tensor, torch.Tensor | None],
+        streams: Streams,
+        dropout: float,
+    ) -> FilterCall:
+        """The call that a back-end receives, of what is ready for it.
+
+        Args:
+            projected: query of the new tokens, keys and values of all tokens.
+            scalars: the layer's parameters.
+            visibility: who sees whom.
+            positions: the position kernel's terms.
+            moved: values of the new tokens in this layer and in the one before it, or None, for the elliptical metric.
+            streams: the layer's part of a cache.
+            dropout: probability on A.
+        """
+        query, key, value = projected
         scale: torch.Tensor | float | None = self._stock_scale
         if scale is None or scalars.content_log_bandwidth is not None:
             scale = self._content_scale(scalars, query)
         if self.has_metric:
-            metric = self._metric(new_value, inputs.state.previous_value, inputs.visibility, streams)
+            metric = self._metric(*moved, visibility, streams)
             if metric.shape[1] != query.shape[1]:
                 metric = metric.repeat_interleave(query.shape[1] // metric.shape[1], dim=1)
             scale = metric * scale
@@ -201,7 +234,7 @@ class AttentionFilter(nn.Module):
             key,
             value,
             content=Content(self.spec.content_kernel, scale),
-            visibility=inputs.visibility,
+            visibility=visibility,
             positions=positions,
             booster=Booster(self.operator, self.spec.boosting_steps, gain),
             dropout=dropout,

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from .boost_depth import FEEDBACK, RESIDUAL, LayerState
 from .cache_layer import check_cache_layer
@@ -59,6 +60,13 @@ def filter_tokens(
     return output.transpose(1, 2).flatten(2), weights, state
 
 
+def project_each(hidden_states: torch.Tensor, head_dim: int, projections: tuple[nn.Module, ...]) -> Projected:
+    """Query, key and value of ``[batch, length, hidden_size]`` by three projections."""
+    shape = (*hidden_states.shape[:-1], -1, head_dim)
+    query, key, value = (projection(hidden_states).view(shape).transpose(1, 2) for projection in projections)
+    return query, key, value
+
+
 def _boost_by_gradient(
     layer: AttentionFilter,
     hidden_states: torch.Tensor,
@@ -96,6 +104,24 @@ class FilteredAttentionMixin:
     """
 
     filter: AttentionFilter
+
+    def make_filter(
+        self, config: Any, layer_idx: int, longest_side: int, layer_norm_eps: float, num_class_tokens: int = 0
+    ) -> None:
+        """Build the layer's filter, once the stock class has set ``head_dim`` and ``scaling``.
+
+        The arguments are those of :class:`AttentionFilter`.
+        """
+        self.filter = AttentionFilter(
+            config.layer_specs[layer_idx],
+            config,
+            layer_idx=layer_idx,
+            head_dim=self.head_dim,  # type: ignore[attr-defined]
+            scaling=self.scaling,  # type: ignore[attr-defined]
+            longest_side=longest_side,
+            layer_norm_eps=layer_norm_eps,
+            num_class_tokens=num_class_tokens,
+        )
 
     def project(self, hidden_states: torch.Tensor) -> Projected:
         """Query, key and value of ``[batch, length, hidden_size]``."""

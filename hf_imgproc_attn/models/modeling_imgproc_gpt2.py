@@ -18,13 +18,12 @@ from transformers.utils.output_capturing import capture_outputs
 from .boost_depth import LayerState, initial_state
 from .cache_layer import check_cache_implementation
 from .configuration_imgproc_gpt2 import ImgProcGPT2Config
-from .kernel_position import check_coordinates
-from .layer_filter import AttentionFilter
 from .layer_inputs import LayerInputs
 from .layer_tokens import FilteredAttentionMixin, Projected, filter_residual
 from .modeling_losses import SummedLossMixin, classification_loss, token_loss
 from .modeling_shared import FilterPreTrainedMixin, run_time_choices, shared_position_projection, wanted_attentions
-from .spec_axes import COORDINATE_KERNELS, is_stock_layer, uses_position_table
+from .modeling_text import TextModelMixin
+from .spec_axes import is_stock_layer, uses_position_table
 from .visibility import check_model_mask, model_visibility, stock_mask
 
 
@@ -33,15 +32,7 @@ class ImgProcGPT2Attention(FilteredAttentionMixin, GPT2Attention):
 
     def __init__(self, config: ImgProcGPT2Config, layer_idx: int) -> None:
         super().__init__(config, layer_idx=layer_idx)
-        self.filter = AttentionFilter(
-            config.layer_specs[layer_idx],
-            config,
-            layer_idx=layer_idx,
-            head_dim=self.head_dim,
-            scaling=self.scaling,
-            longest_side=config.n_positions,
-            layer_norm_eps=config.layer_norm_epsilon,
-        )
+        self.make_filter(config, layer_idx, config.n_positions, config.layer_norm_epsilon)
 
     def project(self, hidden_states: torch.Tensor) -> Projected:
         shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
@@ -104,6 +95,7 @@ class ImgProcGPT2PreTrainedModel(FilterPreTrainedMixin, GPT2PreTrainedModel):
     config: ImgProcGPT2Config
     _no_split_modules = ["ImgProcGPT2Block"]
     _keep_in_fp32_modules_strict = ["scalar_bias"]
+    has_paged_attention = True
     auto_map = {
         "AutoConfig": "configuration_imgproc_gpt2.ImgProcGPT2Config",
         "AutoModel": "modeling_imgproc_gpt2.ImgProcGPT2Model",
@@ -113,7 +105,7 @@ class ImgProcGPT2PreTrainedModel(FilterPreTrainedMixin, GPT2PreTrainedModel):
     }
 
 
-class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
+class ImgProcGPT2Model(TextModelMixin, ImgProcGPT2PreTrainedModel, GPT2Model):
     """The bare decoder. Positions are added to the tokens only where ``position_kernel`` is ``"additive"``.
 
     Args:
@@ -138,43 +130,6 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def _check_positions(self, position_ids: torch.Tensor | None, batch: int, length: int, past_length: int) -> None:
-        """Refuse positions outside the table of ``additive`` and ``untied`` before an embedding look-up crashes."""
-        limit = self.config.n_positions
-        if position_ids is None:
-            if self.wpe is not None and past_length + length > limit:
-                raise ValueError(
-                    f"input of {past_length + length} tokens (cached ones included) is longer than "
-                    f"n_positions={limit} of position_kernel={self.config.position_kernel!r}: shorten the input"
-                )
-            return
-        # No set: looking a shape up would hash its sizes and compile anew for every length.
-        if position_ids.ndim != 2 or position_ids.shape[1] != length or position_ids.shape[0] not in (1, batch):
-            raise ValueError(
-                f"position_ids must have shape {(batch, length)} or {(1, length)}, got {tuple(position_ids.shape)}"
-            )
-        # Looking at values would wait for an accelerator at every decoding step; there the embedding kernel checks.
-        if self.wpe is not None and position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            lowest, highest = int(position_ids.min()), int(position_ids.max())
-            if lowest < 0 or highest >= limit:
-                raise ValueError(
-                    f"position_ids must be from 0 to n_positions - 1 = {limit - 1} for "
-                    f"position_kernel={self.config.position_kernel!r}, got values from {lowest} to {highest}"
-                )
-
-    def _position_inputs(self, position_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """What the layers' position kernels compare: vectors for ``untied``, centred indices for others."""
-        position_states, coordinates = None, None
-        if "untied" in self.position_kernels and self.wpe is not None:
-            position_states = self.wpe(position_ids)
-            if self.position_projection is not None:
-                position_states = self.position_projection(position_states)
-        if self.position_kernels & set(COORDINATE_KERNELS):
-            # Centred at a fixed index, the same for cached keys and new queries, so that numbers stay small: float16
-            # then represents the positions of longer texts.
-            coordinates = (position_ids - self.config.n_positions // 2).unsqueeze(-1)
-        return position_states, coordinates
-
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -197,17 +152,7 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
                 wrong shape, or more tokens than the position table holds.
         """
         output_attentions = wanted_attentions(self.config, kwargs)
-        if (input_ids is None) == (inputs_embeds is None):
-            got = "neither" if input_ids is None else "both"
-            raise ValueError(f"give exactly one of input_ids and inputs_embeds, got {got}")
-        if inputs_embeds is None:
-            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
-            inputs_embeds = self.wte(input_ids)
-        if inputs_embeds.ndim != 3:
-            raise ValueError(
-                "input_ids must have shape [batch, length] and inputs_embeds [batch, length, hidden_size], got "
-                f"{list(inputs_embeds.shape[:-1] if input_ids is not None else inputs_embeds.shape)}"
-            )
+        inputs_embeds = self.checked_words(input_ids, inputs_embeds, attention_mask)
         batch, length = inputs_embeds.shape[:2]
 
         if use_cache:
@@ -221,12 +166,7 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
         is_other = "cache" in kwargs or (past_key_values is not None and past_key_values.is_compileable)
         if not is_other and not torch.compiler.is_compiling():
             check_model_mask(attention_mask, batch, self.config.n_head, length, past_length + length)
-        self._check_positions(position_ids, batch, length, past_length)
-        positions: torch.Tensor = (
-            (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
-            if position_ids is None
-            else position_ids
-        )
+        positions = self.checked_positions(position_ids, inputs_embeds, past_length, has_table=self.wpe is not None)
 
         hidden_states = inputs_embeds
         if "additive" in self.position_kernels and self.wpe is not None:
@@ -249,10 +189,9 @@ class ImgProcGPT2Model(ImgProcGPT2PreTrainedModel, GPT2Model):
             hidden_states = hidden_states + self.wte(token_type_ids.view(-1, length))
         hidden_states = self.drop(hidden_states)
 
-        position_states, coordinates = self._position_inputs(positions)
         contiguous = position_ids is None and past_length == 0
-        if coordinates is not None:
-            check_coordinates(coordinates, batch, length, axes=1, contiguous=contiguous)
+        vectors = self.wpe(positions) if self.wpe is not None and "untied" in self.position_kernels else None
+        position_states, coordinates = self.position_inputs(positions, vectors, inputs_embeds, contiguous=contiguous)
         visibility, choices = None, {}
         if not self.is_stock:
             visibility = model_visibility(

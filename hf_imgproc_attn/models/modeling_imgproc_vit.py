@@ -10,7 +10,6 @@ from transformers import ViTForImageClassification, ViTForMaskedImageModeling, V
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedImageModelingOutput
 from transformers.models.vit.modeling_vit import (
     ViTAttention,
@@ -22,16 +21,15 @@ from transformers.models.vit.modeling_vit import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .boost_depth import LayerState, initial_state
+from .boost_depth import LayerState
 from .configuration_imgproc_vit import ImgProcViTConfig
-from .layer_filter import AttentionFilter
 from .layer_grid import check_images, check_patch_mask, grid_size, masked_patch_loss, resize_table, trained_grid
 from .layer_inputs import LayerInputs
-from .layer_tokens import FilteredAttentionMixin, Projected, filter_residual
+from .layer_tokens import FilteredAttentionMixin, Projected, filter_residual, project_each
+from .modeling_encoder import encoder_inputs, run_layers
 from .modeling_losses import classification_loss
-from .modeling_shared import FilterPreTrainedMixin, run_time_choices, shared_position_projection, wanted_attentions
+from .modeling_shared import FilterPreTrainedMixin, shared_position_projection, wanted_attentions
 from .spec_axes import COORDINATE_KERNELS, is_stock_layer, uses_position_table
-from .visibility import check_model_mask, model_visibility, stock_mask
 
 NUM_CLASS_TOKENS = 1
 
@@ -88,8 +86,8 @@ class ImgProcViTEmbeddings(ViTEmbeddings):
         # Of the two ways in which the stock code adds positions, only interpolation can be overridden to add 0.
         interpolate = interpolate_pos_encoding or not self.adds_positions
         tokens = super().forward(pixel_values, bool_masked_pos, interpolate)
-        compared = not self.adds_positions and self.position_embeddings is not None
-        return tokens, self.position_table(height, width) if compared else None
+        kernel_reads_positions = not self.adds_positions and self.position_embeddings is not None
+        return tokens, self.position_table(height, width) if kernel_reads_positions else None
 
     def position_table(self, height: int, width: int) -> torch.Tensor:
         """Position vectors of the patches, ``[1, patches, hidden_size]``, interpolated to the image's grid."""
@@ -108,24 +106,10 @@ class ImgProcViTAttention(FilteredAttentionMixin, ViTAttention):
     def __init__(self, config: ImgProcViTConfig, layer_idx: int) -> None:
         super().__init__(config)
         self.layer_idx = layer_idx
-        self.filter = AttentionFilter(
-            config.layer_specs[layer_idx],
-            config,
-            layer_idx=layer_idx,
-            head_dim=self.head_dim,
-            scaling=self.scaling,
-            longest_side=max(trained_grid(config)),
-            layer_norm_eps=config.layer_norm_eps,
-            num_class_tokens=NUM_CLASS_TOKENS,
-        )
+        self.make_filter(config, layer_idx, max(trained_grid(config)), config.layer_norm_eps, NUM_CLASS_TOKENS)
 
     def project(self, hidden_states: torch.Tensor) -> Projected:
-        shape = (*hidden_states.shape[:-1], self.num_attention_heads, self.head_dim)
-        query, key, value = (
-            projection(hidden_states).view(shape).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return query, key, value
+        return project_each(hidden_states, self.head_dim, (self.q_proj, self.k_proj, self.v_proj))
 
     def project_heads(self, heads: torch.Tensor) -> torch.Tensor:
         return self.o_proj(heads)
@@ -294,31 +278,12 @@ class ImgProcViTModel(_RenamedOnLoadingMixin, ImgProcViTPreTrainedModel, ViTMode
         hidden_states, position_table = self.embeddings(
             pixel_values, bool_masked_pos=bool_masked_pos, interpolate_pos_encoding=bool(interpolate_pos_encoding)
         )
-        batch, length = hidden_states.shape[:2]
-        if not torch.compiler.is_compiling():
-            check_model_mask(attention_mask, batch, self.config.num_attention_heads, length, length)
-        built_mask = create_bidirectional_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=stock_mask(attention_mask, self.config._attn_implementation, hidden_states.dtype),
-        )
         position_states, coordinates = self._position_inputs(pixel_values, position_table)
-        visibility, choices = None, {}
-        if not self.is_stock:
-            visibility = model_visibility(attention_mask, built_mask, length=length, key_length=length, causal=False)
-            choices = run_time_choices(self.config, output_attentions)._asdict()
-        inputs = LayerInputs(visibility, coordinates, contiguous=True, stock_mask=built_mask, **choices)
-        state = initial_state(self.config, hidden_states)
-        for layer in self.layers:
-            hidden_states, *state = layer(
-                hidden_states,
-                position_states,
-                *state,
-                inputs=inputs,
-                output_attentions=output_attentions,
-                **kwargs,
-            )
-        hidden_states = self.layernorm(hidden_states)
+        inputs = encoder_inputs(
+            self, hidden_states, attention_mask, coordinates, contiguous=True, output_attentions=output_attentions
+        )
+        kwargs |= {"inputs": inputs, "output_attentions": output_attentions}
+        hidden_states = self.layernorm(run_layers(self.layers, self.config, hidden_states, position_states, **kwargs))
         pooled = self.pooler(hidden_states) if self.pooler is not None else None
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 

@@ -33,7 +33,7 @@ def classification_loss(
     """
     loss: torch.Tensor = ForSequenceClassificationLoss(labels, logits, config, num_items_in_batch=num_items_in_batch)
     if num_items_in_batch is not None and config.problem_type != "single_label_classification":
-        loss = loss * (labels.numel() / _beside(loss, num_items_in_batch))
+        loss = loss * (labels.numel() / _same_device(num_items_in_batch, loss))
     return loss
 
 
@@ -44,20 +44,20 @@ def token_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Cross-entropy of a label for each token; labels of -100 do not count.
+    """Cross-entropy of a label, or a word, for each token; labels of -100 do not count.
 
     Args:
         labels: ``[batch, length]``.
-        logits: ``[batch, length, num_labels]``.
-        config: ``num_labels``.
+        logits: ``[batch, length, num_labels or vocabulary]``.
+        config: not used.
         num_items_in_batch: by which the sum of the loss is divided; None: its mean.
         **kwargs: not used.
     """
     labels = labels.to(logits.device).view(-1)
-    return fixed_cross_entropy(logits.view(-1, config.num_labels), labels, num_items_in_batch=num_items_in_batch)
+    return fixed_cross_entropy(logits.view(-1, logits.shape[-1]), labels, num_items_in_batch=num_items_in_batch)
 
 
-def _beside(loss: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor | int:
+def _same_device(count: torch.Tensor | int, loss: torch.Tensor) -> torch.Tensor | int:
     return count.to(loss.device) if torch.is_tensor(count) else count
 
 
@@ -92,8 +92,36 @@ class SummedLossMixin:
             use_cache=use_cache,
             **{**kwargs, "return_dict": True},
         )
-        if labels is None:
-            return output
-        config, count = self.config, num_items_in_batch  # type: ignore[attr-defined]
-        loss = self.loss_function(labels, output.logits, config, num_items_in_batch=count)  # type: ignore[attr-defined]
-        return type(output)(**{**output, "loss": loss})
+        return _with_loss(self, output, labels, num_items_in_batch)
+
+
+class SummedEncoderLossMixin:
+    """As :class:`SummedLossMixin`, before a stock head of an encoder, which has no cache."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the stock ``forward``; see there for the other arguments and what is returned.
+
+        ``num_items_in_batch`` is the number of labels by which the sum of the loss is divided, in place of its mean.
+        """
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        output = super().forward(*inputs, **{**kwargs, "return_dict": True})  # type: ignore[misc]
+        return _with_loss(self, output, labels, num_items_in_batch)
+
+
+def _with_loss(model: Any, output: Any, labels: torch.Tensor | None, count: torch.Tensor | int | None) -> Any:
+    """A model's output with the loss of its labels, if there are any."""
+    if labels is None:
+        return output
+    loss = model.loss_function(labels, output.logits, model.config, num_items_in_batch=count)
+    return type(output)(**{**output, "loss": loss})

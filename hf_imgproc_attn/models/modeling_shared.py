@@ -42,7 +42,7 @@ def check_attn_implementation(name: str | None, also: tuple[str, ...] = ()) -> N
 
 
 # Parameters that exist or not, or change their meaning, with the variant.
-_VARIANT_PARAMETER = re.compile(r"\.filter\.|(^|\.)position_projection\.|(^|\.)wpe\.|(^|\.)position_embeddings$")
+_VARIANT_PARAMETER = re.compile(r"\.filter\.|(^|\.)(position_projection\.|wpe\.|position_embeddings(\.weight)?$)")
 
 
 class FilterPreTrainedMixin:
@@ -57,6 +57,9 @@ class FilterPreTrainedMixin:
     """Called after every load with what was loaded, the model and the options; empty in code that came with a
     checkpoint, where nobody fills it."""
 
+    has_paged_attention: ClassVar[bool] = False
+    """Whether the stock attention of this backbone understands the paged caches of continuous batching."""
+
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_attention_backend = False
@@ -68,7 +71,7 @@ class FilterPreTrainedMixin:
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         config = self.config  # type: ignore[attr-defined]
         # What continuous batching sets in place of `eager`, and only the stock layers of a decoder understand.
-        is_stock = config.model_type == "imgproc_gpt2" and all(is_stock_layer(config, s) for s in config.layer_specs)
+        is_stock = self.has_paged_attention and all(is_stock_layer(config, s) for s in config.layer_specs)
         check_attn_implementation(attn_implementation, ("paged|eager",) if is_stock else ())
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
 

@@ -37,11 +37,17 @@ KERNELS_WITH_BANDWIDTH = ("untied", "gaussian")
 COORDINATE_KERNELS = ("gaussian", "alibi", "relative_buckets", "rotary")
 """Position kernels that use a token's place on the grid: without a position table, inputs may be of any length."""
 
+COMPARING_KERNELS = ("untied", "gaussian", "alibi", "relative_buckets")
+"""Position kernels that are a term of the attention logits; class tokens have learned logits there."""
+
 MAX_BOOSTING_STEPS = 16
 """More steps than this only amplify rounding: ``I - (I - A)^k`` is within 2^-k of its limit where A smooths at all."""
 
 MIN_BANDWIDTH, MAX_BANDWIDTH = 1e-4, 1e8
 """Outside, 2/h^2 leaves the range in which float32 logits mean anything."""
+
+PUBLISHED_NEUTRENO_LAMBDAS = {1: 0.4, 2: 0.6}
+"""Axes of the grid of positions -> the published strength for such data: text, images."""
 
 DEFAULT_PID_GAINS = (0.5, 0.05, 0.05)
 DEFAULT_NUM_BUCKETS, DEFAULT_MAX_DISTANCE = 32, 128
@@ -73,7 +79,7 @@ class LayerSpec(NamedTuple):
 
         ``additive`` adds them to the tokens instead, ``rotary`` turns queries and keys by them.
         """
-        return self.position_kernel in ("untied", "gaussian", "alibi", "relative_buckets")
+        return self.position_kernel in COMPARING_KERNELS
 
 
 def per_layer(name: str, value: Any, num_layers: int) -> list[Any]:

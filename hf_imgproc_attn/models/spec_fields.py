@@ -18,6 +18,7 @@ from .spec_axes import (
     DEFAULT_ROTARY_BASE,
     FILTER_BACKENDS,
     GRADIENT_BOOSTING_SOURCES,
+    PUBLISHED_NEUTRENO_LAMBDAS,
     RUN_TIME_FIELDS,
     LayerSpec,
     default_steps,
@@ -48,7 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Named variants: the fields in which each differs from the stock model."""
 
-_FIELDS = (
+FILTER_FIELDS = (
     "content_kernel",
     "position_kernel",
     "content_bandwidth",
@@ -69,6 +70,9 @@ _FIELDS = (
     "learn_feedback",
 )
 """The fields below, but for the version, which is never chosen."""
+
+_AXES = ("content_kernel", "position_kernel", "boosting", "residual", "feedback")
+"""The fields that make a preset what it is."""
 
 ConfigT = TypeVar("ConfigT", bound="FilterSpecMixin")
 
@@ -137,8 +141,12 @@ class FilterSpecMixin:
 
     position_axes: ClassVar[int] = 1
     """Axes of the grid that positions lie on: 1 for text, 2 for patches."""
-    default_neutreno_lambda: ClassVar[float] = 0.4
+    default_neutreno_lambda: ClassVar[float] = PUBLISHED_NEUTRENO_LAMBDAS[1]
     """The published strength for this kind of data."""
+    needs_positions: ClassVar[bool] = False
+    """Whether a model without any notion of positions would be blind to the order of its input."""
+    must_be: ClassVar[dict[str, tuple[Any, str]]] = {}
+    """Fields of the stock configuration that make another architecture of it: the value that is supported, and why."""
 
     @classmethod
     def from_preset(cls: type[ConfigT], name: str, **overrides: Any) -> ConfigT:
@@ -161,7 +169,7 @@ class FilterSpecMixin:
         Raises:
             ValueError: for a near miss, or a ``filter_spec_version`` that this code does not know.
         """
-        refuse_near_misses({key: value for key, value in kwargs.items() if key not in _FIELDS})
+        refuse_near_misses({key: value for key, value in kwargs.items() if key not in FILTER_FIELDS})
         return super().from_dict(bring_up_to_date(config_dict), **kwargs)  # type: ignore[misc]
 
     @property
@@ -243,6 +251,20 @@ def preset_fields(name: str) -> dict[str, Any]:
 
 def preset_name(config: Any) -> str:
     """The name of the preset whose filter fields ``config`` has, or ``"custom"``; defaults may be written out."""
+    name, changes = closest_preset(config)
+    return "custom" if changes else name
+
+
+def closest_preset(config: Any) -> tuple[str, dict[str, Any]]:
+    """The preset that a configuration varies, and the fields in which it differs from it, with their values.
+
+    It is of a preset if it has the same kernels, booster, residual scheme and feedback; steps, layers, bandwidths,
+    gains and what is learned may differ. Of several presets the one with the fewest differences is meant.
+
+    Returns:
+        A key of :data:`PRESETS` and the fields; with other axes ``"custom"`` and the fields in which the
+        configuration differs from the stock model.
+    """
     written_out = {
         "boosting_steps": default_steps(config.boosting) if isinstance(config.boosting, str) else None,
         "gradient_boosting_source": GRADIENT_BOOSTING_SOURCES[0],
@@ -252,15 +274,27 @@ def preset_name(config: Any) -> str:
         "relative_attention_max_distance": DEFAULT_MAX_DISTANCE,
         "rotary_base": DEFAULT_ROTARY_BASE,
     }
-    stock = {field: getattr(FilterSpecMixin, field) for field in _FIELDS}
-    fields = {field: getattr(config, field) for field in _FIELDS}
+    fields = {field: getattr(config, field) for field in FILTER_FIELDS}
     for field, default in written_out.items():
         if fields[field] == default:
             fields[field] = None
-    for name, changes in PRESETS.items():
-        if fields == {**stock, **changes}:
-            return name
-    return "custom"
+    if fields["boosting"] == "osher":
+        fields["boosting"] = "twicing"  # an alias
+    stock = {field: getattr(FilterSpecMixin, field) for field in FILTER_FIELDS}
+    differences = {
+        name: {field: value for field, value in fields.items() if value != {**stock, **preset}[field]}
+        for name, preset in PRESETS.items()
+    }
+    of_its_axes = [name for name, changes in differences.items() if not changes.keys() & set(_AXES)]
+    name = min(of_its_axes, key=lambda name: len(differences[name]), default="custom")
+    return name, differences["softmax" if name == "custom" else name]
+
+
+def preset_in_words(config: Any) -> str:
+    """:func:`closest_preset` as one text: ``neutreno with learn_feedback=True``."""
+    name, changes = closest_preset(config)
+    listed = ", ".join(f"{field}={value!r}" for field, value in changes.items())
+    return f"{name} with {listed}" if listed else name
 
 
 def refuse_near_misses(kwargs: dict[str, Any]) -> None:
@@ -275,6 +309,6 @@ def refuse_near_misses(kwargs: dict[str, Any]) -> None:
         if key in RUN_TIME_FIELDS:
             continue
         normalised = key.lower().replace("-", "_")
-        matches = difflib.get_close_matches(normalised, (*_FIELDS, *RUN_TIME_FIELDS), n=1, cutoff=0.8)
+        matches = difflib.get_close_matches(normalised, (*FILTER_FIELDS, *RUN_TIME_FIELDS), n=1, cutoff=0.8)
         if matches:
             raise ValueError(f"unknown configuration field {key}={kwargs[key]!r}; did you mean {matches[0]}?")

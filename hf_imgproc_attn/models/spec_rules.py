@@ -33,6 +33,7 @@ def check_filter_spec(config: Any) -> None:
         ValueError: naming the field, the rule and the value.
     """
     check_version(config.filter_spec_version)
+    check_architecture(config, config.must_be)
     num_layers, num_heads = config.num_hidden_layers, config.num_attention_heads
     for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
         if getattr(config, name) < 1:
@@ -56,6 +57,22 @@ def check_filter_spec(config: Any) -> None:
     _check_bandwidths(config, num_layers, num_heads)
     _check_depth(config, num_layers)
     _check_gains(config)
+
+
+def check_architecture(config: Any, must_be: dict[str, tuple[Any, str]]) -> None:
+    """Refuse a configuration, stock or ours, of an architecture that is not supported.
+
+    Args:
+        config: any configuration.
+        must_be: field -> the value that is supported, and why; a field that is not there has it.
+
+    Raises:
+        ValueError: naming the field, the value that is allowed and the one that it has.
+    """
+    for name, (allowed, reason) in must_be.items():
+        value = getattr(config, name, allowed)
+        if value != allowed:
+            raise ValueError(f"{name} must be {allowed!r}, got {value!r}: {reason}")
 
 
 def _is_int(value: Any) -> bool:
@@ -133,6 +150,11 @@ def _check_kernels(config: Any, num_layers: int) -> None:
         raise ValueError(
             "position_kernel 'additive' adds positions to the token stream that all layers share: it must be used by "
             f"all layers or none, got {config.position_kernel!r}"
+        )
+    if config.needs_positions and set(positions) == {"none"}:
+        raise ValueError(
+            "position_kernel 'none' in every layer (presets nope and nlm) leaves an encoder, without a causal mask, "
+            f"blind to the order of the words: use it in some layers at most, got {config.position_kernel!r}"
         )
     if config.share_position_projections and "untied" not in positions:
         raise ValueError(

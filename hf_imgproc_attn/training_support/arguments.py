@@ -7,6 +7,7 @@ from the library's it stands in :data:`IMAGE_TRAINER_DEFAULTS` and :data:`TEXT_T
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
+from hf_imgproc_attn.backbones import OF_TASK
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.models.spec_fields import PRESETS
 
@@ -37,7 +38,7 @@ class ModelArguments:
     )
     model_name_or_path: str | None = _option(
         None,
-        "checkpoint to start from: one of ours is loaded, a stock GPT-2 or ViT is converted to the preset on the way. "
+        "checkpoint to start from: one of ours is loaded, a stock one is converted to the preset on the way. "
         "Default: a new, small model",
     )
     config_overrides: list[str] = field(
@@ -78,17 +79,23 @@ class DataArguments:
 
 
 @dataclass(kw_only=True)
-class ImageDataArguments(DataArguments):
+class LabelledDataArguments(DataArguments):
+    """Data with a class for each row."""
+
+    label_column_name: str | None = _option(None, "column with the labels. Default: detected")
+
+
+@dataclass(kw_only=True)
+class ImageDataArguments(LabelledDataArguments):
     """Data of ``train_image_classification.py``."""
 
-    model_type = "imgproc_vit"
+    model_type = OF_TASK["image-classification"].model_type
 
     dataset_name: str = _option(
         EMBEDDED_IMAGES,
         "data set: a Hub name, a local path (parquet, image folder, saved data set) or digits (scikit-learn, 8 x 8)",
     )
     image_column_name: str | None = _option(None, "column with the images. Default: detected")
-    label_column_name: str | None = _option(None, "column with the labels. Default: detected")
     random_crop_padding: int = _option(0, "augmentation: pad by so many pixels, crop back at a random place; 0: off")
     horizontal_flip: bool = _option(False, "augmentation: mirror half of the images")
 
@@ -98,10 +105,14 @@ class ImageDataArguments(DataArguments):
 
 
 @dataclass(kw_only=True)
-class TextDataArguments(DataArguments):
-    """Data of ``train_causal_lm.py``."""
+class TokenizedDataArguments(DataArguments):
+    """Texts and what cuts them into tokens.
 
-    model_type = "imgproc_gpt2"
+    Attributes:
+        special_tokens: entries of a vocabulary beside the 256 bytes.
+    """
+
+    special_tokens: ClassVar[int]
 
     dataset_name: str = _option(
         EMBEDDED_TEXT,
@@ -114,17 +125,51 @@ class TextDataArguments(DataArguments):
         "training split",
     )
     tokenizer_vocab_size: int = _option(2048, "size of the vocabulary of a tokenizer that is trained")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # 256 bytes and some special tokens are always there.
+        least = 256 + self.special_tokens
+        _check(
+            self.tokenizer_vocab_size >= least,
+            "tokenizer_vocab_size",
+            f"an integer >= {least}",
+            self.tokenizer_vocab_size,
+        )
+
+
+@dataclass(kw_only=True)
+class TextDataArguments(TokenizedDataArguments):
+    """Data of ``train_causal_lm.py``."""
+
+    model_type = OF_TASK["causal-lm"].model_type
+    special_tokens = 2
+
     block_size: int | None = _option(
         None, "tokens in one training sample. Default: 256, or the model's positions if these are fewer"
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # 256 bytes and two special tokens are always there.
-        _check(
-            self.tokenizer_vocab_size >= 258, "tokenizer_vocab_size", "an integer >= 258", self.tokenizer_vocab_size
-        )
         _check(self.block_size is None or self.block_size >= 2, "block_size", "an integer >= 2", self.block_size)
+
+
+@dataclass(kw_only=True)
+class LabelledTextDataArguments(TokenizedDataArguments, LabelledDataArguments):
+    """Data of ``train_text_classification.py``."""
+
+    model_type = OF_TASK["text-classification"].model_type
+    special_tokens = 4
+
+    max_length: int | None = _option(
+        None,
+        "tokens of a text that are read, the rest is cut. Default: 128, or the model's positions if these are fewer",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # The first and the last token of a text are special ones.
+        _check(self.max_length is None or self.max_length >= 3, "max_length", "an integer >= 3", self.max_length)
 
 
 @dataclass(kw_only=True)
@@ -186,6 +231,11 @@ TEXT_TRAINER_DEFAULTS: dict[str, Any] = {
     **_TRAINER_DEFAULTS,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 16,
+}
+CLASSIFIER_TRAINER_DEFAULTS: dict[str, Any] = {
+    **_TRAINER_DEFAULTS,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
 }
 EXPLAINED_TRAINER_DEFAULTS = (
     "learning_rate 1e-3 for a new model and 5e-5 for model_name_or_path, num_train_epochs 1 (10 for the embedded "

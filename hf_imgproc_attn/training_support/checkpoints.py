@@ -1,4 +1,4 @@
-"""Checkpoint folders of the Trainer: which of them is complete, the newest one to resume from, and full disks."""
+"""Checkpoint folders: which of the Trainer's is complete and the newest, a saved model's filters, and full disks."""
 
 import contextlib
 import json
@@ -8,6 +8,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from hf_imgproc_attn.errors import DISK_FULL, UsageError, disk_problem
 
@@ -44,6 +45,37 @@ def newest_complete_checkpoint(output_dir: str | Path) -> Path | None:
             return folder
         warnings.warn(f"{folder} is incomplete and is passed over: {problem}", stacklevel=2)
     return None
+
+
+def saved_filters(folder: str | Path) -> dict[str, Any] | None:
+    """The numbers of the filters of a saved model, as a run record keeps them (``cards.filters.recorded``).
+
+    Read from the files, since the model in memory may be sharded over several processes.
+
+    Args:
+        folder: holds configuration and weights (safetensors).
+
+    Returns:
+        None where weights of the filters are missing, as where each process has saved its own share.
+    """
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModel
+
+    from hf_imgproc_attn.cards.filters import recorded
+
+    with torch.device("meta"):  # nothing but the scalars is needed
+        model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+    scalars = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # no dictionary
+                if ".scalar_bias." in name:
+                    scalars[name.removeprefix(f"{model.base_model_prefix}.")] = file.get_tensor(name)
+    model.load_state_dict(scalars, strict=False, assign=True)
+    if any(value.is_meta for name, value in model.named_parameters() if ".scalar_bias." in name):
+        return None
+    return recorded(model.filter_summary())
 
 
 @contextlib.contextmanager

@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding
 
 from hf_imgproc_attn.errors import require_extras
 from hf_imgproc_attn.training_support.image_pixels import PixelDataset, channel_statistics
+from hf_imgproc_attn.training_support.labelled_text import LabelledTexts, TokenizedTexts
 from hf_imgproc_attn.training_support.metrics import Perplexity, token_losses
 from hf_imgproc_attn.training_support.text_data import (
     IGNORED_LABEL,
@@ -37,7 +39,8 @@ DEFINITIONS = {
     "sigma": "standard deviation, in pixel values from 0 to 1",
     "FGSM": "fast gradient sign method (Goodfellow 2015), one step with the gradient of the evaluated model itself",
     "epsilon": "largest change of a pixel, in pixel values from 0 to 1",
-    "word swap": f"randomly chosen words replaced by {SWAPPED_WORD}, which has to be predicted like the others",
+    "word swap": f"randomly chosen words replaced by {SWAPPED_WORD}, which a language model has to predict like the "
+    "others",
     "fraction": "part of the words that is replaced",
 }
 """The disturbances and their parameters."""
@@ -192,6 +195,46 @@ def text_perplexity(
         {"metric": "perplexity", "value": values["perplexity"], "samples": len(scored), "unit": "tokens"},
         {"metric": "word_perplexity", "value": values["word_perplexity"], "samples": text.num_words, "unit": "words"},
     ]
+
+
+@torch.no_grad()
+def labelled_text_robustness(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    split: LabelledTexts,
+    max_length: int,
+    *,
+    fraction: float,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Accuracy of a text classifier on the texts as they are and after word swap (:func:`.text_data.swap_words`).
+
+    Args:
+        model: a classifier.
+        tokenizer: its tokenizer.
+        split: texts and classes.
+        max_length: tokens of a text that are read.
+        fraction: part of the words that is replaced.
+        seed: of the choice of words.
+
+    Returns:
+        Results, accuracies in [0, 1].
+    """
+    collate = DataCollatorWithPadding(tokenizer)
+    model.eval()
+    results = []
+    swap = {"family": "word swap", "disturbance": "word swap", "parameters": {"fraction": fraction}, "seed": seed}
+    clean: dict[str, Any] = {"family": "clean", "disturbance": "clean", "parameters": {}, "seed": None}
+    for kind, texts in ((clean, split.texts), (swap, swap_words(TextSplit(split.texts), fraction, seed).lines)):
+        rows = TokenizedTexts(LabelledTexts(texts, split.labels), tokenizer, max_length)
+        correct = 0
+        for batch in DataLoader(rows, batch_size=64, collate_fn=collate):
+            labels = batch.pop("labels")
+            logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
+            correct += int((logits.argmax(-1).cpu() == labels).sum())
+        measured = {"metric": "accuracy", "value": correct / len(rows), "samples": len(rows), "unit": "texts"}
+        results.append({**kind, **measured})
+    return results
 
 
 def text_robustness(

@@ -8,12 +8,12 @@ import numpy as np
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.training_support.arguments import EMBEDDED_IMAGES, ImageDataArguments
 from hf_imgproc_attn.training_support.data_loading import (
-    SPLIT_SEED,
     choose_column,
     load_splits,
     refuse_config_name,
     require_column,
 )
+from hf_imgproc_attn.training_support.labelled_data import label_splits, stratified_split
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -54,33 +54,11 @@ def load_image_splits(args: ImageDataArguments) -> ImageSplits:
         refuse_config_name(args)
     rows = _digits() if args.dataset_name == EMBEDDED_IMAGES else load_splits(args, EMBEDDED_IMAGES)
     rows, image_column = _find_images(rows, args.image_column_name)
-    label_column = _label_column(rows["train"], args.label_column_name)
-    for split in rows:
-        require_column(rows[split], label_column, "label_column_name", split)
-    label_names, labels = _encode_labels(rows, label_column)
-    if "test" in labels and (labels["test"] < 0).all():
-        print("the test split has no labels and is left out")
-        del rows["test"], labels["test"]
-    for split, values in labels.items():
-        if (values < 0).any():
-            raise UsageError(
-                f"column {label_column!r} of the {split} split has {(values < 0).sum()} rows without a label"
-            )
-    if "validation" not in rows and args.validation_fraction > 0:
-        kept, held_out = stratified_split(labels["train"], args.validation_fraction)
-        if not len(held_out) or not len(kept):
-            raise UsageError(
-                f"validation_fraction must leave a row in both parts, got {args.validation_fraction} of "
-                f"{len(rows['train'])} training images"
-            )
-        rows["validation"], labels["validation"] = rows["train"].select(held_out), labels["train"][held_out]
-        rows["train"], labels["train"] = rows["train"].select(kept), labels["train"][kept]
-    for split in rows:
-        limit = args.max_train_samples if split == "train" else args.max_eval_samples
-        if limit is not None and limit < len(rows[split]):
-            chosen = np.sort(np.random.RandomState(SPLIT_SEED).permutation(len(rows[split]))[:limit])
-            rows[split], labels[split] = rows[split].select(chosen), labels[split][chosen]
-    return ImageSplits(rows, labels, label_names, image_column, _native_size(rows["train"], image_column))
+    labelled = label_splits(rows, args, "images")
+    rows = labelled.rows
+    return ImageSplits(
+        rows, labelled.labels, labelled.label_names, image_column, _native_size(rows["train"], image_column)
+    )
 
 
 def _native_size(rows: "Dataset", image_column: str) -> tuple[int, int]:
@@ -121,25 +99,6 @@ def _digits() -> dict[str, "Dataset"]:
     }
 
 
-def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Hold out the same fraction of every class, always the same rows.
-
-    Args:
-        labels: class indices ``[rows]``.
-        fraction: part of each class that is held out, rounded to whole rows.
-
-    Returns:
-        Row indices, ascending, of what stays and of what is held out.
-    """
-    # The legacy generator: its stream is frozen, so the split does not move with the version of NumPy.
-    generator = np.random.RandomState(SPLIT_SEED)
-    held_out = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        members = generator.permutation(np.flatnonzero(labels == label))
-        held_out[members[: round(fraction * len(members))]] = True
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
-
-
 def _find_images(rows: dict[str, "Dataset"], given: str | None) -> tuple[dict[str, "Dataset"], str]:
     """The splits with their image column decoded as images, and its name."""
     import datasets
@@ -170,37 +129,3 @@ def _is_image(rows: "Dataset", column: str, index: int) -> bool:
     except Exception:  # damaged in one of many ways
         return False
     return True
-
-
-def _label_column(rows: "Dataset", given: str | None) -> str:
-    import datasets
-
-    if require_column(rows, given, "label_column_name", "train") is not None:
-        return str(given)
-    candidates = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
-    if not candidates:
-        candidates = [
-            name for name in ("label", "labels", "fine_label", "class", "target") if name in rows.column_names
-        ]
-    return choose_column(candidates, ("label", "labels", "fine_label"), "label", "label_column_name", rows)
-
-
-def _encode_labels(rows: dict[str, "Dataset"], column: str) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Class names, and class indices for every split; -1 where there is no label."""
-    import datasets
-
-    feature = rows["train"].features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        indices = {split: [-1 if value is None else value for value in part[column]] for split, part in rows.items()}
-        return list(feature.names), {split: np.array(values, dtype=np.int64) for split, values in indices.items()}
-    if not isinstance(feature, datasets.Value) or feature.dtype.startswith(("float", "double")):
-        raise UsageError(f"label_column_name must be a column of class labels, got {column!r} of type {feature}")
-    classes = sorted({value for value in rows["train"][column] if value is not None})
-    index = {value: position for position, value in enumerate(classes)}
-    labels: dict[str, np.ndarray] = {}
-    for split, part in rows.items():
-        unknown = {value for value in part[column] if value is not None and value not in index}
-        if unknown:
-            raise UsageError(f"the {split} split has labels that the train split lacks: {sorted(unknown)[:5]}")
-        labels[split] = np.array([index.get(value, -1) for value in part[column]], dtype=np.int64)
-    return [str(value) for value in classes], labels

@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from hf_imgproc_attn.backbones import BERT, GPT2, OF_MODEL_TYPE, OF_TASK, TASKS, VIT
 from hf_imgproc_attn.errors import UsageError, plain_message
 from hf_imgproc_attn.models.spec_fields import PRESETS
 from hf_imgproc_attn.training_support.argument_parser import check_override_names
@@ -16,25 +18,8 @@ if TYPE_CHECKING:
     from transformers.image_processing_utils import BaseImageProcessor
 
 DEFAULT_BLOCK_SIZE = 256
-SMALL_VIT: dict[str, Any] = {
-    "hidden_size": 128,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "intermediate_size": 256,
-}
-"""A new image classifier unless ``config_overrides`` says otherwise: about 1M parameters."""
-SMALL_GPT2: dict[str, Any] = {
-    "n_embd": 128,
-    "n_layer": 4,
-    "n_head": 4,
-    "resid_pdrop": 0.0,
-    "embd_pdrop": 0.0,
-    "attn_pdrop": 0.0,
-}
-"""A new language model: about 0.8M parameters beside the token embeddings."""
-
+DEFAULT_MAX_LENGTH = 128
 _LARGEST_PATCH = 16
-_STOCK_TYPES = {"imgproc_gpt2": "gpt2", "imgproc_vit": "vit"}
 
 
 def check_start(args: ModelArguments, model_type: str) -> Any:
@@ -42,7 +27,7 @@ def check_start(args: ModelArguments, model_type: str) -> Any:
 
     Args:
         args: the model options.
-        model_type: ``imgproc_gpt2`` or ``imgproc_vit``.
+        model_type: the one of ours that is trained.
 
     Returns:
         The configuration of the checkpoint; None for a new model.
@@ -52,7 +37,7 @@ def check_start(args: ModelArguments, model_type: str) -> Any:
     """
     from transformers import AutoConfig
 
-    name, stock_type = args.model_name_or_path, _STOCK_TYPES[model_type]
+    name, stock_type = args.model_name_or_path, OF_MODEL_TYPE[model_type].name
     if name is None:
         return None
     with _as_usage_errors(f"model_name_or_path {name!r}"):
@@ -106,10 +91,8 @@ def _least_memory(args: ModelArguments, block_size: int, vocab_size: int, batch:
     """Bytes that a training step cannot do without: weights with their gradients and Adam's two moments, the logits
     with their softmax and gradient, and a few activations of every layer; for a bias, the dense logits of one sample.
     """
-    from hf_imgproc_attn import ImgProcGPT2Config
-
-    overrides = parse_overrides(args.config_overrides, ImgProcGPT2Config)
-    fields = {**PRESETS[args.preset or "softmax"], **SMALL_GPT2, **overrides}
+    overrides = parse_overrides(args.config_overrides, GPT2.our_class(GPT2.config))
+    fields = {**PRESETS[args.preset or "softmax"], **GPT2.new_model, **overrides}
     width, layers, heads = (fields[name] for name in ("n_embd", "n_layer", "n_head"))
     if not all(isinstance(size, int) for size in (width, layers, heads)):
         return 0  # the configuration refuses it in its own words
@@ -143,22 +126,14 @@ def build_image_classifier(
     Raises:
         UsageError: for a checkpoint or configuration that cannot be used.
     """
-    from transformers import ViTForImageClassification
-
-    from hf_imgproc_attn import ImgProcViTConfig, ImgProcViTForImageClassification
-
-    overrides = parse_overrides(args.config_overrides, ImgProcViTConfig)
-    head = {
-        "id2label": dict(enumerate(label_names)),
-        "label2id": {name: index for index, name in enumerate(label_names)},
-    }
+    overrides = parse_overrides(args.config_overrides, VIT.our_class(VIT.config))
+    labels = label_fields(label_names)
     if args.model_name_or_path is None:
         size = overrides.get("image_size", image_size[0] if image_size[0] == image_size[1] else list(image_size))
-        fields = {**SMALL_VIT, "image_size": size, "patch_size": default_patch_size(_pair(size)), **head, **overrides}
-        with _as_usage_errors("config_overrides"):
-            model = ImgProcViTForImageClassification(ImgProcViTConfig.from_preset(args.preset or "softmax", **fields))
+        fields = {"image_size": size, "patch_size": default_patch_size(_pair(size)), **labels, **overrides}
+        model = new_model("image-classification", args, fields)
     else:
-        model = _start_from(args, overrides, ImgProcViTForImageClassification, ViTForImageClassification, head)
+        model = start_from("image-classification", args, overrides, labels)
     return model, _image_processor(args.model_name_or_path, model.config)
 
 
@@ -175,24 +150,18 @@ def build_causal_lm(
     Raises:
         UsageError: for a checkpoint or configuration that cannot be used, or blocks longer than the model's positions.
     """
-    from transformers import GPT2LMHeadModel
-
-    from hf_imgproc_attn import ImgProcGPT2Config, ImgProcGPT2LMHeadModel
-
-    overrides = parse_overrides(args.config_overrides, ImgProcGPT2Config)
+    overrides = parse_overrides(args.config_overrides, GPT2.our_class(GPT2.config))
     if args.model_name_or_path is None:
         special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         fields = {
-            **SMALL_GPT2,
             "n_positions": block_size or DEFAULT_BLOCK_SIZE,
             "vocab_size": len(tokenizer),
             **special,
             **overrides,
         }
-        with _as_usage_errors("config_overrides"):
-            model = ImgProcGPT2LMHeadModel(ImgProcGPT2Config.from_preset(args.preset or "softmax", **fields))
+        model = new_model("causal-lm", args, fields)
     else:
-        model = _start_from(args, overrides, ImgProcGPT2LMHeadModel, GPT2LMHeadModel, {})
+        model = start_from("causal-lm", args, overrides)
     if len(tokenizer) > model.config.vocab_size:
         if args.model_name_or_path is None:
             raise UsageError(
@@ -207,6 +176,41 @@ def build_causal_lm(
     if block_size > positions:
         raise UsageError(f"block_size must not exceed the model's {positions} positions, got {block_size}")
     return model, block_size
+
+
+def build_text_classifier(
+    args: ModelArguments, tokenizer: "PreTrainedTokenizerBase", label_names: list[str], max_length: int | None
+) -> tuple["PreTrainedModel", int]:
+    """The classifier, and the length at which its texts are cut.
+
+    Args:
+        args: the model options.
+        tokenizer: decides the vocabulary of a new model; a checkpoint whose vocabulary is too small is refused.
+        label_names: class index -> name. A checkpoint with another number of classes gets a new classification head.
+        max_length: tokens of a text; None for 128 or the model's positions, whichever is less.
+
+    Raises:
+        UsageError: for a checkpoint or configuration that cannot be used, or texts longer than the model's positions.
+    """
+    overrides, labels = parse_overrides(args.config_overrides, BERT.our_class(BERT.config)), label_fields(label_names)
+    if args.model_name_or_path is None:
+        fields = {
+            "max_position_embeddings": max_length or DEFAULT_MAX_LENGTH,
+            "vocab_size": len(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            **labels,
+            **overrides,
+        }
+        model = new_model("text-classification", args, fields)
+    else:
+        model = start_from("text-classification", args, overrides, labels)
+    positions, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
+    if len(tokenizer) > vocabulary:
+        raise UsageError(f"vocab_size must hold the tokenizer's {len(tokenizer)} entries, got {vocabulary}")
+    max_length = min(positions, DEFAULT_MAX_LENGTH) if max_length is None else max_length
+    if max_length > positions:
+        raise UsageError(f"max_length must not exceed the model's {positions} positions, got {max_length}")
+    return model, max_length
 
 
 def parse_overrides(words: list[str], config_class: type[Any]) -> dict[str, Any]:
@@ -256,20 +260,56 @@ def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _start_from(
-    args: ModelArguments,
-    overrides: dict[str, Any],
-    model_class: type[Any],
-    stock_class: type[Any],
-    head: dict[str, Any],
+def label_fields(label_names: list[str]) -> dict[str, Any]:
+    """The fields of a configuration that name the classes."""
+    return {
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: index for index, name in enumerate(label_names)},
+    }
+
+
+def new_model(task: str, args: ModelArguments, fields: dict[str, Any]) -> Any:
+    """A new, small model of a task's backbone.
+
+    Args:
+        task: a key of ``TASKS``.
+        args: the model options.
+        fields: of the configuration; they win over the backbone's ``new_model``.
+
+    Raises:
+        UsageError: for a configuration that cannot be used.
+    """
+    row = OF_TASK[task]
+    model_class = row.our_class(row.head(TASKS[task].auto_class).variant)
+    with _as_usage_errors("config_overrides"):
+        config = row.our_class(row.config).from_preset(args.preset or "softmax", **{**row.new_model, **fields})
+        return model_class(config)
+
+
+def start_from(
+    task: str, args: ModelArguments, overrides: dict[str, Any], labels: dict[str, Any] | None = None
 ) -> Any:
-    """Load a checkpoint of ours, or convert a stock one. Only a classification head may be new."""
+    """Load a checkpoint of ours, or convert a stock one. Only a classification head may be new.
+
+    Args:
+        task: a key of ``TASKS``.
+        args: the model options.
+        overrides: further fields of the configuration.
+        labels: of a classifier, from :func:`label_fields`.
+
+    Raises:
+        UsageError: for a checkpoint that cannot be used.
+    """
     import torch
 
     from hf_imgproc_attn import convert
 
-    name = args.model_name_or_path
-    config_class, stock_type = model_class.config_class, stock_class.config_class.model_type
+    row, name, head = OF_TASK[task], args.model_name_or_path, labels or {}
+    model_class, stock_class = (
+        row.our_class(row.head(TASKS[task].auto_class).variant),
+        row.stock_class(row.head(TASKS[task].auto_class).stock),
+    )
+    config_class, stock_type = row.our_class(row.config), row.name
     with _as_usage_errors(f"model_name_or_path {name!r}"):
         found = check_start(args, config_class.model_type)
         # Single precision whatever the file holds: the optimiser needs it; bf16 and fp16 are options of the Trainer.
@@ -301,7 +341,8 @@ def _check_preset(preset: str, found: Any) -> None:
 def _check_loaded(name: str, missing: Any, mismatched: Any, unexpected: Any = ()) -> None:
     """Refuse a checkpoint of which anything but the classification head would start at random or be dropped."""
     keys = {*missing, *(entry[0] for entry in mismatched), *unexpected}
-    wrong = sorted(key for key in keys if not key.startswith("classifier."))
+    # A pretrained text encoder may come with the head of its pretraining, and without the pooler of a classifier.
+    wrong = sorted(key for key in keys if not re.match(r"classifier\.|cls\.|(\w+\.)?pooler\.", key))
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UsageError(

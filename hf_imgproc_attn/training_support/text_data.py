@@ -67,10 +67,10 @@ def load_text_splits(args: TextDataArguments) -> dict[str, TextSplit]:
     """
     if args.dataset_name == EMBEDDED_TEXT:
         refuse_config_name(args)
-        splits = _pydoc_topics()
+        splits = _manual()
     else:
         rows = load_splits(args, EMBEDDED_TEXT)
-        column = _text_column(rows["train"], args.text_column_name)
+        column = text_column(rows["train"], args.text_column_name)
         for split in rows:
             require_column(rows[split], column, "text_column_name", split)
         splits = {split: [_as_line(text) for text in part[column] if text is not None] for split, part in rows.items()}
@@ -165,7 +165,12 @@ def _as_line(text: str) -> str:
     return text.rstrip("\r\n") + "\n"
 
 
-def _text_column(rows: Any, given: str | None) -> str:
+def text_column(rows: Any, given: str | None) -> str:
+    """The column with the texts: the one that was given, else the one that is called so, else the only one.
+
+    Raises:
+        UsageError: if there is none, or several.
+    """
     import datasets
 
     strings = [
@@ -180,10 +185,11 @@ def _text_column(rows: Any, given: str | None) -> str:
     return str(given)
 
 
-def _pydoc_topics() -> dict[str, list[str]]:
-    """The topics of Python's manual, by topic: 80 % training, 10 % validation, 10 % test.
+def pydoc_topics() -> dict[str, str]:
+    """The manual inside Python: title of a topic -> its text.
 
-    A hash of its title decides where a topic goes, so it never moves, although the manual changes with Python.
+    Raises:
+        UsageError: if this Python has none.
     """
     try:
         from pydoc_data.topics import topics
@@ -191,8 +197,16 @@ def _pydoc_topics() -> dict[str, list[str]]:
         raise UsageError(
             f"{EMBEDDED_TEXT} needs pydoc_data of the standard library, which this Python lacks"
         ) from error
+    return dict(topics)
+
+
+def _manual() -> dict[str, list[str]]:
+    """The topics of Python's manual, by topic: 80 % training, 10 % validation, 10 % test.
+
+    A hash of its title decides where a topic goes, so it never moves, although the manual changes with Python.
+    """
     splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-    for title, text in sorted(topics.items()):
+    for title, text in sorted(pydoc_topics().items()):
         place = int.from_bytes(hashlib.sha256(title.encode()).digest()[:4], "big") % 10
         split = {7: "test", 6: "validation"}.get(place, "train")
         splits[split] += [line + "\n" for line in text.splitlines()]

@@ -16,7 +16,11 @@ from hf_imgproc_attn import records
 from hf_imgproc_attn.errors import UsageError, plain_message
 from hf_imgproc_attn.output_paths import check_output_folder, write_or_keep, writing
 from hf_imgproc_attn.training_support.arguments import Arguments
-from hf_imgproc_attn.training_support.checkpoints import full_disk_named, newest_complete_checkpoint
+from hf_imgproc_attn.training_support.checkpoints import (
+    full_disk_named,
+    newest_complete_checkpoint,
+    saved_filters,
+)
 from hf_imgproc_attn.training_support.trainer_arguments import build_training_arguments
 
 if TYPE_CHECKING:
@@ -250,6 +254,8 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
             "training_seconds": run.record.get("training_seconds", 0.0) + seconds,
             "weights_sha256": records.weights_sha256(run.training_args.output_dir),
         }
+        if (filters := saved_filters(run.training_args.output_dir)) is not None:
+            run.record["filter_summary"] = filters
         print(metrics_table(metrics))
         path = Path(run.training_args.output_dir) / records.FILE_NAME
         write_or_keep(path, lambda file: records.write_json(file, run.record), "output_dir")

@@ -20,8 +20,9 @@ from huggingface_hub import ModelCard
 from hf_imgproc_attn import PRESETS
 from hf_imgproc_attn.cards.rendering import RunResults, load_results, render_card
 from hf_imgproc_attn.cards.results import METRICS, check_results
-from hf_imgproc_attn.catalogue.equations import VARIANTS
+from hf_imgproc_attn.catalogue.presets import VARIANTS
 from hf_imgproc_attn.catalogue.works import PACKAGE_PAPERS, PAPERS
+from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.models.spec_fields import preset_fields
 from hf_imgproc_attn.records import public_record
 from hf_imgproc_attn.training_support.argument_parser import parse_arguments
@@ -38,7 +39,7 @@ import make_cards
 import make_results
 
 RESULTS, CARDS = ROOT / "training" / "results", ROOT / "model_cards"
-NAMES = [f"{recipe}_{preset}" for recipe in make_results.RECIPES for preset in PRESETS]
+NAMES = [name for name in make_results.NAMES if not name.startswith("bert")]
 
 
 @pytest.fixture
@@ -213,17 +214,102 @@ def test_card_shows_equation_sources_and_citations_of_its_preset(name: str) -> N
 
 
 def test_custom_filter_is_listed_field_by_field(images: RunResults) -> None:
-    card = render(changed(images, model_config__boosting="twicing", model_config__boosted_layers=[-2, -1]))
-    (fields,) = [table for table in tables(card) if table[0] == ["field", "value"]]
+    card = render(changed(images, model_config__boosting="sos", model_config__boosted_layers=[-2, -1]))
+    (fields,) = [table for table in tables(card) if table[0] == ["field", "this model", "the stock model"]]
     assert fields[1:] == [
-        ["position_kernel", "untied"],
-        ["learn_bandwidths", "True"],
-        ["boosting", "twicing"],
-        ["boosted_layers", "[-2, -1]"],
+        ["position_kernel", "untied", "additive"],
+        ["learn_bandwidths", "True", "False"],
+        ["boosting", "sos", "none"],
+        ["boosted_layers", "[-2, -1]", "None"],
     ]
     assert "$$" not in card
-    assert "with `custom` self-attention" in card
+    assert "with `custom` self-attention, trained" in card
     assert "custom" in front_matter(card)["tags"]
+
+
+def test_a_varied_preset_is_named_after_it(images: RunResults) -> None:
+    """As a converted `neutreno` is, whose strength is learned from 0 on; the published one is the preset itself."""
+    run = changed(load_results(RESULTS / "vit_digits_neutreno.json"), model_config__neutreno_lambda=0.6)
+    assert "with `neutreno` self-attention, trained" in render(run)
+    run = changed(run, model_config__neutreno_lambda=0.0, model_config__learn_feedback=True)
+    card = render(run)
+    assert "with `neutreno` self-attention (`neutreno_lambda=0.0`, `learn_feedback=True`), trained" in card
+    assert "this run (`neutreno`)" in card
+    assert {"neutreno"} == {"custom", *PRESETS} & set(front_matter(card)["tags"])
+    assert f"$$ {VARIANTS['neutreno'].equation} $$" in card
+    assert PAPERS["neutreno"].bibtex in card
+    (fields,) = [table for table in tables(card) if table[0] == ["field", "this model", "the preset"]]
+    assert fields[1:] == [["neutreno_lambda", "0.0", "None"], ["learn_feedback", "True", "False"]]
+    assert "So the preset `neutreno`. The fields in which this model differs from it:" in card
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_learned_logits_of_the_class_token_are_told(preset: str) -> None:
+    """Of every position kernel that is a term of the logits; of images only, text has no class token."""
+    compares = preset_fields(preset).get("position_kernel") in ("untied", "gaussian", "alibi", "relative_buckets")
+    for recipe in make_results.RECIPES:
+        card = render(load_results(RESULTS / f"{recipe}_{preset}.json"))
+        assert ("three a head" in card) == (compares and recipe == "vit_digits")
+        learns = compares and (recipe == "vit_digits" or preset not in ("alibi", "tupe"))
+        assert ("not recorded.\n\n## Results" in card) == (learns or preset in ("nlm", "learned_twicing"))
+
+
+def test_only_the_stock_filter_is_called_stock(stock: RunResults) -> None:
+    for card, is_stock in (
+        (render(stock), True),
+        (render(changed(stock, model_config__content_bandwidth=3.0)), False),
+    ):
+        assert ("the stock self-attention (`softmax`)" in card) == is_stock
+        assert ("This is the stock model" in card) == is_stock
+        assert ("with `softmax` self-attention (`content_bandwidth=3.0`)" in card) != is_stock
+
+
+# -- the filters
+
+
+def test_the_numbers_of_the_filters_are_a_table(images: RunResults) -> None:
+    rows = [
+        {"layer": layer, "head": head, "h_y": 2.0, "h_p": 1.5 + head, **({"lambda": layer / 8} if layer else {})}
+        for layer in range(2)
+        for head in range(2)
+    ]
+    card = render(changed(images, filter_summary={"rows": rows, "learned": ["h_p", "lambda"]}))
+    (table,) = [table for table in tables(card) if table[0][0] == "layer"]
+    assert table[0] == ["layer", "`h_p` (learned)", "`lambda` (learned)"]
+    assert table[1:] == [["0", "1.5, 2.5", "-"], ["1", "1.5, 2.5", "0.125, 0.125"]]
+    assert "The same in all heads, and fixed: `h_y` = 2." in card
+    assert "`lambda`: λ of the feedback" in card
+    assert card.index("## What it computes") < card.index("## Numbers of the filters") < card.index("## Results")
+
+
+def test_numbers_that_were_not_recorded_are_missed_only_where_there_are_any(images: RunResults) -> None:
+    sentence = "What the filters have learned beside their projections is not recorded."
+    assert sentence in render(images)
+    summary = {"rows": [{"layer": 0, "head": 0, "h_y": 2.0}], "learned": []}
+    for run in (load_results(RESULTS / "gpt2_pydoc_twicing.json"), changed(images, filter_summary=summary)):
+        assert sentence not in render(run)
+        assert "Beside the projections nothing in the filters is learned." in render(run)
+
+
+@pytest.mark.parametrize(
+    ("summary", "message"),
+    [
+        ([], "filter_summary must be of type dict"),
+        ({}, "must have lists of rows and of learned names"),
+        ({"rows": [3], "learned": []}, "must have a layer and a head, got 3"),
+        ({"rows": [{"layer": 0, "head": 0, "h_y": "2"}], "learned": []}, "h_y in filter_summary must be a number"),
+        ({"rows": [], "learned": [3]}, "must be names"),
+    ],
+    ids=str,
+)
+def test_a_summary_of_another_form_is_refused_by_name(
+    images: RunResults, tmp_path: Path, summary: Any, message: str
+) -> None:
+    record = changed(images, filter_summary=summary).record
+    (tmp_path / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(UsageError, match=message) as error:
+        load_results(tmp_path)
+    assert "run.json: " in str(error.value)
 
 
 # -- numbers
@@ -527,7 +613,10 @@ def test_results_are_read_from_run_folders_too(tmp_path: Path, images: RunResult
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "detection"}, "task must be one of image-classification, causal-lm, got 'detection'"),
+        (
+            {"task": "detection"},
+            "task must be one of causal-lm, image-classification, text-classification, got 'detection'",
+        ),
         ({"status": "running"}, "the run must have finished, got status 'running'"),
         ({"arguments__trainer": None}, "the arguments have no trainer"),
         ({"metrics": []}, r"metrics must be of type dict, got \[\]"),

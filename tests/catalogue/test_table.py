@@ -10,7 +10,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from hf_imgproc_attn import PRESETS, ImgProcGPT2Config, ImgProcGPT2LMHeadModel, ImgProcViTConfig, ImgProcViTModel, cli
 from hf_imgproc_attn.catalogue import table
-from hf_imgproc_attn.catalogue.works import PAPERS, PAPERS_OF
+from hf_imgproc_attn.catalogue.presets import REASONS, VARIANTS
+from hf_imgproc_attn.catalogue.works import PAPERS
 from hf_imgproc_attn.models.layer_filter import AttentionFilter
 from tests.helpers import ROOT, RunPython
 from tests.models.helpers import sharpen_
@@ -18,13 +19,12 @@ from tests.models.helpers import sharpen_
 PAGE = (ROOT / "docs" / "variants.md").read_text(encoding="utf-8")
 
 
-def test_every_preset_has_its_entries_and_no_other() -> None:
-    assert set(table.EQUATIONS) == set(PRESETS) == set(PAPERS_OF)
-    assert set(table.LIMITS) <= set(PRESETS)
+def test_every_preset_has_its_row_and_no_other() -> None:
+    assert list(VARIANTS) == list(PRESETS)
     used = {reason for preset in PRESETS for reason in table.limits(preset)}
-    assert used == set(table.REASONS)
-    assert len(set(table.EQUATIONS.values())) == len(PRESETS)
-    assert not any("|" in equation for equation in table.EQUATIONS.values())
+    assert used == set(REASONS)
+    assert len({variant.text for variant in VARIANTS.values()}) == len(PRESETS)
+    assert not any("|" in variant.text for variant in VARIANTS.values())
     assert set(table.COLUMNS) == set(vars(table.row("softmax")))
 
 

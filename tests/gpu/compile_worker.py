@@ -1,62 +1,110 @@
-"""Compiles the Triton kernels for compute capability 9.0, which needs no GPU, and prints what came out as JSON."""
+"""Compiles the Triton kernels for compute capability 9.0, which needs no GPU, and prints what came out as JSON.
+
+The operator itself is called, so that arguments are bound and specialised as they would be before a launch.
+"""
 
 from __future__ import annotations
 
 import json
-from types import ModuleType
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import autotuner, driver, jit
 
-from hf_imgproc_attn.gpu import triton_general, triton_short, triton_single_pass
+from hf_imgproc_attn.gpu import fused
+from hf_imgproc_attn.models.kernel_position import BlockedPositions, ClassTokens, GaussianPositions
+from hf_imgproc_attn.models.kernel_relative import AlibiPositions, BucketPositions, bucket_boundaries
 
-CONSTANTS = {"HEAD_DIM": 64, "BLOCK_D": 64, "HALF": 128, "HAS_MASK": True, "ADD_DQ": True}
-FLOATS = ("lse_pointer", "delta_pointer", "dq_sum_pointer")
-
-
-def compile_kernel(name: str, kernel: Any, config: Any, constants: dict[str, Any]) -> dict[str, Any]:
-    function = kernel.fn
-    blocks = {"BLOCK_N": 256} if name == "short_backward_kernel" else {}
-    known = {**constants, **blocks, **config.kwargs}
-    types, aligned = {}, {}
-    for index, argument in enumerate(function.arg_names):
-        if argument in known:
-            types[argument] = "constexpr"
-        elif argument.endswith("_pointer"):
-            types[argument] = "*u8" if argument == "mask_pointer" else "*fp32" if argument in FLOATS else "*bf16"
-        else:
-            types[argument] = "fp32" if argument in ("scale", "softmax_scale") else "i32"
-        if argument.endswith(("_pointer", "_b", "_h", "_n")) and types[argument] != "constexpr":
-            aligned[(index,)] = [["tt.divisibility", 16]]
-    values = {(function.arg_names.index(key),): value for key, value in known.items() if key in function.arg_names}
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    source = ASTSource(function, types, values, aligned)
-    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    return {
-        "kernel": name,
-        "constants": {key: value for key, value in known.items() if key in function.arg_names},
-        "shared_memory": binary.metadata.shared,
-        "warp_group_products": binary.asm["ptx"].count("wgmma.mma_async"),
-        "bytes": len(binary.asm["cubin"]),
-    }
+LENGTH = 300
 
 
-def kernels(module: ModuleType) -> dict[str, Any]:
-    return {name: item for name, item in vars(module).items() if name.endswith("_kernel")}
+class NoDevice:
+    """A driver without a device, which Triton asks for what it compiles for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Compiler:
+    """Stands in for launching: compiles each kernel with one of its configurations.
+
+    The last one has the largest blocks, which need most shared memory; the first one compiles soonest.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[dict[str, Any]] = []
+        self.label, self.configuration = "", -1
+        self.launch = jit.JITFunction.run
+
+    def tuned(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        self.compile(
+            kernel.fn, *args, grid=grid, warmup=True, **kwargs, **kernel.configs[self.configuration].all_kwargs()
+        )
+
+    def compile(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        binary = self.launch(kernel, *args, grid=grid, warmup=True, **kwargs)
+        self.found.append(
+            {
+                "kernel": kernel.__name__,
+                "case": self.label,
+                "products": binary.asm["ttir"].count("tt.dot"),
+                "shared_memory": binary.metadata.shared,
+                "warp_group_products": binary.asm["ptx"].count("wgmma.mma_async"),
+                "bytes": len(binary.asm["cubin"]),
+            }
+        )
+
+
+def positions(kind: str, heads: int, length: int) -> BlockedPositions | None:
+    """Learned ones, with class tokens where the kernel has two axes."""
+    axes = 2 if kind == "gaussian" else 1
+    places = torch.arange(length * axes, dtype=torch.float32).view(1, length, axes)
+    class_tokens = ClassTokens(1, torch.zeros(heads, 3)) if axes == 2 else None
+    scale = torch.ones(heads, 1, 1, requires_grad=True)
+    if kind == "gaussian":
+        return GaussianPositions(places, places, scale, class_tokens, 1.0, True, False)
+    if kind == "alibi":
+        return AlibiPositions(places, places, scale.detach(), class_tokens, 1.0, False, False)
+    if kind == "buckets":
+        table = torch.zeros(heads, axes, 32, requires_grad=True)
+        return BucketPositions(places, places, table, class_tokens, bucket_boundaries(32, 128), False)
+    return None
 
 
 def main() -> None:
-    found = []
-    for module in (triton_general, triton_short, triton_single_pass):
-        for name, kernel in kernels(module).items():
-            # The largest blocks need most shared memory.
-            found.append(
-                compile_kernel(name, kernel, kernel.configs[-1], {**CONSTANTS, "CAUSAL": True, "WITH_DQ": True})
-            )
-    print(json.dumps(found))
+    compiler = Compiler()
+    driver.set_active(NoDevice())
+    autotuner.Autotuner.run = lambda kernel, *args, **kwargs: compiler.tuned(kernel, *args, **kwargs)
+    jit.JITFunction.run = lambda kernel, *args, **kwargs: compiler.compile(kernel, *args, **kwargs)
+    fused.INTERPRETED = True  # tensors of the CPU stand in for a GPU's
+    for algorithm, kind, boosting, key_heads in (
+        ("general", "gaussian", "twicing", 1),
+        ("general", "buckets", "none", 2),
+        ("short", "alibi", "twicing", 2),
+        ("single_pass", "none", "twicing", 2),
+    ):
+        compiler.label = f"{algorithm}, {kind}, {boosting}"
+        compiler.configuration = 0 if kind == "buckets" else -1
+        length = 256 if algorithm == "short" else LENGTH
+        query, key, value = (
+            torch.zeros(1, heads, length, 64, dtype=torch.bfloat16, requires_grad=True)
+            for heads in (2, key_heads, key_heads)
+        )
+        mask = torch.ones(1, length, dtype=torch.bool) if kind == "gaussian" else None
+        options: dict[str, Any] = {"boosting": boosting, "algorithm": algorithm, "is_causal": algorithm != "short"}
+        out = fused.fused_attention(query, key, value, mask, positions=positions(kind, 2, length), **options)
+        out.sum().backward()
+    print(json.dumps(compiler.found))
 
 
 if __name__ == "__main__":
+    assert triton.__version__
     main()

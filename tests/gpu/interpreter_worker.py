@@ -9,19 +9,21 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from hf_imgproc_attn.gpu import refuses, supports
-from hf_imgproc_attn.gpu.twicing import choose, twicing_attention, twicing_backward, twicing_forward
+from hf_imgproc_attn.gpu.fused import choose, fused_attention, fused_backward, fused_forward
+from hf_imgproc_attn.gpu.places import position_tensors
 from hf_imgproc_attn.models.backend_call import Booster, Content, FilterCall
 from hf_imgproc_attn.models.backend_table import BACKENDS
 from hf_imgproc_attn.models.kernel_given import BiasPositions
+from hf_imgproc_attn.models.kernel_position import BlockedPositions, ClassTokens, GaussianPositions
+from hf_imgproc_attn.models.kernel_relative import AlibiPositions, BucketPositions, bucket_boundaries
 from hf_imgproc_attn.models.visibility import attention_visibility
-from tests.models.helpers import dense_attention
 
 Tensors = list[torch.Tensor]
 SCALE = 0.3
@@ -36,26 +38,40 @@ class Case(NamedTuple):
     dtype: str = "float32"
     batch: int = 2
     deterministic: bool = False
+    positions: str = ""
+    """Kernel, and "patches" for two axes, with class tokens."""
+    boosting: str = "twicing"
+    key_heads: int = 2
+    inverse: float = 1.0
+    """Of the bandwidths, for the narrowest head."""
 
 
 CASES = [
-    Case("general", 37, 32, True),
-    Case("general", 70, 64, False, masked=True, deterministic=True),
+    Case("general", 37, 32, True, batch=1),
+    Case("general", 70, 64, False, masked=True, batch=1, deterministic=True, positions="gaussian patches"),
     Case("general", 33, 96, True, masked=True, deterministic=True),
-    Case("general", 65, 128, False, batch=1),
-    Case("general", 101, 40, True, masked=True),
-    Case("general", 1, 16, True),
-    Case("short", 17, 32, False),
-    Case("short", 70, 64, False, masked=True),
-    Case("short", 197, 48, False, masked=True, batch=1),
-    Case("single_pass", 37, 32, True),
-    Case("single_pass", 131, 64, True, masked=True),
-    Case("single_pass", 70, 128, True, batch=1),
-    *(
-        Case(algorithm, 70, 32, is_causal, masked=True, dtype=dtype)
-        for algorithm, is_causal in (("general", True), ("general", False), ("short", False), ("single_pass", True))
-        for dtype in ("bfloat16", "float16")
-    ),
+    Case("general", 20, 128, False, batch=1),
+    Case("general", 70, 40, True, masked=True, positions="relative_buckets", key_heads=1),
+    Case("general", 1, 16, True, positions="gaussian"),
+    Case("general", 40, 16, False, masked=True, positions="gaussian", inverse=6.0),
+    Case("general", 33, 24, True, masked=True, positions="gaussian", boosting="none", key_heads=1),
+    Case("general", 70, 16, False, batch=1, positions="alibi patches", boosting="none"),
+    Case("general", 33, 16, True, deterministic=True, positions="relative_buckets", boosting="none", batch=1),
+    Case("short", 17, 32, False, batch=1),
+    Case("short", 50, 64, False, masked=True, positions="alibi patches", key_heads=1),
+    Case("short", 30, 16, False, masked=True, positions="relative_buckets patches"),
+    Case("short", 129, 48, False, masked=True, batch=1, positions="gaussian"),
+    Case("single_pass", 37, 32, True, positions="alibi", key_heads=1),
+    Case("single_pass", 131, 64, True, masked=True, positions="gaussian", batch=1),
+    Case("single_pass", 20, 128, True, batch=1),
+    Case("single_pass", 70, 16, True, positions="relative_buckets patches", batch=1),
+    Case("general", 70, 32, True, masked=True, dtype="bfloat16", batch=1, positions="gaussian"),
+    Case("general", 40, 32, False, masked=True, dtype="float16", batch=1),
+    Case("general", 40, 32, False, dtype="float16", positions="relative_buckets patches", boosting="none", batch=1),
+    Case("short", 40, 32, False, masked=True, dtype="bfloat16", batch=1),
+    Case("short", 40, 32, False, masked=True, dtype="float16", positions="gaussian patches", batch=1),
+    Case("single_pass", 70, 32, True, masked=True, dtype="bfloat16", batch=1, positions="alibi"),
+    Case("single_pass", 40, 32, True, masked=True, dtype="float16", batch=1),
 ]
 
 
@@ -69,30 +85,80 @@ def inputs_of(case: Case) -> tuple[Tensors, torch.Tensor | None]:
     dtype, heads = getattr(torch, case.dtype), 2
     packed = torch.randn(case.batch, case.length, 3, heads, case.head_dim).to(dtype)
     query, key, value = packed.permute(2, 0, 3, 1, 4)
+    key, value = key[:, : case.key_heads], value[:, : case.key_heads]
     grad = torch.randn(case.batch, heads, case.length, case.head_dim).to(dtype)
     mask = None
     if case.masked:
         mask = torch.ones(case.batch, case.length, dtype=torch.bool)
-        mask[0, : case.length // 3] = False
+        mask[0, 2 * ("patches" in case.positions) : case.length // 3] = False
         mask[1:, -2:] = False
     return [query, key, value, grad], mask
 
 
-def results(tensors: Tensors, attend: Callable[..., torch.Tensor], dtype: torch.dtype) -> Tensors:
-    """Output, dQ, dK, dV."""
+def parameters_of(case: Case) -> Tensors:
+    """The position kernel's, then the class tokens'; float64 numbers that float32 holds."""
+    kernel, *patches = case.positions.split()
+    generator = torch.Generator().manual_seed(1)
+    own = torch.rand(2, 1, 1, generator=generator) * 0.2 + 0.05
+    if kernel == "gaussian":
+        own = own * case.inverse**2
+    elif kernel == "relative_buckets":
+        own = torch.randn(2, 1 + len(patches), 8, generator=generator)
+    return [own.double(), *([torch.randn(2, 3, generator=generator).double()] if patches else [])]
+
+
+def positions_of(case: Case, parameters: Tensors) -> BlockedPositions:
+    """Places of texts differ between the items of the batch; patches share theirs, and come behind class tokens."""
+    kernel, *patches = case.positions.split()
+    own, *class_logits = parameters
+    if patches:
+        grid = torch.cartesian_prod(torch.arange(40), torch.arange(5))[: case.length - 2]
+        places = nn.functional.pad(grid, (0, 0, 2, 0)).unsqueeze(0)
+    else:
+        steps = torch.arange(1, case.batch + 1).view(-1, 1, 1)
+        places = steps * torch.arange(case.length).view(1, -1, 1)
+    places = places.to(own.dtype)
+    class_tokens = ClassTokens(2, class_logits[0]) if patches else None
+    if kernel == "gaussian":
+        return GaussianPositions(places, places, own, class_tokens, 1.0, True, False)
+    if kernel == "alibi":  # keys that are not known to be the queries' own
+        return AlibiPositions(places, places.clone(), own, class_tokens, 1.0, False, False)
+    boundaries = bucket_boundaries(4 if patches else 8, 12)
+    return BucketPositions(places, places, own, class_tokens, boundaries, bool(patches))
+
+
+def results(
+    tensors: Tensors, attend: Callable[..., torch.Tensor], dtype: torch.dtype, parameters: Sequence[torch.Tensor] = ()
+) -> Tensors:
+    """Output, dQ, dK, dV, and gradients of the parameters."""
     *inputs, grad = tensors
     leaves = [tensor.to(dtype).detach().requires_grad_() for tensor in inputs]
+    precise = torch.promote_types(dtype, torch.float32)
+    leaves += [parameter.to(precise).detach().requires_grad_() for parameter in parameters]
     out = attend(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
 
 
-def reference(mask: torch.Tensor | None, is_causal: bool, boosting: str) -> Callable[..., torch.Tensor]:
+def reference(
+    mask: torch.Tensor | None, is_causal: bool, boosting: str, case: Case | None = None
+) -> Callable[..., torch.Tensor]:
     """The formula, dense."""
 
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        allowed = None if mask is None else mask[:, None, None]
-        options: dict[str, Any] = {"attention_mask": allowed, "is_causal": is_causal, "boosting": boosting}
-        return dense_attention(query @ key.mT * SCALE, value, value, **options)[0]
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        call = FilterCall(
+            query,
+            key,
+            value,
+            Content("dot_product", SCALE),
+            attention_visibility(
+                None if mask is None else mask[:, None, None],
+                shape=(*query.shape[:3], key.shape[2]),
+                causal=is_causal,
+            ),
+            positions=() if case is None or not parameters else (positions_of(case, list(parameters)),),
+            booster=Booster(boosting),
+        )
+        return BACKENDS["reference"].run(call)
 
     return attend
 
@@ -130,14 +196,19 @@ def measure(case: Case) -> dict[str, Any]:
     torch.use_deterministic_algorithms(case.deterministic)
     tensors, mask = inputs_of(case)
     dtype = getattr(torch, case.dtype)
+    parameters = parameters_of(case) if case.positions else []
 
-    def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        options: dict[str, Any] = {"is_causal": case.is_causal, "algorithm": case.algorithm}
-        return twicing_attention(query, key, value, mask, scale=SCALE, **options)
+    def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *own: torch.Tensor) -> torch.Tensor:
+        options: dict[str, Any] = {"is_causal": case.is_causal, "algorithm": case.algorithm, "boosting": case.boosting}
+        positions = positions_of(case, list(own)) if own else None
+        return fused_attention(query, key, value, mask, positions=positions, scale=SCALE, **options)
 
-    got = results(tensors, fused, dtype)
-    found: dict[str, Any] = {"case": "-".join(map(str, case)), "dtype": case.dtype}
-    found["errors"] = errors(got, results(tensors, reference(mask, case.is_causal, "twicing"), torch.float64))
+    got = results(tensors, fused, dtype, parameters)
+    formula = reference(mask, case.is_causal, case.boosting, case)
+    found: dict[str, Any] = {
+        **case._asdict(),
+        "errors": errors(got, results(tensors, formula, torch.float64, parameters)),
+    }
     found["strides_follow"] = got[0].transpose(1, 2).is_contiguous()
     if case.dtype != "float32":
         for passes, boosting in ((1, "none"), (2, "twicing")):
@@ -156,8 +227,8 @@ def causality() -> dict[str, Any]:
         changed = [tensor.clone() for tensor in (query, key, value)]
         for tensor in changed:
             tensor[..., 40, :] += 1.0
-        before = twicing_attention(query, key, value, is_causal=True, algorithm=algorithm)
-        after = twicing_attention(*changed, is_causal=True, algorithm=algorithm)
+        before = fused_attention(query, key, value, is_causal=True, algorithm=algorithm)
+        after = fused_attention(*changed, is_causal=True, algorithm=algorithm)
         change = (after - before).abs().amax((0, 1, 3))
         found[algorithm] = [float(change[:40].max()), float(change[40:].min())]
     return found
@@ -167,10 +238,18 @@ def saved_tensors() -> dict[str, float]:
     """Largest difference between algorithms in what they leave for the backward, which may be another's."""
     found = {}
     for is_causal, others in ((True, ["single_pass"]), (False, ["short"])):
-        (query, key, value, _), mask = inputs_of(Case("general", 70, 32, is_causal, masked=True))
-        wanted = twicing_forward(query, key, value, mask, SCALE, is_causal, "general")
+        (query, key, value, _), mask = inputs_of(Case("general", 40, 32, is_causal, masked=True))
+        case = Case("general", 40, 32, is_causal, masked=True, positions="gaussian")
+        inputs = (query, key, value, mask, *position_tensors(positions_of(case, parameters_of(case)), query)[2:])
+
+        def forward(
+            algorithm: str, inputs: tuple[Any, ...] = inputs, is_causal: bool = is_causal
+        ) -> tuple[torch.Tensor, ...]:
+            return fused_forward(*inputs, 1, 0, SCALE, is_causal, True, algorithm)
+
+        wanted = forward("general")
         for other in others:
-            got = twicing_forward(query, key, value, mask, SCALE, is_causal, other)
+            got = forward(other)
             same_hidden = torch.equal(got[2].isinf(), wanted[2].isinf())
             differences = [float((a - b).nan_to_num(0.0).abs().max()) for a, b in zip(got, wanted, strict=True)]
             found[other] = max(differences) if same_hidden else float("inf")
@@ -179,18 +258,26 @@ def saved_tensors() -> dict[str, float]:
 
 def operator_checks() -> dict[str, str]:
     """PyTorch's own checks of both operators."""
-    (query, key, value, grad), mask = inputs_of(Case("general", 19, 16, True, masked=True))
+    case = Case("general", 19, 16, True, masked=True, positions="gaussian")
+    (query, key, value, grad), mask = inputs_of(case)
     leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-    forward = (*leaves, mask, SCALE, True, "general")
-    found = torch.library.opcheck(twicing_forward, forward)
-    out, residual, lse = (tensor.detach() for tensor in twicing_forward(*forward))
-    backward = (grad, query, key, value, mask, out, residual, lse, SCALE, True, "general", False)
+    scales = [parameter.float().requires_grad_() for parameter in parameters_of(case)]
+    kind, class_tokens, coordinates, key_coordinates, scale, lookup = position_tensors(
+        positions_of(case, scales), query
+    )
+    places = [coordinates, key_coordinates, None if scale is None else scale.detach().requires_grad_(), lookup]
+    options = (kind, class_tokens, SCALE, True, True, "general")
+    found = torch.library.opcheck(fused_forward, (*leaves, mask, *places, *options))
+    with torch.no_grad():
+        out, residual, lse = fused_forward(*leaves, mask, *places, *options)
+    places = [None if tensor is None else tensor.detach() for tensor in places]
+    backward = (grad, query, key, value, mask, *places, out, residual, lse, *options, True, False)
     tests = ("test_schema", "test_faketensor")
     return {**found, **{f"backward {name}": text for name, text in _opcheck(backward, tests).items()}}
 
 
 def _opcheck(arguments: tuple[Any, ...], tests: tuple[str, ...]) -> dict[str, str]:
-    return torch.library.opcheck(twicing_backward, arguments, test_utils=tests)
+    return torch.library.opcheck(fused_backward, arguments, test_utils=tests)
 
 
 def compiled() -> dict[str, Any]:
@@ -199,7 +286,7 @@ def compiled() -> dict[str, Any]:
 
     def layer(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         assert supports(query, key, value, is_causal=True) is None
-        return twicing_attention(query.sin(), key, value, mask, is_causal=True).cos()
+        return fused_attention(query.sin(), key, value, mask, is_causal=True).cos()
 
     fast = torch.compile(layer, backend=counter, fullgraph=True)
     differences = []
@@ -214,34 +301,54 @@ def compiled() -> dict[str, Any]:
 def edges() -> dict[str, Any]:
     """What happens at the edges of the domain."""
     (query, key, value, _), _ = inputs_of(Case("general", 19, 16, False))
-    nothing = torch.zeros(2, 19, dtype=torch.bool)
+    nothing, patches = torch.zeros(2, 19, dtype=torch.bool), Case("general", 19, 16, False, positions="alibi patches")
     leaf = query.detach().requires_grad_()
-    out = twicing_attention(leaf, key, value, nothing)
+    out = fused_attention(leaf, key, value, nothing)
     (gradient,) = torch.autograd.grad(out.sum(), leaf)  # a gradient without memory of its own, too
     refused = {}
     for name, call in {
-        "shape": lambda: twicing_attention(query, key[:, :, 1:], value),
-        "dtype": lambda: twicing_attention(query.double(), key.double(), value.double()),
-        "width": lambda: twicing_attention(*(torch.zeros(1, 1, 2, 136) for _ in range(3))),
-        "mask": lambda: twicing_attention(query, key, value, torch.ones(2, 19)),
-        "algorithm": lambda: twicing_attention(query, key, value, algorithm="fast"),
-        "short": lambda: twicing_attention(query, key, value, is_causal=True, algorithm="short"),
-        "single_pass": lambda: twicing_attention(query, key, value, algorithm="single_pass"),
+        "shape": lambda: fused_attention(query, key[:, :, 1:], value),
+        "dtype": lambda: fused_attention(query.double(), key.double(), value.double()),
+        "width": lambda: fused_attention(*(torch.zeros(1, 1, 2, 136) for _ in range(3))),
+        "mask": lambda: fused_attention(query, key, value, torch.ones(2, 19)),
+        "algorithm": lambda: fused_attention(query, key, value, algorithm="fast"),
+        "short": lambda: fused_attention(query, key, value, is_causal=True, algorithm="short"),
+        "single_pass": lambda: fused_attention(query, key, value, algorithm="single_pass"),
+        "unboosted": lambda: fused_attention(query, key, value, boosting="none", algorithm="short"),
+        "places": lambda: fused_attention(
+            query, key, value, positions=positions_of(patches._replace(length=18), parameters_of(patches))
+        ),
+        "boosting": lambda: fused_attention(query, key, value, boosting="sos"),
+        "heads": lambda: fused_attention(torch.cat([query, query[:, :1]], 1), key, value),
         "twice": lambda: torch.autograd.grad(
-            torch.autograd.grad(twicing_attention(leaf, key, value).sum(), leaf, create_graph=True)[0].sum(), leaf
+            torch.autograd.grad(fused_attention(leaf, key, value).sum(), leaf, create_graph=True)[0].sum(), leaf
         ),
     }.items():
         try:
             call()
         except (ValueError, RuntimeError) as error:
             refused[name] = str(error)
-    empty = twicing_attention(*(torch.zeros(0, 2, 5, 16) for _ in range(3)))
+    empty = fused_attention(*(torch.zeros(0, 2, 5, 16) for _ in range(3)))
     return {
         "hidden": [float(out.detach().abs().max()), float(gradient.abs().max())],
         "refused": refused,
         "empty": list(empty.shape),
         "chosen": [choose(query, False), choose(query, True), choose(torch.zeros(1, 1, 300, 16), False)],
     }
+
+
+def hidden_rows(call: Callable[..., FilterCall], mask: torch.Tensor) -> list[float]:
+    """The error where padded tokens hold NaN, of what other tokens get; with positions, and keys that heads share."""
+    case = Case("general", 19, 16, False, masked=True, positions="gaussian")
+    clean = call(mask[:, None, None], positions=(positions_of(case, parameters_of(case)),))
+    clean = clean._replace(key=clean.key[:, :1], value=clean.value[:, :1])
+    padding = ~mask[:, None, :, None]
+    poisoned = {name: getattr(clean, name).masked_fill(padding, float("nan")) for name in ("query", "key", "value")}
+    wanted = BACKENDS["reference"].run(clean).masked_fill(padding, 0.0)
+    with warnings.catch_warnings():  # NumPy's, of the maximum of a row of NaN
+        warnings.simplefilter("ignore", RuntimeWarning)
+        got = BACKENDS["triton"].run(clean._replace(**poisoned))
+    return errors([got.masked_fill(padding, 0.0)], [wanted.double()])
 
 
 def dispatch() -> dict[str, Any]:
@@ -260,16 +367,18 @@ def dispatch() -> dict[str, Any]:
         assert BACKENDS["triton"].refuses(request) is None
         exact = reference(rows, False, "twicing")(query.double(), key.double(), value.double())
         served += errors([BACKENDS["triton"].run(request)], [exact])
+    served += hidden_rows(call, mask)
     square = torch.ones(19, 19, dtype=torch.bool).tril(-1)
     double = {"query": query.double(), "key": key.double(), "value": value.double()}
     reasons = {
         "mask": refuses(call(square)),
         "float mask": refuses(call(torch.linspace(0, 1, 19).expand(2, 1, 1, 19))),
         "bias": refuses(call(positions=(BiasPositions(torch.zeros(1, 2, 19, 19)),))),
+        "content": refuses(call(content=Content("gaussian", SCALE))),
         "dropout": refuses(call(dropout=0.1)),
         "steps": refuses(call(booster=Booster("twicing", 3))),
-        "boosting": refuses(call(booster=Booster("none"))),
-        "groups": refuses(call(key=key[:, :1], value=value[:, :1])),
+        "boosting": refuses(call(booster=Booster("sos"))),
+        "shapes": refuses(call(key=key[:, :, 1:], value=value[:, :, 1:])),
         "dtype": refuses(call(**double)),
         "width": refuses(call(**dict.fromkeys(("query", "key", "value"), torch.zeros(1, 1, 2, 136)))),
     }

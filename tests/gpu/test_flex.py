@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from hf_imgproc_attn.functional import filter_attention
 from hf_imgproc_attn.gpu import flex
@@ -13,6 +17,7 @@ from hf_imgproc_attn.models import backend_sdpa
 from hf_imgproc_attn.models.backend_call import Booster, Content, FilterCall
 from hf_imgproc_attn.models.backend_table import BACKENDS
 from hf_imgproc_attn.models.kernel_given import BiasPositions
+from hf_imgproc_attn.models.kernel_position import GaussianPositions
 from hf_imgproc_attn.models.kernel_relative import BucketKernel, bucket_boundaries, relative_buckets
 from hf_imgproc_attn.models.visibility import Visibility, attention_visibility
 from tests.models.helpers import layer_inputs, make_filter
@@ -112,6 +117,81 @@ def test_a_learned_scalar_needs_a_backward_pass_too() -> None:
         places = torch.arange(4).view(1, 4, 1)
         with pytest.raises(ValueError, match="has no backward pass on the CPU"):
             layer(*given, layer_inputs(4, coordinates=places, backend="flex"))
+
+
+def blocks_of(mask: BlockMask) -> dict[str, list[list[int]]]:
+    """The blocks that each block of rows, or of columns, is listed with."""
+    found = {}
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        counts, indices = getattr(mask, f"{kind}_num_blocks")[0, 0], getattr(mask, f"{kind}_indices")[0, 0]
+        found[kind] = [sorted(row[:count].tolist()) for count, row in zip(counts, indices, strict=True)]
+    return found
+
+
+@pytest.mark.parametrize(("length", "key_length"), [(5, 5), (300, 300), (256, 384), (130, 400), (257, 513)])
+def test_the_block_mask_of_causality_is_the_one_that_torch_finds(length: int, key_length: int) -> None:
+    """In a mask of all pairs, which ours does without."""
+    past = key_length - length
+    wanted = create_block_mask(lambda b, h, i, j: j <= i + past, None, None, length, key_length, device="cpu")
+    got = flex.causal_block_mask(length, key_length, torch.device("cpu"))
+    assert blocks_of(got) == blocks_of(wanted)
+    assert (got.seq_lengths, got.shape, got.BLOCK_SIZE) == (wanted.seq_lengths, wanted.shape, wanted.BLOCK_SIZE)
+    assert flex.causal_block_mask(length, key_length, torch.device("cpu")) is got
+
+
+@pytest.mark.parametrize("mask", ["causal", "both"])
+def test_causal_calls_leave_blocks_out(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding is hidden in the scores, so that all rows of a batch share one block mask."""
+    given = []
+
+    def attention(*arguments: Any) -> torch.Tensor:
+        given.append(arguments[4])
+        return flex._dense(*arguments)
+
+    monkeypatch.setattr(flex, "_attention", lambda device_type: attention)
+    flex.run(make_call(mask, False, 4, "twicing"))
+    assert len(given) == 3
+    assert isinstance(given[0], BlockMask)
+    assert all(blocks is given[0] for blocks in given)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
+    """What a GPU runs, but for the kernels: compiled, and counted."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    attention = flex.compiled_attention(counter)
+    monkeypatch.setattr(flex, "_attention", lambda device_type: attention)
+    with torch.no_grad():
+        yield counter
+    torch.compiler.reset()
+
+
+def position_call(length: int) -> FilterCall:
+    query, key, value = torch.randn(3, 2, 2, length, 8).unbind()
+    places = torch.arange(length, dtype=torch.float32).view(1, length, 1)
+    positions = GaussianPositions(places, places, torch.rand(2, 1, 1), None, 1.0, True, False)
+    content, visibility = Content("dot_product", 0.3), Visibility(length, length, causal=True)
+    return FilterCall(query, key, value, content, visibility, positions=(positions,))
+
+
+def test_a_new_length_does_not_compile_anew(counted: CompileCounterWithBackend) -> None:
+    """PyTorch stops compiling after 8 times, and computes densely without a word."""
+    for length in range(9, 21):
+        call = position_call(length)
+        torch.testing.assert_close(flex.run(call), BACKENDS["reference"].run(call))
+    assert counted.frame_count <= 3
+
+
+def test_more_kinds_of_calls_than_are_compiled_for_are_an_error(
+    counted: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flex, "MAX_KINDS", 1)
+    call = position_call(5)
+    flex.run(call)
+    flex.run(call)
+    with pytest.raises(RuntimeError, match="filter_backend='flex' compiles at most 1 kinds of calls in one process"):
+        flex.run(call._replace(positions=()))
 
 
 @pytest.mark.parametrize("past", [0, 3])

@@ -7,49 +7,23 @@ from __future__ import annotations
 
 import itertools
 import re
-import weakref
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from hf_imgproc_attn.models.backend_blocked_dense import dropout_factors
+from hf_imgproc_attn.models.backend_blocked_dense import dense_dropout_factors
 from hf_imgproc_attn.models.backend_blocked_passes import recurrence
 from hf_imgproc_attn.models.backend_blocked_plan import make_plan
 from hf_imgproc_attn.models.backend_table import run_filter
 from hf_imgproc_attn.models.boost_operators import BOOSTING, extra_streams
-from hf_imgproc_attn.models.kernel_position import BlockedPositions, GaussianPositions
-from hf_imgproc_attn.models.kernel_relative import AlibiPositions, BucketPositions, bucket_boundaries
+from tests.models.blocked_cases import BATCH, EXACT, HEADS, SCALE, SMALL, VALUE_WIDTH, WIDTH, dense, inputs, random
 from tests.models.helpers import (
     RecordedStreams,
     blocked_filter,
-    dense_attention,
-    dense_matrix,
     dropout_seed,
     filter_call,
 )
-
-BATCH, HEADS, WIDTH, VALUE_WIDTH, SCALE = 2, 3, 5, 4, 0.6
-SMALL = {"block_rows": 8, "group_pairs": 2}
-EXACT = {"rtol": 1e-10, "atol": 1e-10}
-
-
-def random(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def inputs(
-    length: int, key_length: int | None = None, heads: int = HEADS, key_heads: int | None = None, batch: int = BATCH
-) -> list[torch.Tensor]:
-    """Query, key and value with logits of std 2 to 3."""
-    key_length, key_heads = key_length or length, key_heads or heads
-    return [
-        2 * random(batch, heads, length, WIDTH, seed=0),
-        random(batch, key_heads, key_length, WIDTH, seed=1),
-        random(batch, key_heads, key_length, VALUE_WIDTH, seed=2),
-    ]
 
 
 def make_mask(kind: str, length: int, key_length: int) -> torch.Tensor | None:
@@ -69,31 +43,6 @@ def make_mask(kind: str, length: int, key_length: int) -> torch.Tensor | None:
     return torch.where(seen, random(*seen.shape, seed=8), hidden).float()
 
 
-def dense(
-    tensors: list[torch.Tensor],
-    *,
-    attention_mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    boosting: str = "twicing",
-    steps: int = 2,
-    factors: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The same with a dense A, multiplied by ``factors`` (dropout), and the booster's streams."""
-    query, key, value, *bias = tensors
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    logits = query @ key.mT * SCALE
-    matrix = dense_matrix(logits + bias[0] if bias else logits, attention_mask, is_causal)
-    matrix = matrix if factors is None else matrix * factors
-    streams = []
-
-    def extend(index: int, rows: torch.Tensor) -> torch.Tensor:
-        streams.append(rows)
-        return rows
-
-    return BOOSTING[boosting](lambda stream: matrix @ stream, extend, value, value, steps), streams
-
-
 def compare(tensors: list[torch.Tensor], *, dropout: float = 0.0, **options: Any) -> None:
     """Output, streams and the gradients of a sum over all of them."""
     blocked, plain = ([x.clone().requires_grad_() for x in tensors] for _ in range(2))
@@ -107,7 +56,7 @@ def compare(tensors: list[torch.Tensor], *, dropout: float = 0.0, **options: Any
         causal = options.get("is_causal", False)
         one_pass = causal or options.get("steps", 2) == 1
         chosen = {"scale": SCALE, "dropout": dropout, "seed": dropout_seed(5), "one_pass": one_pass, **cutting}
-        factors = dropout_factors(make_plan(*tensors[:2], is_causal=causal, **chosen), tensors[0])
+        factors = dense_dropout_factors(make_plan(*tensors[:2], is_causal=causal, **chosen), tensors[0])
         assert 0.2 < float((factors == 0).double().mean()) < 0.9
     expected, expected_streams = dense(plain, factors=factors, **options)
     torch.testing.assert_close(output, expected, **EXACT)
@@ -381,284 +330,3 @@ def test_causality(token: int, steps: int) -> None:
     assert not torch.isclose(outputs[0][:, :, token], outputs[1][:, :, token]).all(-1).any()
     if token < 12:
         assert not torch.allclose(outputs[0][:, :, token + 1 :], outputs[1][:, :, token + 1 :])
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Precision, layout, compilation
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def two_sdpa_calls(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, steps: int) -> torch.Tensor:
-    boosting = "twicing" if steps > 1 else "none"
-
-    def attend(stream: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(query, key, stream, is_causal=True)
-
-    return BOOSTING[boosting](attend, lambda index, rows: rows, value, value, steps)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("steps", [1, 2])
-def test_error_is_at_most_twice_that_of_sdpa(dtype: torch.dtype, steps: int) -> None:
-    """Root mean squared error against float64, of the output and of every gradient."""
-    shape = (2, 2, 150, 16)
-    exact = [random(*shape, seed=seed).to(dtype).double().requires_grad_() for seed in range(3)]
-    direction = random(*shape, seed=4).to(dtype)
-    expected = two_sdpa_calls(*exact, steps)
-    truth = [expected, *torch.autograd.grad(expected, exact, direction.double())]
-    errors = []
-    for blocked in (False, True):
-        leaves = [x.detach().to(dtype).requires_grad_() for x in exact]
-        if blocked:
-            output, _ = blocked_filter(*leaves, is_causal=True, steps=steps)
-        else:
-            output = two_sdpa_calls(*leaves, steps)
-        assert output.dtype == dtype
-        results = [output, *torch.autograd.grad(output, leaves, direction)]
-        errors.append(
-            [(a.detach().double() - b).square().mean().sqrt().item() for a, b in zip(results, truth, strict=True)]
-        )
-    for sdpa, ours in zip(*errors, strict=True):
-        assert ours <= 2 * sdpa
-
-
-@pytest.mark.parametrize("steps", [1, 2])
-@pytest.mark.parametrize("size", [30.0, 300.0, 1000.0])
-@pytest.mark.parametrize("length", [100, 300])
-def test_gradients_at_extreme_logits(length: int, size: float, steps: int) -> None:
-    """q.k up to 1e4: rows of A come again from a float32 log-sum-exp and do not quite sum to 1.
-
-    The median of samples: where one row decides between two equal keys, a rounding of its logits decides the error.
-    """
-    shape = (12, 2, length, 16)
-    exact = [random(*shape, seed=seed).float().double() for seed in range(3)]
-    exact[0] = (exact[0] * size).float().double()
-    direction = random(*shape, seed=4)
-    errors, truth = [], []
-    for kind, dtype in (("sdpa", torch.float64), ("sdpa", torch.float32), ("blocked", torch.float32)):
-        leaves = [x.to(dtype).requires_grad_() for x in exact]
-        if kind == "sdpa":
-            output = two_sdpa_calls(*leaves, steps)
-        else:
-            output, _ = blocked_filter(*leaves, is_causal=True, steps=steps)
-        results = [output.detach(), *torch.autograd.grad(output, leaves, direction.to(dtype))]
-        truth = truth or results
-        pairs = [(got.flatten(1), x.flatten(1)) for got, x in zip(results, truth, strict=True)]
-        errors.append([float(((got - x).norm(dim=1) / x.norm(dim=1)).median()) for got, x in pairs])
-    for sdpa, ours in zip(*errors[1:], strict=True):
-        assert ours <= 1.5 * sdpa
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Derivatives beyond the first backward: computed densely
-# --------------------------------------------------------------------------------------------------------------------
-
-OPTIONS: dict[str, Any] = {"is_causal": True, "scale": SCALE, "boosting": "twicing"}
-
-
-def masked_twicing(*tensors: torch.Tensor) -> torch.Tensor:
-    """Causal, grouped heads, a padded key that holds NaN, and dropout."""
-    mask = torch.ones(BATCH, 1, 1, 9, dtype=torch.bool)
-    mask[1, ..., 2] = False
-    query, key, value = (x.masked_fill(~mask.mT, float("nan")) if x.shape[1] == 1 else x for x in tensors)
-    return blocked_filter(query, key, value, attention_mask=mask, dropout=0.2, seed=3, **OPTIONS, **SMALL)[0]
-
-
-def test_gradients_of_gradients() -> None:
-    """The same first gradients as without ``create_graph``, and second ones that numerical differences confirm."""
-    tensors = [x.requires_grad_() for x in inputs(9, heads=2, key_heads=1)]
-    output = masked_twicing(*tensors)
-    direction = random(*output.shape, seed=4)
-    once = torch.autograd.grad(output, tensors, direction, retain_graph=True)
-    again = torch.autograd.grad(output, tensors, direction, create_graph=True)
-    torch.testing.assert_close(again, once, **EXACT)
-    assert torch.autograd.gradgradcheck(masked_twicing, tensors, fast_mode=True)
-
-
-@pytest.mark.parametrize("linked", ["one tensor", "key made of query"])
-def test_gradients_of_gradients_of_inputs_that_hang_together(linked: str) -> None:
-    """What flows to the query by way of the key is counted once."""
-    leaf = random(1, 2, 7, VALUE_WIDTH, seed=0).requires_grad_()
-
-    def run(x: torch.Tensor) -> torch.Tensor:
-        key = x if linked == "one tensor" else x.sin() * 2
-        return blocked_filter(x, key, key, **OPTIONS, **SMALL)[0]
-
-    output = run(leaf)
-    direction = random(*output.shape, seed=4)
-    (once,) = torch.autograd.grad(output, leaf, direction, retain_graph=True)
-    (again,) = torch.autograd.grad(output, leaf, direction, create_graph=True)
-    torch.testing.assert_close(again, once, **EXACT)
-    assert torch.autograd.gradgradcheck(run, [leaf], fast_mode=True)
-
-
-def test_gradients_of_gradients_through_streams() -> None:
-    tensors = [x.requires_grad_() for x in inputs(7)]
-
-    def run(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        output, streams = blocked_filter(*leaves, boosting="sos", steps=3, scale=SCALE, **SMALL)
-        return output, *streams
-
-    assert torch.autograd.gradgradcheck(run, tensors, fast_mode=True)
-
-
-def test_per_sample_gradients() -> None:
-    """``vmap`` over ``grad``: what one sample after another gives."""
-    samples = inputs(9, batch=4)
-
-    def loss(*one: torch.Tensor) -> torch.Tensor:
-        return blocked_filter(*(x[None] for x in one), **OPTIONS, **SMALL)[0].square().sum()
-
-    got = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))(*samples)
-    for index in range(4):
-        leaves = [x[index].clone().requires_grad_() for x in samples]
-        expected = torch.autograd.grad(loss(*leaves), leaves)
-        torch.testing.assert_close([x[index] for x in got], list(expected), **EXACT)
-
-
-# Torch compiles its own forward-mode formulas with what it deprecates.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
-@pytest.mark.parametrize("kind", ["torch.func", "dual numbers"])
-def test_forward_mode(kind: str) -> None:
-    """A Jacobian-vector product, against the product of the backward's gradient and the same vector."""
-    tensors = tuple(inputs(9))
-    tangents = tuple(random(*x.shape, seed=10 + index) for index, x in enumerate(tensors))
-
-    def run(*given: torch.Tensor) -> torch.Tensor:
-        return blocked_filter(*given, **OPTIONS, **SMALL)[0]
-
-    if kind == "torch.func":
-        output, change = torch.func.jvp(run, tensors, tangents)
-    else:
-        with torch.autograd.forward_ad.dual_level():
-            pairs = zip(tensors, tangents, strict=True)
-            dual = run(*(torch.autograd.forward_ad.make_dual(x, tangent) for x, tangent in pairs))
-            output, change = torch.autograd.forward_ad.unpack_dual(dual)
-    leaves = [x.clone().requires_grad_() for x in tensors]
-    expected = run(*leaves)
-    torch.testing.assert_close(output, expected.detach(), **EXACT)
-    direction = random(*output.shape, seed=4)
-    grads = torch.autograd.grad(expected, leaves, direction)
-    along = sum((grad * tangent).sum() for grad, tangent in zip(grads, tangents, strict=True))
-    torch.testing.assert_close((change * direction).sum(), along, **EXACT)
-
-
-def test_autocast_does_not_reach_the_products() -> None:
-    tensors = [x.float().requires_grad_() for x in inputs(19)]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output, _ = blocked_filter(*tensors, scale=SCALE, **SMALL)
-        grads = torch.autograd.grad(output, tensors, torch.ones_like(output))
-    plain, _ = blocked_filter(*tensors, scale=SCALE, **SMALL)
-    torch.testing.assert_close(output, plain, rtol=0, atol=0)
-    torch.testing.assert_close(grads, torch.autograd.grad(plain, tensors, torch.ones_like(plain)), rtol=0, atol=0)
-
-
-def test_transposed_layout() -> None:
-    """Heads split off a projection, as models do, and inputs are left as they were."""
-    tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(19)]
-    copies = [x.clone() for x in tensors]
-    output, _ = blocked_filter(*tensors, scale=SCALE, is_causal=True, group_pairs=6)
-    torch.testing.assert_close(output, dense(copies, is_causal=True)[0], **EXACT)
-    torch.testing.assert_close(tensors, copies, rtol=0, atol=0)
-
-
-def test_float_mask_with_a_gradient() -> None:
-    leaves, plain = ([*inputs(9), random(1, 1, 9, 9, seed=3)] for _ in range(2))
-    leaves, plain = ([x.requires_grad_() for x in tensors] for tensors in (leaves, plain))
-    output, _ = blocked_filter(*leaves[:3], attention_mask=leaves[3], scale=SCALE, **SMALL)
-    expected, _ = dense(plain)
-    ours, theirs = (torch.autograd.grad(x.square().sum(), y) for x, y in ((output, leaves), (expected, plain)))
-    torch.testing.assert_close(ours, theirs, **EXACT)
-
-
-# Dynamo hides this warning of its own at a graph break, but not where warnings are errors.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
-def test_compiled() -> None:
-    """A graph break, and the same numbers."""
-    tensors = [x.requires_grad_() for x in inputs(9)]
-
-    def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return blocked_filter(query * 2, key, value, is_causal=True, **SMALL)[0].sin()
-
-    output, expected = torch.compile(run, backend="aot_eager")(*tensors), run(*tensors)
-    torch.testing.assert_close(output, expected, **EXACT)
-    ours, theirs = (torch.autograd.grad(x.sum(), tensors) for x in (output, expected))
-    torch.testing.assert_close(ours, theirs, **EXACT)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Memory
-# --------------------------------------------------------------------------------------------------------------------
-
-
-class Memory(TorchDispatchMode):
-    """The largest number of bytes that tensors made under it held at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.seen:
-                storage = tensor.untyped_storage()
-                self.seen.add(storage)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._freed, storage.nbytes())
-        return result
-
-    def _freed(self, size: int) -> None:
-        self.now -= size
-
-
-def some_positions(kernel: str, length: int, repeated: bool) -> BlockedPositions | None:
-    """Of one head, in order, or as left padding makes them."""
-    places = torch.arange(length).float().view(1, -1, 1)
-    places = (places - 5).clamp(min=0) if repeated else places
-    if kernel == "gaussian":
-        return GaussianPositions(places, places, torch.full((1, 1, 1), 0.1).requires_grad_(), None, 4.0, True, False)
-    if kernel == "alibi":
-        return AlibiPositions(places, places, torch.full((1, 1, 1), 0.1), None, 0.1, True, False)
-    table = torch.randn(1, 1, 32, requires_grad=True)
-    return BucketPositions(places, places, table, None, bucket_boundaries(16, 128), True) if kernel != "none" else None
-
-
-def peak_memory(length: int, is_causal: bool, kernel: str, repeated: bool) -> int:
-    leaves = [torch.randn(1, 1, length, 4, requires_grad=True) for _ in range(3)]
-    positions = some_positions(kernel, length, repeated)
-    mask = torch.ones(1, 1, 1, length, dtype=torch.bool)
-    mask[..., :3] = False
-    with Memory() as memory:
-        output, _ = blocked_filter(*leaves, attention_mask=mask, positions=positions, is_causal=is_causal, dropout=0.1)
-        output.sum().backward()
-    return memory.peak
-
-
-@pytest.mark.parametrize(
-    ("kernel", "repeated", "is_causal"),
-    [
-        ("none", False, True),
-        ("none", False, False),
-        ("gaussian", False, True),
-        ("gaussian", True, False),
-        ("alibi", False, True),
-        ("buckets", True, True),
-    ],
-)
-def test_memory_is_linear(kernel: str, repeated: bool, is_causal: bool) -> None:
-    """Forward and backward with dropout at 8,192 tokens: less than a tenth of one matrix, four times that of 2,048."""
-    torch.manual_seed(0)
-    short, long = (peak_memory(length, is_causal, kernel, repeated) for length in (2048, 8192))
-    assert long < 8192 * 8192 * 4 / 10
-    assert long < 4.3 * short
-
-
-def test_the_memory_meter_sees_a_matrix() -> None:
-    logits = torch.randn(1, 1, 300, 300)
-    with Memory() as memory:
-        dense_attention(logits, logits, logits)
-    assert memory.peak >= 300 * 300 * 4
-    assert memory.now <= memory.peak

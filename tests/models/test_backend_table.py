@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from hf_imgproc_attn.models.backend_table import BACKENDS
 from hf_imgproc_attn.models.layer_filter import AttentionFilter
 from hf_imgproc_attn.models.spec_axes import FILTER_BACKENDS
-from tests.models.test_layer_filter import (
+from tests.models.layer_cases import (
     BOOSTERS,
     LENGTH,
     MASKS,
@@ -135,7 +135,7 @@ def test_what_a_backend_cannot_do_is_refused_in_words() -> None:
 
 def test_kernels_for_plain_products_are_not_given_columns() -> None:
     """A kernel that would take the tensors as they are and know nothing of positions refuses them, on any device."""
-    for content, position in (("gaussian", "none"), ("dot_product", "untied"), ("dot_product", "gaussian")):
+    for content, position in (("gaussian", "none"), ("dot_product", "untied")):
         layer, inputs = build(content, position, "twicing", 2), tensors(position)
         with pytest.raises(ValueError, match="filter_backend='triton' cannot serve this call: it takes plain inner"):
             choose(layer, "triton")(**inputs, implementation="sdpa")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from hf_imgproc_attn.models.backend_blocked_dense import dropout_factors
+from hf_imgproc_attn.models.backend_blocked_dense import dense_dropout_factors
 from hf_imgproc_attn.models.backend_blocked_plan import make_plan
 from hf_imgproc_attn.models.boost_operators import BOOSTING, extra_streams
 from hf_imgproc_attn.models.kernel_position import BlockedPositions, ClassTokens, GaussianPositions, position_logits
@@ -151,7 +151,7 @@ def dense(case: dict[str, Any], tensors: list[torch.Tensor], positions: BlockedP
             query, tensors[1], is_causal=case["is_causal"], scale=SCALE, dropout=case["dropout"], seed=dropout_seed(5),
             one_pass=one_pass, **case["cutting"],
         )  # fmt: skip
-        matrix = matrix * dropout_factors(plan, query)
+        matrix = matrix * dense_dropout_factors(plan, query)
     streams: list[torch.Tensor] = []
 
     def extend(index: int, rows: torch.Tensor) -> torch.Tensor:

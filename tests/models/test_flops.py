@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from hf_imgproc_attn import filter_attention
-from hf_imgproc_attn.gpu import twicing
+from hf_imgproc_attn.gpu import fused
 from hf_imgproc_attn.models.backend_flops import register_formulas
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2LMHeadModel
 from tests.models.variants import gpt2_config, token_ids
@@ -68,15 +68,15 @@ def test_the_triton_operator_is_counted_forward_and_backward() -> None:
     """By its formulas, on tensors without data: the kernels need a GPU."""
     with FakeTensorMode():
         query, key, value = (torch.empty(BATCH, HEADS, LENGTH, WIDTH) for _ in range(3))
-        arguments = (None, 0.25, False, "auto")
-        forward = flops(lambda: torch.ops.hf_imgproc_attn.twicing(query, key, value, *arguments))
-        out, residual, lse = torch.ops.hf_imgproc_attn.twicing(query, key, value, *arguments)
+        nothing, options = (None,) * 5, (0, 0, 0.25, False, True, "auto")
+        forward = flops(lambda: torch.ops.hf_imgproc_attn.fused_filter(query, key, value, *nothing, *options))
+        saved = torch.ops.hf_imgproc_attn.fused_filter(query, key, value, *nothing, *options)
         backward = flops(
-            lambda: torch.ops.hf_imgproc_attn.twicing_backward(
-                out, query, key, value, None, out, residual, lse, 0.25, False, "auto", False
+            lambda: torch.ops.hf_imgproc_attn.fused_filter_backward(
+                saved[0], query, key, value, *nothing, *saved, *options, False, False
             )
         )
-    assert twicing.twicing_forward is not None
+    assert fused.fused_forward is not None
     assert (forward / ONE_PRODUCT, backward / ONE_PRODUCT) == (3, 7)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from transformers import DynamicCache, EncoderDecoderCache, GPT2Config, GPT2LMHeadModel, StaticCache
 
+from hf_imgproc_attn.models.boost_operators import extra_streams
 from hf_imgproc_attn.models.cache_layer import FilterDynamicLayer
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2LMHeadModel
 from hf_imgproc_attn.models.spec_axes import uses_position_table
@@ -183,10 +184,9 @@ def test_boosted_layers_keep_streams_and_others_none(variant: str) -> None:
     for index, (spec, layer) in enumerate(zip(model.config.layer_specs, cache.layers, strict=True)):
         streams = list(getattr(layer, "streams", {}).values())
         metric = spec.content_kernel == "elliptical" and index > 0
-        further = spec.boosting_steps - 1
-        expected = {"none": 0, "learned": 1, "gradient_boosted": 2 * further}.get(spec.boosting, further)
         # The filter of each round of gradient boosting has a metric of its own.
-        assert len(streams) == expected + metric * (1 + further if spec.boosting == "gradient_boosted" else 1)
+        metrics = metric * (spec.boosting_steps if spec.boosting == "gradient_boosted" else 1)
+        assert len(streams) == extra_streams(spec.boosting, spec.boosting_steps) + metrics
         assert all(stream.shape == (2, 4, 9, 5) for stream in streams)
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from hf_imgproc_attn.models.kernel_position import ClassTokens, check_coordinates, position_form, position_logits
+from hf_imgproc_attn.models.kernel_position import ClassTokens, check_coordinates, features_or_bias, position_logits
 from hf_imgproc_attn.models.kernel_relative import (
     AlibiPositions,
     BucketPositions,
@@ -98,15 +98,15 @@ def test_which_form_alibi_takes() -> None:
     jumping, repeated = torch.tensor([[0.0, 3, 2]]).unsqueeze(-1), torch.tensor([[0.0, 0, 0, 1, 2]]).unsqueeze(-1)
     class_tokens = ClassTokens(1, torch.zeros(3, 3))
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        assert position_form(alibi(line(9), contiguous=True), dtype) == "features"
-        assert position_form(alibi(line(9)), dtype) == "features"
-        assert position_form(alibi(repeated), dtype) == "features", "left padding repeats the first position"
-        assert position_form(alibi(jumping), dtype) == "bias"
-        assert position_form(alibi(line(9), is_causal=False), dtype) == "bias"
-        assert position_form(alibi(line(9), queries=1), dtype) == "bias", "one query is not worth a look"
-        assert position_form(alibi(grid, is_causal=True), dtype) == "bias"
-        assert position_form(alibi(line(9), class_tokens=class_tokens), dtype) == "bias"
-        assert position_form(alibi(line(300_000), contiguous=True), dtype) == "bias", "digits of m j"
+        assert features_or_bias(alibi(line(9), contiguous=True), dtype) == "features"
+        assert features_or_bias(alibi(line(9)), dtype) == "features"
+        assert features_or_bias(alibi(repeated), dtype) == "features", "left padding repeats the first position"
+        assert features_or_bias(alibi(jumping), dtype) == "bias"
+        assert features_or_bias(alibi(line(9), is_causal=False), dtype) == "bias"
+        assert features_or_bias(alibi(line(9), queries=1), dtype) == "bias", "one query is not worth a look"
+        assert features_or_bias(alibi(grid, is_causal=True), dtype) == "bias"
+        assert features_or_bias(alibi(line(9), class_tokens=class_tokens), dtype) == "bias"
+        assert features_or_bias(alibi(line(300_000), contiguous=True), dtype) == "bias", "digits of m j"
 
 
 def test_alibi_is_euclidean_on_a_grid() -> None:

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 
+from hf_imgproc_attn.cards.filters import MEANINGS, check, in_markdown, recorded
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2LMHeadModel
 from hf_imgproc_attn.models.modeling_imgproc_vit import ImgProcViTForImageClassification
 from hf_imgproc_attn.models.spec_axes import MAX_BANDWIDTH
@@ -25,6 +26,14 @@ def test_every_scalar_of_every_layer_and_head_is_in_the_rows(variant: str) -> No
     model = sharpen_(ImgProcViTForImageClassification(vit_config(variant)))
     summary = model.filter_summary()
     assert json.loads(json.dumps(summary.rows)) == summary.rows
+    check(kept := recorded(summary))
+    assert {name for row in kept["rows"] for name in row} <= {"layer", "head", *MEANINGS}
+    assert all(name in in_markdown(kept) for name in kept["learned"])
+    for full, short in zip(summary.rows, kept["rows"], strict=True):
+        if "buckets" in full:
+            logits = [number for axis in full["buckets"] for number in axis]
+            assert short["bucket_least"] == pytest.approx(min(logits), rel=1e-5)
+            assert short["bucket_most"] == pytest.approx(max(logits), rel=1e-5)
     heads = model.config.num_attention_heads
     assert [(row["layer"], row["head"]) for row in summary.rows] == [(i, j) for i in range(3) for j in range(heads)]
     found = 0

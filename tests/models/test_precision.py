@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from hf_imgproc_attn.models.kernel_content import gaussian_position_columns
-from hf_imgproc_attn.models.kernel_position import ClassTokens, GaussianPositions, position_form
+from hf_imgproc_attn.models.kernel_position import ClassTokens, GaussianPositions, features_or_bias
 from hf_imgproc_attn.models.layer_filter import AttentionFilter
 from tests.models.helpers import make_filter
 
@@ -276,19 +276,19 @@ def test_which_form_gaussian_takes() -> None:
     """Columns where the grid is short in units of the bandwidth in use; a bias that forms differences elsewhere."""
     single, double, bfloat16, float16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
     for dtype in (single, double):
-        assert position_form(gaussian(16.0, 64), dtype) == "features"
-        assert position_form(gaussian(15.0, 64), dtype) == "bias"
-        assert position_form(gaussian(16.0, 64, classes=1), dtype) == "features"
+        assert features_or_bias(gaussian(16.0, 64), dtype) == "features"
+        assert features_or_bias(gaussian(15.0, 64), dtype) == "bias"
+        assert features_or_bias(gaussian(16.0, 64, classes=1), dtype) == "features"
     for contiguous in (True, False):
-        assert position_form(gaussian(1.0, 256, contiguous=contiguous), bfloat16) == "features"
-        assert position_form(gaussian(0.9, 256, contiguous=contiguous), bfloat16) == "bias"
-    assert position_form(gaussian(100.0, 64, classes=1), bfloat16) == "bias"
-    assert position_form(gaussian(100.0, 64), float16) == "bias"
+        assert features_or_bias(gaussian(1.0, 256, contiguous=contiguous), bfloat16) == "features"
+        assert features_or_bias(gaussian(0.9, 256, contiguous=contiguous), bfloat16) == "bias"
+    assert features_or_bias(gaussian(100.0, 64, classes=1), bfloat16) == "bias"
+    assert features_or_bias(gaussian(100.0, 64), float16) == "bias"
     for dtype in (single, double, bfloat16):
-        assert position_form(gaussian(100.0, 64, learns=True), dtype) == "bias", "the gradient of h_p"
+        assert features_or_bias(gaussian(100.0, 64, learns=True), dtype) == "bias", "the gradient of h_p"
         with torch.no_grad():
-            assert position_form(gaussian(100.0, 64, learns=True), dtype) == "features"
-            assert position_form(gaussian(0.1, 64, learns=True), dtype) == "bias", "the bandwidth that was learned"
+            assert features_or_bias(gaussian(100.0, 64, learns=True), dtype) == "features"
+            assert features_or_bias(gaussian(0.1, 64, learns=True), dtype) == "bias", "the bandwidth that was learned"
 
 
 def test_a_frozen_bandwidth_is_not_taken_for_the_initial_one() -> None:

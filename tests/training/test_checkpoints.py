@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from."""
+"""Which checkpoint a run goes on from, and the filters of a saved model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from hf_imgproc_attn.training_support.checkpoints import incomplete_because, newest_complete_checkpoint
+from hf_imgproc_attn import ImgProcGPT2LMHeadModel
+from hf_imgproc_attn.cards.filters import recorded
+from hf_imgproc_attn.training_support.checkpoints import (
+    incomplete_because,
+    newest_complete_checkpoint,
+    saved_filters,
+)
+from tests.models.helpers import sharpen_
+from tests.models.variants import gpt2_config
 
 
 def write_checkpoint(folder: Path) -> Path:
@@ -80,3 +88,16 @@ def test_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-3").write_text("a file", encoding="utf-8")
     assert newest_complete_checkpoint(tmp_path) is None
     assert newest_complete_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_filters_are_read_from_the_files(tmp_path: Path) -> None:
+    """Of several files, without any weights but the scalars; where these are missing there are no numbers."""
+    model = sharpen_(ImgProcGPT2LMHeadModel(gpt2_config("bilateral")))
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert saved_filters(tmp_path) == recorded(model.filter_summary())
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
+    assert saved_filters(tmp_path) is None
+    ImgProcGPT2LMHeadModel(gpt2_config("twicing")).save_pretrained(tmp_path)
+    assert saved_filters(tmp_path)["learned"] == []

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
 import yaml
 
 from hf_imgproc_attn import ImgProcGPT2Config, ImgProcViTConfig
-from hf_imgproc_attn.training_support.argument_parser import parse_arguments
-from hf_imgproc_attn.training_support.arguments import (
-    IMAGE_TRAINER_DEFAULTS,
-    TEXT_TRAINER_DEFAULTS,
-    ImageDataArguments,
-    TextDataArguments,
-)
+from hf_imgproc_attn.backbones import OF_TASK, TASKS
 from hf_imgproc_attn.training_support.model_setup import parse_overrides
 from hf_imgproc_attn.training_support.trainer_arguments import build_training_arguments
 from tests.helpers import ROOT
@@ -33,13 +28,12 @@ def test_training_config_names_only_options_that_exist(path: Path, tmp_path: Pat
     text = header(path)
     assert f"--config training/configs/{path.name}" in text
     assert "expected" in text.lower()
-    is_image = "train_image_classification.py" in text
-    assert is_image != ("train_causal_lm.py" in text)
-    data_class = ImageDataArguments if is_image else TextDataArguments
-    defaults = IMAGE_TRAINER_DEFAULTS if is_image else TEXT_TRAINER_DEFAULTS
-    arguments = parse_arguments(["--config", str(path)], data_class, defaults, "")
+    (task,) = (task for task in TASKS.values() if f"{task.script}.py" in text)
+    script, row = importlib.import_module(task.script), OF_TASK[task.name]
+    (defaults,) = (value for name, value in vars(script).items() if name.endswith("_TRAINER_DEFAULTS"))
+    arguments = script.read_arguments(["--config", str(path)])
     args = build_training_arguments(arguments, defaults, str(tmp_path))
-    parse_overrides(arguments.model.config_overrides, ImgProcViTConfig if is_image else ImgProcGPT2Config)
+    parse_overrides(arguments.model.config_overrides, row.our_class(row.config))
     for name in yaml.safe_load(path.read_text(encoding="utf-8")):  # only what differs from the defaults
         if name in defaults:
             assert getattr(args, name) != defaults[name]
@@ -47,7 +41,7 @@ def test_training_config_names_only_options_that_exist(path: Path, tmp_path: Pat
 
 def test_there_are_configs_and_launch_files() -> None:
     names = {path.stem for path in CONFIGS}
-    assert names == {"digits_vit", "pydoc_gpt2", "cifar10_vit", "wikitext2_gpt2"}
+    assert names == {"digits_vit", "pydoc_gpt2", "topics_bert", "cifar10_vit", "wikitext2_gpt2"}
     assert {path.stem for path in LAUNCH} == {"one_gpu", "eight_gpus_ddp", "eight_gpus_fsdp2", "two_nodes_ddp"}
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
 from hf_imgproc_attn import ImgProcGPT2LMHeadModel, ImgProcViTForImageClassification
+from hf_imgproc_attn.cards.filters import recorded
 from hf_imgproc_attn.records import weights_sha256
 from hf_imgproc_attn.training_support.checkpoints import newest_complete_checkpoint
 from tests.helpers import ROOT, run_command, started
@@ -72,6 +73,8 @@ def test_image_classifier_learns_reloads_and_is_recorded(tmp_path: Path, preset:
     assert (record["steps"], record["eval_history"]) == (100, [])
     model = AutoModelForImageClassification.from_pretrained(folder)
     assert type(model) is ImgProcViTForImageClassification
+    assert record["filter_summary"] == recorded(model.filter_summary())
+    assert bool(record["filter_summary"]["learned"]) == (preset != "softmax")
     assert record["parameters"]["total"] == model.num_parameters()
     assert record["model_config"]["hidden_size"] == model.config.hidden_size == 32
     assert (model.config.image_size, model.config.patch_size, model.config.id2label[7]) == (8, 2, "7")
@@ -91,6 +94,7 @@ def test_language_model_learns_reloads_and_is_recorded(tmp_path: Path) -> None:
     assert record["data_fingerprint"]["validation"]["rows"] == 50
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert type(model) is ImgProcGPT2LMHeadModel
+    assert record["filter_summary"] == recorded(model.filter_summary())
     assert model.config.use_cache
     assert record["model_config"]["use_cache"]
     assert model.config.n_positions == 32

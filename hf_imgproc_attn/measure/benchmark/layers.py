@@ -12,14 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2Model, ViTConfig, ViTModel
-from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
-from transformers.models.vit.modeling_vit import ViTAttention
 
-from ...models.configuration_imgproc_gpt2 import ImgProcGPT2Config
-from ...models.configuration_imgproc_vit import ImgProcViTConfig
-from ...models.modeling_imgproc_gpt2 import ImgProcGPT2Model
-from ...models.modeling_imgproc_vit import ImgProcViTModel
+from ...backbones import BACKBONES, GPT2, VIT
 from ...models.spec_fields import PRESETS
 from .timing import Row, interleave
 
@@ -38,8 +32,8 @@ class LayerShape:
     head_dim: int = 64
 
 
-FULL = (LayerShape("gpt2", batch=2, heads=12, length=1024), LayerShape("vit", batch=16, heads=12, length=197))
-QUICK = (LayerShape("gpt2", batch=1, heads=2, length=48), LayerShape("vit", batch=2, heads=2, length=17))
+FULL = (LayerShape(GPT2.name, batch=2, heads=12, length=1024), LayerShape(VIT.name, batch=16, heads=12, length=197))
+QUICK = (LayerShape(GPT2.name, batch=1, heads=2, length=48), LayerShape(VIT.name, batch=2, heads=2, length=17))
 
 
 def run_layers(shape: LayerShape, *, budget: float, say: Callable[[str], None] = print) -> Iterator[Row]:
@@ -63,7 +57,9 @@ def layer_call(shape: LayerShape, preset: str | None) -> Callable[[str], None]:
     """A function that runs one attention layer in a direction; ``preset`` None is the stock layer."""
     torch.manual_seed(0)
     model, inputs = build_model(shape, preset)
-    kind = GPT2Attention if shape.backbone == "gpt2" else ViTAttention
+    # What the library itself takes for the attention of a model: a class, or a description of one.
+    recorded = model._can_record_outputs["attentions"]
+    kind = getattr(recorded, "target_class", recorded)
     layer = [module for module in model.modules() if isinstance(module, kind)][-1]
     arguments, keywords = capture_call(model, layer, inputs)
     hidden_states, *rest = arguments
@@ -82,28 +78,24 @@ def layer_call(shape: LayerShape, preset: str | None) -> Callable[[str], None]:
     return call
 
 
-def build_model(shape: LayerShape, preset: str | None) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def build_model(shape: LayerShape, preset: str | None) -> tuple[Any, dict[str, torch.Tensor]]:
     """A model with two layers, without dropout, and an input of the shape; ``preset`` None is the stock model."""
-    width = shape.heads * shape.head_dim
-    if shape.backbone == "gpt2":
-        fields: dict[str, Any] = {
-            "n_layer": 2, "n_head": shape.heads, "n_embd": width, "n_positions": shape.length, "vocab_size": 64,
-            "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "use_cache": False, "bos_token_id": 0,
-            "eos_token_id": 0,
-        }  # fmt: skip
-        inputs = {"input_ids": torch.randint(64, (shape.batch, shape.length))}
-        if preset is None:
-            return GPT2Model(GPT2Config(**fields)), inputs
-        return ImgProcGPT2Model(ImgProcGPT2Config.from_preset(preset, **fields)), inputs
-    side = round((shape.length - 1) ** 0.5)
-    fields = {
-        "num_hidden_layers": 2, "num_attention_heads": shape.heads, "hidden_size": width, "intermediate_size": width,
-        "image_size": 4 * side, "patch_size": 4,
+    row, width = BACKBONES[shape.backbone], shape.heads * shape.head_dim
+    fields: dict[str, Any] = {
+        "num_hidden_layers": 2, "num_attention_heads": shape.heads, "hidden_size": width, **row.no_dropout,
     }  # fmt: skip
-    inputs = {"pixel_values": torch.randn(shape.batch, 3, 4 * side, 4 * side)}
+    if row.input == "text":
+        fields |= {"max_position_embeddings": shape.length, "vocab_size": 64, "use_cache": False}
+        fields |= {"bos_token_id": 0, "eos_token_id": 0}
+        inputs = {"input_ids": torch.randint(64, (shape.batch, shape.length))}
+    else:
+        side = round((shape.length - 1) ** 0.5)
+        fields |= {"intermediate_size": width, "image_size": 4 * side, "patch_size": 4}
+        inputs = {"pixel_values": torch.randn(shape.batch, 3, 4 * side, 4 * side)}
+    head = row.head("AutoModel")
     if preset is None:
-        return ViTModel(ViTConfig(**fields)), inputs
-    return ImgProcViTModel(ImgProcViTConfig.from_preset(preset, **fields)), inputs
+        return row.stock_class(head.stock)(row.stock_class(row.stock_config)(**fields)), inputs
+    return row.our_class(head.variant)(row.our_class(row.config).from_preset(preset, **fields)), inputs
 
 
 def capture_call(

@@ -142,10 +142,10 @@ def triton_algorithm(algorithm: str) -> Attend:
         reason = supports(query, key, value, is_causal=inputs.is_causal and mask is None, attn_mask=mask)
         if reason is not None:
             raise Refused(f"triton {reason}")
-        from ...gpu.twicing import twicing_attention
+        from ...gpu.fused import fused_attention
 
         hidden = None if mask is None else mask[:, 0, 0]
-        return twicing_attention(query, key, value, hidden, is_causal=inputs.is_causal, algorithm=algorithm)
+        return fused_attention(query, key, value, hidden, is_causal=inputs.is_causal, algorithm=algorithm)
 
     return run
 

@@ -22,11 +22,13 @@ from ... import (
     ImgProcViTConfig,
     ImgProcViTForImageClassification,
 )
+from ...backbones import BACKBONES as ROWS
+from ...backbones import GPT2, VIT
 from ...models.spec_fields import PRESETS
 from .parts import Bench, Case, Wrong
 from .tensors import relative_error
 
-BACKBONES = ("gpt2", "vit")
+BACKBONES = tuple(row.name for row in ROWS.values() if row.in_gpu_check)
 MODES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "float32": (torch.float32, None),
     "bfloat16": (torch.bfloat16, None),
@@ -41,8 +43,8 @@ FLOORS = {"float32": 2e-5, "bfloat16": 4e-2, "float16": 6e-3, "autocast bfloat16
 """Relative errors that the precision explains: some times those of a CPU (8e-7, 1.4e-2, 1.7e-3, 1e-2). TF32 is not."""
 
 _FIRST = ("softmax", "twicing", "bilateral", "bilateral_twicing", "bilateral_gaussian")
-_COMPILED = (("gpt2", "twicing"), ("vit", "bilateral"))
-_TRAINED = (("gpt2", "twicing"), ("vit", "bilateral_twicing"))
+_COMPILED = ((GPT2.name, "twicing"), (VIT.name, "bilateral"))
+_TRAINED = ((GPT2.name, "twicing"), (VIT.name, "bilateral_twicing"))
 
 
 class Sizes(NamedTuple):
@@ -72,7 +74,7 @@ def cases(bench: Bench) -> list[Case]:
         for backbone in BACKBONES
     ]
     found += [
-        Case(f"generation {name}", partial(generate, bench, name), limit, about("generation", "gpt2", name))
+        Case(f"generation {name}", partial(generate, bench, name), limit, about("generation", GPT2.name, name))
         for name in names
     ]
     for what, check, chosen, seconds in (
@@ -103,7 +105,7 @@ def about(what: str, backbone: str, preset: str) -> dict[str, str]:
 def build(backbone: str, preset: str, sizes: Sizes) -> Any:
     """A model in float32 on the CPU whose attention is far from uniform; no dropout; the same on every call."""
     torch.manual_seed(0)
-    if backbone == "gpt2":
+    if ROWS[backbone].input == "text":
         config = ImgProcGPT2Config.from_preset(
             preset,
             n_layer=sizes.layers,
@@ -113,7 +115,7 @@ def build(backbone: str, preset: str, sizes: Sizes) -> Any:
             n_positions=sizes.length + sizes.new_tokens,
             bos_token_id=0,
             eos_token_id=0,
-            **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
+            **GPT2.no_dropout,
         )
         return sharpened(ImgProcGPT2LMHeadModel(config))
     vit = ImgProcViTConfig.from_preset(
@@ -125,8 +127,7 @@ def build(backbone: str, preset: str, sizes: Sizes) -> Any:
         image_size=sizes.image,
         patch_size=sizes.patch,
         num_labels=10,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+        **VIT.no_dropout,
     )
     return sharpened(ImgProcViTForImageClassification(vit))
 
@@ -150,7 +151,7 @@ def sharpened(model: nn.Module) -> nn.Module:
 def inputs_for(backbone: str, sizes: Sizes) -> dict[str, torch.Tensor]:
     """Two texts or two images."""
     generator = torch.Generator().manual_seed(2)
-    if backbone == "gpt2":
+    if ROWS[backbone].input == "text":
         return {"input_ids": torch.randint(1, sizes.vocabulary, (2, sizes.length), generator=generator)}
     return {"pixel_values": torch.randn(2, 3, sizes.image, sizes.image, generator=generator)}
 
@@ -244,13 +245,13 @@ def compare(bench: Bench, backbone: str, preset: str, seconds_left: float) -> di
 def generate(bench: Bench, preset: str, seconds_left: float) -> dict[str, Any]:
     """Greedy generation with a cache and left padding; every step's logits against float64 without a cache."""
     sizes = TINY if bench.tiny else FULL
-    prompt = inputs_for("gpt2", sizes)["input_ids"]
+    prompt = inputs_for(GPT2.name, sizes)["input_ids"]
     mask = torch.ones_like(prompt)
     mask[0, : sizes.length // 4] = 0
     values: dict[str, Any] = {}
     wrong = []
     for mode in ("float32", "bfloat16"):
-        model = build("gpt2", preset, sizes).eval().to(bench.device, MODES[mode][0])
+        model = build(GPT2.name, preset, sizes).eval().to(bench.device, MODES[mode][0])
         out = model.generate(
             prompt.to(bench.device),
             attention_mask=mask.to(bench.device),
@@ -264,7 +265,7 @@ def generate(bench: Bench, preset: str, seconds_left: float) -> dict[str, Any]:
         got = torch.stack(out.logits, dim=1).double().cpu()
         sequences = out.sequences.cpu()[:, :-1]
         seen = torch.cat((mask, torch.ones(2, sequences.shape[1] - sizes.length, dtype=mask.dtype)), dim=1)
-        reference = build("gpt2", preset, sizes).eval().double()
+        reference = build(GPT2.name, preset, sizes).eval().double()
         reference.set_attn_implementation("eager")
         with torch.no_grad():
             places = (seen.cumsum(-1) - 1).clamp(min=0)
@@ -360,7 +361,7 @@ def train(bench: Bench, backbone: str, preset: str, seconds_left: float) -> dict
     torch.manual_seed(0)
     model = build(backbone, preset, sizes)
     inputs = inputs_for(backbone, sizes)
-    labels = inputs["input_ids"] if backbone == "gpt2" else torch.tensor([1, 7])
+    labels = inputs["input_ids"] if ROWS[backbone].input == "text" else torch.tensor([1, 7])
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,

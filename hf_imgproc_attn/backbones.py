@@ -1,0 +1,410 @@
+"""The backbones: one row each, and everything that differs between them outside their modelling files.
+
+Registration, conversion, cards, publishing, the command line, training, benchmark and the GPU check read this table;
+none of them has a list of model types of its own. What travels with a checkpoint (``models/``) cannot read it: a
+modelling file holds what its checkpoints need, and a test compares the two.
+
+Importing this file is cheap: classes are names here and are imported when they are asked for. That every name exists
+is checked all the same, in the text of the files that should define it, when the table is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_MODELS = Path(__file__).resolve().parent / "models"
+
+
+@dataclass(frozen=True)
+class Head:
+    """One model class of a backbone, with or without a head.
+
+    Attributes:
+        auto_class: the Auto class that loads it.
+        variant: our class.
+        stock: the class of Transformers that it stands for.
+        told_by: regular expressions; a checkpoint that names no architecture is this one if each of them matches one
+            of its tensors. The first head of a backbone whose expressions all match is taken.
+        measured: what a conversion changes for its user: ``"cross_entropy"`` on texts that the model writes,
+            ``"predictions"``, or None.
+        has_parts: whether :attr:`Backbone.optional_parts` are options of its constructor.
+    """
+
+    auto_class: str
+    variant: str
+    stock: str
+    told_by: tuple[str, ...] = ()
+    measured: str | None = None
+    has_parts: bool = False
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Where a stock checkpoint has what the position projections of a layer start from; ``{}`` is the layer.
+
+    Attributes:
+        filter: our filter's module, below which the layer's own projections lie.
+        norm: the norm whose output the layer's projections read; ``{before}`` is the layer before.
+        first_norm: that of layer 0, where it has another name.
+        query: weight of the query projection.
+        key: weight of the key projection; the same name where both lie in one tensor, ``[in, query | key | value]``.
+    """
+
+    filter: str
+    norm: str
+    query: str
+    key: str
+    first_norm: str | None = None
+
+    def norm_of(self, layer: int) -> str:
+        """The module of the norm that a layer's projections read."""
+        return self.first_norm if self.first_norm and layer == 0 else self.norm.format(layer, before=layer - 1)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one training script teaches, and how its cards speak of it.
+
+    Attributes:
+        name: in ``run.json``.
+        pipeline: the Hub's name of it.
+        command: of ``imgproc-attn``.
+        script: of the folder ``training/``, without ``.py``.
+        help: of the command, after "train or fine-tune".
+        auto_class: loads its checkpoints.
+        metric: the one that a card shows first.
+        disturbances: kinds of disturbed inputs that a card answers for.
+        rows: what the rows of its data are.
+        recipe: name and configuration of the small runs whose cards the repository shows.
+    """
+
+    name: str
+    pipeline: str
+    command: str
+    script: str
+    help: str
+    auto_class: str
+    metric: str
+    disturbances: tuple[str, ...]
+    rows: str
+    recipe: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A stock architecture whose attention can be any of our filters.
+
+    Attributes:
+        name: of the stock model type; ours is :attr:`model_type`, and our files end in it.
+        title: as people write it.
+        card_title: how a model card begins.
+        config: our configuration class.
+        stock_config: the one that it extends.
+        heads: the model classes; of those that the tensors of a checkpoint may be, the most telling first.
+        refused: architectures that the same kind of checkpoint may be and that are not supported -> as ``told_by``.
+        input: ``"text"`` or ``"images"``.
+        processor_files: one of these turns what a user has into what the model takes.
+        attention: where conversion finds a layer's projections.
+        tasks: what training scripts teach it.
+        new_model: sizes of a new model of a training script, unless its options say otherwise.
+        no_dropout: fields that switch dropout off, for measurements.
+        tokenizer: Transformers' class for texts.
+        refused_presets: variants that make no sense for it; its configuration refuses them, and says why.
+        in_gpu_check: whether the GPU check has the minutes to run its models.
+        optional_parts: option of the bare model -> what the names of its tensors contain. A configuration does not
+            tell whether a checkpoint has them.
+    """
+
+    name: str
+    title: str
+    card_title: str
+    config: str
+    stock_config: str
+    heads: tuple[Head, ...]
+    input: str
+    processor_files: tuple[str, ...]
+    attention: Attention
+    tasks: tuple[Task, ...]
+    new_model: dict[str, Any]
+    no_dropout: dict[str, Any]
+    tokenizer: str | None = None
+    refused_presets: tuple[str, ...] = ()
+    in_gpu_check: bool = True
+    refused: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    optional_parts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def model_type(self) -> str:
+        """Ours."""
+        return f"imgproc_{self.name}"
+
+    @property
+    def module_of(self) -> dict[str, str]:
+        """Our classes -> their modules, relative to the package."""
+        heads = {head.variant: f".models.modeling_{self.model_type}" for head in self.heads}
+        return {self.config: f".models.configuration_{self.model_type}", **heads}
+
+    def head(self, auto_class: str) -> Head:
+        """The model that an Auto class loads."""
+        return next(head for head in self.heads if head.auto_class == auto_class)
+
+    def our_class(self, name: str) -> Any:
+        """One of our classes, imported now."""
+        return getattr(importlib.import_module(self.module_of[name], __package__), name)
+
+    def stock_class(self, name: str) -> Any:
+        """One of the stock classes, imported now."""
+        import transformers
+
+        return getattr(transformers, name)
+
+
+GPT2 = Backbone(
+    name="gpt2",
+    title="GPT-2",
+    card_title="A language model of the GPT-2 architecture",
+    config="ImgProcGPT2Config",
+    stock_config="GPT2Config",
+    heads=(
+        Head(
+            "AutoModelForSequenceClassification",
+            "ImgProcGPT2ForSequenceClassification",
+            "GPT2ForSequenceClassification",
+            (r"^score\.weight$",),
+            "predictions",
+        ),
+        Head(
+            "AutoModelForTokenClassification",
+            "ImgProcGPT2ForTokenClassification",
+            "GPT2ForTokenClassification",
+            (r"^classifier\.weight$",),
+            "predictions",
+        ),
+        # The head is the token table, which is stored once; the body has a prefix of its own.
+        Head(
+            "AutoModelForCausalLM",
+            "ImgProcGPT2LMHeadModel",
+            "GPT2LMHeadModel",
+            (r"^transformer\.|^lm_head\.weight$",),
+            "cross_entropy",
+        ),
+        Head("AutoModel", "ImgProcGPT2Model", "GPT2Model"),
+    ),
+    refused={"GPT2DoubleHeadsModel": (r"^multiple_choice_head\.",)},
+    input="text",
+    processor_files=("tokenizer_config.json", "tokenizer.json"),
+    tokenizer="GPT2Tokenizer",
+    attention=Attention(
+        filter="h.{}.attn.filter", norm="h.{}.ln_1", query="h.{}.attn.c_attn.weight", key="h.{}.attn.c_attn.weight"
+    ),
+    tasks=(
+        Task(
+            name="causal-lm",
+            pipeline="text-generation",
+            command="train-lm",
+            script="train_causal_lm",
+            help="a causal language model",
+            auto_class="AutoModelForCausalLM",
+            metric="word_perplexity",
+            disturbances=("word swap",),
+            rows="lines",
+            recipe=("gpt2_pydoc", "pydoc_gpt2.yaml"),
+        ),
+    ),
+    new_model={"n_embd": 128, "n_layer": 4, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    no_dropout=dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
+)
+
+VIT = Backbone(
+    name="vit",
+    title="ViT",
+    card_title="A Vision Transformer",
+    config="ImgProcViTConfig",
+    stock_config="ViTConfig",
+    heads=(
+        Head(
+            "AutoModelForImageClassification",
+            "ImgProcViTForImageClassification",
+            "ViTForImageClassification",
+            (r"^classifier\.weight$",),
+            "predictions",
+        ),
+        Head(
+            "AutoModelForMaskedImageModeling",
+            "ImgProcViTForMaskedImageModeling",
+            "ViTForMaskedImageModeling",
+            (r"^decoder\.0\.weight$",),
+        ),
+        Head("AutoModel", "ImgProcViTModel", "ViTModel", has_parts=True),
+    ),
+    input="images",
+    processor_files=("preprocessor_config.json", "processor_config.json"),
+    attention=Attention(
+        filter="layers.{}.attention.filter",
+        norm="layers.{}.layernorm_before",
+        query="layers.{}.attention.q_proj.weight",
+        key="layers.{}.attention.k_proj.weight",
+    ),
+    tasks=(
+        Task(
+            name="image-classification",
+            pipeline="image-classification",
+            command="train-image",
+            script="train_image_classification",
+            help="an image classifier",
+            auto_class="AutoModelForImageClassification",
+            metric="accuracy",
+            disturbances=("noise", "attack", "corruption"),
+            rows="images",
+            recipe=("vit_digits", "digits_vit.yaml"),
+        ),
+    ),
+    new_model={"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 256},
+    no_dropout=dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0),
+    # The checkpoints of DINO have no pooler; a configuration does not say so.
+    optional_parts={"add_pooling_layer": "pooler.", "use_mask_token": "mask_token"},
+)
+
+BERT = Backbone(
+    name="bert",
+    title="BERT",
+    card_title="A text encoder of the BERT architecture",
+    config="ImgProcBertConfig",
+    stock_config="BertConfig",
+    heads=(
+        Head(
+            "AutoModelForMaskedLM",
+            "ImgProcBertForMaskedLM",
+            "BertForMaskedLM",
+            (r"^cls\.predictions\.transform\.",),
+            "predictions",
+        ),
+        Head(
+            "AutoModelForSequenceClassification",
+            "ImgProcBertForSequenceClassification",
+            "BertForSequenceClassification",
+            (r"^classifier\.weight$", r"^bert\.pooler\."),
+            "predictions",
+        ),
+        Head(
+            "AutoModelForTokenClassification",
+            "ImgProcBertForTokenClassification",
+            "BertForTokenClassification",
+            (r"^classifier\.weight$",),
+            "predictions",
+        ),
+        Head("AutoModel", "ImgProcBertModel", "BertModel", has_parts=True),
+    ),
+    refused={
+        "BertForPreTraining": (r"^cls\.seq_relationship\.", r"^cls\.predictions\."),
+        "BertForNextSentencePrediction": (r"^cls\.seq_relationship\.",),
+        "BertForQuestionAnswering": (r"^qa_outputs\.",),
+    },
+    input="text",
+    processor_files=("tokenizer_config.json", "tokenizer.json"),
+    tokenizer="BertTokenizer",
+    attention=Attention(
+        filter="encoder.layer.{}.attention.self.filter",
+        norm="encoder.layer.{before}.output.LayerNorm",
+        first_norm="embeddings.LayerNorm",
+        query="encoder.layer.{}.attention.self.query.weight",
+        key="encoder.layer.{}.attention.self.key.weight",
+    ),
+    tasks=(
+        Task(
+            name="text-classification",
+            pipeline="text-classification",
+            command="train-text-classification",
+            script="train_text_classification",
+            help="a text classifier",
+            auto_class="AutoModelForSequenceClassification",
+            metric="accuracy",
+            disturbances=("word swap",),
+            rows="texts",
+            recipe=("bert_topics", "topics_bert.yaml"),
+        ),
+    ),
+    new_model={
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 256,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    },
+    no_dropout=dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0),
+    refused_presets=("nlm", "nope"),
+    in_gpu_check=False,
+    optional_parts={"add_pooling_layer": "pooler."},
+)
+
+BACKBONES: dict[str, Backbone] = {row.name: row for row in (GPT2, VIT, BERT)}
+"""Name of the stock model type -> row."""
+
+OF_MODEL_TYPE: dict[str, Backbone] = {row.model_type: row for row in BACKBONES.values()}
+"""Our model type -> row."""
+
+TASKS: dict[str, Task] = {task.name: task for row in BACKBONES.values() for task in row.tasks}
+"""Name in ``run.json`` -> task."""
+
+OF_TASK: dict[str, Backbone] = {task.name: row for row in BACKBONES.values() for task in row.tasks}
+"""Name of a task -> the backbone that it is taught to."""
+
+
+def in_words(joint: str = "and") -> str:
+    """The backbones as people write them: ``"GPT-2 and ViT"``."""
+    *others, last = [row.title for row in BACKBONES.values()]
+    return f"{', '.join(others)} {joint} {last}"
+
+
+def of_config(config: Any) -> Backbone:
+    """The row of a configuration, stock or ours.
+
+    Raises:
+        ValueError: for a model type that is no row's.
+    """
+    model_type = str(getattr(config, "model_type", None))
+    row = BACKBONES.get(model_type.removeprefix("imgproc_"))
+    if row is None:
+        known = ", ".join([*BACKBONES, *OF_MODEL_TYPE])
+        raise ValueError(f"model_type must be one of {known}, got {model_type!r}")
+    return row
+
+
+def check_row(row: Backbone) -> None:
+    """Check that every class that a row names is defined where it should be, without importing it.
+
+    Raises:
+        ValueError: naming the row, the class and the file.
+    """
+    own = {
+        _MODELS / f"configuration_{row.model_type}.py": [row.config],
+        _MODELS / f"modeling_{row.model_type}.py": [head.variant for head in row.heads],
+    }
+    found = importlib.util.find_spec("transformers")
+    stock: dict[Path, list[str]] = {}
+    if found is not None and found.origin is not None:
+        folder = Path(found.origin).parent / "models" / row.name
+        stock = {
+            folder / f"configuration_{row.name}.py": [row.stock_config],
+            folder / f"modeling_{row.name}.py": [*(head.stock for head in row.heads), *row.refused],
+        }
+        if row.tokenizer is not None:
+            stock[folder / f"tokenization_{row.name}.py"] = [row.tokenizer]
+    for path, names in {**own, **stock}.items():
+        # Without its source a library can tell nothing here; the first use of a missing class then fails.
+        text = path.read_text(encoding="utf-8") if path.is_file() else None
+        if text is None and path in own:
+            raise ValueError(f"backbone {row.name!r} needs the file {path.name} in models/, which does not exist")
+        for name in names if text is not None else ():
+            if not re.search(rf"^class {re.escape(name)}\b", str(text), re.MULTILINE):
+                raise ValueError(f"backbone {row.name!r} names the class {name}, which {path.name} does not define")
+
+
+for _row in BACKBONES.values():
+    check_row(_row)

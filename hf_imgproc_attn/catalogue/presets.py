@@ -1,0 +1,199 @@
+"""The presets: a row each, with what cards, the table of variants and the README say of it.
+
+The fields of a preset are in ``models/spec_fields.py``, which travels with checkpoints; all else about it is its row
+here. ``tests/catalogue/test_table.py`` compares the two.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Variant(NamedTuple):
+    """A preset in one equation.
+
+    Attributes:
+        text: what it computes, in a line of plain text, without the `|` that separates the columns of a table.
+        equation: the same in LaTeX; without a backslash before punctuation, which Markdown may eat.
+        symbols: what stands in it beyond queries q, keys k, values V and the width d of a head.
+        papers: keys of :data:`~hf_imgproc_attn.catalogue.works.PAPERS`: the works it comes from, the foremost first.
+        limits: what it does not support, keys of :data:`REASONS`, beyond what
+            :func:`~hf_imgproc_attn.catalogue.table.limits` finds out.
+    """
+
+    text: str
+    equation: str
+    symbols: str
+    papers: tuple[str, ...]
+    limits: tuple[str, ...] = ()
+
+
+REASONS = {
+    "static caches": "the layers keep tensors that static and quantised caches do not hold",
+    "longer texts": "the table of positions ends at N",
+    "one-layer models": "a layer is compared with one before it",
+    "rotary positions": "they mix the features that M weighs",
+    "every head width": "features turn in pairs, for each axis: a multiple of 2 for text, of 4 for images",
+    "one attention map": "each round has its own",
+}
+"""What some presets do not support, and why."""
+
+_UNTIED = r"A_{ij} \propto \exp\left(\frac{2 q_i^\top k_j}{h_y^2} + \frac{2 (U_Q p_i)^\top (U_K p_j)}{h_p^2}\right)"
+_UNTIED_SYMBOLS = (
+    "$q$, $k$ come from the content alone; $p$ is the learned vector of a position (layer-normalised), $U_Q$, $U_K$ "
+    "are its own projections, and the bandwidths $h_y$, $h_p$ are learned, one of each per head and layer"
+)
+_STOCK = r"A_{ij} \propto \exp\left(\frac{q_i^\top k_j}{\sqrt{d}}\right)"
+_STOCK_SYMBOLS = "learned positions are added to the tokens before the first layer"
+_ONCE, _TWICE = r"U = A V", r"U = (2A - A^2) V"
+_NO_TABLE = "no positions are added to the tokens"
+
+VARIANTS: dict[str, Variant] = {
+    "softmax": Variant(
+        text="A ∝ exp(qᵀk/√d), positions added to the tokens; U = A V",
+        equation=rf"{_ONCE}, \qquad {_STOCK}",
+        symbols=_STOCK_SYMBOLS,
+        papers=("attention",),
+    ),
+    "bilateral": Variant(
+        text="A ∝ exp(2qᵀk/h_y² + 2(U_Q p_i)ᵀ(U_K p_j)/h_p²); U = A V",
+        equation=rf"{_ONCE}, \qquad {_UNTIED}",
+        symbols=_UNTIED_SYMBOLS,
+        papers=("filtering", "untied"),
+    ),
+    "bilateral_gaussian": Variant(
+        text="A ∝ exp(-‖q - k‖²/h_y² - ‖p_i - p_j‖²/h_p²); U = A V",
+        equation=(
+            rf"{_ONCE}, \qquad A_{{ij}} \propto \exp\left(-\frac{{\lVert q_i - k_j \rVert^2}}{{h_y^2}}"
+            r" - \frac{\lVert p_i - p_j \rVert^2}{h_p^2}\right)"
+        ),
+        symbols=(
+            "$p$ is the place itself (the index of a token; row and column of an image patch), and the bandwidths "
+            "$h_y$, $h_p$ are learned, one of each per head and layer"
+        ),
+        papers=("bilateral", "filtering"),
+    ),
+    "twicing": Variant(
+        text="A of softmax; U = (2A - A²) V",
+        equation=rf"{_TWICE}, \qquad {_STOCK}",
+        symbols=_STOCK_SYMBOLS,
+        papers=("twicing", "tukey"),
+    ),
+    "bilateral_twicing": Variant(
+        text="A of bilateral; U = (2A - A²) V",
+        equation=rf"{_TWICE}, \qquad {_UNTIED}",
+        symbols=_UNTIED_SYMBOLS,
+        papers=("filtering", "twicing", "untied", "tukey"),
+    ),
+    "nlm": Variant(
+        text="A ∝ exp(-‖q - k‖²/h_y²), no positions; U = A V",
+        equation=rf"{_ONCE}, \qquad A_{{ij}} \propto \exp\left(-\frac{{\lVert q_i - k_j \rVert^2}}{{h_y^2}}\right)",
+        symbols=f"{_NO_TABLE}, and the bandwidth $h_y$ is learned, one per head and layer",
+        papers=("nlm", "filtering"),
+    ),
+    "elliptical": Variant(
+        text="A ∝ exp(qᵀM k/√d), M = diag(mean abs(V_l - V_(l-1))) / its maximum; U = A V",
+        equation=rf"{_ONCE}, \qquad A_{{ij}} \propto \exp\left(\frac{{q_i^\top M_i k_j}}{{\sqrt{{d}}}}\right)",
+        symbols=(
+            "$M_i$ is diagonal: the mean over tokens of $|V_l - V_{l-1}|$, feature by feature, divided by its largest "
+            "entry (in text over the tokens up to $i$; no gradient flows through it; the first layer has none); "
+            f"{_STOCK_SYMBOLS}"
+        ),
+        papers=("elliptical",),
+        limits=("one-layer models", "rotary positions"),
+    ),
+    "neutreno": Variant(
+        text="A of softmax; U = A V_l + λ(V_0 - V_l)",
+        equation=rf"U_l = A V_l + \lambda (V_0 - V_l), \qquad {_STOCK}",
+        symbols=f"$l > 0$ counts the layers, the first one is plain, $\\lambda$ is fixed; {_STOCK_SYMBOLS}",
+        papers=("neutreno",),
+        limits=("one-layer models",),
+    ),
+    "pidformer": Variant(
+        text="A of softmax; U = A V_l + λ_P e_l + λ_I Σ e_m + λ_D(e_l - e_(l-1)), e_l = V_0 - V_l",
+        equation=(
+            r"U_l = A V_l + \lambda_P e_l + \lambda_I \sum_{m=1}^{l} e_m + \lambda_D (e_l - e_{l-1}),"
+            rf" \qquad e_l = V_0 - V_l, \qquad {_STOCK}"
+        ),
+        symbols=f"$l > 0$ counts the layers, the first one is plain, the gains are fixed; {_STOCK_SYMBOLS}",
+        papers=("pidformer",),
+        limits=("one-layer models",),
+    ),
+    "alibi": Variant(
+        text="A ∝ exp(qᵀk/√d - m‖i - j‖); U = A V",
+        equation=rf"{_ONCE}, \qquad A_{{ij}} \propto \exp\left(\frac{{q_i^\top k_j}}{{\sqrt{{d}}}} - m |i - j|\right)",
+        symbols=(
+            "$m$ is a fixed slope, one per head (between image patches $|i - j|$ is the Euclidean distance); "
+            f"{_NO_TABLE}"
+        ),
+        papers=("alibi",),
+    ),
+    "t5_bias": Variant(
+        text="A ∝ exp(qᵀk/√d + b[bucket(i - j)]); U = A V",
+        equation=rf"{_ONCE}, \qquad A_{{ij}} \propto \exp\left(\frac{{q_i^\top k_j}}{{\sqrt{{d}}}} + b(i - j)\right)",
+        symbols=(
+            "$b$ is a learned number for each head and bucket of offsets: small offsets have one each, large ones "
+            f"share (between image patches rows and columns have tables of their own); {_NO_TABLE}"
+        ),
+        papers=("t5",),
+    ),
+    "rope": Variant(
+        text="A ∝ exp((R_i q)ᵀ(R_j k)/√d); U = A V",
+        equation=rf"{_ONCE}, \qquad A_{{ij}} \propto \exp\left(\frac{{(R_i q_i)^\top R_j k_j}}{{\sqrt{{d}}}}\right)",
+        symbols=f"$R_i$ turns pairs of features by angles in proportion to the position $i$; {_NO_TABLE}",
+        papers=("roformer",),
+        limits=("every head width",),
+    ),
+    "nope": Variant(
+        text="A ∝ exp(qᵀk/√d), no positions; U = A V",
+        equation=rf"{_ONCE}, \qquad {_STOCK}",
+        symbols=f"{_NO_TABLE}, nor is there any other positional encoding",
+        papers=("nope",),
+    ),
+    "tupe": Variant(
+        text="A of bilateral, h fixed, U_Q, U_K shared by all layers; U = A V",
+        equation=rf"{_ONCE}, \qquad {_UNTIED}",
+        symbols=(
+            "$q$, $k$ come from the content alone; $p$ is the learned vector of a position (layer-normalised), $U_Q$, "
+            "$U_K$ are its own projections, which all layers share, and the bandwidths are fixed, $h_y^2 = h_p^2 = 2 "
+            "\\sqrt{d}$"
+        ),
+        papers=("untied",),
+    ),
+    "sos": Variant(
+        text="A of softmax; U = u_3, u_m = A(V + u_(m-1)) - u_(m-1), u_0 = 0",
+        equation=rf"U = u_3, \qquad u_m = A (V + u_{{m-1}}) - u_{{m-1}}, \qquad u_0 = 0, \qquad {_STOCK}",
+        symbols=_STOCK_SYMBOLS,
+        papers=("sos", "filtering"),
+    ),
+    "learned_twicing": Variant(
+        text="A of softmax; U = (A + γA(I - A)) V",
+        equation=rf"U = (A + \gamma A (I - A)) V, \qquad {_STOCK}",
+        symbols=f"$\\gamma$ is learned, one per head and layer, from 1, where this is twicing; {_STOCK_SYMBOLS}",
+        papers=("twicing", "l2boosting"),
+    ),
+    "gradient_boosted": Variant(
+        text="F_0 = Attn_0(z), c = Attn_1(z - F_0); U = F_1 = F_0 + σ(W_1[F_0; c]) ∘ c",
+        equation=(
+            r"F_0 = \mathrm{Attn}_0(z), \qquad c = \mathrm{Attn}_1(z - F_0), \qquad "
+            r"U = F_0 + \sigma(W_1 [F_0, c]) \odot c"
+        ),
+        symbols=(
+            "$z$ is the layer's normalised input; $\\mathrm{Attn}_0$ and $\\mathrm{Attn}_1$ are softmax attention "
+            "with projections of their own, queries, keys and values of the latter all made of $z - F_0$; "
+            f"{_STOCK_SYMBOLS}"
+        ),
+        papers=("gradient_boosting",),
+        limits=("one attention map",),
+    ),
+    "boosted_residual": Variant(
+        text="A of softmax; x + Attn(LN(x_0 - x)) instead of x + Attn(LN(x))",
+        equation=rf"x'_l = x_l + f(x_0 - x_l), \qquad f(x) = \mathrm{{Attn}}(\mathrm{{LN}}(x)), \qquad {_STOCK}",
+        symbols=(
+            f"$x_l$ is the input of layer $l > 0$ and $x_0$ the embedded input, the first is plain; {_STOCK_SYMBOLS}"
+        ),
+        papers=("filtering", "tukey"),
+        limits=("one-layer models",),
+    ),
+}
+"""Every preset of ``spec_fields``, in its order."""

@@ -1,0 +1,214 @@
+"""Position kernels inside the Triton kernels: what they add to a tile of logits, and the sums of their gradients.
+
+The formulas are those of ``models.kernel_blocks``: s = t B(c_ij), linear in a head's few parameters t. From the
+coordinates of a tile's rows and columns, so that nothing of size length x length is read:
+
+    SQUARED     B = -|p_i - p_j|^2 / 2      Gaussian, t = 2/h_p^2
+    DISTANCE    B = -|p_i - p_j|            ALiBi, t = the slope
+    BUCKETS     1 in its own bucket         relative buckets, t = a table: an offset looks up its bucket, then t
+
+Class tokens have no place: B is 0, and one of three scalars of the head is added (grid to class, class to grid, class
+to class). *Gradients*: a block of keys adds dL/ds B over all its queries and writes its sums into a slot of its own,
+so that they depend on no order; what calls the kernels adds the slots.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .triton_tiles import hide, seen_keys
+
+NO_POSITION: tl.constexpr = tl.constexpr(0)
+SQUARED: tl.constexpr = tl.constexpr(1)
+DISTANCE: tl.constexpr = tl.constexpr(2)
+BUCKETS: tl.constexpr = tl.constexpr(3)
+
+
+class Places(NamedTuple):
+    """What a position kernel compares, as the kernels take it.
+
+    queries: p of the queries, float32 ``[batch or 1, length, axes]``.
+    keys: p of the keys, likewise.
+    query_step: elements from one item of the batch to the next, 0 where all share their places.
+    key_step: likewise.
+    nearest: the largest B that each query sees, float32 ``[batch, length]``, which is taken from all B of its row;
+        None where every query sees itself. Neither the softmax nor, since dL/ds sums to 0 over a row, the gradient
+        notices, and the logits of near keys keep their digits.
+    parameters: float32 ``[heads, count]`` in units of log 2: t, and behind it the scalars of class tokens, if any.
+    lookup: of buckets: int32, those of the offsets 0, -1, ..., -reach, then those of 0 to reach seen as positive.
+    axes, count, class_tokens, buckets, entries, reach: sizes, as ``tl.constexpr``; buckets are those of one axis, and
+        entries those of the table, rounded up to a power of two.
+    """
+
+    queries: Any
+    keys: Any
+    query_step: int
+    key_step: int
+    nearest: Any
+    parameters: Any
+    lookup: Any
+    axes: Any
+    count: Any
+    class_tokens: Any
+    buckets: Any
+    entries: Any
+    reach: Any
+
+
+@triton.jit
+def _pair(of_queries, of_keys, TRANSPOSED: tl.constexpr):
+    """Two vectors along the axes of a tile ``[queries, keys]``, or of ``[keys, queries]``."""
+    if TRANSPOSED:
+        return of_queries[None, :], of_keys[:, None]
+    else:
+        return of_queries[:, None], of_keys[None, :]
+
+
+@triton.jit
+def _offset(places, batch, query_rows, key_rows, length, axis: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """p_j - p_i along one axis of the grid."""
+    queries = places.queries + batch * places.query_step + query_rows * places.axes + axis
+    keys = places.keys + batch * places.key_step + key_rows * places.axes + axis
+    of_queries = tl.load(queries, mask=query_rows < length, other=0.0)
+    of_keys = tl.load(keys, mask=key_rows < length, other=0.0)
+    of_queries, of_keys = _pair(of_queries, of_keys, TRANSPOSED)
+    return of_keys - of_queries
+
+
+@triton.jit
+def _compare(places, batch, query_rows, key_rows, length, POSITION: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """B of SQUARED and DISTANCE."""
+    offset = _offset(places, batch, query_rows, key_rows, length, 0, TRANSPOSED)
+    squares = offset * offset
+    for axis in tl.static_range(1, places.axes):
+        other = _offset(places, batch, query_rows, key_rows, length, axis, TRANSPOSED)
+        squares += other * other
+    if POSITION == SQUARED:
+        compared = -0.5 * squares
+    elif places.axes == 1:
+        compared = -tl.abs(offset)
+    else:
+        compared = -tl.sqrt_rn(squares)
+    if places.class_tokens > 0:
+        query_class, key_class = _pair(query_rows < places.class_tokens, key_rows < places.class_tokens, TRANSPOSED)
+        compared = tl.where(query_class | key_class, 0.0, compared)
+    if places.nearest is not None:
+        nearest = tl.load(places.nearest + batch * length + query_rows, mask=query_rows < length, other=0.0)
+        of_queries, _ = _pair(nearest, key_rows, TRANSPOSED)
+        compared = compared - of_queries
+    return compared
+
+
+@triton.jit
+def _bucket(places, offset):
+    """The bucket of each offset; that of a fraction is that of the integer nearer to 0."""
+    distance = tl.minimum(tl.abs(offset), places.reach * 1.0).to(tl.int32)
+    return tl.load(places.lookup + tl.where(offset > 0.0, places.reach + 1, 0) + distance)
+
+
+@triton.jit
+def add_position(
+    scores, places, batch, head, query_rows, key_rows, length, POSITION: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """Logits ``[queries, keys]``, or ``[keys, queries]`` if TRANSPOSED, with those of the position kernel added."""
+    if POSITION == NO_POSITION:
+        return scores
+    else:
+        own = places.parameters + head * places.count
+        if POSITION == BUCKETS:
+            logits = tl.zeros_like(scores)
+            for axis in tl.static_range(0, places.axes):
+                offset = _offset(places, batch, query_rows, key_rows, length, axis, TRANSPOSED)
+                logits += tl.load(own + axis * places.buckets + _bucket(places, offset))
+        else:
+            logits = tl.load(own) * _compare(places, batch, query_rows, key_rows, length, POSITION, TRANSPOSED)
+        if places.class_tokens > 0:
+            to_class = tl.load(own + places.count - 3)
+            from_class = tl.load(own + places.count - 2)
+            within = tl.load(own + places.count - 1)
+            query_class, key_class = _pair(
+                query_rows < places.class_tokens, key_rows < places.class_tokens, TRANSPOSED
+            )
+            of_grid = tl.where(key_class, to_class, logits)
+            logits = tl.where(query_class, tl.where(key_class, within, from_class), of_grid)
+        return scores + logits
+
+
+@triton.jit
+def no_gradient(places, POSITION: tl.constexpr, BLOCK: tl.constexpr):
+    """The sums of a block of keys, before any: of t, and for each key over queries on the grid and class queries."""
+    if POSITION == BUCKETS:
+        of_parameter = tl.zeros([places.entries], dtype=tl.float32)
+    else:
+        of_parameter = tl.zeros([BLOCK], dtype=tl.float32)
+    return of_parameter, tl.zeros([BLOCK], dtype=tl.float32), tl.zeros([BLOCK], dtype=tl.float32)
+
+
+@triton.jit
+def add_gradient(
+    of_parameter, of_grid, of_class, d_scores, places, batch, query_rows, key_rows, length,
+    POSITION: tl.constexpr, LEARNS: tl.constexpr,
+):  # fmt: skip
+    """The sums with a tile's dL/ds, ``[keys, queries]``, added."""
+    if POSITION != NO_POSITION and LEARNS:
+        if places.class_tokens > 0:
+            query_class, key_class = _pair(query_rows < places.class_tokens, key_rows < places.class_tokens, True)
+            of_class += tl.sum(tl.where(query_class, d_scores, 0.0), 1)
+            of_grid += tl.sum(tl.where(query_class, 0.0, d_scores), 1)
+            d_scores = tl.where(query_class | key_class, 0.0, d_scores)
+        if POSITION == BUCKETS:
+            entries = tl.arange(0, places.entries)
+            for axis in tl.static_range(0, places.axes):
+                offset = _offset(places, batch, query_rows, key_rows, length, axis, True)
+                buckets = _bucket(places, offset)
+                # Far tiles have one bucket, so that this loop is short but near the diagonal.
+                for bucket in range(tl.min(buckets), tl.max(buckets) + 1):
+                    found = tl.sum(tl.where(buckets == bucket, d_scores, 0.0))
+                    of_parameter += tl.where(entries == axis * places.buckets + bucket, found, 0.0)
+        else:
+            compared = _compare(places, batch, query_rows, key_rows, length, POSITION, True)
+            of_parameter += tl.sum(d_scores * compared, 1)
+    return of_parameter, of_grid, of_class
+
+
+@triton.jit
+def store_gradient(
+    sums_pointer, slot, of_parameter, of_grid, of_class, places, key_rows,
+    POSITION: tl.constexpr, LEARNS: tl.constexpr,
+):  # fmt: skip
+    """Write the sums of a block of keys into a slot of ``[slots, count]``."""
+    if POSITION != NO_POSITION and LEARNS:
+        own = sums_pointer + slot.to(tl.int64) * places.count
+        if POSITION == BUCKETS:
+            entries = tl.arange(0, places.entries)
+            tl.store(own + entries, of_parameter, mask=entries < places.axes * places.buckets)
+        else:
+            tl.store(own, tl.sum(of_parameter))
+        if places.class_tokens > 0:
+            key_class = key_rows < places.class_tokens
+            tl.store(own + places.count - 3, tl.sum(tl.where(key_class, of_grid, 0.0)))
+            tl.store(own + places.count - 2, tl.sum(tl.where(key_class, 0.0, of_class)))
+            tl.store(own + places.count - 1, tl.sum(tl.where(key_class, of_class, 0.0)))
+
+
+@triton.jit
+def nearest_kernel(
+    places, mask_pointer, nearest_pointer, length,
+    POSITION: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The largest B that each query sees, ``[batch, length]``; 0 where it sees nothing."""
+    blocks = tl.cdiv(length, BLOCK)
+    block, batch = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    query_rows = block * BLOCK + tl.arange(0, BLOCK)
+    nearest = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
+    end = length
+    if CAUSAL:
+        end = tl.minimum((block + 1) * BLOCK, length)
+    for start in range(0, end, BLOCK):
+        key_rows = start + tl.arange(0, BLOCK)
+        compared = _compare(places, batch, query_rows, key_rows, length, POSITION, False)
+        seen = seen_keys(mask_pointer + batch * length, key_rows, length, HAS_MASK)
+        nearest = tl.maximum(nearest, tl.max(hide(compared, query_rows, key_rows, seen, CAUSAL), 1))
+    nearest = tl.where(nearest == float("-inf"), 0.0, nearest)
+    tl.store(nearest_pointer + batch * length + query_rows, nearest, mask=query_rows < length)

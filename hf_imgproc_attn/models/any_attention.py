@@ -1,0 +1,142 @@
+"""What Transformers calls in a filtered layer of another model: a hook before it, and its attention function."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from .any_layer import AppliedFilter, SharedState
+from .any_streams import follow_layer
+from .visibility import Visibility, attention_visibility, padding_visibility
+
+IMPLEMENTATION = "imgproc_filter"
+"""Name of :func:`filtered_attention` in Transformers' table of attention functions."""
+PART = "imgproc_filter"
+"""Name of the sub-module of a filtered layer."""
+
+_CACHES = ("past_key_values", "layer_past", "past_key_value")
+_OTHER_SEQUENCE = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
+_HARMLESS = frozenset(
+    (
+        *("position_ids", "position_embeddings", "sliding_window", "use_cache", "cache_position", "output_attentions"),
+        *("output_hidden_states", "return_dict", "num_items_in_batch", "deterministic", "logits_to_keep"),
+        *("token_type_ids", "labels", "is_training"),
+    )
+)
+"""Keywords of the interface that say nothing of the logits beside what the mask says."""
+_REFUSED = {
+    "softcap": "it bounds the logits, which no fused call of this package does",
+    "s_aux": "a learned sink takes weight from every row, so that A does not average",
+    "cache": "continuous batching keeps its cache in pages",
+}
+
+
+def filtered_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention function of filtered layers; arguments as Transformers' own functions have them.
+
+    Args:
+        module: the attention module.
+        query: ``[batch, heads, length, head_dim]``.
+        key: ``[batch, key_heads, key_length, head_dim]`` of all tokens, from the cache.
+        value: ``[batch, key_heads, key_length, d]``.
+        attention_mask: boolean or additive with four axes, ``[batch, key_length]``, or None: then ``is_causal`` says
+            everything.
+        dropout: probability on A.
+        scaling: the factor on q.k.
+        is_causal: whether later tokens are hidden where there is no mask; None: as the module says.
+        position_bias: added to the logits, ``[batch or 1, heads, length, key_length]``, or None.
+        **kwargs: what a model says beside; terms of the logits that are not understood are refused.
+
+    Returns:
+        ``[batch, length, heads, d]``, and the attentions or None.
+
+    Raises:
+        ValueError: for terms of the logits that the filter does not know, or a call that is no self-attention.
+    """
+    part: AppliedFilter = getattr(module, PART)
+    for name, extra in kwargs.items():
+        if extra is None or extra is False or name in _HARMLESS:
+            continue
+        reason = _REFUSED.get(name, "it is not known what it does to the logits")
+        raise ValueError(f"the filter of {part.layer_name} does not take {name}: {reason}; choose other layers")
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if attention_mask is None and causal and 1 < query.shape[-2] < key.shape[-2]:
+        # As Transformers has it, the first tokens of a cache of fixed size: the places after them are empty.
+        key, value = (x[..., : query.shape[-2], :] for x in (key, value))
+    visibility = _visibility(part.shared, attention_mask, query, key, causal)
+    output, weights = part(
+        module,
+        (query, key, value),
+        visibility,
+        scaling=scaling,
+        dropout=dropout,
+        bias=None if position_bias is None else position_bias[..., : key.shape[-2]],
+        position_ids=kwargs.get("position_ids"),
+        attentions=bool(kwargs.get("output_attentions")),
+    )
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def _visibility(
+    shared: SharedState, mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, causal: bool
+) -> Visibility:
+    length, key_length = query.shape[-2], key.shape[-2]
+    if mask is None:
+        return Visibility(length, key_length, causal and length > 1)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and shared.mask is not None and shared.mask[0] is mask:
+        found = shared.mask[1]
+        if (found.length, found.key_length) == (length, key_length):
+            return found
+    if mask.ndim == 2:  # flash attention's: padding only
+        found = padding_visibility((mask[:, None, None, :] != 0), length, causal)
+    else:
+        shape = (query.shape[0], query.shape[1], length, key_length)
+        found = attention_visibility(mask[..., :key_length], shape=shape)
+    if not compiling:
+        shared.mask = (mask, found)
+    return found
+
+
+def before_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a filtered layer runs: find its part of the cache, and refuse attention to another sequence."""
+    part: AppliedFilter = getattr(module, PART)
+    given = {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs}
+    for name in _OTHER_SEQUENCE:
+        if given.get(name) is not None:
+            raise ValueError(
+                f"the filter of {part.layer_name} is for self-attention, got {name}: attention to another sequence is "
+                "no filter of its own tokens; choose other layers"
+            )
+    cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
+    cache = getattr(cache, "self_attention_cache", cache)
+    part.cache_layer = None
+    if cache is not None:
+        layer_idx = getattr(module, "layer_idx", None)
+        if layer_idx is None:
+            raise ValueError(f"the filter of {part.layer_name} was given a cache, and the layer has no layer_idx")
+        part.cache_layer = follow_layer(cache, layer_idx, part.keeps_streams)
+
+
+def _parameters(module_class: type[nn.Module]) -> list[str]:
+    return list(inspect.signature(module_class.forward).parameters)[1:]
+
+
+AttentionInterface.register(IMPLEMENTATION, filtered_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

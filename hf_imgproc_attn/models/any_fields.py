@@ -1,0 +1,196 @@
+"""Which filter another model's layers get: the fields that need only query, key, value, places and earlier layers."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from .any_layers import AttentionLayer
+from .spec_axes import LayerSpec, layer_schedule
+from .spec_fields import FILTER_FIELDS, FilterSpecMixin, preset_fields, refuse_near_misses
+from .spec_rules import check_filter_spec
+
+_POSITIONS = ("gaussian", "alibi", "relative_buckets")
+_NEEDS = {
+    "untied": "it projects positions, which the model does not",
+    "rotary": "it turns queries and keys before the model does its own",
+    "additive": "it is what the model does by itself",
+    "none": "the model adds its own positions, which cannot be taken out",
+}
+_NOT_FOR_LAYERS = {
+    "share_position_projections": "there are no position projections",
+    "rotary_base": "rotary positions are the model's own",
+    "residual": "it changes the blocks of the model",
+    "boosted_layers": "choose layers by layers=",
+}
+
+
+MAX_SPECIAL_TOKENS = 16
+"""More leading tokens than this before the patches are not class or register tokens."""
+
+
+class FilterFields(NamedTuple):
+    """Checked fields of a filter for another model's layers.
+
+    values: all fields of ``FilterSpecMixin``.
+    is_image: whether the model's tokens are patches.
+    """
+
+    values: dict[str, Any]
+    is_image: bool
+
+    @classmethod
+    def of(cls, preset: str | None, fields: dict[str, Any], is_image: bool) -> FilterFields:
+        """Fields of a preset and those given by name, which win.
+
+        Raises:
+            ValueError: for an unknown field, one that another model's layers cannot have, or no change at all.
+        """
+        known = FILTER_FIELDS
+        refuse_near_misses({name: value for name, value in fields.items() if name not in known})
+        for name in fields:
+            if name not in known:
+                raise ValueError(f"fields must be among {', '.join(known)}, got {name!r}")
+        wanted = {**({} if preset is None else preset_fields(preset)), **fields}
+        for name, value in wanted.items():
+            default = getattr(FilterSpecMixin, name)
+            if name in _NOT_FOR_LAYERS and value != default:
+                raise ValueError(f"{name}={value!r} is not for layers of another model: {_NOT_FOR_LAYERS[name]}")
+        _check_positions(wanted)
+        boostings = wanted.get("boosting", "none")
+        if "gradient_boosted" in (boostings if isinstance(boostings, list) else [boostings]):
+            raise ValueError(
+                "boosting='gradient_boosted' is not for layers of another model: it has projections of its own"
+            )
+        if wanted.get("feedback", "none") != "none" and not {"neutreno_lambda", "pid_gains", "learn_feedback"} & set(
+            wanted
+        ):
+            # As in a conversion: factors that are learned and start at 0 leave the model what it was.
+            wanted |= {"learn_feedback": True, **_zero_gains(wanted["feedback"])}
+        values = {name: wanted.get(name, getattr(FilterSpecMixin, name)) for name in known}
+        if values == {name: getattr(FilterSpecMixin, name) for name in known}:
+            raise ValueError(f"nothing of the model would change: give a preset or fields, got preset={preset!r}")
+        return cls(values, is_image)
+
+
+def _check_positions(wanted: dict[str, Any]) -> None:
+    kernels = wanted.get("position_kernel")
+    for kernel in kernels if isinstance(kernels, list) else [kernels]:
+        if kernel is not None and kernel not in _POSITIONS:
+            reason = _NEEDS.get(kernel, "it is unknown")
+            raise ValueError(
+                f"position_kernel must be one of {', '.join(_POSITIONS)} for layers of another model, got {kernel!r}: "
+                f"{reason}"
+            )
+
+
+def _zero_gains(feedback: str) -> dict[str, Any]:
+    return {"neutreno_lambda": 0.0} if feedback == "neutreno" else {"pid_gains": [0.0, 0.0, 0.0]}
+
+
+class StackConfig:
+    """The chosen layers of one stack as a configuration that a filter's layer reads.
+
+    Args:
+        fields: what the filter is.
+        layers: the layers; a list field has one value for each of them.
+        model: whose table of positions tells how many tokens are no patches.
+        num_special_tokens: of images: leading tokens that are no patches; None: the configuration tells.
+
+    Raises:
+        ValueError: for values that break a rule, or an image model whose grid is not known.
+    """
+
+    default_neutreno_lambda = 0.4
+
+    def __init__(
+        self,
+        fields: FilterFields,
+        layers: Sequence[AttentionLayer],
+        model: nn.Module,
+        num_special_tokens: int | None,
+    ) -> None:
+        self.fields = fields.values
+        self.__dict__.update(fields.values)
+        first = layers[0]
+        heads = {layer.num_heads for layer in layers}
+        if len(heads) > 1 and any(
+            isinstance(fields.values[f"{kind}_bandwidth"], list) for kind in ("content", "position")
+        ):
+            raise ValueError(f"bandwidths as lists need layers with one number of heads, got {sorted(heads)}")
+        self.num_hidden_layers = len(layers)
+        self._set_heads(first)
+        self.filter_spec_version = FilterSpecMixin.filter_spec_version
+        self.position_axes = 2 if fields.is_image else 1
+        if fields.is_image:
+            self.default_neutreno_lambda = 0.6
+        stock = getattr(first.module, "config", None)
+        self.sides: tuple[int, ...] = (getattr(stock, "max_position_embeddings", None) or 2048,)
+        self.num_class_tokens = 0
+        for layer in reversed(layers):
+            self._set_heads(layer)
+            check_filter_spec(self)
+        _check_alike(fields.values, layers)
+        sees_places = any(spec.position_kernel in _POSITIONS for spec in self.layer_specs)
+        if fields.is_image:
+            self.sides = (1, 1)
+            if sees_places:
+                self.sides = _grid(stock)
+                self.num_class_tokens = _special_tokens(model, stock, self.sides, num_special_tokens)
+
+    def _set_heads(self, layer: AttentionLayer) -> None:
+        self.num_attention_heads, self.hidden_size = layer.num_heads, layer.num_heads * layer.head_dim
+
+    def for_layer(self, layer: AttentionLayer) -> StackConfig:
+        """The same with the heads of one layer: they differ in models of several resolutions."""
+        config = copy.copy(self)
+        config._set_heads(layer)
+        return config
+
+    @property
+    def layer_specs(self) -> list[LayerSpec]:
+        """The axes of each layer."""
+        return layer_schedule(self)
+
+
+def _check_alike(values: dict[str, Any], layers: Sequence[AttentionLayer]) -> None:
+    """Refuse to compare the values of layers whose heads differ."""
+    contents = values["content_kernel"]
+    compares = values["feedback"] != "none" or "elliptical" in (contents if isinstance(contents, list) else [contents])
+    heads = {(layer.num_heads, layer.head_dim) for layer in layers}
+    if compares and len(heads) > 1:
+        raise ValueError(
+            "feedback and the content kernel 'elliptical' compare the values of layers, which must have the same "
+            f"heads, got {', '.join(f'{count} of width {width}' for count, width in sorted(heads))}: choose others"
+        )
+
+
+def _grid(config: Any) -> tuple[int, int]:
+    """Rows and columns of patches."""
+    size, patch = (getattr(config, name, None) for name in ("image_size", "patch_size"))
+    if size is None or patch is None:
+        raise ValueError(
+            f"positions need the grid of patches, and {type(config).__name__} has no image_size or no patch_size"
+        )
+    heights, widths = (value if isinstance(value, (list, tuple)) else (value, value) for value in (size, patch))
+    return heights[0] // widths[0], heights[1] // widths[1]
+
+
+def _special_tokens(model: nn.Module, config: Any, grid: tuple[int, ...], given: int | None) -> int:
+    """Leading tokens that are no patches: what a table of positions has beyond the grid, and register tokens."""
+    if given is not None:
+        return given
+    registers, patches = getattr(config, "num_register_tokens", None), math.prod(grid)
+    for name, table in model.named_parameters():
+        if "position" in name and table.ndim in (2, 3) and 0 <= table.shape[-2] - patches <= MAX_SPECIAL_TOKENS:
+            return table.shape[-2] - patches + (registers or 0)
+    if registers is not None:
+        return 1 + int(registers)
+    raise ValueError(
+        f"positions need to know how many leading tokens are no patches, which {type(config).__name__} does not tell: "
+        "give num_special_tokens (a class token: 1; a class and a distillation token: 2; none: 0)"
+    )

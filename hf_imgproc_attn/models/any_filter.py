@@ -1,0 +1,188 @@
+"""Filters in the layers of any Transformers model whose attention goes through Transformers' attention interface.
+
+Nothing of a model's code is copied and none of its weights is changed. A filtered layer gets one sub-module with the
+filter's own parameters, and a configuration of its own whose attention implementation is ``IMPLEMENTATION``: the
+model's code then hands query, key and value to ``filtered_attention``, after rotary embedding and after the cache.
+All other layers run as before.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .any_attention import IMPLEMENTATION, PART, before_layer
+from .any_fields import FilterFields, StackConfig
+from .any_layer import AppliedFilter, SharedState
+from .any_layers import AttentionLayer, attention_layers
+
+
+class FilteredLayers(list[dict[str, Any]]):
+    """One row a filtered layer; prints as a table."""
+
+    def __str__(self) -> str:
+        if not self:
+            return "no layer is filtered"
+        names = list(self[0])
+        cells = [names, *([str(row[name]) for name in names] for row in self)]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+        )
+
+
+def apply_filter(
+    model: nn.Module,
+    preset: str | None = None,
+    *,
+    layers: Sequence[int] | int | None = None,
+    stacks: str | Sequence[str] | None = None,
+    num_special_tokens: int | None = None,
+    **fields: Any,
+) -> nn.Module:
+    """Put a filter into the self-attention layers of a Transformers model, in place.
+
+    Args:
+        model: any model whose attention goes through Transformers' attention interface.
+        preset: one of ``PRESETS``; its fields can be given, or replaced, by name.
+        layers: indices into the self-attention layers of each stack, from either end; None: all.
+        stacks: names of the stacks (lists of blocks), as :func:`stack_names` gives them; None: all.
+        num_special_tokens: of images: leading tokens without a place on the grid of patches, where the configuration
+            does not tell.
+        **fields: ``content_kernel``, ``position_kernel`` (on top of the model's own positions), ``content_bandwidth``,
+            ``position_bandwidth``, ``learn_bandwidths``, ``boosting``, ``boosting_steps``, ``feedback`` and what
+            belongs to them, as the configurations of this package have them. A gain that is learned starts at 0, where
+            the model computes what it did.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: for fields that need another projection or another block, layers or stacks that are not there, a
+            model without such layers, or one that is filtered already. The model is then as it was.
+    """
+    if any(_parts(model)):
+        raise ValueError("the model is filtered already: call remove_filter(model) first")
+    wanted = FilterFields.of(preset, fields, is_image=_is_image(model))
+    chosen = _chosen(attention_layers(model), layers, stacks, type(model).__name__)
+    prepared = []
+    for stack_layers in chosen:
+        config = StackConfig(wanted, stack_layers, model, num_special_tokens)
+        shared = SharedState()
+        prepared += [
+            (layer, AppliedFilter(layer, order, config.for_layer(layer), shared))
+            for order, layer in enumerate(stack_layers)
+        ]
+    for layer, part in prepared:
+        _attach(layer.module, part)
+    return model
+
+
+def _attach(module: nn.Module, part: AppliedFilter) -> None:
+    tensor = next(module.parameters(), None)
+    if tensor is not None:
+        # The filter's scalars are never less precise than single.
+        part.to(tensor.device, torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+    part.train(module.training)
+    own = copy.copy(module.config)
+    own._attn_implementation_internal = IMPLEMENTATION  # type: ignore[union-attr]
+    part.stock_config = module.config
+    module.config = own
+    setattr(module, PART, part)
+    part.hook = module.register_forward_pre_hook(before_layer, with_kwargs=True)  # type: ignore[assignment]
+
+
+def remove_filter(model: nn.Module) -> nn.Module:
+    """Take the filters out of a model again, in place; their parameters are gone.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    found = list(_parts(model))
+    if not found:
+        raise ValueError("the model has no filter to remove")
+    for module, part in found:
+        part.hook.remove()  # type: ignore[union-attr,operator]
+        module.config = part.stock_config
+        delattr(module, PART)
+    return model
+
+
+def filtered_layers(model: nn.Module) -> FilteredLayers:
+    """What the filtered layers of a model have, one row a layer; empty where there is none."""
+    rows = FilteredLayers()
+    for _, part in _parts(model):
+        spec = part.filter.spec
+        rows.append(
+            {
+                "stack": part.stack,
+                "layer": part.index,
+                "content": spec.content_kernel,
+                "positions": "its own" if spec.position_kernel == "additive" else f"its own + {spec.position_kernel}",
+                "boosting": spec.boosting
+                if spec.boosting in ("none", "learned")
+                else f"{spec.boosting} ({spec.boosting_steps})",
+                "feedback": spec.feedback,
+                "parameters": sum(parameter.numel() for parameter in part.parameters()),
+            }
+        )
+    return rows
+
+
+def stack_names(model: nn.Module) -> dict[str, int]:
+    """The stacks of a model (lists of blocks with self-attention) and how many layers each has."""
+    counts: dict[str, int] = {}
+    for layer in attention_layers(model):
+        counts[layer.stack] = counts.get(layer.stack, 0) + 1
+    return counts
+
+
+def _parts(model: nn.Module) -> Iterator[tuple[nn.Module, AppliedFilter]]:
+    for module in model.modules():
+        part = getattr(module, PART, None)
+        if isinstance(part, AppliedFilter):
+            yield module, part
+
+
+def _is_image(model: nn.Module) -> bool:
+    return getattr(model, "main_input_name", "") == "pixel_values"
+
+
+def _chosen(
+    found: list[AttentionLayer], layers: Sequence[int] | int | None, stacks: str | Sequence[str] | None, model: str
+) -> list[list[AttentionLayer]]:
+    """The chosen layers of each chosen stack, in order."""
+    by_stack: dict[str, list[AttentionLayer]] = {}
+    for layer in found:
+        by_stack.setdefault(layer.stack, []).append(layer)
+    if not by_stack:
+        raise ValueError(
+            f"{model} has no self-attention layer that goes through Transformers' attention interface: no filter can "
+            "be put into it"
+        )
+    names = list(by_stack) if stacks is None else [stacks] if isinstance(stacks, str) else list(stacks)
+    for name in names:
+        if name not in by_stack:
+            raise ValueError(f"stacks must be among {', '.join(by_stack)}, got {name!r}")
+    wanted = [layers] if isinstance(layers, int) else layers
+    chosen = []
+    for name in names:
+        members = by_stack[name]
+        if wanted is None:
+            chosen.append(members)
+            continue
+        for index in wanted:
+            if isinstance(index, bool) or not isinstance(index, int) or not -len(members) <= index < len(members):
+                raise ValueError(
+                    f"layers must be integers from {-len(members)} to {len(members) - 1} ({name} has {len(members)} "
+                    f"self-attention layers), got {index!r}"
+                )
+        places = {index % len(members) for index in wanted}
+        if len(places) != len(wanted) or not places:
+            raise ValueError(f"layers must name at least one layer, and every layer once, got {layers!r}")
+        chosen.append([members[place] for place in sorted(places)])
+    return chosen

@@ -1,0 +1,217 @@
+"""One filtered layer of another model: its parameters, its places, what it hands to the next one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .any_fields import StackConfig
+from .any_layers import AttentionLayer
+from .any_streams import FollowingStreams
+from .backend_reference import filter_logits, reference_attention
+from .backend_table import run_filter
+from .boost_depth import FEEDBACK, LayerState
+from .cache_streams import NO_STREAMS, Streams
+from .kernel_content import working_dtype
+from .kernel_given import BiasPositions
+from .kernel_position import Positions
+from .layer_filter import AttentionFilter
+from .layer_parameters import Scalars
+from .visibility import Visibility
+
+
+class SharedState:
+    """What the filtered layers of one stack hand to each other during a forward pass.
+
+    states: what goes into each layer, by its order among the filtered ones. It is kept until the next forward pass, so
+        that layers which gradient checkpointing computes again find it.
+    with_gradient: whether the forward pass was recorded for gradients.
+    mask: the mask that the layers were given last, and what it shows.
+    """
+
+    def __init__(self) -> None:
+        self.states: dict[int, LayerState] = {}
+        self.with_gradient = False
+        self.mask: tuple[Any, Visibility] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedState:
+        return memo.setdefault(id(self), SharedState())
+
+
+class AppliedFilter(nn.Module):
+    """The filter of one layer of another model.
+
+    Args:
+        layer: the layer.
+        order: its place among the filtered layers of its stack.
+        config: what the filter is.
+        shared: of the stack.
+    """
+
+    def __init__(self, layer: AttentionLayer, order: int, config: StackConfig, shared: SharedState) -> None:
+        super().__init__()
+        self.layer_name, self.stack, self.index, self.order = layer.name, layer.stack, layer.place, order
+        self.filter = AttentionFilter(
+            config.layer_specs[order],
+            config,
+            layer_idx=order,
+            head_dim=layer.head_dim,
+            scaling=layer.scaling,
+            longest_side=max(config.sides),
+            layer_norm_eps=0.0,
+            num_class_tokens=config.num_class_tokens,
+        )
+        if self.filter.scalar_bias.boosting_gain is not None:
+            # Boosting that is learned starts where the model is: without it.
+            nn.init.zeros_(self.filter.scalar_bias.boosting_gain)
+        self.sides, self.shared = config.sides, shared
+        spec = self.filter.spec
+        self.sees_places = self.filter.positions.sees_places
+        self.needs_state = self.filter.passes_value or spec.feedback != "none"
+        self.keeps_streams = bool(self.filter.stream_names) or self.sees_places
+        fields = config.fields
+        self.scales_by_itself = fields["learn_bandwidths"] or fields["content_bandwidth"] is not None
+        self.cache_layer: Any = None
+        """Set before the layer's forward pass: its part of the cache, or None."""
+
+    def forward(
+        self,
+        module: nn.Module,
+        projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        visibility: Visibility,
+        *,
+        scaling: float | None,
+        dropout: float,
+        bias: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        attentions: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Filter the values; see :func:`filtered_attention`.
+
+        Returns:
+            ``[batch, heads, length, d]``, and the attentions or None.
+        """
+        query, key, value = projected
+        streams: Streams = NO_STREAMS
+        own_value, has_past = None, visibility.length != visibility.key_length
+        if self.cache_layer is not None:
+            streams = following = FollowingStreams(self.cache_layer, visibility.key_length)
+            own_value = following.own_value(value, visibility.length)
+        elif has_past:
+            raise ValueError(
+                f"the filter of {self.layer_name} needs as many keys as queries, got {visibility.key_length} and "
+                f"{visibility.length}, and no cache that explains it: attention to another sequence, or to fewer "
+                "keys, is no filter of its own tokens; choose other layers"
+            )
+        new_value = value[..., visibility.key_length - visibility.length :, :] if own_value is None else own_value
+        if self.filter.has_metric and query.shape[-1] != value.shape[-1]:
+            raise ValueError(
+                f"content_kernel='elliptical' weighs queries by the values: {self.layer_name} has values of width "
+                f"{value.shape[-1]} and queries of width {query.shape[-1]}; choose another kernel"
+            )
+        state = self._state()
+        scalars = self.filter.scalar_bias()
+        positions = self._positions(scalars, query, visibility, position_ids, streams)
+        if bias is not None:
+            positions = (*positions, BiasPositions(bias))
+        call = self.filter.call(
+            (query, key, value),
+            scalars,
+            visibility=visibility,
+            positions=positions,
+            moved=(new_value, state.previous_value),
+            streams=streams,
+            dropout=dropout,
+        )._replace(own_value=own_value)
+        if not (self.scales_by_itself or self.filter.has_metric) and scaling is not None:
+            call = call._replace(content=call.content._replace(scale=float(scaling)))
+        if attentions:
+            output, weights = reference_attention(filter_logits(call), call, "operator")
+        else:
+            # With cached tokens only these two take everything about who is seen from the mask.
+            one_row = "reference" if visibility.length == 1 or (dropout and call.is_boosted) else "sdpa"
+            output, weights = run_filter(call, one_row if has_past else "auto"), None
+        if self.needs_state:
+            output, state = self._hand_on(output, new_value, state, call.query.shape[1])
+            self.shared.states[self.order + 1] = state
+        self.cache_layer = None  # a model keeps no cache alive
+        return output, weights
+
+    def _state(self) -> LayerState:
+        if not self.needs_state:
+            return LayerState()
+        shared, with_gradient = self.shared, torch.is_grad_enabled()
+        if self.order == 0:
+            shared.states, shared.with_gradient = {0: LayerState()}, with_gradient
+        if self.order not in shared.states or (with_gradient and not shared.with_gradient):
+            raise ValueError(
+                f"the filter of {self.layer_name} compares layers, and the layer before it did not run in the same "
+                "pass: call the whole model, and use gradient checkpointing with use_reentrant=False"
+            )
+        return shared.states[self.order]
+
+    def _hand_on(
+        self, output: torch.Tensor, value: torch.Tensor, state: LayerState, heads: int
+    ) -> tuple[torch.Tensor, LayerState]:
+        spec = self.filter.spec
+        if spec.feedback != "none":
+            wide = value if value.shape[1] == heads else value.repeat_interleave(heads // value.shape[1], dim=1)
+            arguments = self.filter.feedback_arguments() if self.order else {}
+            output, state = FEEDBACK[spec.feedback](output, wide, state, **arguments)
+        if self.filter.passes_value:
+            state = state._replace(previous_value=value)
+        return output, state
+
+    def _positions(
+        self,
+        scalars: Scalars,
+        query: torch.Tensor,
+        visibility: Visibility,
+        position_ids: torch.Tensor | None,
+        streams: Streams,
+    ) -> tuple[Positions, ...]:
+        if not self.sees_places:
+            return ()
+        own = self._coordinates(query, position_ids).to(working_dtype(query.dtype))
+        all_places = own
+        if streams.is_cached:
+            rows = own.expand(query.shape[0], -1, -1).unsqueeze(1)
+            all_places = streams.append("places", rows).squeeze(1)
+        return self.filter.positions.terms(
+            scalars,
+            (None, None),
+            (own, all_places),
+            contiguous=False,
+            causal=visibility.causal,
+            like=query,
+        )
+
+    def _coordinates(self, query: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+        """Places of the new tokens, ``[batch or 1, length, axes]``."""
+        length = query.shape[-2]
+        if len(self.sides) == 2:
+            rows, columns = self.sides
+            special = length - rows * columns
+            if special != self.filter.positions.num_class_tokens:
+                raise ValueError(
+                    f"position_kernel={self.filter.spec.position_kernel!r} needs the places of all tokens: "
+                    f"{self.filter.positions.num_class_tokens} special tokens and {rows} x {columns} patches, got "
+                    f"{length} tokens; give num_special_tokens, and images of the size of the configuration"
+                )
+            grid = torch.cartesian_prod(
+                torch.arange(rows, device=query.device), torch.arange(columns, device=query.device)
+            )
+            return nn.functional.pad(grid, (0, 0, special, 0))[None]
+        if position_ids is not None:
+            return position_ids[..., None] if position_ids.ndim == 2 else position_ids[0, ..., None]
+        places = torch.arange(length, device=query.device)
+        if self.cache_layer is not None:
+            places = places + (self.cache_layer.get_seq_length() - length)
+        return places[None, :, None]
+
+    def extra_repr(self) -> str:
+        """What the layer's filter is, in one line."""
+        spec = self.filter.spec
+        return f"{spec.content_kernel}, {spec.position_kernel}, {spec.boosting}, {spec.feedback}"

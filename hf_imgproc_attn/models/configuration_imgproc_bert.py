@@ -1,0 +1,40 @@
+"""Configuration of BERT with a chosen attention filter."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import BertConfig
+
+from .configuration_peft import tell_peft
+from .spec_fields import FilterSpecMixin
+
+_DECODER = "this is an encoder, whose tokens see those before and after them"
+
+
+@strict
+class ImgProcBertConfig(FilterSpecMixin, BertConfig):
+    """The stock ``BertConfig`` and the filter fields of ``FilterSpecMixin``; the defaults are the stock model.
+
+    Example:
+        >>> from hf_imgproc_attn import ImgProcBertConfig
+        >>> ImgProcBertConfig.from_preset("twicing").boosting
+        'twicing'
+    """
+
+    model_type = "imgproc_bert"
+    needs_positions = True
+    must_be = {
+        "is_decoder": (False, _DECODER),
+        "add_cross_attention": (False, _DECODER),
+        "position_embedding_type": ("absolute", "relative positions are the position_kernel 'relative_buckets' here"),
+    }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stock ``to_dict`` without what is chosen at run time; PEFT, which calls it, learns its targets here."""
+        # With the module that holds them: the filters have projections called query and value too.
+        names = {**{name: [f"self.{name}"] for name in ("query", "key", "value")}, "output.dense": ["output.dense"]}
+        tell_peft(self.model_type, like="bert", names=names)
+        return super().to_dict()
+
+
+ImgProcBertConfig.register_for_auto_class()

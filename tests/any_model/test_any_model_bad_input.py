@@ -1,0 +1,164 @@
+"""What cannot have a filter is refused by name, and left as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    BloomConfig,
+    BloomModel,
+    FalconConfig,
+    FalconModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    SegformerConfig,
+    SegformerModel,
+)
+
+from hf_imgproc_attn import apply_filter, filtered_layers, remove_filter
+from tests.any_model.architectures import GROUPED, TEXT, build, inputs, output, text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"preset": "twiceing"}, r"preset must be one of .*, got 'twiceing'; did you mean twicing\?"),
+        ({}, "nothing of the model would change"),
+        ({"preset": "softmax"}, "nothing of the model would change"),
+        ({"preset": "twicing", "layers": [3]}, r"layers must be integers from -3 to 2 \(model.layers has 3 .*got 3"),
+        ({"preset": "twicing", "layers": [True]}, "layers must be integers .*got True"),
+        ({"preset": "twicing", "layers": []}, r"layers must name at least one layer, .*got \[\]"),
+        ({"preset": "twicing", "layers": [0, -3]}, r"every layer once, got \[0, -3\]"),
+        ({"preset": "twicing", "stacks": "encoder"}, "stacks must be among model.layers, got 'encoder'"),
+        ({"preset": "twicing", "boosting_step": 3}, "unknown configuration field boosting_step=3; did you mean"),
+        ({"preset": "twicing", "colour": 3}, "fields must be among .*got 'colour'"),
+        ({"preset": "twicing", "boosting_steps": 99}, "boosting_steps must be an integer >= 1 and <= 16, got 99"),
+        ({"preset": "bilateral"}, "position_kernel must be one of .*got 'untied': it projects positions"),
+        ({"preset": "rope"}, "got 'rotary': it turns queries and keys"),
+        ({"preset": "nope"}, "got 'none': the model adds its own positions"),
+        ({"position_kernel": "additive"}, "got 'additive': it is what the model does"),
+        ({"preset": "gradient_boosted"}, "boosting='gradient_boosted' .* projections of its own"),
+        (
+            {"preset": "boosted_residual"},
+            "residual='twicing' is not for layers of another model: it changes the blocks",
+        ),
+        ({"preset": "twicing", "boosted_layers": [0]}, "boosted_layers=.* choose layers by layers="),
+        ({"preset": "neutreno", "layers": [1]}, "feedback='neutreno' compares a layer with the ones before it"),
+    ],
+)
+def test_wrong_arguments_leave_the_model_as_it_was(arguments: dict[str, Any], message: str) -> None:
+    model = build("llama")
+    config = model.model.layers[0].self_attn.config  # type: ignore[union-attr,index]
+    with pytest.raises(ValueError, match=message):
+        apply_filter(model, **arguments)
+    assert not filtered_layers(model)
+    assert model.model.layers[0].self_attn.config is config  # type: ignore[union-attr,index]
+
+
+def test_a_filter_is_applied_and_removed_once() -> None:
+    model = apply_filter(build("llama"), "twicing")
+    with pytest.raises(ValueError, match=r"filtered already: call remove_filter\(model\) first"):
+        apply_filter(model, "sos")
+    remove_filter(model)
+    with pytest.raises(ValueError, match="no filter to remove"):
+        remove_filter(model)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [
+        (FalconModel, FalconConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)),
+        (BloomModel, BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2)),
+    ],
+)
+def test_models_outside_the_interface_are_refused(model_class: Any, config: Any) -> None:
+    with pytest.raises(
+        ValueError, match="has no self-attention layer that goes through Transformers' attention inter"
+    ):
+        apply_filter(model_class(config), "twicing")
+
+
+def test_terms_of_the_logits_that_are_not_understood_are_refused() -> None:
+    fields = {**GROUPED, "query_pre_attn_scalar": 8}
+    capped = Gemma2ForCausalLM(Gemma2Config(**fields)).eval()
+    apply_filter(capped, "twicing")
+    with pytest.raises(ValueError, match="model.layers.0.self_attn does not take softcap"):
+        capped(text())
+    sinks = GptOssForCausalLM(GptOssConfig(**GROUPED, num_local_experts=2, num_experts_per_tok=1)).eval()
+    apply_filter(sinks, "twicing")
+    with pytest.raises(ValueError, match="does not take s_aux: a learned sink"):
+        sinks(text())
+
+
+def test_attention_with_fewer_keys_than_queries_is_refused() -> None:
+    model = SegformerModel(
+        SegformerConfig(hidden_sizes=[8, 16], num_attention_heads=[1, 2], depths=[1, 1], num_encoder_blocks=2)
+    ).eval()
+    apply_filter(model, "twicing")
+    with pytest.raises(ValueError, match="needs as many keys as queries"):
+        model(torch.randn(1, 3, 64, 64))
+
+
+def test_attention_to_another_sequence_is_refused() -> None:
+    config = BertConfig(**TEXT, is_decoder=True, add_cross_attention=True)
+    model = apply_filter(BertModel(config).eval(), "twicing")
+    other = torch.randn(2, 5, 32)
+    model(text(), encoder_hidden_states=other)  # the second attention of each block has no filter
+    assert len(filtered_layers(model)) == 3
+    layer = model.encoder.layer[0].attention.self  # type: ignore[union-attr,index]
+    with pytest.raises(ValueError, match="is for self-attention, got encoder_hidden_states"):
+        layer(torch.randn(2, 14, 32), encoder_hidden_states=other)
+
+
+def test_one_layer_alone_cannot_compare_layers() -> None:
+    model = apply_filter(build("llama"), "neutreno", neutreno_lambda=0.3)
+    layer = model.model.layers[1].self_attn  # type: ignore[union-attr,index]
+    states = torch.randn(2, 14, 32, dtype=torch.float64)
+    places = model.model.rotary_emb(states, torch.arange(14)[None])  # type: ignore[union-attr,operator]
+    with pytest.raises(ValueError, match="the layer before it did not run in the same pass"):
+        layer(states, position_embeddings=places, attention_mask=None)
+
+
+def test_values_of_another_width_have_no_elliptical_metric() -> None:
+    model = apply_filter(build("deepseek_v3"), "elliptical")
+    with pytest.raises(ValueError, match="has values of width 6 and queries of width 12"):
+        output(model, inputs("deepseek_v3"))
+
+
+def test_values_of_other_heads_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="must have the same heads, got 2 of width 8, 4 of width 8"):
+        apply_filter(build("swin"), "neutreno")
+
+
+def test_images_of_another_size_have_no_known_places() -> None:
+    model = apply_filter(build("vit"), "alibi")
+    larger = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    with pytest.raises(ValueError, match="1 special tokens and 3 x 3 patches, got 17 tokens"):
+        model(larger, interpolate_pos_encoding=True)
+
+
+def test_an_image_model_that_does_not_tell_its_special_tokens_asks_for_them() -> None:
+    with pytest.raises(ValueError, match="give num_special_tokens"):
+        apply_filter(build("beit"), "alibi")
+    model = apply_filter(build("beit"), "alibi", num_special_tokens=1)
+    assert output(model, inputs("beit")).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "special"),
+    [("vit", 1), ("deit", 2), ("dinov2_with_registers", 3), ("dinov3", 3), ("siglip", 0), ("clip", 1)],
+)
+def test_special_tokens_are_told_apart_from_patches(name: str, special: int) -> None:
+    model = apply_filter(build(name), "alibi")
+    counts = {
+        module.num_class_tokens
+        for module in (part.filter.positions for part in model.modules() if hasattr(part, "sides"))
+    }
+    assert counts == {special}
+    assert output(model, inputs(name)).isfinite().all()

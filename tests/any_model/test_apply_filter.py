@@ -1,0 +1,230 @@
+"""Filters in other people's models: equal to a dense formula, to our own classes, and gone without a trace."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from hf_imgproc_attn import (
+    PRESETS,
+    ImgProcGPT2Config,
+    ImgProcGPT2LMHeadModel,
+    ImgProcViTConfig,
+    ImgProcViTModel,
+    apply_filter,
+    filtered_layers,
+    remove_filter,
+)
+from hf_imgproc_attn.models.any_filter import stack_names
+from hf_imgproc_attn.models.any_layers import attention_layers
+from tests.any_model.architectures import EVERYTHING, build, inputs, output, text
+
+STACKS = {
+    "bart": {"model.encoder.layers": 2, "model.decoder.layers": 2},
+    "t5": {"encoder.block": 2, "decoder.block": 2},
+    "whisper": {"model.encoder.layers": 2, "model.decoder.layers": 2},
+    "gemma3": {"model.layers": 4},
+    "swin": {"encoder.layers": 3},
+}
+"""What is not one stack of three layers."""
+
+
+def dense_twicing(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """(2A - A²) V where keys are the queries' own tokens, else A V: nothing but the formula."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    logits = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if position_bias is not None:
+        logits = logits + position_bias
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is None and causal:
+        attention_mask = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        logits = logits.masked_fill(~attention_mask, float("-inf"))
+    elif attention_mask is not None:
+        logits = logits + attention_mask
+    matrix = logits.softmax(-1).nan_to_num(0.0)
+    matrix = 2 * matrix - matrix @ matrix if getattr(module, "filtered_by_test", False) else matrix
+    return (matrix @ value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("dense_twicing_of_tests", dense_twicing)
+AttentionMaskInterface.register("dense_twicing_of_tests", sdpa_mask)
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_every_architecture_computes_the_formula(name: str) -> None:
+    model, given = build(name), inputs(name, padded=True)
+    stock = output(model, given)
+    assert stack_names(model) == STACKS.get(name, {next(iter(stack_names(model))): 3})
+    apply_filter(model, "twicing")
+    filtered = output(model, given)
+    remove_filter(model)
+    assert torch.equal(output(model, given), stock)
+
+    for layer in attention_layers(model):
+        layer.module.filtered_by_test = True  # type: ignore[assignment]
+    model.set_attn_implementation("dense_twicing_of_tests")  # type: ignore[operator]
+    visible = given["attention_mask"].bool() if "attention_mask" in given else ...
+    scale = stock.abs().max()
+    assert (filtered - stock)[visible].abs().max() > 1e-6 * scale
+    assert (filtered - output(model, given))[visible].abs().max() < 1e-12 * scale
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_a_learned_gain_starts_where_the_model_is_and_is_trained(name: str) -> None:
+    model, given = build(name), inputs(name)
+    stock = output(model, given)
+    apply_filter(model, "learned_twicing")
+    gains = {key: value for key, value in model.named_parameters() if "imgproc_filter" in key}
+    assert len(gains) == len(filtered_layers(model))
+    assert all(key.endswith("imgproc_filter.filter.scalar_bias.boosting_gain") for key in gains)
+    result = output(model, given)
+    assert (result - stock).abs().max() <= 1e-12 * stock.abs().max()
+    result.square().sum().backward()
+    assert all(gain.grad is not None and bool((gain.grad != 0).all()) for gain in gains.values())
+
+
+OWN: dict[str, dict[str, Any]] = {
+    **{name: {"preset": name} for name in ("twicing", "sos", "learned_twicing", "elliptical", "alibi", "t5_bias")},
+    "neutreno": {"preset": "neutreno", "neutreno_lambda": 0.3},
+    "pidformer": {"preset": "pidformer", "pid_gains": [0.5, 0.1, 0.2]},
+    "gaussian": {
+        "content_kernel": "gaussian",
+        "position_kernel": "gaussian",
+        "learn_bandwidths": True,
+        "boosting": "twicing",
+        "boosting_steps": 3,
+    },
+    "bandwidths": {"content_bandwidth": [1.0, 2.0, 3.0, 4.0], "boosting": "diffusion"},
+}
+
+
+@pytest.mark.parametrize("which", OWN)
+@pytest.mark.parametrize("name", ["gpt2", "vit"])
+def test_what_a_foreign_model_gets_is_what_our_own_class_computes(name: str, which: str) -> None:
+    stock, given = build(name), inputs(name, padded=True)
+    fields = dict(OWN[which])
+    fields = {**PRESETS[fields.pop("preset", "softmax")], **fields}
+    with torch.no_grad():
+        if "position_kernel" in fields:  # our own class then has no table of positions
+            table = stock.transformer.wpe.weight if name == "gpt2" else stock.embeddings.position_embeddings  # type: ignore[union-attr]
+            table.zero_()  # type: ignore[operator]
+    model_class, config_class = (
+        (ImgProcGPT2LMHeadModel, ImgProcGPT2Config) if name == "gpt2" else (ImgProcViTModel, ImgProcViTConfig)
+    )
+    own = model_class(config_class(**EVERYTHING[name][1], **fields)).double().eval()  # type: ignore[operator]
+    missing, _ = own.load_state_dict(stock.state_dict(), strict=False)
+    assert all("scalar_bias" in key for key in missing)
+    apply_filter(stock, **fields)
+
+    scalars = {key: value for key, value in own.named_parameters() if "scalar_bias" in key}
+    foreign = {key: value for key, value in stock.named_parameters() if "scalar_bias" in key}
+    assert len(scalars) == len(foreign)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for mine, theirs in zip(scalars.values(), foreign.values(), strict=True):
+            mine.add_(0.3 * torch.rand(mine.shape, generator=generator, dtype=mine.dtype))
+            theirs.copy_(mine)
+    results = [output(model, given) for model in (own, stock)]
+    visible = given["attention_mask"].bool() if "attention_mask" in given else ...
+    assert (results[0] - results[1])[visible].abs().max() < 1e-12 * results[0].abs().max()
+    for result in results:
+        result[visible].square().sum().backward()
+    for mine, theirs in zip(scalars.values(), foreign.values(), strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        assert (mine.grad - theirs.grad).abs().max() <= 1e-11 * mine.grad.abs().max()
+
+
+@pytest.mark.parametrize("preset", ["neutreno", "pidformer"])
+def test_feedback_that_is_learned_starts_where_the_model_is(preset: str) -> None:
+    model = build("llama")
+    stock = output(model, inputs("llama"))
+    apply_filter(model, preset)
+    assert torch.equal(output(model, inputs("llama")), stock)
+    assert any("feedback_gains" in key for key, _ in model.named_parameters())
+
+
+def test_layers_count_from_either_end_of_a_chosen_stack() -> None:
+    model = build("bart")
+    apply_filter(model, "twicing", layers=[-1], stacks="model.decoder.layers")
+    (row,) = filtered_layers(model)
+    assert (row["stack"], row["layer"]) == ("model.decoder.layers", 1)
+    assert str(filtered_layers(model)).splitlines()[1].split()[:2] == ["model.decoder.layers", "1"]
+    assert str(filtered_layers(remove_filter(model))) == "no layer is filtered"
+
+
+def test_layers_without_a_filter_run_the_stock_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.integrations import sdpa_attention
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model = apply_filter(build("llama"), "twicing", layers=[1])
+    seen = []
+
+    def stock(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        seen.append(module)
+        return sdpa_attention.sdpa_attention_forward(module, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", stock)
+    output(model, inputs("llama"))
+    assert seen == [model.model.layers[0].self_attn, model.model.layers[2].self_attn]  # type: ignore[union-attr,index]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_the_model_may_have_either_implementation(implementation: str, padded: bool) -> None:
+    given = inputs("llama", padded)
+    wanted = output(apply_filter(build("llama"), "twicing"), given)
+    model = build("llama")
+    model.set_attn_implementation(implementation)  # type: ignore[operator]
+    apply_filter(model, "twicing")
+    visible = given["attention_mask"].bool() if padded else ...
+    assert (output(model, given) - wanted)[visible].abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("which", ["twicing", "neutreno", "elliptical"])
+def test_gradient_checkpointing_changes_no_gradient(which: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = apply_filter(build("llama"), **OWN[which]).train()
+        if checkpointing:
+            with warnings.catch_warnings():  # newer versions of Transformers have another name for it
+                warnings.simplefilter("ignore", FutureWarning)
+                model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        model(text(), labels=text(), use_cache=False).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert torch.equal(*gradients)
+
+
+def test_a_copy_of_a_filtered_model_is_one() -> None:
+    model = apply_filter(build("llama"), "pidformer", pid_gains=[0.5, 0.1, 0.2])
+    twin, given = copy.deepcopy(model), inputs("llama")
+    assert torch.equal(output(twin, given), output(model, given))
+    remove_filter(twin)
+    assert not torch.equal(output(twin, given), output(model, given))
+    assert len(filtered_layers(model)) == 3
+
+
+def test_half_precision_keeps_the_scalars_in_single() -> None:
+    model = apply_filter(build("llama"), "learned_twicing").bfloat16()
+    kinds = {parameter.dtype for key, parameter in model.named_parameters() if "scalar_bias" in key}
+    assert kinds == {torch.float32}
+    assert output(model, inputs("llama")).isfinite().all()

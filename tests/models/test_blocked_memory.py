@@ -1,0 +1,91 @@
+"""Blocked attention takes memory in proportion to the length."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hf_imgproc_attn.models.kernel_position import BlockedPositions, GaussianPositions
+from hf_imgproc_attn.models.kernel_relative import AlibiPositions, BucketPositions, bucket_boundaries
+from tests.models.helpers import (
+    blocked_filter,
+    dense_attention,
+)
+
+
+class Memory(TorchDispatchMode):
+    """The largest number of bytes that tensors made under it held at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.seen:
+                storage = tensor.untyped_storage()
+                self.seen.add(storage)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        return result
+
+    def _freed(self, size: int) -> None:
+        self.now -= size
+
+
+def some_positions(kernel: str, length: int, repeated: bool) -> BlockedPositions | None:
+    """Of one head, in order, or as left padding makes them."""
+    places = torch.arange(length).float().view(1, -1, 1)
+    places = (places - 5).clamp(min=0) if repeated else places
+    if kernel == "gaussian":
+        return GaussianPositions(places, places, torch.full((1, 1, 1), 0.1).requires_grad_(), None, 4.0, True, False)
+    if kernel == "alibi":
+        return AlibiPositions(places, places, torch.full((1, 1, 1), 0.1), None, 0.1, True, False)
+    table = torch.randn(1, 1, 32, requires_grad=True)
+    return BucketPositions(places, places, table, None, bucket_boundaries(16, 128), True) if kernel != "none" else None
+
+
+def peak_memory(length: int, is_causal: bool, kernel: str, repeated: bool) -> int:
+    leaves = [torch.randn(1, 1, length, 4, requires_grad=True) for _ in range(3)]
+    positions = some_positions(kernel, length, repeated)
+    mask = torch.ones(1, 1, 1, length, dtype=torch.bool)
+    mask[..., :3] = False
+    with Memory() as memory:
+        output, _ = blocked_filter(*leaves, attention_mask=mask, positions=positions, is_causal=is_causal, dropout=0.1)
+        output.sum().backward()
+    return memory.peak
+
+
+@pytest.mark.parametrize(
+    ("kernel", "repeated", "is_causal"),
+    [
+        ("none", False, True),
+        ("none", False, False),
+        ("gaussian", False, True),
+        ("gaussian", True, False),
+        ("alibi", False, True),
+        ("buckets", True, True),
+    ],
+)
+def test_memory_is_linear(kernel: str, repeated: bool, is_causal: bool) -> None:
+    """Forward and backward with dropout at 8,192 tokens: less than a tenth of one matrix, four times that of 2,048."""
+    torch.manual_seed(0)
+    short, long = (peak_memory(length, is_causal, kernel, repeated) for length in (2048, 8192))
+    assert long < 8192 * 8192 * 4 / 10
+    assert long < 4.3 * short
+
+
+def test_the_memory_meter_sees_a_matrix() -> None:
+    logits = torch.randn(1, 1, 300, 300)
+    with Memory() as memory:
+        dense_attention(logits, logits, logits)
+    assert memory.peak >= 300 * 300 * 4
+    assert memory.now <= memory.peak

@@ -1,0 +1,100 @@
+"""The table of backbones: every name exists, agrees with what travels, and no other file has a list of its own."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import transformers
+
+import hf_imgproc_attn
+from hf_imgproc_attn import backbones
+from hf_imgproc_attn.backbones import BACKBONES, OF_MODEL_TYPE, Attention, Backbone, check_row
+from hf_imgproc_attn.shipped_files import shipped_file
+
+PACKAGE = Path(backbones.__file__).parent
+ROWS = pytest.mark.parametrize("row", BACKBONES.values(), ids=BACKBONES)
+
+
+@ROWS
+def test_a_row_and_the_code_that_travels_say_the_same(row: Backbone) -> None:
+    config = row.our_class(row.config)
+    assert config.model_type == row.model_type
+    assert issubclass(config, row.stock_class(row.stock_config))
+    wanted = {head.auto_class: f"modeling_{row.model_type}.{head.variant}" for head in row.heads}
+    wanted["AutoConfig"] = f"configuration_{row.model_type}.{row.config}"
+    assert row.our_class(row.heads[0].variant).auto_map == wanted
+    for head in row.heads:
+        ours, stock = row.our_class(head.variant), row.stock_class(head.stock)
+        assert issubclass(ours, stock)
+        assert ours.config_class is config
+        assert ours._auto_class == head.auto_class, "it could not be saved with its code"
+        assert getattr(transformers, head.auto_class)._model_mapping[config] is ours
+    for name in (row.config, *(head.variant for head in row.heads)):
+        assert name in hf_imgproc_attn.__all__
+
+
+@ROWS
+def test_tasks_have_a_script_a_recipe_and_a_model_to_teach(row: Backbone) -> None:
+    for task in row.tasks:
+        script = shipped_file(f"training/{task.script}.py")
+        assert f'begin_run("{task.name}"' in script.read_text(encoding="utf-8")
+        assert (script.parent / "configs" / task.recipe[1]).is_file()
+        assert row.head(task.auto_class).variant
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "missing"),
+    [
+        ("config", "ImgProcGPT2Configuration", "ImgProcGPT2Configuration"),
+        ("stock_config", "GPT2Configuration", "GPT2Configuration"),
+        ("tokenizer", "GPT2Tokeniser", "GPT2Tokeniser"),
+        ("heads", {"variant": "ImgProcGPT2ForPoetry"}, "ImgProcGPT2ForPoetry"),
+        ("heads", {"stock": "GPT2ForPoetry"}, "GPT2ForPoetry"),
+        ("name", "gpt3", "configuration_imgproc_gpt3.py"),
+    ],
+)
+def test_a_row_with_a_class_that_does_not_exist_is_refused(field: str, value: object, missing: str) -> None:
+    row = BACKBONES["gpt2"]
+    if isinstance(value, dict):
+        value = (dataclasses.replace(row.heads[0], **value), *row.heads[1:])
+    with pytest.raises(ValueError, match=re.escape(missing)):
+        check_row(dataclasses.replace(row, **{field: value}))
+
+
+def test_importing_the_table_checks_it() -> None:
+    source = Path(backbones.__file__).read_text(encoding="utf-8").replace('"GPT2LMHeadModel"', '"GPT2PoetryModel"')
+    namespace = {"__name__": "hf_imgproc_attn.backbones", "__file__": backbones.__file__}
+    with pytest.raises(ValueError, match="'gpt2' names the class GPT2PoetryModel, which modeling_gpt2.py does not"):
+        exec(compile(source, backbones.__file__, "exec"), namespace)
+
+
+def test_the_norm_of_a_layer_that_reads_the_layer_before() -> None:
+    places = Attention("f.{}", "layer.{before}.norm", "q.{}", "k.{}", first_norm="embeddings.norm")
+    assert [places.norm_of(layer) for layer in (0, 1, 2)] == ["embeddings.norm", "layer.0.norm", "layer.1.norm"]
+    assert Attention("f.{}", "h.{}.ln", "q.{}", "k.{}").norm_of(0) == "h.0.ln"
+
+
+def _constants(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """The strings of a file, without those that stand alone as its documentation."""
+    texts = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in texts:
+            yield node.lineno, node.value
+
+
+def test_no_other_file_knows_the_model_types() -> None:
+    names = {*BACKBONES, *OF_MODEL_TYPE}
+    own = {f"{kind}_{model_type}.py" for kind in ("configuration", "modeling") for model_type in OF_MODEL_TYPE}
+    files = [path for folder in (PACKAGE, shipped_file("training/demo.py").parent) for path in folder.rglob("*.py")]
+    found = [
+        f"{path.name}:{line}: {text!r}"
+        for path in sorted({path for path in files if path.name not in {*own, "backbones.py"}})
+        for line, text in _constants(ast.parse(path.read_text(encoding="utf-8")))
+        if text in names or any(f"imgproc_{name}" in text for name in BACKBONES)
+    ]
+    assert not found, "a list of backbones of its own"
