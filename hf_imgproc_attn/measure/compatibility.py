@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,10 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from ..errors import UsageError, plain_message
+from ..models.configuration_imgproc_bert import ImgProcBertConfig
 from ..models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from ..models.configuration_imgproc_vit import ImgProcViTConfig
+from ..models.modeling_imgproc_bert import ImgProcBertForSequenceClassification
 from ..models.modeling_imgproc_gpt2 import ImgProcGPT2LMHeadModel
 from ..models.modeling_imgproc_vit import ImgProcViTForImageClassification, ImgProcViTForMaskedImageModeling
 from ..models.modeling_shared import SUPPORTED_IMPLEMENTATIONS
@@ -39,10 +43,21 @@ _GPT2 = {
     "vocab_size": _VOCABULARY, "n_positions": _POSITIONS, "n_embd": 8, "n_head": 2, "n_layer": 2, "bos_token_id": 0,
     "eos_token_id": 0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
 }  # fmt: skip
+_BERT = {
+    "vocab_size": _VOCABULARY, "max_position_embeddings": _POSITIONS, "hidden_size": 8, "num_attention_heads": 2,
+    "num_hidden_layers": 2, "intermediate_size": 8, "num_labels": 3,
+}  # fmt: skip
 _VIT = {
     "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8, "image_size": _SIDE,
     "patch_size": _PATCH, "encoder_stride": _PATCH, "num_channels": 1, "num_labels": 3,
 }  # fmt: skip
+
+
+_MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "gpt2": (ImgProcGPT2LMHeadModel, ImgProcGPT2Config, _GPT2),
+    "vit": (ImgProcViTForImageClassification, ImgProcViTConfig, _VIT),
+    "bert": (ImgProcBertForSequenceClassification, ImgProcBertConfig, _BERT),
+}
 
 
 class Check(NamedTuple):
@@ -70,18 +85,16 @@ def measure(check: Check, preset: str) -> str:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")  # of the libraries, about their own deprecated parts
             check.run(preset)
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:
         return plain_message(error)
     return YES
 
 
 def build(preset: str, backbone: str, **fields: Any) -> Any:
-    """A tiny model of a preset in evaluation mode, ``"gpt2"`` or ``"vit"``, with random weights that matter."""
+    """A tiny model of a preset in evaluation mode, ``"gpt2"``, ``"vit"`` or ``"bert"``, with weights that matter."""
     torch.manual_seed(0)
-    if backbone == "gpt2":
-        model: Any = ImgProcGPT2LMHeadModel(ImgProcGPT2Config.from_preset(preset, **_GPT2, **fields))
-    else:
-        model = ImgProcViTForImageClassification(ImgProcViTConfig.from_preset(preset, **_VIT, **fields))
+    model_class, config_class, sizes = _MODELS[backbone]
+    model = model_class(config_class.from_preset(preset, **sizes, **fields))
     with torch.no_grad():
         for parameter in model.parameters():
             # The usual initial weights make every row of A uniform, which hides what a wrong graph does to it.
@@ -90,12 +103,13 @@ def build(preset: str, backbone: str, **fields: Any) -> Any:
 
 
 def inputs_of(backbone: str, batch: int, length: int = 7) -> dict[str, torch.Tensor]:
-    """Random tokens ``[batch, length]`` of which the last row begins with padding, or images."""
+    """Random tokens ``[batch, length]`` of which the last row is padded, or images."""
     generator = torch.Generator().manual_seed(100 * batch + length)
     if backbone == "vit":
         return {"pixel_values": torch.randn(batch, 1, _SIDE, _SIDE, generator=generator)}
     mask = torch.ones(batch, length, dtype=torch.long)
-    mask[-1:, :2] = 0
+    hidden = slice(2) if backbone == "gpt2" else slice(-2, None)
+    mask[-1:, hidden] = 0
     return {
         "input_ids": torch.randint(1, _VOCABULARY, (batch, length), generator=generator),
         "attention_mask": mask,
@@ -106,7 +120,7 @@ def check_export(preset: str, backbone: str) -> None:
     """``torch.export`` with dynamic sizes: right at sizes that it has not seen, and made of core operators."""
     model, given = build(preset, backbone), inputs_of(backbone, 3)
     sizes: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=1000)}
-    if backbone == "gpt2":
+    if backbone != "vit":
         sizes[1] = torch.export.Dim("length", min=3, max=_POSITIONS)
     options: dict[str, Any] = {"use_cache": False} if backbone == "gpt2" else {}
     shapes = {**dict.fromkeys(given, sizes), **dict.fromkeys(options)}
@@ -144,7 +158,7 @@ def check_peft(preset: str, backbone: str, method: str) -> None:
     config: Any = {
         "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
         "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-        "ia3": lambda: peft.IA3Config(task_type="CAUSAL_LM" if backbone == "gpt2" else None),
+        "ia3": lambda: peft.IA3Config(task_type={"gpt2": "CAUSAL_LM", "bert": "SEQ_CLS"}.get(backbone)),
     }[method]()
     given = inputs_of(backbone, 2)
     labels = given["input_ids"] if backbone == "gpt2" else torch.tensor([0, 2])
@@ -159,7 +173,7 @@ def check_peft(preset: str, backbone: str, method: str) -> None:
         _require(all(value.grad is not None and value.grad.abs().max() > 0 for value in own.values()), "no gradient")
         optimizer.step()
     kept = {
-        name.replace(".base_layer", "").removeprefix("base_model.").removeprefix("model."): value
+        re.sub(r"\.(base_layer|original_module)\b", "", name).removeprefix("base_model.").removeprefix("model."): value
         for name, value in tuned.named_parameters()
     }
     for name, value in frozen.items():
@@ -237,13 +251,15 @@ CHECKS = (
     ),
     Check("prompt", "prompt tuning", _bound(check_peft, "gpt2", "prompt"), "likewise"),
     Check("ia3 gpt2", "IA3, GPT-2", _bound(check_peft, "gpt2", "ia3"), "likewise, with PEFT's default targets"),
-    Check("ia3 vit", "IA3, ViT", _bound(check_peft, "vit", "ia3"), f"{_TUNED}, with default targets"),
+    Check("ia3 bert", "IA3, BERT", _bound(check_peft, "bert", "ia3"), f"{_TUNED}, with default targets"),
+    Check("ia3 vit", "IA3, ViT", _bound(check_peft, "vit", "ia3"), "likewise"),
     Check(
         "empty gpt2",
         "no rows, GPT-2",
         _bound(check_empty, "gpt2"),
         "a batch of 0 texts goes forward, backward and through a step of decoding",
     ),
+    Check("empty bert", "no rows, BERT", _bound(check_empty, "bert"), "likewise, but for decoding"),
     Check("empty vit", "no rows, ViT", _bound(check_empty, "vit"), "a batch of 0 images goes forward and backward"),
     Check(
         "mask token",

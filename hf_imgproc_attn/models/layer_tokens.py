@@ -62,8 +62,9 @@ def filter_tokens(
 
 def project_each(hidden_states: torch.Tensor, head_dim: int, projections: tuple[nn.Module, ...]) -> Projected:
     """Query, key and value of ``[batch, length, hidden_size]`` by three projections."""
-    shape = (*hidden_states.shape[:-1], -1, head_dim)
-    query, key, value = (projection(hidden_states).view(shape).transpose(1, 2) for projection in projections)
+    # Not by a shape with a -1, which torch cannot tell for a batch of no rows.
+    heads = (projection(hidden_states).unflatten(-1, (-1, head_dim)) for projection in projections)
+    query, key, value = (tokens.transpose(1, 2) for tokens in heads)
     return query, key, value
 
 
