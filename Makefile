@@ -37,21 +37,24 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## train four variants of a small ViT and a small GPT-2, compare, save, load back (minutes on 2 cores)
 	$(BIN)/python training/demo.py
 
-# One thread a worker: with small models two processes use two cores better than two threads do.
+# One thread a worker: with small models two processes use two cores better than two threads do. A worker process that
+# dies ends the run: pytest-xdist would start another one, and then wait for ever for tests that it has lost.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0
+
 test: $(STAMP) ## run the tests (CPU, offline)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(PYTEST)
 	$(MAKE) --no-print-directory test-blocked
 
 # The tests of whole models once more, on the back-end that real sizes get. Left out: what compares random masks of
 # dropout with those of the dense path.
 test-blocked: $(STAMP) ## run the tests of whole models on the back-end of real sizes (a part of `make test`)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --blocked \
+	$(PYTEST) --blocked \
 		-k "not dropout_draws_one_mask" tests/models/test_gpt2_model.py tests/models/test_gpt2_inputs.py \
 		tests/models/test_gpt2_stock.py tests/models/test_vit_model.py tests/models/test_vit_stock.py \
 		tests/models/test_gpt2_generation.py tests/models/test_layer_state.py tests/models/test_ecosystem.py
 
 test-full: $(STAMP) ## run the tests with every combination of each grid, not a pairwise cover (half an hour)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --full
+	$(PYTEST) --full
 
 quality: $(STAMP) ## lint, format check, types
 	$(BIN)/ruff check .

@@ -50,13 +50,14 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 def on_page_content(html: str, **_: Any) -> str:
     """Put MathML in place of the formulas that the extension ``arithmatex`` has found."""
+
+    def formula(found: re.Match[str]) -> str:
+        text: str = convert(unescape(found[2]), display="block" if found[1] == "div" else "inline")
+        # Bars of a norm: browsers without a font for mathematics would stretch the one that has an exponent.
+        return text.replace("<mo>&#x02016;</mo>", '<mo stretchy="false">&#x02016;</mo>')
+
     pattern = r'<(span|div) class="arithmatex">\\[\[(](.*?)\\[\])]</\1>'
-    return re.sub(
-        pattern,
-        lambda found: convert(unescape(found[2]), display="block" if found[1] == "div" else "inline"),
-        html,
-        flags=re.DOTALL,
-    )
+    return re.sub(pattern, formula, html, flags=re.DOTALL)
 
 
 def with_links(text: str, page: str, lead: Callable[[str], str]) -> str:

@@ -13,9 +13,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .models.spec_fields import PRESETS
 
 _MODELS = Path(__file__).resolve().parent / "models"
 
@@ -114,7 +117,8 @@ class Backbone:
         new_model: sizes of a new model of a training script, unless its options say otherwise.
         no_dropout: fields that switch dropout off, for measurements.
         tokenizer: Transformers' class for texts.
-        refused_presets: variants that make no sense for it; its configuration refuses them, and says why.
+        needs_positions: whether it would be blind to the order of its input without any; its configuration refuses
+            that, and says why.
         in_gpu_check: whether the GPU check has the minutes to run its models.
         optional_parts: option of the bare model -> what the names of its tensors contain. A configuration does not
             tell whether a checkpoint has them.
@@ -133,7 +137,7 @@ class Backbone:
     new_model: dict[str, Any]
     no_dropout: dict[str, Any]
     tokenizer: str | None = None
-    refused_presets: tuple[str, ...] = ()
+    needs_positions: bool = False
     in_gpu_check: bool = True
     refused: dict[str, tuple[str, ...]] = field(default_factory=dict)
     optional_parts: dict[str, str] = field(default_factory=dict)
@@ -148,6 +152,17 @@ class Backbone:
         """Our classes -> their modules, relative to the package."""
         heads = {head.variant: f".models.modeling_{self.model_type}" for head in self.heads}
         return {self.config: f".models.configuration_{self.model_type}", **heads}
+
+    @property
+    def refused_presets(self) -> tuple[str, ...]:
+        """Presets that make no sense for it."""
+        blind = (name for name, fields in PRESETS.items() if fields.get("position_kernel") == "none")
+        return tuple(blind) if self.needs_positions else ()
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token sees only itself and those before it."""
+        return any(head.auto_class == "AutoModelForCausalLM" for head in self.heads)
 
     def head(self, auto_class: str) -> Head:
         """The model that an Auto class loads."""
@@ -338,7 +353,7 @@ BERT = Backbone(
         "attention_probs_dropout_prob": 0.0,
     },
     no_dropout=dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0),
-    refused_presets=("nlm", "nope"),
+    needs_positions=True,
     in_gpu_check=False,
     optional_parts={"add_pooling_layer": "pooler."},
 )
@@ -356,10 +371,10 @@ OF_TASK: dict[str, Backbone] = {task.name: row for row in BACKBONES.values() for
 """Name of a task -> the backbone that it is taught to."""
 
 
-def in_words(joint: str = "and") -> str:
-    """The backbones as people write them: ``"GPT-2 and ViT"``."""
-    *others, last = [row.title for row in BACKBONES.values()]
-    return f"{', '.join(others)} {joint} {last}"
+def in_words(joint: str = "and", rows: Iterable[Backbone] = BACKBONES.values()) -> str:
+    """Backbones as people write them: ``"GPT-2, ViT and BERT"``."""
+    *others, last = [row.title for row in rows]
+    return f"{', '.join(others)} {joint} {last}" if others else last
 
 
 def of_config(config: Any) -> Backbone:

@@ -82,6 +82,8 @@ def register() -> None:
     from . import gpu as _gpu  # noqa: F401  # its back-ends register themselves
     from .backbones import BACKBONES
     from .hub.travelling_code import report_differing_code
+    from .models.configuration_imgproc_filtered import ImgProcFilteredConfig
+    from .models.modeling_imgproc_filtered import DOORS
     from .models.modeling_shared import FilterPreTrainedMixin
 
     FilterPreTrainedMixin.load_listeners = [report_differing_code]
@@ -96,6 +98,9 @@ def register() -> None:
             AutoTokenizer.register(config, tokenizer_class=row.stock_class(row.tokenizer), exist_ok=True)
         if row.input == "images":
             of_images.append(config)
+    AutoConfig.register(ImgProcFilteredConfig.model_type, ImgProcFilteredConfig, exist_ok=True)
+    for auto_class, door in DOORS.items():
+        getattr(transformers, auto_class).register(ImgProcFilteredConfig, door, exist_ok=True)
     # Neither Pillow nor torchvision is a requirement; asking for a processor whose library is missing warns or fails.
     image_processors: dict[str, type] = {}
     if is_vision_available():

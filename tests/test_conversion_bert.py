@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     BertForNextSentencePrediction,
@@ -25,6 +26,7 @@ from transformers import (
 
 from hf_imgproc_attn import PRESETS, convert
 from hf_imgproc_attn.backbones import BERT
+from hf_imgproc_attn.conversion import convert_checkpoint
 from tests.models.helpers import sharpen_
 
 SIZES: dict[str, Any] = {
@@ -184,3 +186,13 @@ def test_a_real_minilm_gives_the_stock_embeddings(tmp_path: Path) -> None:
             assert torch.equal(got.pooler_output, wanted.pooler_output)
         elif preset == "learned_twicing":
             torch.testing.assert_close(got.last_hidden_state, wanted.last_hidden_state, rtol=1e-4, atol=1e-5)
+
+
+def test_a_vocabulary_alone_is_a_tokenizer_that_comes_along(tmp_path: Path) -> None:
+    """As old checkpoints have it: a file vocab.txt and nothing else."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "bank", "river"]
+    stock().save_pretrained(tmp_path / "stock")
+    (tmp_path / "stock" / "vocab.txt").write_text("\n".join(words) + "\n")
+    convert_checkpoint(str(tmp_path / "stock"), "twicing", str(tmp_path / "ours"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert tokenizer("river bank").input_ids == [2, 6, 5, 3]

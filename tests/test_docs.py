@@ -55,6 +55,35 @@ def test_named_tests_are_in_the_linked_files() -> None:
     assert lost == []
 
 
+DEFINITIONS = (
+    "Tokens (or patches) $i = 1",
+    "$q_i$, $k_j$ are",
+    "$p$ is a token's index",
+    "**Feedback** adds to a head's output",
+    "A preset sets the fields below",
+)
+"""Beginnings of what names things and claims nothing that a test could show."""
+
+
+def test_every_statement_is_linked_to_a_test() -> None:
+    """Each paragraph and item of a list links a test; of a table itself, the text before or the one after it."""
+    body = PAGE[PAGE.index("\n## 1. ") : PAGE.index(f"\n[{next(iter(REFERENCES))}]: ")]
+    body = re.sub(r"^```math\n.*?^```\n", "", body, flags=re.MULTILINE | re.DOTALL)
+    blocks = [
+        block.strip() for block in body.split("\n\n") if block.strip() and not block.strip().startswith(("#", "!"))
+    ]
+    unlinked = []
+    for index, block in enumerate(blocks):
+        if block.startswith("|"):
+            items = ["".join(blocks[index - 1 : index + 2])]
+        else:
+            items = re.split(r"\n(?=- |\d+\. )", block)
+        unlinked += [item for item in items if "[`test_" not in item and not item.startswith(DEFINITIONS)]
+    assert len(blocks) > 40
+    assert unlinked == []
+    assert all(any(block.startswith(beginning) for block in blocks) for beginning in DEFINITIONS)
+
+
 @pytest.mark.parametrize(
     ("heading", "field", "values"),
     [

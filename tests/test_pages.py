@@ -3,10 +3,10 @@
 The conventions, all of them enforced:
 
 - The commands of the bash blocks run first, exactly as they stand, in the order of `PAGES`, by bash, in one empty
-  folder; a command that stands on several pages runs once. Then the python blocks, in the same folder: all in one
-  fresh process, but each with names of its own, so that a reader can copy any of them alone. A ```text block right
-  after a python block is its output, exactly. The few commands that cannot run here stand in `ELSEWHERE`, each with
-  its reason. What ```diff blocks change is checked in tests/test_recipes.py.
+  folder; a command that stands on several pages runs once. Then the python blocks, in the same folder and all in one
+  fresh process. Those of a page go on from each other; those of README and gallery stand alone, so that a reader can
+  copy any of them. A ```text block right after a python block is its output, exactly. The few commands that cannot run
+  here stand in `ELSEWHERE`, each with its reason. What ```diff blocks change is checked in tests/test_recipes.py.
 - Only packages that the README's own installation brings can be imported meanwhile.
 - The name of a stock checkpoint stands for a small folder of that name; ``you/…`` is published on, and loaded from, a
   Hub on the loopback.
@@ -55,13 +55,18 @@ ELSEWHERE = {
 LONGEST = 600
 """Seconds that a single command may take, on a machine that has other work too."""
 MARK = "=== next block ==="
+STANDING_ALONE = (README, "docs/gallery.md")
+"""Pages whose python blocks know nothing of each other."""
 RUNNER = f"""
 import json, sys
-for path, line, text in json.loads(sys.argv[1]):
+names = {{}}
+for path, line, text, scope in json.loads(sys.argv[1]):
     print({MARK!r})
     # Preceded by as many lines as in the file, so that a traceback shows the file's own.
-    exec(compile(chr(10) * (line - 1) + text, path, "exec"), {{"__name__": "__main__"}})
+    program = compile(chr(10) * (line - 1) + text, path, "exec")
+    exec(program, names.setdefault(scope, {{"__name__": "__main__"}}))
 """
+"""Runs programs: path and line of each, its text, and a name for what shares its variables."""
 
 
 class Block(NamedTuple):
@@ -198,7 +203,13 @@ def test_commands_and_then_code(
     programs = [block for block in BLOCKS if block.language == "python"]
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    code = json.dumps([(str(ROOT / block.page), block.line, block.text) for block in programs])
+    scopes = [f"{block.page}:{block.line}" if block.page in STANDING_ALONE else block.page for block in programs]
+    code = json.dumps(
+        [
+            (str(ROOT / block.page), block.line, block.text, scope)
+            for block, scope in zip(programs, scopes, strict=True)
+        ]
+    )
     result = run_python("-c", RUNNER, code, cwd=workplace, path=readme_path)
     assert result.returncode == 0, result.stderr
     printed = dict(zip(programs, result.stdout.split(f"{MARK}\n")[1:], strict=True))

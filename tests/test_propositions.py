@@ -125,7 +125,42 @@ def test_2_stock_attention_has_equal_bandwidths() -> None:
         torch.testing.assert_close(log_bandwidth.exp(), torch.full((2,), 20.0**0.25, dtype=torch.float64))
 
 
+def test_2_inner_products_and_distances_agree_on_vectors_of_equal_length() -> None:
+    """-|x - y|²/h² = 2 x.y/h² - (|x|² + |y|²)/h², whose last term a row of the softmax does not see if |y| is one."""
+    query, key, value = (random(1, 1, 6, 5, seed=seed) for seed in range(3))
+    kernels = [
+        make_filter(kernel, "none", heads=1, head_dim=5, learn_bandwidths=False)
+        for kernel in ("dot_product", "gaussian")
+    ]
+
+    def outputs(key: torch.Tensor) -> list[torch.Tensor]:
+        return [kernel(query, key, value, implementation="eager")[0] for kernel in kernels]
+
+    torch.testing.assert_close(*outputs(3 * nn.functional.normalize(key, dim=-1)), **TIGHT)
+    unequal = outputs(key)
+    assert (unequal[0] - unequal[1]).abs().max() > 0.1
+
+
 # -- 4. Boosters are polynomials of A
+
+
+def test_4_a_filter_keeps_slow_changes_and_removes_fast_ones() -> None:
+    """What is left of a wave falls with its frequency and with the number of filters; twicing leaves more of each."""
+    length = 64
+    places = torch.arange(length, dtype=torch.float64)
+    A = dense_matrix(-((places[:, None] - places) / 3).square()[None, None])[0, 0]
+    waves = torch.stack([torch.cos(math.pi * k * (places + 0.5) / length) for k in (1, 4, 10, 20)], dim=-1)
+
+    def left(filtered: torch.Tensor) -> torch.Tensor:
+        return filtered.norm(dim=0) / waves.norm(dim=0)
+
+    once, again, twiced = left(A @ waves), left(A @ (A @ waves)), left(boost(A, waves, "twicing", 2))
+    assert once[0] > 0.98
+    assert once[-1] < 0.2
+    assert (once.diff() < 0).all()
+    assert (again < once).all()
+    assert (twiced > once).all()
+
 
 POLYNOMIALS = [
     ("none", 1, None, lambda x: x),

@@ -176,6 +176,21 @@ def test_nan_in_an_additive_mask_shows(backend: str, boosting: str) -> None:
     assert filtered(backend, *tensors(), attn_mask=mask, boosting=boosting)[:, :, 2].isnan().all()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("boosting", ["none", "twicing"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_of_minus_infinity_hides(backend: str, boosting: str, masked: bool) -> None:
+    """As in a mask: one key, and all keys of a query, whose output is 0."""
+    allowed = torch.ones(LENGTH, LENGTH, dtype=torch.bool)
+    allowed[3, 5], allowed[6] = False, False
+    bias = torch.zeros(1, 1, LENGTH, LENGTH, dtype=torch.float64).masked_fill(~allowed, float("-inf"))
+    options = {"attn_mask": torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()} if masked else {}
+    given = tensors()
+    got = filtered(backend, *given, position_bias=bias, boosting=boosting, **options)
+    expected = dense(*given, allowed.tril() if masked else allowed, 2 if boosting == "twicing" else 1)
+    torch.testing.assert_close(got, expected, **EXACT)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_wide_mask_hides_what_the_logits_cannot_hold(backend: str, dtype: torch.dtype) -> None:

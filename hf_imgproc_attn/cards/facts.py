@@ -16,7 +16,7 @@ from typing import Any
 
 from ..backbones import TASKS
 from ..models.spec_axes import COMPARING_KERNELS, PUBLISHED_NEUTRENO_LAMBDAS
-from ..models.spec_fields import PRESETS, FilterSpecMixin, closest_preset, preset_name
+from ..models.spec_fields import PRESETS, FilterSpecMixin, closest_preset, preset_name, written_out_defaults
 from ..models.spec_versions import bring_up_to_date
 from ..training_support.arguments import EMBEDDED_IMAGES, EMBEDDED_TEXT
 from .filters import NOTHING_LEARNED, in_markdown
@@ -47,6 +47,7 @@ _DATA_OPTIONS = (
     ("max_train_samples", "training samples used at most"),
     ("max_eval_samples", "validation and test samples used at most"),
     ("block_size", "tokens in a training sample"),
+    ("max_length", "tokens of a text that are read"),
     ("tokenizer_name", "tokenizer"),
     ("tokenizer_vocab_size", "vocabulary of a tokenizer trained for the run"),
 )
@@ -73,9 +74,14 @@ def changed_fields(record: dict[str, Any]) -> list[list[str]]:
 
     A model without a preset, ``custom``, is compared with the stock model.
     """
-    name, changes = closest_preset(_configuration(record))
-    preset = {field: PRESETS.get(name, {}).get(field, getattr(FilterSpecMixin, field)) for field in changes}
-    return [[field, str(value), str(preset[field])] for field, value in changes.items()]
+    config = _configuration(record)
+    name, changes = closest_preset(config)
+    defaults = {} if name == "custom" else written_out_defaults(config)
+    rows = []
+    for field, value in changes.items():
+        before = PRESETS.get(name, {}).get(field, getattr(FilterSpecMixin, field))
+        rows.append([field, str(value), str(defaults.get(field) if before is None else before)])
+    return rows
 
 
 def _configuration(record: dict[str, Any]) -> SimpleNamespace:

@@ -72,7 +72,8 @@ def in_markdown(summary: dict[str, Any]) -> str:
         summary: as :func:`recorded` made it.
     """
     rows, learned = summary["rows"], set(summary["learned"])
-    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in _PLACES]
+    found = {name for row in rows for name in row}.difference(_PLACES)
+    names = sorted(found, key=[*MEANINGS, *sorted(found)].index)  # a file has them in the order of the alphabet
     values = {name: [row[name] for row in rows if name in row] for name in names}
     constant = [name for name in names if name not in learned and len(set(values[name])) == 1]
     shown = [name for name in names if name not in constant]

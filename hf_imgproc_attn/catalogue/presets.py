@@ -34,6 +34,7 @@ REASONS = {
     "one-layer models": "a layer is compared with one before it",
     "rotary positions": "they mix the features that M weighs",
     "every head width": "features turn in pairs, for each axis: a multiple of 2 for text, of 4 for images",
+    "encoders of texts": "without positions and without a causal mask a model is blind to the order of words",
     "one attention map": "each round has its own",
 }
 """What some presets do not support, and why."""
@@ -46,6 +47,7 @@ _UNTIED_SYMBOLS = (
 _STOCK = r"A_{ij} \propto \exp\left(\frac{q_i^\top k_j}{\sqrt{d}}\right)"
 _STOCK_SYMBOLS = "learned positions are added to the tokens before the first layer"
 _ONCE, _TWICE = r"U = A V", r"U = (2A - A^2) V"
+_STEPS = "$2A - A^2$ is $I - (I - A)^k$ with $k = 2$ steps (`boosting_steps`)"
 _NO_TABLE = "no positions are added to the tokens"
 
 VARIANTS: dict[str, Variant] = {
@@ -76,13 +78,13 @@ VARIANTS: dict[str, Variant] = {
     "twicing": Variant(
         text="A of softmax; U = (2A - A²) V",
         equation=rf"{_TWICE}, \qquad {_STOCK}",
-        symbols=_STOCK_SYMBOLS,
+        symbols=f"{_STOCK_SYMBOLS}; {_STEPS}",
         papers=("twicing", "tukey"),
     ),
     "bilateral_twicing": Variant(
         text="A of bilateral; U = (2A - A²) V",
         equation=rf"{_TWICE}, \qquad {_UNTIED}",
-        symbols=_UNTIED_SYMBOLS,
+        symbols=f"{_UNTIED_SYMBOLS}; {_STEPS}",
         papers=("filtering", "twicing", "untied", "tukey"),
     ),
     "nlm": Variant(
@@ -96,7 +98,8 @@ VARIANTS: dict[str, Variant] = {
         equation=rf"{_ONCE}, \qquad A_{{ij}} \propto \exp\left(\frac{{q_i^\top M_i k_j}}{{\sqrt{{d}}}}\right)",
         symbols=(
             "$M_i$ is diagonal: the mean over tokens of $|V_l - V_{l-1}|$, feature by feature, divided by its largest "
-            "entry (in text over the tokens up to $i$; no gradient flows through it; the first layer has none); "
+            "entry (where tokens see only earlier ones, over the tokens up to $i$; no gradient flows through it; the "
+            "first layer has none); "
             f"{_STOCK_SYMBOLS}"
         ),
         papers=("elliptical",),
@@ -105,7 +108,10 @@ VARIANTS: dict[str, Variant] = {
     "neutreno": Variant(
         text="A of softmax; U = A V_l + λ(V_0 - V_l)",
         equation=rf"U_l = A V_l + \lambda (V_0 - V_l), \qquad {_STOCK}",
-        symbols=f"$l > 0$ counts the layers, the first one is plain, $\\lambda$ is fixed; {_STOCK_SYMBOLS}",
+        symbols=(
+            "$l > 0$ counts the layers, the first one is plain, $\\lambda$ is fixed (with `learn_feedback` it is "
+            f"learned, one per head and layer); {_STOCK_SYMBOLS}"
+        ),
         papers=("neutreno",),
         limits=("one-layer models",),
     ),
@@ -115,7 +121,10 @@ VARIANTS: dict[str, Variant] = {
             r"U_l = A V_l + \lambda_P e_l + \lambda_I \sum_{m=1}^{l} e_m + \lambda_D (e_l - e_{l-1}),"
             rf" \qquad e_l = V_0 - V_l, \qquad {_STOCK}"
         ),
-        symbols=f"$l > 0$ counts the layers, the first one is plain, the gains are fixed; {_STOCK_SYMBOLS}",
+        symbols=(
+            "$l > 0$ counts the layers, the first one is plain, the gains are fixed (with `learn_feedback` they are "
+            f"learned, three per head and layer); {_STOCK_SYMBOLS}"
+        ),
         papers=("pidformer",),
         limits=("one-layer models",),
     ),
@@ -163,7 +172,7 @@ VARIANTS: dict[str, Variant] = {
     "sos": Variant(
         text="A of softmax; U = u_3, u_m = A(V + u_(m-1)) - u_(m-1), u_0 = 0",
         equation=rf"U = u_3, \qquad u_m = A (V + u_{{m-1}}) - u_{{m-1}}, \qquad u_0 = 0, \qquad {_STOCK}",
-        symbols=_STOCK_SYMBOLS,
+        symbols=f"{_STOCK_SYMBOLS}; the index of $u$ is the number of steps (`boosting_steps`)",
         papers=("sos", "filtering"),
     ),
     "learned_twicing": Variant(
@@ -175,13 +184,14 @@ VARIANTS: dict[str, Variant] = {
     "gradient_boosted": Variant(
         text="F_0 = Attn_0(z), c = Attn_1(z - F_0); U = F_1 = F_0 + σ(W_1[F_0; c]) ∘ c",
         equation=(
-            r"F_0 = \mathrm{Attn}_0(z), \qquad c = \mathrm{Attn}_1(z - F_0), \qquad "
-            r"U = F_0 + \sigma(W_1 [F_0, c]) \odot c"
+            r"F_0 = \mathrm{Attn}_0(z), \qquad c_m = \mathrm{Attn}_m(z - F_{m-1}), \qquad "
+            r"F_m = F_{m-1} + \sigma(W_m [F_{m-1}, c_m]) \odot c_m, \qquad U = F_{M-1}"
         ),
         symbols=(
-            "$z$ is the layer's normalised input; $\\mathrm{Attn}_0$ and $\\mathrm{Attn}_1$ are softmax attention "
-            "with projections of their own, queries, keys and values of the latter all made of $z - F_0$; "
-            f"{_STOCK_SYMBOLS}"
+            "$z$ is the layer's normalised input; every $\\mathrm{Attn}_m$ is softmax attention with projections of "
+            "its own; there are $M = 2$ rounds (`boosting_steps`), and for $m > 0$ keys and values are made of "
+            "$z - F_{m-1}$ as the queries are (`gradient_boosting_source` `residual`; with `input` they are made of "
+            f"$z$); {_STOCK_SYMBOLS}"
         ),
         papers=("gradient_boosting",),
         limits=("one attention map",),

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..backbones import BACKBONES, in_words
 from ..models.boost_operators import BOOSTING, keep_rows, operator_on_value
 from ..models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from ..models.layer_filter import AttentionFilter
@@ -64,11 +65,14 @@ COLUMNS = {
     "causal": "causal",
     "not_supported": "not supported",
 }
+_CAUSAL = [row for row in BACKBONES.values() if row.is_causal]
+_OTHERS = [row for row in BACKBONES.values() if not row.is_causal]
 LEGEND = (
     "d is the width of the model (of a head under the root), H the number of heads, L of layers, N of tokens or of "
     "positions in the table. Parameters are those of a GPT-2; a class token adds 3HL where positions are compared. A "
     "pass applies A to values once, in so many floating-point operations forward; `blocked` computes the weights of A "
-    "once for all passes. Causal is GPT-2; ViT is not, with every preset. Not supported, and why: "
+    f"once for all passes. Causal is {in_words(rows=_CAUSAL)}; {in_words(rows=_OTHERS)} are not, with every preset. "
+    "Not supported, and why: "
     + "; ".join(f"{name}: {reason}" for name, reason in REASONS.items())
     + ". `gradient_boosted` takes more rounds (`boosting_steps`), F_m of F_(m-1) as F_1 of F_0, each with the cost "
     "and the parameters of the second one; as in the authors' experiments Attn_m reads z - F_(m-1) alone, with "
@@ -159,9 +163,9 @@ def back_ends(preset: str) -> str:
         return "stock"
     names = [name for name in FILTER_BACKENDS if name not in ("auto", "triton")]
     spec = layer.spec
-    # The Triton kernels know inner products, positions by place and twicing.
+    # The Triton kernels know every content kernel, positions by place and twicing.
     by_place = not spec.compares_positions or spec.position_kernel in COORDINATE_KERNELS
-    has_kernel = spec.boosting in ("none", "twicing") and spec.content_kernel == "dot_product" and by_place
+    has_kernel = spec.boosting in ("none", "twicing") and by_place
     return ", ".join([*names, "triton"] if has_kernel else names)
 
 
@@ -187,6 +191,8 @@ def limits(preset: str) -> list[str]:
         found.append("static caches")
     if uses_position_table(config):
         found.append("longer texts")
+    if any(preset in row.refused_presets for row in BACKBONES.values()):
+        found.append("encoders of texts")
     return [*found, *VARIANTS[preset].limits]
 
 

@@ -76,6 +76,10 @@ class FilterFields(NamedTuple):
             raise ValueError(f"nothing of the model would change: give a preset or fields, got preset={preset!r}")
         return cls(values, is_image)
 
+    def changed(self) -> dict[str, Any]:
+        """The fields that are not as in a stock model."""
+        return {name: value for name, value in self.values.items() if value != getattr(FilterSpecMixin, name)}
+
 
 def _check_positions(wanted: dict[str, Any]) -> None:
     kernels = wanted.get("position_kernel")
@@ -150,6 +154,10 @@ class StackConfig:
         config = copy.copy(self)
         config._set_heads(layer)
         return config
+
+    def __getattr__(self, name: str) -> Any:
+        """What the rules ask of a kind of configuration is as for any."""
+        return getattr(FilterSpecMixin, name)
 
     @property
     def layer_specs(self) -> list[LayerSpec]:

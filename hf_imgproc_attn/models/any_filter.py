@@ -9,6 +9,7 @@ All other layers run as before.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -77,9 +78,27 @@ def apply_filter(
             (layer, AppliedFilter(layer, order, config.for_layer(layer), shared))
             for order, layer in enumerate(stack_layers)
         ]
+    # Not from the top: that file loads filtered models, by this function.
+    from .modeling_imgproc_filtered import save_filtered
+
+    arguments = {"layers": layers, "stacks": stacks, "num_special_tokens": num_special_tokens}
+    record = {**wanted.changed(), **{name: value for name, value in arguments.items() if value is not None}}
     for layer, part in prepared:
         _attach(layer.module, part)
+        part.arguments = record  # type: ignore[assignment]
+    model.save_pretrained = functools.partial(save_filtered, model)  # type: ignore[assignment]
     return model
+
+
+def filter_arguments(model: nn.Module) -> dict[str, Any]:
+    """What :func:`apply_filter` has to be called with for the same filters; empty without any.
+
+    Raises:
+        ValueError: if the model has no filter.
+    """
+    for _, part in _parts(model):
+        return dict(part.arguments)  # type: ignore[arg-type]
+    raise ValueError("the model has no filter")
 
 
 def _attach(module: nn.Module, part: AppliedFilter) -> None:
@@ -109,6 +128,7 @@ def remove_filter(model: nn.Module) -> nn.Module:
         part.hook.remove()  # type: ignore[union-attr,operator]
         module.config = part.stock_config
         delattr(module, PART)
+    model.__dict__.pop("save_pretrained", None)
     return model
 
 

@@ -82,6 +82,7 @@ class Gradients:
         if stream_grads is not None:
             for m in range(1, self.num_streams):
                 self.totals[m].begin(stream_grads[group.pairs, :, inputs.columns(m)])
+        self.smoothed = self._smoothed_values()
         self.weights.start(group, inputs.query, inputs.key)
 
     def _block(self, block: Block, steps: range) -> None:
@@ -101,7 +102,9 @@ class Gradients:
         d_matrix = torch.bmm(row_grads, self.side_by_side[:, keys].mT, out=self.buffer.view(*matrix.shape))
         if factors is not None:
             d_matrix.mul_(factors)
-        d_logits = d_matrix.sub_(self._row_term(block).mul_(correction)).mul_(matrix)
+        # D; the correction is in g_0, g_1, ... already.
+        row_term = row_grads.mul_(self.smoothed[:, rows]).sum(-1, keepdim=True)
+        d_logits = d_matrix.sub_(row_term).mul_(matrix)
         self.d_query[:, rows].baddbmm_(d_logits, inputs.key[:, keys], beta=0.0, alpha=plan.scale)
         self.d_key.add(d_logits, inputs.query[:, rows])
         if self.bias is not None:
@@ -124,20 +127,29 @@ class Gradients:
                 total = torch.add(total, self.totals[later].rows(self._own(block)), alpha=weight, out=smooth_grad)
         return smooth_grad if total is smooth_grad else smooth_grad.copy_(total)
 
-    def _row_term(self, block: Block) -> torch.Tensor:
-        """D of a block's rows, ``[pairs, rows, 1]``."""
-        inputs, rows = self.inputs, slice(block.start, block.stop)
-        pairs = [(self.output_grad[:, rows], self.output[:, rows], self.booster.output[0])]
-        for m in range(1, self.num_streams):
-            total, stream = self.totals[m].rows(self._own(block)), inputs.own[:, rows, inputs.columns(m)]
-            pairs.append((total, stream, self.booster.streams[m][0]))
-        term = self.like.new_zeros(())
-        for grad, result, share in pairs:
-            smooth = torch.sub(result, inputs.own_value[:, rows], alpha=share) if share else result
-            if inputs.hidden is not None:
-                smooth = smooth.masked_fill(grad == 0.0, 0.0)  # a hidden value, which may be NaN
-            term = term + (grad * smooth).sum(-1, keepdim=True)
-        return term
+    def _smoothed_values(self) -> torch.Tensor:
+        """s_0, s_1, ... of the group's rows side by side, ``[pairs, length, k * d]``, from the streams and the output.
+
+        In rows whose own value is hidden and NaN all but the last are 0: nobody sees these rows, so that their g_m is
+        o_m G, and only the sum of o_m s_m counts.
+        """
+        inputs, width = self.inputs, self.width
+        smoothed = self.like.new_empty(*self.output.shape[:2], self.num_streams * width)
+        parts = smoothed.split(width, dim=-1)
+        results = [inputs.own[..., inputs.columns(m)] for m in range(1, self.num_streams)] + [self.output]
+        for m, (result, coefficients) in enumerate(
+            zip(results, (*self.booster.streams[1:], self.booster.output), strict=True)
+        ):
+            share, *earlier, weight = coefficients[: m + 2]
+            part = torch.sub(result, inputs.own_value, alpha=share, out=parts[m]) if share else parts[m].copy_(result)
+            for factor, other in zip(earlier, parts, strict=False):
+                if factor:
+                    part.sub_(other, alpha=factor)
+            if weight != 1.0:
+                part.div_(weight)
+            if inputs.hidden is not None and m < self.num_streams - 1:
+                part.masked_fill_(inputs.hidden[:, self.plan.past :] & ~part.isfinite(), 0.0)
+        return smoothed
 
     def _finish(self) -> None:
         """Hand the group's sums over keys to its key heads."""

@@ -11,18 +11,19 @@ streams instead of 2k. The same holds where all rows are one block. Otherwise th
 *Backward*, G = dout, blocks in reverse order. T_m = A^T g_m is accumulated; with it
 
     g_m  = o_m G + sum_{m'>m} c_m'm T_m'                        complete for a block's rows when the block is reached
-    D    = G . (out - o_V V) + sum_{m>0} T_m . (x_m - d_m V)    a number per row, equal to sum_m g_m . s_m
+    D    = sum_m g_m . s_m                                      a number per row
     dA   = [g_0 .. g_{k-1}] [x_0 .. x_{k-1}]^T                  one product
     dS   = A o (dA - D 1^T)
     dV   = sum_m d_m T_m
 
-2k + 3 products where one pass suffices. Saved are out, x_1, x_2, ... and the row log-sum-exp: memory is O(length),
-never O(length * key_length). Plain attention is the case k = 1 (FlashAttention-2's backward, Dao 2023).
+2k + 3 products where one pass suffices. Saved are out, x_1, x_2, ... and the row log-sum-exp, from which the s_m
+follow: memory is O(length), never O(length * key_length). Plain attention is the case k = 1 (FlashAttention-2's
+backward, Dao 2023).
 
 D is also the row sum of A o dA, if the rows of A sum to 1. They do not quite: recomputed from a rounded log-sum-exp at
 logits of 1e4, they sum to 1 within 1e-3 only, and that error times all of dA would swamp dS = A o (dA - D) where one
-key has all the weight and dA = D. The outputs' D has no such error. The rounding itself is known, and a factor a row
-on all g_m and D makes it good.
+key has all the weight and dA = D. The D of the s_m has no such error. The rounding itself is known, and a factor a row
+on all g_m, and so on D, makes it good.
 
 This file computes forward; ``backend_blocked_backward`` is the other direction.
 """
@@ -135,7 +136,7 @@ class Inputs:
     def __init__(self, call: Call, tensors: Tensors, streams: torch.Tensor) -> None:
         plan, dtype = call.plan, torch.promote_types(tensors.query.dtype, torch.float32)
         self.past, self.width = plan.past, tensors.value.shape[-1]
-        self.key_heads = KeyHeads(plan)
+        self.key_heads = KeyHeads(plan.heads // plan.key_heads)
         self._all = tuple(flat(x, dtype) for x in (*tensors[:3], streams))
         self._past = None if tensors.past is None else flat(tensors.past, dtype)
         self._hidden = None

@@ -7,6 +7,7 @@ and L_i the row's base-2 log-sum-exp: the exponential of base 2 takes a third of
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -21,11 +22,13 @@ def flat(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype).contiguous().flatten(0, 1)
 
 
-class KeyHeads:
-    """Which key head each pair reads: grouped-query attention without a repeated copy of all keys."""
+class KeyHeads(NamedTuple):
+    """Which key head each pair reads: grouped-query attention without a repeated copy of all keys.
 
-    def __init__(self, plan: Plan) -> None:
-        self.repeats = plan.heads // plan.key_heads
+    repeats: query heads to a key head.
+    """
+
+    repeats: int
 
     def _index(self, group: Group, device: torch.device) -> torch.Tensor:
         return torch.arange(group.pairs.start, group.pairs.stop, device=device) // self.repeats

@@ -62,13 +62,12 @@ def filter_matrix(logits: torch.Tensor, visibility: Visibility) -> torch.Tensor:
     Returns:
         A of the logits' shape and dtype; its rows sum to 1, except those that see no key, which are 0.
     """
-    allowed = visibility.allowed(logits.device)
-    if allowed is None:
-        return logits.softmax(-1)
-    sees_something = allowed.any(-1, keepdim=True)
     # Rows that see nothing are 0 before the softmax too: whatever stands there, NaN included, has no gradient.
-    logits = logits.masked_fill(~allowed & sees_something, float("-inf")).masked_fill(~sees_something, 0.0)
-    return logits.softmax(-1).masked_fill(~sees_something, 0.0)
+    allowed = visibility.allowed(logits.device)
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, float("-inf"))
+    empty = logits.detach().amax(-1, keepdim=True) == float("-inf")
+    return logits.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
 
 
 def reference_attention(

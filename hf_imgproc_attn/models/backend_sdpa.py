@@ -133,7 +133,7 @@ def _mask(
 
 def additive_mask(
     bias: torch.Tensor, allowed: torch.Tensor | None, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One additive mask from logits and what may be seen.
 
     Each row is shifted so that its largest visible value is 0, which does not change the softmax. So the logits of the
@@ -145,17 +145,16 @@ def additive_mask(
         dtype: of the mask.
 
     Returns:
-        The mask, and which rows see any key (``[..., length, 1]``), or None if all do. Rows that see no key have a
-        mask of 0, which avoids NaN; the caller sets their output to 0.
+        The mask, and which rows see any key (``[..., length, 1]``). Rows that see no key have a mask of 0, which
+        avoids NaN; the caller sets their output to 0.
     """
-    smallest = torch.finfo(dtype).min
-    if allowed is None:
-        return (bias - bias.amax(-1, keepdim=True).detach()).clamp(min=smallest).to(dtype), None
-    sees = allowed.any(-1, keepdim=True)
-    hidden = ~allowed & sees
-    bias = torch.where(sees, bias, 0.0).masked_fill(hidden, float("-inf"))
-    bias = bias - bias.amax(-1, keepdim=True).detach()
-    return torch.where(hidden, float("-inf"), bias.clamp(min=smallest)).to(dtype), sees
+    if allowed is not None:
+        bias = torch.where(allowed, bias, float("-inf"))
+    largest = bias.detach().amax(-1, keepdim=True)
+    empty = largest == float("-inf")
+    hidden = bias == float("-inf")
+    bias = (bias - largest.masked_fill(empty, 0.0)).clamp(min=torch.finfo(dtype).min)
+    return bias.masked_fill(hidden, float("-inf")).masked_fill(empty, 0.0).to(dtype), ~empty
 
 
 def _attention(

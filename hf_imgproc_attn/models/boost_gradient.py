@@ -17,6 +17,9 @@ values of every round.
 - ``input``: the query comes from z - F_{m-1}, key and value come from z. This is the equation of Attn_m and
   algorithm 1 of arXiv 2604.03190v1; ``kv_source='input'`` in the authors' code.
 
+Where the norm comes after the attention, as in BERT, z is the residual stream itself; there the paper's second version
+reports a perplexity 9.6 % above that of plain attention, and says that the method needs the norm before.
+
 *Choices* that the paper leaves open or that this framework makes:
 - All rounds apply the same filter: content and position kernels, bandwidths and position projections are shared; only
   the projections of the tokens differ.

@@ -36,7 +36,8 @@ class FilterSummary(NamedTuple):
         titles = [name + "*" * (name in self.learned) for name in names]
         cells = [titles, *([_cell(row.get(name)) for name in names] for row in self.rows)]
         widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+        padded = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in cells]
+        lines = ["  ".join(line).rstrip() for line in padded]
         return "\n".join([*lines, "* learned"] if self.learned else lines)
 
 

@@ -265,17 +265,8 @@ def closest_preset(config: Any) -> tuple[str, dict[str, Any]]:
         A key of :data:`PRESETS` and the fields; with other axes ``"custom"`` and the fields in which the
         configuration differs from the stock model.
     """
-    written_out = {
-        "boosting_steps": default_steps(config.boosting) if isinstance(config.boosting, str) else None,
-        "gradient_boosting_source": GRADIENT_BOOSTING_SOURCES[0],
-        "neutreno_lambda": config.default_neutreno_lambda,
-        "pid_gains": list(DEFAULT_PID_GAINS),
-        "relative_attention_num_buckets": DEFAULT_NUM_BUCKETS,
-        "relative_attention_max_distance": DEFAULT_MAX_DISTANCE,
-        "rotary_base": DEFAULT_ROTARY_BASE,
-    }
     fields = {field: getattr(config, field) for field in FILTER_FIELDS}
-    for field, default in written_out.items():
+    for field, default in written_out_defaults(config).items():
         if fields[field] == default:
             fields[field] = None
     if fields["boosting"] == "osher":
@@ -288,6 +279,19 @@ def closest_preset(config: Any) -> tuple[str, dict[str, Any]]:
     of_its_axes = [name for name, changes in differences.items() if not changes.keys() & set(_AXES)]
     name = min(of_its_axes, key=lambda name: len(differences[name]), default="custom")
     return name, differences["softmax" if name == "custom" else name]
+
+
+def written_out_defaults(config: Any) -> dict[str, Any]:
+    """What the fields stand for whose default is None, for a configuration's booster and kind of data."""
+    return {
+        "boosting_steps": default_steps(config.boosting) if isinstance(config.boosting, str) else None,
+        "gradient_boosting_source": GRADIENT_BOOSTING_SOURCES[0],
+        "neutreno_lambda": config.default_neutreno_lambda,
+        "pid_gains": list(DEFAULT_PID_GAINS),
+        "relative_attention_num_buckets": DEFAULT_NUM_BUCKETS,
+        "relative_attention_max_distance": DEFAULT_MAX_DISTANCE,
+        "rotary_base": DEFAULT_ROTARY_BASE,
+    }
 
 
 def preset_in_words(config: Any) -> str:

@@ -153,8 +153,8 @@ def _check_kernels(config: Any, num_layers: int) -> None:
         )
     if config.needs_positions and set(positions) == {"none"}:
         raise ValueError(
-            "position_kernel 'none' in every layer (presets nope and nlm) leaves an encoder, without a causal mask, "
-            f"blind to the order of the words: use it in some layers at most, got {config.position_kernel!r}"
+            "position_kernel 'none' in every layer (as in presets nope and nlm) leaves this encoder, with no causal "
+            f"mask, blind to the order of the words: use it in some layers at most, got {config.position_kernel!r}"
         )
     if config.share_position_projections and "untied" not in positions:
         raise ValueError(

@@ -68,9 +68,16 @@ def _load(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"tokenizer_name {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
+    # The library makes an empty one up where there is none, and every word would be unknown.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise UsageError(
+            f"tokenizer_name must be a tokenizer with a vocabulary, got {name!r} without one: give the "
+            "checkpoint's own"
+        )
+    return tokenizer
 
 
 def train_tokenizer(

@@ -8,7 +8,15 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from hf_imgproc_attn import PRESETS, ImgProcGPT2Config, ImgProcGPT2LMHeadModel, ImgProcViTConfig, ImgProcViTModel, cli
+from hf_imgproc_attn import (
+    PRESETS,
+    ImgProcBertConfig,
+    ImgProcGPT2Config,
+    ImgProcGPT2LMHeadModel,
+    ImgProcViTConfig,
+    ImgProcViTModel,
+    cli,
+)
 from hf_imgproc_attn.catalogue import table
 from hf_imgproc_attn.catalogue.presets import REASONS, VARIANTS
 from hf_imgproc_attn.catalogue.works import PAPERS
@@ -115,6 +123,12 @@ def test_cached_decoding_and_limits_are_what_a_model_does(preset: str) -> None:
             ImgProcGPT2Config.from_preset(preset, n_layer=1)
     else:
         ImgProcGPT2Config.from_preset(preset, n_layer=1)
+    encoder = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2}
+    if "encoders of texts" in table.limits(preset):
+        with pytest.raises(StrictDataclassError, match="blind to the order of the words"):
+            ImgProcBertConfig.from_preset(preset, **encoder)
+    else:
+        ImgProcBertConfig.from_preset(preset, **encoder)
     generate = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
     if "static caches" in table.limits(preset):
         with pytest.raises(ValueError, match="cache_implementation='static' is not supported"):

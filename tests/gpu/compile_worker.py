@@ -100,6 +100,8 @@ def main() -> None:
         )
         mask = torch.ones(1, length, dtype=torch.bool) if kind == "gaussian" else None
         options: dict[str, Any] = {"boosting": boosting, "algorithm": algorithm, "is_causal": algorithm != "short"}
+        if kind == "gaussian":
+            options["key_bias"] = torch.zeros(1, 2, length, requires_grad=True)
         out = fused.fused_attention(query, key, value, mask, positions=positions(kind, 2, length), **options)
         out.sum().backward()
     print(json.dumps(compiler.found))

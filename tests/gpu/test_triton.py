@@ -119,6 +119,7 @@ def test_algorithm_is_chosen_by_shape(found: Any) -> None:
         ("algorithm", "algorithm must be one of auto, general, short, single_pass, got 'fast'"),
         ("short", "needs is_causal=False, length <= 256 and head_dim <= 64, got is_causal=True"),
         ("single_pass", "needs is_causal=True, got is_causal=False"),
+        ("key_bias", "key_bias must be float32 [batch, heads, length] = (2, 2, 19), got torch.float32 (2, 1, 19)"),
         ("places", "positions.coordinates must have shape [2 or 1, 19, axes], got (1, 18, 2)"),
         ("unboosted", "algorithm='short' needs boosting='twicing', got boosting='none'"),
         ("boosting", "boosting must be 'twicing' or 'none', got 'sos'"),
@@ -134,13 +135,20 @@ def test_requests_of_the_dispatch_table(found: Any) -> None:
     assert max(found["dispatch"]["served"]) < 5e-6
 
 
+def test_gaussian_contents_are_served_with_their_gradients(found: Any) -> None:
+    """Output, queries, keys, values and bandwidths; then those of positions and class tokens."""
+    beside_positions, alone = found["dispatch"]["contents"]
+    assert (len(beside_positions), len(alone)) == (7, 5)
+    assert max(beside_positions[:6] + alone) < 5e-6
+    assert beside_positions[6] < 5e-5
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
         ("mask", "takes masks of padded keys only"),
         ("float mask", "takes masks of padded keys only"),
         ("bias", "positions by place (gaussian, alibi, relative_buckets), got BiasPositions"),
-        ("content", "takes plain inner products, without columns, got content_kernel='gaussian'"),
         ("dropout", "drops nothing out, got dropout_p=0.1"),
         ("steps", "does twicing with 2 steps, or no boosting, got boosting='twicing' with 3 steps"),
         ("boosting", "does twicing with 2 steps, or no boosting, got boosting='sos' with 2 steps"),

@@ -109,13 +109,16 @@ def test_rehearsal_covers_every_back_end(rehearsal: Record) -> None:
     # The memory-efficient and cuDNN kernels of SDPA are a GPU's.
     assert methods == {
         "triton single_pass", "triton general", "triton short", "SDPA flash", "SDPA maths", "sdpa", "blocked", "flex",
-        "flex, called directly",
+        "flex, called directly", "flex, several lengths",
     }  # fmt: skip
     assert {case["about"]["filter"] for case in measured} == set(tensors.FILTERS)
     for case in measured:
         parts = {"output"} if case["about"]["backend"].startswith("flex") else {"output", "dQ", "dK", "dV"}
+        if "by place" in case["about"]["filter"] and len(parts) > 1:
+            parts.add("dt")
         assert case["values"]["multiples"].keys() == parts
-        assert max(case["values"]["multiples"].values()) <= 5.0, case["about"]
+        # The sum that a parameter's gradient is may be small.
+        assert max(multiple for part, multiple in case["values"]["multiples"].items() if part != "dt") <= 5.0, case
 
 
 @rehearsed
@@ -305,7 +308,7 @@ def test_results_of_another_machine_are_not_mixed_in(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds parts x of another machine with torch"):
         run_faulty(tmp_path, resume=True)
     assert json.loads(output.read_text(encoding="utf-8")) == record
-    assert run_faulty(tmp_path)["environment"]["device"]["name"] != "another machine"
+    assert run_faulty(tmp_path, force=True)["environment"]["device"]["name"] != "another machine"
 
 
 @pytest.mark.parametrize(

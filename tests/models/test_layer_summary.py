@@ -57,7 +57,9 @@ def test_every_scalar_of_every_layer_and_head_is_in_the_rows(variant: str) -> No
                 assert column in summary.learned
                 found += 1
     assert bool(found) == bool(summary.learned)
-    assert len(str(summary).splitlines()) == 1 + len(summary.rows) + bool(found)
+    lines = str(summary).splitlines()
+    assert len(lines) == 1 + len(summary.rows) + bool(found)
+    assert lines == [line.rstrip() for line in lines]
 
 
 def test_fixed_numbers_are_in_the_rows_too() -> None:

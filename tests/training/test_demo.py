@@ -13,6 +13,7 @@ from tests.helpers import ROOT, RunPython
 PRESETS = ["softmax", "bilateral", "twicing", "bilateral_twicing"]
 
 
+@pytest.mark.long
 def test_demo_compares_reports_and_loads_in_a_fresh_process(run_python: RunPython, tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     folder.mkdir()

@@ -17,6 +17,7 @@ import train_causal_lm
 import train_image_classification
 from evaluate_checkpoint import Settings
 
+from hf_imgproc_attn.backbones import TASKS
 from hf_imgproc_attn.cards.rendering import load_results, render_card
 from hf_imgproc_attn.cards.results import METRICS
 from tests.helpers import RunPython
@@ -180,7 +181,7 @@ def test_other_weights_are_refused(image_run: Path, copy_of: Any) -> None:
     ("changes", "message"),
     [
         ({"status": "running"}, "the run must have finished, got status 'running'"),
-        ({"task": "detection"}, "task must be one of image-classification, causal-lm, got 'detection'"),
+        ({"task": "detection"}, f"task must be one of {', '.join(TASKS)}, got 'detection'"),
         ({"data_fingerprint": {"test": {"rows": 90, "sha256": "0"}}}, "the test split must be the one"),
         ({"data_fingerprint": {}}, "the test split must be the one"),
     ],

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from hf_imgproc_attn import ImgProcBertForSequenceClassification, ImgProcGPT2Config
 from hf_imgproc_attn.cards.rendering import load_results, render_card
 from hf_imgproc_attn.hub.run_files import read_run
+from hf_imgproc_attn.hub.verification import check_loads
 from hf_imgproc_attn.training_support.arguments import LabelledTextDataArguments
 from hf_imgproc_attn.training_support.labelled_text import TOPICS, TokenizedTexts, load_labelled_texts
 from hf_imgproc_attn.training_support.tokenizer import train_tokenizer
@@ -84,7 +85,9 @@ def test_evaluation_and_card(finished: Path) -> None:
     for part in ("pipeline_tag: text-classification", "- bert\n", 'pipeline("text-classification"', "test texts"):
         assert part in card
     assert "imgproc-attn train-text-classification" in card
-    assert read_run(finished).config["model_type"] == "imgproc_bert"
+    run = read_run(finished)
+    assert run.config["model_type"] == "imgproc_bert"
+    check_loads(run)  # in a process without the package
 
 
 def test_the_embedded_paragraphs_are_in_one_split_each_and_stay_there() -> None:
@@ -154,6 +157,14 @@ def test_mistakes_are_one_line(
     error = capsys.readouterr().err.strip()
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The library makes an empty one up, to which every word is unknown."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertForMaskedLM(BertConfig(vocab_size=61, **sizes)).save_pretrained(tmp_path / "stock")
+    assert run(tmp_path / "run", "--model_name_or_path", str(tmp_path / "stock"), overrides=[]) == 2
+    assert "tokenizer_name must be a tokenizer with a vocabulary, got" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_backbone_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

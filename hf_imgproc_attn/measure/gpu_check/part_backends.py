@@ -18,13 +18,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from ...gpu import supports
 from ..benchmark.attention import Shape
 from .parts import Bench, Case, Refused, Wrong
-from .tensors import FILTERS, Attend, Inputs, attend, draw, exact, relative_error, results
+from .tensors import BY_PLACE, FILTERS, Attend, Inputs, attend, by_place, draw, exact, relative_error, results
 
 LARGEST_MULTIPLE = 16.0
 """Of plain attention's error; above it a result is wrong (the benchmark's bound)."""
 LARGEST_YARDSTICK = {"bfloat16": 4e-2, "float16": 6e-3, "float32": 2e-5}
 """Plain attention's own relative error may be this much, some times a CPU's: a wrong yardstick would pass anything."""
-PARTS = ("output", "dQ", "dK", "dV")
+PARTS = ("output", "dQ", "dK", "dV", "dt")
+"""What is compared. t is the parameter of a position kernel, whose yardstick is that of dQ: both sum over dS."""
 
 BIDIRECTIONAL = Shape(2, 3, 197, 64, is_causal=False)
 CAUSAL = Shape(1, 2, 515, 64)
@@ -81,7 +82,7 @@ def cases(bench: Bench) -> list[Case]:
 
     triton = _triton(bench)
     for name, shape, dtype, algorithm in triton[:_FIRST]:
-        add(f"triton {algorithm}", triton_algorithm(algorithm), name, shape, dtype, 120.0)
+        add(f"triton {algorithm}", triton_algorithm(algorithm, name), name, shape, dtype, 120.0)
     for shape in shapes:
         for name in ("plain", "twicing"):
             for kernel in SDPA_KERNELS:
@@ -89,11 +90,13 @@ def cases(bench: Bench) -> list[Case]:
     for backend in ("sdpa", "blocked"):
         for dtype in DTYPES:
             for name in FILTERS:
+                if FILTERS[name].positions in BY_PLACE and (backend == "sdpa" or dtype == "float16"):
+                    continue
                 if name != "plain" and (dtype != "float16" or name in ("twicing", "bilateral gaussian")):
                     add(backend, attend(name, backend), name, causal, dtype)
                     add(backend, attend(name, backend), name, bidirectional, dtype)
     for name, shape, dtype, algorithm in triton[_FIRST:]:
-        add(f"triton {algorithm}", triton_algorithm(algorithm), name, shape, dtype, 120.0)
+        add(f"triton {algorithm}", triton_algorithm(algorithm, name), name, shape, dtype, 120.0)
     for kernel in SDPA_KERNELS:
         for name in ("bilateral untied", "bilateral gaussian", "additive bias"):
             add(f"SDPA {kernel}", forced(kernel, attend(name, "sdpa")), name, causal, "bfloat16")
@@ -101,10 +104,17 @@ def cases(bench: Bench) -> list[Case]:
         words = "flex, called directly" + ("" if options is None else f", BACKEND={options}")
         for shape in shapes:
             add(words, _direct_flex(options), "plain", shape, "bfloat16", 120.0)
-    for name in ("twicing", "bilateral untied", "twicing, hidden keys", "additive bias"):
+    for name in ("twicing", "bilateral untied", "twicing, hidden keys", "additive bias", *_PLACED_ON_FLEX):
         for shape in (causal, bidirectional):
             add("flex", attend(name, "flex"), name, shape, "bfloat16", 120.0)
+    setting = Setting("twicing, Gaussian by place", causal, "bfloat16", device)
+    about = {**found[-1].about, "method": "flex, several lengths", "filter": setting.filter, "is_causal": True}
+    run_all = partial(several_lengths, setting, device != "cpu")
+    found.append(Case(f"flex, several lengths: {setting}", run_all, 120.0, {**about, "shape": list(causal.size)}))
     return found
+
+
+_PLACED_ON_FLEX = ("twicing, Gaussian by place", "twicing, buckets by place")
 
 
 def _triton(bench: Bench) -> list[tuple[str, Shape, str, str]]:
@@ -115,6 +125,9 @@ def _triton(bench: Bench) -> list[tuple[str, Shape, str, str]]:
             ("twicing, hidden keys", TINY_CAUSAL, "float16", "general"),
             ("twicing", TINY_BIDIRECTIONAL, "float32", "general"),
             ("twicing, hidden keys", TINY_BIDIRECTIONAL, "bfloat16", "short"),
+            ("twicing, Gaussian by place", TINY_CAUSAL, "bfloat16", "single_pass"),
+            ("ALiBi by place", TINY_BIDIRECTIONAL, "float16", "general"),
+            ("twicing, buckets by place", TINY_BIDIRECTIONAL, "bfloat16", "short"),
         ]
     return [
         ("twicing", LONG, "bfloat16", "single_pass"),
@@ -123,8 +136,14 @@ def _triton(bench: Bench) -> list[tuple[str, Shape, str, str]]:
         ("twicing", LONG_WIDE, "bfloat16", "single_pass"),
         ("twicing", LONG_WIDE, "bfloat16", "general"),
         ("twicing", BIDIRECTIONAL, "bfloat16", "general"),
+        ("twicing, Gaussian by place", LONG, "bfloat16", "single_pass"),
+        ("twicing, Gaussian by place", LONG, "bfloat16", "general"),
+        ("twicing, Gaussian by place", BIDIRECTIONAL, "bfloat16", "short"),
+        ("ALiBi by place", CAUSAL, "float16", "general"),
+        ("twicing, buckets by place", CAUSAL, "bfloat16", "single_pass"),
+        ("twicing, buckets by place", BIDIRECTIONAL, "bfloat16", "short"),
+        ("twicing, buckets by place", CAUSAL, "float16", "general"),
         ("twicing", CAUSAL, "float16", "single_pass"),
-        ("twicing", CAUSAL, "float16", "general"),
         ("twicing, hidden keys", CAUSAL, "bfloat16", "single_pass"),
         ("twicing, hidden keys", BIDIRECTIONAL, "bfloat16", "short"),
         ("twicing, hidden keys", BIDIRECTIONAL, "float16", "general"),
@@ -134,18 +153,20 @@ def _triton(bench: Bench) -> list[tuple[str, Shape, str, str]]:
     ]
 
 
-def triton_algorithm(algorithm: str) -> Attend:
-    """One algorithm of the kernels, with a mask of keys if there is one."""
+def triton_algorithm(algorithm: str, name: str = "twicing") -> Attend:
+    """One algorithm of the kernels, for a filter, with a mask of keys if there is one."""
+    boosting = "twicing" if FILTERS[name].steps > 1 else "none"
 
     def run(inputs: Inputs) -> torch.Tensor:
         query, key, value, mask = inputs.query, inputs.key, inputs.value, inputs.mask
-        reason = supports(query, key, value, is_causal=inputs.is_causal and mask is None, attn_mask=mask)
+        reason = supports(query, key, value, is_causal=inputs.is_causal, attn_mask=mask, boosting=boosting)
         if reason is not None:
             raise Refused(f"triton {reason}")
         from ...gpu.fused import fused_attention
 
         hidden = None if mask is None else mask[:, 0, 0]
-        return fused_attention(query, key, value, hidden, is_causal=inputs.is_causal, algorithm=algorithm)
+        options: dict[str, Any] = {"is_causal": inputs.is_causal, "algorithm": algorithm, "boosting": boosting}
+        return fused_attention(query, key, value, hidden, positions=by_place(name, inputs), **options)
 
     return run
 
@@ -235,9 +256,24 @@ def compare(setting: Setting, run: Attend, backward: bool, seconds_left: float) 
     errors = {
         part: relative_error(mine, wanted) for part, mine, wanted in zip(PARTS, got, truth[: len(got)], strict=False)
     }
+    yardstick = [*yardstick, yardstick[PARTS.index("dQ")]]
     multiples = {part: error / plain for (part, error), plain in zip(errors.items(), yardstick, strict=False)}
     values = {"errors": errors, "multiples": multiples}
     wrong = [part for part, multiple in multiples.items() if not multiple <= LARGEST_MULTIPLE]
     if wrong:
         raise Wrong(f"{wrong[0]}: {multiples[wrong[0]]:.3g} times plain attention's error", values)
     return values
+
+
+def several_lengths(setting: Setting, backward: bool, seconds_left: float) -> dict[str, Any]:
+    """FlexAttention as one process meets it, which compiles for the first length and then for all: the largest errors.
+
+    Each length is compared as by :func:`compare`.
+    """
+    batch, heads, length, width = setting.shape.size
+    run = attend(setting.filter, "flex")
+    found = []
+    for more in (0, 3, 5, 11):
+        shape = Shape(batch, heads, length + more, width, is_causal=setting.shape.is_causal)
+        found.append(compare(setting._replace(shape=shape), run, backward, seconds_left))
+    return max(found, key=lambda values: max(values["multiples"].values()))

@@ -222,7 +222,11 @@ def _models_table(cases: dict[str, Any]) -> list[str]:
 
 
 def _backends_table(cases: dict[str, Any]) -> list[str]:
-    lines = ["Largest error of output, dQ, dK and dV against float64, as a multiple of plain attention's own:", ""]
+    lines = [
+        "Largest error of output, dQ, dK, dV and the gradient of a position kernel's parameter against float64, as a "
+        "multiple of plain attention's own:",
+        "",
+    ]
     rows = [
         [
             about["method"],

@@ -13,6 +13,11 @@ from typing import Any, NamedTuple
 import torch
 
 from ...functional import filter_attention
+from ...models.backend_call import Booster, Content, FilterCall
+from ...models.backend_table import run_filter
+from ...models.kernel_position import GaussianPositions
+from ...models.kernel_relative import AlibiPositions, BucketPositions
+from ...models.visibility import attention_visibility
 from ..benchmark.attention import Shape
 from ..benchmark.methods import untied_features
 
@@ -28,6 +33,8 @@ class Inputs:
         features: position columns of queries and keys, or None.
         bias: ``[1, heads, length, length]``, added to the logits, or None.
         mask: boolean ``[batch, 1, 1, length]``, True = visible, or None.
+        parameter: t of a kernel of places, float32, or None: ``[heads, 1, 1]``, or a table ``[heads, 1, buckets]``.
+            Tokens stand at 0, 1, 2, ...
     """
 
     query: torch.Tensor
@@ -38,9 +45,13 @@ class Inputs:
     features: tuple[torch.Tensor, torch.Tensor] | None = None
     bias: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+    parameter: torch.Tensor | None = None
 
     def to(self, dtype: torch.dtype, device: str) -> Inputs:
-        """Every floating tensor in a dtype, on a device, laid out as a model's projections leave them."""
+        """Every floating tensor in a dtype, on a device, laid out as a model's projections leave them.
+
+        But for the parameter, which models keep in at least float32.
+        """
 
         def move(x: torch.Tensor) -> torch.Tensor:
             return x.to(device, dtype).transpose(1, 2).contiguous().transpose(1, 2)
@@ -56,12 +67,16 @@ class Inputs:
             else (self.features[0].to(device, dtype), self.features[1].to(device, dtype)),
             bias=None if self.bias is None else self.bias.to(device, dtype),
             mask=None if self.mask is None else self.mask.to(device),
+            parameter=None
+            if self.parameter is None
+            else self.parameter.to(device, torch.promote_types(dtype, torch.float32)),
         )
 
     def with_leaves(self) -> tuple[Inputs, tuple[torch.Tensor, ...]]:
-        """The same with query, key and value as leaves that want gradients."""
-        leaves = tuple(x.detach().requires_grad_() for x in (self.query, self.key, self.value))
-        return replace(self, query=leaves[0], key=leaves[1], value=leaves[2]), leaves
+        """The same with query, key, value and, if there is one, the parameter as leaves that want gradients."""
+        given = (self.query, self.key, self.value, *([] if self.parameter is None else [self.parameter]))
+        query, key, value, *parameter = leaves = tuple(x.detach().requires_grad_() for x in given)
+        return replace(self, query=query, key=key, value=value, parameter=parameter[0] if parameter else None), leaves
 
 
 class Filter(NamedTuple):
@@ -69,7 +84,8 @@ class Filter(NamedTuple):
 
     Attributes:
         steps: times that A is applied; 1: not boosted.
-        positions: ``None``, ``"gaussian"``, ``"untied"`` (feature columns) or ``"bias"`` (ALiBi's slopes).
+        positions: ``None``, ``"gaussian"``, ``"untied"`` (feature columns), ``"bias"`` (ALiBi's slopes), or a kernel
+            that is computed from places, with a gradient of its parameter: one of :data:`BY_PLACE`.
         masked: whether keys of the first batch row are hidden.
         products: least number of N x N matrix products, forward and backward (plain attention: 2 and 5), of the width
             of a head.
@@ -90,8 +106,16 @@ FILTERS: dict[str, Filter] = {
     "bilateral gaussian": Filter(positions="gaussian", products=(2.125, 5.375)),
     "bilateral untied twicing": Filter(steps=2, positions="untied", products=(4.0, 10.0)),
     "additive bias": Filter(positions="bias"),
+    "twicing, Gaussian by place": Filter(steps=2, positions="gaussian by place", products=(3.0, 7.0)),
+    "ALiBi by place": Filter(positions="alibi by place"),
+    "twicing, buckets by place": Filter(steps=2, positions="buckets by place", products=(3.0, 7.0)),
 }
 """Products of k steps: S, then k A r; backward S, k dA, dQ, dK, k - 1 H, dV. Columns widen S, dQ and dK."""
+
+
+BY_PLACE = ("gaussian by place", "alibi by place", "buckets by place")
+BOUNDARIES = (1, 2, 4, 8, 16, 32, 64)
+"""The least distance of every bucket but the first; keys behind the query have buckets of their own."""
 
 
 def draw(name: str, shape: Shape) -> Inputs:
@@ -115,6 +139,8 @@ def draw(name: str, shape: Shape) -> Inputs:
         slopes = 2.0 ** -(1 + torch.arange(heads, dtype=torch.float64)) / 8
         bias = -slopes.view(1, heads, 1, 1) * (index.view(-1, 1) - index).abs()
         inputs = replace(inputs, bias=representable(bias))
+    elif positions in BY_PLACE:
+        inputs = replace(inputs, parameter=place_parameter(positions, heads).double())
     if FILTERS[name].masked:
         mask = torch.ones(batch, 1, 1, length, dtype=torch.bool)
         mask[0, ..., length - length // 3 :] = False
@@ -134,6 +160,44 @@ def gaussian_features(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.nn.functional.pad(columns, (0, 6)).expand(shape) for columns in (left, right))  # type: ignore[return-value]
 
 
+def place_parameter(kernel: str, heads: int) -> torch.Tensor:
+    """t of :data:`BY_PLACE`, float32: bandwidths of 8, 16, ... places, slopes of 1/16, 1/32, ..., or a table."""
+    head = torch.arange(heads, dtype=torch.float32).view(-1, 1, 1)
+    if kernel == "gaussian by place":
+        return 2.0 / 8.0**2 / 4.0**head
+    if kernel == "alibi by place":
+        return 2.0 ** -(4 + head)
+    entry = torch.arange(2 * (len(BOUNDARIES) + 1), dtype=torch.float32)
+    return torch.sin(entry + head).bfloat16().float()
+
+
+def place_logits(kernel: str, parameter: torch.Tensor, length: int) -> torch.Tensor:
+    """s(i, j) from the formulas, ``[heads, length, length]``."""
+    place = torch.arange(length, dtype=parameter.dtype, device=parameter.device)
+    offset = place - place.view(-1, 1)
+    if kernel == "gaussian by place":
+        return parameter * (-0.5 * offset.square())
+    if kernel == "alibi by place":
+        return -parameter * offset.abs()
+    bucket = (offset > 0).long() * (len(BOUNDARIES) + 1)
+    for boundary in BOUNDARIES:
+        bucket = bucket + (offset.abs() >= boundary)
+    return parameter[:, 0][:, bucket]
+
+
+def by_place(name: str, inputs: Inputs) -> Any:
+    """A filter's position kernel as this package's layers hand it to a back-end, or None."""
+    kernel, parameter = FILTERS[name].positions, inputs.parameter
+    if parameter is None:
+        return None
+    places = torch.arange(inputs.query.shape[-2], dtype=parameter.dtype, device=parameter.device).view(1, -1, 1)
+    if kernel == "gaussian by place":
+        return GaussianPositions(places, places, parameter, None, 8.0, True, True)
+    if kernel == "alibi by place":
+        return AlibiPositions(places, places, parameter, None, 1 / 16, inputs.is_causal, True)
+    return BucketPositions(places, places, parameter, None, list(BOUNDARIES), True)
+
+
 def exact(name: str, inputs: Inputs) -> torch.Tensor:
     """The filter from its formula: A = softmax(q.k / sqrt(d) + a.b + bias), out = (I - (I - A)^steps) V."""
     logits = inputs.query @ inputs.key.mT * inputs.query.shape[-1] ** -0.5
@@ -141,6 +205,9 @@ def exact(name: str, inputs: Inputs) -> torch.Tensor:
         logits = logits + inputs.features[0] @ inputs.features[1].mT
     if inputs.bias is not None:
         logits = logits + inputs.bias
+    kernel = FILTERS[name].positions
+    if kernel is not None and inputs.parameter is not None:
+        logits = logits + place_logits(kernel, inputs.parameter, logits.shape[-1])
     if inputs.mask is not None:
         logits = logits.masked_fill(~inputs.mask, float("-inf"))
     if inputs.is_causal:
@@ -162,6 +229,9 @@ def attend(name: str, backend: str) -> Attend:
         options |= {"boosting": "twicing", "boosting_steps": steps}
 
     def run(inputs: Inputs) -> torch.Tensor:
+        positions = by_place(name, inputs)
+        if positions is not None:
+            return run_filter(_call(inputs, positions, "twicing" if steps > 1 else "none"), backend)
         left, right = inputs.features or (None, None)
         mask, is_causal = inputs.mask, inputs.is_causal
         if mask is not None and is_causal:
@@ -182,8 +252,22 @@ def attend(name: str, backend: str) -> Attend:
     return run
 
 
+def _call(inputs: Inputs, positions: Any, boosting: str) -> FilterCall:
+    """A filter whose positions are no columns and no bias, which ``filter_attention`` has no argument for."""
+    query, shape = inputs.query, (*inputs.query.shape[:3], inputs.key.shape[2])
+    return FilterCall(
+        query,
+        inputs.key,
+        inputs.value,
+        Content("dot_product", query.shape[-1] ** -0.5),
+        attention_visibility(inputs.mask, shape=shape, causal=inputs.is_causal),
+        positions=(positions,),
+        booster=Booster(boosting),
+    )
+
+
 def results(run: Attend, inputs: Inputs, backward: bool = True) -> list[torch.Tensor]:
-    """Output, then the gradients of query, key and value."""
+    """Output, then the gradients of query, key, value and, if there is one, the parameter."""
     if not backward:
         with torch.no_grad():
             return [run(inputs)]

@@ -1,0 +1,161 @@
+"""Loading and saving of filtered models of any type.
+
+A class below is what an Auto class finds in ``config.json``; what it returns is an object of the *stock* class with
+its filters in place, so that pipelines, PEFT, ``generate`` and quantisers see what they know.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+
+from .any_filter import apply_filter, filter_arguments
+from .configuration_imgproc_filtered import ImgProcFilteredConfig
+
+
+class FilteredModel(PreTrainedModel):
+    """What an Auto class loads a filtered model with; it has no objects of its own."""
+
+    config_class = ImgProcFilteredConfig
+    base_auto_class: ClassVar[str] = ""
+    """The Auto class that knows the stock class."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError(f"{type(self).__name__} has no objects: use from_pretrained, or apply_filter on a model")
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """Load the stock class with its filters in place; arguments as of any ``from_pretrained``."""
+        if not isinstance(config, PreTrainedConfig):
+            config = ImgProcFilteredConfig.from_pretrained(args[0] if config is None else config)
+        filtered, base = cls._filtered_class(config)
+        model = filtered.from_pretrained(*args, config=base, **kwargs)
+        loaded, info = model if isinstance(model, tuple) else (model, None)
+        _settle(loaded)
+        return loaded if info is None else (loaded, info)
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        filtered, base = cls._filtered_class(config)
+        model = filtered._from_config(base, **kwargs)
+        _settle(model)
+        return model
+
+    @classmethod
+    def _filtered_class(cls, config: Any) -> tuple[Any, PreTrainedConfig]:
+        """The stock class, made so that it has the filters before its weights are loaded, and its configuration."""
+        base = config.base()
+        # An Auto class has put what it was given into this configuration.
+        if config.id2label != PreTrainedConfig().id2label:
+            base.id2label, base.label2id = config.id2label, config.label2id
+        if config._attn_implementation_internal is not None:
+            base._attn_implementation = config._attn_implementation_internal
+        mapping = getattr(transformers, cls.base_auto_class)._model_mapping
+        if type(base) not in mapping:
+            raise ValueError(f"{cls.base_auto_class} knows no class for a model of type {base.model_type!r}")
+        stock = mapping[type(base)]
+        stock = stock[0] if isinstance(stock, (tuple, list)) else stock
+
+        def start(self: Any, own: Any, *args: Any, **kwargs: Any) -> None:
+            stock.__init__(self, own, *args, **kwargs)
+            apply_filter(self, **config.filter_arguments)
+
+        made = type(stock.__name__, (stock,), {"__init__": start, "__module__": stock.__module__})
+        return made, base
+
+
+def _settle(model: Any) -> None:
+    """Make an object of the made class one of the stock class."""
+    model.__class__ = type(model).__mro__[1]
+
+
+def _door(auto_class: str) -> type[FilteredModel]:
+    name = f"ImgProcFiltered{auto_class.removeprefix('AutoModel').removeprefix('AutoBackbone') or 'Model'}"
+    return type(
+        name,
+        (FilteredModel,),
+        {"base_auto_class": auto_class, "__module__": __name__, "__doc__": FilteredModel.__doc__},
+    )
+
+
+AUTO_CLASSES = (
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForMultipleChoice",
+    "AutoModelForImageClassification",
+    "AutoModelForZeroShotImageClassification",
+    "AutoModelForMaskedImageModeling",
+    "AutoModelForSemanticSegmentation",
+    "AutoModelForObjectDetection",
+    "AutoModelForSpeechSeq2Seq",
+    "AutoModelForCTC",
+    "AutoModelForAudioClassification",
+    "AutoModelForImageTextToText",
+)
+"""The Auto classes that a filtered model can be loaded with."""
+
+DOORS: dict[str, type[FilteredModel]] = {name: _door(name) for name in AUTO_CLASSES}
+globals().update({door.__name__: door for door in DOORS.values()})
+
+
+def auto_map(model: nn.Module) -> dict[str, str]:
+    """For ``config.json``: the Auto classes that know the model's class -> what they load it with.
+
+    Raises:
+        ValueError: if none does.
+    """
+    kind, stock = type(model.config), type(model)
+    configuration = f"{ImgProcFilteredConfig.__module__.rpartition('.')[2]}.{ImgProcFilteredConfig.__name__}"
+    entries = {"AutoConfig": configuration}
+    for name, door in DOORS.items():
+        mapping = getattr(transformers, name)._model_mapping
+        known = mapping.get(kind, None)
+        if stock in (known if isinstance(known, (tuple, list)) else (known,)):
+            entries[name] = f"{__name__.rpartition('.')[2]}.{door.__name__}"
+    if len(entries) == 1:
+        raise ValueError(f"no Auto class that filtered models can be loaded with knows {stock.__name__}")
+    return entries
+
+
+def save_filtered(model: Any, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+    """``save_pretrained`` of a filtered model: weights under their stock names, filters in ``config.json``, the code.
+
+    Args:
+        model: filtered.
+        save_directory: the folder.
+        *args: as of the stock ``save_pretrained``.
+        push_to_hub: not here; call ``model.push_to_hub``, which saves by this function.
+        **kwargs: as of the stock ``save_pretrained``.
+
+    Raises:
+        ValueError: for ``push_to_hub``, or a class that no Auto class knows.
+    """
+    if push_to_hub:
+        raise ValueError("push_to_hub=True is not for a filtered model: call model.push_to_hub(repo_id)")
+    entries = auto_map(model)
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    if not kwargs.get("is_main_process", True):
+        return
+    config = ImgProcFilteredConfig(
+        base_model_type=model.config.model_type,
+        base_config=model.config.to_dict(),
+        filter_arguments=filter_arguments(model),
+        architectures=[type(model).__name__],
+        id2label=model.config.id2label,
+    )
+    config.auto_map = entries
+    config.dtype = model.config.dtype
+    folder = Path(save_directory)
+    for travelling in (FilteredModel, ImgProcFilteredConfig):
+        custom_object_save(travelling, folder)
+    config.save_pretrained(folder)

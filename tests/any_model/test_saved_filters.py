@@ -1,0 +1,140 @@
+"""Filtered models are saved as what they are, and load with their filters in a process without the package."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+
+from hf_imgproc_attn import apply_filter, filtered_layers, remove_filter
+from tests.any_model.architectures import DECODERS, build, inputs, output
+from tests.helpers import run_command
+
+ELSEWHERE = """
+import json, sys, torch, transformers
+sys.modules["hf_imgproc_attn"] = None
+folder, auto_class, stock = sys.argv[1:]
+model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True)
+assert type(model) is getattr(transformers, stock), type(model)
+given = torch.load(f"{folder}/given.pt")
+with torch.no_grad():
+    result = model(**given)
+result = result.logits if "logits" in result else result.last_hidden_state
+wanted = torch.load(f"{folder}/wanted.pt")
+assert torch.equal(result, wanted), (result - wanted).abs().max()
+if "CausalLM" in auto_class:
+    model.generate(given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=3, pad_token_id=0)
+model.save_pretrained(f"{folder}/again")
+print(json.load(open(f"{folder}/again/config.json"))["model_type"])
+"""
+
+
+def moved(name: str, **fields: Any) -> Any:
+    """A filtered model whose scalars have been trained."""
+    model = apply_filter(build(name), **fields)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "scalar_bias" in key:
+                parameter.add_(0.3)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "auto_class", "fields"),
+    [
+        ("llama", "AutoModelForCausalLM", {"preset": "learned_twicing", "layers": [-1, 0]}),
+        ("dinov2", "AutoModel", {"preset": "alibi", "boosting": "learned"}),
+        ("bart", "AutoModelForSeq2SeqLM", {"preset": "twicing", "stacks": "model.decoder.layers"}),
+    ],
+)
+def test_a_process_without_the_package_loads_it(
+    name: str, auto_class: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    model, given = moved(name, **fields), inputs(name, padded=True)
+    model.save_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        torch.save(output(model, given), tmp_path / "saved/wanted.pt")
+    torch.save(given, tmp_path / "saved/given.pt")
+    code = [sys.executable, "-I", "-c", ELSEWHERE, str(tmp_path / "saved"), auto_class, type(model).__name__]
+    done = run_command(code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "imgproc_filtered\n"
+    assert "newly initialized" not in done.stderr
+    assert "not used" not in done.stderr
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_every_decoder_comes_back(name: str, tmp_path: Path) -> None:
+    model, given = moved(name, preset="learned_twicing"), inputs(name, padded=True)
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert type(loaded) is type(model)
+    assert filtered_layers(loaded) == filtered_layers(model)
+    found, wanted = output(loaded.eval(), given), output(model, given)
+    # Gemma 3 makes a factor anew in the dtype of the weights, which these tests have converted from single.
+    assert (found - wanted).abs().max() <= (1e-6 if name == "gemma3" else 0.0)
+    assert loaded.config.model_type == model.config.model_type
+
+
+def test_a_folder_says_what_it_is_and_is_refused_without_its_code(tmp_path: Path) -> None:
+    moved("llama", preset="twicing", layers=[1]).save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert said["model_type"] == "imgproc_filtered"
+    assert said["filter_arguments"] == {"boosting": "twicing", "layers": [1]}
+    assert said["base_model_type"] == "llama"
+    assert said["auto_map"]["AutoModelForCausalLM"] == "modeling_imgproc_filtered.ImgProcFilteredForCausalLM"
+    code = "import sys; sys.modules['hf_imgproc_attn'] = None\nfrom transformers import AutoModelForCausalLM\n"
+    code += f"AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, trust_remote_code=False)"
+    done = run_command([sys.executable, "-I", "-c", code], cwd=tmp_path)
+    assert done.returncode != 0
+    assert "trust_remote_code" in done.stderr
+
+
+def test_half_precision_and_options_of_the_stock_loader(tmp_path: Path) -> None:
+    moved("llama", preset="learned_twicing").save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, attn_implementation="eager")
+    kinds = {key.rpartition(".")[2]: parameter.dtype for key, parameter in loaded.named_parameters()}
+    assert kinds["weight"] == torch.bfloat16
+    assert kinds["boosting_gain"] == torch.float32
+    assert loaded.config._attn_implementation == "eager"
+
+
+def test_from_config_makes_a_new_filtered_model(tmp_path: Path) -> None:
+    moved("llama", preset="twicing").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    assert type(model) is LlamaForCausalLM
+    assert len(filtered_layers(model)) == 3
+
+
+def test_a_model_without_its_filters_is_saved_as_stock(tmp_path: Path) -> None:
+    model = remove_filter(moved("llama", preset="learned_twicing"))
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["model_type"] == "llama"
+    LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_base_of_an_unknown_type_is_refused(tmp_path: Path) -> None:
+    moved("llama", preset="twicing").save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    said["base_model_type"] = "gpt17"
+    (tmp_path / "config.json").write_text(json.dumps(said), encoding="utf-8")
+    with pytest.raises(ValueError, match="base_model_type must be a model type that Transformers knows, got 'gpt17'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    said["base_model_type"] = "llama"
+    (tmp_path / "config.json").write_text(json.dumps(said), encoding="utf-8")
+    with pytest.raises(ValueError, match="AutoModelForCTC knows no class for a model of type 'llama'"):
+        transformers.AutoModelForCTC.from_pretrained(tmp_path)
+
+
+def test_a_stock_class_does_not_load_it_unfiltered(tmp_path: Path) -> None:
+    moved("llama", preset="twicing").save_pretrained(tmp_path)
+    with pytest.raises((RuntimeError, ValueError), match="size|mismatch"):
+        LlamaForCausalLM.from_pretrained(tmp_path, num_hidden_layers=3)
