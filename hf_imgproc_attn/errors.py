@@ -7,8 +7,8 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 _EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("accelerate", "datasets", "evaluate", "numpy", "PIL", "psutil", "sklearn", "tokenizers", "yaml"),
@@ -34,6 +34,25 @@ class OneLineParser(argparse.ArgumentParser):
     Raises:
         UsageError: for a command line that does not fit.
     """
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As usual; an option that there is not is refused with the nearest one that there is."""
+        words = sys.argv[1:] if args is None else list(args)
+        parsed, extras = self.parse_known_args(words, namespace)
+        if extras:
+            name = extras[0].partition("=")[0]
+            hint = did_you_mean(name, self._options_of(words)) if name.startswith("-") else ""
+            self.error(f"unrecognized arguments: {' '.join(extras)}{hint}")
+        return parsed
+
+    def _options_of(self, words: Sequence[str]) -> list[str]:
+        """The options of the sub-command that ``words`` names, or of this parser."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for word in words:
+                    if word in action.choices:
+                        return list(action.choices[word]._option_string_actions)
+        return list(self._option_string_actions)
 
     def error(self, message: str) -> NoReturn:
         choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message)

@@ -364,6 +364,17 @@ def test_a_vit_without_a_pooler_stays_one(preset: str, tmp_path: Path) -> None:
         assert "add_pooling_layer=False" in report.warnings[0]
 
 
+@pytest.mark.parametrize("preset", ["twicing", "bilateral"])
+def test_a_mask_token_that_was_never_trained_starts_where_it_can_be(preset: str) -> None:
+    """Without positions that are added, masked patches of 0 have gradients that nothing can use."""
+    stock = make_stock(*STOCK[6])
+    with torch.no_grad():
+        stock.vit.embeddings.mask_token.zero_()
+    converted, report = convert(stock, preset, return_report=True)
+    assert bool(converted.vit.embeddings.mask_token.any()) == (preset == "bilateral")
+    assert ("vit.embeddings.mask_token" in report.new) == (preset == "bilateral")
+
+
 def test_half_a_pooler_is_refused(tmp_path: Path) -> None:
     make_stock(*STOCK[4]).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

@@ -33,6 +33,7 @@ from hf_imgproc_attn.models.modeling_imgproc_vit import (
 from tests.helpers import ROOT, run_command
 from tests.models.helpers import sharpen_
 from tests.models.variants import (
+    CUSTOM,
     IMPLEMENTATIONS,
     VARIANTS,
     assert_same_gradients,
@@ -648,3 +649,23 @@ def test_trainer_trains_every_parameter_and_decays_no_scalar(backbone: str, vari
     # The last layer's patches do not reach the class token's position, which it has not.
     allowed = r"layers\.2\.attention\.filter" if backbone == "vit" else r"$^"
     assert {name for name in unchanged if not re.search(allowed, name)} == set()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Batches of no rows (those of every preset: docs/compatibility.md)
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("variant", CUSTOM)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_an_empty_batch_gives_empty_outputs(backbone: str, variant: str, implementation: str) -> None:
+    """Layers whose attention is the stock one, which cannot reshape it, are among the others here."""
+    model = build(backbone, variant, implementation)
+    inputs = {"input_ids": token_ids()[:0]} if backbone == "gpt2" else {"pixel_values": images()[:0]}
+    attentions = implementation == "eager" and "gradient_boosted" not in str(model.config.boosting)
+    output = model(**inputs, output_attentions=attentions)
+    assert len(output.logits) == 0
+    output.logits.sum().backward()
+    if attentions:
+        assert all(weights.shape[0] == 0 and weights.shape[-2:].numel() for weights in output.attentions)
