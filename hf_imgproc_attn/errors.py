@@ -129,8 +129,12 @@ def install_hint(extra: str) -> str:
     return f'pip install ".[{extra}]" in a checkout of this package'
 
 
-def exit_code(work: Callable[[], object]) -> int:
+def exit_code(work: Callable[[], object], interrupted: str = "interrupted") -> int:
     """Run ``work`` as the body of a command.
+
+    Args:
+        work: is called without arguments.
+        interrupted: what is printed after Ctrl-C.
 
     Returns:
         0 on success, 2 after a :class:`UsageError` or a disk that cannot be written (printed as one line, without a
@@ -142,7 +146,7 @@ def exit_code(work: Callable[[], object]) -> int:
         print(f"error: {plain_message(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130
     except OSError as error:
         problem = disk_problem(error)
