@@ -51,7 +51,8 @@ test-blocked: $(STAMP) ## run the tests of whole models on the back-end of real 
 	$(PYTEST) --blocked \
 		-k "not dropout_draws_one_mask" tests/models/test_gpt2_model.py tests/models/test_gpt2_inputs.py \
 		tests/models/test_gpt2_stock.py tests/models/test_vit_model.py tests/models/test_vit_stock.py \
-		tests/models/test_gpt2_generation.py tests/models/test_layer_state.py tests/models/test_ecosystem.py
+		tests/models/test_gpt2_generation.py tests/models/test_layer_state.py tests/models/test_ecosystem.py \
+		tests/models/test_compiled_models.py tests/models/test_devices.py
 
 test-full: $(STAMP) ## run the tests with every combination of each grid, not a pairwise cover (half an hour)
 	$(PYTEST) --full

@@ -236,8 +236,10 @@ def run_convert(options: argparse.Namespace) -> int:
     found = set(output.iterdir()) if output.is_dir() else None
     try:
         report = convert_checkpoint(options.source, options.preset, options.output, **fields)
-    except (ValueError, OSError, StrictDataclassError) as error:
+    except BaseException as error:
         _remove_new(output, found)  # half a checkpoint would be taken for a whole one, and be in the way
+        if not isinstance(error, ValueError | OSError | StrictDataclassError):
+            raise
         _refuse(plain_message(error))
     print(report)
     print(f"saved to {options.output}")

@@ -18,6 +18,7 @@ from transformers.utils import (
 )
 
 from .backbones import BACKBONES, Backbone, Head, of_config
+from .errors import plain_message
 from .models.spec_rules import check_architecture
 
 ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], type[PreTrainedModel]]] = {
@@ -65,7 +66,12 @@ def load_source(model_or_path: Any) -> Source:
         _check_architecture(name, model_or_path.config)
         source = model_or_path.config._name_or_path or "(a model in memory)"
         return Source(source, model_or_path, _SOURCES[name][1], [])
-    config = AutoConfig.from_pretrained(model_or_path)
+    try:
+        config = AutoConfig.from_pretrained(model_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{str(model_or_path)!r} must be a checkpoint, and is none: {plain_message(error)}"
+        ) from error
     declared = config.architectures or []
     if len(declared) > 1:
         raise ValueError(f"architectures in config.json of {model_or_path} must name one class, got {declared!r}")

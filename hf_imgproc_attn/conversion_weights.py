@@ -141,6 +141,8 @@ def variant_weights(stock: PreTrainedModel, variant: PreTrainedModel) -> Made:
         )
         if name in tables:
             made[name] = tables[name]
+        elif name.endswith("mask_token") and not _is_usable(source.get(name), variant):
+            continue
         elif name in source and not renamed:
             made[name] = (source[name], [name])
         elif name in projections:
@@ -148,6 +150,11 @@ def variant_weights(stock: PreTrainedModel, variant: PreTrainedModel) -> Made:
         elif name in starts:
             made[name] = (starts[name], [])
     return made
+
+
+def _is_usable(mask_token: torch.Tensor | None, variant: PreTrainedModel) -> bool:
+    """Whether a mask token has a direction, or gets one: masked patches of 0 have no gradient that can be used."""
+    return mask_token is not None and (bool(mask_token.any()) or variant.base_model.embeddings.adds_positions)
 
 
 def base_prefix(model: PreTrainedModel) -> str:

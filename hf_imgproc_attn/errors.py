@@ -7,8 +7,8 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 _EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("accelerate", "datasets", "evaluate", "numpy", "PIL", "psutil", "sklearn", "tokenizers", "yaml"),
@@ -34,6 +34,25 @@ class OneLineParser(argparse.ArgumentParser):
     Raises:
         UsageError: for a command line that does not fit.
     """
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As usual; an option that there is not is refused with the nearest one that there is."""
+        words = sys.argv[1:] if args is None else list(args)
+        parsed, extras = self.parse_known_args(words, namespace)
+        if extras:
+            name = extras[0].partition("=")[0]
+            hint = did_you_mean(name, self._options_of(words)) if name.startswith("-") else ""
+            self.error(f"unrecognized arguments: {' '.join(extras)}{hint}")
+        return parsed
+
+    def _options_of(self, words: Sequence[str]) -> list[str]:
+        """The options of the sub-command that ``words`` names, or of this parser."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for word in words:
+                    if word in action.choices:
+                        return list(action.choices[word]._option_string_actions)
+        return list(self._option_string_actions)
 
     def error(self, message: str) -> NoReturn:
         choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message)
@@ -110,8 +129,12 @@ def install_hint(extra: str) -> str:
     return f'pip install ".[{extra}]" in a checkout of this package'
 
 
-def exit_code(work: Callable[[], object]) -> int:
+def exit_code(work: Callable[[], object], interrupted: str = "interrupted") -> int:
     """Run ``work`` as the body of a command.
+
+    Args:
+        work: is called without arguments.
+        interrupted: what is printed after Ctrl-C.
 
     Returns:
         0 on success, 2 after a :class:`UsageError` or a disk that cannot be written (printed as one line, without a
@@ -123,7 +146,7 @@ def exit_code(work: Callable[[], object]) -> int:
         print(f"error: {plain_message(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130
     except OSError as error:
         problem = disk_problem(error)

@@ -69,7 +69,8 @@ def test_a_row_with_a_class_that_does_not_exist_is_refused(field: str, value: ob
 
 def test_importing_the_table_checks_it() -> None:
     source = Path(backbones.__file__).read_text(encoding="utf-8").replace('"GPT2LMHeadModel"', '"GPT2PoetryModel"')
-    namespace = {"__name__": "hf_imgproc_attn.backbones", "__file__": backbones.__file__}
+    place = {"__package__": "hf_imgproc_attn", "__file__": backbones.__file__}
+    namespace = {"__name__": "hf_imgproc_attn.backbones", **place}
     with pytest.raises(ValueError, match="'gpt2' names the class GPT2PoetryModel, which modeling_gpt2.py does not"):
         exec(compile(source, backbones.__file__, "exec"), namespace)
 

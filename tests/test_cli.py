@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 from pathlib import Path
@@ -174,9 +175,48 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, stock_gpt2: 
     def broken(*_: object, **__: object) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(sys.modules["hf_imgproc_attn.conversion"], "convert_checkpoint", broken)
+    monkeypatch.setattr(importlib.import_module("hf_imgproc_attn.conversion"), "convert_checkpoint", broken)
     with pytest.raises(KeyError, match="a bug"):
         cli.main(["convert", str(stock_gpt2), "--preset", "twicing", "--output", str(tmp_path / "o")])
+
+
+def test_an_interrupted_conversion_leaves_nothing_in_the_way(
+    monkeypatch: pytest.MonkeyPatch, stock_gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import PreTrainedModel
+
+    def interrupt(self: PreTrainedModel, folder: Path, **_: object) -> None:
+        Path(folder).mkdir()
+        (Path(folder) / "config.json").write_text("{}", encoding="utf-8")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", interrupt)
+    words = ("convert", str(stock_gpt2), "--preset", "twicing", "--output", str(tmp_path / "o"))
+    assert run_main(capsys, *words) == (130, "", "interrupted\n")
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_source_that_is_no_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    for source in (str(tmp_path / "empty"), "nowhere", "a b/c"):
+        status, _, err = run_main(capsys, "convert", source, "--preset", "twicing", "--output", str(tmp_path / "o"))
+        assert status == 2
+        assert err.startswith(f"imgproc-attn: error: {source!r} must be a checkpoint, and is none: ")
+
+
+@pytest.mark.parametrize(("command", "resumes"), [("evaluate", False), ("train-lm", True)])
+def test_only_what_can_be_resumed_says_so(
+    command: str, resumes: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("evaluate_checkpoint._run", interrupt)
+    monkeypatch.setattr("train_causal_lm.train", interrupt)
+    status, _, err = run_main(capsys, command)
+    assert status == 130
+    assert err.startswith("interrupted")
+    assert ("--resume" in err) == resumes
 
 
 def test_training_arguments_pass_through(

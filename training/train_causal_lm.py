@@ -14,6 +14,7 @@ from hf_imgproc_attn.errors import exit_code, require_extras
 from hf_imgproc_attn.training_support.argument_parser import parse_arguments
 from hf_imgproc_attn.training_support.arguments import (
     EMBEDDED_TEXT,
+    INTERRUPTED,
     TEXT_TRAINER_DEFAULTS,
     Arguments,
     TextDataArguments,
@@ -81,7 +82,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> Arguments[TextDataArgum
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    return exit_code(lambda: train(read_arguments(argv)))
+    return exit_code(lambda: train(read_arguments(argv)), INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from hf_imgproc_attn.training_support.argument_parser import parse_arguments
 from hf_imgproc_attn.training_support.arguments import (
     EMBEDDED_IMAGES,
     IMAGE_TRAINER_DEFAULTS,
+    INTERRUPTED,
     Arguments,
     ImageDataArguments,
 )
@@ -73,7 +74,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> Arguments[ImageDataArgu
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    return exit_code(lambda: train(read_arguments(argv)))
+    return exit_code(lambda: train(read_arguments(argv)), INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from hf_imgproc_attn.training_support.argument_parser import parse_arguments
 from hf_imgproc_attn.training_support.arguments import (
     CLASSIFIER_TRAINER_DEFAULTS,
     EMBEDDED_TEXT,
+    INTERRUPTED,
     Arguments,
     LabelledTextDataArguments,
 )
@@ -77,7 +78,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> Arguments[LabelledTextD
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    return exit_code(lambda: train(read_arguments(argv)))
+    return exit_code(lambda: train(read_arguments(argv)), INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -163,9 +163,9 @@ def back_ends(preset: str) -> str:
         return "stock"
     names = [name for name in FILTER_BACKENDS if name not in ("auto", "triton")]
     spec = layer.spec
-    # The Triton kernels know inner products, positions by place and twicing.
+    # The Triton kernels know every content kernel, positions by place and twicing.
     by_place = not spec.compares_positions or spec.position_kernel in COORDINATE_KERNELS
-    has_kernel = spec.boosting in ("none", "twicing") and spec.content_kernel == "dot_product" and by_place
+    has_kernel = spec.boosting in ("none", "twicing") and by_place
     return ", ".join([*names, "triton"] if has_kernel else names)
 
 

@@ -2,18 +2,19 @@
 
 Twicing, ``(2A - A^2) V``, and plain ``A V``, without A in memory, forward and backward, with head widths up to 128,
 float16 and bfloat16, causal or not, with an optional mask of padded keys and grouped keys. Position kernels of places
-(Gaussian, ALiBi, relative buckets) are computed inside the kernels, with exact gradients of their parameters
-(:mod:`.triton_positions`). Three algorithms (:mod:`.fused` chooses by shape):
+(Gaussian, ALiBi, relative buckets) are computed inside the kernels, with exact gradients of their parameters, and
+Gaussian contents are inner products with a number for each key (:mod:`.triton_positions`). Three algorithms, of which
+:mod:`.fused` chooses by shape:
 
     module                 for                                   N x N products, forward / backward (plain: 2 / 5)
     triton_short           not causal, N <= 256, width <= 64     3 / 8
     triton_single_pass     causal, heads enough for the device   3 / 7
     triton_general         everything else                       4 / 8, or 11 in a fixed order of additions
 
+Not boosted, ``triton_general`` alone is used, with plain attention's 2 / 5.
+
 *Checked* without a GPU: outputs and gradients against float64 in Triton's interpreter; every kernel compiles for
 compute capability 9.0 (H100), where its products are warp-group instructions and its tiles fit into shared memory.
-
-Not boosted, ``general`` alone is used, with plain attention's 2 / 5.
 
 ``imgproc-attn gpu-check`` measures errors and times on a machine with a CUDA device; what it found stands in
 ``docs/gpu.md``. The choice between the algorithms is by the number of products.
@@ -32,7 +33,6 @@ import torch
 from ..errors import install_hint
 from ..models.backend_call import FilterCall
 from ..models.backend_table import Backend, register
-from ..models.kernel_content import CONTENT_COLUMNS
 from . import flex
 from .flex import NO_STREAMS
 
@@ -101,11 +101,9 @@ def refuses(call: FilterCall) -> str | None:
     if call.booster.gain is not None:
         return "knows no learned gain"
     _, rest = call.split_positions()
-    if CONTENT_COLUMNS[call.content.kernel] is not None:
-        return f"takes plain inner products, without columns, got content_kernel={call.content.kernel!r}"
     if rest.positions:
         return (
-            "takes plain inner products and positions by place (gaussian, alibi, relative_buckets), "
+            "takes inner products and positions by place (gaussian, alibi, relative_buckets), "
             f"got {type(rest.positions[0]).__name__}"
         )
     seen = call.visibility
@@ -129,6 +127,10 @@ def run(call: FilterCall) -> torch.Tensor:
 
     query, scale = call.query, call.content.scale
     by_place, _ = call.split_positions()
+    key, key_bias = call.visibility.clean_keys(call.key), None
+    if call.content.kernel == "gaussian":  # -|q - k|^2 / h^2 but for what a whole row shares
+        squares = key.float().square().sum(-1).repeat_interleave(call.groups, dim=1)
+        key_bias = squares * -0.5 * (scale.float().squeeze(-1) if isinstance(scale, torch.Tensor) else scale)
     if isinstance(scale, torch.Tensor):  # one per head, or a metric
         query, scale = (query * scale).to(query.dtype), 1.0
     key_mask = call.visibility.keys
@@ -136,10 +138,11 @@ def run(call: FilterCall) -> torch.Tensor:
         key_mask = key_mask[:, 0, 0].expand(call.key.shape[0], -1)
     return fused_attention(
         query,
-        call.visibility.clean_keys(call.key),
+        key,
         call.visibility.clean_keys(call.value),
         key_mask,
         positions=by_place,
+        key_bias=key_bias,
         boosting=call.booster.name,
         scale=float(scale),
         is_causal=call.visibility.hides_later_keys,

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import register_flop_formula
 from ..models.backend_flops import product_flops
 from ..models.kernel_position import BlockedPositions
 from . import triton_general, triton_short, triton_single_pass
-from .places import PositionTensors, make_places, position_tensors
+from .places import PositionTensors, make_places, position_tensors, with_nearest
+from .triton_positions import ONLY_KEYS
 from .triton_tiles import INTERPRETED, Rows
 
 ALGORITHMS = ("auto", "general", "short", "single_pass")
@@ -30,6 +31,7 @@ def fused_attention(
     key_mask: torch.Tensor | None = None,
     *,
     positions: BlockedPositions | None = None,
+    key_bias: torch.Tensor | None = None,
     boosting: str = "twicing",
     scale: float | None = None,
     is_causal: bool = False,
@@ -46,6 +48,7 @@ def fused_attention(
         key_mask: boolean ``[batch, length]``, True = visible, or None. A query that sees no key gives 0.
         positions: ``GaussianPositions``, ``AlibiPositions`` or ``BucketPositions``, whose kernel s is computed inside
             the kernels, or None. Its parameters have gradients, its coordinates do not.
+        key_bias: added to all logits of a key, float32 ``[batch, heads, length]``, or None.
         boosting: ``"twicing"`` or ``"none"``.
         scale: on q.k; None: head_dim^-1/2.
         is_causal: whether query i sees keys j <= i only.
@@ -60,12 +63,17 @@ def fused_attention(
     _check(query, key, value, key_mask)
     if boosting not in ("twicing", "none"):
         raise ValueError(f"boosting must be 'twicing' or 'none', got {boosting!r}")
+    if key_bias is not None and (key_bias.dtype, key_bias.shape) != (torch.float32, query.shape[:3]):
+        raise ValueError(
+            f"key_bias must be float32 [batch, heads, length] = {tuple(query.shape[:3])}, "
+            f"got {key_bias.dtype} {tuple(key_bias.shape)}"
+        )
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
     kind, class_tokens, *tensors = position_tensors(positions, query)
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
     options = (kind, class_tokens, factor, is_causal, boosting == "twicing", algorithm)
-    out, _, _ = fused_forward(query, key, value, key_mask, *tensors, *options)
+    out, _, _ = fused_forward(query, key, value, key_mask, key_bias, *tensors, *options)
     return out
 
 
@@ -133,6 +141,8 @@ def _arguments(
     key: torch.Tensor,
     value: torch.Tensor,
     key_mask: torch.Tensor | None,
+    key_bias: torch.Tensor | None,
+    key_bias_grad: torch.Tensor | None,
     lse: torch.Tensor,
     position: PositionTensors,
     scale: float,
@@ -142,13 +152,14 @@ def _arguments(
     """What kernels take, forward and backward."""
     group = query.shape[1] // key.shape[1]
     mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+    places = make_places(position, key_bias, key_bias_grad, query.shape[1])
     return {
         "queries": _rows(query),
         "keys": _rows(key, group),
         "values": _rows(value, group),
         "mask_pointer": lse if mask is None else mask,
         "lse_pointer": lse,
-        "places": make_places(position, mask, query.shape[0], is_causal),
+        "places": None if places is None else with_nearest(places, position, mask, query.shape[0], is_causal),
         "heads": query.shape[1],
         "length": query.shape[2],
         "scale": scale / math.log(2.0),
@@ -159,7 +170,7 @@ def _arguments(
         "BLOCK_D": max(16, triton.next_power_of_2(query.shape[3])),
         "CAUSAL": is_causal,
         "HAS_MASK": key_mask is not None,
-        "POSITION": position.kind,
+        "POSITION": position.kind or (0 if key_bias is None else ONLY_KEYS.value),
         "BOOSTED": boosted,
     }
 
@@ -236,6 +247,7 @@ def fused_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     key_mask: torch.Tensor | None,
+    key_bias: torch.Tensor | None,
     coordinates: torch.Tensor | None,
     key_coordinates: torch.Tensor | None,
     parameters: torch.Tensor | None,
@@ -254,7 +266,7 @@ def fused_forward(
         return out, residual, lse
     position = PositionTensors(kind, class_tokens, coordinates, key_coordinates, parameters, lookup)
     with _on_device(query):
-        arguments = _arguments(query, key, value, key_mask, lse, position, scale, is_causal, boosted)
+        arguments = _arguments(query, key, value, key_mask, key_bias, None, lse, position, scale, is_causal, boosted)
         arguments |= {"outputs": _rows(out), "results": _rows(out), "residual_pointer": residual}
         chosen = choose(query, is_causal, algorithm, products=(3, 4), boosted=boosted)
         if chosen == "short":
@@ -274,6 +286,7 @@ def _(
     key: Any,
     value: Any,
     key_mask: Any,
+    key_bias: Any,
     coordinates: Any,
     key_coordinates: Any,
     parameters: Any,
@@ -295,6 +308,7 @@ def fused_backward(
     key: torch.Tensor,
     value: torch.Tensor,
     key_mask: torch.Tensor | None,
+    key_bias: torch.Tensor | None,
     coordinates: torch.Tensor | None,
     key_coordinates: torch.Tensor | None,
     parameters: torch.Tensor | None,
@@ -310,15 +324,15 @@ def fused_backward(
     algorithm: str,
     learns: bool,
     deterministic: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dQ, dK, dV, each as its tensor lies in memory, and that of the parameters, empty unless it ``learns``.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dQ, dK, dV, each as its tensor lies in memory, and those of the key bias and, if it ``learns``, the parameters.
 
-    A is computed again from the log-sum-exp.
+    The last two are empty where there is none. A is computed again from the log-sum-exp.
     """
     grad, query, key, value, out = (_adjacent(tensor) for tensor in (grad, query, key, value, out))
-    dq, dk, dv, d_parameters = _gradients(query, key, value, parameters, learns)
+    dq, dk, dv, d_key_bias, d_parameters = _gradients(query, key, value, key_bias, parameters, learns)
     if dq.numel() == 0:
-        return dq, dk, dv, d_parameters.zero_()
+        return dq, dk, dv, d_key_bias, d_parameters.zero_()
     chosen = choose(query, is_causal, algorithm, products=(7, 11 if deterministic else 8), boosted=boosted)
     summed = chosen == "single_pass" or (chosen == "general" and not deterministic)
     # A place for each sum, or, where nothing is summed, a stand-in that timing runs may set to 0.
@@ -332,7 +346,9 @@ def fused_backward(
     sums = torch.zeros(_heads(query)[0], slots, d_parameters.shape[-1], dtype=torch.float32, device=query.device)
     position = PositionTensors(kind, class_tokens, coordinates, key_coordinates, parameters, lookup)
     with _on_device(query):
-        arguments = _arguments(query, key, value, key_mask, lse, position, scale, is_causal, boosted)
+        arguments = _arguments(
+            query, key, value, key_mask, key_bias, d_key_bias, lse, position, scale, is_causal, boosted
+        )
         tensors = {"outputs": out, "grads": grad, "dqs": dq, "dks": dk_heads, "dvs": dv_heads}
         arguments |= {name: _rows(tensor) for name, tensor in tensors.items()}
         arguments |= {
@@ -360,7 +376,7 @@ def fused_backward(
             total.copy_(heads.unflatten(1, (key.shape[1], -1)).sum(2))
     if learns:
         d_parameters.copy_(sums.unflatten(0, query.shape[:2]).sum((0, 2)))
-    return dq, dk, dv, d_parameters
+    return dq, dk, dv, d_key_bias, d_parameters
 
 
 def _slots(chosen: str, query: torch.Tensor) -> int:
@@ -376,12 +392,19 @@ def _slots(chosen: str, query: torch.Tensor) -> int:
 
 
 def _gradients(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parameters: torch.Tensor | None, learns: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_bias: torch.Tensor | None,
+    parameters: torch.Tensor | None,
+    learns: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Room for the gradients."""
     shape = parameters.shape if parameters is not None and learns else (0,)
     d_parameters = torch.empty(shape, dtype=torch.float32, device=query.device)
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), d_parameters
+    bias_shape = (0,) if key_bias is None else key_bias.shape
+    d_key_bias = torch.empty(bias_shape, dtype=torch.float32, device=query.device)
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), d_key_bias, d_parameters
 
 
 @fused_backward.register_fake
@@ -391,6 +414,7 @@ def _(
     key: Any,
     value: Any,
     key_mask: Any,
+    key_bias: Any,
     coordinates: Any,
     key_coordinates: Any,
     parameters: Any,
@@ -407,16 +431,16 @@ def _(
     learns: bool,
     deterministic: bool,
 ) -> Any:
-    return _gradients(_adjacent(query), _adjacent(key), _adjacent(value), parameters, learns)
+    return _gradients(_adjacent(query), _adjacent(key), _adjacent(value), key_bias, parameters, learns)
 
 
-_TENSORS, _INPUTS = 8, 14
+_TENSORS, _INPUTS = 9, 15
 """Inputs of the operator that are tensors, and all."""
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:_TENSORS], *output)
-    ctx.options = inputs[_TENSORS:]
+    ctx.options, ctx.biased = inputs[_TENSORS:], inputs[4] is not None
     ctx.set_materialize_grads(False)
 
 
@@ -424,9 +448,10 @@ def _gradient(ctx: Any, grad: torch.Tensor | None, *unused: Any) -> tuple[torch.
     """Of the first output alone: W and the log-sum-exp are there for this function only."""
     if grad is None:
         return (None,) * _INPUTS
-    learns, deterministic = ctx.needs_input_grad[6], torch.are_deterministic_algorithms_enabled()
-    *gradients, d_parameters = fused_backward(grad, *ctx.saved_tensors, *ctx.options, learns, deterministic)
-    return (*gradients, None, None, None, d_parameters if learns else None, *(None,) * (_INPUTS - 7))
+    learns, deterministic = ctx.needs_input_grad[7], torch.are_deterministic_algorithms_enabled()
+    dq, dk, dv, *others = fused_backward(grad, *ctx.saved_tensors, *ctx.options, learns, deterministic)
+    d_key_bias, d_parameters = (x if needed else None for x, needed in zip(others, (ctx.biased, learns), strict=True))
+    return (dq, dk, dv, None, d_key_bias, None, None, d_parameters, *(None,) * (_INPUTS - 8))
 
 
 fused_forward.register_autograd(_gradient, setup_context=_save)

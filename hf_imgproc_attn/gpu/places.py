@@ -98,31 +98,37 @@ def bucket_lookup(kernel: BucketKernel, device: torch.device) -> torch.Tensor:
 
 
 def make_places(
-    position: PositionTensors, key_mask: torch.Tensor | None, batch: int, is_causal: bool
+    position: PositionTensors, key_bias: torch.Tensor | None, key_bias_grad: torch.Tensor | None, heads: int
 ) -> Places | None:
-    """What the kernels read, with the nearest visible key of each query where it may not be the query's own.
+    """What the kernels read, but for the nearest keys, or None where nothing is added to the logits.
 
     Args:
         position: what the operator was given.
-        key_mask: uint8 ``[batch, length]``, or None where all keys are visible.
-        batch: items of the batch.
-        is_causal: whether query i sees keys j <= i only.
+        key_bias: float32 ``[batch, heads, length]``, or None.
+        key_bias_grad: where its gradient goes, or None.
+        heads: of the queries.
     """
     coordinates, parameters = position.coordinates, position.parameters
+    bias = None if key_bias is None else key_bias.contiguous() / math.log(2.0)
     if coordinates is None or parameters is None:
-        return None
+        return None if bias is None else _only_keys(bias, key_bias_grad, heads)
     key_coordinates = coordinates if position.key_coordinates is None else position.key_coordinates
     length, axes = coordinates.shape[1:]
     own = parameters.shape[1] - 3 * (position.class_tokens > 0)
     query_step, key_step = (length * axes if x.shape[0] > 1 else 0 for x in (coordinates, key_coordinates))
-    places = Places(
+    return Places(
         queries=coordinates,
         keys=key_coordinates,
         query_step=query_step,
         key_step=key_step,
-        nearest=None,
+        nearest=coordinates,
         parameters=parameters / math.log(2.0),
-        lookup=position.lookup,
+        lookup=coordinates if position.lookup is None else position.lookup,
+        key_bias=coordinates if bias is None else bias,
+        key_bias_grad=coordinates if key_bias_grad is None else key_bias_grad,
+        heads=heads,
+        has_nearest=tl.constexpr(False),
+        has_key_bias=tl.constexpr(bias is not None),
         axes=tl.constexpr(axes),
         count=tl.constexpr(parameters.shape[1]),
         class_tokens=tl.constexpr(position.class_tokens),
@@ -130,9 +136,25 @@ def make_places(
         entries=tl.constexpr(triton.next_power_of_2(own)),
         reach=tl.constexpr(0 if position.lookup is None else position.lookup.numel() // 2 - 1),
     )
-    if position.kind == BUCKETS.value or (key_mask is None and position.key_coordinates is None):
+
+
+def with_nearest(
+    places: Places, position: PositionTensors, key_mask: torch.Tensor | None, batch: int, is_causal: bool
+) -> Places:
+    """The same with the nearest visible key of each query, where a query may not see itself.
+
+    Args:
+        places: what the kernels read.
+        position: what the operator was given.
+        key_mask: uint8 ``[batch, length]``, or None where all keys are visible.
+        batch: items of the batch.
+        is_causal: whether query i sees keys j <= i only.
+    """
+    sees_itself = key_mask is None and position.key_coordinates is None
+    if position.coordinates is None or position.kind == BUCKETS.value or sees_itself:
         return places
-    nearest = torch.empty(batch, length, dtype=torch.float32, device=coordinates.device)
+    length = position.coordinates.shape[1]
+    nearest = torch.empty(batch, length, dtype=torch.float32, device=position.coordinates.device)
     arguments: dict[str, Any] = {
         "places": places,
         "mask_pointer": nearest if key_mask is None else key_mask,
@@ -144,4 +166,13 @@ def make_places(
         "BLOCK": NEAREST_BLOCK,
     }
     nearest_kernel[(triton.cdiv(length, NEAREST_BLOCK) * batch,)](**arguments)
-    return places._replace(nearest=nearest)
+    return places._replace(nearest=nearest, has_nearest=tl.constexpr(True))
+
+
+def _only_keys(bias: torch.Tensor, grad: torch.Tensor | None, heads: int) -> Places:
+    """A number for each key; the other fields, which no kernel looks at, hold anything."""
+    none = tl.constexpr(0)
+    fields: dict[str, Any] = dict.fromkeys(Places._fields, bias)
+    fields |= dict.fromkeys(("axes", "count", "class_tokens", "buckets", "entries", "reach", "has_nearest"), none)
+    fields |= {"query_step": 0, "key_step": 0, "key_bias_grad": bias if grad is None else grad, "heads": heads}
+    return Places(**{**fields, "has_key_bias": tl.constexpr(True)})

@@ -338,7 +338,10 @@ def key_value_gradient_kernel(
             target = dq_sum_base + query_rows[:, None] * HEAD_DIM + columns[None, :]
             tl.atomic_add(target, dq, mask=inside, sem="relaxed")
     slot = item * slots + block
-    store_gradient(sums_pointer, slot, of_parameter, of_grid, of_class, places, rows, POSITION, LEARNS)
+    store_gradient(
+sums_pointer, slot, of_parameter, of_grid, of_class, places, batch, head, rows, length,
+        POSITION, LEARNS,
+)  # fmt: skip
     if BOOSTED:  # so far -A^T H
         own_negative_h = load_rows(negative_h_base, HEAD_DIM, rows, columns, length, HEAD_DIM, BLOCK_D)
         dv -= 2.0 * own_negative_h.to(tl.float32)

@@ -7,6 +7,9 @@ coordinates of a tile's rows and columns, so that nothing of size length x lengt
     DISTANCE    B = -|p_i - p_j|            ALiBi, t = the slope
     BUCKETS     1 in its own bucket         relative buckets, t = a table: an offset looks up its bucket, then t
 
+A Gaussian of contents is an inner product and a number for each key, -|k_j|^2 / h_y^2: ``key_bias`` is added to all
+logits of a key, and its gradient is the sum of dL/ds over the queries.
+
 Class tokens have no place: B is 0, and one of three scalars of the head is added (grid to class, class to grid, class
 to class). *Gradients*: a block of keys adds dL/ds B over all its queries and writes its sums into a slot of its own,
 so that they depend on no order; what calls the kernels adds the slots.
@@ -19,24 +22,30 @@ import triton.language as tl
 
 from .triton_tiles import hide, seen_keys
 
-NO_POSITION: tl.constexpr = tl.constexpr(0)
+NOTHING: tl.constexpr = tl.constexpr(0)
 SQUARED: tl.constexpr = tl.constexpr(1)
 DISTANCE: tl.constexpr = tl.constexpr(2)
 BUCKETS: tl.constexpr = tl.constexpr(3)
+ONLY_KEYS: tl.constexpr = tl.constexpr(4)
+"""A number for each key and no position kernel."""
 
 
 class Places(NamedTuple):
-    """What a position kernel compares, as the kernels take it.
+    """What is added to the logits, as the kernels take it: a position kernel, a number for each key, or both.
 
     queries: p of the queries, float32 ``[batch or 1, length, axes]``.
     keys: p of the keys, likewise.
     query_step: elements from one item of the batch to the next, 0 where all share their places.
     key_step: likewise.
     nearest: the largest B that each query sees, float32 ``[batch, length]``, which is taken from all B of its row;
-        None where every query sees itself. Neither the softmax nor, since dL/ds sums to 0 over a row, the gradient
+        anything where every query sees itself. Neither the softmax nor, since dL/ds sums to 0 over a row, the gradient
         notices, and the logits of near keys keep their digits.
     parameters: float32 ``[heads, count]`` in units of log 2: t, and behind it the scalars of class tokens, if any.
     lookup: of buckets: int32, those of the offsets 0, -1, ..., -reach, then those of 0 to reach seen as positive.
+    key_bias: float32 ``[batch, heads, length]`` in units of log 2.
+    key_bias_grad: where its gradient goes, likewise.
+    heads: of the queries.
+    has_nearest, has_key_bias: whether they are there, as ``tl.constexpr``.
     axes, count, class_tokens, buckets, entries, reach: sizes, as ``tl.constexpr``; buckets are those of one axis, and
         entries those of the table, rounded up to a power of two.
     """
@@ -48,6 +57,11 @@ class Places(NamedTuple):
     nearest: Any
     parameters: Any
     lookup: Any
+    key_bias: Any
+    key_bias_grad: Any
+    heads: int
+    has_nearest: Any
+    has_key_bias: Any
     axes: Any
     count: Any
     class_tokens: Any
@@ -93,7 +107,7 @@ def _compare(places, batch, query_rows, key_rows, length, POSITION: tl.constexpr
     if places.class_tokens > 0:
         query_class, key_class = _pair(query_rows < places.class_tokens, key_rows < places.class_tokens, TRANSPOSED)
         compared = tl.where(query_class | key_class, 0.0, compared)
-    if places.nearest is not None:
+    if places.has_nearest:
         nearest = tl.load(places.nearest + batch * length + query_rows, mask=query_rows < length, other=0.0)
         of_queries, _ = _pair(nearest, key_rows, TRANSPOSED)
         compared = compared - of_queries
@@ -111,8 +125,23 @@ def _bucket(places, offset):
 def add_position(
     scores, places, batch, head, query_rows, key_rows, length, POSITION: tl.constexpr, TRANSPOSED: tl.constexpr
 ):
-    """Logits ``[queries, keys]``, or ``[keys, queries]`` if TRANSPOSED, with those of the position kernel added."""
-    if POSITION == NO_POSITION:
+    """Logits ``[queries, keys]``, or ``[keys, queries]`` if TRANSPOSED, with what :class:`Places` holds added."""
+    if POSITION == NOTHING:
+        return scores
+    else:
+        if places.has_key_bias:
+            bias = places.key_bias + (batch * places.heads + head) * length + key_rows
+            _, of_keys = _pair(query_rows, tl.load(bias, mask=key_rows < length, other=0.0), TRANSPOSED)
+            scores = scores + of_keys
+        return _add_kernel(scores, places, batch, head, query_rows, key_rows, length, POSITION, TRANSPOSED)
+
+
+@triton.jit
+def _add_kernel(
+    scores, places, batch, head, query_rows, key_rows, length, POSITION: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """Logits with those of the position kernel added."""
+    if POSITION == ONLY_KEYS:
         return scores
     else:
         own = places.parameters + head * places.count
@@ -151,12 +180,16 @@ def add_gradient(
     POSITION: tl.constexpr, LEARNS: tl.constexpr,
 ):  # fmt: skip
     """The sums with a tile's dL/ds, ``[keys, queries]``, added."""
-    if POSITION != NO_POSITION and LEARNS:
-        if places.class_tokens > 0:
+    if POSITION != NOTHING:
+        if places.class_tokens == 0 and places.has_key_bias:
+            of_grid += tl.sum(d_scores, 1)
+        if places.class_tokens > 0 and (LEARNS or places.has_key_bias):
             query_class, key_class = _pair(query_rows < places.class_tokens, key_rows < places.class_tokens, True)
             of_class += tl.sum(tl.where(query_class, d_scores, 0.0), 1)
             of_grid += tl.sum(tl.where(query_class, 0.0, d_scores), 1)
+            # Class tokens have no part in what follows.
             d_scores = tl.where(query_class | key_class, 0.0, d_scores)
+    if POSITION != NOTHING and POSITION != ONLY_KEYS and LEARNS:
         if POSITION == BUCKETS:
             entries = tl.arange(0, places.entries)
             for axis in tl.static_range(0, places.axes):
@@ -174,11 +207,15 @@ def add_gradient(
 
 @triton.jit
 def store_gradient(
-    sums_pointer, slot, of_parameter, of_grid, of_class, places, key_rows,
+    sums_pointer, slot, of_parameter, of_grid, of_class, places, batch, head, key_rows, length,
     POSITION: tl.constexpr, LEARNS: tl.constexpr,
 ):  # fmt: skip
-    """Write the sums of a block of keys into a slot of ``[slots, count]``."""
-    if POSITION != NO_POSITION and LEARNS:
+    """Write the sums of a block of keys: those of parameters into a slot of ``[slots, count]``."""
+    if POSITION != NOTHING:  # noqa: SIM102  # the compiler looks at both sides of `and`
+        if places.has_key_bias:
+            of_keys = places.key_bias_grad + (batch * places.heads + head) * length + key_rows
+            tl.store(of_keys, of_grid + of_class, mask=key_rows < length)
+    if POSITION != NOTHING and POSITION != ONLY_KEYS and LEARNS:
         own = sums_pointer + slot.to(tl.int64) * places.count
         if POSITION == BUCKETS:
             entries = tl.arange(0, places.entries)

@@ -192,6 +192,9 @@ def short_backward_kernel(
     # Read again rather than held in registers through the loop.
     final_negative_h = load_rows(negative_h_base, HEAD_DIM, rows, columns, length, HEAD_DIM, BLOCK_D)
     dv = minus_smoothed_h - 2.0 * final_negative_h.to(tl.float32)
-    store_gradient(sums_pointer, item, of_parameter, of_grid, of_class, places, rows, POSITION, LEARNS)
+    store_gradient(
+sums_pointer, item, of_parameter, of_grid, of_class, places, batch, head, rows, length,
+        POSITION, LEARNS,
+)  # fmt: skip
     store_rows(base_of(dks, batch, head), dks.row, rows, columns, dk * softmax_scale, length, HEAD_DIM, BLOCK_D)
     store_rows(base_of(dvs, batch, head), dvs.row, rows, columns, dv, length, HEAD_DIM, BLOCK_D)

@@ -209,7 +209,10 @@ def single_pass_backward_kernel(
             of_parameter, of_grid, of_class, own_exact_d_scores, places, batch, rows, rows, length, POSITION, LEARNS
         )
         slot = item * slots + blocks - 1 - step
-        store_gradient(sums_pointer, slot, of_parameter, of_grid, of_class, places, rows, POSITION, LEARNS)
+        store_gradient(
+sums_pointer, slot, of_parameter, of_grid, of_class, places, batch, head, rows, length,
+        POSITION, LEARNS,
+)  # fmt: skip
         own_d_scores = rounded(own_exact_d_scores, key.dtype)
         dk = add_product(own_d_scores, own_query, dk)
         own_dq = product(tl.trans(own_d_scores), key) * softmax_scale

@@ -18,6 +18,7 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from ..cards.merging import MergedCard, merge_card
+from ..errors import UsageError
 from .client import HubError, connect, patiently
 from .licences import Licence, find_licence
 from .repository import (
@@ -128,6 +129,8 @@ def publish(
 
     check_repo_id(repo_id)
     checked = read_run(run)
+    if baseline is not None and Path(baseline).resolve() == Path(run).resolve():
+        raise UsageError(f"baseline must be another run than the one that is published, got {str(baseline)!r}")
     other = None if baseline is None else load_results(baseline)
     _print_hints(checked, other, baseline)
     api = None if dry_run else connect(endpoint)  # an endpoint that is no URL is found before the model is loaded

@@ -1,4 +1,4 @@
-"""``imgproc-attn precision`` and ``imgproc-attn calls``: options here, without torch; the work where it belongs."""
+"""``imgproc-attn precision``, ``compatibility`` and ``calls``: options here, without torch, and the work elsewhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def add_commands(commands: Any) -> None:
-    """Add both sub-commands to the parser of ``imgproc-attn``."""
+    """Add the sub-commands to the parser of ``imgproc-attn``."""
     precision = commands.add_parser(
         "precision",
         help="measure how each kernel rounds, beside plain attention",
@@ -18,6 +18,15 @@ def add_commands(commands: Any) -> None:
     precision.add_argument("output", type=Path, help="the Markdown file to write")
     precision.add_argument("--force", action="store_true", help="replace a file that is there")
     precision.set_defaults(run_command=run_precision)
+
+    compatibility = commands.add_parser(
+        "compatibility",
+        help="measure what every preset works with: export, PEFT, empty batches",
+        description="Export, tune and feed tiny models of every preset, and write the table of what works, and what "
+        "is refused and why, between the marks of a Markdown page, whose rest stays. Takes minutes, and needs PEFT.",
+    )
+    compatibility.add_argument("page", type=Path, help="the Markdown file that has the table")
+    compatibility.set_defaults(run_command=run_compatibility)
 
     calls = commands.add_parser(
         "calls",
@@ -34,6 +43,14 @@ def run_precision(options: argparse.Namespace) -> int:
     from .precision import write
 
     write(options.output, force=options.force)
+    return 0
+
+
+def run_compatibility(options: argparse.Namespace) -> int:
+    """``imgproc-attn compatibility``."""
+    from .compatibility import write
+
+    write(options.page)
     return 0
 
 

@@ -155,5 +155,6 @@ def check_cache_layer(cache: Cache, layer_idx: int, keeps_streams: bool) -> None
     if keeps_streams:
         raise ValueError(
             f"past_key_values has a plain layer at index {layer_idx}, where the filter needs to keep its "
-            "residual stream or the elliptical metric's rows: build the cache with DynamicCache(config=model.config)"
+            "residual stream or the elliptical metric's rows: build the cache with DynamicCache(config=model.config); "
+            "keys and values that are learned, as in PEFT's prefix tuning, have no such rows"
         )

@@ -79,7 +79,19 @@ class CachedStreams:
         self._cache, self._layer_idx = cache, layer_idx
 
     def update(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append to the cache's own keys and values."""
+        """Append to the cache's own keys and values.
+
+        Raises:
+            ValueError: if the cached keys are of another width: they were not made by this layer.
+        """
+        layers = self._cache.layers
+        cached = getattr(layers[self._layer_idx], "keys", None) if self._layer_idx < len(layers) else None
+        if cached is not None and cached.numel() and cached.shape[-1] != key.shape[-1]:
+            raise ValueError(
+                f"past_key_values has keys of width {cached.shape[-1]} in layer {self._layer_idx}, whose filter keeps "
+                f"keys of width {key.shape[-1]}, with their position: keys and values that are learned, as in PEFT's "
+                "prefix tuning, have no position"
+            )
         full_key, full_value = self._cache.update(key, value, self._layer_idx)
         return full_key, full_value
 

@@ -32,7 +32,8 @@ class ImgProcBertConfig(FilterSpecMixin, BertConfig):
     def to_dict(self) -> dict[str, Any]:
         """The stock ``to_dict`` without what is chosen at run time; PEFT, which calls it, learns its targets here."""
         # With the module that holds them: the filters have projections called query and value too.
-        tell_peft(self.model_type, like="bert", names=(["query", "value"], ["self.query", "self.value"]))
+        names = {**{name: [f"self.{name}"] for name in ("query", "key", "value")}, "output.dense": ["output.dense"]}
+        tell_peft(self.model_type, like="bert", names=names)
         return super().to_dict()
 
 

@@ -26,7 +26,8 @@ class ImgProcViTConfig(FilterSpecMixin, ViTConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The stock ``to_dict`` without what is chosen at run time; PEFT, which calls it, learns its targets here."""
-        tell_peft(self.model_type, like="llama", names=(["q_proj", "v_proj"], ["q_proj", "v_proj"]))
+        names = {**{name: [name] for name in ("q_proj", "k_proj", "v_proj")}, "down_proj": ["mlp.fc2"]}
+        tell_peft(self.model_type, like="llama", names=names)
         return super().to_dict()
 
 

@@ -126,6 +126,9 @@ def bucket_boundaries(num_buckets: int, max_distance: int) -> list[int]:
     return boundaries
 
 
+_COMPARED = 64
+
+
 def relative_buckets(offset: torch.Tensor, boundaries: list[int], bidirectional: bool) -> torch.Tensor:
     """Bucket of each offset p_j - p_i (T5): int32 of the same shape, from 0.
 
@@ -136,8 +139,14 @@ def relative_buckets(offset: torch.Tensor, boundaries: list[int], bidirectional:
             they share bucket 0 with the query itself.
     """
     distance = offset.abs() if bidirectional else (-offset).clamp_(min=0)
-    edges = torch.tensor(boundaries, dtype=offset.dtype, device=offset.device)
-    buckets = torch.bucketize(distance, edges, right=True, out_int32=True)
+    # bucketize is none of the core operators that exported graphs are made of; very many comparisons are worse.
+    if torch.compiler.is_exporting() and len(boundaries) <= _COMPARED:
+        buckets = torch.zeros_like(distance, dtype=torch.int32)
+        for edge in boundaries:
+            buckets = buckets + (distance >= edge)
+    else:
+        edges = torch.tensor(boundaries, dtype=offset.dtype, device=offset.device)
+        buckets = torch.bucketize(distance, edges, right=True, out_int32=True)
     return buckets.add_(offset > 0, alpha=len(boundaries) + 1) if bidirectional else buckets
 
 

@@ -62,8 +62,9 @@ def filter_tokens(
 
 def project_each(hidden_states: torch.Tensor, head_dim: int, projections: tuple[nn.Module, ...]) -> Projected:
     """Query, key and value of ``[batch, length, hidden_size]`` by three projections."""
-    shape = (*hidden_states.shape[:-1], -1, head_dim)
-    query, key, value = (projection(hidden_states).view(shape).transpose(1, 2) for projection in projections)
+    # Not by a shape with a -1, which torch cannot tell for a batch of no rows.
+    heads = (projection(hidden_states).unflatten(-1, (-1, head_dim)) for projection in projections)
+    query, key, value = (tokens.transpose(1, 2) for tokens in heads)
     return query, key, value
 
 
@@ -150,12 +151,24 @@ class FilteredAttentionMixin:
             Output ``[batch, length, hidden_size]``, the attentions (see :func:`filter_tokens`) or None, the new state.
         """
         if self.filter.is_stock:
-            output, weights = self.attend_stock(hidden_states, inputs, **kwargs)
+            attend = self.attend_stock if hidden_states.shape[0] else self._attend_to_nothing
+            output, weights = attend(hidden_states, inputs, **kwargs)
             return output, weights, inputs.state
         dropout = self.dropout_on_weights() if self.training else 0.0  # type: ignore[attr-defined]
         projected = self.project(hidden_states)
         heads, weights, state = filter_tokens(self.filter, hidden_states, projected, inputs, dropout)
         return self.project_heads(heads), weights, state
+
+    def _attend_to_nothing(
+        self, hidden_states: torch.Tensor, inputs: LayerInputs, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The stock attention of an empty batch, which the stock code cannot reshape."""
+        query, key, value = self.project(hidden_states)
+        cache = getattr(inputs.past_key_values, "self_attention_cache", inputs.past_key_values)
+        if cache is not None:
+            key, value = cache.update(key, value, self.filter.layer_idx)
+        weights = query @ key.transpose(-1, -2)
+        return self.project_heads((weights @ value).transpose(1, 2).flatten(2)), weights
 
 
 def filter_residual(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
+from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedImageModelingOutput
@@ -178,6 +179,17 @@ class ImgProcViTPreTrainedModel(FilterPreTrainedMixin, ViTPreTrainedModel):
         "AutoModelForImageClassification": "modeling_imgproc_vit.ImgProcViTForImageClassification",
         "AutoModelForMaskedImageModeling": "modeling_imgproc_vit.ImgProcViTForMaskedImageModeling",
     }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The stock initialisation, but a mask token to which no position is added does not start at 0.
+
+        All masked patches would be 0 there, where a layer norm has a slope of 1 / sqrt(eps): the first gradient of the
+        mask token would be thousands of times the others.
+        """
+        super()._init_weights(module)
+        if isinstance(module, ImgProcViTEmbeddings) and module.mask_token is not None and not module.adds_positions:
+            init.trunc_normal_(module.mask_token, std=self.config.initializer_range)
 
     def post_init(self) -> None:
         """The stock initialisation; afterwards ``load_state_dict`` takes the names that a checkpoint has."""

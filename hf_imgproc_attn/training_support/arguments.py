@@ -11,6 +11,8 @@ from hf_imgproc_attn.backbones import OF_TASK
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.models.spec_fields import PRESETS
 
+INTERRUPTED = "interrupted; the same command with --resume goes on from the last checkpoint"
+"""What a training script says after Ctrl-C."""
 EMBEDDED_IMAGES = "digits"
 EMBEDDED_TEXT = "pydoc_topics"
 LOCAL_OR_HUB = ("model_name_or_path", "dataset_name", "tokenizer_name")

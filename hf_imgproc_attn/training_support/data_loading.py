@@ -58,6 +58,8 @@ def load_splits(args: DataArguments, embedded: str) -> dict[str, "Dataset"]:
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         if empty := re.search(r'Instruction "(.+)" corresponds to no data', str(error)):
             raise UsageError(f"the {empty[1]} split of data set {name!r} is empty") from error
+        if isinstance(error, datasets.exceptions.DatasetGenerationError) and isinstance(error.__cause__, Exception):
+            error = error.__cause__  # its own message says that an error occurred, and not which
         # Among these: no such data set, no network, files of mixed types, an unknown configuration, a broken file.
         raise UsageError(
             f"dataset_name must be {embedded}, a local path or a Hub data set, got {name!r}, which cannot be loaded: "

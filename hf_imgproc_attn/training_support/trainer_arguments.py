@@ -1,7 +1,8 @@
 """Options -> ``transformers.TrainingArguments``: names checked, values converted by the library's own parser."""
 
+import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,23 @@ _REFUSED = {
 
 
 _NONE = ("none", "null")
+_LARGEST_SEED = 2**32 - 1
+# Rule in words, and whether a number follows it; what the library takes without a word, or refuses with a traceback.
+_POSITIVE = ("an integer >= 1", lambda value: value >= 1)
+_ABOVE_0 = ("a number > 0", lambda value: 0 < value < math.inf)
+_FROM_0 = ("a number >= 0", lambda value: 0 <= value < math.inf)
+_PART = ("at least 0 and below 1", lambda value: 0 <= value < 1)
+_SEED = (f"an integer from 0 to {_LARGEST_SEED}", lambda value: 0 <= value <= _LARGEST_SEED)
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _POSITIVE),
+    **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit", "eval_accumulation_steps"), _POSITIVE),
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "eval_steps", "save_steps"), _ABOVE_0),
+    **dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "adam_epsilon"), _FROM_0),
+    **dict.fromkeys(("dataloader_num_workers", "eval_delay"), _FROM_0),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), _PART),
+    **dict.fromkeys(("seed", "data_seed"), _SEED),
+    "max_steps": ("-1 or an integer >= 1", lambda value: value == -1 or value >= 1),
+}
 _NUMBERS: dict[str, type] = {"int": int, "int | None": int, "float": float, "float | None": float}
 
 
@@ -34,8 +52,8 @@ def check_trainer_options(arguments: Arguments[Any], known: Mapping[str, str]) -
         known: fields of ``TrainingArguments`` and their annotations; empty: nothing is known, nothing is checked.
 
     Raises:
-        UsageError: for an option that is no field (with the nearest name that is), one that the scripts refuse, or a
-            word that is no number.
+        UsageError: for an option that is no field (with the nearest name that is), one that the scripts refuse, a
+            word that is no number, or a number out of its range.
     """
     own = {field.name for part in (arguments.model, arguments.data, arguments.run) for field in fields(part)}
     for name, given in arguments.trainer.items() if known else ():
@@ -47,9 +65,16 @@ def check_trainer_options(arguments: Arguments[Any], known: Mapping[str, str]) -
         number = _NUMBERS.get(known[name])
         if number is not None and given is not None and len(given) == 1 and given[0].lower() not in _NONE:
             try:
-                number(given[0])
+                value = number(given[0])
             except ValueError:
                 raise UsageError(f"argument --{name}: invalid {number.__name__} value: {given[0]!r}") from None
+            _check_range(name, value)
+
+
+def _check_range(name: str, value: float) -> None:
+    rule, is_kept = _RANGES.get(name, ("", lambda value: True))
+    if not is_kept(value):
+        raise UsageError(f"{name} must be {rule}, got {value}")
 
 
 def build_training_arguments(

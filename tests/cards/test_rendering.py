@@ -5,86 +5,36 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-import math
 import re
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import jinja2.meta
+import make_cards
+import make_results
 import pytest
-import yaml
 from huggingface_hub import ModelCard
 
 from hf_imgproc_attn import PRESETS
-from hf_imgproc_attn.cards.rendering import RunResults, load_results, render_card
-from hf_imgproc_attn.cards.results import METRICS, check_results
+from hf_imgproc_attn.cards.rendering import RunResults, load_results
 from hf_imgproc_attn.catalogue.presets import VARIANTS
 from hf_imgproc_attn.catalogue.works import PACKAGE_PAPERS, PAPERS
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.models.spec_fields import preset_fields
 from hf_imgproc_attn.records import public_record
+from tests.cards.card_cases import (
+    CARDS,
+    NAMES,
+    RESULTS,
+    changed,
+    front_matter,
+    recipe_of,
+    render,
+    tables,
+)
 from tests.helpers import ROOT
-
-sys.path.insert(0, str(ROOT / "training"))
-import make_cards
-import make_results
-
-RESULTS, CARDS = ROOT / "training" / "results", ROOT / "model_cards"
-NAMES = make_results.NAMES
-
-
-@pytest.fixture
-def images() -> RunResults:
-    return load_results(RESULTS / "vit_digits_bilateral.json")
-
-
-@pytest.fixture
-def text() -> RunResults:
-    return load_results(RESULTS / "gpt2_pydoc_twicing.json")
-
-
-@pytest.fixture
-def stock() -> RunResults:
-    return load_results(RESULTS / "vit_digits_softmax.json")
-
-
-def changed(run: RunResults, **changes: Any) -> RunResults:
-    """A copy of a run with some fields of its record replaced; a dotted name, with ``__``, reaches into it."""
-    record = copy.deepcopy(run.record)
-    for name, value in changes.items():
-        *parents, last = name.split("__")
-        target = record
-        for parent in parents:
-            target = target[parent]
-        target[last] = value
-    return RunResults(record, copy.deepcopy(run.robustness), run.name)
-
-
-def render(run: RunResults, **options: Any) -> str:
-    return render_card(run, **({"repo_id": "you/model", "revision": "v1"} | options))
-
-
-def tables(card: str) -> list[list[list[str]]]:
-    """The cells of every table, header first."""
-    found = re.findall(r"(?:^\|.*\|$\n?)+", card, re.MULTILINE)
-    rows = [[re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines()] for table in found]
-    return [[[cell.strip() for cell in row] for row in (table[0], *table[2:])] for table in rows]
-
-
-def front_matter(card: str) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(card.split("---\n")[1])
-    return content
-
-
-# -- the committed results and cards
-
-
-def recipe_of(name: str) -> str:
-    """The recipe of a result."""
-    return next(recipe for recipe in make_results.RECIPES if name.startswith(f"{recipe}_"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -176,9 +126,6 @@ def test_example_cards_say_that_they_are(images: RunResults) -> None:
     assert "![training curves](training_curves.png)" in published
 
 
-# -- presets
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_has_its_equation_and_sources(preset: str) -> None:
     variant, fields = VARIANTS[preset], preset_fields(preset)
@@ -266,9 +213,6 @@ def test_only_the_stock_filter_is_called_stock(stock: RunResults) -> None:
         assert ("with `softmax` self-attention (`content_bandwidth=3.0`)" in card) != is_stock
 
 
-# -- the filters
-
-
 def test_the_numbers_of_the_filters_are_a_table(images: RunResults) -> None:
     rows = [
         {"P": 1 / 8, "I": head, "h_p": 1.5, "h_y": 2.0, "layer": layer, "head": head}
@@ -316,54 +260,6 @@ def test_a_summary_of_another_form_is_refused_by_name(
     assert "run.json: " in str(error.value)
 
 
-# -- numbers
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_front_matter_holds_every_measured_value_and_survives_the_library(name: str) -> None:
-    run = load_results(RESULTS / f"{name}.json")
-    text = (CARDS / f"{name}.md").read_text(encoding="utf-8")
-    card = ModelCard(text)
-    assert str(card) == text
-    data = card.data
-    assert (data.license, data.library_name, data.model_name) == ("apache-2.0", "transformers", name)
-    assert data.pipeline_tag == make_results.RECIPES[recipe_of(name)].pipeline
-    assert {"hf_imgproc_attn", "attention", run.record["arguments"]["model"]["preset"]} <= set(data.tags)
-    assert data.get("datasets") is None  # embedded ones are not on the Hub
-    assert data.get("base_model") is None
-    expected = [
-        (split, metric, value)
-        for split in ("validation", "test")
-        for metric, value in run.record["metrics"][split].items()
-    ]
-    assert run.robustness is not None
-    disturbed = [result for result in run.robustness["results"] if result["family"] != "clean"]
-    expected += [(result["split"], result["metric"], result["value"]) for result in disturbed]
-    assert data.eval_results is not None
-    found = [(result.dataset_split, result.metric_type, result.metric_value) for result in data.eval_results]
-    assert sorted(found) == sorted(expected)
-    for result in data.eval_results:
-        assert result.metric_args["training_seed"] == 0
-        assert result.metric_args["samples"] > 0
-
-
-def test_a_changed_metric_changes_that_number_alone(text: RunResults) -> None:
-    before, value = render(text), text.record["metrics"]["validation"]["word_perplexity"]
-    after = render(changed(text, metrics__validation__word_perplexity=4321.125))
-    assert before.replace(str(value), "4321.125").replace(f"{value:,.2f}", "4,321.12") == after
-    assert before.count(f"{value:,.2f}") == 1
-
-
-def test_an_accuracy_and_its_standard_error_are_those_of_the_record(images: RunResults) -> None:
-    card = render(changed(images, metrics__test__accuracy=0.9, data_fingerprint__test__rows=400))
-    assert "| clean | accuracy | test | 400 images | training 0 | 90.00 % |" in card
-    assert f"a standard error of {100 * math.sqrt(0.9 * 0.1 / 400):.1f} percentage points" in card
-
-
-def test_metrics_of_the_training_scripts_all_have_a_name(images: RunResults, text: RunResults) -> None:
-    assert {metric for run in (images, text) for metric in run.record["metrics"]["test"]} == set(METRICS)
-
-
 def test_template_holds_no_numbers_and_asks_for_nothing_unknown(images: RunResults) -> None:
     source = (CARDS / "template.md").read_text(encoding="utf-8")
     asked = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(source))
@@ -379,25 +275,6 @@ def test_template_holds_no_numbers_and_asks_for_nothing_unknown(images: RunResul
     assert asked - {"card_data"} == given
     prose = re.sub(r"\{[{%].*?[%}]\}|```python.*?```", "", source, flags=re.DOTALL)
     assert re.findall(r"\d+", prose) == ["1"]  # to which the rows of A sum
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_value_that_is_no_number_is_shown_as_that_and_kept_from_the_hub(images: RunResults, value: float) -> None:
-    run = changed(images, metrics__test__accuracy=value)
-    card = render(run, baseline=changed(images, metrics__test__accuracy=value, arguments__model__preset="softmax"))
-    word = "not a number" if math.isnan(value) else "infinite"
-    assert f"| clean | accuracy | test | 359 images | training 0 | {word} | {word} |" in card
-    results = ModelCard(card).data.eval_results
-    assert results is not None
-    assert all(math.isfinite(result.metric_value) for result in results)
-    # Validation, five kinds of disturbed images, and what was found beside these on clean ones: another number.
-    assert sum(result.metric_type == "accuracy" for result in results) == 7
-    again = images.robustness["results"][0]["value"] if images.robustness else None
-    (row,) = [row for row in tables(card)[0] if row[0] == "clean, as evaluated with the disturbed"]
-    assert row[1:6] == ["accuracy", "test", "359 images", "training 0", f"{100 * again:.2f} %"]
-
-
-# -- what is missing
 
 
 def test_what_was_not_measured_says_so_in_one_sentence(images: RunResults) -> None:
@@ -490,32 +367,6 @@ def test_limits_follow_the_record(images: RunResults, text: RunResults) -> None:
     assert "comes with a Python package" not in big
 
 
-# -- names, commands, escaping
-
-
-def test_hub_names_reach_the_front_matter_and_local_ones_do_not(images: RunResults) -> None:
-    names = {
-        "arguments__data__dataset_name": "uoft-cs/cifar10",
-        "arguments__data__dataset_config_name": "plain_text",
-        "arguments__model__model_name_or_path": "google/vit-base-patch16-224",
-    }
-    card = render(changed(images, **names))
-    data = front_matter(card)
-    assert data["datasets"] == ["uoft-cs/cifar10"]
-    assert data["base_model"] == "google/vit-base-patch16-224"
-    dataset = data["model-index"][0]["results"][0]["dataset"]
-    assert (dataset["type"], dataset["config"]) == ("uoft-cs/cifar10", "plain_text")
-    assert "| weights start from | google/vit-base-patch16-224 |" in card
-
-    names = {"arguments__data__dataset_name": "/home/alice/birds", "arguments__model__model_name_or_path": "/data/vit"}
-    for run in (changed(images, **names), RunResults(public_record(changed(images, **names).record))):
-        card = render(run)
-        assert {"datasets", "base_model"}.isdisjoint(front_matter(card))
-        assert "fine-tuned from `vit` on birds (local data)" in card
-        assert "alice" not in card
-        assert "Something local was used (dataset_name, model_name_or_path)" in card
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_command_of_the_card_gives_the_arguments_of_the_run(name: str, tmp_path: Path) -> None:
     from hf_imgproc_attn.training_support.trainer_arguments import build_training_arguments
@@ -548,129 +399,8 @@ def test_every_table_of_a_card_is_rectangular(name: str) -> None:
         assert len(table) > 1
 
 
-def test_odd_names_break_neither_tables_nor_front_matter(images: RunResults) -> None:
-    odd = "a|b: {{ 7 * 7 }} 'c' # \n- d"
-    card = render(changed(images, arguments__data__dataset_name=odd, device__name=odd))
-    assert all(len({len(row) for row in table}) == 1 for table in tables(card))
-    assert "49" not in card.partition("# model")[2].partition("## Quick start")[0]
-    dataset = front_matter(card)["model-index"][0]["results"][0]["dataset"]
-    assert dataset["type"] == odd
-    assert ModelCard(card).data.eval_results
-
-
 def test_a_commit_is_pinned_and_a_tag_may_move(images: RunResults) -> None:
     assert "can be moved" in render(images, revision="v1")
     card = render(images, revision="0123456789" * 4)
     assert "can be moved" not in card
     assert f'revision="{"0123456789" * 4}"' in card
-
-
-def test_no_licence_is_made_up(images: RunResults) -> None:
-    assert "license" not in front_matter(render(images))
-    assert front_matter(render(images, license="mit"))["license"] == "mit"
-    named = {"license": "other", "license_name": "own", "license_link": "LICENSE"}
-    assert named.items() <= front_matter(render(images, license=named)).items()
-
-
-# -- what is refused
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"seed": 1}, "its seed is 1 instead of 0"),
-        ({"steps": 7}, "its steps is 7 instead of 380"),
-        ({"task": "causal-lm"}, "its task is 'causal-lm' instead of 'image-classification'"),
-        ({"arguments__data__horizontal_flip": True}, "data option horizontal_flip is True instead of False"),
-        ({"arguments__data__dataset_name": "/a/digits"}, r"its local_paths is \['dataset_name'\] instead of \[\]"),
-        ({"arguments__model__config_overrides": []}, r"model option config_overrides is \[\] instead of \['hidden"),
-        ({"arguments__trainer__learning_rate": 0.1}, "trainer option learning_rate is 0.1 instead of 0.002"),
-        ({"arguments__trainer__unheard_of": 1}, "trainer option unheard_of is 1 instead of None"),
-        ({"data_fingerprint__train": {"rows": 3}}, r"fingerprint of split train is \{'rows': 3\} instead of"),
-    ],
-)
-def test_baseline_of_another_recipe_is_refused(
-    images: RunResults, stock: RunResults, changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=f"the baseline must be a run of the same recipe, but .*{message}"):
-        render(images, baseline=changed(stock, **changes))
-
-
-def test_where_a_baseline_is_kept_and_ran_is_no_difference_of_recipe(images: RunResults, stock: RunResults) -> None:
-    options = {"output_dir": "elsewhere", "hub_model_id": "you/other", "push_to_hub": True, "run_name": "x"}
-    places = {f"arguments__trainer__{name}": value for name, value in options.items()}
-    card = render(images, baseline=changed(stock, **places))
-    assert "another environment" not in card
-    card = render(images, baseline=changed(stock, **places, versions__torch="2.12.0", device__threads=9))
-    torch = images.record["versions"]["torch"]
-    assert f"another environment (torch 2.12.0 instead of {torch}; device threads 9 instead of 1)" in card
-
-
-def test_results_are_read_from_run_folders_too(tmp_path: Path, images: RunResults) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "run.json").write_text(json.dumps(images.record), encoding="utf-8")
-    assert load_results(folder) == RunResults(images.record, None, "run")
-    (folder / "robustness.json").write_text(json.dumps(images.robustness), encoding="utf-8")
-    assert load_results(str(folder)) == RunResults(images.record, images.robustness, "run")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"task": "detection"},
-            "task must be one of causal-lm, image-classification, text-classification, got 'detection'",
-        ),
-        ({"status": "running"}, "the run must have finished, got status 'running'"),
-        ({"arguments__trainer": None}, "the arguments have no trainer"),
-        ({"metrics": []}, r"metrics must be of type dict, got \[\]"),
-        ({"metrics__test__accuracy": "0.9"}, "accuracy of the test split must be a number, got '0.9'"),
-        ({"metrics__test__accuracy": True}, "accuracy of the test split must be a number, got True"),
-        ({"weights_sha256": {}}, "the robustness was measured on other weights"),
-    ],
-)
-def test_wrong_records_are_refused(tmp_path: Path, images: RunResults, changes: dict[str, Any], message: str) -> None:
-    run = changed(images, **changes)
-    path = tmp_path / "wrong.json"
-    path.write_text(json.dumps({"record": run.record, "robustness": run.robustness}), encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"wrong\.json: {message}"):
-        load_results(path)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "wrong.json is not valid JSON"),
-        ("3", "wrong.json must hold a JSON object, got int"),
-        ("{}", "wrong.json must hold a record"),
-        ('{"record": {}, "robustness": 3}', "wrong.json must hold a record and, where measured, robustness"),
-        ('{"record": {}}', "wrong.json: the record of the run has no task"),
-    ],
-)
-def test_wrong_files_are_refused(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "wrong.json").write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError, match=message):
-        load_results(tmp_path / "wrong.json")
-    with pytest.raises(ValueError, match=r"missing\.json cannot be read: No such file"):
-        load_results(tmp_path / "missing.json")
-    with pytest.raises(ValueError, match=r"run\.json cannot be read: No such file"):
-        load_results(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"value": "much"}, "value of the robustness result 'FGSM, epsilon 8/255' must be a number, got 'much'"),
-        ({"metric": "bleu"}, "metric of a robustness result must be one of accuracy, .*, got 'bleu'"),
-        ({"colour": 1}, "has a result that is none: "),
-    ],
-)
-def test_wrong_robustness_is_refused(images: RunResults, change: dict[str, Any], message: str) -> None:
-    assert images.robustness is not None
-    check_results(images.robustness)
-    robustness = {"results": [*images.robustness["results"][:-2], images.robustness["results"][-2] | change]}
-    with pytest.raises(ValueError, match=message):
-        check_results(robustness)
-    with pytest.raises(ValueError, match="must have a list of results, got None"):
-        check_results({})

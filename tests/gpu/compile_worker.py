@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for compute capability 9.0, which needs no GPU, and prints what came out as JSON.
+"""What happens without a GPU, as JSON: refusals, and the Triton kernels compiled for compute capability 9.0.
 
 The operator itself is called, so that arguments are bound and specialised as they would be before a launch.
 """
@@ -6,14 +6,14 @@ The operator itself is called, so that arguments are bound and specialised as th
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import autotuner, driver, jit
 
-from hf_imgproc_attn.gpu import fused
+from hf_imgproc_attn.gpu import supports
 from hf_imgproc_attn.models.kernel_position import BlockedPositions, ClassTokens, GaussianPositions
 from hf_imgproc_attn.models.kernel_relative import AlibiPositions, BucketPositions, bucket_boundaries
 
@@ -79,8 +79,23 @@ def positions(kind: str, heads: int, length: int) -> BlockedPositions | None:
     return None
 
 
+def refusals() -> list[str]:
+    """Of a call by the package, and by the operator, which the package has not imported for that."""
+    query = torch.zeros(1, 1, 2, 16)
+    found = [str(supports(query, query, query)), str("hf_imgproc_attn.gpu.fused" in sys.modules)]
+    from hf_imgproc_attn.gpu.fused import fused_attention
+
+    try:
+        fused_attention(query, query, query)
+    except ValueError as error:
+        found.append(str(error))
+    return found
+
+
 def main() -> None:
-    compiler = Compiler()
+    compiler, refused = Compiler(), refusals()
+    from hf_imgproc_attn.gpu import fused
+
     driver.set_active(NoDevice())
     autotuner.Autotuner.run = lambda kernel, *args, **kwargs: compiler.tuned(kernel, *args, **kwargs)
     jit.JITFunction.run = lambda kernel, *args, **kwargs: compiler.compile(kernel, *args, **kwargs)
@@ -100,11 +115,12 @@ def main() -> None:
         )
         mask = torch.ones(1, length, dtype=torch.bool) if kind == "gaussian" else None
         options: dict[str, Any] = {"boosting": boosting, "algorithm": algorithm, "is_causal": algorithm != "short"}
+        if kind == "gaussian":
+            options["key_bias"] = torch.zeros(1, 2, length, requires_grad=True)
         out = fused.fused_attention(query, key, value, mask, positions=positions(kind, 2, length), **options)
         out.sum().backward()
-    print(json.dumps(compiler.found))
+    print(json.dumps({"refused": refused, "binaries": compiler.found}))
 
 
 if __name__ == "__main__":
-    assert triton.__version__
     main()

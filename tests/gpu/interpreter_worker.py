@@ -145,22 +145,25 @@ def reference(
     """The formula, dense."""
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        call = FilterCall(
-            query,
-            key,
-            value,
-            Content("dot_product", SCALE),
-            attention_visibility(
-                None if mask is None else mask[:, None, None],
-                shape=(*query.shape[:3], key.shape[2]),
-                causal=is_causal,
-            ),
-            positions=() if case is None or not parameters else (positions_of(case, list(parameters)),),
-            booster=Booster(boosting),
-        )
+        usual = Case("", query.shape[2], query.shape[3], is_causal, boosting=boosting)
+        call = call_of(query, key, value, mask, usual)
+        if case is not None and parameters:
+            call = call._replace(positions=(positions_of(case, list(parameters)),))
         return BACKENDS["reference"].run(call)
 
     return attend
+
+
+def call_of(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, case: Case
+) -> FilterCall:
+    """A case's call without positions."""
+    visibility = attention_visibility(
+        None if mask is None else mask[:, None, None],
+        shape=(*query.shape[:3], key.shape[2]),
+        causal=case.is_causal,
+    )
+    return FilterCall(query, key, value, Content("dot_product", SCALE), visibility, booster=Booster(case.boosting))
 
 
 def sdpa(mask: torch.Tensor | None, is_causal: bool, passes: int) -> Callable[..., torch.Tensor]:
@@ -240,7 +243,7 @@ def saved_tensors() -> dict[str, float]:
     for is_causal, others in ((True, ["single_pass"]), (False, ["short"])):
         (query, key, value, _), mask = inputs_of(Case("general", 40, 32, is_causal, masked=True))
         case = Case("general", 40, 32, is_causal, masked=True, positions="gaussian")
-        inputs = (query, key, value, mask, *position_tensors(positions_of(case, parameters_of(case)), query)[2:])
+        inputs = (query, key, value, mask, None, *position_tensors(positions_of(case, parameters_of(case)), query)[2:])
 
         def forward(
             algorithm: str, inputs: tuple[Any, ...] = inputs, is_causal: bool = is_causal
@@ -265,7 +268,9 @@ def operator_checks() -> dict[str, str]:
     kind, class_tokens, coordinates, key_coordinates, scale, lookup = position_tensors(
         positions_of(case, scales), query
     )
-    places = [coordinates, key_coordinates, None if scale is None else scale.detach().requires_grad_(), lookup]
+    key_bias = torch.randn(query.shape[:3]).requires_grad_()
+    leaf = None if scale is None else scale.detach().requires_grad_()
+    places = [key_bias, coordinates, key_coordinates, leaf, lookup]
     options = (kind, class_tokens, SCALE, True, True, "general")
     found = torch.library.opcheck(fused_forward, (*leaves, mask, *places, *options))
     with torch.no_grad():
@@ -315,6 +320,7 @@ def edges() -> dict[str, Any]:
         "short": lambda: fused_attention(query, key, value, is_causal=True, algorithm="short"),
         "single_pass": lambda: fused_attention(query, key, value, algorithm="single_pass"),
         "unboosted": lambda: fused_attention(query, key, value, boosting="none", algorithm="short"),
+        "key_bias": lambda: fused_attention(query, key, value, key_bias=torch.zeros(2, 1, 19)),
         "places": lambda: fused_attention(
             query, key, value, positions=positions_of(patches._replace(length=18), parameters_of(patches))
         ),
@@ -335,6 +341,29 @@ def edges() -> dict[str, Any]:
         "empty": list(empty.shape),
         "chosen": [choose(query, False), choose(query, True), choose(torch.zeros(1, 1, 300, 16), False)],
     }
+
+
+def contents() -> list[list[float]]:
+    """Gaussian contents beside Gaussian positions, from the table: errors of the output and all gradients."""
+    found = []
+    for boosting, is_causal, class_tokens in (("twicing", False, True), ("none", True, False)):
+        positions = "gaussian patches" if class_tokens else ""
+        case = Case("", 40, 16, is_causal, masked=True, positions=positions, boosting=boosting, key_heads=1)
+        tensors, mask = inputs_of(case)
+        bandwidths = torch.tensor([0.5, 0.1]).view(2, 1, 1)
+        parameters = [bandwidths, *(parameters_of(case) if positions else [])]
+
+        def attend(name: str, case: Case = case, mask: torch.Tensor | None = mask) -> Callable[..., torch.Tensor]:
+            def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *own: torch.Tensor) -> torch.Tensor:
+                usual = call_of(query, key, value, mask, case)
+                places = (positions_of(case, list(own[1:])),) if own[1:] else ()
+                return BACKENDS[name].run(usual._replace(content=Content("gaussian", own[0]), positions=places))
+
+            return run
+
+        got = results(tensors, attend("triton"), torch.float32, parameters)
+        found.append(errors(got, results(tensors, attend("reference"), torch.float64, parameters)))
+    return found
 
 
 def hidden_rows(call: Callable[..., FilterCall], mask: torch.Tensor) -> list[float]:
@@ -374,7 +403,6 @@ def dispatch() -> dict[str, Any]:
         "mask": refuses(call(square)),
         "float mask": refuses(call(torch.linspace(0, 1, 19).expand(2, 1, 1, 19))),
         "bias": refuses(call(positions=(BiasPositions(torch.zeros(1, 2, 19, 19)),))),
-        "content": refuses(call(content=Content("gaussian", SCALE))),
         "dropout": refuses(call(dropout=0.1)),
         "steps": refuses(call(booster=Booster("twicing", 3))),
         "boosting": refuses(call(booster=Booster("sos"))),
@@ -382,11 +410,13 @@ def dispatch() -> dict[str, Any]:
         "dtype": refuses(call(**double)),
         "width": refuses(call(**dict.fromkeys(("query", "key", "value"), torch.zeros(1, 1, 2, 136)))),
     }
-    return {"served": served, "reasons": reasons}
+    return {"served": served, "reasons": reasons, "contents": contents()}
 
 
 def main() -> None:
     warnings.simplefilter("error")
+    # The interpreter of Triton 3.6 counts with arrays of one number.
+    warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0", DeprecationWarning)
     found = {
         "cases": [measure(case) for case in CASES],
         **{part.__name__: part() for part in (causality, saved_tensors, operator_checks, compiled, edges, dispatch)},

@@ -38,7 +38,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def binaries(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def without_gpu(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run_worker("compile_worker.py", tmp_path_factory.mktemp("triton"), TRITON_INTERPRET="0")
 
 
@@ -119,6 +119,7 @@ def test_algorithm_is_chosen_by_shape(found: Any) -> None:
         ("algorithm", "algorithm must be one of auto, general, short, single_pass, got 'fast'"),
         ("short", "needs is_causal=False, length <= 256 and head_dim <= 64, got is_causal=True"),
         ("single_pass", "needs is_causal=True, got is_causal=False"),
+        ("key_bias", "key_bias must be float32 [batch, heads, length] = (2, 2, 19), got torch.float32 (2, 1, 19)"),
         ("places", "positions.coordinates must have shape [2 or 1, 19, axes], got (1, 18, 2)"),
         ("unboosted", "algorithm='short' needs boosting='twicing', got boosting='none'"),
         ("boosting", "boosting must be 'twicing' or 'none', got 'sos'"),
@@ -134,13 +135,20 @@ def test_requests_of_the_dispatch_table(found: Any) -> None:
     assert max(found["dispatch"]["served"]) < 5e-6
 
 
+def test_gaussian_contents_are_served_with_their_gradients(found: Any) -> None:
+    """Output, queries, keys, values and bandwidths; then those of positions and class tokens."""
+    beside_positions, alone = found["dispatch"]["contents"]
+    assert (len(beside_positions), len(alone)) == (7, 5)
+    assert max(beside_positions[:6] + alone) < 5e-6
+    assert beside_positions[6] < 5e-5
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
         ("mask", "takes masks of padded keys only"),
         ("float mask", "takes masks of padded keys only"),
         ("bias", "positions by place (gaussian, alibi, relative_buckets), got BiasPositions"),
-        ("content", "takes plain inner products, without columns, got content_kernel='gaussian'"),
         ("dropout", "drops nothing out, got dropout_p=0.1"),
         ("steps", "does twicing with 2 steps, or no boosting, got boosting='twicing' with 3 steps"),
         ("boosting", "does twicing with 2 steps, or no boosting, got boosting='sos' with 2 steps"),
@@ -153,8 +161,9 @@ def test_reasons_for_refusing(found: Any, name: str, reason: str) -> None:
     assert reason in found["dispatch"]["reasons"][name]
 
 
-def test_kernels_compile_for_a_gpu_that_is_not_there(binaries: Any) -> None:
+def test_kernels_compile_for_a_gpu_that_is_not_there(without_gpu: Any) -> None:
     """Every kernel, with its largest blocks: on the fast instructions, and within a device's shared memory."""
+    binaries = without_gpu["binaries"]
     assert len({binary["kernel"] for binary in binaries if binary["products"]}) == 8
     for binary in binaries:
         assert binary["bytes"] > 0
@@ -180,21 +189,9 @@ def test_without_triton_the_package_imports_and_says_so(run_python: RunPython) -
     assert result.stdout == f"['reference', 'sdpa', 'blocked', 'flex'] {hint}\n"
 
 
-def test_without_a_gpu_calls_are_refused_in_words(run_python: RunPython) -> None:
-    code = (
-        "import sys, torch\n"
-        "from hf_imgproc_attn.gpu import supports\n"
-        "q = torch.zeros(1, 1, 2, 16)\n"
-        "print(supports(q, q, q), 'hf_imgproc_attn.gpu.fused' in sys.modules)\n"
-        "from hf_imgproc_attn.gpu.fused import fused_attention\n"
-        "try:\n"
-        "    fused_attention(q, q, q)\n"
-        "except ValueError as error:\n"
-        "    print(error)\n"
-    )
-    result = run_python("-c", code)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == [
-        "needs tensors on a CUDA device, got cpu False",
+def test_without_a_gpu_calls_are_refused_in_words(without_gpu: Any) -> None:
+    assert without_gpu["refused"] == [
+        "needs tensors on a CUDA device, got cpu",
+        "False",
         "the Triton kernels need tensors on a GPU, got cpu",
     ]

@@ -64,6 +64,9 @@ def test_everything_arrives_in_one_commit_and_is_tagged(
     assert state_of(folder) == before
     printed = capsys.readouterr().out
     assert f"hint: this run was not evaluated on disturbed data: imgproc-attn evaluate {folder}\n" in printed
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["publish", str(folder), "--repo-id", ID, "--baseline", f"{folder}/../{folder.name}", "--dry-run"])
+    assert "baseline must be another run than the one that is published" in capsys.readouterr().err
     assert f"hint: the baseline was not evaluated on disturbed data: imgproc-attn evaluate {baseline}\n" in printed
     assert "warning: the card names no license" in printed
     repository = hub.repo(ID)

@@ -135,9 +135,9 @@ def test_what_a_backend_cannot_do_is_refused_in_words() -> None:
 
 def test_kernels_for_plain_products_are_not_given_columns() -> None:
     """A kernel that would take the tensors as they are and know nothing of positions refuses them, on any device."""
-    for content, position in (("gaussian", "none"), ("dot_product", "untied")):
+    for content, position in (("gaussian", "untied"), ("dot_product", "untied")):
         layer, inputs = build(content, position, "twicing", 2), tensors(position)
-        with pytest.raises(ValueError, match="filter_backend='triton' cannot serve this call: it takes plain inner"):
+        with pytest.raises(ValueError, match="filter_backend='triton' cannot serve this call: it takes inner"):
             choose(layer, "triton")(**inputs, implementation="sdpa")
         choose(layer, "auto")(**inputs, implementation="sdpa")
 

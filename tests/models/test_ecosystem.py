@@ -1,80 +1,44 @@
-"""The models inside the tools people use: checkpointing, precision, compilation, accelerate, FSDP2, PEFT, Trainer."""
+"""The models inside the tools people use: checkpointing, precision, initial values, PEFT, Trainer."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import io
-import json
 import math
-import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import peft
 import pytest
 import torch
-import torch._dynamo.testing
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, Trainer, TrainingArguments
 
 from hf_imgproc_attn.models.layer_filter import AttentionFilter
 from hf_imgproc_attn.models.layer_parameters import FilterScalars
-from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2Block, ImgProcGPT2LMHeadModel
+from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2Block
 from hf_imgproc_attn.models.modeling_imgproc_vit import (
-    ImgProcViTEmbeddings,
-    ImgProcViTForImageClassification,
     ImgProcViTLayer,
 )
-from tests.helpers import ROOT, run_command
-from tests.models.helpers import sharpen_
+from tests.models.ecosystem_cases import BACKBONES, CLASSES, CONFIGS, build, inputs_of, real_logits
 from tests.models.variants import (
+    CUSTOM,
     IMPLEMENTATIONS,
     VARIANTS,
     assert_same_gradients,
-    gpt2_config,
     gradients,
     images,
-    made_once,
-    pad,
     token_ids,
-    vit_config,
 )
 
 pytestmark = pytest.mark.filterwarnings(
     # The newest versions have another name for it, the oldest supported ones do not; PEFT asks by the old one.
     "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"
 )
-
-BACKBONES = ("gpt2", "vit")
-CLASSES = {"gpt2": ImgProcGPT2LMHeadModel, "vit": ImgProcViTForImageClassification}
-CONFIGS = {"gpt2": gpt2_config, "vit": vit_config}
 WITH_SCALARS = ("bilateral", "bilateral_gaussian", "bilateral_twicing", "t5_bias", "mixed", "mixed_kernels", "shared")
-
-
-def build(backbone: str, variant: str, implementation: str = "sdpa", **overrides: Any) -> Any:
-    """A sharpened model of a backbone, language model or classifier."""
-    config = CONFIGS[backbone](variant, attn_implementation=implementation, **overrides)
-    return sharpen_(CLASSES[backbone](config))
-
-
-def inputs_of(backbone: str, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """A batch with labels; the text has padding on the left."""
-    if backbone == "vit":
-        return {"pixel_values": images().to(dtype), "labels": torch.tensor([2, 0])}
-    inputs = pad(token_ids(), row=1, length=6, side="left")
-    # What the padding predicts, up to the first real token, is nobody's output.
-    visible = inputs["attention_mask"].bool() & inputs["attention_mask"].roll(1, dims=1).bool()
-    return {**inputs, "labels": inputs["input_ids"].masked_fill(~visible, -100)}
-
-
-def real_logits(backbone: str, logits: torch.Tensor) -> torch.Tensor:
-    """The logits of :func:`inputs_of` that stand for something."""
-    return logits if backbone == "vit" else logits[inputs_of("gpt2")["attention_mask"].bool()]
 
 
 def scalars(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -347,207 +311,6 @@ def test_copies_and_models_without_memory(backbone: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# torch.compile
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_compiled_models_give_the_same(backbone: str) -> None:
-    """In one graph, forward and backward, every kind of layer."""
-    torch._dynamo.reset()
-    model = build(backbone, "mixed").double().eval()
-    inputs = inputs_of(backbone, torch.float64)
-    del inputs["labels"]
-    results = []
-    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
-        logits = real_logits(backbone, run(**inputs, **uncached(backbone)).logits)
-        results.append((logits, gradients(model, logits.log_softmax(-1)[..., 0].mean())))
-    (wanted, wanted_gradients), (got, got_gradients) = results
-    torch.testing.assert_close(got, wanted)
-    assert_same_gradients(got_gradients, wanted_gradients, rtol=1e-7, atol=1e-9)
-
-
-def uncached(backbone: str) -> dict[str, bool]:
-    """The argument that switches the cache off, where there is one."""
-    return {"use_cache": False} if backbone == "gpt2" else {}
-
-
-def test_new_lengths_do_not_recompile_for_ever() -> None:
-    """One graph for the first length and one for all others, as the stock model needs."""
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
-    model = build("gpt2", "mixed").eval()
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    with torch.no_grad():
-        for length in (9, 7, 8, 11, 12, 10):
-            ids = token_ids(length=length)
-            torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
-    assert counter.frame_count <= 2
-
-
-POSITIONS_BY_PLACE = ["bilateral_gaussian", "t5_bias", "alibi"]
-
-
-def padded(length: int) -> dict[str, torch.Tensor]:
-    """Two texts, the first with two tokens of padding at the left."""
-    mask = torch.ones(2, length, dtype=torch.long)
-    mask[0, :2] = 0
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    return {"input_ids": token_ids(length=length)[:2], "attention_mask": mask, "position_ids": positions}
-
-
-@pytest.mark.parametrize("variant", POSITIONS_BY_PLACE)
-def test_one_dynamic_graph_serves_every_length(variant: str) -> None:
-    """The choice of a back-end compares sizes; in a traced graph it must not."""
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
-    model = build("gpt2", variant).eval()
-    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
-    with torch.no_grad():
-        for length in (9, 7, 12, 5, 16):
-            got, wanted = (run(**padded(length), use_cache=False).logits for run in (compiled, model))
-            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
-    assert counter.frame_count <= 2
-
-
-@pytest.mark.parametrize("variant", POSITIONS_BY_PLACE)
-def test_an_exported_model_serves_every_length(variant: str) -> None:
-    model = build("gpt2", variant).eval()
-    length = torch.export.Dim("length", min=2, max=100_000)
-    shapes = {name: {1: length} for name in padded(9)}
-    options = {"dynamic_shapes": {**shapes, "use_cache": None}, "strict": False}
-    exported = torch.export.export(model, (), {**padded(9), "use_cache": False}, **options).module()
-    with torch.no_grad():
-        for size in (9, 14, 23):
-            got, wanted = (run(**padded(size), use_cache=False).logits for run in (exported, model))
-            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
-
-
-def test_compiled_decoding_does_not_recompile_for_ever() -> None:
-    """Growing caches become dynamic shapes; streams are no exception."""
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
-    model = build("gpt2", "mixed").eval()
-    compiled = torch.compile(model, backend=counter)
-    ids = token_ids(length=14)
-    with torch.no_grad():
-        cache = model(ids[:, :5]).past_key_values
-        logits = []
-        for position in range(5, 14):
-            output = compiled(ids[:, position : position + 1], past_key_values=cache)
-            logits.append(output.logits)
-            if position == 8:
-                warm = counter.frame_count
-        torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits[:, 5:], rtol=1e-4, atol=1e-4)
-    assert counter.frame_count == warm
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# accelerate and FSDP2
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_device_map_auto(backbone: str, variant: str, tmp_path: Path) -> None:
-    model = build(backbone, variant).eval()
-    model.save_pretrained(tmp_path)
-    loaded = CLASSES[backbone].from_pretrained(tmp_path, device_map="auto")
-    inputs = inputs_of(backbone)
-    torch.testing.assert_close(
-        real_logits(backbone, loaded(**inputs).logits), real_logits(backbone, model(**inputs).logits)
-    )
-
-
-@pytest.mark.parametrize("variant", ["softmax", "shared", "mixed"])
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_blocks_are_never_split_over_devices(backbone: str, variant: str) -> None:
-    """However little fits on the first devices."""
-    model = build(backbone, variant)
-    blocks = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (ImgProcGPT2Block, ImgProcViTLayer, ImgProcViTEmbeddings))
-    ]
-    assert {type(model.get_submodule(name)).__name__ for name in blocks} <= set(model._no_split_modules)
-    size = sum(value.numel() * 4 for value in model.parameters())
-    splits = set()
-    for part in range(2, 12):
-        device_map = accelerate.infer_auto_device_map(
-            model,
-            max_memory={0: size * part // 14, 1: size * part // 14, "cpu": 10 * size},
-            no_split_module_classes=model._no_split_modules,
-        )
-        splits.add(len(set(device_map.values())))
-        for name in device_map:
-            assert not any(name.startswith(f"{block}.") for block in blocks), name
-    assert max(splits) > 1
-
-
-@pytest.mark.parametrize("variant", ["softmax", "shared", "mixed"])
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_offloaded_blocks_give_the_same(backbone: str, variant: str, tmp_path: Path) -> None:
-    """Blocks on disk come back for each forward, scalars with them."""
-    model = build(backbone, variant).eval()
-    model.save_pretrained(tmp_path / "model")
-    names = [name for name, module in model.named_modules() if isinstance(module, (ImgProcGPT2Block, ImgProcViTLayer))]
-    base = model.base_model
-    rest = [f"{model.base_model_prefix}.{name}" for name, _ in base.named_children()]
-    rest += [name for name, _ in model.named_children() if name != model.base_model_prefix]
-    device_map = {name: "cpu" for name in rest if not any(block.startswith(f"{name}.") for block in names)}
-    device_map.update({names[0]: "disk", names[1]: "disk", names[2]: "cpu"})
-    if backbone == "vit":
-        device_map["vit.embeddings"] = "disk"
-    loaded = CLASSES[backbone].from_pretrained(
-        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
-    )
-    assert any(value.device.type == "meta" for value in loaded.parameters())
-    inputs = inputs_of(backbone)
-    with torch.no_grad():
-        got, wanted = (real_logits(backbone, item(**inputs).logits) for item in (loaded, model))
-    torch.testing.assert_close(got, wanted)
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """What two processes of `fsdp_worker.py` report."""
-    folder = made_once(tmp_path_factory, "sharded", run_sharded)
-    return [json.loads((folder / f"report_{rank}.json").read_text()) for rank in range(2)]
-
-
-def run_sharded(folder: Path) -> None:
-    """Start the two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = run_command(
-        [*command, str(Path(__file__).with_name("fsdp_worker.py"))],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-
-
-@pytest.mark.parametrize("variant", [*VARIANTS, "policy"])
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_fully_sharded_models_give_the_same_gradients(
-    backbone: str, variant: str, sharded: list[dict[str, str]]
-) -> None:
-    """FSDP2 over two processes, sharded by the classes that the model names; in bfloat16 the gradients are finite."""
-    assert [report[f"{backbone} {variant}"] for report in sharded] == ["ok", "ok"]
-
-
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_sharding_half_precision_weights_is_refused_by_torch(backbone: str, sharded: list[dict[str, str]]) -> None:
-    """Scalars stay in float32 and FSDP2 wants one dtype: weights in float32 with a precision policy are the way."""
-    for report in sharded:
-        assert "FSDP expects uniform original parameter dtype" in report[f"{backbone} half"]
-
-
-def test_sharding_does_not_round_positions(sharded: list[dict[str, str]]) -> None:
-    assert [report["gpt2 far"] for report in sharded] == ["ok", "ok"]
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # PEFT
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -648,3 +411,23 @@ def test_trainer_trains_every_parameter_and_decays_no_scalar(backbone: str, vari
     # The last layer's patches do not reach the class token's position, which it has not.
     allowed = r"layers\.2\.attention\.filter" if backbone == "vit" else r"$^"
     assert {name for name in unchanged if not re.search(allowed, name)} == set()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Batches of no rows (those of every preset: docs/compatibility.md)
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("variant", CUSTOM)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_an_empty_batch_gives_empty_outputs(backbone: str, variant: str, implementation: str) -> None:
+    """Layers whose attention is the stock one, which cannot reshape it, are among the others here."""
+    model = build(backbone, variant, implementation)
+    inputs = {"input_ids": token_ids()[:0]} if backbone == "gpt2" else {"pixel_values": images()[:0]}
+    attentions = implementation == "eager" and "gradient_boosted" not in str(model.config.boosting)
+    output = model(**inputs, output_attentions=attentions)
+    assert len(output.logits) == 0
+    output.logits.sum().backward()
+    if attentions:
+        assert all(weights.shape[0] == 0 and weights.shape[-2:].numel() for weights in output.attentions)

@@ -68,7 +68,7 @@ def test_the_triton_operator_is_counted_forward_and_backward() -> None:
     """By its formulas, on tensors without data: the kernels need a GPU."""
     with FakeTensorMode():
         query, key, value = (torch.empty(BATCH, HEADS, LENGTH, WIDTH) for _ in range(3))
-        nothing, options = (None,) * 5, (0, 0, 0.25, False, True, "auto")
+        nothing, options = (None,) * 6, (0, 0, 0.25, False, True, "auto")
         forward = flops(lambda: torch.ops.hf_imgproc_attn.fused_filter(query, key, value, *nothing, *options))
         saved = torch.ops.hf_imgproc_attn.fused_filter(query, key, value, *nothing, *options)
         backward = flops(

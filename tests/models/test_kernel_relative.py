@@ -126,7 +126,9 @@ BUCKETS = [(32, 128), (8, 20), (4, 5), (64, 1000), (12, 100), (128, 300), (4096,
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize(("count", "max_distance"), BUCKETS)
-def test_buckets_are_those_of_t5(count: int, max_distance: int, bidirectional: bool) -> None:
+def test_buckets_are_those_of_t5(
+    count: int, max_distance: int, bidirectional: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also far beyond the last one. Exactly on a boundary T5's float32 logarithm may round down."""
     one_way = count // 2 if bidirectional else count
     reach = torch.arange(-2500, 2501)
@@ -134,6 +136,9 @@ def test_buckets_are_those_of_t5(count: int, max_distance: int, bidirectional: b
     assert len(boundaries) == one_way - 1
     assert boundaries == sorted(boundaries)
     got = relative_buckets(reach.double(), boundaries, bidirectional)
+    with monkeypatch.context() as context:  # as core operators, in an exported graph
+        context.setattr(torch.compiler, "is_exporting", lambda: True)
+        assert torch.equal(relative_buckets(reach.double(), boundaries, bidirectional), got)
     wanted = T5Attention._relative_position_bucket(
         reach, bidirectional=bidirectional, num_buckets=count, max_distance=max_distance
     )

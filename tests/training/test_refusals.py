@@ -95,6 +95,35 @@ def test_typos_are_found_before_the_libraries_are_imported(run_python: RunPython
     assert min(seconds) < 1.0
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train-image --learning_rate -1", "learning_rate must be a number >= 0, got -1.0"),
+        ("train-image --learning_rate nan", "learning_rate must be a number >= 0, got nan"),
+        ("train-lm --per_device_train_batch_size 0", "per_device_train_batch_size must be an integer >= 1, got 0"),
+        ("train-lm --num_train_epochs=-1", "num_train_epochs must be a number > 0, got -1.0"),
+        ("train-lm --max_steps 0", "max_steps must be -1 or an integer >= 1, got 0"),
+        ("train-lm --seed -1", "seed must be an integer from 0 to 4294967295, got -1"),
+        ("train-image --adam_beta2 1", "adam_beta2 must be at least 0 and below 1, got 1.0"),
+        ("presets --foo", "unrecognized arguments: --foo"),
+        ("benchmark --device tpu", "device must be cpu or cuda, got 'tpu'"),
+        ("variants --mardown", "unrecognized arguments: --mardown; did you mean --markdown?"),
+        ("denoise camera --noice=0", "unrecognized arguments: --noice=0; did you mean --noise?"),
+    ],
+)
+def test_options_out_of_range_and_options_that_there_are_not(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of them trained nothing and called that finished, others ended in a traceback after seconds."""
+    try:
+        status = cli.main(words.split())
+    except SystemExit as stop:
+        status = int(str(stop.code))
+    printed = capsys.readouterr()
+    assert (status, printed.out) == (2, "")
+    assert printed.err.removeprefix("imgproc-attn: ") == f"error: {message}\n"
+
+
 def test_fields_read_from_the_source_are_those_of_the_classes() -> None:
     import dataclasses
 

@@ -7,6 +7,7 @@ results are wrong is not timed, and what would take too long or too much memory 
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -68,6 +69,8 @@ def run(
             raise UsageError(f"suite must be one of {', '.join(SUITES)}, got {suite!r}{hint}")
     if dtype not in DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{did_you_mean(dtype, DTYPES)}")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UsageError(f"device must be cpu or cuda, got {device!r}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"device must be there, got {device!r}, and torch sees no GPU")
     if output is not None:  # before minutes of work whose results could not be written
