@@ -93,8 +93,19 @@ def apply_filter(
     record = {**wanted.changed(), **{name: value for name, value in arguments.items() if value is not None}}
     for layer, part, shared in prepared:
         _attach(layer.module, part, shared, record)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and any(_parts(module)):
+            module.save_pretrained = functools.partial(_refuse_to_save, type(module).__name__)
     model.save_pretrained = functools.partial(save_filtered, model)  # type: ignore[assignment]
     return model
+
+
+def _refuse_to_save(name: str, *_: Any, **__: Any) -> None:
+    """In place of ``save_pretrained`` of a model inside a filtered one, which would save it without its filters."""
+    raise ValueError(
+        f"this {name} is a part of a filtered model, and would be saved without its filters: save the whole model, or "
+        "call remove_filter(model) first"
+    )
 
 
 def filter_arguments(model: nn.Module) -> dict[str, Any]:
@@ -137,7 +148,8 @@ def remove_filter(model: nn.Module) -> nn.Module:
         module.config = seat.stock_config
         delattr(module, PART)
         delattr(module, SEAT)
-    model.__dict__.pop("save_pretrained", None)
+    for inner in model.modules():
+        inner.__dict__.pop("save_pretrained", None)
     return model
 
 

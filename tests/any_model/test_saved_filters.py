@@ -138,3 +138,12 @@ def test_a_stock_class_does_not_load_it_unfiltered(tmp_path: Path) -> None:
     moved("llama", preset="twicing").save_pretrained(tmp_path)
     with pytest.raises((RuntimeError, ValueError), match="size|mismatch"):
         LlamaForCausalLM.from_pretrained(tmp_path, num_hidden_layers=3)
+
+
+def test_a_part_of_a_filtered_model_is_not_saved_unfiltered(tmp_path: Path) -> None:
+    model = moved("llama", preset="twicing")
+    with pytest.raises(ValueError, match="this LlamaModel is a part of a filtered model"):
+        model.model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    remove_filter(model).model.save_pretrained(tmp_path)  # type: ignore[union-attr,operator]
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["architectures"] == ["LlamaModel"]
