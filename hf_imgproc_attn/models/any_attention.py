@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import output_capturing
 
 from .any_layer import AppliedFilter, FilterSeat, SharedState
+from .any_layers import unwrapped
 from .any_streams import follow_layer
 from .visibility import Visibility, attention_visibility, padding_visibility
 
@@ -154,7 +154,9 @@ def before_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _parameters(module_class: type[nn.Module]) -> list[str]:
-    return list(inspect.signature(module_class.forward).parameters)[1:]
+    """The names of what ``forward`` takes by place, without ``self``."""
+    code = unwrapped(module_class.forward).__code__
+    return list(code.co_varnames[1 : code.co_argcount])
 
 
 AttentionInterface.register(IMPLEMENTATION, filtered_attention)

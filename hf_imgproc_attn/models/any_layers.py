@@ -6,10 +6,9 @@ No name of a model or class is looked at: a module belongs to the interface if i
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Hashable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -70,13 +69,21 @@ def _size(module: nn.Module, names: tuple[str, ...], what: str) -> int:
 @cache
 def uses_interface(module_class: Hashable) -> bool:
     """Whether a class looks up its attention function in Transformers' table."""
-    for base in inspect.getmro(module_class):  # type: ignore[arg-type]
+    for base in module_class.__mro__:  # type: ignore[attr-defined]
         if base is nn.Module:
             break
         for member in vars(base).values():
-            if inspect.isfunction(member) and INTERFACE in inspect.unwrap(member).__code__.co_names:
+            code = getattr(unwrapped(member), "__code__", None)
+            if code is not None and INTERFACE in code.co_names:
                 return True
     return False
+
+
+def unwrapped(member: Any) -> Any:
+    """The function inside its decorators, or what is no function as it is."""
+    while hasattr(member, "__wrapped__"):
+        member = member.__wrapped__
+    return member
 
 
 def attention_layers(model: nn.Module) -> list[AttentionLayer]:

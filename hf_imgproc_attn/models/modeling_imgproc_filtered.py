@@ -6,13 +6,11 @@ its filters in place, so that pipelines, PEFT, ``generate`` and quantisers see w
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.dynamic_module_utils import custom_object_save
 
 from .any_filter import apply_filter, filter_arguments
 from .configuration_imgproc_filtered import ImgProcFilteredConfig
@@ -140,6 +138,12 @@ def auto_map(model: nn.Module) -> dict[str, str]:
     return entries
 
 
+class _WithCode(ImgProcFilteredConfig):
+    """When it is saved, Transformers copies this file, and what it imports, beside it."""
+
+    _auto_class = "AutoConfig"
+
+
 def save_filtered(model: Any, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
     """``save_pretrained`` of a filtered model: weights under their stock names, filters in ``config.json``, the code.
 
@@ -172,7 +176,5 @@ def save_filtered(model: Any, save_directory: Any, *args: Any, push_to_hub: bool
     )
     config.auto_map = entries
     config.dtype = model.config.dtype
-    folder = Path(save_directory)
-    for travelling in (FilteredModel, ImgProcFilteredConfig):
-        custom_object_save(travelling, folder)
-    config.save_pretrained(folder)
+    _WithCode().save_pretrained(save_directory)
+    config.save_pretrained(save_directory)

@@ -460,7 +460,9 @@ def test_a_run_is_read_without_a_hub(run: CopyOfRun) -> None:
     assert checked.config["model_type"] == "imgproc_vit"
     config = {**checked.config, "model_type": "vit"}
     (checked.folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(UsageError, match="must have a model_type among imgproc_gpt2, imgproc_vit, got 'vit'"):
+    with pytest.raises(
+        UsageError, match="must have a model_type among imgproc_gpt2, imgproc_vit, imgproc_bert, got 'vit'"
+    ):
         read_run(checked.folder)
 
 
