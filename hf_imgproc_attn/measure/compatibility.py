@@ -51,12 +51,11 @@ _VIT = {
     "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8, "image_size": _SIDE,
     "patch_size": _PATCH, "encoder_stride": _PATCH, "num_channels": 1, "num_labels": 3,
 }  # fmt: skip
-
-
+# By kind, not by name: the names of backbones stand in their table alone.
 _MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "gpt2": (ImgProcGPT2LMHeadModel, ImgProcGPT2Config, _GPT2),
-    "vit": (ImgProcViTForImageClassification, ImgProcViTConfig, _VIT),
-    "bert": (ImgProcBertForSequenceClassification, ImgProcBertConfig, _BERT),
+    "decoder": (ImgProcGPT2LMHeadModel, ImgProcGPT2Config, _GPT2),
+    "images": (ImgProcViTForImageClassification, ImgProcViTConfig, _VIT),
+    "encoder": (ImgProcBertForSequenceClassification, ImgProcBertConfig, _BERT),
 }
 
 
@@ -91,7 +90,7 @@ def measure(check: Check, preset: str) -> str:
 
 
 def build(preset: str, backbone: str, **fields: Any) -> Any:
-    """A tiny model of a preset in evaluation mode, ``"gpt2"``, ``"vit"`` or ``"bert"``, with weights that matter."""
+    """A tiny model of a preset in evaluation mode, with weights that matter; ``backbone`` is a key of ``_MODELS``."""
     torch.manual_seed(0)
     model_class, config_class, sizes = _MODELS[backbone]
     model = model_class(config_class.from_preset(preset, **sizes, **fields))
@@ -105,10 +104,10 @@ def build(preset: str, backbone: str, **fields: Any) -> Any:
 def inputs_of(backbone: str, batch: int, length: int = 7) -> dict[str, torch.Tensor]:
     """Random tokens ``[batch, length]`` of which the last row is padded, or images."""
     generator = torch.Generator().manual_seed(100 * batch + length)
-    if backbone == "vit":
+    if backbone == "images":
         return {"pixel_values": torch.randn(batch, 1, _SIDE, _SIDE, generator=generator)}
     mask = torch.ones(batch, length, dtype=torch.long)
-    hidden = slice(2) if backbone == "gpt2" else slice(-2, None)
+    hidden = slice(2) if backbone == "decoder" else slice(-2, None)
     mask[-1:, hidden] = 0
     return {
         "input_ids": torch.randint(1, _VOCABULARY, (batch, length), generator=generator),
@@ -120,15 +119,15 @@ def check_export(preset: str, backbone: str) -> None:
     """``torch.export`` with dynamic sizes: right at sizes that it has not seen, and made of core operators."""
     model, given = build(preset, backbone), inputs_of(backbone, 3)
     sizes: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=1000)}
-    if backbone != "vit":
+    if backbone != "images":
         sizes[1] = torch.export.Dim("length", min=3, max=_POSITIONS)
-    options: dict[str, Any] = {"use_cache": False} if backbone == "gpt2" else {}
+    options: dict[str, Any] = {"use_cache": False} if backbone == "decoder" else {}
     shapes = {**dict.fromkeys(given, sizes), **dict.fromkeys(options)}
     exported = torch.export.export(model, (), {**given, **options}, dynamic_shapes=shapes, strict=False)
     run = exported.module()
     with torch.no_grad():
         for other in (inputs_of(backbone, 1, 17), inputs_of(backbone, 5, 4)):
-            shown = other["attention_mask"].bool() if backbone == "gpt2" else slice(None)
+            shown = other["attention_mask"].bool() if backbone == "decoder" else slice(None)
             got, wanted = (call(**other, **options).logits[shown] for call in (run, model))
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
     check_operators(exported)
@@ -158,10 +157,10 @@ def check_peft(preset: str, backbone: str, method: str) -> None:
     config: Any = {
         "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
         "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-        "ia3": lambda: peft.IA3Config(task_type={"gpt2": "CAUSAL_LM", "bert": "SEQ_CLS"}.get(backbone)),
+        "ia3": lambda: peft.IA3Config(task_type={"decoder": "CAUSAL_LM", "encoder": "SEQ_CLS"}.get(backbone)),
     }[method]()
     given = inputs_of(backbone, 2)
-    labels = given["input_ids"] if backbone == "gpt2" else torch.tensor([0, 2])
+    labels = given["input_ids"] if backbone == "decoder" else torch.tensor([0, 2])
     base = build(preset, backbone)
     frozen = {name: value.detach().clone() for name, value in base.named_parameters()}
     tuned = peft.get_peft_model(base, config).eval()
@@ -184,13 +183,13 @@ def check_peft(preset: str, backbone: str, method: str) -> None:
             tuned.save_pretrained(folder)
             again = peft.PeftModel.from_pretrained(build(preset, backbone), folder).eval()
         torch.testing.assert_close(again(**given).logits, logits)
-        if backbone == "gpt2":
+        if backbone == "decoder":
             _check_generation(tuned)
 
 
 def _check_generation(tuned: Any) -> None:
     """Greedy generation with the cache gives what the whole text gives at each step."""
-    ids = inputs_of("gpt2", 2)["input_ids"]
+    ids = inputs_of("decoder", 2)["input_ids"]
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     found = tuned.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     for _ in range(3):
@@ -205,11 +204,11 @@ def check_empty(preset: str, backbone: str) -> None:
     for implementation in SUPPORTED_IMPLEMENTATIONS:
         model, given = build(preset, backbone, attn_implementation=implementation), inputs_of(backbone, 0)
         output = model(**given)
-        wanted = (0, 7, _VOCABULARY) if backbone == "gpt2" else (0, 3)
+        wanted = (0, 7, _VOCABULARY) if backbone == "decoder" else (0, 3)
         _require(output.logits.shape == wanted, f"logits of shape {tuple(output.logits.shape)}")
         output.logits.sum().backward()
-        if backbone == "gpt2":
-            step = model(inputs_of("gpt2", 0, 1)["input_ids"], past_key_values=output.past_key_values)
+        if backbone == "decoder":
+            step = model(inputs_of("decoder", 0, 1)["input_ids"], past_key_values=output.past_key_values)
             _require(step.logits.shape == (0, 1, _VOCABULARY), f"logits of shape {tuple(step.logits.shape)}")
 
 
@@ -219,7 +218,7 @@ def check_mask_token(preset: str) -> None:
     model: Any = ImgProcViTForMaskedImageModeling(ImgProcViTConfig.from_preset(preset, **_VIT))
     masked = torch.zeros(2, (_SIDE // _PATCH) ** 2, dtype=torch.bool)
     masked[:, ::2] = True
-    model(**inputs_of("vit", 2), bool_masked_pos=masked).loss.backward()
+    model(**inputs_of("images", 2), bool_masked_pos=masked).loss.backward()
     sizes = {name: float(value.grad.abs().max()) for name, value in model.named_parameters() if value.grad is not None}
     own = sizes.pop("vit.embeddings.mask_token")
     ratio = own / max(sizes.values())
@@ -242,25 +241,25 @@ CHECKS = (
     Check(
         "export gpt2",
         "`torch.export`, GPT-2",
-        _bound(check_export, "gpt2"),
+        _bound(check_export, "decoder"),
         f"one graph for every batch and length, with padding: {_SIZES}",
     ),
-    Check("export vit", "`torch.export`, ViT", _bound(check_export, "vit"), f"one graph for every batch: {_SIZES}"),
+    Check("export vit", "`torch.export`, ViT", _bound(check_export, "images"), f"one graph for every batch: {_SIZES}"),
     Check(
-        "prefix", "prefix tuning", _bound(check_peft, "gpt2", "prefix"), f"PEFT, GPT-2: {_TUNED}; text is generated"
+        "prefix", "prefix tuning", _bound(check_peft, "decoder", "prefix"), f"PEFT, GPT-2: {_TUNED}; text is generated"
     ),
-    Check("prompt", "prompt tuning", _bound(check_peft, "gpt2", "prompt"), "likewise"),
-    Check("ia3 gpt2", "IA3, GPT-2", _bound(check_peft, "gpt2", "ia3"), "likewise, with PEFT's default targets"),
-    Check("ia3 bert", "IA3, BERT", _bound(check_peft, "bert", "ia3"), f"{_TUNED}, with default targets"),
-    Check("ia3 vit", "IA3, ViT", _bound(check_peft, "vit", "ia3"), "likewise"),
+    Check("prompt", "prompt tuning", _bound(check_peft, "decoder", "prompt"), "likewise"),
+    Check("ia3 gpt2", "IA3, GPT-2", _bound(check_peft, "decoder", "ia3"), "likewise, with PEFT's default targets"),
+    Check("ia3 bert", "IA3, BERT", _bound(check_peft, "encoder", "ia3"), f"{_TUNED}, with default targets"),
+    Check("ia3 vit", "IA3, ViT", _bound(check_peft, "images", "ia3"), "likewise"),
     Check(
         "empty gpt2",
         "no rows, GPT-2",
-        _bound(check_empty, "gpt2"),
+        _bound(check_empty, "decoder"),
         "a batch of 0 texts goes forward, backward and through a step of decoding",
     ),
-    Check("empty bert", "no rows, BERT", _bound(check_empty, "bert"), "likewise, but for decoding"),
-    Check("empty vit", "no rows, ViT", _bound(check_empty, "vit"), "a batch of 0 images goes forward and backward"),
+    Check("empty bert", "no rows, BERT", _bound(check_empty, "encoder"), "likewise, but for decoding"),
+    Check("empty vit", "no rows, ViT", _bound(check_empty, "images"), "a batch of 0 images goes forward and backward"),
     Check(
         "mask token",
         "mask token",
