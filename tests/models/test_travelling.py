@@ -116,6 +116,10 @@ def save_picture(folder: Path) -> None:
     Image.fromarray(pixels).save(folder / "picture.png")
 
 
+# The checkpoints are made once: a second worker would wait for the first.
+pytestmark = pytest.mark.xdist_group("travelling")
+
+
 def run(folder: Path, mode: str) -> None:
     """Run the worker, which writes its report to the folder."""
     environment = {
