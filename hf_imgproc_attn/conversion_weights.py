@@ -17,18 +17,16 @@ is nothing to make the target's of, and the conversion is refused.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from .backbones import Attention, of_config
-from .models.spec_axes import LayerSpec, layer_schedule, uses_position_table
-from .models.spec_fields import FilterSpecMixin, preset_fields
+from .models.spec_axes import NO_FEEDBACK_YET, LayerSpec, layer_schedule, uses_position_table
+from .models.spec_fields import FILTER_FIELDS, FilterSpecMixin, preset_fields
 
 _VERSION = "filter_spec_version"
-FILTER_FIELDS = tuple(field.name for field in dataclasses.fields(FilterSpecMixin) if field.name != _VERSION)
 _IDENTITY_FIELDS = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
 """Fields of a configuration that say what it is or where it came from, not how the model is built."""
 
@@ -74,11 +72,7 @@ def variant_fields(source: Any, preset: str, overrides: dict[str, Any]) -> tuple
     }
     feedback = chosen.get("feedback", "none")
     if feedback != getattr(source, "feedback", "none") and not {"neutreno_lambda", "pid_gains"} & set(overrides):
-        starts: dict[str, dict[str, Any]] = {
-            "neutreno": {"neutreno_lambda": 0.0},
-            "pid": {"pid_gains": [0.0, 0.0, 0.0]},
-        }
-        start = starts.get(feedback, {})
+        start = NO_FEEDBACK_YET.get(feedback, {})
         if start and overrides.get("learn_feedback", True):
             chosen = {**start, "learn_feedback": True, **chosen}
     return {**fields, **kept, **chosen}, kept

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .any_layers import AttentionLayer
-from .spec_axes import LayerSpec, layer_schedule
+from .layer_grid import trained_grid
+from .spec_axes import NO_FEEDBACK_YET, LayerSpec, layer_schedule
 from .spec_fields import FILTER_FIELDS, FilterSpecMixin, preset_fields, refuse_near_misses
 from .spec_rules import check_filter_spec
 
@@ -68,13 +69,13 @@ class FilterFields(NamedTuple):
             )
         if not isinstance(wanted.get("feedback", "none"), str):
             raise ValueError(f"feedback must be one of none, neutreno, pid, got {wanted['feedback']!r}")
-        if wanted.get("feedback") in ("neutreno", "pid") and not {
+        if wanted.get("feedback") in NO_FEEDBACK_YET and not {
             "neutreno_lambda",
             "pid_gains",
             "learn_feedback",
         } & set(wanted):
             # As in a conversion: factors that are learned and start at 0 leave the model what it was.
-            wanted |= {"learn_feedback": True, **_zero_gains(wanted["feedback"])}
+            wanted |= {"learn_feedback": True, **NO_FEEDBACK_YET[wanted["feedback"]]}
         values = {name: wanted.get(name, getattr(FilterSpecMixin, name)) for name in known}
         if values == {name: getattr(FilterSpecMixin, name) for name in known}:
             raise ValueError(f"nothing of the model would change: give a preset or fields, got preset={preset!r}")
@@ -94,10 +95,6 @@ def _check_positions(wanted: dict[str, Any]) -> None:
                 f"position_kernel must be one of {', '.join(_POSITIONS)} for layers of another model, got {kernel!r}: "
                 f"{reason}"
             )
-
-
-def _zero_gains(feedback: str) -> dict[str, Any]:
-    return {"neutreno_lambda": 0.0} if feedback == "neutreno" else {"pid_gains": [0.0, 0.0, 0.0]}
 
 
 class StackConfig:
@@ -183,13 +180,11 @@ def _check_alike(values: dict[str, Any], layers: Sequence[AttentionLayer]) -> No
 
 def _grid(config: Any) -> tuple[int, int]:
     """Rows and columns of patches."""
-    size, patch = (getattr(config, name, None) for name in ("image_size", "patch_size"))
-    if size is None or patch is None:
+    if getattr(config, "image_size", None) is None or getattr(config, "patch_size", None) is None:
         raise ValueError(
             f"positions need the grid of patches, and {type(config).__name__} has no image_size or no patch_size"
         )
-    heights, widths = (value if isinstance(value, (list, tuple)) else (value, value) for value in (size, patch))
-    return heights[0] // widths[0], heights[1] // widths[1]
+    return trained_grid(config)
 
 
 def _special_tokens(model: nn.Module, config: Any, grid: tuple[int, ...], given: int | None) -> int:

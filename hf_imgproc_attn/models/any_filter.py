@@ -74,8 +74,6 @@ def apply_filter(
         isinstance(num_special_tokens, bool) or not isinstance(num_special_tokens, int) or num_special_tokens < 0
     ):
         raise ValueError(f"num_special_tokens must be an integer >= 0 or None, got {num_special_tokens!r}")
-    if any(_parts(model)):
-        raise ValueError("the model is filtered already: call remove_filter(model) first")
     wanted = FilterFields.of(preset, fields, is_image=_is_image(model))
     chosen = _chosen(attention_layers(model), layers, stacks, type(model).__name__)
     prepared = []
@@ -176,10 +174,15 @@ def filtered_layers(model: nn.Module) -> FilteredLayers:
 
 def stack_names(model: nn.Module) -> dict[str, int]:
     """The stacks of a model (lists of blocks with self-attention) and how many layers each has."""
-    counts: dict[str, int] = {}
-    for layer in attention_layers(model):
-        counts[layer.stack] = counts.get(layer.stack, 0) + 1
-    return counts
+    return {name: len(members) for name, members in _by_stack(attention_layers(model)).items()}
+
+
+def _by_stack(layers: list[AttentionLayer]) -> dict[str, list[AttentionLayer]]:
+    """The layers of each stack, in order."""
+    stacks: dict[str, list[AttentionLayer]] = {}
+    for layer in layers:
+        stacks.setdefault(layer.stack, []).append(layer)
+    return stacks
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[nn.Module, AppliedFilter]]:
@@ -193,14 +196,14 @@ def _parts(model: nn.Module) -> Iterator[tuple[nn.Module, AppliedFilter]]:
 
 
 def _check_model(model: Any) -> None:
-    """Refuse what is no model, and a wrapper that saves something else."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a model, which is loaded already, got {model!r}")
+    """Refuse a wrapper that saves something else, what is no model, and what has a filter."""
     if hasattr(model, "peft_config") and not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"model is a {type(model).__name__}, which saves its adapter alone and would lose the filter: call "
             "apply_filter first, save that model, and get_peft_model after it"
         )
+    if any(_parts(model)):
+        raise ValueError("the model is filtered already: call remove_filter(model) first")
 
 
 def _integers(layers: Any) -> Any:
@@ -225,9 +228,7 @@ def _chosen(
     found: list[AttentionLayer], layers: Any, stacks: str | Sequence[str] | None, model: str
 ) -> list[list[AttentionLayer]]:
     """The chosen layers of each chosen stack, in order."""
-    by_stack: dict[str, list[AttentionLayer]] = {}
-    for layer in found:
-        by_stack.setdefault(layer.stack, []).append(layer)
+    by_stack = _by_stack(found)
     if not by_stack:
         raise ValueError(
             f"{model} has no self-attention layer that goes through Transformers' attention interface: no filter can "

@@ -12,7 +12,7 @@ from .any_layers import AttentionLayer
 from .any_streams import FollowingStreams
 from .backend_reference import filter_logits, reference_attention
 from .backend_table import run_filter
-from .boost_depth import FEEDBACK, LayerState
+from .boost_depth import LayerState
 from .cache_streams import NO_STREAMS, Streams
 from .kernel_content import working_dtype
 from .kernel_given import BiasPositions
@@ -84,9 +84,7 @@ class AppliedFilter(nn.Module):
             # Boosting that is learned starts where the model is: without it.
             nn.init.zeros_(self.filter.scalar_bias.boosting_gain)
         self.sides = config.sides
-        spec = self.filter.spec
         self.sees_places = self.filter.positions.sees_places
-        self.needs_state = self.filter.passes_value or spec.feedback != "none"
         self.keeps_streams = bool(self.filter.stream_names) or self.sees_places
         fields = config.fields
         self.scales_by_itself = fields["learn_bandwidths"] or fields["content_bandwidth"] is not None
@@ -150,14 +148,14 @@ class AppliedFilter(nn.Module):
             # With cached tokens only these two take everything about who is seen from the mask.
             one_row = "reference" if visibility.length == 1 or (dropout and call.is_boosted) else "sdpa"
             output, weights = run_filter(call, one_row if has_past else "auto"), None
-        if self.needs_state:
-            output, state = self._hand_on(output, new_value, state, call.query.shape[1])
+        if self.filter.compares_layers:
+            output, state = self.filter.hand_on(output, new_value, state)
             seat.shared.states[self.order + 1] = state
         seat.cache_layer = None  # a model keeps no cache alive
         return output, weights
 
     def _state(self, shared: SharedState) -> LayerState:
-        if not self.needs_state:
+        if not self.filter.compares_layers:
             return LayerState()
         with_gradient = torch.is_grad_enabled()
         if self.order == 0:
@@ -168,18 +166,6 @@ class AppliedFilter(nn.Module):
                 "pass: call the whole model, and use gradient checkpointing with use_reentrant=False"
             )
         return shared.states[self.order]
-
-    def _hand_on(
-        self, output: torch.Tensor, value: torch.Tensor, state: LayerState, heads: int
-    ) -> tuple[torch.Tensor, LayerState]:
-        spec = self.filter.spec
-        if spec.feedback != "none":
-            wide = value if value.shape[1] == heads else value.repeat_interleave(heads // value.shape[1], dim=1)
-            arguments = self.filter.feedback_arguments() if self.order else {}
-            output, state = FEEDBACK[spec.feedback](output, wide, state, **arguments)
-        if self.filter.passes_value:
-            state = state._replace(previous_value=value)
-        return output, state
 
     def _positions(
         self,

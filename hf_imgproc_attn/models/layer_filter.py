@@ -16,7 +16,7 @@ from torch import nn
 from .backend_call import Booster, Content, FilterCall
 from .backend_reference import filter_logits, reference_attention
 from .backend_table import run_filter
-from .boost_depth import feedback_gains, gain_arguments
+from .boost_depth import FEEDBACK, LayerState, feedback_gains, gain_arguments
 from .boost_gradient import GradientBoosting
 from .boost_operators import extra_streams, operator_on_value
 from .cache_streams import NO_STREAMS, Streams, boost_stream, round_stream
@@ -69,6 +69,7 @@ class AttentionFilter(nn.Module):
         self.stream_names = self._stream_names()
         self._feedback_gains = feedback_gains(config)
         self.passes_value = needs_previous_value(config)
+        self.compares_layers = self.passes_value or spec.feedback != "none"
         stock_bandwidth = math.sqrt(2.0 / scaling)
         self._content_bandwidths = (
             per_head(config.content_bandwidth, self.num_heads) or [stock_bandwidth] * self.num_heads
@@ -129,6 +130,22 @@ class AttentionFilter(nn.Module):
             learned = self.scalar_bias().feedback_gains
             gains = [] if learned is None else [gain.view(-1, 1, 1) for gain in learned.unbind(-1)]
         return gain_arguments(self.spec.feedback, gains)
+
+    def hand_on(self, output: torch.Tensor, value: torch.Tensor, state: LayerState) -> tuple[torch.Tensor, LayerState]:
+        """Add the feedback of earlier layers, and put into the state what later ones compare.
+
+        Args:
+            output: of the filter, ``[batch, heads, length, d]``.
+            value: of the new tokens, ``[batch, key_heads, length, d]``.
+            state: what the layers before have handed on.
+        """
+        if self.spec.feedback != "none":
+            groups = output.shape[1] // value.shape[1]
+            wide = value if groups == 1 else value.repeat_interleave(groups, dim=1)
+            output, state = FEEDBACK[self.spec.feedback](output, wide, state, **self.feedback_arguments())
+        if self.passes_value:
+            state = state._replace(previous_value=value)
+        return output, state
 
     def _content_scale(self, scalars: Scalars, like: torch.Tensor) -> torch.Tensor:
         """2/h_y^2, ``[heads, 1, 1]`` in the working precision."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .boost_depth import FEEDBACK, RESIDUAL, LayerState
+from .boost_depth import RESIDUAL, LayerState
 from .cache_layer import check_cache_layer
 from .cache_streams import NO_STREAMS, CachedStreams, Streams
 from .layer_filter import AttentionFilter
@@ -53,10 +53,8 @@ def filter_tokens(
     output, weights = layer(*projected, inputs, streams=streams, dropout=dropout)
     if layer.gradient_boosting is not None:
         output, weights = _boost_by_gradient(layer, hidden_states, (output, value, weights), inputs, streams, dropout)
-    if layer.spec.feedback != "none":
-        output, state = FEEDBACK[layer.spec.feedback](output, value, state, **layer.feedback_arguments())
-    if layer.passes_value:
-        state = state._replace(previous_value=value)
+    if layer.compares_layers:
+        output, state = layer.hand_on(output, value, state)
     return output.transpose(1, 2).flatten(2), weights, state
 
 

@@ -50,6 +50,11 @@ PUBLISHED_NEUTRENO_LAMBDAS = {1: 0.4, 2: 0.6}
 """Axes of the grid of positions -> the published strength for such data: text, images."""
 
 DEFAULT_PID_GAINS = (0.5, 0.05, 0.05)
+NO_FEEDBACK_YET: dict[str, dict[str, Any]] = {
+    "neutreno": {"neutreno_lambda": 0.0},
+    "pid": {"pid_gains": [0.0, 0.0, 0.0]},
+}
+"""The factors from which feedback that is learned starts in a trained model, which so stays what it was."""
 DEFAULT_NUM_BUCKETS, DEFAULT_MAX_DISTANCE = 32, 128
 DEFAULT_ROTARY_BASE = 10000.0
 
