@@ -40,6 +40,7 @@ def train(arguments: Arguments[TextDataArguments]) -> "Result":
     # Imported here so that --help does not wait for them.
     from transformers import default_data_collator
 
+    from hf_imgproc_attn.training_support.adapters import with_adapters
     from hf_imgproc_attn.training_support.metrics import language_model_metrics, token_losses
     from hf_imgproc_attn.training_support.model_setup import build_causal_lm, check_block_size, check_start
     from hf_imgproc_attn.training_support.text_data import TokenBlocks, encode, load_text_splits
@@ -61,7 +62,7 @@ def train(arguments: Arguments[TextDataArguments]) -> "Result":
     adapt_to_data(run, len(blocks["train"]), "validation" in blocks)
     metrics = {split: language_model_metrics(text.num_words) for split, text in texts.items()}
     trainer = ScriptTrainer(
-        model=model,
+        model=with_adapters(run, model),
         args=run.training_args,
         data_collator=default_data_collator,
         train_dataset=blocks["train"],

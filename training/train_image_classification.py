@@ -38,6 +38,7 @@ def train(arguments: Arguments[ImageDataArguments]) -> "Result":
     """
     require_extras("train")
     # Imported here so that --help does not wait for them.
+    from hf_imgproc_attn.training_support.adapters import with_adapters
     from hf_imgproc_attn.training_support.image_data import load_image_splits
     from hf_imgproc_attn.training_support.image_pixels import EpochCallback, NormalizingCollator, load_pixels
     from hf_imgproc_attn.training_support.metrics import classification_metrics
@@ -53,7 +54,7 @@ def train(arguments: Arguments[ImageDataArguments]) -> "Result":
     model, processor = build_image_classifier(arguments.model, splits.label_names, splits.image_size)
     pixels = load_pixels(splits, processor, arguments.data, run.training_args.seed)
     trainer = ScriptTrainer(
-        model=model,
+        model=with_adapters(run, model),
         args=run.training_args,
         data_collator=NormalizingCollator(processor),
         train_dataset=pixels["train"],

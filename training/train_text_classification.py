@@ -40,6 +40,7 @@ def train(arguments: Arguments[LabelledTextDataArguments]) -> "Result":
     # Imported here so that --help does not wait for them.
     from transformers import DataCollatorWithPadding
 
+    from hf_imgproc_attn.training_support.adapters import with_adapters
     from hf_imgproc_attn.training_support.labelled_text import TokenizedTexts, load_labelled_texts
     from hf_imgproc_attn.training_support.metrics import classification_metrics
     from hf_imgproc_attn.training_support.model_setup import build_text_classifier, check_start
@@ -57,7 +58,7 @@ def train(arguments: Arguments[LabelledTextDataArguments]) -> "Result":
     rows = {split: TokenizedTexts(part, tokenizer, max_length) for split, part in texts.items()}
     adapt_to_data(run, len(rows["train"]), "validation" in rows)
     trainer = ScriptTrainer(
-        model=model,
+        model=with_adapters(run, model),
         args=run.training_args,
         data_collator=DataCollatorWithPadding(tokenizer),
         train_dataset=rows["train"],
