@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_imgproc_attn import records
+from hf_imgproc_attn.backbones import TASKS
 from hf_imgproc_attn.errors import UsageError, plain_message, require_extras
 from hf_imgproc_attn.training_support.arguments import LORA_RANK, ModelArguments
 
@@ -104,7 +105,7 @@ def _numbers_of_the_filter(model: Any, wanted: bool | None = None) -> list[str]:
 
 def _new_heads(run: Any, model: Any) -> list[str]:
     """The head of a classifier, which may be new and is trained as it is."""
-    if run.record["task"] == "causal-lm":
+    if TASKS[run.record["task"]].auto_class == "AutoModelForCausalLM":
         return []
     heads = [name for name, child in model.named_children() if name != model.base_model_prefix]
     return [name for name in heads if any(True for _ in model.get_submodule(name).parameters())]
