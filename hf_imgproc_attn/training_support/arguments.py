@@ -219,9 +219,12 @@ class TextDataArguments(TokenizedDataArguments):
     block_size: int | None = _option(
         None, "tokens in one training sample. Default: 256, or the model's positions if these are fewer"
     )
+    max_train_tokens: int | None = _option(None, "use at most so many tokens of the training text")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        tokens = self.max_train_tokens
+        _check(tokens is None or tokens >= 2, "max_train_tokens", "an integer >= 2", tokens)
         _check(self.block_size is None or self.block_size >= 2, "block_size", "an integer >= 2", self.block_size)
 
 
