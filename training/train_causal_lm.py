@@ -53,6 +53,7 @@ def train(arguments: Arguments[TextDataArguments]) -> "Result":
     texts = load_text_splits(arguments.data)
     tokenizer = choose_tokenizer(arguments.data, arguments.model.model_name_or_path, texts["train"].lines)
     tokens = {split: encode(text, tokenizer, f"tokenising {split}") for split, text in texts.items()}
+    tokens["train"] = tokens["train"][: arguments.data.max_train_tokens]
     check_block_size(
         arguments.model, arguments.data.block_size, len(tokens["train"]), len(tokenizer), run.training_args
     )
