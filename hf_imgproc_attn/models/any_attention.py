@@ -12,7 +12,7 @@ from transformers.utils import output_capturing
 
 from .any_layer import AppliedFilter, FilterSeat, SharedState
 from .any_layers import unwrapped
-from .any_streams import follow_layer
+from .cache_followed import follow_layer
 from .visibility import Visibility, attention_visibility, padding_visibility
 
 IMPLEMENTATION = "imgproc_filter"
@@ -150,7 +150,7 @@ def before_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         layer_idx = getattr(module, "layer_idx", None)
         if layer_idx is None:
             raise ValueError(f"the filter of {part.layer_name} was given a cache, and the layer has no layer_idx")
-        seat.cache_layer = follow_layer(cache, layer_idx, part.keeps_streams)
+        seat.cache_layer = follow_layer(cache, layer_idx, part.kind)
 
 
 def _parameters(module_class: type[nn.Module]) -> list[str]:

@@ -9,10 +9,10 @@ from torch import nn
 
 from .any_fields import StackConfig
 from .any_layers import AttentionLayer
-from .any_streams import FollowingStreams
 from .backend_reference import filter_logits, reference_attention
 from .backend_table import run_filter
 from .boost_depth import LayerState
+from .cache_followed import FollowingStreams
 from .cache_streams import NO_STREAMS, Streams
 from .kernel_content import working_dtype
 from .kernel_given import BiasPositions
@@ -85,7 +85,9 @@ class AppliedFilter(nn.Module):
             nn.init.zeros_(self.filter.scalar_bias.boosting_gain)
         self.sides = config.sides
         self.sees_places = self.filter.positions.sees_places
-        self.keeps_streams = bool(self.filter.stream_names) or self.sees_places
+        keeps_streams = bool(self.filter.stream_names) or self.sees_places
+        self.kind = self.filter.kind if keeps_streams else None
+        """What the filter is, where a cache keeps rows for it."""
         fields = config.fields
         self.scales_by_itself = fields["learn_bandwidths"] or fields["content_bandwidth"] is not None
 
@@ -139,7 +141,7 @@ class AppliedFilter(nn.Module):
             moved=(new_value, state.previous_value),
             streams=streams,
             dropout=dropout,
-        )._replace(own_value=own_value)
+        )
         if not (self.scales_by_itself or self.filter.has_metric) and scaling is not None:
             call = call._replace(content=call.content._replace(scale=float(scaling)))
         if attentions:
@@ -220,5 +222,4 @@ class AppliedFilter(nn.Module):
 
     def extra_repr(self) -> str:
         """What the layer's filter is, in one line."""
-        spec = self.filter.spec
-        return f"{spec.content_kernel}, {spec.position_kernel}, {spec.boosting}, {spec.feedback}"
+        return self.filter.kind

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hf_imgproc_attn.sequences.drawing import below
-from hf_imgproc_attn.sequences.recall import IGNORED
-from hf_imgproc_attn.sequences.splits import check_setting
+from hf_imgproc_attn.sequences.splits import IGNORED, check_setting
 
 
 @dataclass(frozen=True, kw_only=True)

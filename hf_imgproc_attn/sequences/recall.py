@@ -21,10 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hf_imgproc_attn.sequences.drawing import below, distinct, weighted_places
-from hf_imgproc_attn.sequences.splits import check_setting
-
-IGNORED = -100
-"""Label of a place where nothing is asked."""
+from hf_imgproc_attn.sequences.splits import IGNORED, check_setting
 
 
 @dataclass(frozen=True, kw_only=True)

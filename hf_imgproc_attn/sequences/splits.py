@@ -18,6 +18,9 @@ from hf_imgproc_attn.errors import UsageError
 FORMAT = 1
 """Version of the generators, recorded with every run: it grows when a seed no longer gives the same sequences."""
 
+IGNORED = -100
+"""Label of a place where nothing is asked."""
+
 SPLITS = ("test", "validation", "train")
 """In the order in which they are cut out of the stream."""
 
@@ -64,14 +67,17 @@ class SequenceSplit:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """Numbers of rows and tokens, what they were made from, and a SHA-256 over tokens and labels."""
+        """Numbers of rows, tokens and answers, what they were made from, a SHA-256 over tokens and labels."""
         digest = hashlib.sha256()
         for row, label in zip(self.tokens, self.labels, strict=True):
             digest.update(len(row).to_bytes(4, "little"))
             digest.update(row.astype("<i4").tobytes())
             digest.update(np.asarray(label).astype("<i4").tobytes())
         tokens = sum(len(row) for row in self.tokens)
-        return {"rows": len(self), "tokens": tokens, **self.origin, "sha256": digest.hexdigest()}
+        counts = {"rows": len(self), "tokens": tokens}
+        if self.labels.ndim == 2:
+            counts["answers"] = int((self.labels != IGNORED).sum())
+        return {**counts, **self.origin, "sha256": digest.hexdigest()}
 
 
 def draw_splits(name: str, rules: Rules, sizes: Mapping[str, int], seed: int) -> dict[str, SequenceSplit]:
