@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from hf_imgproc_attn.training_support.adapters import with_adapters
 from hf_imgproc_attn.training_support.trainer import ScriptTrainer
 from hf_imgproc_attn.training_support.trainer_setup import Result, Run, adapt_to_data, train_and_save
 
@@ -22,7 +23,7 @@ def fit(
 
     Args:
         run: from :func:`~.trainer_setup.begin_run`.
-        model: is trained.
+        model: is trained, or the adapters on it where the run asks for adapters.
         rows: split -> data set of what the collator takes.
         metrics: split -> ``compute_metrics``, for all splits but the training one.
         fingerprints: split -> what tells these data from others.
@@ -33,7 +34,7 @@ def fit(
     """
     adapt_to_data(run, len(rows["train"]), "validation" in rows)
     trainer = ScriptTrainer(
-        model=model,
+        model=with_adapters(run, model),
         args=run.training_args,
         train_dataset=rows["train"],
         eval_dataset=rows.get("validation"),
