@@ -134,11 +134,13 @@ def difference(source: PreTrainedModel, variant: PreTrainedModel) -> tuple[float
 
 
 @torch.no_grad()
-def sample_texts(model: PreTrainedModel, generator: torch.Generator, length: int = SAMPLED_LENGTH) -> torch.Tensor:
+def sample_texts(
+    model: PreTrainedModel, generator: torch.Generator, length: int = SAMPLED_LENGTH, count: int = SAMPLED_TEXTS
+) -> torch.Tensor:
     """Texts drawn from a language model token by token, ``[texts, length]``, beginning with its start token."""
     config = _input_config(model)
     start = next((token for token in (config.bos_token_id, config.eos_token_id) if token is not None), 0)
-    texts = torch.full((SAMPLED_TEXTS, 1), start % config.vocab_size, device=model.device)
+    texts = torch.full((count, 1), start % config.vocab_size, device=model.device)
     cache = None
     while texts.shape[1] < min(length, longest_text(config)):
         output = model(texts[:, -1:], past_key_values=cache, use_cache=True)
