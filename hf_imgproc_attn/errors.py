@@ -60,6 +60,22 @@ class OneLineParser(argparse.ArgumentParser):
         raise UsageError(message + hint)
 
 
+def with_values_joined(words: Sequence[str], options: Sequence[str]) -> list[str]:
+    """``--layers -2,-1`` as ``--layers=-2,-1``: what begins with a minus is taken for an option otherwise.
+
+    Args:
+        words: of a command line.
+        options: those that take numbers.
+    """
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1] in options and re.match(r"-\d", word):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
 def did_you_mean(got: str, known: Iterable[str]) -> str:
     """``"; did you mean NAME?"`` with the nearest of the known names, or nothing where none is near."""
     near = difflib.get_close_matches(got, sorted(known), n=1)

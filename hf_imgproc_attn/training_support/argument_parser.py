@@ -216,7 +216,7 @@ def _read_yaml(path: Path, own_names: set[str]) -> tuple[list[str], dict[str, li
     for name, value in content.items():
         if name == "config":
             raise UsageError(f"config {str(path)!r} names a further config; a file cannot include another")
-        if name == "config_overrides" and isinstance(value, dict):
+        if isinstance(value, dict) and name in own_names:
             value = [f"{key}={json.dumps(item)}" for key, item in value.items()]
         values = None if value is None else [_word(item) for item in (value if isinstance(value, list) else [value])]
         if name not in own_names:

@@ -15,6 +15,12 @@ INTERRUPTED = "interrupted; the same command with --resume goes on from the last
 """What a training script says after Ctrl-C."""
 EMBEDDED_IMAGES = "digits"
 EMBEDDED_TEXT = "pydoc_topics"
+GENERATED_CLASSES = ("listops", "listops_short")
+"""The tasks of :mod:`hf_imgproc_attn.sequences` that have a class for each sequence."""
+GENERATED_ANSWERS = ("mqar", "mqar_short", "noisy_recall", "corrupted_recall", "selective_copying")
+"""Those whose answers are tokens."""
+BUILT_IN_DATA = (EMBEDDED_IMAGES, EMBEDDED_TEXT, *GENERATED_CLASSES, *GENERATED_ANSWERS)
+"""Names of data sets that are neither local paths nor Hub names."""
 LOCAL_OR_HUB = ("model_name_or_path", "dataset_name", "tokenizer_name")
 """Options that take a local path or a Hub name."""
 
@@ -88,16 +94,22 @@ class LabelledDataArguments(DataArguments):
 
 
 @dataclass(kw_only=True)
-class ImageDataArguments(LabelledDataArguments):
-    """Data of ``train_image_classification.py``."""
-
-    model_type = OF_TASK["image-classification"].model_type
+class ImageSourceArguments(LabelledDataArguments):
+    """Images with a class each."""
 
     dataset_name: str = _option(
         EMBEDDED_IMAGES,
         "data set: a Hub name, a local path (parquet, image folder, saved data set) or digits (scikit-learn, 8 x 8)",
     )
     image_column_name: str | None = _option(None, "column with the images. Default: detected")
+
+
+@dataclass(kw_only=True)
+class ImageDataArguments(ImageSourceArguments):
+    """Data of ``train_image_classification.py``."""
+
+    model_type = OF_TASK["image-classification"].model_type
+
     random_crop_padding: int = _option(0, "augmentation: pad by so many pixels, crop back at a random place; 0: off")
     horizontal_flip: bool = _option(False, "augmentation: mirror half of the images")
 
