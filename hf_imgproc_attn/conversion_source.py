@@ -135,7 +135,7 @@ def head_of(model_class: type) -> Head:
 def heads_by_class() -> dict[str, Head]:
     """Name of a model class of the table, stock or ours -> its row."""
     heads = [head for row in BACKBONES.values() for head in row.heads]
-    return {name: head for head in heads for name in (head.variant, head.stock)}
+    return {name: head for head in heads for name in (head.variant, head.stock) if name is not None}
 
 
 def _parts(row: Backbone, tensors: set[str]) -> dict[str, bool]:

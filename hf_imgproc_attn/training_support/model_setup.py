@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
     from transformers.image_processing_utils import BaseImageProcessor
 
+    from hf_imgproc_attn.training_support.mask_arguments import MaskDataArguments
+
 DEFAULT_BLOCK_SIZE = 256
 DEFAULT_MAX_LENGTH = 128
 _LARGEST_PATCH = 16
@@ -135,6 +137,53 @@ def build_image_classifier(
     else:
         model = start_from("image-classification", args, overrides, labels)
     return model, _image_processor(args.model_name_or_path, model.config)
+
+
+def build_segmenter(
+    args: ModelArguments, label_names: list[str], image_size: tuple[int, int], data: "MaskDataArguments"
+) -> tuple["PreTrainedModel", "BaseImageProcessor"]:
+    """The segmentation model and the image processor that belongs to it.
+
+    Args:
+        args: the model options.
+        label_names: class index -> name. A checkpoint gets a new head, unless it has one for as many classes.
+        image_size: (height, width) in pixels of a new model; a checkpoint keeps its own positions, which are
+            interpolated to what ``data.image_size`` asks for.
+        data: the data options.
+
+    Raises:
+        UsageError: for a checkpoint or configuration that cannot be used, or a size of other than whole patches.
+    """
+    from hf_imgproc_attn.models.image_processing_imgproc_segmentation import ImgProcSegmentationImageProcessor
+    from hf_imgproc_attn.training_support.image_pixels import channel_statistics
+
+    overrides = parse_overrides(args.config_overrides, VIT.our_class(VIT.config))
+    overrides["semantic_loss_ignore_index"] = data.ignore_index
+    labels = label_fields(label_names)
+    if args.model_name_or_path is None:
+        size = overrides.get("image_size", image_size[0] if image_size[0] == image_size[1] else list(image_size))
+        if "patch_size" not in overrides:
+            overrides["patch_size"] = default_patch_size(_pair(size))
+        model = new_model("semantic-segmentation", args, {"image_size": size, **labels, **overrides})
+    else:
+        model = start_from("semantic-segmentation", args, overrides, labels)
+    sides = _pair(model.config.image_size if data.image_size is None else data.image_size)
+    patch = _pair(model.config.patch_size)
+    if sides[0] % patch[0] or sides[1] % patch[1]:
+        raise UsageError(
+            f"image_size must be a multiple of the patches' {patch[0]} x {patch[1]} pixels, got {sides[0]} x "
+            f"{sides[1]}"
+        )
+    found = _image_processor(args.model_name_or_path, model.config)
+    channel_statistics(found)  # refuses other normalisations
+    processor = ImgProcSegmentationImageProcessor(
+        size={"height": sides[0], "width": sides[1]},
+        image_mean=list(found.image_mean),
+        image_std=list(found.image_std),
+        do_convert_rgb=model.config.num_channels == 3,
+        do_reduce_labels=data.reduce_labels,
+    )
+    return model, processor
 
 
 def build_causal_lm(
