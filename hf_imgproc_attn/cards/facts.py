@@ -269,8 +269,8 @@ def limits(record: dict[str, Any], rows: Sequence[Measurement]) -> list[str]:
     if record["task"] == OF_PIXELS:
         side = record["arguments"]["data"].get("image_size") or record["model_config"].get("image_size")
         texts.append(
-            f"Predictions were compared with masks in the size that both were resized to ({side} pixels a side), not in "
-            "the images' own sizes, and images were not cut into windows."
+            f"Predictions were compared with masks in the size that both were resized to ({side} pixels a side), not "
+            "in the sizes of the images, and images were not cut into windows."
         )
     if name in (EMBEDDED_IMAGES, EMBEDDED_MASKS, EMBEDDED_TEXT):
         texts.append(
