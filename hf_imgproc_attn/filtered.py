@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .backbones import BACKBONES, OF_MODEL_TYPE
+from .models.any_attention import PART
 from .models.any_filter import filter_arguments, filtered_layers, is_filtered
 from .models.any_layer import AppliedFilter
 from .models.configuration_imgproc_filtered import FILTERED_MODEL_TYPE
@@ -97,14 +98,27 @@ def applied_summary(model: nn.Module) -> FilterSummary:
     learned: set[str] = set()
     for first, part in _with_first_layers(model):
         found = filter_summary(part)
-        rows += [{**row, "layer": first + part.index} for row in found.rows]
+        # Where the model's own scale is used, no bandwidth is.
+        unused = () if part.scales_by_itself or part.filter.has_metric else ("h_y",)
+        rows += [
+            {**{name: value for name, value in row.items() if name not in unused}, "layer": first + part.index}
+            for row in found.rows
+        ]
         learned |= set(found.learned)
     return FilterSummary(rows, sorted(learned))
 
 
 def _with_first_layers(model: nn.Module) -> Iterator[tuple[int, AppliedFilter]]:
     """Every filter, and how many filtered stacks' layers come before those of its own."""
-    parts = [part for part in model.modules() if isinstance(part, AppliedFilter)]
+    parts = []
+    for module in model.modules():
+        part: Any = getattr(module, PART, None)
+        copies = getattr(part, "modules_to_save", None)  # PEFT's wrapper
+        if copies is not None:
+            active = part.active_adapter
+            part = copies[active if isinstance(active, str) else active[0]]
+        if isinstance(part, AppliedFilter):
+            parts.append(part)
     longest: dict[str, int] = {}
     for part in parts:
         longest[part.stack] = max(longest.get(part.stack, 0), part.index + 1)

@@ -199,6 +199,7 @@ def _measure_masks(folder: Path, record: dict[str, Any], settings: Settings, dev
 def _measure_text(folder: Path, record: dict[str, Any], settings: Settings, device: Any) -> list[dict[str, Any]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from hf_imgproc_attn.conversion_probe import longest_text
     from hf_imgproc_attn.training_support.evaluation import text_robustness
     from hf_imgproc_attn.training_support.model_setup import DEFAULT_BLOCK_SIZE
     from hf_imgproc_attn.training_support.text_data import load_text_splits
@@ -214,7 +215,8 @@ def _measure_text(folder: Path, record: dict[str, Any], settings: Settings, devi
     text = _same_data(load, TextDataArguments, record, settings)
     model = AutoModelForCausalLM.from_pretrained(folder).to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    block_size = record["arguments"]["data"].get("block_size") or min(model.config.n_positions, DEFAULT_BLOCK_SIZE)
+    positions = longest_text(model.config.get_text_config())
+    block_size = record["arguments"]["data"].get("block_size") or min(positions, DEFAULT_BLOCK_SIZE)
     fraction = FRACTION if settings.fraction is None else settings.fraction
     return text_robustness(model, tokenizer, text, block_size, fraction=fraction, seed=settings.seed)
 

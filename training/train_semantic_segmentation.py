@@ -33,39 +33,36 @@ def train(arguments: Arguments[MaskDataArguments]) -> "Result":
     """
     require_extras("train")
     # Imported here so that --help does not wait for them.
+    from hf_imgproc_attn.training_support.fitting import fit
     from hf_imgproc_attn.training_support.image_pixels import EpochCallback
     from hf_imgproc_attn.training_support.mask_data import load_mask_splits
+    from hf_imgproc_attn.training_support.mask_model import build_segmenter
     from hf_imgproc_attn.training_support.mask_pictures import draw_run
     from hf_imgproc_attn.training_support.mask_pixels import MaskCollator, load_masked_pixels
     from hf_imgproc_attn.training_support.metrics import SegmentationMetrics, count_pixels
-    from hf_imgproc_attn.training_support.model_setup import build_segmenter, check_start
-    from hf_imgproc_attn.training_support.trainer import ScriptTrainer
-    from hf_imgproc_attn.training_support.trainer_setup import adapt_to_data, begin_run, train_and_save
+    from hf_imgproc_attn.training_support.model_setup import check_start
+    from hf_imgproc_attn.training_support.trainer_setup import adapt_to_data, begin_run
 
     embedded = arguments.data.dataset_name == EMBEDDED_MASKS
     run = begin_run("semantic-segmentation", arguments, MASK_TRAINER_DEFAULTS, embedded=embedded)
     check_start(arguments.model, arguments.data.model_type)
     splits = load_mask_splits(arguments.data)
-    adapt_to_data(run, len(splits.rows["train"]), "validation" in splits.rows)
-    model, processor = build_segmenter(arguments.model, splits.label_names, splits.image_size, arguments.data)
+    adapt_to_data(run, len(splits.rows["train"]), "validation" in splits.rows)  # before images are decoded
+    model, processor = build_segmenter(arguments.model, splits, arguments.data)
     pixels = load_masked_pixels(splits, processor, arguments.data, run.training_args.seed)
-    trainer = ScriptTrainer(
-        model=model,
-        args=run.training_args,
+    fingerprints = {split: dataset.fingerprint for split, dataset in pixels.items()}
+    return fit(
+        run,
+        model,
+        pixels,
+        {split: SegmentationMetrics() for split in pixels},
+        fingerprints,
+        on_saved=lambda folder: draw_run(folder, pixels, arguments.data.pictures),
         data_collator=MaskCollator(processor),
-        train_dataset=pixels["train"],
-        eval_dataset=pixels.get("validation"),
         processing_class=processor,
-        compute_metrics=SegmentationMetrics(),
         preprocess_logits_for_metrics=count_pixels,
         callbacks=[EpochCallback(pixels["train"])],
     )
-    fingerprints = {split: dataset.fingerprint for split, dataset in pixels.items()}
-    evaluated = {split: (pixels[split], SegmentationMetrics()) for split in pixels if split != "train"}
-    result = train_and_save(run, trainer, fingerprints, evaluated)
-    if trainer.is_world_process_zero():
-        draw_run(result.output_dir, pixels, arguments.data.pictures)
-    return result
 
 
 def read_arguments(argv: Sequence[str] | None = None) -> Arguments[MaskDataArguments]:

@@ -34,6 +34,7 @@ class ImgProcFilteredConfig(PreTrainedConfig):
         filter_arguments: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        kwargs.pop("vocab_size", None)  # said in the file for others; see ``to_dict``
         for name in _OF_THE_BASE & set(base_config or {}):
             kwargs.setdefault(name, (base_config or {})[name])
         super().__init__(**kwargs)
@@ -64,6 +65,11 @@ class ImgProcFilteredConfig(PreTrainedConfig):
             own[field] = value
         else:
             super().__setattr__(name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As usual, with the model's ``vocab_size``: PEFT looks in the file whether a base model was enlarged."""
+        size = self.__dict__.get("base_config", {}).get("vocab_size")
+        return super().to_dict() | ({} if size is None else {"vocab_size": size})
 
     def _get_generation_parameters(self) -> dict[str, Any]:
         """None: those of the model's own configuration are fields of it, such as Whisper's ``suppress_tokens``."""

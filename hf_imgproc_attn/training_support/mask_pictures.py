@@ -41,7 +41,7 @@ def draw_run(folder: str, splits: Mapping[str, MaskedPixels], number: int) -> No
     from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
     split = next((name for name in ("test", "validation") if name in splits), None)
-    if split is None or number == 0:
+    if split is None or number == 0 or (Path(folder) / "adapter_config.json").is_file():  # adapters are no model
         return
     model = AutoModelForSemanticSegmentation.from_pretrained(folder).eval()
     processor = AutoImageProcessor.from_pretrained(folder)
