@@ -129,7 +129,8 @@ def difference(source: PreTrainedModel, variant: PreTrainedModel) -> tuple[float
         inputs = torch.randint(config.vocab_size, (1, length), generator=generator)
     else:
         inputs = torch.randn(1, config.num_channels, *sides(config.image_size), generator=generator)
-    outputs = [_run(model, inputs)[0].float().cpu() for model in (source, variant)]
+    outputs = [_run(model, inputs)[0] for model in (source, variant)]
+    outputs = [(output[-1] if isinstance(output, tuple) else output).float().cpu() for output in outputs]
     return float((outputs[0] - outputs[1]).abs().max()), float(outputs[0].std(correction=0))
 
 
@@ -196,7 +197,9 @@ def _cross_entropy(model: PreTrainedModel, texts: torch.Tensor) -> float:
 
 def _predictions(model: PreTrainedModel, inputs: torch.Tensor) -> torch.Tensor:
     # One at a time: a text classifier without a padding token takes no batch.
-    return torch.cat([_run(model, one).logits.float().argmax(-1).cpu().flatten() for one in inputs.split(1)])
+    logits = [_run(model, one).logits.float() for one in inputs.split(1)]
+    classes = 1 if logits[0].ndim == 4 else -1  # of an image's places the classes come first
+    return torch.cat([each.argmax(classes).cpu().flatten() for each in logits])
 
 
 def _is_language_model(model: PreTrainedModel) -> bool:
