@@ -306,5 +306,5 @@ def _advice(
         )
     return (
         "this is a starting point for training; what starts as the source's function: learned_twicing, "
-        "gradient_boosted, neutreno, pidformer"
+        "gradient_boosted, neutreno, pidformer, inversion, dynamic_inversion, gated"
     )

@@ -26,11 +26,19 @@ if TYPE_CHECKING:
 RECIPES = {task.recipe[0]: task for task in TASKS.values()}
 """Name of a recipe -> its task."""
 
+ONE_RECIPE = {
+    "inversion": "vit_digits",
+    "dynamic_inversion": "vit_digits",
+    "exclusive": "vit_digits",
+    "gated": "vit_digits",
+}
+"""Presets that are one value of one axis, beside those of the papers that the package is about -> their one recipe."""
+
 NAMES = [
     f"{task.recipe[0]}_{preset}"
     for task in TASKS.values()
     for preset in PRESETS
-    if preset not in OF_TASK[task.name].refused_presets
+    if preset not in OF_TASK[task.name].refused_presets and ONE_RECIPE.get(preset, task.recipe[0]) == task.recipe[0]
 ]
 """Names of all results: a recipe and a preset that its backbone can have."""
 SEED = 0
