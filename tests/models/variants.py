@@ -15,6 +15,7 @@ from torch import nn
 
 from hf_imgproc_attn.models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from hf_imgproc_attn.models.configuration_imgproc_vit import ImgProcViTConfig
+from hf_imgproc_attn.models.spec_axes import LayerSpec
 from hf_imgproc_attn.models.spec_fields import PRESETS
 from tests.models.helpers import GPT2, VIT, tiny_gpt2_config, tiny_vit_config
 
@@ -83,7 +84,8 @@ RIVALS = ("inversion", "dynamic_inversion", "exclusive", "gated")
 """Presets with one value, each of which a layer of ``CUSTOM`` has: tests of whole models leave it at those."""
 VARIANTS = (*(name for name in PRESETS if name not in RIVALS), *CUSTOM)
 ELLIPTICAL = tuple(name for name in VARIANTS if "elliptical" in {**PRESETS, **CUSTOM}[name].get("content_kernel", ()))
-BOOSTED = tuple(name for name in VARIANTS if "boosting" in {**PRESETS, **CUSTOM}[name])
+BOOSTED = tuple(name for name in VARIANTS if "boosting" in {**PRESETS, **CUSTOM}[name] and name != "one_pass")
+"""Variants that apply A more than once in some layer, for which a cache keeps streams."""
 ALL_STOCK = ("softmax", "nope", "boosted_residual")
 """Variants whose every attention is the stock one."""
 SOME_STOCK = (*ALL_STOCK, "three_steps")
@@ -147,6 +149,11 @@ def recorded_call(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, dic
     finally:
         for handle in handles:
             handle.remove()
+
+
+def averages(spec: LayerSpec) -> bool:
+    """Whether the rows of a layer's operator sum to 1."""
+    return spec.boosting not in ("inversion", "dynamic_inversion")
 
 
 def heads_by_hand(
