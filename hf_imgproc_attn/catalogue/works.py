@@ -215,6 +215,35 @@ PAPERS: dict[str, Paper] = {
   year    = {2025}
 }""",
     ),
+    "sink": Paper(
+        "Miller 2023, [Attention Is Off By One](https://www.evanmiller.org/attention-is-off-by-one.html)",
+        """@misc{miller2023attention,
+  title  = {Attention Is Off By One},
+  author = {Miller, Evan},
+  year   = {2023},
+  note   = {https://www.evanmiller.org/attention-is-off-by-one.html}
+}""",
+    ),
+    "sigmoid": Paper(
+        "Ramapuram et al. 2024, [Theory, Analysis, and Best Practices for Sigmoid Self-Attention]"
+        "(https://arxiv.org/abs/2409.04431)",
+        """@article{ramapuram2024theory,
+  title   = {Theory, Analysis, and Best Practices for Sigmoid Self-Attention},
+  author  = {Ramapuram, Jason and others},
+  journal = {arXiv preprint arXiv:2409.04431},
+  year    = {2024}
+}""",
+    ),
+    "softpick": Paper(
+        "Zuhri, Fuadi, Aji 2025, [Softpick: No Attention Sink, No Massive Activations with Rectified Softmax]"
+        "(https://arxiv.org/abs/2504.20966)",
+        """@article{zuhri2025softpick,
+  title   = {Softpick: No Attention Sink, No Massive Activations with Rectified Softmax},
+  author  = {Zuhri, Zayd M. K. and Fuadi, Erland Hilman and Aji, Alham Fikri},
+  journal = {arXiv preprint arXiv:2504.20966},
+  year    = {2025}
+}""",
+    ),
     "gradient_boosting": Paper(
         "Sargolzaei 2026, [Gradient Boosting within a Single Attention Layer](https://arxiv.org/abs/2604.03190)",
         """@article{sargolzaei2026gradient,

@@ -133,6 +133,7 @@ class StackConfig:
         self._set_heads(first)
         self.filter_spec_version = FilterSpecMixin.filter_spec_version
         self.position_axes = 2 if fields.is_image else 1
+        self.hides_later_tokens = any(bool(getattr(layer.module, "is_causal", False)) for layer in layers)
         if fields.is_image:
             self.default_neutreno_lambda = 0.6
         stock = getattr(first.module, "config", None)

@@ -10,6 +10,7 @@ import torch
 from .boost_operators import BOOSTING, ONE_PASS, Attend, keep_rows
 from .cache_streams import NO_STREAMS, Streams, boost_stream
 from .kernel_content import CONTENT_COLUMNS, working_dtype
+from .kernel_normalisation import Normalisation
 from .kernel_position import BlockedPositions, Positions
 from .visibility import Visibility, four_axes
 
@@ -56,6 +57,7 @@ class FilterCall(NamedTuple):
         rows of A sum to less than 1. None: there is none.
     own_value: values of the queries' own tokens, ``[batch, key_heads, length, d]``; None where they are the last rows
         of ``value``. In a cache of fixed size they are not, and nothing but the mask tells which keys are there.
+    normalisation: how logits become weights.
     """
 
     query: torch.Tensor
@@ -69,13 +71,21 @@ class FilterCall(NamedTuple):
     streams: Streams = NO_STREAMS
     sinks: torch.Tensor | None = None
     own_value: torch.Tensor | None = None
+    normalisation: Normalisation = Normalisation()
 
     @property
     def own_softmax(self) -> str | None:
         """Why back-ends whose weights are the plain softmax of the logits refuse, or None."""
         if self.content.softcap is not None:
             return "knows no logits with a soft cap"
+        if self.normalisation.name != "softmax":
+            return f"computes the weights of softmax only, got normalisation={self.normalisation.name!r}"
         return None if self.sinks is None else "knows no sinks"
+
+    @property
+    def ignores_row_constants(self) -> bool:
+        """Whether a number that is added to a whole row of logits changes nothing."""
+        return self.sinks is None and self.normalisation.ignores_row_constants
 
     @property
     def is_boosted(self) -> bool:

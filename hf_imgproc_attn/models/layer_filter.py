@@ -23,11 +23,12 @@ from .boost_operators import extra_streams, operator_on_value
 from .cache_streams import NO_STREAMS, Streams, boost_stream, round_stream
 from .kernel_content import working_dtype
 from .kernel_elliptical import elliptical_metric
+from .kernel_normalisation import Normalisation
 from .kernel_position import Positions, pack_key, unpack_key
 from .layer_inputs import LayerInputs
 from .layer_parameters import FilterScalars, PositionProjection, Scalars, bandwidth_scale, per_head
 from .layer_positions import LayerPositions
-from .spec_axes import LayerSpec, is_stock_layer, needs_previous_value
+from .spec_axes import DEFAULT_SINKHORN_ITERATIONS, LayerSpec, is_stock_layer, needs_previous_value
 from .visibility import Visibility
 
 
@@ -93,9 +94,13 @@ class AttentionFilter(nn.Module):
             class_token=positions.has_class_logits,
             buckets=positions.bucket_table,
             boosting=spec.boosting,
+            sink=spec.normalisation == "sink",
             # Layer 0 hands its values on and has no feedback of its own.
             feedback=self._feedback_gains if config.learn_feedback and layer_idx > 0 else None,
         )
+        # A sink is softmax with one more key.
+        name = "softmax" if spec.normalisation == "sink" else spec.normalisation
+        self._normalisation = Normalisation(name, config.sinkhorn_iterations or DEFAULT_SINKHORN_ITERATIONS)
         self._has_scalars = any(True for _ in self.scalar_bias.parameters())
         self._sees_positions = spec.position_kernel not in ("additive", "none")
         self.position_projection = None
@@ -271,6 +276,8 @@ class AttentionFilter(nn.Module):
             dropout=dropout,
             streams=streams,
             own_value=streams.own_value(value, query.shape[-2]),
+            sinks=scalars.sink,
+            normalisation=self._normalisation,
         )
 
     def _gain(self, scalars: Scalars, hidden_states: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

@@ -86,6 +86,7 @@ class Scalars(NamedTuple):
     boosting_gain: gamma of the booster ``learned``, ``[heads]``.
     feedback_gains: lambda of ``neutreno`` ``[heads, 1]``, or P, I, D of ``pid`` ``[heads, 3]``.
     inversion_gains: alpha and beta of ``inversion``, ``[heads, 2]``.
+    sink: logit of the key that takes weight from every row, ``[heads]``.
     """
 
     content_log_bandwidth: torch.Tensor | None = None
@@ -95,6 +96,7 @@ class Scalars(NamedTuple):
     boosting_gain: torch.Tensor | None = None
     feedback_gains: torch.Tensor | None = None
     inversion_gains: torch.Tensor | None = None
+    sink: torch.Tensor | None = None
 
 
 class FilterScalars(nn.Module):
@@ -113,6 +115,7 @@ class FilterScalars(nn.Module):
             model starts without any notion of position; T5 draws them at random instead (*choice*).
         boosting: whose gains there are: gamma of ``learned``, initially 1: twicing; alpha and beta of ``inversion``,
             initially 1 and 0: no boosting.
+        sink: whether there is a sink's logit, initially 0.
         feedback: initial factors of the feedback, the same for every head, or None where they are not learned.
     """
 
@@ -123,6 +126,7 @@ class FilterScalars(nn.Module):
     boosting_gain: nn.Parameter | None
     feedback_gains: nn.Parameter | None
     inversion_gains: nn.Parameter | None
+    sink: nn.Parameter | None
 
     def __init__(
         self,
@@ -132,6 +136,7 @@ class FilterScalars(nn.Module):
         class_token: bool,
         buckets: tuple[int, int] | None = None,
         boosting: str = "none",
+        sink: bool = False,
         feedback: list[float] | None = None,
     ) -> None:
         super().__init__()
@@ -149,6 +154,7 @@ class FilterScalars(nn.Module):
             "boosting_gain": () if boosting == "learned" else None,
             "feedback_gains": (len(feedback),) if feedback else None,
             "inversion_gains": (2,) if boosting == "inversion" else None,
+            "sink": () if sink else None,
         }
         for name, shape in shapes.items():
             self.register_parameter(
@@ -164,7 +170,7 @@ class FilterScalars(nn.Module):
             if parameter is not None and bandwidths is not None:
                 logs = [math.log(bandwidth) for bandwidth in bandwidths]
                 init.copy_(parameter, torch.tensor(logs, dtype=parameter.dtype, device=parameter.device))
-        for logits in (self.class_token, self.relative_buckets):
+        for logits in (self.class_token, self.relative_buckets, self.sink):
             if logits is not None:
                 init.zeros_(logits)
         if self.boosting_gain is not None:
@@ -184,6 +190,7 @@ class FilterScalars(nn.Module):
             self.boosting_gain,
             self.feedback_gains,
             self.inversion_gains,
+            self.sink,
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FilterScalars:

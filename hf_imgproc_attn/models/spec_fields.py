@@ -16,6 +16,7 @@ from .spec_axes import (
     DEFAULT_NUM_BUCKETS,
     DEFAULT_PID_GAINS,
     DEFAULT_ROTARY_BASE,
+    DEFAULT_SINKHORN_ITERATIONS,
     FILTER_BACKENDS,
     GRADIENT_BOOSTING_SOURCES,
     PUBLISHED_NEUTRENO_LAMBDAS,
@@ -50,6 +51,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dynamic_inversion": {"boosting": "dynamic_inversion"},
     "exclusive": {"boosting": "exclusive"},
     "gated": {"gate": "elementwise"},
+    "sink": {"normalisation": "sink"},
+    "sigmoid": {"normalisation": "sigmoid"},
+    "softpick": {"normalisation": "softpick"},
 }
 """Named variants: the fields in which each differs from the stock model."""
 
@@ -73,10 +77,12 @@ FILTER_FIELDS = (
     "pid_gains",
     "learn_feedback",
     "gate",
+    "normalisation",
+    "sinkhorn_iterations",
 )
 """The fields below, but for the version, which is never chosen."""
 
-_AXES = ("content_kernel", "position_kernel", "boosting", "residual", "feedback", "gate")
+_AXES = ("content_kernel", "position_kernel", "boosting", "residual", "feedback", "gate", "normalisation")
 """The fields that make a preset what it is."""
 
 ConfigT = TypeVar("ConfigT", bound="FilterSpecMixin")
@@ -121,6 +127,10 @@ class FilterSpecMixin:
             and layer, which start at the values above.
         gate: a learned factor on the head output, before the output projection: ``"none"``, ``"headwise"`` (one per
             head and token) or ``"elementwise"`` (one per feature and token); one value, or one per layer.
+        normalisation: how logits become weights: ``"softmax"``, ``"sink"`` (one more key a head with a learned logit,
+            whose value is 0), ``"sigmoid"``, ``"softpick"`` or, without a causal mask, ``"sinkhorn"``; one value, or
+            one per layer.
+        sinkhorn_iterations: ``sinkhorn`` only: steps over columns and rows, from 1 to 64. None: 3.
         filter_spec_version: written by ``save_pretrained``, never chosen by a user.
 
     Raises:
@@ -147,6 +157,8 @@ class FilterSpecMixin:
     pid_gains: list[float | int] | None = None
     learn_feedback: bool = False
     gate: str | list[str] = "none"
+    normalisation: str | list[str] = "softmax"
+    sinkhorn_iterations: int | None = None
     filter_spec_version: int = FILTER_SPEC_VERSION
 
     position_axes: ClassVar[int] = 1
@@ -155,6 +167,8 @@ class FilterSpecMixin:
     """The published strength for this kind of data."""
     needs_positions: ClassVar[bool] = False
     """Whether a model without any notion of positions would be blind to the order of its input."""
+    hides_later_tokens: ClassVar[bool] = False
+    """Whether the model's attention is causal."""
     must_be: ClassVar[dict[str, tuple[Any, str]]] = {}
     """Fields of the stock configuration that make another architecture of it: the value that is supported, and why."""
 
@@ -301,6 +315,7 @@ def written_out_defaults(config: Any) -> dict[str, Any]:
         "relative_attention_num_buckets": DEFAULT_NUM_BUCKETS,
         "relative_attention_max_distance": DEFAULT_MAX_DISTANCE,
         "rotary_base": DEFAULT_ROTARY_BASE,
+        "sinkhorn_iterations": DEFAULT_SINKHORN_ITERATIONS,
     }
 
 

@@ -53,6 +53,7 @@ LISTS: dict[str, dict[str, Any]] = {
         "boosting_steps": [1, 3, 2],
         "gradient_boosting_source": "input",
     },
+    "normalisations": {"normalisation": ["sink", "sigmoid", "softpick"]},
     "gates": {"boosting": "inversion", "gate": ["headwise", "none", "elementwise"]},
     "learned_gains": {"feedback": "pid", "pid_gains": [0, 0, 0], "learn_feedback": True},
 }
@@ -91,7 +92,10 @@ def test_defaults_are_the_stock_model(config_class: Any, stock_name: str) -> Non
 
 
 # What the presets have of the later axes.
-LATER = {"gated": {"gate": "elementwise"}}
+LATER = {
+    "gated": {"gate": "elementwise"},
+    **{name: {"normalisation": name} for name in ("sink", "sigmoid", "softpick")},
+}
 
 # Content, position, boosting and its steps, residual, feedback, learned bandwidths; see docs/framework.md, section 8.
 TABLE = {
@@ -117,6 +121,9 @@ TABLE = {
     "dynamic_inversion": ("dot_product", "additive", "dynamic_inversion", 2, "standard", "none", False),
     "exclusive": ("dot_product", "additive", "exclusive", 2, "standard", "none", False),
     "gated": ("dot_product", "additive", "none", 2, "standard", "none", False),
+    "sink": ("dot_product", "additive", "none", 2, "standard", "none", False),
+    "sigmoid": ("dot_product", "additive", "none", 2, "standard", "none", False),
+    "softpick": ("dot_product", "additive", "none", 2, "standard", "none", False),
 }
 
 
