@@ -122,7 +122,7 @@ def position_rows(term: Positions, start: int, stop: int, keys: int, dtype: torc
     logits = part.grid_logits(dtype)
     if term.class_tokens is None:
         return logits
-    count, class_logits = term.class_tokens
+    count, class_logits, _ = term.class_tokens
     bias = class_token_logits(class_logits.to(dtype), stop, keys, count)[..., start:, :]
     is_class = (torch.arange(start, stop, device=logits.device).view(-1, 1) < count) | (
         torch.arange(keys, device=logits.device).view(1, -1) < count
