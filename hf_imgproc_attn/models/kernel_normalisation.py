@@ -8,8 +8,8 @@ With l the logits of row i, m its largest (at least 0 for ``softpick``) and n_i 
     softpick  a_ij = relu(e^(l_ij - m) - e^-m) / (eps + sum_k |e^(l_ik - m) - e^-m|)   (arXiv 2504.20966)
     sinkhorn  e^l scaled to columns, then rows, that sum to 1, t times  (Sinkformers, arXiv 2110.11773)
 
-``sink`` is softmax with one more key, whose value is 0, and has its place there: ``FilterCall.sinks``. Only the rows of
-``softmax`` and ``sinkhorn`` sum to 1, and only these two ignore a number that is added to a whole row of logits.
+``sink`` is softmax with one more key, whose value is 0, and has its place there: ``FilterCall.sinks``. Only the rows
+of ``softmax`` and ``sinkhorn`` sum to 1, and only these two ignore a number that is added to a whole row of logits.
 ``sinkhorn`` compares rows with each other: it needs all of them at once, in memory O(length * key_length), and no
 causal mask.
 """
