@@ -55,7 +55,7 @@ def filter_rows(call: FilterCall, scores: int = BLOCK_SCORES) -> Iterator[Rows]:
         stop = min(start + step, length)
         part = rows_of(call, start, stop)
         logits = filter_logits(part)
-        weights = filter_matrix(logits, part.visibility)
+        weights = filter_matrix(logits, part.visibility, part.sinks, part.normalisation)
         yield Rows(start, stop, part.key.shape[-2], logits, weights, part.visibility.allowed(logits.device))
 
 

@@ -118,7 +118,13 @@ CHOICES = (
         lambda call: torch.compiler.is_compiling(),
         ("sdpa", "reference"),
     ),
-    # No fused call has it.
+    # No fused call has it. With few scores one block is all rows.
+    Choice(
+        None,
+        "the same with few scores",
+        lambda call: _is_fused_nowhere(call) and _has_few_scores(call),
+        ("reference",),
+    ),
     Choice(None, "logits with a soft cap, other weights than softmax", _is_fused_nowhere, ("chunked", "reference")),
     # One row of weights serves all passes, and no columns have to be put beside every cached key.
     Choice(None, "one query, boosted or with columns", _is_one_row, ("reference",)),
