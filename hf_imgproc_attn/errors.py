@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 _EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("accelerate", "datasets", "evaluate", "numpy", "PIL", "psutil", "sklearn", "tokenizers", "yaml"),
-    "robustness": ("foolbox",),
+    "robustness": ("PIL", "art", "cv2", "numpy", "scipy", "skimage"),
     "viz": ("matplotlib",),
     "hub": ("jinja2", "matplotlib"),
     "filters": ("matplotlib", "numpy", "PIL", "skimage"),

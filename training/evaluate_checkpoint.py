@@ -3,16 +3,14 @@
     python training/evaluate_checkpoint.py outputs/digits
     python training/evaluate_checkpoint.py outputs/digits --sigmas 0.1 0.2 --epsilons 4/255 8/255
 
-Images: Gaussian noise and, where foolbox is installed, FGSM; text: word swap. The data are those that run.json names,
-checked by their fingerprint; the training split is never evaluated.
+Images: Gaussian noise and FGSM; text: word swap. The data are those that run.json names, checked by their fingerprint;
+the training split is never evaluated. More disturbances, for any checkpoint: imgproc-attn robustness.
 """
 
-import argparse
 import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,11 +19,11 @@ from hf_imgproc_attn.errors import (
     OneLineParser,
     UsageError,
     exit_code,
-    install_hint,
-    missing_packages,
     require_extras,
 )
 from hf_imgproc_attn.output_paths import check_new_files, write_or_keep
+from hf_imgproc_attn.robustness.command import number
+from hf_imgproc_attn.robustness.settings import ImageSettings, TextSettings, check_fractions, check_integer
 from hf_imgproc_attn.training_support.arguments import (
     ImageDataArguments,
     LabelledTextDataArguments,
@@ -71,13 +69,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, values in (("sigmas", self.sigmas), ("epsilons", self.epsilons), ("fraction", (self.fraction,))):
-            for value in values or ():
-                if value is not None and not 0 < value <= 1:
-                    raise UsageError(f"{name} must be > 0 and <= 1, got {value!r}")
+            check_fractions(name, [value for value in values or () if value is not None])
         for name, least in (("seed", 0), ("max_samples", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UsageError(f"{name} must be an integer >= {least}, got {value!r}")
+            check_integer(name, getattr(self, name), least)
         if self.split not in SPLITS:
             raise UsageError(f"split must be one of {', '.join(SPLITS)}, got {self.split!r}")
 
@@ -102,7 +96,6 @@ def evaluate(run: str | Path, settings: Settings | None = None, *, force: bool =
 
     from hf_imgproc_attn import records
     from hf_imgproc_attn.cards.rendering import ROBUSTNESS_FILE, load_record
-    from hf_imgproc_attn.training_support.evaluation import DEFINITIONS
 
     folder, settings = Path(run), settings or Settings()
     record = load_record(folder)
@@ -112,14 +105,13 @@ def evaluate(run: str | Path, settings: Settings | None = None, *, force: bool =
         raise UsageError(f"{folder} must hold the weights that its run.json names (weights_sha256), got {weights}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started = time.perf_counter()
-    results = _MEASURES[TASKS[record["task"]].auto_class](folder, record, settings, device)
-    used = {name for result in results for name in (result["disturbance"], *result["parameters"])}
+    report = _MEASURES[TASKS[record["task"]].auto_class](folder, record, settings, device)
     robustness = {
         "format": FORMAT,
         "weights_sha256": weights,
         "split": settings.split,
-        "results": [{**result, "split": settings.split} for result in results],
-        "definitions": {name: text for name, text in DEFINITIONS.items() if name in used},
+        "results": [_for_card(result, settings.split) for result in report["results"]],
+        "definitions": report["definitions"],
         "versions": records.package_versions(),
         "git": records.git_state(),
         "device": records.device_description(device, processes=1),
@@ -131,10 +123,16 @@ def evaluate(run: str | Path, settings: Settings | None = None, *, force: bool =
     return robustness
 
 
-def _measure_images(folder: Path, record: dict[str, Any], settings: Settings, device: Any) -> list[dict[str, Any]]:
+def _for_card(result: dict[str, Any], split: str) -> dict[str, Any]:
+    """A result without what a card has no room for: which of the samples were right."""
+    return {**{name: value for name, value in result.items() if name != "correct"}, "split": split}
+
+
+def _measure_images(folder: Path, record: dict[str, Any], settings: Settings, device: Any) -> dict[str, Any]:
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    from hf_imgproc_attn.training_support.evaluation import image_robustness
+    from hf_imgproc_attn.robustness.classifier import unit_images
+    from hf_imgproc_attn.robustness.images import evaluate_robustness
     from hf_imgproc_attn.training_support.image_data import load_image_splits
     from hf_imgproc_attn.training_support.image_pixels import load_pixels
 
@@ -143,11 +141,6 @@ def _measure_images(folder: Path, record: dict[str, Any], settings: Settings, de
         default if given is None else given
         for given, default in ((settings.sigmas, SIGMAS), (settings.epsilons, EPSILONS))
     )
-    if epsilons and missing_packages("robustness"):
-        if settings.epsilons is not None:
-            require_extras("robustness")
-        print(f"left out: FGSM, which needs {', '.join(missing_packages('robustness'))}: {install_hint('robustness')}")
-        epsilons = ()
     processor = AutoImageProcessor.from_pretrained(folder)
 
     def load(args: ImageDataArguments) -> "PixelDataset":
@@ -158,13 +151,20 @@ def _measure_images(folder: Path, record: dict[str, Any], settings: Settings, de
 
     dataset = _same_data(load, ImageDataArguments, record, settings)
     model = AutoModelForImageClassification.from_pretrained(folder).to(device)
-    return image_robustness(model, processor, dataset, sigmas=sigmas, epsilons=epsilons, seed=settings.seed)
+    chosen = ImageSettings(
+        sigmas=sigmas,
+        attacks=("fgsm",) if epsilons else (),
+        epsilons=epsilons,
+        seed=settings.seed,
+        batch_size=256,
+    )
+    return evaluate_robustness(model, processor, *unit_images(dataset), chosen)
 
 
-def _measure_text(folder: Path, record: dict[str, Any], settings: Settings, device: Any) -> list[dict[str, Any]]:
+def _measure_text(folder: Path, record: dict[str, Any], settings: Settings, device: Any) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hf_imgproc_attn.training_support.evaluation import text_robustness
+    from hf_imgproc_attn.robustness.texts import evaluate_text_robustness
     from hf_imgproc_attn.training_support.model_setup import DEFAULT_BLOCK_SIZE
     from hf_imgproc_attn.training_support.text_data import load_text_splits
 
@@ -180,16 +180,21 @@ def _measure_text(folder: Path, record: dict[str, Any], settings: Settings, devi
     model = AutoModelForCausalLM.from_pretrained(folder).to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     block_size = record["arguments"]["data"].get("block_size") or min(model.config.n_positions, DEFAULT_BLOCK_SIZE)
+    # Behind the token that the training put before its texts.
+    first = tokenizer.eos_token_id
+    swap = _word_swap(settings)
+    return evaluate_text_robustness(model, tokenizer, text.lines, swap, block_size=block_size, first_token=first)
+
+
+def _word_swap(settings: Settings) -> TextSettings:
     fraction = FRACTION if settings.fraction is None else settings.fraction
-    return text_robustness(model, tokenizer, text, block_size, fraction=fraction, seed=settings.seed)
+    return TextSettings(changes=("word_swap",), fractions=(fraction,), seed=settings.seed)
 
 
-def _measure_labelled_texts(
-    folder: Path, record: dict[str, Any], settings: Settings, device: Any
-) -> list[dict[str, Any]]:
+def _measure_labelled_texts(folder: Path, record: dict[str, Any], settings: Settings, device: Any) -> dict[str, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from hf_imgproc_attn.training_support.evaluation import labelled_text_robustness
+    from hf_imgproc_attn.robustness.texts import evaluate_text_robustness
     from hf_imgproc_attn.training_support.labelled_text import load_labelled_texts
 
     for name in ("sigmas", "epsilons"):
@@ -203,13 +208,10 @@ def _measure_labelled_texts(
     texts = _same_data(load, LabelledTextDataArguments, record, settings)
     model = AutoModelForSequenceClassification.from_pretrained(folder).to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    fraction = FRACTION if settings.fraction is None else settings.fraction
-    return labelled_text_robustness(
-        model, tokenizer, texts, tokenizer.model_max_length, fraction=fraction, seed=settings.seed
-    )
+    return evaluate_text_robustness(model, tokenizer, texts.texts, _word_swap(settings), labels=texts.labels.tolist())
 
 
-_MEASURES: dict[str, Callable[..., list[dict[str, Any]]]] = {
+_MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     "AutoModelForImageClassification": _measure_images,
     "AutoModelForCausalLM": _measure_text,
     "AutoModelForSequenceClassification": _measure_labelled_texts,
@@ -250,33 +252,25 @@ def _same_data(
     return load(dataclasses.replace(args, max_eval_samples=settings.max_samples))
 
 
-def _number(word: str) -> float:
-    """``0.1`` or ``8/255``."""
-    try:
-        return float(Fraction(word))
-    except (ValueError, ZeroDivisionError) as error:
-        raise argparse.ArgumentTypeError(f"must be a number or a fraction such as 8/255, got {word!r}") from error
-
-
 def _build_parser() -> OneLineParser:
     parser = OneLineParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument(
         "--sigmas",
-        type=_number,
+        type=number,
         nargs="*",
         metavar="SIGMA",
         help="images: standard deviations of Gaussian noise, pixels in [0, 1] (default: 0.1 0.2 0.3)",
     )
     parser.add_argument(
         "--epsilons",
-        type=_number,
+        type=number,
         nargs="*",
         metavar="EPSILON",
         help="images: largest changes of a pixel by FGSM, pixels in [0, 1] (default: 8/255 16/255)",
     )
     parser.add_argument(
-        "--fraction", type=_number, help=f"text: part of the words that is replaced by AAA (default: {FRACTION})"
+        "--fraction", type=number, help=f"text: part of the words that is replaced by AAA (default: {FRACTION})"
     )
     parser.add_argument("--seed", type=int, default=0, help="of noise and word swap (default: %(default)s)")
     parser.add_argument("--max_samples", type=int, help="use at most so many images or lines (default: all)")
