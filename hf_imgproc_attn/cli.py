@@ -34,6 +34,7 @@ from .measure.commands import add_commands as add_measuring_commands
 from .measure.gpu_check.command import add_command as add_gpu_check
 from .output_paths import check_new_files, check_output_folder
 from .shipped_files import shipped_file
+from .study.command import add_command as add_study
 
 TRAINING_SCRIPTS = {
     **{task.command: (task.script, f"train or fine-tune {task.help}") for task in TASKS.values()},
@@ -198,6 +199,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_gpu_check(commands)
     add_measuring_commands(commands)
+    add_study(commands)
     add_hub_commands(commands)
     return parser
 

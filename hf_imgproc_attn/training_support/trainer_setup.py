@@ -58,11 +58,13 @@ class Result:
         output_dir: folder of the checkpoint and ``run.json``.
         metrics: split -> metric -> value.
         record: the content of ``run.json``.
+        trainer: with the trained model and the data.
     """
 
     output_dir: str
     metrics: dict[str, dict[str, float]]
     record: dict[str, Any]
+    trainer: "ScriptTrainer"
 
 
 def begin_run(task: str, arguments: Arguments[Any], defaults: dict[str, Any], *, embedded: bool) -> Run:
@@ -210,6 +212,8 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
     Raises:
         UsageError: if a run is resumed on other data, if the disk is full, or if publishing is refused.
     """
+    from hf_imgproc_attn.training_support.divergence import DivergenceStop, has_diverged
+
     main = trainer.is_world_process_zero()
     drop_last = bool(run.training_args.dataloader_drop_last)
     records.check_same_data(run.record, fingerprints, drop_last)
@@ -226,6 +230,14 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
         "model_config": model.config.to_dict(),
         "resumed_from": run.resume_from,
     }
+    options = run.arguments.run
+    if options.prepare_only:
+        return Result(run.training_args.output_dir, {}, run.record, trainer)
+    if not options.evaluate_test:
+        splits = {name: split for name, split in splits.items() if name != "test"}
+    if options.stop_diverged:
+        run.training_args.logging_nan_inf_filter = False
+        trainer.add_callback(DivergenceStop())
     if main:
         print(
             f"{type(model).__name__}: {model.num_parameters():,} parameters; output in {run.training_args.output_dir}"
@@ -244,7 +256,7 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
     if main:
         history = trainer.state.log_history
         run.record |= {
-            "status": "finished",
+            "status": "diverged" if options.stop_diverged and has_diverged(history) else "finished",
             "steps": trainer.state.global_step,
             "model_config": model.config.to_dict(),
             "metrics": {"train": outcome.metrics, **metrics},
@@ -264,7 +276,7 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
         )
         if run.training_args.push_to_hub:
             _publish(run.training_args, str(trainer.hub_model_id), run.record["arguments"]["run"]["license"])
-    return Result(run.training_args.output_dir, metrics, run.record)
+    return Result(run.training_args.output_dir, metrics, run.record, trainer)
 
 
 def _save_model(run: Run, trainer: "ScriptTrainer") -> None:
