@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 _EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("accelerate", "datasets", "evaluate", "numpy", "PIL", "psutil", "sklearn", "tokenizers", "yaml"),
     "robustness": ("foolbox",),
+    "study": ("scipy",),
     "viz": ("matplotlib",),
     "hub": ("jinja2", "matplotlib"),
     "filters": ("matplotlib", "numpy", "PIL", "skimage"),
@@ -108,7 +109,7 @@ def require_extras(*extras: str) -> None:
     """Check that the packages of the named extras are installed.
 
     Args:
-        extras: names among ``train``, ``robustness``, ``viz``, ``hub`` and ``filters``.
+        extras: names among ``train``, ``robustness``, ``study``, ``viz``, ``hub`` and ``filters``.
 
     Raises:
         UsageError: names the packages that are missing and the extra that brings them.

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError, require_extras
 from ..output_paths import check_output_folder
+
+if TYPE_CHECKING:
+    from .ledger import Ledger
+    from .plan import Study
 
 
 def add_command(commands: Any) -> None:
@@ -24,7 +28,9 @@ def add_command(commands: Any) -> None:
         "--ledger", type=Path, metavar="DIR", help="folder of the results (default: outputs/study/NAME)"
     )
     command.add_argument("--report", action="store_true", help="train nothing; write the table of what the ledger has")
-    command.add_argument("--budget", type=float, metavar="MINUTES", help="begin no run that would not end in this time")
+    command.add_argument(
+        "--budget", type=float, metavar="MINUTES", help="begin no run that would not end in this time"
+    )
     command.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side (default: %(default)s)")
     command.add_argument(
         "--threads", type=int, default=1, metavar="N", help="CPU threads of a run (default: %(default)s)"
@@ -42,10 +48,11 @@ def add_command(commands: Any) -> None:
 
 def run_command(options: argparse.Namespace) -> int:
     """``imgproc-attn study``."""
-    from .driver import InThisProcess, parse_shard, run_study
-    from .ledger import Ledger
+    from .driver import Engine, InThisProcess, parse_shard, run_study
+    from .engines import Workers
+    from .ledger import HEADER, Ledger
 
-    require_extras("train")
+    require_extras("train", "study")
     shard = parse_shard(options.shard)
     for name in ("jobs", "threads", "budget"):
         value = getattr(options, name)
@@ -58,15 +65,34 @@ def run_command(options: argparse.Namespace) -> int:
     ledger = Ledger(folder)
     import torch
 
+    from .run import be_quiet
+
+    be_quiet()
     torch.set_num_threads(options.threads)  # small models gain nothing from a second one
+    if options.report:
+        if not (folder / HEADER).is_file():
+            raise UsageError(f"ledger must be the folder of a study, got {str(folder)!r}, which has no {HEADER}")
+        ledger.open(study)
+        return _show(study, ledger)
+    engine: Engine = InThisProcess(study, ledger)
+    if options.jobs > 1:
+        engine = Workers(options.study, options.data, folder, options.jobs, options.threads)
     study, progress = run_study(
         study,
         ledger,
-        InThisProcess(study, ledger),
+        engine,
         budget_minutes=options.budget,
         shard=shard,
         side_by_side=options.jobs,
     )
-    for line in progress.errors:
-        print(f"failed: {line}")
+    _show(study, ledger)
     return 1 if progress.errors else 0
+
+
+def _show(study: Study, ledger: Ledger) -> int:
+    """Write the report and print its tables."""
+    from .report import plain_text, report_paths, write_report
+
+    tables = write_report(study, ledger)
+    print(f"\n{plain_text(tables)}\n\n{report_paths(ledger.folder)}" if tables else "no run has ended yet")
+    return 0

@@ -1,4 +1,4 @@
-"""Runs a study: what is not in the ledger yet, one run after another or some side by side, until all or a budget ends."""
+"""Runs a study: what is not in the ledger yet, one after another or some side by side, until all or a budget ends."""
 
 from __future__ import annotations
 
@@ -31,6 +31,17 @@ class Job:
     run: Run
     size: Size
 
+    def to_line(self) -> dict[str, Any]:
+        """As plain values, for another process."""
+        run = self.run
+        return {"task": run.task.name, "variant": vars(run.variant), "seed": run.seed, "size": vars(self.size)}
+
+    @classmethod
+    def from_line(cls, study: Study, line: dict[str, Any]) -> Job:
+        """The job of :meth:`to_line`; the study says what its task is."""
+        task = next(task for task in study.tasks if task.name == line["task"])
+        return cls(Run(task, Variant(**line["variant"]), line["seed"]), Size(**line["size"]))
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -61,9 +72,9 @@ class Progress:
     done: int = 0
 
     def expected(self, runs: Sequence[Run]) -> float | None:
-        """Seconds that runs will take one after another; None while no run of their tasks has ended."""
-        known = [self.seconds.get(run.task.name) for run in runs]
-        return sum(mean(seconds) for seconds in known if seconds) if all(known) else None
+        """Seconds that runs will take one after another, by the mean of their task; None while no run has ended."""
+        every = [seconds for of_task in self.seconds.values() for seconds in of_task]
+        return sum(mean(self.seconds.get(run.task.name, every)) for run in runs) if every else None
 
     def report(self, run: Run, outcome: Outcome, left: Sequence[Run]) -> None:
         """Count the outcome of a run, and print a line on it and on the time left."""
@@ -184,7 +195,7 @@ def prepare(study: Study, say: Say) -> tuple[Study, dict[str, dict[str, Size]], 
             considered = "; ".join(
                 f"{words}: {size.parameters:,} parameters, {size.compute / 1e6:.2f}M" for words, size in candidates
             )
-            say(f"{task.name}: {baseline.name} is to have the {match.measure} of {match.like}. Candidates: {considered}")
+            say(f"{task.name}: {baseline.name}, with the {match.measure} of {match.like}; candidates: {considered}")
         sizes[task.name] = of_task
         stock = of_task[base.name]
         say(f"{task.name}: parameters, and operations of a training step a sample")

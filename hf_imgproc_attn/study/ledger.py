@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import UsageError
 from ..records import write_json
-from .plan import Run, Study
+from .plan import Run, Study, Variant
 
 FORMAT = 1
 HEADER = "study.json"
@@ -75,8 +75,8 @@ class Ledger:
         if difference is not None:
             place, old, new = difference
             raise UsageError(
-                f"ledger {str(self.folder)!r} is of another version of the study: {what} has {place} {old!r} there and "
-                f"{new!r} here; give the study a new version and another ledger"
+                f"ledger {str(self.folder)!r} is of another version of the study: {what} has {place} {old!r} there "
+                f"and {new!r} here; give the study a new version and another ledger"
             )
 
     def names(self) -> list[str]:
@@ -99,10 +99,18 @@ class Ledger:
     def everything(self, study: Study) -> dict[str, dict[str, Any]]:
         """Name of a run -> its record, for those of a study's runs that have ended.
 
+        Matched baselines whose size is not known yet are read as they are.
+
         Raises:
             UsageError: as :meth:`read`, or if runs of one task were made with different data.
         """
         found = {run.name: record for run in study.runs if (record := self.read(run)) is not None}
+        for task in study.tasks:
+            for name, seed in [(match.name, seed) for match in study.matched for seed in study.seeds]:
+                run = Run(task, Variant(name, ""), seed)
+                if run.name not in found and self._file(run).is_file():
+                    found[run.name] = record = self._read(self._file(run))
+                    self._same(f"run {run.name}", record["identity"]["recipe"], run.identity["recipe"])
         data: dict[str, tuple[str, Any]] = {}
         for run_name, record in found.items():
             name, fingerprint = data.setdefault(record["task"], (run_name, record["data_fingerprint"]))
@@ -152,7 +160,9 @@ class Ledger:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UsageError(f"{str(path)!r} in the ledger cannot be read ({error}); remove it to repeat it") from error
+            raise UsageError(
+                f"{str(path)!r} in the ledger cannot be read ({error}); remove it to repeat it"
+            ) from error
         if not isinstance(content, dict):
             raise UsageError(f"{str(path)!r} in the ledger must hold a mapping")
         return content

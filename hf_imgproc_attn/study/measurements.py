@@ -25,7 +25,7 @@ PGD_STEPS = 20
 _OF_IMAGES = ("noise", "fgsm", "pgd")
 _OF_TEXTS = ("word_swap",)
 SEED = 0
-"""Of noise, random starts and the choice of words: the same for every model, so that they are compared on one input."""
+"""Of noise, random starts and the choice of words: the same for every model, whose inputs are then the same."""
 
 
 def check_settings(given: Any, kind: Task, task: str) -> dict[str, Any]:

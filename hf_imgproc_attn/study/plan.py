@@ -220,7 +220,9 @@ def place_data(study: Study, places: Sequence[str]) -> Study:
         left, equals, value = place.partition("=")
         name, dot, option = left.rpartition(".")
         if not (equals and dot) or option not in WHERE_DATA_LIE:
-            raise UsageError(f"--data must be TASK.OPTION=VALUE, OPTION one of {', '.join(WHERE_DATA_LIE)}, got {place!r}")
+            raise UsageError(
+                f"--data must be TASK.OPTION=VALUE, OPTION one of {', '.join(WHERE_DATA_LIE)}, got {place!r}"
+            )
         if name not in tasks:
             raise UsageError(f"--data must name a task of the study ({', '.join(tasks)}), got {place!r}")
         if option == "dataset_name" and Path(value).expanduser().exists():

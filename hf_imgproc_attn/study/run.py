@@ -1,7 +1,9 @@
-"""One run of a study: trained and evaluated by its training script, measured on disturbed data, and put in a record."""
+"""One run of a study: trained and evaluated by its training script, measured on disturbed data, recorded."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import shutil
@@ -60,6 +62,15 @@ def carry_out(study: Study, run: Run, folder: Path, size: Size) -> dict[str, Any
     }
 
 
+def be_quiet() -> None:
+    """No progress bars of the libraries in this process: a study has its own lines."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+
+
 def measured(study: Study, run: Run, folder: Path) -> list[dict[str, Any]]:
     """What is measured of a finished run beside the clean data."""
     return measure(folder, run.task.kind, run.task.measure, study.split) if run.task.measure else []
@@ -87,7 +98,8 @@ def _train(study: Study, run: Run, folder: Path) -> dict[str, Any]:
         resume = ["--resume"] if newest_complete_checkpoint(folder) is not None else []
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
-    result = script.train(script.read_arguments([*words(study, run, folder), *resume]))
+    with contextlib.redirect_stdout(io.StringIO()):  # of losses, which the record has
+        result = script.train(script.read_arguments([*words(study, run, folder), *resume]))
     return dict(result.record)
 
 

@@ -1,4 +1,4 @@
-"""How large and how costly the models of a task are, and softmax models that are as large or as costly as a variant."""
+"""How large and how costly the models of a task are, and baselines that are as large or as costly as a variant."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ class Prepared:
             UsageError: for fields that this model cannot have.
         """
         model = self._model(variant)
-        return Size(model.num_parameters(), step_operations(model, self._batch) // len(next(iter(self._batch.values()))))
+        return Size(
+            model.num_parameters(), step_operations(model, self._batch) // len(next(iter(self._batch.values())))
+        )
 
     def match(self, match: Match, target: Size) -> tuple[Variant, list[tuple[str, Size]]]:
         """The wider or deeper baseline that has at least as much as a variant, and no more than it needs.
@@ -97,7 +99,9 @@ class Prepared:
                     candidates.append((variant, size))
                     break
         if not candidates:
-            raise UsageError(f"task {self.task.name}: no wider or deeper baseline has the {match.measure} of {match.like}")
+            raise UsageError(
+                f"task {self.task.name}: no wider or deeper baseline has the {match.measure} of {match.like}"
+            )
         best = min(candidates, key=lambda candidate: getattr(candidate[1], match.measure))
         return best[0], [(_in_words(variant.fields), size) for variant, size in candidates]
 

@@ -101,7 +101,10 @@ def _seeds(value: Any) -> tuple[int, ...]:
     if _is_integer(value, 1):
         return tuple(range(value))
     rule = "seeds must be a number of seeds >= 1 or a list of different integers >= 0"
-    _check(isinstance(value, list) and bool(value) and all(_is_integer(seed, 0) for seed in value), f"{rule}, got {value!r}")
+    _check(
+        isinstance(value, list) and bool(value) and all(_is_integer(seed, 0) for seed in value),
+        f"{rule}, got {value!r}",
+    )
     _check(len(set(value)) == len(value), f"{rule}, got {value!r}: two runs would be equal")
     return tuple(value)
 
@@ -169,7 +172,9 @@ def _task(name: Any, entry: Any, folder: Path, split: str) -> StudyTask:
     given = entry.get("options") or {}
     _check(isinstance(given, dict), f"options of task {name} must be a mapping, got {given!r}")
     for option in given:
-        _check(option not in _NOT_OPTIONS, f"options of task {name} must not have {option}: {_NOT_OPTIONS.get(option)}")
+        _check(
+            option not in _NOT_OPTIONS, f"options of task {name} must not have {option}: {_NOT_OPTIONS.get(option)}"
+        )
     overrides = {**_overrides(recipe, name), **_overrides(given, name)}
     options = {**{key: item for key, item in recipe.items() if key not in _NOT_OPTIONS}, **given}
     options |= {"config_overrides": overrides} if overrides else {}
