@@ -1,4 +1,4 @@
-"""The plot of a study: for every condition the difference of each variant from the baseline, seed by seed."""
+"""The plot of a study: for every condition the differences of the variants from the baseline, which is zero."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ACROSS = 4
 
 
 def draw(study: Study, tables: Sequence[Table], path: Path) -> None:
-    """Draw points (paired mean differences) with their t intervals, a panel a condition; zero is the baseline.
+    """Draw mean paired differences (points), those of every seed (ticks) and t intervals, a panel a condition.
 
     Args:
         study: of the tables.
@@ -51,12 +51,14 @@ def draw(study: Study, tables: Sequence[Table], path: Path) -> None:
             low, high = summary.t_interval.low, summary.t_interval.high
             if low is not None and high is not None:
                 axis.plot([percent * low, percent * high], [place, place], color=colour, linewidth=1.4)
+            seeds = [percent * value for value in summary.values]
+            axis.plot(seeds, [place] * len(seeds), "|", color=colour, markersize=6, alpha=0.5)
             axis.plot(percent * summary.mean, place, "o", color=colour, markersize=4.5)
+        axis.set_ylim(len(names) - 0.4, -0.6)  # the first variant on top
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.tick_params(axis="x", labelsize=8)
         axis.set_title(f"{table.task}: {table.condition}", fontsize=9)
         unit = "points" if percent == 100 else table.metric.replace("_", " ")
         axis.set_xlabel(f"difference from {study.baseline} ({unit})", fontsize=8)
-    axes.flat[0].invert_yaxis()  # shared by all panels: the first variant on top
     write_or_keep(path, lambda file: figure.savefig(file, dpi=150, format="png"), "the plot")
     plt.close(figure)

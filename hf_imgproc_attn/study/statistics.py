@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-CONFIDENCE = 0.95
+LEVEL, CONFIDENCE = 0.05, 0.95
 RESAMPLES = 9999
 _SEED = 0
 
@@ -34,18 +34,23 @@ class Summary:
     """Values of several seeds.
 
     Attributes:
-        count: of the values.
+        values: a number a seed.
         mean: of the values.
         deviation: sample standard deviation (divisor n - 1); None of one value.
         t_interval: of the mean, by Student's t.
         bootstrap: of the mean, by the bias-corrected and accelerated bootstrap.
     """
 
-    count: int
+    values: tuple[float, ...]
     mean: float
     deviation: float | None
     t_interval: Interval
     bootstrap: Interval
+
+    @property
+    def count(self) -> int:
+        """Of the values."""
+        return len(self.values)
 
 
 @dataclass(frozen=True)
@@ -70,14 +75,14 @@ def summarise(values: Sequence[float]) -> Summary:
     array = np.asarray(values, dtype=np.float64)
     if array.size == 0 or not np.isfinite(array).all():
         raise ValueError(f"values must be finite numbers, at least one, got {list(values)}")
-    mean = float(array.mean())
+    mean, given = float(array.mean()), tuple(array.tolist())
     if array.size == 1:
-        return Summary(1, mean, None, Interval(None, None), Interval(None, None))
+        return Summary(given, mean, None, Interval(None, None), Interval(None, None))
     deviation = float(array.std(ddof=1))
     if _is_constant(array):
-        return Summary(array.size, mean, deviation, Interval(mean, mean), Interval(mean, mean))
+        return Summary(given, mean, deviation, Interval(mean, mean), Interval(mean, mean))
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, array.size - 1)) * deviation / math.sqrt(array.size)
-    return Summary(array.size, mean, deviation, Interval(mean - half, mean + half), bootstrap_interval(array))
+    return Summary(given, mean, deviation, Interval(mean - half, mean + half), bootstrap_interval(array))
 
 
 def bootstrap_interval(values: Sequence[float] | np.ndarray) -> Interval:
@@ -143,7 +148,7 @@ def verdict(difference: Difference, corrected: float | None, *, higher_is_better
     """What a comparison says, in words: a difference is one if the corrected p-value is below 0.05."""
     if corrected is None:
         return TOO_FEW
-    if corrected >= 1 - CONFIDENCE:
+    if corrected >= LEVEL:
         return NO_DIFFERENCE
     return BETTER if (difference.summary.mean > 0) == higher_is_better else WORSE
 
