@@ -41,7 +41,7 @@ def tiny_study(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def write_study(tmp_path: Path) -> WriteStudy:
-    """``write_study(field=value)`` -> the YAML file of the tiny study with these fields; ``"left out"`` removes one."""
+    """``write_study(field=value)`` -> the YAML file of the tiny study with such fields; ``"left out"`` removes one."""
     import yaml
 
     def write(*, file: str = "study.yaml", **changes: Any) -> Path:

@@ -63,7 +63,7 @@ def test_paired_test_is_scipys_and_by_hand() -> None:
 
 def test_pairs_see_what_unpaired_seeds_hide() -> None:
     seeds = np.array([0.1, 0.5, 0.9, 0.3, 0.7])
-    found = compare((seeds + [0.011, 0.009, 0.010, 0.012, 0.008]).tolist(), seeds.tolist())
+    found = compare((seeds + np.array([0.011, 0.009, 0.010, 0.012, 0.008])).tolist(), seeds.tolist())
     assert found.p_value is not None
     assert found.p_value < 0.001 < stats.ttest_ind(seeds + 0.01, seeds).pvalue
 
