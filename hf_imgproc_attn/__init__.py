@@ -15,6 +15,7 @@ from .registration import register_with_transformers
 if TYPE_CHECKING:
     from .conversion import ConversionReport, convert
     from .functional import filter_attention
+    from .lens import lens
     from .models.any_filter import apply_filter, filtered_layers, remove_filter
     from .models.configuration_imgproc_bert import ImgProcBertConfig
     from .models.configuration_imgproc_gpt2 import ImgProcGPT2Config
@@ -62,6 +63,7 @@ __all__ = [
     "convert",
     "filter_attention",
     "filtered_layers",
+    "lens",
     "remove_filter",
 ]
 
@@ -72,6 +74,7 @@ _MODULE_OF = {
     "convert": ".conversion",
     "filter_attention": ".functional",
     "filtered_layers": ".models.any_filter",
+    "lens": ".lens",
     "remove_filter": ".models.any_filter",
     **{name: module for row in BACKBONES.values() for name, module in row.module_of.items()},
 }

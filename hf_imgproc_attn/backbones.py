@@ -83,7 +83,7 @@ class Task:
         metric: the one that a card shows first.
         disturbances: kinds of disturbed inputs that a card answers for.
         rows: what the rows of its data are.
-        recipe: name and configuration of the small runs whose cards the repository shows.
+        recipe: name and configuration of the small runs whose cards the repository shows; None: it shows none.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Task:
     metric: str
     disturbances: tuple[str, ...]
     rows: str
-    recipe: tuple[str, str]
+    recipe: tuple[str, str] | None
 
 
 @dataclass(frozen=True)
@@ -230,6 +230,18 @@ GPT2 = Backbone(
             rows="lines",
             recipe=("gpt2_pydoc", "pydoc_gpt2.yaml"),
         ),
+        Task(
+            name="recall",
+            pipeline="text-generation",
+            command="train-recall",
+            script="train_recall",
+            help="a model that recalls from its context (MQAR, noisy recall, selective copying)",
+            auto_class="AutoModelForCausalLM",
+            metric="accuracy",
+            disturbances=(),
+            rows="sequences",
+            recipe=None,
+        ),
     ),
     new_model={"n_embd": 128, "n_layer": 4, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     no_dropout=dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
@@ -342,6 +354,18 @@ BERT = Backbone(
             disturbances=("word swap",),
             rows="texts",
             recipe=("bert_topics", "topics_bert.yaml"),
+        ),
+        Task(
+            name="sequence-classification",
+            pipeline="text-classification",
+            command="train-sequences",
+            script="train_sequence_classification",
+            help="a classifier of long sequences (ListOps, pixels)",
+            auto_class="AutoModelForSequenceClassification",
+            metric="accuracy",
+            disturbances=(),
+            rows="sequences",
+            recipe=None,
         ),
     ),
     new_model={

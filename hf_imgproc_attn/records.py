@@ -16,7 +16,7 @@ from typing import Any
 
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.training_support.argument_parser import command_words
-from hf_imgproc_attn.training_support.arguments import EMBEDDED_IMAGES, EMBEDDED_TEXT, LOCAL_OR_HUB, Arguments
+from hf_imgproc_attn.training_support.arguments import BUILT_IN_DATA, LOCAL_OR_HUB, Arguments
 
 FILE_NAME = "run.json"
 FORMAT = 1
@@ -296,9 +296,7 @@ def _with_absolute_paths(options: Any) -> Any:
     names = [name for name in LOCAL_OR_HUB if hasattr(options, name)]
     given = {name: value for name in names if (value := getattr(options, name)) and Path(value).expanduser().exists()}
     paths = {
-        name: str(Path(value).expanduser().resolve())
-        for name, value in given.items()
-        if value not in (EMBEDDED_IMAGES, EMBEDDED_TEXT)
+        name: str(Path(value).expanduser().resolve()) for name, value in given.items() if value not in BUILT_IN_DATA
     }
     return dataclasses.replace(options, **paths)
 

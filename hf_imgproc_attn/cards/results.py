@@ -191,6 +191,8 @@ def evaluation_results(
 
 
 def _samples(task: str, metric: str, counts: dict[str, Any]) -> tuple[str, int | None]:
+    if "answers" in counts:  # several in a sequence
+        return "answers", counts["answers"]
     if TASKS[task].metric == "accuracy":
         return TASKS[task].rows, counts.get("rows")
     if metric == "word_perplexity":

@@ -29,7 +29,7 @@ class Variant(NamedTuple):
 
 
 REASONS = {
-    "static caches": "the layers keep tensors that static and quantised caches do not hold",
+    "continuous batching": "the layers keep rows that its paged cache has no place for",
     "longer texts": "the table of positions ends at N",
     "one-layer models": "a layer is compared with one before it",
     "rotary positions": "they mix the features that M weighs",

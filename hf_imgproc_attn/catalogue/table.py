@@ -188,7 +188,7 @@ def limits(preset: str) -> list[str]:
     config, _ = example(preset)
     found = []
     if not all(is_stock_layer(config, spec) for spec in config.layer_specs):
-        found.append("static caches")
+        found.append("continuous batching")
     if uses_position_table(config):
         found.append("longer texts")
     if any(preset in row.refused_presets for row in BACKBONES.values()):

@@ -19,10 +19,12 @@ class Content(NamedTuple):
 
     kernel: key of ``CONTENT_LOGITS``.
     scale: 2/h_y^2, a number or broadcastable to the query ``[batch, heads, length, head_dim]``.
+    softcap: c of logits that are bounded as c tanh(l / c), before positions and masks are added; None: not bounded.
     """
 
     kernel: str
     scale: torch.Tensor | float
+    softcap: float | None = None
 
 
 class Booster(NamedTuple):
@@ -50,6 +52,8 @@ class FilterCall(NamedTuple):
     booster: how often A is applied.
     dropout: probability on A, one mask for all applications.
     streams: rows of earlier tokens that the booster needs, and where those of the new tokens go.
+    sinks: ``[heads]``, the logit of one more key a head, whose value is 0: it takes weight from every row, so that the
+        rows of A sum to less than 1. None: there is none.
     own_value: values of the queries' own tokens, ``[batch, key_heads, length, d]``; None where they are the last rows
         of ``value``. In a cache of fixed size they are not, and nothing but the mask tells which keys are there.
     """
@@ -63,7 +67,15 @@ class FilterCall(NamedTuple):
     booster: Booster = Booster()
     dropout: float = 0.0
     streams: Streams = NO_STREAMS
+    sinks: torch.Tensor | None = None
     own_value: torch.Tensor | None = None
+
+    @property
+    def own_softmax(self) -> str | None:
+        """Why back-ends whose weights are the plain softmax of the logits refuse, or None."""
+        if self.content.softcap is not None:
+            return "knows no logits with a soft cap"
+        return None if self.sinks is None else "knows no sinks"
 
     @property
     def is_boosted(self) -> bool:

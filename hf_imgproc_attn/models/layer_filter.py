@@ -109,6 +109,13 @@ class AttentionFilter(nn.Module):
                 further = (GradientBoosting(*given) for _ in range(2, spec.boosting_steps))
                 self.gradient_boosting_further = nn.ModuleList(further)
 
+    @property
+    def kind(self) -> str:
+        """What the filter is, in one line."""
+        spec = self.spec
+        steps = "" if spec.boosting in ("none", "learned") else f" ({spec.boosting_steps})"
+        return f"{spec.content_kernel}, {spec.position_kernel}, {spec.boosting}{steps}, {spec.feedback}"
+
     def later_rounds(self) -> list[GradientBoosting]:
         """The rounds of gradient boosting after the first, in order; none with another booster."""
         further = getattr(self, "gradient_boosting_further", ())
@@ -256,6 +263,7 @@ class AttentionFilter(nn.Module):
             booster=Booster(self.operator, self.spec.boosting_steps, gain),
             dropout=dropout,
             streams=streams,
+            own_value=streams.own_value(value, query.shape[-2]),
         )
 
     def _with_positions(
@@ -277,7 +285,10 @@ class AttentionFilter(nn.Module):
         if position_key is not None and key.shape[1] != position_key.shape[1]:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         all_coordinates = coordinates
-        if streams.is_cached:
+        if streams.keeps_places_apart:
+            key, value = streams.update(key, value)
+            position_key, all_coordinates = _kept_apart(streams, position_key, coordinates, query.shape[0])
+        elif streams.is_cached:
             packed, value = streams.update(pack_key(key, position_key, coordinates), value)
             key, position_key, all_coordinates = unpack_key(packed, self.spec.position_kernel, self.head_dim)
         terms = self.positions.terms(
@@ -309,3 +320,14 @@ class AttentionFilter(nn.Module):
         pair = nn.functional.pad(pair, (0, 0, self.positions.num_class_tokens, 0))
         position_query, position_key = pair.to(query.dtype).chunk(2, dim=-1)
         return position_query, position_key
+
+
+def _kept_apart(
+    streams: Streams, position_key: torch.Tensor | None, coordinates: torch.Tensor | None, batch: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Store what a position kernel compares in streams, and return it for all tokens."""
+    if position_key is not None:
+        position_key = streams.append("position_key", position_key.expand(batch, -1, -1, -1))
+    if coordinates is not None:
+        coordinates = streams.append("places", coordinates.expand(batch, -1, -1).unsqueeze(1)).squeeze(1)
+    return position_key, coordinates

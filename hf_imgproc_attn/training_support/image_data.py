@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hf_imgproc_attn.errors import UsageError
-from hf_imgproc_attn.training_support.arguments import EMBEDDED_IMAGES, ImageDataArguments
+from hf_imgproc_attn.training_support.arguments import EMBEDDED_IMAGES, ImageSourceArguments
 from hf_imgproc_attn.training_support.data_loading import (
     choose_column,
     load_splits,
@@ -42,7 +42,7 @@ class ImageSplits:
     image_size: tuple[int, int]
 
 
-def load_image_splits(args: ImageDataArguments) -> ImageSplits:
+def load_image_splits(args: ImageSourceArguments) -> ImageSplits:
     """Load images and labels, hold out a validation split where there is none, and apply the sample limits.
 
     The held-out part is stratified by class and always the same; a limit takes a fixed random subset.

@@ -61,6 +61,27 @@ def classification_metrics(prediction: "EvalPrediction") -> dict[str, float]:
     return {} if result is None else result
 
 
+def likeliest_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """``preprocess_logits_for_metrics`` of recall: the most likely token at every place but the first.
+
+    Args:
+        logits: ``[batch, length, vocabulary]``; those of a place predict the next one.
+        labels: not used.
+
+    Returns:
+        Token ids ``[batch, length - 1]``.
+    """
+    return logits[:, :-1].argmax(-1)
+
+
+def answer_metrics(prediction: "EvalPrediction") -> dict[str, float]:
+    """``compute_metrics`` of recall, after :func:`likeliest_tokens`: accuracy over all answers that are asked."""
+    wanted = prediction.label_ids[:, 1:]
+    asked = wanted != IGNORED_LABEL
+    metric = Accuracy(keep_in_memory=True)
+    return metric.compute(predictions=prediction.predictions[asked], references=wanted[asked]) or {}
+
+
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """``preprocess_logits_for_metrics`` of the language model: keeps one number per token instead of all logits.
 

@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from hf_imgproc_attn.backbones import BERT, GPT2, OF_MODEL_TYPE, OF_TASK, TASKS, VIT
+from hf_imgproc_attn.backbones import BERT, GPT2, OF_TASK, TASKS, VIT
 from hf_imgproc_attn.errors import UsageError, plain_message
 from hf_imgproc_attn.models.spec_fields import FILTER_FIELDS, PRESETS
 from hf_imgproc_attn.training_support.argument_parser import check_override_names
 from hf_imgproc_attn.training_support.arguments import ModelArguments
+from hf_imgproc_attn.training_support.foreign_models import check_type, is_own, start_foreign
 
 if TYPE_CHECKING:
     import torch
@@ -37,16 +38,14 @@ def check_start(args: ModelArguments, model_type: str) -> Any:
     """
     from transformers import AutoConfig
 
-    name, stock_type = args.model_name_or_path, OF_MODEL_TYPE[model_type].name
+    name = args.model_name_or_path
     if name is None:
+        if args.filter_stacks is not None:
+            raise UsageError(f"filter_stacks must be given with model_name_or_path, got {args.filter_stacks!r}")
         return None
     with _as_usage_errors(f"model_name_or_path {name!r}"):
         found = AutoConfig.from_pretrained(name)
-    if found.model_type not in (model_type, stock_type):
-        raise UsageError(
-            f"model_name_or_path must be a checkpoint of type {model_type} or {stock_type}, got {name!r} of type "
-            f"{found.model_type}"
-        )
+    check_type(args, found, model_type)
     return found
 
 
@@ -91,7 +90,7 @@ def _least_memory(args: ModelArguments, block_size: int, vocab_size: int, batch:
     """Bytes that a training step cannot do without: weights with their gradients and Adam's two moments, the logits
     with their softmax and gradient, and a few activations of every layer; for a bias, the dense logits of one sample.
     """
-    overrides = parse_overrides(args.config_overrides, GPT2.our_class(GPT2.config))
+    overrides = parse_overrides(args, GPT2.our_class(GPT2.config))
     fields = {**PRESETS[args.preset or "softmax"], **GPT2.new_model, **overrides}
     width, layers, heads = (fields[name] for name in ("n_embd", "n_layer", "n_head"))
     if not all(isinstance(size, int) for size in (width, layers, heads)):
@@ -126,7 +125,7 @@ def build_image_classifier(
     Raises:
         UsageError: for a checkpoint or configuration that cannot be used.
     """
-    overrides = parse_overrides(args.config_overrides, VIT.our_class(VIT.config))
+    overrides = parse_overrides(args, VIT.our_class(VIT.config))
     labels = label_fields(label_names)
     if args.model_name_or_path is None:
         size = overrides.get("image_size", image_size[0] if image_size[0] == image_size[1] else list(image_size))
@@ -150,7 +149,9 @@ def build_causal_lm(
     Raises:
         UsageError: for a checkpoint or configuration that cannot be used, or blocks longer than the model's positions.
     """
-    overrides = parse_overrides(args.config_overrides, GPT2.our_class(GPT2.config))
+    from hf_imgproc_attn.conversion_probe import longest_text
+
+    overrides = parse_overrides(args, GPT2.our_class(GPT2.config))
     if args.model_name_or_path is None:
         special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         fields = {
@@ -162,16 +163,19 @@ def build_causal_lm(
         model = new_model("causal-lm", args, fields)
     else:
         model = start_from("causal-lm", args, overrides)
-    if len(tokenizer) > model.config.vocab_size:
+    own, text_config = is_own(model.config, GPT2.model_type), model.config.get_text_config()
+    if len(tokenizer) > text_config.vocab_size:
         if args.model_name_or_path is None:
             raise UsageError(
                 f"vocab_size must hold the tokenizer's {len(tokenizer)} entries, got {model.config.vocab_size}"
             )
         model.resize_token_embeddings(len(tokenizer))
-    positions = model.config.n_positions
-    # Without it a pipeline asks for 256 tokens more than the prompt has, which may be more than there are positions.
-    own = model.generation_config.to_diff_dict().get("max_length")
-    model.generation_config.max_length = positions if own is None else min(own, positions)
+    positions = longest_text(text_config)
+    if own:
+        # Without it a pipeline asks for 256 tokens more than the prompt has, which may be more than there are
+        # positions.
+        longest = model.generation_config.to_diff_dict().get("max_length")
+        model.generation_config.max_length = positions if longest is None else min(longest, positions)
     block_size = min(positions, DEFAULT_BLOCK_SIZE) if block_size is None else block_size
     if block_size > positions:
         raise UsageError(f"block_size must not exceed the model's {positions} positions, got {block_size}")
@@ -192,7 +196,9 @@ def build_text_classifier(
     Raises:
         UsageError: for a checkpoint or configuration that cannot be used, or texts longer than the model's positions.
     """
-    overrides, labels = parse_overrides(args.config_overrides, BERT.our_class(BERT.config)), label_fields(label_names)
+    from hf_imgproc_attn.conversion_probe import longest_text
+
+    overrides, labels = parse_overrides(args, BERT.our_class(BERT.config)), label_fields(label_names)
     if args.model_name_or_path is None:
         fields = {
             "max_position_embeddings": max_length or DEFAULT_MAX_LENGTH,
@@ -204,7 +210,10 @@ def build_text_classifier(
         model = new_model("text-classification", args, fields)
     else:
         model = start_from("text-classification", args, overrides, labels)
-    positions, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
+    text_config = model.config.get_text_config()
+    positions, vocabulary = longest_text(text_config), text_config.vocab_size
+    if text_config.pad_token_id is None:  # a decoder looks for the last token of a text before the padding
+        text_config.pad_token_id = tokenizer.pad_token_id
     if len(tokenizer) > vocabulary:
         raise UsageError(f"vocab_size must hold the tokenizer's {len(tokenizer)} entries, got {vocabulary}")
     max_length = min(positions, DEFAULT_MAX_LENGTH) if max_length is None else max_length
@@ -213,11 +222,12 @@ def build_text_classifier(
     return model, max_length
 
 
-def parse_overrides(words: list[str], config_class: type[Any]) -> dict[str, Any]:
+def parse_overrides(args: ModelArguments, config_class: type[Any]) -> dict[str, Any]:
     """``["n_layer=2", "boosted_layers=[-1]"]`` -> ``{"n_layer": 2, "boosted_layers": [-1]}``.
 
     Args:
-        words: ``key=value``, the value in YAML; a later word wins over an earlier one.
+        args: their ``config_overrides`` are ``key=value``, the value in YAML; a later word wins over an earlier one.
+            ``boosted_layers`` is one of the fields too.
         config_class: its fields, and their common names such as ``hidden_size``, are the keys there are.
 
     Raises:
@@ -225,6 +235,7 @@ def parse_overrides(words: list[str], config_class: type[Any]) -> dict[str, Any]
     """
     import yaml
 
+    words = args.config_overrides
     fields = {field.name for field in dataclasses.fields(config_class)}
     check_override_names(words, fields | set(config_class.attribute_map))
     overrides: dict[str, Any] = {}
@@ -239,6 +250,13 @@ def parse_overrides(words: list[str], config_class: type[Any]) -> dict[str, Any]
             with contextlib.suppress(ValueError):
                 value = float(value)  # YAML takes 1e-3 for a text
         overrides[key] = value
+    if args.boosted_layers is not None:
+        if overrides.get("boosted_layers") not in (None, args.layers()):
+            raise UsageError(
+                f"boosted_layers {args.boosted_layers!r} differs from that of config_overrides, "
+                f"{overrides['boosted_layers']!r}"
+            )
+        overrides["boosted_layers"] = args.layers()
     return overrides
 
 
@@ -314,7 +332,7 @@ def start_as_softmax(model: "PreTrainedModel") -> None:
 def start_from(
     task: str, args: ModelArguments, overrides: dict[str, Any], labels: dict[str, Any] | None = None
 ) -> Any:
-    """Load a checkpoint of ours, or convert a stock one. Only a classification head may be new.
+    """Load a checkpoint of ours, convert a stock one, or filter one of another type. Only a head may be new.
 
     Args:
         task: a key of ``TASKS``.
@@ -337,6 +355,8 @@ def start_from(
     config_class, stock_type = row.our_class(row.config), row.name
     with _as_usage_errors(f"model_name_or_path {name!r}"):
         found = check_start(args, config_class.model_type)
+        if not is_own(found, config_class.model_type):
+            return start_foreign(task, args, found, overrides, head)
         # Single precision whatever the file holds: the optimiser needs it; bf16 and fp16 are options of the Trainer.
         options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": bool(head)}
         if found.model_type == stock_type:
@@ -384,7 +404,7 @@ def _image_processor(name: str | None, config: Any) -> "BaseImageProcessor":
 
     if name is not None and has_image_processor(name):
         with _as_usage_errors(f"the image processor of model_name_or_path {name!r}"):
-            return fitting_processor(AutoImageProcessor.from_pretrained(name), config.num_channels)
+            return fitting_processor(AutoImageProcessor.from_pretrained(name), getattr(config, "num_channels", 3))
     return build_image_processor(_pair(config.image_size), config.num_channels)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hf_imgproc_attn import records
 from hf_imgproc_attn.errors import UsageError, plain_message
 from hf_imgproc_attn.output_paths import check_output_folder, write_or_keep, writing
+from hf_imgproc_attn.training_support.adapters import base_model, check_adapters, merged
 from hf_imgproc_attn.training_support.arguments import Arguments
 from hf_imgproc_attn.training_support.checkpoints import (
     full_disk_named,
@@ -97,6 +98,7 @@ def begin_run(task: str, arguments: Arguments[Any], defaults: dict[str, Any], *,
     check_output_folder(output_dir, "output_dir")
     training_args = build_training_arguments(arguments, defaults, output_dir)
     _check_processes(training_args)
+    check_adapters(arguments.model, training_args)
     _check_reports(training_args)
     if training_args.push_to_hub and arguments.run.license is not None and training_args.process_index == 0:
         from hf_imgproc_attn.hub.client import connect
@@ -212,6 +214,8 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
     Raises:
         UsageError: if a run is resumed on other data, if the disk is full, or if publishing is refused.
     """
+    from hf_imgproc_attn.filtered import recorded_config, recorded_filter
+    from hf_imgproc_attn.models.any_filter import is_filtered
     from hf_imgproc_attn.training_support.divergence import DivergenceStop, has_diverged
 
     main = trainer.is_world_process_zero()
@@ -227,9 +231,11 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
     run.record |= {
         "data_fingerprint": fingerprints,
         "parameters": {"total": model.num_parameters(), "trained": model.num_parameters(only_trainable=True)},
-        "model_config": model.config.to_dict(),
+        "model_config": recorded_config(base_model(model)),
         "resumed_from": run.resume_from,
     }
+    if is_filtered(model):
+        run.record["applied_filter"] = recorded_filter(base_model(model))
     options = run.arguments.run
     if options.prepare_only:
         return Result(run.training_args.output_dir, {}, run.record, trainer)
@@ -247,6 +253,8 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
     with full_disk_named(run.training_args.output_dir), _tracker_named(run.training_args.report_to):
         outcome = trainer.train(resume_from_checkpoint=run.resume_from)
     seconds = time.perf_counter() - started
+    if run.arguments.model.peft_merge:
+        trainer.model = model = merged(model)
     _save_model(run, trainer)
     metrics = {}
     for name, (dataset, compute_metrics) in splits.items():
@@ -258,7 +266,7 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
         run.record |= {
             "status": "diverged" if options.stop_diverged and has_diverged(history) else "finished",
             "steps": trainer.state.global_step,
-            "model_config": model.config.to_dict(),
+            "model_config": recorded_config(base_model(model)),
             "metrics": {"train": outcome.metrics, **metrics},
             "train_loss": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
             "eval_history": [[entry["step"], _measured(entry, "eval")] for entry in history if "eval_loss" in entry],
@@ -266,7 +274,7 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
             "training_seconds": run.record.get("training_seconds", 0.0) + seconds,
             "weights_sha256": records.weights_sha256(run.training_args.output_dir),
         }
-        if (filters := saved_filters(run.training_args.output_dir)) is not None:
+        if (filters := _filters(run, trainer)) is not None:
             run.record["filter_summary"] = filters
         print(metrics_table(metrics))
         path = Path(run.training_args.output_dir) / records.FILE_NAME
@@ -277,6 +285,18 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
         if run.training_args.push_to_hub:
             _publish(run.training_args, str(trainer.hub_model_id), run.record["arguments"]["run"]["license"])
     return Result(run.training_args.output_dir, metrics, run.record, trainer)
+
+
+def _filters(run: Run, trainer: "ScriptTrainer") -> dict[str, Any] | None:
+    """The numbers of the trained filters; of a model whose parameters are shards from its files."""
+    from hf_imgproc_attn.cards.filters import recorded
+    from hf_imgproc_attn.filtered import applied_summary
+    from hf_imgproc_attn.models.any_filter import is_filtered
+
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if is_filtered(trainer.model) and not is_sharded:
+        return recorded(applied_summary(trainer.model))
+    return saved_filters(run.training_args.output_dir)
 
 
 def _save_model(run: Run, trainer: "ScriptTrainer") -> None:
