@@ -31,6 +31,7 @@ from hf_imgproc_attn.training_support.arguments import (
     LabelledTextDataArguments,
     TextDataArguments,
 )
+from hf_imgproc_attn.training_support.mask_arguments import MaskDataArguments
 from hf_imgproc_attn.training_support.sequence_arguments import (
     GeneratedDataArguments,
     RecallDataArguments,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from hf_imgproc_attn.sequences import SequenceSplit
     from hf_imgproc_attn.training_support.image_pixels import PixelDataset
     from hf_imgproc_attn.training_support.labelled_text import LabelledTexts
+    from hf_imgproc_attn.training_support.mask_pixels import MaskedPixels
     from hf_imgproc_attn.training_support.text_data import TextSplit
 
 FORMAT = 1
@@ -49,7 +51,7 @@ EPSILONS = (8 / 255, 16 / 255)
 FRACTION = 0.015
 SPLITS = ("test", "validation")
 
-DataT = TypeVar("DataT", "PixelDataset", "TextSplit", "LabelledTexts", "SequenceSplit")
+DataT = TypeVar("DataT", "PixelDataset", "MaskedPixels", "TextSplit", "LabelledTexts", "SequenceSplit")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,6 +173,29 @@ def _measure_images(folder: Path, record: dict[str, Any], settings: Settings, de
     return image_robustness(model, processor, dataset, sigmas=sigmas, epsilons=epsilons, seed=settings.seed)
 
 
+def _measure_masks(folder: Path, record: dict[str, Any], settings: Settings, device: Any) -> list[dict[str, Any]]:
+    from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+
+    from hf_imgproc_attn.training_support.mask_data import load_mask_splits
+    from hf_imgproc_attn.training_support.mask_evaluation import mask_robustness
+    from hf_imgproc_attn.training_support.mask_pixels import load_masked_pixels
+
+    _refuse("fraction", settings, record)
+    processor = AutoImageProcessor.from_pretrained(folder)
+
+    def load(args: MaskDataArguments) -> "MaskedPixels":
+        splits, name = load_mask_splits(args), settings.split
+        _check_split(splits.rows, settings, args.dataset_name)
+        only = dataclasses.replace(splits, rows={name: splits.rows[name]})
+        return load_masked_pixels(only, processor, args, settings.seed)[name]
+
+    dataset = _same_data(load, MaskDataArguments, record, settings)
+    model = AutoModelForSemanticSegmentation.from_pretrained(folder).to(device)
+    sigmas = SIGMAS if settings.sigmas is None else settings.sigmas
+    epsilons = EPSILONS if settings.epsilons is None else settings.epsilons
+    return mask_robustness(model, processor, dataset, sigmas=sigmas, epsilons=epsilons, seed=settings.seed)
+
+
 def _measure_text(folder: Path, record: dict[str, Any], settings: Settings, device: Any) -> list[dict[str, Any]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -254,6 +279,7 @@ _SEQUENCE_TASKS: dict[str, type[GeneratedDataArguments]] = {
 
 _MEASURES: dict[str, Callable[..., list[dict[str, Any]]]] = {
     "AutoModelForImageClassification": _measure_images,
+    "AutoModelForSemanticSegmentation": _measure_masks,
     "AutoModelForCausalLM": _measure_text,
     "AutoModelForSequenceClassification": _measure_labelled_texts,
 }

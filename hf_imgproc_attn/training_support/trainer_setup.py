@@ -6,7 +6,7 @@ import shlex
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,7 +202,13 @@ def adapt_to_data(run: Run, train_samples: int, has_validation: bool) -> None:
     args.eval_strategy = IntervalStrategy.NO
 
 
-def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, Any], splits: dict[str, Any]) -> Result:
+def train_and_save(
+    run: Run,
+    trainer: "ScriptTrainer",
+    fingerprints: dict[str, Any],
+    splits: dict[str, Any],
+    on_saved: Callable[[str], None] | None = None,
+) -> Result:
     """Train, save the final checkpoint, evaluate, and complete ``run.json``.
 
     Args:
@@ -210,6 +216,7 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
         trainer: ready to train.
         fingerprints: split -> fingerprint of the data.
         splits: split -> data set and ``compute_metrics`` of the final evaluation, in the order of the table.
+        on_saved: see :func:`.fitting.fit`.
 
     Raises:
         UsageError: if a run is resumed on other data, if the disk is full, or if publishing is refused.
@@ -282,6 +289,8 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
         print(
             f"trained {trainer.state.global_step} steps in {seconds:.0f} s; checkpoint and run.json in {path.parent}"
         )
+        if on_saved is not None:
+            on_saved(run.training_args.output_dir)
         if run.training_args.push_to_hub:
             _publish(run.training_args, str(trainer.hub_model_id), run.record["arguments"]["run"]["license"])
     return Result(run.training_args.output_dir, metrics, run.record, trainer)
