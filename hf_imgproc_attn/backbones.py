@@ -30,7 +30,7 @@ class Head:
     Attributes:
         auto_class: the Auto class that loads it.
         variant: our class.
-        stock: the class of Transformers that it stands for.
+        stock: the class of Transformers that it stands for; None where there is none.
         told_by: regular expressions; a checkpoint that names no architecture is this one if each of them matches one
             of its tensors. The first head of a backbone whose expressions all match is taken.
         measured: what a conversion changes for its user: ``"cross_entropy"`` on texts that the model writes,
@@ -40,7 +40,7 @@ class Head:
 
     auto_class: str
     variant: str
-    stock: str
+    stock: str | None
     told_by: tuple[str, ...] = ()
     measured: str | None = None
     has_parts: bool = False
@@ -83,7 +83,7 @@ class Task:
         metric: the one that a card shows first.
         disturbances: kinds of disturbed inputs that a card answers for.
         rows: what the rows of its data are.
-        recipe: name and configuration of the small runs whose cards the repository shows.
+        recipe: name and configuration of the small runs whose cards the repository shows; None: it shows none.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Task:
     metric: str
     disturbances: tuple[str, ...]
     rows: str
-    recipe: tuple[str, str]
+    recipe: tuple[str, str] | None
 
 
 @dataclass(frozen=True)
@@ -230,6 +230,18 @@ GPT2 = Backbone(
             rows="lines",
             recipe=("gpt2_pydoc", "pydoc_gpt2.yaml"),
         ),
+        Task(
+            name="recall",
+            pipeline="text-generation",
+            command="train-recall",
+            script="train_recall",
+            help="a model that recalls from its context (MQAR, noisy recall, selective copying)",
+            auto_class="AutoModelForCausalLM",
+            metric="accuracy",
+            disturbances=(),
+            rows="sequences",
+            recipe=None,
+        ),
     ),
     new_model={"n_embd": 128, "n_layer": 4, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     no_dropout=dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
@@ -255,7 +267,15 @@ VIT = Backbone(
             "ViTForMaskedImageModeling",
             (r"^decoder\.0\.weight$",),
         ),
+        Head(
+            "AutoModelForSemanticSegmentation",
+            "ImgProcViTForSemanticSegmentation",
+            None,
+            (r"^decode_head\.",),
+            "predictions",
+        ),
         Head("AutoModel", "ImgProcViTModel", "ViTModel", has_parts=True),
+        Head("AutoBackbone", "ImgProcViTBackbone", None),
     ),
     input="images",
     processor_files=("preprocessor_config.json", "processor_config.json"),
@@ -277,6 +297,18 @@ VIT = Backbone(
             disturbances=("noise", "attack", "corruption"),
             rows="images",
             recipe=("vit_digits", "digits_vit.yaml"),
+        ),
+        Task(
+            name="semantic-segmentation",
+            pipeline="image-segmentation",
+            command="train-segmentation",
+            script="train_semantic_segmentation",
+            help="a model that gives every pixel a class",
+            auto_class="AutoModelForSemanticSegmentation",
+            metric="mean_iou",
+            disturbances=("noise", "attack"),
+            rows="images",
+            recipe=None,
         ),
     ),
     new_model={"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 256},
@@ -343,6 +375,18 @@ BERT = Backbone(
             rows="texts",
             recipe=("bert_topics", "topics_bert.yaml"),
         ),
+        Task(
+            name="sequence-classification",
+            pipeline="text-classification",
+            command="train-sequences",
+            script="train_sequence_classification",
+            help="a classifier of long sequences (ListOps, pixels)",
+            auto_class="AutoModelForSequenceClassification",
+            metric="accuracy",
+            disturbances=(),
+            rows="sequences",
+            recipe=None,
+        ),
     ),
     new_model={
         "hidden_size": 128,
@@ -407,7 +451,7 @@ def check_row(row: Backbone) -> None:
         folder = Path(found.origin).parent / "models" / row.name
         stock = {
             folder / f"configuration_{row.name}.py": [row.stock_config],
-            folder / f"modeling_{row.name}.py": [*(head.stock for head in row.heads), *row.refused],
+            folder / f"modeling_{row.name}.py": [*(head.stock for head in row.heads if head.stock), *row.refused],
         }
         if row.tokenizer is not None:
             stock[folder / f"tokenization_{row.name}.py"] = [row.tokenizer]

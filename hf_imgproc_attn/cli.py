@@ -9,32 +9,30 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import json
 import os
-import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from . import __version__
-from .backbones import OF_MODEL_TYPE, TASKS, in_words
+from .backbones import TASKS, in_words
+from .conversion_command import add_command as add_convert
 from .errors import (
     OneLineParser,
     UsageError,
-    did_you_mean,
     disk_problem,
     plain_message,
-    refuse_missing_path,
     require_extras,
+    with_values_joined,
 )
 from .hub.commands import add_commands as add_hub_commands
-from .library_fields import configuration_fields
 from .measure.commands import add_commands as add_measuring_commands
 from .measure.gpu_check.command import add_command as add_gpu_check
 from .output_paths import check_new_files, check_output_folder
 from .robustness.command import add_command as add_robustness
 from .shipped_files import shipped_file
+from .study.command import add_command as add_study
 
 TRAINING_SCRIPTS = {
     **{task.command: (task.script, f"train or fine-tune {task.help}") for task in TASKS.values()},
@@ -59,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in TRAINING_SCRIPTS:
         return run_training_script(arguments[0], arguments[1:])
     try:
-        options = build_parser().parse_args(arguments)
+        options = build_parser().parse_args(with_values_joined(arguments, ("--layers",)))
         status: int = options.run_command(options)
         sys.stdout.flush()
     except UsageError as error:
@@ -92,22 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
             name, help=f"{text} (options: imgproc-attn {name} --help)", description=f"Runs {script}.py."
         )
 
-    convert = commands.add_parser(
-        "convert",
-        help=f"turn a stock {in_words('or')} checkpoint into a variant",
-        description=f"Turn a stock {in_words('or')} checkpoint into a variant and account for every tensor.",
-    )
-    convert.add_argument("source", help="a folder or a Hub name")
-    convert.add_argument("--preset", required=True, help="the variant (imgproc-attn presets lists them)")
-    convert.add_argument("--output", required=True, metavar="DIR", help="a new or empty folder")
-    convert.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="a further configuration field, the value in JSON (may be repeated)",
-    )
-    convert.set_defaults(run_command=run_convert)
+    add_convert(commands)
 
     presets = commands.add_parser("presets", help="list the variants", description="List the variants.")
     presets.set_defaults(run_command=run_presets)
@@ -200,6 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_gpu_check(commands)
     add_measuring_commands(commands)
     add_robustness(commands)
+    add_study(commands)
     add_hub_commands(commands)
     return parser
 
@@ -218,41 +202,11 @@ def run_training_script(command: str, arguments: Sequence[str]) -> int:
     return status
 
 
-def run_convert(options: argparse.Namespace) -> int:
-    """``imgproc-attn convert``: convert, save with the source's tokenizer or image processor, print the report."""
-    from .models.spec_fields import preset_fields
-
-    fields = _parse_fields(options.set)
-    refuse_missing_path("source", options.source)
-    try:
-        preset_fields(options.preset)  # before the seconds that importing torch takes
-    except ValueError as error:
-        _refuse(str(error))
-    _check_field_names(fields)
-    output = check_output_folder(options.output)
-
-    from huggingface_hub.errors import StrictDataclassError
-
-    from .conversion import convert_checkpoint
-
-    found = set(output.iterdir()) if output.is_dir() else None
-    try:
-        report = convert_checkpoint(options.source, options.preset, options.output, **fields)
-    except BaseException as error:
-        _remove_new(output, found)  # half a checkpoint would be taken for a whole one, and be in the way
-        if not isinstance(error, ValueError | OSError | StrictDataclassError):
-            raise
-        _refuse(plain_message(error))
-    print(report)
-    print(f"saved to {options.output}")
-    return 0
-
-
 def run_presets(options: argparse.Namespace) -> int:
     """``imgproc-attn presets``: the table of variants."""
     from .models.spec_fields import PRESETS, FilterSpecMixin
 
-    fields = ("content_kernel", "position_kernel", "boosting", "residual", "feedback", "learn_bandwidths")
+    fields = ("content_kernel", "position_kernel", "boosting", "residual", "feedback", "gate", "learn_bandwidths")
     rows = [["preset", *fields]]
     for name, changes in PRESETS.items():
         rows.append([name, *(str(changes.get(field, getattr(FilterSpecMixin, field))) for field in fields)])
@@ -331,15 +285,6 @@ def run_denoise(options: argparse.Namespace) -> int:
     return 0
 
 
-def _remove_new(folder: Path, found: set[Path] | None) -> None:
-    """Remove what a command that failed has left in a folder; ``found``: what was there before, None: not even it."""
-    if found is None:
-        shutil.rmtree(folder, ignore_errors=True)
-        return
-    for path in set(folder.iterdir()) - found:
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
 def _discard_output() -> None:
     """Let what standard output still holds go nowhere, or the interpreter would fail on it once more at its end."""
     with contextlib.suppress(OSError, ValueError):
@@ -350,30 +295,6 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _parse_fields(assignments: Sequence[str]) -> dict[str, Any]:
-    """``["a=1", "b=gaussian"]`` to ``{"a": 1, "b": "gaussian"}``: JSON where it is JSON, else a string."""
-    fields: dict[str, Any] = {}
-    for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        if not equals or not name.isidentifier():
-            _refuse(f"--set must be FIELD=VALUE, got {assignment!r}")
-        if name in fields:
-            _refuse(f"--set names {name} twice")
-        try:
-            fields[name] = json.loads(text)
-        except json.JSONDecodeError:
-            fields[name] = text
-    return fields
-
-
-def _check_field_names(names: Iterable[str]) -> None:
-    """Refuse names that no configuration of ours has: Transformers would store them and nobody would read them."""
-    known = set().union(*map(configuration_fields, OF_MODEL_TYPE))
-    for name in names:
-        if known and name not in known:
-            _refuse(f"--set must name a configuration field, got {name!r}{did_you_mean(name, known)}")
 
 
 def _refuse(message: str) -> NoReturn:

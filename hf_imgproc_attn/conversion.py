@@ -10,6 +10,7 @@ the source's: such a conversion is a starting point for training, and the report
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +20,14 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .conversion_any import Applied, apply_to, becomes_filtered, last_layers
 from .conversion_files import copy_processor, write_card
-from .conversion_probe import Change, Inputs, difference, measure, probe_inputs
+from .conversion_probe import Change, Inputs, can_be_probed, difference, measure, probe_inputs
 from .conversion_source import ARCHITECTURES, Source, head_of, load_source, new_variant
 from .conversion_weights import check_structure, unused_rows, variant_fields, variant_weights
+from .filtered import applied_summary, in_words
+from .models.any_filter import filtered_layers, is_filtered
+from .models.modeling_imgproc_filtered import stock_class
 from .models.spec_axes import STEPPED_BOOSTINGS
 from .models.spec_fields import preset_fields, preset_in_words
 from .output_paths import writing
@@ -51,6 +56,7 @@ class ConversionReport:
             source's function is kept.
         kept: filter fields that a source variant handed on, since the axis they belong to is the same.
         boosting: the booster, its steps and its layers, in words; empty without one.
+        layers: of a model that keeps its stock class: what each filtered layer has, as a table; else empty.
         max_difference: largest absolute difference of the outputs (logits, or hidden states of a bare model) on a
             probe.
         output_std: standard deviation of the source's outputs on the probe, to compare it with.
@@ -71,6 +77,7 @@ class ConversionReport:
     new: list[str] = field(default_factory=list)
     kept: dict[str, Any] = field(default_factory=dict)
     boosting: str = ""
+    layers: str = ""
     max_difference: float = float("nan")
     output_std: float = float("nan")
     change: Change | None = None
@@ -93,10 +100,14 @@ class ConversionReport:
         lines.append(
             f"  new parameters, at their defaults or where the function is kept: {', '.join(self.new) or 'none'}"
         )
-        lines.append(
-            f"  outputs on a random probe differ by at most {self.max_difference:.3g} "
-            f"(standard deviation of the source's outputs {self.output_std:.3g})"
-        )
+        lines += [f"  {line}" for line in self.layers.splitlines()]
+        if math.isnan(self.output_std):
+            lines.append("  outputs are not compared: no inputs of this kind of model are known")
+        else:
+            lines.append(
+                f"  outputs on a random probe differ by at most {self.max_difference:.3g} "
+                f"(standard deviation of the source's outputs {self.output_std:.3g})"
+            )
         if self.change is not None:
             lines.append(f"  {self.change}")
         if self.license is not None:
@@ -113,9 +124,12 @@ def convert(
     *,
     return_report: bool = False,
     samples: torch.Tensor | None = None,
+    filtered: bool | None = None,
     **config_overrides: Any,
 ) -> Any:
     """Convert a model of one of the backbones (also a DeiT that was published as ViT) to a variant.
+
+    A model of any other type keeps its stock class and gets the filter into its layers, as by ``apply_filter``.
 
     What allows it starts where the source's function is kept: gamma of ``learned``, and lambda or the gains of
     ``neutreno`` and ``pidformer``, which are learned (``learn_feedback``) from 0 on unless the overrides name a value.
@@ -126,8 +140,10 @@ def convert(
         return_report: also return a :class:`ConversionReport`, for which the two models are compared.
         samples: what the report compares them on: token ids ``[texts, length]`` or pixel values
             ``[images, channels, height, width]``. None: texts that the source writes, or random inputs.
+        filtered: True: models of the backbones keep their stock class too. None: as their type says.
         **config_overrides: configuration fields of the variant that win over the preset's and the checkpoint's, such
-            as ``boosted_layers=[-2, -1]``; they must not change the shape of a tensor.
+            as ``boosted_layers=[-2, -1]``; they must not change the shape of a tensor. For a model that keeps its
+            stock class arguments of ``apply_filter``, such as ``layers=[-2, -1]``.
 
     Returns:
         The variant in evaluation mode, in the source's dtype; with ``return_report`` the pair (model, report).
@@ -138,6 +154,10 @@ def convert(
         OSError: for weights that cannot be read.
     """
     preset_fields(preset)
+    if becomes_filtered(model_or_path, filtered):
+        applied = apply_to(model_or_path, preset, config_overrides)
+        report = _compare_filtered(applied, preset, config_overrides, samples) if return_report else None
+        return applied.variant if report is None else (applied.variant, report)
     source = load_source(model_or_path)
     if samples is not None:
         probe_inputs(source.model, source.name, samples)  # refuses wrong ones before the work
@@ -157,6 +177,34 @@ def convert(
     finally:
         source.model.train(was_training)
     return variant, report
+
+
+def _compare_filtered(
+    applied: Applied, preset: str, arguments: dict[str, Any], samples: torch.Tensor | None
+) -> ConversionReport:
+    """The report of a model that keeps its stock class."""
+    source, variant = applied.source, applied.variant
+    inputs = probe_inputs(source, applied.name, samples)
+    held, state = set(source.state_dict()), set(variant.state_dict())
+    report = ConversionReport(
+        applied.name,
+        stock_class(variant).__name__,
+        preset,
+        in_words(variant) if is_filtered(variant) else "softmax",
+        in_words(source) if is_filtered(source) else "softmax",
+        mapped={name: [name] for name in sorted(held & state)},
+        unused=sorted({*applied.unused, *(held - state)}),
+        new=sorted(state - held),
+        layers=str(filtered_layers(variant)),
+    )
+    if can_be_probed(source):
+        report.max_difference, report.output_std = difference(source, variant)
+    if inputs is not None:
+        report.change = measure(source, variant, inputs)
+        if report.change.is_large:
+            fewer = last_layers(variant, preset, arguments) if is_filtered(variant) else None
+            report.advice = _advice_in_words(None if fewer is None else measure(source, fewer, inputs), "layers")
+    return report
 
 
 def _convert(source: Source, preset: str, overrides: dict[str, Any]) -> tuple[PreTrainedModel, ConversionReport]:
@@ -193,13 +241,16 @@ def _convert(source: Source, preset: str, overrides: dict[str, Any]) -> tuple[Pr
     return variant.eval(), report
 
 
-def convert_checkpoint(source: str, preset: str, output_dir: str, **config_overrides: Any) -> ConversionReport:
+def convert_checkpoint(
+    source: str, preset: str, output_dir: str, *, filtered: bool | None = None, **config_overrides: Any
+) -> ConversionReport:
     """Convert a checkpoint and save it, with its tokenizer or image processor and its licence where it has one.
 
     Args:
         source: path or Hub name of a checkpoint, stock or a variant.
         preset: name of the variant.
         output_dir: a folder that does not exist yet or is empty.
+        filtered: as in :func:`convert`.
         **config_overrides: as in :func:`convert`.
 
     Raises:
@@ -209,11 +260,12 @@ def convert_checkpoint(source: str, preset: str, output_dir: str, **config_overr
     folder = Path(output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"output must be a new or empty folder, got {output_dir!r}, which holds files")
-    model, report = convert(source, preset, return_report=True, **config_overrides)
+    model, report = convert(source, preset, return_report=True, filtered=filtered, **config_overrides)
     with writing(folder):
         model.save_pretrained(folder)
         copy_processor(source, folder, getattr(model.config, "num_channels", 3))
-        write_card(source, folder, report, model.filter_summary())
+        summary = model.filter_summary() if hasattr(model, "filter_summary") else applied_summary(model)
+        write_card(source, folder, report, summary)
     return report
 
 
@@ -295,16 +347,22 @@ def _advice(
     )
     if single_values and sum(spec.is_boosted for spec in specs) > len(LAST_LAYERS):
         fewer, _ = _convert(source, preset, {**overrides, "boosted_layers": LAST_LAYERS})
-        less = measure(source.model, fewer, inputs)
-        if less.rise is not None:
-            return (
-                f"boosted in its last two layers only (boosted_layers={LAST_LAYERS}) it rises by {less.rise:.3f} nats"
-            )
-        return (
-            f"boosted in its last two layers only (boosted_layers={LAST_LAYERS}) {less.changed} of {less.predictions} "
-            "change"
+        return _advice_in_words(measure(source.model, fewer, inputs), "boosted_layers")
+    return _advice_in_words(None, "boosted_layers")
+
+
+def _advice_in_words(less: Change | None, field_name: str) -> str:
+    """What is said of a large change; ``less``: that of the last two layers alone, ``field_name`` chooses them."""
+    if less is not None:
+        costs = (
+            f"{less.changed} of {less.predictions} change"
+            if less.rise is None
+            else f"it rises by {less.rise:.3f} nats"
         )
+        how = "boosted" if field_name == "boosted_layers" else "filtered"
+        return f"{how} in its last two layers only ({field_name}={LAST_LAYERS}) {costs}"
+    own = "gradient_boosted, " if field_name == "boosted_layers" else ""
     return (
         "this is a starting point for training; what starts as the source's function: learned_twicing, "
-        "gradient_boosted, neutreno, pidformer"
+        f"{own}neutreno, pidformer, inversion"
     )

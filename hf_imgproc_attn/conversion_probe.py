@@ -10,11 +10,12 @@ import json
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from .conversion_source import head_of
+from .conversion_source import heads_by_class
 from .models.layer_grid import sides
 
 _PROBE_LENGTH = 32
@@ -22,6 +23,14 @@ SAMPLED_TEXTS, SAMPLED_LENGTH = 8, 64
 """Texts drawn from a language model, and their length in tokens at most."""
 RANDOM_INPUTS = 16
 """Images or texts for a classifier, where the caller gives none."""
+
+_MEASURED = {
+    "AutoModelForCausalLM": "cross_entropy",
+    "AutoModelForMaskedLM": "predictions",
+    "AutoModelForSequenceClassification": "predictions",
+    "AutoModelForTokenClassification": "predictions",
+    "AutoModelForImageClassification": "predictions",
+}
 
 
 class Change(NamedTuple):
@@ -79,13 +88,12 @@ def probe_inputs(source: PreTrainedModel, checkpoint: str, given: torch.Tensor |
     Raises:
         ValueError: for inputs that are none of this model.
     """
-    config: Any = source.config
     if given is not None:
         _check_given(source, given)
         return Inputs(given, f"the {len(given)} samples that were given")
     if not _predicts(source):
         return None
-    generator = torch.Generator().manual_seed(0)
+    config, generator = _input_config(source), torch.Generator().manual_seed(0)
     if source.main_input_name != "input_ids":
         statistics = _pixel_statistics(checkpoint, config.num_channels)
         mean, std, told_by = statistics
@@ -96,7 +104,7 @@ def probe_inputs(source: PreTrainedModel, checkpoint: str, given: torch.Tensor |
     if _is_language_model(source):
         texts = sample_texts(source, generator)
         return Inputs(texts, f"{texts[:, 1:].numel()} tokens that the source itself wrote")
-    length = min(_PROBE_LENGTH, config.max_position_embeddings)
+    length = min(_PROBE_LENGTH, longest_text(config))
     ids = torch.randint(config.vocab_size, (RANDOM_INPUTS, length), generator=generator)
     return Inputs(ids, "random tokens (no data was given)")
 
@@ -115,25 +123,27 @@ def measure(source: PreTrainedModel, variant: PreTrainedModel, inputs: Inputs) -
 @torch.no_grad()
 def difference(source: PreTrainedModel, variant: PreTrainedModel) -> tuple[float, float]:
     """Largest difference of the two models' outputs on a fixed random input, and the source outputs' deviation."""
-    generator = torch.Generator().manual_seed(0)
-    config: Any = source.config
+    config, generator = _input_config(source), torch.Generator().manual_seed(0)
     if source.main_input_name == "input_ids":
-        length = min(_PROBE_LENGTH, config.max_position_embeddings)
+        length = min(_PROBE_LENGTH, longest_text(config))
         inputs = torch.randint(config.vocab_size, (1, length), generator=generator)
     else:
         inputs = torch.randn(1, config.num_channels, *sides(config.image_size), generator=generator)
-    outputs = [_run(model, inputs)[0].float().cpu() for model in (source, variant)]
+    outputs = [_run(model, inputs)[0] for model in (source, variant)]
+    outputs = [(output[-1] if isinstance(output, tuple) else output).float().cpu() for output in outputs]
     return float((outputs[0] - outputs[1]).abs().max()), float(outputs[0].std(correction=0))
 
 
 @torch.no_grad()
-def sample_texts(model: PreTrainedModel, generator: torch.Generator, length: int = SAMPLED_LENGTH) -> torch.Tensor:
+def sample_texts(
+    model: PreTrainedModel, generator: torch.Generator, length: int = SAMPLED_LENGTH, count: int = SAMPLED_TEXTS
+) -> torch.Tensor:
     """Texts drawn from a language model token by token, ``[texts, length]``, beginning with its start token."""
-    config: Any = model.config
+    config = _input_config(model)
     start = next((token for token in (config.bos_token_id, config.eos_token_id) if token is not None), 0)
-    texts = torch.full((SAMPLED_TEXTS, 1), start % config.vocab_size, device=model.device)
+    texts = torch.full((count, 1), start % config.vocab_size, device=model.device)
     cache = None
-    while texts.shape[1] < min(length, config.max_position_embeddings):
+    while texts.shape[1] < min(length, longest_text(config)):
         output = model(texts[:, -1:], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         probabilities = output.logits[:, -1].float().softmax(-1).cpu()
@@ -142,10 +152,39 @@ def sample_texts(model: PreTrainedModel, generator: torch.Generator, length: int
     return texts
 
 
+@torch.no_grad()
+def can_be_probed(model: PreTrainedModel) -> bool:
+    """Whether :func:`difference` knows what a model is called with: texts or images, and nothing beside."""
+    config = _input_config(model)
+    text = model.main_input_name == "input_ids" and hasattr(config, "vocab_size")
+    image = model.main_input_name == "pixel_values" and hasattr(config, "image_size")
+    return (text or image) and not (hasattr(model.config, "text_config") and hasattr(model.config, "vision_config"))
+
+
+def longest_text(config: Any) -> int:
+    """Tokens that a model has positions for; 2048 where it has no limit of its own."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        return 2048
+    # RoBERTa and its like count their positions from behind the padding token.
+    behind = config.pad_token_id if getattr(config, "type_vocab_size", None) == 1 and config.pad_token_id else -1
+    return limit - behind - 1
+
+
+def _input_config(model: PreTrainedModel) -> Any:
+    """The configuration that tells what a model's inputs are: of one that also has other parts, the texts' one."""
+    config: Any = model.config
+    return config.get_text_config() if model.main_input_name == "input_ids" else config
+
+
 def _run(model: PreTrainedModel, inputs: torch.Tensor) -> Any:
-    options: dict[str, Any] = {"use_cache": False} if model.main_input_name == "input_ids" else {}
+    is_text, config = model.main_input_name == "input_ids", model.config
+    options: dict[str, Any] = {"use_cache": False} if is_text and hasattr(config, "use_cache") else {}
     dtype = model.dtype if inputs.is_floating_point() else inputs.dtype
-    return model(**{model.main_input_name: inputs.to(model.device, dtype)}, **options)
+    given = inputs.to(model.device, dtype)
+    if is_text and config.is_encoder_decoder:
+        options["decoder_input_ids"] = given
+    return model(**{model.main_input_name: given}, **options)
 
 
 def _cross_entropy(model: PreTrainedModel, texts: torch.Tensor) -> float:
@@ -158,27 +197,40 @@ def _cross_entropy(model: PreTrainedModel, texts: torch.Tensor) -> float:
 
 def _predictions(model: PreTrainedModel, inputs: torch.Tensor) -> torch.Tensor:
     # One at a time: a text classifier without a padding token takes no batch.
-    return torch.cat([_run(model, one).logits.float().argmax(-1).cpu().flatten() for one in inputs.split(1)])
+    logits = [_run(model, one).logits.float() for one in inputs.split(1)]
+    classes = 1 if logits[0].ndim == 4 else -1  # of an image's places the classes come first
+    return torch.cat([each.argmax(classes).cpu().flatten() for each in logits])
 
 
 def _is_language_model(model: PreTrainedModel) -> bool:
-    return head_of(type(model)).measured == "cross_entropy"
+    return _measured(model) == "cross_entropy"
 
 
 def _predicts(model: PreTrainedModel) -> bool:
-    head = head_of(type(model))
-    return head.measured is not None and not ("Classification" in head.variant and model.config.num_labels < 2)
+    classifies = "Classification" in type(model).__name__
+    return _measured(model) is not None and not (classifies and model.config.num_labels < 2)
+
+
+def _measured(model: PreTrainedModel) -> str | None:
+    """What a conversion changes for the user of a model: see ``backbones.Head``; of other types by its Auto class."""
+    heads = heads_by_class()
+    for kind in type(model).__mro__:
+        if kind.__name__ in heads:
+            return heads[kind.__name__].measured
+    for auto_class, measured in _MEASURED.items():
+        known = getattr(transformers, auto_class)._model_mapping.get(type(model.config), None)
+        if set(type(model).__mro__) & set(known if isinstance(known, (tuple, list)) else (known,)):
+            return measured
+    return None
 
 
 def _check_given(model: PreTrainedModel, given: torch.Tensor) -> None:
-    config: Any = model.config
+    config, longest = _input_config(model), longest_text(model.config)
     if not _predicts(model):
         raise ValueError(f"samples must be None for a model without predictions, got them for {type(model).__name__}")
     if model.main_input_name == "input_ids":
-        fits = (
-            given.ndim == 2 and not given.is_floating_point() and 2 <= given.shape[1] <= config.max_position_embeddings
-        )
-        wanted = f"token ids [texts, length] with a length from 2 to {config.max_position_embeddings}"
+        fits = given.ndim == 2 and not given.is_floating_point() and 2 <= given.shape[1] <= longest
+        wanted = f"token ids [texts, length] with a length from 2 to {longest}"
     else:
         shape = (config.num_channels, *sides(config.image_size))
         fits, wanted = (

@@ -25,10 +25,12 @@ ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], type[PreTrainedModel]]] = 
     head.stock: (row.stock_class(head.stock), row.our_class(head.variant))
     for row in BACKBONES.values()
     for head in row.heads
+    if head.stock is not None
 }
 """Stock architecture -> (stock class, variant class)."""
 
-_SOURCES = ARCHITECTURES | {variant.__name__: (variant, variant) for _, variant in ARCHITECTURES.values()}
+_VARIANTS = [row.our_class(head.variant) for row in BACKBONES.values() for head in row.heads]
+_SOURCES = ARCHITECTURES | {variant.__name__: (variant, variant) for variant in _VARIANTS}
 
 
 class Source(NamedTuple):
@@ -66,12 +68,7 @@ def load_source(model_or_path: Any) -> Source:
         _check_architecture(name, model_or_path.config)
         source = model_or_path.config._name_or_path or "(a model in memory)"
         return Source(source, model_or_path, _SOURCES[name][1], [])
-    try:
-        config = AutoConfig.from_pretrained(model_or_path)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{str(model_or_path)!r} must be a checkpoint, and is none: {plain_message(error)}"
-        ) from error
+    config = load_config(model_or_path)
     declared = config.architectures or []
     if len(declared) > 1:
         raise ValueError(f"architectures in config.json of {model_or_path} must name one class, got {declared!r}")
@@ -99,6 +96,18 @@ def load_source(model_or_path: Any) -> Source:
     return Source(str(model_or_path), model, variant_class, sorted(unused))
 
 
+def load_config(checkpoint: Any) -> Any:
+    """The configuration of a checkpoint.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(checkpoint)!r} must be a checkpoint, and is none: {plain_message(error)}") from error
+
+
 def _remade_tensors(model: PreTrainedModel, tensors: set[str]) -> set[str]:
     """Tensors of a file that the model makes anew and so does not read, which Transformers does not tell.
 
@@ -119,10 +128,14 @@ def new_variant(source: Source, config: Any) -> PreTrainedModel:
 
 def head_of(model_class: type) -> Head:
     """The row of a model class, stock or ours, or of the one that it derives from."""
+    found = heads_by_class()
+    return next(found[kind.__name__] for kind in model_class.__mro__ if kind.__name__ in found)
+
+
+def heads_by_class() -> dict[str, Head]:
+    """Name of a model class of the table, stock or ours -> its row."""
     heads = [head for row in BACKBONES.values() for head in row.heads]
-    names = [kind.__name__ for kind in model_class.__mro__]
-    found = {name: head for head in heads for name in (head.variant, head.stock)}
-    return next(found[name] for name in names if name in found)
+    return {name: head for head in heads for name in (head.variant, head.stock) if name is not None}
 
 
 def _parts(row: Backbone, tensors: set[str]) -> dict[str, bool]:
@@ -161,8 +174,9 @@ def _architecture_of(tensors: set[str], config: Any) -> str:
     refused = [name for name, told_by in row.refused.items() if fits(told_by)]
     if refused:
         return refused[0]
-    head = next(head for head in row.heads if fits(head.told_by))
-    return head.variant if config.model_type == row.model_type else head.stock
+    is_ours = config.model_type == row.model_type
+    names = (head.variant if is_ours else head.stock for head in row.heads if fits(head.told_by))
+    return next(name for name in names if name is not None)
 
 
 def _listing_all_tensors(stock_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -181,6 +195,7 @@ def _check_architecture(name: str, config: Any) -> None:
     if name not in _SOURCES or row is None:
         raise ValueError(
             f"architecture must be a stock one of {', '.join(ARCHITECTURES)}, or a variant of one of them, got {name} "
-            f"(model type {getattr(config, 'model_type', None)})"
+            f"(model type {getattr(config, 'model_type', None)}); filtered=True (--filtered) puts the filter into the "
+            "stock class, as it does for models of other types"
         )
     check_architecture(config, row.our_class(row.config).must_be)

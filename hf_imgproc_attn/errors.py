@@ -12,7 +12,9 @@ from typing import Any, NoReturn
 
 _EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("accelerate", "datasets", "evaluate", "numpy", "PIL", "psutil", "sklearn", "tokenizers", "yaml"),
-    "robustness": ("PIL", "art", "cv2", "numpy", "scipy", "skimage"),
+    "peft": ("peft",),
+    "robustness": ("PIL", "art", "cv2", "foolbox", "numpy", "scipy", "skimage"),
+    "study": ("scipy",),
     "viz": ("matplotlib",),
     "hub": ("jinja2", "matplotlib"),
     "filters": ("matplotlib", "numpy", "PIL", "skimage"),
@@ -58,6 +60,22 @@ class OneLineParser(argparse.ArgumentParser):
         choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message)
         hint = did_you_mean(choice[1], re.split(r",\s*", choice[2].replace("'", ""))) if choice else ""
         raise UsageError(message + hint)
+
+
+def with_values_joined(words: Sequence[str], options: Sequence[str]) -> list[str]:
+    """``--layers -2,-1`` as ``--layers=-2,-1``: what begins with a minus is taken for an option otherwise.
+
+    Args:
+        words: of a command line.
+        options: those that take numbers.
+    """
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1] in options and re.match(r"-\d", word):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def did_you_mean(got: str, known: Iterable[str]) -> str:
@@ -108,7 +126,7 @@ def require_extras(*extras: str) -> None:
     """Check that the packages of the named extras are installed.
 
     Args:
-        extras: names among ``train``, ``robustness``, ``viz``, ``hub`` and ``filters``.
+        extras: names among ``train``, ``peft``, ``robustness``, ``study``, ``viz``, ``hub`` and ``filters``.
 
     Raises:
         UsageError: names the packages that are missing and the extra that brings them.

@@ -43,7 +43,9 @@ def filter_attention(  # noqa: PLR0913  # in the form of scaled_dot_product_atte
         attn_mask: boolean (True = visible) or additive float, broadcastable to
             ``[batch, heads, length, key_length]``, or None. Values near the smallest of its dtype hide a key.
         dropout_p: probability on A, in [0, 1). A boosted filter uses one mask for all its passes.
-        is_causal: whether query i sees keys j <= i only; square, and not together with ``attn_mask``.
+        is_causal: whether query i sees keys j <= i only; square, and not together with ``attn_mask``. What is not a
+            number in a later token can still reach earlier ones, which weigh it by 0, as in PyTorch's attention: hide
+            such tokens by a mask, then they have no influence at all.
         scale: factor on q.k. None: 1/sqrt(head_dim), of the queries without their features.
         enable_gqa: whether key and value may have fewer heads than the query, a divisor of them.
         boosting: ``"none"``, ``"twicing"`` ((I - (I - A)^k) V, k = 2: (2A - A^2) V; arXiv 2503.00687, eq. 8) or any

@@ -15,6 +15,14 @@ from .models.spec_fields import FilterSpecMixin
 
 
 @functools.cache
+def own_fields(model_type: str) -> frozenset[str]:
+    """The fields that a configuration of ours adds to the stock ones and to those of the filters."""
+    row = OF_MODEL_TYPE[model_type]
+    path = Path(__file__).resolve().parent / "models" / f"configuration_{model_type}.py"
+    return frozenset(_annotated(path, row.config))
+
+
+@functools.cache
 def declared_fields(file: str, class_name: str) -> dict[str, str]:
     """The annotated fields of a dataclass of Transformers, without those of its bases.
 
@@ -28,8 +36,12 @@ def declared_fields(file: str, class_name: str) -> dict[str, str]:
     found = importlib.util.find_spec("transformers")
     if found is None or found.origin is None:
         return {}
+    return _annotated(Path(found.origin).parent / file, class_name)
+
+
+def _annotated(path: Path, class_name: str) -> dict[str, str]:
     try:
-        tree = ast.parse((Path(found.origin).parent / file).read_text(encoding="utf-8"))
+        tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError):
         return {}
     return {
@@ -63,7 +75,7 @@ def configuration_fields(model_type: str) -> set[str]:
         return set()
     own = {field.name for field in dataclasses.fields(FilterSpecMixin)}
     names = {"hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers"}
-    return stock | common | own | names
+    return stock | common | own | own_fields(model_type) | names
 
 
 def _is_derived(line: ast.AnnAssign) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.training_support.argument_parser import command_words
-from hf_imgproc_attn.training_support.arguments import EMBEDDED_IMAGES, EMBEDDED_TEXT, LOCAL_OR_HUB, Arguments
+from hf_imgproc_attn.training_support.arguments import BUILT_IN_DATA, LOCAL_OR_HUB, Arguments
 
 FILE_NAME = "run.json"
 FORMAT = 1
@@ -296,9 +296,7 @@ def _with_absolute_paths(options: Any) -> Any:
     names = [name for name in LOCAL_OR_HUB if hasattr(options, name)]
     given = {name: value for name in names if (value := getattr(options, name)) and Path(value).expanduser().exists()}
     paths = {
-        name: str(Path(value).expanduser().resolve())
-        for name, value in given.items()
-        if value not in (EMBEDDED_IMAGES, EMBEDDED_TEXT)
+        name: str(Path(value).expanduser().resolve()) for name, value in given.items() if value not in BUILT_IN_DATA
     }
     return dataclasses.replace(options, **paths)
 
@@ -310,8 +308,8 @@ def _difference(earlier: dict[str, Any], record: dict[str, Any]) -> str | None:
     before, now = earlier["arguments"], json.loads(json.dumps(record["arguments"], default=str))
     for part in _IDENTITY_PARTS:
         for name, value in now[part].items():
-            if before[part].get(name) != value:
-                return f"with {name} {before[part].get(name)!r} instead of {value!r}"
+            if name in before[part] and before[part][name] != value:  # older versions had fewer options
+                return f"with {name} {before[part][name]!r} instead of {value!r}"
     started, wanted = before["trainer"], now["trainer"]
     free = _MAY_CHANGE | {_KNOWN_LATER}
     if started.get("load_best_model_at_end"):

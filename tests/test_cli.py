@@ -99,6 +99,7 @@ def test_presets_are_all_listed(capsys: pytest.CaptureFixture[str]) -> None:
         "boosting": "twicing",
         "residual": "standard",
         "feedback": "none",
+        "gate": "none",
         "learn_bandwidths": "True",
     }
     assert by_name["boosted_residual"]["residual"] == "twicing"

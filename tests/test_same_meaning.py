@@ -136,6 +136,16 @@ def poisoned_call(kind: str, poison: float | None = None) -> tuple[list[torch.Te
     return list(leaves.values()), {**leaves, "attn_mask": mask}
 
 
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+@pytest.mark.parametrize("boosting", ["none", "twicing"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_row_sees_and_is_not_a_number_shows(backend: str, boosting: str, where: str) -> None:
+    given = tensors()
+    given[("query", "key", "value").index(where)][:, :, 4] = float("nan")
+    rows = filtered(backend, *given, is_causal=True, boosting=boosting).isnan().all(-1)
+    assert rows[:, :, 4 : 5 if where == "query" else None].all()
+
+
 @pytest.mark.parametrize("kind", ["boolean mask", "additive mask", "features", "bias"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("boosting", ["none", "twicing"])

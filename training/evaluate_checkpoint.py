@@ -3,8 +3,9 @@
     python training/evaluate_checkpoint.py outputs/digits
     python training/evaluate_checkpoint.py outputs/digits --sigmas 0.1 0.2 --epsilons 4/255 8/255
 
-Images: Gaussian noise and FGSM; text: word swap. The data are those that run.json names, checked by their fingerprint;
-the training split is never evaluated. More disturbances, for any checkpoint: imgproc-attn robustness.
+Images: Gaussian noise and FGSM; text: word swap; recall: other rates of noise. The data are those that run.json names,
+checked by their fingerprint; the training split is never evaluated. More disturbances, for any checkpoint:
+imgproc-attn robustness.
 """
 
 import dataclasses
@@ -29,10 +30,18 @@ from hf_imgproc_attn.training_support.arguments import (
     LabelledTextDataArguments,
     TextDataArguments,
 )
+from hf_imgproc_attn.training_support.mask_arguments import MaskDataArguments
+from hf_imgproc_attn.training_support.sequence_arguments import (
+    GeneratedDataArguments,
+    RecallDataArguments,
+    SequenceDataArguments,
+)
 
 if TYPE_CHECKING:
+    from hf_imgproc_attn.sequences import SequenceSplit
     from hf_imgproc_attn.training_support.image_pixels import PixelDataset
     from hf_imgproc_attn.training_support.labelled_text import LabelledTexts
+    from hf_imgproc_attn.training_support.mask_pixels import MaskedPixels
     from hf_imgproc_attn.training_support.text_data import TextSplit
 
 FORMAT = 1
@@ -41,7 +50,7 @@ EPSILONS = (8 / 255, 16 / 255)
 FRACTION = 0.015
 SPLITS = ("test", "validation")
 
-DataT = TypeVar("DataT", "PixelDataset", "TextSplit", "LabelledTexts")
+DataT = TypeVar("DataT", "PixelDataset", "MaskedPixels", "TextSplit", "LabelledTexts", "SequenceSplit")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +60,7 @@ class Settings:
     Attributes:
         sigmas: standard deviations of the Gaussian noise, pixels in [0, 1].
         epsilons: largest changes of a pixel in [0, 1] by FGSM.
-        fraction: part of the words that word swap replaces.
+        fraction: part of the words that word swap replaces; of recall the rate of the noise.
         seed: of the noise or the choice of words.
         max_samples: use at most so many images or lines.
         split: ``test`` or ``validation``.
@@ -96,6 +105,9 @@ def evaluate(run: str | Path, settings: Settings | None = None, *, force: bool =
 
     from hf_imgproc_attn import records
     from hf_imgproc_attn.cards.rendering import ROBUSTNESS_FILE, load_record
+    from hf_imgproc_attn.robustness.images import DEFINITIONS as IMAGE_DEFINITIONS
+    from hf_imgproc_attn.robustness.texts import DEFINITIONS as TEXT_DEFINITIONS
+    from hf_imgproc_attn.training_support.sequence_evaluation import DEFINITIONS as SEQUENCE_DEFINITIONS
 
     folder, settings = Path(run), settings or Settings()
     record = load_record(folder)
@@ -105,13 +117,17 @@ def evaluate(run: str | Path, settings: Settings | None = None, *, force: bool =
         raise UsageError(f"{folder} must hold the weights that its run.json names (weights_sha256), got {weights}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started = time.perf_counter()
-    report = _MEASURES[TASKS[record["task"]].auto_class](folder, record, settings, device)
+    task = record["task"]
+    measure = _measure_sequences if task in _SEQUENCE_TASKS else _MEASURES[TASKS[task].auto_class]
+    results = measure(folder, record, settings, device)
+    used = {name for result in results for name in (result["disturbance"], *result["parameters"])}
+    known = {**IMAGE_DEFINITIONS, **TEXT_DEFINITIONS, **SEQUENCE_DEFINITIONS}
     robustness = {
         "format": FORMAT,
         "weights_sha256": weights,
         "split": settings.split,
-        "results": [_for_card(result, settings.split) for result in report["results"]],
-        "definitions": report["definitions"],
+        "results": [_for_card(result, settings.split) for result in results],
+        "definitions": {name: text for name, text in known.items() if name in used},
         "versions": records.package_versions(),
         "git": records.git_state(),
         "device": records.device_description(device, processes=1),
@@ -128,7 +144,7 @@ def _for_card(result: dict[str, Any], split: str) -> dict[str, Any]:
     return {**{name: value for name, value in result.items() if name != "correct"}, "split": split}
 
 
-def _measure_images(folder: Path, record: dict[str, Any], settings: Settings, device: Any) -> dict[str, Any]:
+def _measure_images(folder: Path, record: dict[str, Any], settings: Settings, device: Any) -> list[dict[str, Any]]:
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     from hf_imgproc_attn.robustness.classifier import unit_images
@@ -158,12 +174,36 @@ def _measure_images(folder: Path, record: dict[str, Any], settings: Settings, de
         seed=settings.seed,
         batch_size=256,
     )
-    return evaluate_robustness(model, processor, *unit_images(dataset), chosen)
+    return list(evaluate_robustness(model, processor, *unit_images(dataset), chosen)["results"])
 
 
-def _measure_text(folder: Path, record: dict[str, Any], settings: Settings, device: Any) -> dict[str, Any]:
+def _measure_masks(folder: Path, record: dict[str, Any], settings: Settings, device: Any) -> list[dict[str, Any]]:
+    from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+
+    from hf_imgproc_attn.training_support.mask_data import load_mask_splits
+    from hf_imgproc_attn.training_support.mask_evaluation import mask_robustness
+    from hf_imgproc_attn.training_support.mask_pixels import load_masked_pixels
+
+    _refuse("fraction", settings, record)
+    processor = AutoImageProcessor.from_pretrained(folder)
+
+    def load(args: MaskDataArguments) -> "MaskedPixels":
+        splits, name = load_mask_splits(args), settings.split
+        _check_split(splits.rows, settings, args.dataset_name)
+        only = dataclasses.replace(splits, rows={name: splits.rows[name]})
+        return load_masked_pixels(only, processor, args, settings.seed)[name]
+
+    dataset = _same_data(load, MaskDataArguments, record, settings)
+    model = AutoModelForSemanticSegmentation.from_pretrained(folder).to(device)
+    sigmas = SIGMAS if settings.sigmas is None else settings.sigmas
+    epsilons = EPSILONS if settings.epsilons is None else settings.epsilons
+    return mask_robustness(model, processor, dataset, sigmas=sigmas, epsilons=epsilons, seed=settings.seed)
+
+
+def _measure_text(folder: Path, record: dict[str, Any], settings: Settings, device: Any) -> list[dict[str, Any]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from hf_imgproc_attn.conversion_probe import longest_text
     from hf_imgproc_attn.robustness.texts import evaluate_text_robustness
     from hf_imgproc_attn.training_support.model_setup import DEFAULT_BLOCK_SIZE
     from hf_imgproc_attn.training_support.text_data import load_text_splits
@@ -179,11 +219,12 @@ def _measure_text(folder: Path, record: dict[str, Any], settings: Settings, devi
     text = _same_data(load, TextDataArguments, record, settings)
     model = AutoModelForCausalLM.from_pretrained(folder).to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    block_size = record["arguments"]["data"].get("block_size") or min(model.config.n_positions, DEFAULT_BLOCK_SIZE)
+    positions = longest_text(model.config.get_text_config())
+    block_size = record["arguments"]["data"].get("block_size") or min(positions, DEFAULT_BLOCK_SIZE)
     # Behind the token that the training put before its texts.
-    first = tokenizer.eos_token_id
-    swap = _word_swap(settings)
-    return evaluate_text_robustness(model, tokenizer, text.lines, swap, block_size=block_size, first_token=first)
+    first, swap = tokenizer.eos_token_id, _word_swap(settings)
+    report = evaluate_text_robustness(model, tokenizer, text.lines, swap, block_size=block_size, first_token=first)
+    return list(report["results"])
 
 
 def _word_swap(settings: Settings) -> TextSettings:
@@ -191,7 +232,9 @@ def _word_swap(settings: Settings) -> TextSettings:
     return TextSettings(changes=("word_swap",), fractions=(fraction,), seed=settings.seed)
 
 
-def _measure_labelled_texts(folder: Path, record: dict[str, Any], settings: Settings, device: Any) -> dict[str, Any]:
+def _measure_labelled_texts(
+    folder: Path, record: dict[str, Any], settings: Settings, device: Any
+) -> list[dict[str, Any]]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from hf_imgproc_attn.robustness.texts import evaluate_text_robustness
@@ -208,11 +251,44 @@ def _measure_labelled_texts(folder: Path, record: dict[str, Any], settings: Sett
     texts = _same_data(load, LabelledTextDataArguments, record, settings)
     model = AutoModelForSequenceClassification.from_pretrained(folder).to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return evaluate_text_robustness(model, tokenizer, texts.texts, _word_swap(settings), labels=texts.labels.tolist())
+    swap, labels = _word_swap(settings), texts.labels.tolist()
+    return list(evaluate_text_robustness(model, tokenizer, texts.texts, swap, labels=labels)["results"])
 
 
-_MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
+def _measure_sequences(folder: Path, record: dict[str, Any], settings: Settings, device: Any) -> list[dict[str, Any]]:
+    import transformers
+
+    from hf_imgproc_attn.training_support.sequence_data import load_sequences
+    from hf_imgproc_attn.training_support.sequence_evaluation import sequence_robustness, stronger_noise
+
+    for name in ("sigmas", "epsilons"):
+        _refuse(name, settings, record)
+    data_class = _SEQUENCE_TASKS[record["task"]]
+
+    def load(args: Any) -> "SequenceSplit":
+        splits = load_sequences(args).splits
+        _check_split(splits, settings, args.dataset_name)
+        return splits[settings.split]
+
+    split = _same_data(load, data_class, record, settings)
+    args = data_class(**record["arguments"]["data"])
+    rates = None if settings.fraction is None else [settings.fraction]
+    if not stronger_noise(args, rates):
+        _refuse("fraction", settings, record)
+    model = getattr(transformers, TASKS[record["task"]].auto_class).from_pretrained(folder).to(device)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return sequence_robustness(model, tokenizer, split, settings.split, args, rates)
+
+
+_SEQUENCE_TASKS: dict[str, type[GeneratedDataArguments]] = {
+    "sequence-classification": SequenceDataArguments,
+    "recall": RecallDataArguments,
+}
+"""Tasks on long sequences -> their data options."""
+
+_MEASURES: dict[str, Callable[..., list[dict[str, Any]]]] = {
     "AutoModelForImageClassification": _measure_images,
+    "AutoModelForSemanticSegmentation": _measure_masks,
     "AutoModelForCausalLM": _measure_text,
     "AutoModelForSequenceClassification": _measure_labelled_texts,
 }
@@ -270,7 +346,10 @@ def _build_parser() -> OneLineParser:
         help="images: largest changes of a pixel by FGSM, pixels in [0, 1] (default: 8/255 16/255)",
     )
     parser.add_argument(
-        "--fraction", type=number, help=f"text: part of the words that is replaced by AAA (default: {FRACTION})"
+        "--fraction",
+        type=number,
+        help=f"text: part of the words that is replaced by AAA (default: {FRACTION}); noisy recall: rate of the noise "
+        "(default: 0.2 0.4 0.6 0.8)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of noise and word swap (default: %(default)s)")
     parser.add_argument("--max_samples", type=int, help="use at most so many images or lines (default: all)")

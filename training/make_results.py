@@ -23,14 +23,24 @@ from hf_imgproc_attn.models.spec_fields import PRESETS
 if TYPE_CHECKING:
     from hf_imgproc_attn.training_support.trainer_setup import Result
 
-RECIPES = {task.recipe[0]: task for task in TASKS.values()}
+RECIPES = {task.recipe[0]: task for task in TASKS.values() if task.recipe}
 """Name of a recipe -> its task."""
+CONFIGS = {task.recipe[0]: task.recipe[1] for task in TASKS.values() if task.recipe}
+"""Name of a recipe -> its YAML file."""
+
+ONE_RECIPE = {
+    "inversion": "vit_digits",
+    "dynamic_inversion": "vit_digits",
+    "exclusive": "vit_digits",
+    "gated": "vit_digits",
+}
+"""Presets that are one value of one axis, beside those of the papers that the package is about -> their one recipe."""
 
 NAMES = [
-    f"{task.recipe[0]}_{preset}"
-    for task in TASKS.values()
+    f"{recipe}_{preset}"
+    for recipe, task in RECIPES.items()
     for preset in PRESETS
-    if preset not in OF_TASK[task.name].refused_presets
+    if preset not in OF_TASK[task.name].refused_presets and ONE_RECIPE.get(preset, recipe) == recipe
 ]
 """Names of all results: a recipe and a preset that its backbone can have."""
 SEED = 0
@@ -51,7 +61,7 @@ def run_recipe(recipe: str, preset: str, folder: Path, options: Sequence[str] = 
         The result of the training, and the content of ``robustness.json``.
     """
     script = importlib.import_module(RECIPES[recipe].script)
-    words = ["--config", str(_CONFIGS / RECIPES[recipe].recipe[1]), "--preset", preset, "--seed", str(SEED)]
+    words = ["--config", str(_CONFIGS / CONFIGS[recipe]), "--preset", preset, "--seed", str(SEED)]
     words += ["--output_dir", str(folder), *options]
     result = script.train(script.read_arguments(words))
     return result, evaluate(folder)

@@ -40,12 +40,12 @@ def train(arguments: Arguments[TextDataArguments]) -> "Result":
     # Imported here so that --help does not wait for them.
     from transformers import default_data_collator
 
+    from hf_imgproc_attn.training_support.fitting import fit
     from hf_imgproc_attn.training_support.metrics import language_model_metrics, token_losses
     from hf_imgproc_attn.training_support.model_setup import build_causal_lm, check_block_size, check_start
     from hf_imgproc_attn.training_support.text_data import TokenBlocks, encode, load_text_splits
     from hf_imgproc_attn.training_support.tokenizer import choose_tokenizer
-    from hf_imgproc_attn.training_support.trainer import ScriptTrainer
-    from hf_imgproc_attn.training_support.trainer_setup import adapt_to_data, begin_run, train_and_save
+    from hf_imgproc_attn.training_support.trainer_setup import begin_run
 
     embedded = arguments.data.dataset_name == EMBEDDED_TEXT
     run = begin_run("causal-lm", arguments, TEXT_TRAINER_DEFAULTS, embedded=embedded)
@@ -53,26 +53,24 @@ def train(arguments: Arguments[TextDataArguments]) -> "Result":
     texts = load_text_splits(arguments.data)
     tokenizer = choose_tokenizer(arguments.data, arguments.model.model_name_or_path, texts["train"].lines)
     tokens = {split: encode(text, tokenizer, f"tokenising {split}") for split, text in texts.items()}
+    tokens["train"] = tokens["train"][: arguments.data.max_train_tokens]
     check_block_size(
         arguments.model, arguments.data.block_size, len(tokens["train"]), len(tokenizer), run.training_args
     )
     model, block_size = build_causal_lm(arguments.model, tokenizer, arguments.data.block_size)
     blocks = {split: TokenBlocks(ids, block_size, tokenizer.pad_token_id) for split, ids in tokens.items()}
-    adapt_to_data(run, len(blocks["train"]), "validation" in blocks)
     metrics = {split: language_model_metrics(text.num_words) for split, text in texts.items()}
-    trainer = ScriptTrainer(
-        model=model,
-        args=run.training_args,
+    fingerprints = {split: {**text.fingerprint, "tokens": len(blocks[split].tokens)} for split, text in texts.items()}
+    return fit(
+        run,
+        model,
+        blocks,
+        metrics,
+        fingerprints,
         data_collator=default_data_collator,
-        train_dataset=blocks["train"],
-        eval_dataset=blocks.get("validation"),
         processing_class=tokenizer,
-        compute_metrics=metrics.get("validation"),
         preprocess_logits_for_metrics=token_losses,
     )
-    fingerprints = {split: {**text.fingerprint, "tokens": len(blocks[split].tokens)} for split, text in texts.items()}
-    evaluated = {split: (blocks[split], metrics[split]) for split in blocks if split != "train"}
-    return train_and_save(run, trainer, fingerprints, evaluated)
 
 
 def read_arguments(argv: Sequence[str] | None = None) -> Arguments[TextDataArguments]:

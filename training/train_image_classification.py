@@ -38,33 +38,31 @@ def train(arguments: Arguments[ImageDataArguments]) -> "Result":
     """
     require_extras("train")
     # Imported here so that --help does not wait for them.
+    from hf_imgproc_attn.training_support.fitting import fit
     from hf_imgproc_attn.training_support.image_data import load_image_splits
     from hf_imgproc_attn.training_support.image_pixels import EpochCallback, NormalizingCollator, load_pixels
     from hf_imgproc_attn.training_support.metrics import classification_metrics
     from hf_imgproc_attn.training_support.model_setup import build_image_classifier, check_start
-    from hf_imgproc_attn.training_support.trainer import ScriptTrainer
-    from hf_imgproc_attn.training_support.trainer_setup import adapt_to_data, begin_run, train_and_save
+    from hf_imgproc_attn.training_support.trainer_setup import adapt_to_data, begin_run
 
     embedded = arguments.data.dataset_name == EMBEDDED_IMAGES
     run = begin_run("image-classification", arguments, IMAGE_TRAINER_DEFAULTS, embedded=embedded)
     check_start(arguments.model, arguments.data.model_type)
     splits = load_image_splits(arguments.data)
-    adapt_to_data(run, len(splits.rows["train"]), "validation" in splits.rows)
+    adapt_to_data(run, len(splits.rows["train"]), "validation" in splits.rows)  # before images are decoded
     model, processor = build_image_classifier(arguments.model, splits.label_names, splits.image_size)
     pixels = load_pixels(splits, processor, arguments.data, run.training_args.seed)
-    trainer = ScriptTrainer(
-        model=model,
-        args=run.training_args,
+    fingerprints = {split: dataset.fingerprint for split, dataset in pixels.items()}
+    return fit(
+        run,
+        model,
+        pixels,
+        dict.fromkeys(pixels, classification_metrics),
+        fingerprints,
         data_collator=NormalizingCollator(processor),
-        train_dataset=pixels["train"],
-        eval_dataset=pixels.get("validation"),
         processing_class=processor,
-        compute_metrics=classification_metrics,
         callbacks=[EpochCallback(pixels["train"])],
     )
-    fingerprints = {split: dataset.fingerprint for split, dataset in pixels.items()}
-    evaluated = {split: (pixels[split], classification_metrics) for split in pixels if split != "train"}
-    return train_and_save(run, trainer, fingerprints, evaluated)
 
 
 def read_arguments(argv: Sequence[str] | None = None) -> Arguments[ImageDataArguments]:

@@ -40,12 +40,12 @@ def train(arguments: Arguments[LabelledTextDataArguments]) -> "Result":
     # Imported here so that --help does not wait for them.
     from transformers import DataCollatorWithPadding
 
+    from hf_imgproc_attn.training_support.fitting import fit
     from hf_imgproc_attn.training_support.labelled_text import TokenizedTexts, load_labelled_texts
     from hf_imgproc_attn.training_support.metrics import classification_metrics
     from hf_imgproc_attn.training_support.model_setup import build_text_classifier, check_start
     from hf_imgproc_attn.training_support.tokenizer import choose_classifier_tokenizer
-    from hf_imgproc_attn.training_support.trainer import ScriptTrainer
-    from hf_imgproc_attn.training_support.trainer_setup import adapt_to_data, begin_run, train_and_save
+    from hf_imgproc_attn.training_support.trainer_setup import begin_run
 
     embedded = arguments.data.dataset_name == EMBEDDED_TEXT
     run = begin_run("text-classification", arguments, CLASSIFIER_TRAINER_DEFAULTS, embedded=embedded)
@@ -55,19 +55,10 @@ def train(arguments: Arguments[LabelledTextDataArguments]) -> "Result":
     model, max_length = build_text_classifier(arguments.model, tokenizer, label_names, arguments.data.max_length)
     tokenizer.model_max_length = max_length  # pipelines cut longer texts there
     rows = {split: TokenizedTexts(part, tokenizer, max_length) for split, part in texts.items()}
-    adapt_to_data(run, len(rows["train"]), "validation" in rows)
-    trainer = ScriptTrainer(
-        model=model,
-        args=run.training_args,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        train_dataset=rows["train"],
-        eval_dataset=rows.get("validation"),
-        processing_class=tokenizer,
-        compute_metrics=classification_metrics,
-    )
     fingerprints = {split: part.fingerprint for split, part in texts.items()}
-    evaluated = {split: (rows[split], classification_metrics) for split in rows if split != "train"}
-    return train_and_save(run, trainer, fingerprints, evaluated)
+    metrics = dict.fromkeys(rows, classification_metrics)
+    collator = DataCollatorWithPadding(tokenizer)
+    return fit(run, model, rows, metrics, fingerprints, data_collator=collator, processing_class=tokenizer)
 
 
 def read_arguments(argv: Sequence[str] | None = None) -> Arguments[LabelledTextDataArguments]:

@@ -17,7 +17,7 @@ from ..cards.facts import hub_name
 from ..cards.merging import front_matter_of
 from ..errors import UsageError
 from ..records import FILE_NAME, public_record
-from ..training_support.arguments import EMBEDDED_IMAGES, EMBEDDED_TEXT
+from ..training_support.arguments import BUILT_IN_DATA
 from .client import connect, patiently
 
 _KEYS = ("license", "license_name", "license_link")
@@ -83,7 +83,7 @@ def find_licence(record: dict[str, Any], given: str | None, *, ask_hub: bool, ch
             remarks.append(f"the licence of {name} could not be asked: {error}")
             return {}
 
-    embedded = data in (None, "", EMBEDDED_IMAGES, EMBEDDED_TEXT)
+    embedded = data in (None, "", *BUILT_IN_DATA)
     of_data = {} if embedded else look("data", "dataset_name", _describe_dataset)
     if start is None:
         return Licence(of_data, f"of the data, {_last(data)}", False, bool(pending), remarks)

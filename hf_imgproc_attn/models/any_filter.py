@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from .any_attention import IMPLEMENTATION, PART, SEAT, before_layer
 from .any_fields import FilterFields, StackConfig
@@ -85,36 +85,74 @@ def apply_filter(
             for order, layer in enumerate(stack_layers)
         ]
     # Not from the top: that file loads filtered models, by this function.
-    from .modeling_imgproc_filtered import save_filtered
+    from .modeling_imgproc_filtered import save_with_filters
 
     arguments = {"layers": layers, "stacks": stacks, "num_special_tokens": num_special_tokens}
     record = {**wanted.changed(), **{name: value for name, value in arguments.items() if value is not None}}
     for layer, part, shared in prepared:
         _attach(layer.module, part, shared, record)
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and any(_parts(module)):
-            module.save_pretrained = functools.partial(_refuse_to_save, type(module).__name__)
-    model.save_pretrained = functools.partial(save_filtered, model)  # type: ignore[assignment]
+    save_with_filters()
+    _refuse_continuous_batching()
     return model
 
 
-def _refuse_to_save(name: str, *_: Any, **__: Any) -> None:
-    """In place of ``save_pretrained`` of a model inside a filtered one, which would save it without its filters."""
-    raise ValueError(
-        f"this {name} is a part of a filtered model, and would be saved without its filters: save the whole model, or "
-        "call remove_filter(model) first"
-    )
+def _refuse_continuous_batching() -> None:
+    """Make every filtered model refuse continuous batching before it begins: it runs in a thread of its own.
+
+    The whole class, as for saving: a filter may have been put into a part of a model. It is refused since its cache
+    keeps keys and values in pages that texts share, are moved and copied, and has no place for further rows.
+    """
+    stock = GenerationMixin.init_continuous_batching
+    if getattr(stock, "filters_of", None) is is_filtered:
+        return
+
+    @functools.wraps(stock)
+    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for _, part in _parts(self):
+            raise ValueError(
+                "continuous batching keeps its cache in pages, which have no place for the rows of the filter of "
+                f"{part.layer_name}: use generate() with a padded batch"
+            )
+        return stock(self, *args, **kwargs)
+
+    init_continuous_batching.filters_of = is_filtered  # type: ignore[attr-defined]
+    GenerationMixin.init_continuous_batching = init_continuous_batching
+
+
+def is_filtered(model: nn.Module) -> bool:
+    """Whether a model, or a part of it, has a filter."""
+    return any(True for _ in _parts(model))
 
 
 def filter_arguments(model: nn.Module) -> dict[str, Any]:
-    """What :func:`apply_filter` has to be called with for the same filters; empty without any.
+    """What :func:`apply_filter` has to be called with for the same filters of this model.
+
+    Args:
+        model: the model that the filters were applied to, a part of it, or a model that it is a part of: stacks are
+            then named as they are seen from there.
 
     Raises:
-        ValueError: if the model has no filter.
+        ValueError: if the model has no filter, or its parts have filters that one call cannot give the whole.
     """
-    for module, _ in _parts(model):
-        return dict(getattr(module, SEAT).arguments)
-    raise ValueError("the model has no filter")
+    parts = {id(module): part for module, part in _parts(model)}
+    if not parts:
+        raise ValueError("the model has no filter")
+    found = attention_layers(model)
+    filtered = [layer for layer in found if id(layer.module) in parts]
+    all_arguments = [getattr(layer.module, SEAT).arguments for layer in filtered]
+    arguments = dict(all_arguments[0]) if all_arguments else {}
+    if all(parts[id(layer.module)].layer_name == layer.name for layer in filtered):
+        return arguments
+    stacks = list(dict.fromkeys(layer.stack for layer in filtered))
+    chosen = _chosen(found, arguments.get("layers"), stacks, type(model).__name__)
+    fits = {id(layer.module) for members in chosen for layer in members} == set(parts)
+    is_image = {len(part.sides) == 2 for part in parts.values()} == {_is_image(model)}
+    if not (fits and is_image and all(each == arguments for each in all_arguments)):
+        raise ValueError(
+            f"the parts of this {type(model).__name__} have filters that one apply_filter cannot give the whole: "
+            "save it after remove_filter(model) and apply_filter(model, ...), with stacks=... for a part"
+        )
+    return {**arguments, "stacks": stacks}
 
 
 def _attach(module: nn.Module, part: AppliedFilter, shared: SharedState, arguments: dict[str, Any]) -> None:
@@ -146,8 +184,6 @@ def remove_filter(model: nn.Module) -> nn.Module:
         module.config = seat.stock_config
         delattr(module, PART)
         delattr(module, SEAT)
-    for inner in model.modules():
-        inner.__dict__.pop("save_pretrained", None)
     return model
 
 

@@ -16,12 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from .cache_rows import GrowingRows
 from .spec_axes import FILTER_LAYER_TYPE
-
-_FILTERED = "a filter other than stock softmax attention"
 
 
 class FilterDynamicLayer(DynamicLayer):
@@ -103,58 +101,21 @@ class FilterDynamicLayer(DynamicLayer):
 
 
 class FilterStaticLayer(StaticLayer):
-    """Refuses to be built: filtered attention has no pre-allocated cache."""
+    """A cache of fixed size for a filtered layer: the stock one, which ``cache_followed`` puts streams beside."""
 
     _layer_type = FILTER_LAYER_TYPE
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError(
-            f"cache_implementation='static' is not supported for layers with {_FILTERED}: use the dynamic cache"
-        )
-
 
 def check_cache_implementation(name: str | None, device: str) -> None:
-    """Refuse the cache implementations that filtered layers do not support.
+    """Refuse the cache implementations that cannot work on a device, where Transformers fails without saying why.
 
     Args:
         name: ``generation_config.cache_implementation``.
-        device: type of the model's device; ``offloaded`` needs an accelerator, with streams of its own.
+        device: type of the model's device; offloading needs an accelerator, with streams of its own.
 
     Raises:
         ValueError: naming the value and what is allowed.
     """
-    if name == "offloaded" and device == "cpu":
-        raise ValueError("cache_implementation='offloaded' needs an accelerator, got a model on 'cpu': use 'dynamic'")
-    if name not in (None, "dynamic", "offloaded"):
-        instead = "use 'dynamic'" if device == "cpu" else "use 'dynamic' or 'offloaded'"
-        raise ValueError(f"cache_implementation={name!r} is not supported for layers with {_FILTERED}: {instead}")
-
-
-def check_cache_layer(cache: Cache, layer_idx: int, keeps_streams: bool) -> None:
-    """Check that a cache's layer can hold what a filtered layer stores.
-
-    Args:
-        cache: a Transformers cache.
-        layer_idx: index of the attention layer.
-        keeps_streams: whether the layer keeps more than keys and values.
-
-    Raises:
-        ValueError: for a static, sliding or quantised layer, and for a plain layer where streams must be kept.
-    """
-    layers = cache.layers
-    layer = layers[layer_idx] if layer_idx < len(layers) else None
-    layer_class = type(layer) if layer is not None else cache.layer_class_to_replicate
-    # By attribute and not by class: the same file may be loaded twice, from the package and from a checkpoint.
-    if hasattr(layer_class, "update_stream"):
-        return
-    if layer_class is not DynamicLayer:
-        raise ValueError(
-            f"past_key_values with layers of type {getattr(layer_class, '__name__', layer_class)} is not supported "
-            f"for layers with {_FILTERED} (layer {layer_idx}): use DynamicCache(config=model.config)"
-        )
-    if keeps_streams:
-        raise ValueError(
-            f"past_key_values has a plain layer at index {layer_idx}, where the filter needs to keep its "
-            "residual stream or the elliptical metric's rows: build the cache with DynamicCache(config=model.config); "
-            "keys and values that are learned, as in PEFT's prefix tuning, have no such rows"
-        )
+    if name is not None and name.startswith("offloaded") and device == "cpu":
+        instead = name.removeprefix("offloaded").removeprefix("_") or "dynamic"
+        raise ValueError(f"cache_implementation={name!r} needs an accelerator, got a model on 'cpu': use {instead!r}")

@@ -23,15 +23,23 @@ def boost_stream(number: int) -> str:
 
 
 class Streams(Protocol):
-    """Keys, values and further rows of one filter's past tokens."""
+    """Keys, values and further rows of one filter's past tokens.
+
+    is_cached: whether there is a cache.
+    keeps_places_apart: whether what the position kernel compares is a stream, and not a part of the cached keys.
+    """
 
     is_cached: bool
+    keeps_places_apart: bool
 
     def update(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys and values of the new tokens and return all of them."""
 
     def append(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Append the new tokens' rows ``[batch, heads, length, width]`` to a stream and return all of it."""
+
+    def own_value(self, value: torch.Tensor, length: int) -> torch.Tensor | None:
+        """Values of the new tokens, ``[batch, key_heads, length, d]``; None: the last rows of ``value``."""
 
     def past(self, name: str) -> torch.Tensor | None:
         """The cached rows of a stream, or None where there are none yet."""
@@ -44,6 +52,7 @@ class NoStreams:
     """Without a cache the new rows are all rows."""
 
     is_cached = False
+    keeps_places_apart = False
 
     def update(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As given."""
@@ -52,6 +61,10 @@ class NoStreams:
     def append(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """As given."""
         return rows
+
+    def own_value(self, value: torch.Tensor, length: int) -> torch.Tensor | None:
+        """The last rows."""
+        return None
 
     def past(self, name: str) -> torch.Tensor | None:
         """There is none."""
@@ -74,6 +87,7 @@ class CachedStreams:
     """
 
     is_cached = True
+    keeps_places_apart = False
 
     def __init__(self, cache: Any, layer_idx: int) -> None:
         self._cache, self._layer_idx = cache, layer_idx
@@ -100,6 +114,10 @@ class CachedStreams:
         stream: torch.Tensor = self._cache.layers[self._layer_idx].update_stream(name, rows)
         return stream
 
+    def own_value(self, value: torch.Tensor, length: int) -> torch.Tensor | None:
+        """The last rows."""
+        return None
+
     def past(self, name: str) -> torch.Tensor | None:
         """The cached rows of a stream."""
         # A plain layer serves filters that keep keys and values only.
@@ -115,27 +133,36 @@ class RoundStreams:
     """What a round of gradient boosting after the first sees: its keys and values are streams too.
 
     Args:
-        first: what the layer's first filter sees.
+        first: what the layer's first filter sees, of any kind that is cached.
         number: of the round, from 1.
     """
 
     is_cached = True
 
-    def __init__(self, first: CachedStreams, number: int) -> None:
+    def __init__(self, first: Any, number: int) -> None:
         self._first, self._number = first, number
+        self.keeps_places_apart: bool = first.keeps_places_apart
+        self._new_value: torch.Tensor | None = None
 
     def update(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys and values as streams."""
+        self._new_value = value
         return self.append("key", key), self.append("value", value)
 
     def append(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Append under a name of its own."""
-        return self._first.append(round_stream(self._number, name), rows)
+        stored: torch.Tensor = self._first.append(round_stream(self._number, name), rows)
+        return stored
+
+    def own_value(self, value: torch.Tensor, length: int) -> torch.Tensor | None:
+        """What came last: in a cache of fixed size it does not stand at the end."""
+        return None if value.shape[-2] == length else self._new_value
 
     def past(self, name: str) -> torch.Tensor | None:
         """The cached rows of a stream."""
-        return self._first.past(round_stream(self._number, name))
+        past: torch.Tensor | None = self._first.past(round_stream(self._number, name))
+        return past
 
     def of_round(self, number: int) -> RoundStreams:
         """Streams of another round."""
-        return self._first.of_round(number)
+        return RoundStreams(self._first, number)

@@ -1,6 +1,6 @@
 """Configuration of BERT with a chosen attention filter."""
 
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import BertConfig
@@ -15,6 +15,10 @@ _DECODER = "this is an encoder, whose tokens see those before and after them"
 class ImgProcBertConfig(FilterSpecMixin, BertConfig):
     """The stock ``BertConfig`` and the filter fields of ``FilterSpecMixin``; the defaults are the stock model.
 
+    Attributes:
+        classifier_pooling: what the pooler of a bare model or of a classifier of texts reads: ``"cls"``, the first
+            token, or ``"mean"``, the mean over all tokens that are no padding.
+
     Example:
         >>> from hf_imgproc_attn import ImgProcBertConfig
         >>> ImgProcBertConfig.from_preset("twicing").boosting
@@ -22,6 +26,7 @@ class ImgProcBertConfig(FilterSpecMixin, BertConfig):
     """
 
     model_type = "imgproc_bert"
+    classifier_pooling: Literal["cls", "mean"] = "cls"
     needs_positions = True
     must_be = {
         "is_decoder": (False, _DECODER),

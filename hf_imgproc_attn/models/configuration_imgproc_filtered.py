@@ -5,6 +5,8 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 FILTERED_MODEL_TYPE = "imgproc_filtered"
+_OF_THE_BASE = frozenset(("is_encoder_decoder", "problem_type", "chunk_size_feed_forward", "id2label", "label2id"))
+"""Fields that every configuration has, and that this one takes over, so that they can be asked for here."""
 
 
 class ImgProcFilteredConfig(PreTrainedConfig):
@@ -32,9 +34,53 @@ class ImgProcFilteredConfig(PreTrainedConfig):
         filter_arguments: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        kwargs.pop("vocab_size", None)  # said in the file for others; see ``to_dict``
+        for name in _OF_THE_BASE & set(base_config or {}):
+            kwargs.setdefault(name, (base_config or {})[name])
+        super().__init__(**kwargs)
+        # Last: while Transformers checks a new configuration, nothing is looked up in the model's own.
         self.base_model_type, self.filter_arguments = base_model_type, dict(filter_arguments or {})
         self.base_config = {name: value for name, value in (base_config or {}).items() if name != "model_type"}
-        super().__init__(**kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """What this configuration does not have is the model's own: ``hidden_size``, ``vocab_size``, ``eos_token_id``.
+
+        Raises:
+            AttributeError: if the model's configuration has no such field either.
+        """
+        if not name.startswith("_") and self._is_known():
+            base = self.base()
+            if hasattr(base, name):
+                return getattr(base, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep a field of the model's own configuration there, from where the model is made."""
+        own = self.__dict__.get("base_config")
+        if own is None or name.startswith("_") or name in self.__dict__ or hasattr(type(self), name):
+            super().__setattr__(name, value)
+            return
+        field = CONFIG_MAPPING[self.base_model_type].attribute_map.get(name, name) if self._is_known() else name
+        if field in own:
+            own[field] = value
+        else:
+            super().__setattr__(name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As usual, with the model's ``vocab_size``: PEFT looks in the file whether a base model was enlarged."""
+        size = self.__dict__.get("base_config", {}).get("vocab_size")
+        return super().to_dict() | ({} if size is None else {"vocab_size": size})
+
+    def _get_generation_parameters(self) -> dict[str, Any]:
+        """None: those of the model's own configuration are fields of it, such as Whisper's ``suppress_tokens``."""
+        return {}
+
+    def _is_known(self) -> bool:
+        return "base_config" in self.__dict__ and self.base_model_type in CONFIG_MAPPING
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
+        """As of the model's own configuration; without one, this."""
+        return self.base().get_text_config(*args, **kwargs) if self._is_known() else self
 
     def base(self) -> PreTrainedConfig:
         """The model's own configuration, anew.

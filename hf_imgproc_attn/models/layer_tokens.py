@@ -1,6 +1,6 @@
 """One attention layer of any backbone: from its tokens to what its output projection reads, and the block around it.
 
-filter (with the boosters that are operators on V) -> gradient boosting -> feedback -> state for the next layer
+filter (with the boosters that are operators on V) -> gradient boosting -> feedback -> state for the next layer -> gate
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from .boost_depth import RESIDUAL, LayerState
-from .cache_layer import check_cache_layer
+from .cache_followed import FollowingStreams, follow_layer
 from .cache_streams import NO_STREAMS, CachedStreams, Streams
 from .layer_filter import AttentionFilter
 from .layer_inputs import LayerInputs
+from .spec_axes import COMPARING_KERNELS
 
 Projected = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Query, key, value of the new tokens, each ``[batch, heads, length, head_dim]``."""
@@ -43,19 +44,48 @@ def filter_tokens(
         ``[batch, heads, length, key_length]`` (of ``gradient_boosted`` those of its rounds,
         ``[batch, rounds, heads, length, key_length]``) or None; the new state.
     """
-    streams: Streams = NO_STREAMS
-    # A decoder with cross-attention keeps the cache of its self-attention inside another one.
-    cache = getattr(inputs.past_key_values, "self_attention_cache", inputs.past_key_values)
-    if cache is not None:
-        check_cache_layer(cache, layer.layer_idx, len(layer.stream_names) > 0)
-        streams = CachedStreams(cache, layer.layer_idx)
+    streams = cache_streams(inputs.past_key_values, layer, inputs)
     value, state = projected[2], inputs.state
+    inputs = inputs._replace(hidden_states=hidden_states)
     output, weights = layer(*projected, inputs, streams=streams, dropout=dropout)
     if layer.gradient_boosting is not None:
         output, weights = _boost_by_gradient(layer, hidden_states, (output, value, weights), inputs, streams, dropout)
     if layer.compares_layers:
         output, state = layer.hand_on(output, value, state)
+    if layer.gate is not None:
+        output = layer.gate(hidden_states, output)
     return output.transpose(1, 2).flatten(2), weights, state
+
+
+def cache_streams(cache: Any, layer: AttentionFilter, inputs: LayerInputs) -> Streams:
+    """A layer's part of a cache of any kind, or of none.
+
+    Args:
+        cache: a Transformers cache or None.
+        layer: the layer's filter.
+        inputs: whose visibility tells how many keys are attended to.
+
+    Raises:
+        ValueError: for tokens that were stored without the filter, or by another one, and for a sliding cache.
+    """
+    # A decoder with cross-attention keeps the cache of its self-attention inside another one.
+    cache = getattr(cache, "self_attention_cache", cache)
+    if cache is None:
+        return NO_STREAMS
+    layers, layer_idx = cache.layers, layer.layer_idx
+    kind = layers[layer_idx] if layer_idx < len(layers) else cache.layer_class_to_replicate
+    # By attribute and not by class: the same file may be loaded twice, from the package and from a checkpoint.
+    if hasattr(kind, "update_stream"):
+        return CachedStreams(cache, layer_idx)
+    if getattr(kind, "is_sliding", False):
+        raise ValueError(
+            f"past_key_values forgets tokens in layer {layer_idx} ({kind!r}), and this model has no window: use "
+            "DynamicCache(config=model.config)"
+        )
+    keeps = layer.stream_names or layer.spec.position_kernel in COMPARING_KERNELS
+    followed = follow_layer(cache, layer_idx, layer.kind if keeps else None)
+    key_length = inputs.visibility.key_length if inputs.visibility is not None else 0
+    return FollowingStreams(followed, key_length, cache, layer_idx)
 
 
 def project_each(hidden_states: torch.Tensor, head_dim: int, projections: tuple[nn.Module, ...]) -> Projected:

@@ -117,8 +117,37 @@ class TextEncoderMixin(TextModelMixin):
             self, tokens, attention_mask, places, contiguous=contiguous, output_attentions=output_attentions
         )
         tokens = run_layers(self.encoder.layer, self.config, tokens, position_states, **kwargs)
-        pooled = None if self.pooler is None else self.pooler(tokens)
+        pooled = None
+        if self.pooler is not None:
+            pooled = self.pooler(pooler_input(tokens, attention_mask, self.config.classifier_pooling))
         return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=tokens, pooler_output=pooled)
+
+
+def pooler_input(tokens: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
+    """Tokens of which a stock pooler, which reads the first, reads what it should.
+
+    Args:
+        tokens: ``[batch, length, hidden_size]``.
+        attention_mask: ``[batch, length]``, 0 at padding; None: there is none.
+        pooling: ``"cls"`` for the first token, ``"mean"`` for the mean over all tokens that are no padding.
+
+    Raises:
+        ValueError: for the mean under a mask of pairs of tokens, which does not say what is padding.
+    """
+    if pooling == "cls":
+        return tokens
+    if attention_mask is None:
+        return tokens.mean(1, keepdim=True)
+    if attention_mask.ndim != 2:
+        raise ValueError(
+            "attention_mask must have shape [batch, length] with classifier_pooling='mean', got "
+            f"{list(attention_mask.shape)}"
+        )
+    # Thousands of tokens add up: in half precision the sum would be rounded, or pass its range.
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    weights = attention_mask.to(dtype).unsqueeze(-1)
+    mean = (tokens.to(dtype) * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1)
+    return mean.to(tokens.dtype)
 
 
 def refuse_decoder_inputs(kwargs: dict[str, Any]) -> None:

@@ -6,13 +6,14 @@ its filters in place, so that pipelines, PEFT, ``generate`` and quantisers see w
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .any_filter import apply_filter, filter_arguments
+from .any_filter import apply_filter, filter_arguments, is_filtered
 from .configuration_imgproc_filtered import ImgProcFilteredConfig
 
 _NOT_GIVEN = frozenset(
@@ -119,13 +120,18 @@ DOORS: dict[str, type[FilteredModel]] = {name: _door(name) for name in AUTO_CLAS
 globals().update({door.__name__: door for door in DOORS.values()})
 
 
+def stock_class(model: nn.Module) -> type:
+    """The class of a model, without what FSDP derives of it."""
+    return next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch.distributed"))
+
+
 def auto_map(model: nn.Module) -> dict[str, str]:
     """For ``config.json``: the Auto classes that know the model's class -> what they load it with.
 
     Raises:
         ValueError: if none does.
     """
-    kind, stock = type(model.config), type(model)
+    kind, stock = type(model.config), stock_class(model)
     configuration = f"{ImgProcFilteredConfig.__module__.rpartition('.')[2]}.{ImgProcFilteredConfig.__name__}"
     entries = {"AutoConfig": configuration}
     for name, door in DOORS.items():
@@ -144,10 +150,32 @@ class _WithCode(ImgProcFilteredConfig):
     _auto_class = "AutoConfig"
 
 
-def save_filtered(model: Any, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+def save_with_filters() -> None:
+    """Make every model's ``save_pretrained`` save the filters that are in it; called when the first one is applied.
+
+    The whole class, because a filter may have been put into a part of a model, which knows nothing of the whole: the
+    stock ``save_pretrained`` of the whole would lose it without a word.
+    """
+    stock = PreTrainedModel.save_pretrained
+    if getattr(stock, "filters_of", None) is filter_arguments:
+        return
+
+    @functools.wraps(stock)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        save = functools.partial(stock, self)
+        return _save_filtered(save, self, *args, **kwargs) if is_filtered(self) else save(*args, **kwargs)
+
+    save_pretrained.filters_of = filter_arguments  # type: ignore[attr-defined]
+    PreTrainedModel.save_pretrained = save_pretrained
+
+
+def _save_filtered(
+    stock_save: Any, model: Any, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any
+) -> None:
     """``save_pretrained`` of a filtered model: weights under their stock names, filters in ``config.json``, the code.
 
     Args:
+        stock_save: the stock ``save_pretrained`` of the model.
         model: filtered.
         save_directory: the folder.
         *args: as of the stock ``save_pretrained``.
@@ -155,26 +183,34 @@ def save_filtered(model: Any, save_directory: Any, *args: Any, push_to_hub: bool
         **kwargs: as of the stock ``save_pretrained``.
 
     Raises:
-        ValueError: for ``push_to_hub``, or a class that no Auto class knows.
+        ValueError: for ``push_to_hub``, a class that no Auto class knows, or filters that cannot be saved together.
     """
     if push_to_hub:
         raise ValueError("push_to_hub=True is not for a filtered model: call model.push_to_hub(repo_id)")
     if getattr(model, "_hf_peft_config_loaded", False):  # the adapter alone is saved, and its base has the filters
-        type(model).save_pretrained(model, save_directory, *args, **kwargs)
+        stock_save(save_directory, *args, **kwargs)
         return
-    entries = auto_map(model)
-    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    config, entries = saved_config(model), auto_map(model)
+    stock_save(save_directory, *args, **kwargs)
     if not kwargs.get("is_main_process", True):
         return
-    config = ImgProcFilteredConfig(
+    config.auto_map = entries
+    config.architectures, config.dtype = [stock_class(model).__name__], model.config.dtype
+    _WithCode().save_pretrained(save_directory)
+    config.save_pretrained(save_directory)
+
+
+def saved_config(model: Any) -> ImgProcFilteredConfig:
+    """The configuration with which a filtered model is saved.
+
+    Raises:
+        ValueError: for a model without filters, or with some that cannot be saved together.
+    """
+    return ImgProcFilteredConfig(
         base_model_type=model.config.model_type,
         base_config=model.config.to_dict(),
         filter_arguments=filter_arguments(model),
-        architectures=[type(model).__name__],
+        architectures=[stock_class(model).__name__],
         id2label=model.config.id2label,
         label2id=model.config.label2id,
     )
-    config.auto_map = entries
-    config.dtype = model.config.dtype
-    _WithCode().save_pretrained(save_directory)
-    config.save_pretrained(save_directory)

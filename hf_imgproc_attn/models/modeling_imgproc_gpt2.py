@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GPT2ForSequenceClassification, GPT2ForTokenClassification, GPT2LMHeadModel, GPT2Model
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2LMHeadModel,
+    GPT2Model,
+)
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
@@ -161,10 +167,10 @@ class ImgProcGPT2Model(TextModelMixin, ImgProcGPT2PreTrainedModel, GPT2Model):
             if self.config.add_cross_attention and not isinstance(past_key_values, EncoderDecoderCache):
                 past_key_values = EncoderDecoderCache(past_key_values, DynamicCache())
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        # The mask of a static cache, which stock layers can have, covers its empty places too; that of continuous
-        # batching, which comes with a `cache` of its own, every request in it.
-        is_other = "cache" in kwargs or (past_key_values is not None and past_key_values.is_compileable)
-        if not is_other and not torch.compiler.is_compiling():
+        # The mask of a static cache covers its empty places too; that of continuous batching, which comes with a
+        # `cache` of its own, every request in it.
+        is_static = past_key_values is not None and past_key_values.is_compileable
+        if "cache" not in kwargs and not is_static and not torch.compiler.is_compiling():
             check_model_mask(attention_mask, batch, self.config.n_head, length, past_length + length)
         positions = self.checked_positions(position_ids, inputs_embeds, past_length, has_table=self.wpe is not None)
 
@@ -189,7 +195,7 @@ class ImgProcGPT2Model(TextModelMixin, ImgProcGPT2PreTrainedModel, GPT2Model):
             hidden_states = hidden_states + self.wte(token_type_ids.view(-1, length))
         hidden_states = self.drop(hidden_states)
 
-        contiguous = position_ids is None and past_length == 0
+        contiguous = position_ids is None and not is_static and past_length == 0
         vectors = self.wpe(positions) if self.wpe is not None and "untied" in self.position_kernels else None
         position_states, coordinates = self.position_inputs(positions, vectors, inputs_embeds, contiguous=contiguous)
         visibility, choices = None, {}
@@ -198,7 +204,7 @@ class ImgProcGPT2Model(TextModelMixin, ImgProcGPT2PreTrainedModel, GPT2Model):
                 attention_mask,
                 causal_mask,
                 length=length,
-                key_length=past_length + length,
+                key_length=None if is_static else past_length + length,
                 causal=True,
                 position_ids=position_ids,
             )
@@ -273,8 +279,11 @@ class ImgProcGPT2LMHeadModel(ImgProcGPT2PreTrainedModel, GPT2LMHeadModel, Genera
         return super().init_continuous_batching(*args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(layer_type != "full_attention" for layer_type in self.config.layer_types):
-            check_cache_implementation(generation_config.cache_implementation, self.device.type)
+        check_cache_implementation(generation_config.cache_implementation, self.device.type)
+        if generation_config.cache_implementation == "quantized":
+            # It takes the layers by their number, and refuses all types but the stock one.
+            plain = GPT2Config(n_layer=self.config.n_layer)
+            generation_config.cache_config = {"config": plain, **(generation_config.cache_config or {})}
         return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
 
 

@@ -59,7 +59,8 @@ class TextModelMixin:
         limit = self.config.max_position_embeddings
         name = self.config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
         if position_ids is None:
-            if has_table and past_length + length > limit:
+            # Of a static cache the number of tokens is a tensor, which a traced graph cannot look at.
+            if has_table and not torch.compiler.is_compiling() and past_length + length > limit:
                 raise ValueError(
                     f"input of {past_length + length} tokens (cached ones included) is longer than "
                     f"{name}={limit} of position_kernel={self.config.position_kernel!r}: shorten the input"

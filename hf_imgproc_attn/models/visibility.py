@@ -277,7 +277,7 @@ def model_visibility(
     built_mask: torch.Tensor | None,
     *,
     length: int,
-    key_length: int,
+    key_length: int | None,
     causal: bool,
     position_ids: torch.Tensor | None = None,
 ) -> Visibility:
@@ -289,11 +289,16 @@ def model_visibility(
         built_mask: what Transformers made of it for its own attention functions: boolean or additive, four axes, or
             None. It is taken where only it says what is seen: of a mask with four axes and of several texts in a row.
         length: new tokens, the last ones.
-        key_length: new and cached tokens.
+        key_length: new and cached tokens; None with a cache of fixed size, where only the built mask tells which
+            places are empty. Without a mask its tokens are the first ones, and attend to themselves.
         causal: whether the model is.
         position_ids: what the model was called with, ``[batch or 1, length]``, or None. Without a mask Transformers
             takes position_ids that are not consecutive for several texts in one row, masked from each other.
     """
+    if key_length is None:
+        if built_mask is None:
+            return Visibility(length, length, causal)
+        return attention_visibility(built_mask, shape=(*built_mask.shape[:2], length, built_mask.shape[-1]))
     dense = built_mask if built_mask is not None and built_mask.dtype == torch.bool else None
     if attention_mask is not None and attention_mask.ndim == 2:
         keys = (attention_mask != 0)[:, None, None, :]

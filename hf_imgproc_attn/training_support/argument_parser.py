@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_imgproc_attn.errors import OneLineParser, UsageError, did_you_mean, refuse_missing_path
+from hf_imgproc_attn.errors import OneLineParser, UsageError, did_you_mean, refuse_missing_path, with_values_joined
 from hf_imgproc_attn.library_fields import configuration_fields, training_fields
 from hf_imgproc_attn.training_support.arguments import (
     EXPLAINED_TRAINER_DEFAULTS,
@@ -27,6 +27,8 @@ from hf_imgproc_attn.training_support.arguments import (
 )
 from hf_imgproc_attn.training_support.trainer_arguments import check_trainer_options
 
+_LISTS_OF_NUMBERS = ("boosted_layers",)
+"""Options whose value is one word with commas, in a YAML file a list."""
 _TRUE, _FALSE, _NONE = ("true", "yes", "1"), ("false", "no", "0"), ("none", "null")
 
 
@@ -45,6 +47,7 @@ def parse_arguments(
         UsageError: for an unknown option, a wrong value, an unreadable file or a word that belongs to no option.
     """
     words = [_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
+    words = with_values_joined(words, [f"--{name}" for name in _LISTS_OF_NUMBERS])
     groups: dict[str, type[Any]] = {"model": ModelArguments, "data": data_class, "run": RunArguments}
     parser = _build_parser(groups, trainer_defaults, description)
     if "--help_trainer" in words:
@@ -216,8 +219,10 @@ def _read_yaml(path: Path, own_names: set[str]) -> tuple[list[str], dict[str, li
     for name, value in content.items():
         if name == "config":
             raise UsageError(f"config {str(path)!r} names a further config; a file cannot include another")
-        if name == "config_overrides" and isinstance(value, dict):
+        if isinstance(value, dict) and name in own_names:
             value = [f"{key}={json.dumps(item)}" for key, item in value.items()]
+        if name in _LISTS_OF_NUMBERS and isinstance(value, list):
+            value = ",".join(map(str, value))
         values = None if value is None else [_word(item) for item in (value if isinstance(value, list) else [value])]
         if name not in own_names:
             others[name] = values

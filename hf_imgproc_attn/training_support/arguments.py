@@ -13,8 +13,16 @@ from hf_imgproc_attn.models.spec_fields import PRESETS
 
 INTERRUPTED = "interrupted; the same command with --resume goes on from the last checkpoint"
 """What a training script says after Ctrl-C."""
+LORA_RANK = 8
 EMBEDDED_IMAGES = "digits"
+EMBEDDED_MASKS = "composed_digits"
 EMBEDDED_TEXT = "pydoc_topics"
+GENERATED_CLASSES = ("listops", "listops_short")
+"""The tasks of :mod:`hf_imgproc_attn.sequences` that have a class for each sequence."""
+GENERATED_ANSWERS = ("mqar", "mqar_short", "noisy_recall", "corrupted_recall", "selective_copying")
+"""Those whose answers are tokens."""
+BUILT_IN_DATA = (EMBEDDED_IMAGES, EMBEDDED_MASKS, EMBEDDED_TEXT, *GENERATED_CLASSES, *GENERATED_ANSWERS)
+"""Names of data sets that are neither local paths nor Hub names."""
 LOCAL_OR_HUB = ("model_name_or_path", "dataset_name", "tokenizer_name")
 """Options that take a local path or a Hub name."""
 
@@ -35,13 +43,42 @@ class ModelArguments:
 
     preset: str | None = _option(
         None,
-        "attention variant. Default: softmax for a new model or a stock checkpoint, the checkpoint's own otherwise",
+        "attention variant. Default: softmax for a new model or a stock checkpoint of the usual type, the "
+        "checkpoint's own otherwise",
         choices=tuple(PRESETS),
     )
     model_name_or_path: str | None = _option(
         None,
-        "checkpoint to start from: one of ours is loaded, a stock one is converted to the preset on the way. "
-        "Default: a new, small model",
+        "checkpoint to start from: one of ours is loaded, a stock one is converted to the preset on the way, and a "
+        "model of any other type gets the preset's filter into its layers. Default: a new, small model",
+    )
+    boosted_layers: str | None = _option(
+        None,
+        "layers that are boosted, counted from either end, as -2,-1; of a model of another type: that are filtered. "
+        "Default: all",
+    )
+    filter_stacks: str | None = _option(
+        None,
+        "of a model of another type with several stacks of layers: those that are filtered, as model.decoder.layers. "
+        "Default: all",
+    )
+    peft: str | None = _option(
+        None,
+        "train adapters instead of the weights, by the library PEFT: lora. Default: the weights",
+        choices=("lora",),
+    )
+    peft_rank: int | None = _option(None, f"rank of the adapters. Default: {LORA_RANK}")
+    peft_alpha: float | None = _option(None, "alpha of the adapters, which act times alpha / rank. Default: 2 x rank")
+    peft_dropout: float | None = _option(None, "dropout before the adapters. Default: 0")
+    peft_targets: str | None = _option(
+        None, "modules that get adapters, as q_proj,v_proj, or all-linear. Default: what PEFT knows for the model"
+    )
+    peft_filter: bool | None = _option(
+        None, "train the filter's own numbers (gains, bandwidths) beside the adapters. Default: true where it has any"
+    )
+    peft_merge: bool | None = _option(
+        None,
+        "save the model with its adapters merged into the weights. Default: the adapters, and the model below them",
     )
     config_overrides: list[str] = field(
         default_factory=list,
@@ -51,6 +88,38 @@ class ModelArguments:
             "and win",
         },
     )
+    paired_start: bool = _option(
+        False,
+        "a new model starts from the values of a new softmax model of its sizes and seed in every parameter that both "
+        "have, so that variants are compared from one start",
+    )
+
+    def __post_init__(self) -> None:
+        self.layers()  # refuses what is no list of layers
+        for name in ("peft_rank", "peft_alpha", "peft_dropout", "peft_targets", "peft_filter", "peft_merge"):
+            _check(self.peft is not None or getattr(self, name) is None, name, "given with peft", getattr(self, name))
+        _check(self.peft_rank is None or self.peft_rank >= 1, "peft_rank", "an integer >= 1", self.peft_rank)
+        _check(self.peft_alpha is None or self.peft_alpha > 0, "peft_alpha", "a number > 0", self.peft_alpha)
+        _check(
+            self.peft_dropout is None or 0 <= self.peft_dropout < 1,
+            "peft_dropout",
+            "at least 0 and below 1",
+            self.peft_dropout,
+        )
+
+    def layers(self) -> list[int] | None:
+        """``boosted_layers`` as integers.
+
+        Raises:
+            UsageError: for what is none.
+        """
+        if self.boosted_layers is None:
+            return None
+        try:
+            return [int(word) for word in self.boosted_layers.strip("[]").split(",")]
+        except ValueError:
+            rule = "boosted_layers must be integers with commas between them, as -2,-1"
+            raise UsageError(f"{rule}, got {self.boosted_layers!r}") from None
 
 
 @dataclass(kw_only=True)
@@ -88,16 +157,22 @@ class LabelledDataArguments(DataArguments):
 
 
 @dataclass(kw_only=True)
-class ImageDataArguments(LabelledDataArguments):
-    """Data of ``train_image_classification.py``."""
-
-    model_type = OF_TASK["image-classification"].model_type
+class ImageSourceArguments(LabelledDataArguments):
+    """Images with a class each."""
 
     dataset_name: str = _option(
         EMBEDDED_IMAGES,
         "data set: a Hub name, a local path (parquet, image folder, saved data set) or digits (scikit-learn, 8 x 8)",
     )
     image_column_name: str | None = _option(None, "column with the images. Default: detected")
+
+
+@dataclass(kw_only=True)
+class ImageDataArguments(ImageSourceArguments):
+    """Data of ``train_image_classification.py``."""
+
+    model_type = OF_TASK["image-classification"].model_type
+
     random_crop_padding: int = _option(0, "augmentation: pad by so many pixels, crop back at a random place; 0: off")
     horizontal_flip: bool = _option(False, "augmentation: mirror half of the images")
 
@@ -150,9 +225,12 @@ class TextDataArguments(TokenizedDataArguments):
     block_size: int | None = _option(
         None, "tokens in one training sample. Default: 256, or the model's positions if these are fewer"
     )
+    max_train_tokens: int | None = _option(None, "use at most so many tokens of the training text")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        tokens = self.max_train_tokens
+        _check(tokens is None or tokens >= 2, "max_train_tokens", "an integer >= 2", tokens)
         _check(self.block_size is None or self.block_size >= 2, "block_size", "an integer >= 2", self.block_size)
 
 
@@ -188,6 +266,11 @@ class RunArguments:
         "licence of the checkpoint when it is published, as the Hub names it, e.g. apache-2.0. Default: that of the "
         "checkpoint or the data that it was made of, else none",
     )
+    evaluate_test: bool = _option(
+        True, "measure the test split at the end; false while anything is still to be chosen by the validation split"
+    )
+    stop_diverged: bool = _option(False, "end training, with status diverged, as soon as the loss is no finite number")
+    prepare_only: bool = _option(False, "load the data, build the model and its Trainer, and stop")
 
 
 DataT = TypeVar("DataT", bound=DataArguments)

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from hf_imgproc_attn.errors import DISK_FULL, UsageError, disk_problem
+from hf_imgproc_attn.training_support.adapters import BASE_FOLDER, base_model
 
 _STATE = "trainer_state.json"
+_ADAPTER = "base_model.model."
+"""Before the names of a model's tensors in the file of an adapter."""
 # What FSDP and DeepSpeed write instead of the usual files.
 _SHARDED_OPTIMIZER = ("optimizer.bin", "optimizer_*", "global_step*")
 _SHARDED_WEIGHTS = ("pytorch_model_fsdp*", "global_step*")
@@ -53,25 +56,38 @@ def saved_filters(folder: str | Path) -> dict[str, Any] | None:
     Read from the files, since the model in memory may be sharded over several processes.
 
     Args:
-        folder: holds configuration and weights (safetensors).
+        folder: holds configuration and weights (safetensors); or an adapter, and the model below it in a folder.
 
     Returns:
         None where weights of the filters are missing, as where each process has saved its own share.
     """
     import torch
+    import transformers
     from safetensors import safe_open
-    from transformers import AutoConfig, AutoModel
 
     from hf_imgproc_attn.cards.filters import recorded
+    from hf_imgproc_attn.filtered import applied_summary, auto_class_of, is_foreign
+    from hf_imgproc_attn.models.configuration_imgproc_filtered import FILTERED_MODEL_TYPE
 
+    folder = Path(folder)
+    adapters = _ADAPTER if (folder / "adapter_config.json").is_file() else ""
+    config = transformers.AutoConfig.from_pretrained(folder / BASE_FOLDER if adapters else folder)
+    if is_foreign(config) and config.model_type != FILTERED_MODEL_TYPE:
+        return None
+    if config.model_type == FILTERED_MODEL_TYPE:
+        # Transformers renames tensors of some models when it saves them: it knows how to read them again.
+        applied = getattr(transformers, auto_class_of(config)).from_pretrained(folder)
+        return recorded(applied_summary(base_model(applied)))
     with torch.device("meta"):  # nothing but the scalars is needed
-        model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+        model = transformers.AutoModel.from_config(config)
+    prefix = f"{model.base_model_prefix}."
     scalars = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    files = [*sorted((folder / BASE_FOLDER).glob("*.safetensors")), *sorted(folder.glob("*.safetensors"))]
+    for path in files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # no dictionary
                 if ".scalar_bias." in name:
-                    scalars[name.removeprefix(f"{model.base_model_prefix}.")] = file.get_tensor(name)
+                    scalars[name.removeprefix(adapters).removeprefix(prefix)] = file.get_tensor(name)
     model.load_state_dict(scalars, strict=False, assign=True)
     if any(value.is_meta for name, value in model.named_parameters() if ".scalar_bias." in name):
         return None

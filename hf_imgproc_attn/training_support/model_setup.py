@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from hf_imgproc_attn.backbones import BERT, GPT2, OF_MODEL_TYPE, OF_TASK, TASKS, VIT
+from hf_imgproc_attn.backbones import BERT, GPT2, OF_TASK, TASKS, VIT, Backbone, Head
 from hf_imgproc_attn.errors import UsageError, plain_message
-from hf_imgproc_attn.models.spec_fields import PRESETS
+from hf_imgproc_attn.models.spec_fields import FILTER_FIELDS, PRESETS
 from hf_imgproc_attn.training_support.argument_parser import check_override_names
 from hf_imgproc_attn.training_support.arguments import ModelArguments
+from hf_imgproc_attn.training_support.foreign_models import check_type, is_own, start_foreign
 
 if TYPE_CHECKING:
     import torch
@@ -37,16 +38,14 @@ def check_start(args: ModelArguments, model_type: str) -> Any:
     """
     from transformers import AutoConfig
 
-    name, stock_type = args.model_name_or_path, OF_MODEL_TYPE[model_type].name
+    name = args.model_name_or_path
     if name is None:
+        if args.filter_stacks is not None:
+            raise UsageError(f"filter_stacks must be given with model_name_or_path, got {args.filter_stacks!r}")
         return None
     with _as_usage_errors(f"model_name_or_path {name!r}"):
         found = AutoConfig.from_pretrained(name)
-    if found.model_type not in (model_type, stock_type):
-        raise UsageError(
-            f"model_name_or_path must be a checkpoint of type {model_type} or {stock_type}, got {name!r} of type "
-            f"{found.model_type}"
-        )
+    check_type(args, found, model_type)
     return found
 
 
@@ -91,7 +90,7 @@ def _least_memory(args: ModelArguments, block_size: int, vocab_size: int, batch:
     """Bytes that a training step cannot do without: weights with their gradients and Adam's two moments, the logits
     with their softmax and gradient, and a few activations of every layer; for a bias, the dense logits of one sample.
     """
-    overrides = parse_overrides(args.config_overrides, GPT2.our_class(GPT2.config))
+    overrides = parse_overrides(args, GPT2.our_class(GPT2.config))
     fields = {**PRESETS[args.preset or "softmax"], **GPT2.new_model, **overrides}
     width, layers, heads = (fields[name] for name in ("n_embd", "n_layer", "n_head"))
     if not all(isinstance(size, int) for size in (width, layers, heads)):
@@ -126,15 +125,15 @@ def build_image_classifier(
     Raises:
         UsageError: for a checkpoint or configuration that cannot be used.
     """
-    overrides = parse_overrides(args.config_overrides, VIT.our_class(VIT.config))
+    overrides = parse_overrides(args, VIT.our_class(VIT.config))
     labels = label_fields(label_names)
     if args.model_name_or_path is None:
         size = overrides.get("image_size", image_size[0] if image_size[0] == image_size[1] else list(image_size))
-        fields = {"image_size": size, "patch_size": default_patch_size(_pair(size)), **labels, **overrides}
+        fields = {"image_size": size, "patch_size": default_patch_size(pair(size)), **labels, **overrides}
         model = new_model("image-classification", args, fields)
     else:
         model = start_from("image-classification", args, overrides, labels)
-    return model, _image_processor(args.model_name_or_path, model.config)
+    return model, image_processor(args.model_name_or_path, model.config)
 
 
 def build_causal_lm(
@@ -150,7 +149,9 @@ def build_causal_lm(
     Raises:
         UsageError: for a checkpoint or configuration that cannot be used, or blocks longer than the model's positions.
     """
-    overrides = parse_overrides(args.config_overrides, GPT2.our_class(GPT2.config))
+    from hf_imgproc_attn.conversion_probe import longest_text
+
+    overrides = parse_overrides(args, GPT2.our_class(GPT2.config))
     if args.model_name_or_path is None:
         special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         fields = {
@@ -162,16 +163,19 @@ def build_causal_lm(
         model = new_model("causal-lm", args, fields)
     else:
         model = start_from("causal-lm", args, overrides)
-    if len(tokenizer) > model.config.vocab_size:
+    own, text_config = is_own(model.config, GPT2.model_type), model.config.get_text_config()
+    if len(tokenizer) > text_config.vocab_size:
         if args.model_name_or_path is None:
             raise UsageError(
                 f"vocab_size must hold the tokenizer's {len(tokenizer)} entries, got {model.config.vocab_size}"
             )
         model.resize_token_embeddings(len(tokenizer))
-    positions = model.config.n_positions
-    # Without it a pipeline asks for 256 tokens more than the prompt has, which may be more than there are positions.
-    own = model.generation_config.to_diff_dict().get("max_length")
-    model.generation_config.max_length = positions if own is None else min(own, positions)
+    positions = longest_text(text_config)
+    if own:
+        # Without it a pipeline asks for 256 tokens more than the prompt has, which may be more than there are
+        # positions.
+        longest = model.generation_config.to_diff_dict().get("max_length")
+        model.generation_config.max_length = positions if longest is None else min(longest, positions)
     block_size = min(positions, DEFAULT_BLOCK_SIZE) if block_size is None else block_size
     if block_size > positions:
         raise UsageError(f"block_size must not exceed the model's {positions} positions, got {block_size}")
@@ -192,7 +196,9 @@ def build_text_classifier(
     Raises:
         UsageError: for a checkpoint or configuration that cannot be used, or texts longer than the model's positions.
     """
-    overrides, labels = parse_overrides(args.config_overrides, BERT.our_class(BERT.config)), label_fields(label_names)
+    from hf_imgproc_attn.conversion_probe import longest_text
+
+    overrides, labels = parse_overrides(args, BERT.our_class(BERT.config)), label_fields(label_names)
     if args.model_name_or_path is None:
         fields = {
             "max_position_embeddings": max_length or DEFAULT_MAX_LENGTH,
@@ -204,7 +210,10 @@ def build_text_classifier(
         model = new_model("text-classification", args, fields)
     else:
         model = start_from("text-classification", args, overrides, labels)
-    positions, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
+    text_config = model.config.get_text_config()
+    positions, vocabulary = longest_text(text_config), text_config.vocab_size
+    if text_config.pad_token_id is None:  # a decoder looks for the last token of a text before the padding
+        text_config.pad_token_id = tokenizer.pad_token_id
     if len(tokenizer) > vocabulary:
         raise UsageError(f"vocab_size must hold the tokenizer's {len(tokenizer)} entries, got {vocabulary}")
     max_length = min(positions, DEFAULT_MAX_LENGTH) if max_length is None else max_length
@@ -213,11 +222,12 @@ def build_text_classifier(
     return model, max_length
 
 
-def parse_overrides(words: list[str], config_class: type[Any]) -> dict[str, Any]:
+def parse_overrides(args: ModelArguments, config_class: type[Any]) -> dict[str, Any]:
     """``["n_layer=2", "boosted_layers=[-1]"]`` -> ``{"n_layer": 2, "boosted_layers": [-1]}``.
 
     Args:
-        words: ``key=value``, the value in YAML; a later word wins over an earlier one.
+        args: their ``config_overrides`` are ``key=value``, the value in YAML; a later word wins over an earlier one.
+            ``boosted_layers`` is one of the fields too.
         config_class: its fields, and their common names such as ``hidden_size``, are the keys there are.
 
     Raises:
@@ -225,6 +235,7 @@ def parse_overrides(words: list[str], config_class: type[Any]) -> dict[str, Any]
     """
     import yaml
 
+    words = args.config_overrides
     fields = {field.name for field in dataclasses.fields(config_class)}
     check_override_names(words, fields | set(config_class.attribute_map))
     overrides: dict[str, Any] = {}
@@ -239,6 +250,13 @@ def parse_overrides(words: list[str], config_class: type[Any]) -> dict[str, Any]
             with contextlib.suppress(ValueError):
                 value = float(value)  # YAML takes 1e-3 for a text
         overrides[key] = value
+    if args.boosted_layers is not None:
+        if overrides.get("boosted_layers") not in (None, args.layers()):
+            raise UsageError(
+                f"boosted_layers {args.boosted_layers!r} differs from that of config_overrides, "
+                f"{overrides['boosted_layers']!r}"
+            )
+        overrides["boosted_layers"] = args.layers()
     return overrides
 
 
@@ -256,7 +274,8 @@ def default_patch_size(image_size: tuple[int, int]) -> int:
     raise UsageError(f"patch_size must be given for images of {image_size[0]} x {image_size[1]} pixels: nothing fits")
 
 
-def _pair(size: Any) -> tuple[int, int]:
+def pair(size: Any) -> tuple[int, int]:
+    """Height and width of a field that is one number where they are equal."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
@@ -283,13 +302,38 @@ def new_model(task: str, args: ModelArguments, fields: dict[str, Any]) -> Any:
     model_class = row.our_class(row.head(TASKS[task].auto_class).variant)
     with _as_usage_errors("config_overrides"):
         config = row.our_class(row.config).from_preset(args.preset or "softmax", **{**row.new_model, **fields})
-        return model_class(config)
+        model = model_class(config)
+        if args.paired_start:
+            start_as_softmax(model)
+        return model
+
+
+def start_as_softmax(model: "PreTrainedModel") -> None:
+    """Give a new model the start of a new softmax model of its sizes, in every parameter of equal name and shape.
+
+    The random numbers begin anew with the seed that was set last, for the softmax model and for what follows: the
+    start of a variant does not depend on what it drew for parameters of its own. Two variants with the same further
+    parameters draw these alike too.
+
+    Args:
+        model: one of ours, just made.
+    """
+    import torch
+
+    sizes = {name: value for name, value in model.config.to_dict().items() if name not in FILTER_FIELDS}
+    seed = torch.initial_seed()
+    torch.manual_seed(seed)
+    start = type(model)(type(model.config).from_dict(sizes)).state_dict()
+    own = model.state_dict()
+    shared = {name: value for name, value in start.items() if name in own and own[name].shape == value.shape}
+    model.load_state_dict(shared, strict=False)
+    torch.manual_seed(seed)
 
 
 def start_from(
     task: str, args: ModelArguments, overrides: dict[str, Any], labels: dict[str, Any] | None = None
 ) -> Any:
-    """Load a checkpoint of ours, or convert a stock one. Only a classification head may be new.
+    """Load a checkpoint of ours, convert a stock one, or filter one of another type. Only a head may be new.
 
     Args:
         task: a key of ``TASKS``.
@@ -305,25 +349,38 @@ def start_from(
     from hf_imgproc_attn import convert
 
     row, name, head = OF_TASK[task], args.model_name_or_path, labels or {}
-    model_class, stock_class = (
-        row.our_class(row.head(TASKS[task].auto_class).variant),
-        row.stock_class(row.head(TASKS[task].auto_class).stock),
-    )
+    wanted = row.head(TASKS[task].auto_class)
+    model_class, stock_class = row.our_class(wanted.variant), row.stock_class(_stock_start(row, wanted))
     config_class, stock_type = row.our_class(row.config), row.name
     with _as_usage_errors(f"model_name_or_path {name!r}"):
         found = check_start(args, config_class.model_type)
+        if not is_own(found, config_class.model_type):
+            return start_foreign(task, args, found, overrides, head)
         # Single precision whatever the file holds: the optimiser needs it; bf16 and fp16 are options of the Trainer.
         options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": bool(head)}
         if found.model_type == stock_type:
             stock, report = stock_class.from_pretrained(name, **head, **options)
             _check_loaded(str(name), report["missing_keys"], report["mismatched_keys"])
-            return convert(stock, args.preset or "softmax", **overrides)
+            converted = convert(stock, args.preset or "softmax", **overrides)
+            return converted if wanted.stock else _with_new_head(converted, model_class)
         if args.preset is not None:
             _check_preset(args.preset, found)
         config = config_class.from_pretrained(name, **head, **overrides)
         model, report = model_class.from_pretrained(name, config=config, **options)
         _check_loaded(str(name), report["missing_keys"], report["mismatched_keys"], report["unexpected_keys"])
         return model
+
+
+def _stock_start(row: Backbone, head: Head) -> str:
+    """The stock class that a stock checkpoint is read as; where none has the head, any other of those with labels."""
+    return head.stock or next(str(other.stock) for other in row.heads if other.stock and other.measured)
+
+
+def _with_new_head(converted: Any, model_class: type[Any]) -> Any:
+    """The body of a model below the new head of another class."""
+    model = model_class(converted.config)
+    model.base_model.load_state_dict(converted.base_model.state_dict())
+    return model
 
 
 def _check_preset(preset: str, found: Any) -> None:
@@ -342,7 +399,7 @@ def _check_loaded(name: str, missing: Any, mismatched: Any, unexpected: Any = ()
     """Refuse a checkpoint of which anything but the classification head would start at random or be dropped."""
     keys = {*missing, *(entry[0] for entry in mismatched), *unexpected}
     # A pretrained text encoder may come with the head of its pretraining, and without the pooler of a classifier.
-    wrong = sorted(key for key in keys if not re.match(r"classifier\.|cls\.|(\w+\.)?pooler\.", key))
+    wrong = sorted(key for key in keys if not re.match(r"classifier\.|decode_head\.|cls\.|(\w+\.)?pooler\.", key))
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UsageError(
@@ -351,7 +408,16 @@ def _check_loaded(name: str, missing: Any, mismatched: Any, unexpected: Any = ()
         )
 
 
-def _image_processor(name: str | None, config: Any) -> "BaseImageProcessor":
+def image_processor(name: str | None, config: Any) -> "BaseImageProcessor":
+    """The image processor of a checkpoint where it has one, else a new one for a model's images.
+
+    Args:
+        name: of the checkpoint, or None for a new model.
+        config: of the model.
+
+    Raises:
+        UsageError: if it does not belong to a model with so many channels.
+    """
     from transformers import AutoImageProcessor
 
     from hf_imgproc_attn.conversion_files import fitting_processor, has_image_processor
@@ -359,8 +425,8 @@ def _image_processor(name: str | None, config: Any) -> "BaseImageProcessor":
 
     if name is not None and has_image_processor(name):
         with _as_usage_errors(f"the image processor of model_name_or_path {name!r}"):
-            return fitting_processor(AutoImageProcessor.from_pretrained(name), config.num_channels)
-    return build_image_processor(_pair(config.image_size), config.num_channels)
+            return fitting_processor(AutoImageProcessor.from_pretrained(name), getattr(config, "num_channels", 3))
+    return build_image_processor(pair(config.image_size), config.num_channels)
 
 
 @contextlib.contextmanager

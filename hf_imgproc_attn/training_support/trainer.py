@@ -52,6 +52,7 @@ class ScriptTrainer(Trainer):
         """
         if not self.is_world_process_zero():
             return
+        from hf_imgproc_attn.filtered import saved_model_type
         from hf_imgproc_attn.hub.client import connect
         from hf_imgproc_attn.hub.publishing import prepare_repository
         from hf_imgproc_attn.hub.repository import MAIN
@@ -59,7 +60,7 @@ class ScriptTrainer(Trainer):
         self.hub_model_id = prepare_repository(
             connect(),
             self.args.hub_model_id or Path(self.args.output_dir).resolve().name,
-            self.model.config.model_type,
+            saved_model_type(self.model),
             private=bool(self.args.hub_private_repo),
             branch=self.args.hub_revision or MAIN,
         )

@@ -6,7 +6,7 @@ import shlex
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hf_imgproc_attn import records
 from hf_imgproc_attn.errors import UsageError, plain_message
 from hf_imgproc_attn.output_paths import check_output_folder, write_or_keep, writing
+from hf_imgproc_attn.training_support.adapters import base_model, check_adapters, merged
 from hf_imgproc_attn.training_support.arguments import Arguments
 from hf_imgproc_attn.training_support.checkpoints import (
     full_disk_named,
@@ -58,11 +59,13 @@ class Result:
         output_dir: folder of the checkpoint and ``run.json``.
         metrics: split -> metric -> value.
         record: the content of ``run.json``.
+        trainer: with the trained model and the data.
     """
 
     output_dir: str
     metrics: dict[str, dict[str, float]]
     record: dict[str, Any]
+    trainer: "ScriptTrainer"
 
 
 def begin_run(task: str, arguments: Arguments[Any], defaults: dict[str, Any], *, embedded: bool) -> Run:
@@ -95,6 +98,7 @@ def begin_run(task: str, arguments: Arguments[Any], defaults: dict[str, Any], *,
     check_output_folder(output_dir, "output_dir")
     training_args = build_training_arguments(arguments, defaults, output_dir)
     _check_processes(training_args)
+    check_adapters(arguments.model, training_args)
     _check_reports(training_args)
     if training_args.push_to_hub and arguments.run.license is not None and training_args.process_index == 0:
         from hf_imgproc_attn.hub.client import connect
@@ -198,7 +202,13 @@ def adapt_to_data(run: Run, train_samples: int, has_validation: bool) -> None:
     args.eval_strategy = IntervalStrategy.NO
 
 
-def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, Any], splits: dict[str, Any]) -> Result:
+def train_and_save(
+    run: Run,
+    trainer: "ScriptTrainer",
+    fingerprints: dict[str, Any],
+    splits: dict[str, Any],
+    on_saved: Callable[[str], None] | None = None,
+) -> Result:
     """Train, save the final checkpoint, evaluate, and complete ``run.json``.
 
     Args:
@@ -206,10 +216,15 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
         trainer: ready to train.
         fingerprints: split -> fingerprint of the data.
         splits: split -> data set and ``compute_metrics`` of the final evaluation, in the order of the table.
+        on_saved: see :func:`.fitting.fit`.
 
     Raises:
         UsageError: if a run is resumed on other data, if the disk is full, or if publishing is refused.
     """
+    from hf_imgproc_attn.filtered import recorded_config, recorded_filter
+    from hf_imgproc_attn.models.any_filter import is_filtered
+    from hf_imgproc_attn.training_support.divergence import DivergenceStop, has_diverged
+
     main = trainer.is_world_process_zero()
     drop_last = bool(run.training_args.dataloader_drop_last)
     records.check_same_data(run.record, fingerprints, drop_last)
@@ -223,9 +238,19 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
     run.record |= {
         "data_fingerprint": fingerprints,
         "parameters": {"total": model.num_parameters(), "trained": model.num_parameters(only_trainable=True)},
-        "model_config": model.config.to_dict(),
+        "model_config": recorded_config(base_model(model)),
         "resumed_from": run.resume_from,
     }
+    if is_filtered(model):
+        run.record["applied_filter"] = recorded_filter(base_model(model))
+    options = run.arguments.run
+    if options.prepare_only:
+        return Result(run.training_args.output_dir, {}, run.record, trainer)
+    if not options.evaluate_test:
+        splits = {name: split for name, split in splits.items() if name != "test"}
+    if options.stop_diverged:
+        run.training_args.logging_nan_inf_filter = False
+        trainer.add_callback(DivergenceStop())
     if main:
         print(
             f"{type(model).__name__}: {model.num_parameters():,} parameters; output in {run.training_args.output_dir}"
@@ -235,6 +260,8 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
     with full_disk_named(run.training_args.output_dir), _tracker_named(run.training_args.report_to):
         outcome = trainer.train(resume_from_checkpoint=run.resume_from)
     seconds = time.perf_counter() - started
+    if run.arguments.model.peft_merge:
+        trainer.model = model = merged(model)
     _save_model(run, trainer)
     metrics = {}
     for name, (dataset, compute_metrics) in splits.items():
@@ -244,9 +271,9 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
     if main:
         history = trainer.state.log_history
         run.record |= {
-            "status": "finished",
+            "status": "diverged" if options.stop_diverged and has_diverged(history) else "finished",
             "steps": trainer.state.global_step,
-            "model_config": model.config.to_dict(),
+            "model_config": recorded_config(base_model(model)),
             "metrics": {"train": outcome.metrics, **metrics},
             "train_loss": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
             "eval_history": [[entry["step"], _measured(entry, "eval")] for entry in history if "eval_loss" in entry],
@@ -254,7 +281,7 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
             "training_seconds": run.record.get("training_seconds", 0.0) + seconds,
             "weights_sha256": records.weights_sha256(run.training_args.output_dir),
         }
-        if (filters := saved_filters(run.training_args.output_dir)) is not None:
+        if (filters := _filters(run, trainer)) is not None:
             run.record["filter_summary"] = filters
         print(metrics_table(metrics))
         path = Path(run.training_args.output_dir) / records.FILE_NAME
@@ -262,9 +289,23 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
         print(
             f"trained {trainer.state.global_step} steps in {seconds:.0f} s; checkpoint and run.json in {path.parent}"
         )
+        if on_saved is not None:
+            on_saved(run.training_args.output_dir)
         if run.training_args.push_to_hub:
             _publish(run.training_args, str(trainer.hub_model_id), run.record["arguments"]["run"]["license"])
-    return Result(run.training_args.output_dir, metrics, run.record)
+    return Result(run.training_args.output_dir, metrics, run.record, trainer)
+
+
+def _filters(run: Run, trainer: "ScriptTrainer") -> dict[str, Any] | None:
+    """The numbers of the trained filters; of a model whose parameters are shards from its files."""
+    from hf_imgproc_attn.cards.filters import recorded
+    from hf_imgproc_attn.filtered import applied_summary
+    from hf_imgproc_attn.models.any_filter import is_filtered
+
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if is_filtered(trainer.model) and not is_sharded:
+        return recorded(applied_summary(trainer.model))
+    return saved_filters(run.training_args.output_dir)
 
 
 def _save_model(run: Run, trainer: "ScriptTrainer") -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
 
 from hf_imgproc_attn import apply_filter, filtered_layers, remove_filter
+from hf_imgproc_attn.models.any_filter import filter_arguments
 from tests.any_model.architectures import DECODERS, build, inputs, output
 from tests.helpers import run_command
 
@@ -140,10 +141,60 @@ def test_a_stock_class_does_not_load_it_unfiltered(tmp_path: Path) -> None:
         LlamaForCausalLM.from_pretrained(tmp_path, num_hidden_layers=3)
 
 
-def test_a_part_of_a_filtered_model_is_not_saved_unfiltered(tmp_path: Path) -> None:
-    model = moved("llama", preset="twicing")
-    with pytest.raises(ValueError, match="this LlamaModel is a part of a filtered model"):
-        model.model.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
-    remove_filter(model).model.save_pretrained(tmp_path)  # type: ignore[union-attr,operator]
-    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["architectures"] == ["LlamaModel"]
+def test_a_part_of_a_filtered_model_is_saved_with_its_filters(tmp_path: Path) -> None:
+    model: Any = moved("llama", preset="learned_twicing", layers=[-1])
+    model.model.save_pretrained(tmp_path / "filtered")
+    loaded = AutoModel.from_pretrained(tmp_path / "filtered")
+    assert torch.equal(output(loaded, inputs("llama")), output(model.model, inputs("llama")))
+    assert len(filtered_layers(loaded)) == 1
+    remove_filter(model).model.save_pretrained(tmp_path / "stock")
+    assert json.loads((tmp_path / "stock/config.json").read_text(encoding="utf-8"))["architectures"] == ["LlamaModel"]
+
+
+def test_a_filter_in_a_part_is_saved_with_the_whole(tmp_path: Path) -> None:
+    """The whole was never told of the filter; without a word it would be lost."""
+    model: Any = build("bart")
+    apply_filter(model.model.decoder, "learned_twicing", layers=[-1])
+    with torch.no_grad():
+        for name, gain in model.named_parameters():
+            if "scalar_bias" in name:
+                gain.add_(0.3)
+    assert filter_arguments(model) == {"boosting": "learned", "layers": [-1], "stacks": ["model.decoder.layers"]}
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    assert torch.equal(output(loaded, inputs("bart")), output(model, inputs("bart")))
+
+
+def test_filters_of_parts_that_cannot_be_saved_together_are_refused(tmp_path: Path) -> None:
+    model: Any = build("bart")
+    apply_filter(model.model.decoder, "twicing")
+    apply_filter(model.model.encoder, "sos")
+    with pytest.raises(ValueError, match="the parts of this BartForConditionalGeneration have filters that one apply"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize(("name", "auto_class"), [("t5", "AutoModelForSeq2SeqLM"), ("gpt2", "AutoModelForCausalLM")])
+def test_its_configuration_answers_for_the_models_own(name: str, auto_class: str, tmp_path: Path) -> None:
+    model: Any = moved(name, preset="twicing")
+    model.save_pretrained(tmp_path / "saved")
+    config = AutoConfig.from_pretrained(tmp_path / "saved")
+    for field in ("hidden_size", "num_hidden_layers", "vocab_size", "pad_token_id", "is_encoder_decoder", "id2label"):
+        assert getattr(config, field) == getattr(model.config, field), field
+    assert config.model_type == "imgproc_filtered"
+    assert config.get_text_config().vocab_size == 50
+    assert not hasattr(config, "no_such_field")
+    config.save_pretrained(tmp_path / "again")
+    again = AutoConfig.from_pretrained(tmp_path / "again")
+    assert {**again.to_dict(), "_name_or_path": ""} == {**config.to_dict(), "_name_or_path": ""}
+    config.hidden_size = 64  # by GPT-2's other name for it
+    loaded = getattr(transformers, auto_class).from_config(config)
+    assert loaded.config.hidden_size == loaded.get_input_embeddings().weight.shape[1] == 64
+
+
+def test_whispers_generation_settings_stay_in_its_configuration(tmp_path: Path) -> None:
+    model: Any = apply_filter(build("whisper", suppress_tokens=[7]), "twicing", stacks="model.decoder.layers")
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.suppress_tokens == [7]
+    config.save_pretrained(tmp_path / "again")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from hf_imgproc_attn.backbones import TASKS
 from hf_imgproc_attn.cards.rendering import RunResults, load_results
 from hf_imgproc_attn.cards.results import check_results
 from tests.cards.card_cases import changed, render
@@ -58,7 +59,7 @@ def test_results_are_read_from_run_folders_too(tmp_path: Path, images: RunResult
     [
         (
             {"task": "detection"},
-            "task must be one of causal-lm, image-classification, text-classification, got 'detection'",
+            f"task must be one of {', '.join(TASKS)}, got 'detection'",
         ),
         ({"status": "running"}, "the run must have finished, got status 'running'"),
         ({"arguments__trainer": None}, "the arguments have no trainer"),

@@ -129,10 +129,9 @@ def test_cached_decoding_and_limits_are_what_a_model_does(preset: str) -> None:
             ImgProcBertConfig.from_preset(preset, **encoder)
     else:
         ImgProcBertConfig.from_preset(preset, **encoder)
-    generate = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
-    if "static caches" in table.limits(preset):
-        with pytest.raises(ValueError, match="cache_implementation='static' is not supported"):
-            model.generate(tokens[:, :3], **generate)
+    if "continuous batching" in table.limits(preset):
+        with pytest.raises(ValueError, match="continuous batching needs a paged attention implementation"):
+            model.generate_batch(tokens[:, :3].tolist())
     streams = len(table.example(preset)[1].stream_names)
     assert (f"{streams} stream" in table.cached_decoding(preset)) == (streams > 0)
 

@@ -12,14 +12,14 @@ from hf_imgproc_attn.models.backend_blocked import run as run_blocked
 from hf_imgproc_attn.models.backend_call import Booster, Content, FilterCall, check_bias
 from hf_imgproc_attn.models.backend_reference import filter_matrix, reference_attention
 from hf_imgproc_attn.models.boost_depth import LayerState
-from hf_imgproc_attn.models.cache_layer import check_cache_layer
-from hf_imgproc_attn.models.cache_streams import NO_STREAMS, CachedStreams, NoStreams, Streams, boost_stream
+from hf_imgproc_attn.models.cache_streams import NO_STREAMS, NoStreams, Streams, boost_stream
 from hf_imgproc_attn.models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from hf_imgproc_attn.models.configuration_imgproc_vit import ImgProcViTConfig
 from hf_imgproc_attn.models.kernel_given import BiasPositions
 from hf_imgproc_attn.models.kernel_position import Positions, check_coordinates
 from hf_imgproc_attn.models.layer_filter import AttentionFilter
 from hf_imgproc_attn.models.layer_inputs import LayerInputs
+from hf_imgproc_attn.models.layer_tokens import cache_streams
 from hf_imgproc_attn.models.modeling_shared import run_time_choices
 from hf_imgproc_attn.models.spec_axes import STEPPED_BOOSTINGS
 from hf_imgproc_attn.models.visibility import Visibility, attention_visibility, padding_visibility
@@ -151,8 +151,6 @@ class LooseFilter(AttentionFilter):
         options |= run_time_choices(self._config, need_weights)._asdict()
         length, key_length = query.shape[-2], query.shape[-2]
         if past_key_values is not None:
-            check_cache_layer(past_key_values, self.layer_idx, bool(self.stream_names))
-            streams = CachedStreams(past_key_values, self.layer_idx)
             key_length += past_key_values.get_seq_length(self.layer_idx)
         coordinates, contiguous = options.get("coordinates"), options.get("contiguous", False)
         if coordinates is not None and self.positions.sees_places:
@@ -160,6 +158,8 @@ class LooseFilter(AttentionFilter):
             classes = self.positions.num_class_tokens
             check_coordinates(coordinates, *size, num_class_tokens=classes, contiguous=contiguous)
         inputs = layer_inputs(length, key_length, **options)
+        if past_key_values is not None:
+            streams = cache_streams(past_key_values, self, inputs)
         return super().forward(query, key, value, inputs, streams=streams, dropout=dropout)
 
 

@@ -12,20 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     ContinuousBatchingConfig,
-    DynamicCache,
-    EncoderDecoderCache,
     GenerationConfig,
-    GPT2Config,
-    StaticCache,
 )
-from transformers.cache_utils import Cache, DynamicLayer, QuantizedLayer, StaticLayer
 
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2LMHeadModel
 from tests.models.bad_input_cases import CLASSES, gpt2
-from tests.models.helpers import GPT2
 from tests.models.variants import (
     ALL_STOCK,
-    BOOSTED,
     VARIANTS,
     token_ids,
 )
@@ -165,15 +158,6 @@ def test_configuration_that_was_changed_after_it_was_made() -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["static", "offloaded_static", "quantized", "sliding_window"])
-@pytest.mark.parametrize("variant", FILTERED)
-def test_cache_implementations_that_are_not_built(variant: str, name: str) -> None:
-    model = gpt2(variant)
-    model.generation_config.eos_token_id = None
-    with pytest.raises(ValueError, match=rf"cache_implementation.*{name}"):
-        model.generate(token_ids(), max_new_tokens=2, cache_implementation=name, pad_token_id=0)
-
-
 def test_continuous_batching_is_not_built_for_filtered_layers() -> None:
     with pytest.raises(ValueError, match=r"continuous batching needs a paged .* not supported .* here layer 0"):
         gpt2("twicing").generate_batch([[1, 2, 3]])
@@ -219,50 +203,6 @@ def test_only_modules_that_a_preset_has_are_kept_in_float32(backbone: str) -> No
         assert model_class(config(variant))._keep_in_fp32_modules_strict == kept
 
 
-@pytest.mark.parametrize("variant", FILTERED)
-def test_static_caches_that_are_handed_in(variant: str) -> None:
-    model = gpt2(variant)
-    with pytest.raises(ValueError, match=r"static.* is not supported .*dynamic"):
-        StaticCache(config=model.config, max_cache_len=16)
-    stock = StaticCache(config=GPT2Config(**GPT2), max_cache_len=16)
-    with pytest.raises(ValueError, match=r"past_key_values .*StaticLayer is not supported .*DynamicCache\(config="):
-        model(token_ids(), past_key_values=stock)
-
-
-class RoundedLayer(QuantizedLayer):
-    """A quantised cache that needs no library."""
-
-    def _quantize(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
-        return tensor.half()
-
-    def _dequantize(self, q_tensor: torch.Tensor) -> torch.Tensor:
-        return q_tensor.float()
-
-
-@pytest.mark.parametrize("variant", FILTERED)
-@pytest.mark.parametrize("lazy", [True, False])
-def test_quantised_caches_that_are_handed_in(variant: str, lazy: bool) -> None:
-    cache = Cache(layer_class_to_replicate=RoundedLayer) if lazy else Cache(layers=[RoundedLayer() for _ in range(3)])
-    with pytest.raises(ValueError, match=r"past_key_values .*RoundedLayer is not supported .*DynamicCache\(config="):
-        gpt2(variant)(token_ids(), past_key_values=cache)
-
-
-@pytest.mark.parametrize("variant", BOOSTED)
-@pytest.mark.parametrize("kind", ["bare", "stock", "encoder"])
-def test_plain_caches_where_streams_must_be_kept(variant: str, kind: str) -> None:
-    """Refused at the first token: later it would be a different model."""
-    model = gpt2(variant, add_cross_attention=kind == "encoder")
-    cache = {
-        "bare": DynamicCache,
-        "stock": lambda: DynamicCache(config=GPT2Config(**GPT2)),
-        "encoder": lambda: EncoderDecoderCache(DynamicCache(), DynamicCache()),
-    }[kind]()
-    with pytest.raises(ValueError, match=r"plain layer at index \d, .*DynamicCache\(config=model.config\)"):
-        model(token_ids(), past_key_values=cache)
-    with pytest.raises(ValueError, match=r"plain layer at index \d, .*DynamicCache\(config=model.config\)"):
-        model.generate(token_ids(), max_new_tokens=2, past_key_values=DynamicCache(), pad_token_id=0)
-
-
 @pytest.mark.parametrize("variant", ["twicing", "bilateral_twicing", "mixed", "three_steps", "sos", "learned_twicing"])
 def test_attentions_of_boosted_layers_need_all_rows(variant: str) -> None:
     model = gpt2(variant, "eager")
@@ -274,11 +214,3 @@ def test_attentions_of_boosted_layers_need_all_rows(variant: str) -> None:
         model.generate(
             token_ids(), max_new_tokens=3, output_attentions=True, return_dict_in_generate=True, pad_token_id=0
         )
-
-
-def test_a_refused_cache_is_left_as_it_was() -> None:
-    cache = DynamicCache()
-    with pytest.raises(ValueError, match="plain layer"):
-        gpt2("twicing")(token_ids(), past_key_values=cache)
-    assert cache.get_seq_length() == 0
-    assert not [layer for layer in cache.layers if not isinstance(layer, (DynamicLayer, StaticLayer))]

@@ -204,6 +204,32 @@ def test_lora_without_targets_adapts_the_attention_and_not_the_filter() -> None:
     assert adapted == {f"{prefix}.{i}.attention.self.{part}" for i in layers for part in ("query", "value")}
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_mean_pooling_reads_all_tokens_but_padding(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = bert("twicing", ImgProcBertForSequenceClassification, classifier_pooling="mean").to(dtype)
+    inputs = pad(token_ids(), 0, 6, "right")
+    inputs.pop("position_ids")
+    output = model.bert(**inputs)
+    for row, length in ((0, 6), (1, 9)):
+        mean = output.last_hidden_state[row, :length].double().mean(0).to(dtype)
+        wanted = torch.tanh(model.bert.pooler.dense(mean))
+        torch.testing.assert_close(output.pooler_output[row], wanted)
+    alone = model(inputs["input_ids"][:1, :6]).logits[0]
+    torch.testing.assert_close(model(**inputs).logits[0], alone)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.config.classifier_pooling == "mean"
+    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+    with pytest.raises(ValueError, match="attention_mask must have shape .* with classifier_pooling='mean'"):
+        model(inputs["input_ids"], attention_mask=torch.ones(2, 1, 9, 9, dtype=torch.bool))
+
+
+def test_another_pooling_is_refused() -> None:
+    assert ImgProcBertConfig(**SIZES).classifier_pooling == "cls"
+    with pytest.raises(Exception, match="classifier_pooling"):
+        ImgProcBertConfig(**SIZES, classifier_pooling="max")
+
+
 def test_the_summary_of_the_filters() -> None:
     summary = bert("bilateral_gaussian").filter_summary()
     assert len(summary.rows) == 15

@@ -159,7 +159,7 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path, stock_vit: Path
     with pytest.raises(UsageError, match=r"position_projection"):
         build_image_classifier(arguments("position_kernel=gaussian", start=ours), NAMES, (8, 8))
     with pytest.raises(
-        UsageError, match=r"must be a checkpoint of type imgproc_gpt2 or gpt2, got .* of type imgproc_vit"
+        UsageError, match=r"must be a checkpoint of type imgproc_gpt2 or gpt2, or of an.* got .* of type imgproc_vit"
     ):
         build_causal_lm(arguments(start=ours), train_tokenizer(["a"], 258), None)
     tokenizer = train_tokenizer(["a"], 258)
@@ -167,7 +167,7 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path, stock_vit: Path
     with pytest.raises(UsageError, match="model_name_or_path '.*text'"):
         build_causal_lm(arguments("n_embd=32", start=tmp_path / "text"), tokenizer, 16)
     ResNetConfig().save_pretrained(tmp_path / "resnet")
-    with pytest.raises(UsageError, match="must be a checkpoint of type imgproc_vit or vit, got .* of type resnet"):
+    with pytest.raises(UsageError, match="preset must be given for a model of type resnet"):
         build_image_classifier(arguments(start=tmp_path / "resnet"), NAMES, (8, 8))
     with pytest.raises(UsageError, match="model_name_or_path '.*nowhere'"):
         build_image_classifier(arguments(start=tmp_path / "nowhere"), NAMES, (8, 8))

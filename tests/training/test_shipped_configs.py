@@ -33,7 +33,7 @@ def test_training_config_names_only_options_that_exist(path: Path, tmp_path: Pat
     (defaults,) = (value for name, value in vars(script).items() if name.endswith("_TRAINER_DEFAULTS"))
     arguments = script.read_arguments(["--config", str(path)])
     args = build_training_arguments(arguments, defaults, str(tmp_path))
-    parse_overrides(arguments.model.config_overrides, row.our_class(row.config))
+    parse_overrides(arguments.model, row.our_class(row.config))
     for name in yaml.safe_load(path.read_text(encoding="utf-8")):  # only what differs from the defaults
         if name in defaults:
             assert getattr(args, name) != defaults[name]

@@ -1,0 +1,220 @@
+"""Streams of a filter in the cache of any model, whatever kind of cache it is.
+
+The rows of a stream have to stand where the cache keeps the keys of the same tokens: at the end, inside a sliding
+window, at fixed places, quantised. So each stream is kept by a cache layer of the same kind, made from the empty layer
+before its first token, which stores the rows as keys and does whatever the layer itself does: cutting, reordering,
+repeating, starting anew.
+
+In a quantised cache streams are quantised as values are. Kept whole they would take more memory than all else in it,
+and would help little: what they are multiplied by, and added to, is quantised (measured: ``docs/any-model.md``).
+Places are kept whole everywhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+from .cache_layer import FilterDynamicLayer
+from .cache_streams import RoundStreams
+
+KEPT_WHOLE = ("places", "position_key")
+"""Streams that no cache quantises: numbers of places, which 4 bits cannot tell apart, and vectors of positions."""
+
+_FOLLOWED = (
+    "crop",
+    "reorder_cache",
+    "batch_repeat_interleave",
+    "batch_select_indices",
+    "reset",
+    "prefetch",
+    "activate_past_recording",
+)
+"""What a cache does to its layers, which the layers of the streams do too."""
+
+
+@functools.cache
+def _followed_class(layer_class: Any) -> Any:
+    """A sub-class of a cache layer's class that remembers the values that came last, and keeps streams in step.
+
+    filter_streams: the cache layer of each stream, by name.
+    filter_empty: a layer of the same kind before its first token, which new streams start from.
+    filter_new_value: values of the tokens that came last, ``[batch, key_heads, length, d]``.
+    filter_kind: what the filter is whose rows are kept.
+    filter_expected: whether a filter is about to store the rows of the tokens that come next.
+    filter_missed: whether tokens have come without a filter.
+    """
+    methods: dict[str, Any] = {name: _followed(layer_class, name) for name in _FOLLOWED if hasattr(layer_class, name)}
+    store = layer_class.update
+
+    @functools.wraps(store)
+    def update(self: Any, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.filter_new_value = value_states
+        if not self.filter_expected:
+            self.filter_missed = True
+        self.filter_expected = False
+        return store(self, key_states, value_states, *args, **kwargs)
+
+    # Transformers registers classes that have a layer type.
+    return type(f"Filtered{layer_class.__name__}", (layer_class,), {**methods, "update": update, "_layer_type": None})
+
+
+def _followed(layer_class: type, name: str) -> Callable[..., Any]:
+    """A method of a cache layer that does the same to the layers of the streams."""
+    method = getattr(layer_class, name)
+
+    @functools.wraps(method)
+    def follow(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        for stream in self.filter_streams.values():
+            getattr(stream, name)(*args, **kwargs)
+        if name == "activate_past_recording":  # holds for streams to come as well
+            getattr(self.filter_empty, name)(*args, **kwargs)
+        if name == "reset":
+            self.filter_missed = False
+        return result
+
+    return follow
+
+
+@functools.cache
+def _quantised_class(layer_class: Any) -> Any:
+    """A sub-class of a quantised cache layer's class that stores rows as keys, beside values that have no numbers."""
+    quantise, dequantise = layer_class._quantize, layer_class._dequantize
+
+    def _quantize(self: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if tensor.numel():
+            return quantise(self, tensor, *args, **kwargs)
+        if hasattr(self, "axis_value"):  # groups of numbers, of which there are none
+            return tensor
+        # One scale for all, which cannot be told from nothing.
+        return quantise(self, tensor, tensor.new_ones(()).float())
+
+    def _dequantize(self: Any, stored: Any) -> torch.Tensor:
+        return stored if isinstance(stored, torch.Tensor) and not stored.numel() else dequantise(self, stored)
+
+    methods = {"_quantize": _quantize, "_dequantize": _dequantize, "_layer_type": None}
+    return type(f"Stream{layer_class.__name__}", (layer_class,), methods)
+
+
+def _empty_layer(layer: Any) -> Any:
+    """A layer of the same kind before its first token, for streams."""
+    if type(layer) is DynamicLayer:
+        return FilterDynamicLayer()  # the same, and grows in place
+    empty = copy.copy(layer)
+    empty.keys = empty.values = None
+    empty.is_initialized = False
+    empty = copy.deepcopy(empty)  # static layers count their tokens in place
+    if hasattr(empty, "_quantize"):
+        empty.__class__ = _quantised_class(type(empty))  # type: ignore[arg-type]
+        if hasattr(empty, "axis_value"):
+            empty.axis_key = empty.axis_value
+    return empty
+
+
+def follow_layer(cache: Any, layer_idx: int, kind: str | None) -> Any:
+    """Make a layer of a cache keep streams, before the layer's keys are stored.
+
+    Args:
+        cache: a Transformers cache; of an encoder-decoder the one of its self-attention.
+        layer_idx: index of the layer.
+        kind: what the filter is; None if it keeps nothing beside keys and values. Then a layer that holds tokens
+            already is as good as an empty one.
+
+    Returns:
+        The layer.
+
+    Raises:
+        ValueError: if the layer holds tokens whose streams are missing, or those of another filter.
+    """
+    while len(cache.layers) <= layer_idx:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[layer_idx]
+    if not hasattr(layer, "filter_streams"):
+        if kind is not None and layer.is_initialized and layer.get_seq_length() > 0:
+            _refuse_tokens(layer_idx, "without the filter")
+        empty = _empty_layer(layer)
+        layer.__class__ = _followed_class(type(layer))  # type: ignore[arg-type]
+        layer.filter_streams, layer.filter_empty, layer.filter_new_value = {}, empty, None
+        layer.filter_kind, layer.filter_missed = kind, False
+    if kind is not None and layer.filter_missed:
+        _refuse_tokens(layer_idx, "without the filter")
+    if kind != layer.filter_kind:
+        if kind is not None and layer.get_seq_length() > 0:
+            _refuse_tokens(layer_idx, f"with another filter ({layer.filter_kind}; here {kind})")
+        layer.filter_streams, layer.filter_kind = {}, kind
+    layer.filter_expected = True
+    return layer
+
+
+def _refuse_tokens(layer_idx: int, how: str) -> None:
+    raise ValueError(
+        f"past_key_values holds tokens in layer {layer_idx} that were stored {how}: the rows that it needs of them "
+        "are missing. Start with an empty cache, and fill it with the filtered model; keys and values that are "
+        "learned, as in PEFT's prefix tuning, have no such rows"
+    )
+
+
+class FollowingStreams:
+    """What a filter sees of a followed cache layer; see ``cache_streams.Streams``.
+
+    Args:
+        layer: a followed cache layer.
+        key_length: of the keys that are attended to: the first ones, where the layer has empty places after them.
+        cache: stores keys and values; None if the model has stored them already.
+        layer_idx: index of the layer in ``cache``.
+    """
+
+    is_cached = True
+    keeps_places_apart = True
+
+    def __init__(self, layer: Any, key_length: int, cache: Any = None, layer_idx: int = 0) -> None:
+        self._layer, self._key_length = layer, key_length
+        self._cache, self._layer_idx = cache, layer_idx
+
+    def update(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store keys and values of the new tokens and return those of all."""
+        key, value = self._cache.update(key, value, self._layer_idx)
+        return key[..., : self._key_length, :], value[..., : self._key_length, :]
+
+    def append(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Store the new tokens' rows ``[batch, heads, length, width]`` and return those of all keys."""
+        layer, streams = self._layer, self._layer.filter_streams
+        if name not in streams:
+            whole = name.rpartition(".")[2] in KEPT_WHOLE and hasattr(layer, "_quantize")
+            streams[name] = FilterDynamicLayer() if whole else copy.deepcopy(layer.filter_empty)
+        stream = streams[name]
+        stream.prefetch()  # of a cache that keeps its layers elsewhere
+        stored, _ = stream.update(rows, rows[..., :0])
+        stored = stored[..., : self._key_length, :].to(rows.dtype)
+        if layer.keys is not None and layer.keys.device != rows.device:
+            stream.offload()  # an offloading cache has moved keys and values already
+        return stored
+
+    def own_value(self, value: torch.Tensor, length: int) -> torch.Tensor | None:
+        """Values of the new tokens ``[batch, key_heads, length, d]``; None where they are the last rows of ``value``.
+
+        In a cache of fixed size they are not. Some models store something else than values, and make values of it:
+        then they are found by their place.
+        """
+        layer, stored = self._layer, self._layer.filter_new_value
+        if not layer.is_compileable or value.shape[-2] == length:
+            return None
+        if stored.shape == (value.shape[0], value.shape[1], length, value.shape[-1]):
+            rows: torch.Tensor = stored
+            return rows
+        places = torch.arange(length, device=value.device) + (layer.get_seq_length() - length)
+        return value.index_select(-2, places)
+
+    def past(self, name: str) -> torch.Tensor | None:
+        """None: back-ends which need the earlier rows by themselves are not used with them."""
+        return None
+
+    def of_round(self, number: int) -> RoundStreams:
+        """Streams of the same cache layer."""
+        return RoundStreams(self, number)
