@@ -15,6 +15,7 @@ from .registration import register_with_transformers
 if TYPE_CHECKING:
     from .conversion import ConversionReport, convert
     from .functional import filter_attention
+    from .lens import lens
     from .models.any_filter import apply_filter, filtered_layers, remove_filter
     from .models.configuration_imgproc_bert import ImgProcBertConfig
     from .models.configuration_imgproc_gpt2 import ImgProcGPT2Config
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
         ImgProcGPT2Model,
     )
     from .models.modeling_imgproc_vit import (
+        ImgProcViTBackbone,
         ImgProcViTForImageClassification,
         ImgProcViTForMaskedImageModeling,
+        ImgProcViTForSemanticSegmentation,
         ImgProcViTModel,
     )
     from .models.spec_fields import PRESETS
@@ -53,15 +56,18 @@ __all__ = [
     "ImgProcGPT2ForTokenClassification",
     "ImgProcGPT2LMHeadModel",
     "ImgProcGPT2Model",
+    "ImgProcViTBackbone",
     "ImgProcViTConfig",
     "ImgProcViTForImageClassification",
     "ImgProcViTForMaskedImageModeling",
+    "ImgProcViTForSemanticSegmentation",
     "ImgProcViTModel",
     "__version__",
     "apply_filter",
     "convert",
     "filter_attention",
     "filtered_layers",
+    "lens",
     "remove_filter",
 ]
 
@@ -72,6 +78,7 @@ _MODULE_OF = {
     "convert": ".conversion",
     "filter_attention": ".functional",
     "filtered_layers": ".models.any_filter",
+    "lens": ".lens",
     "remove_filter": ".models.any_filter",
     **{name: module for row in BACKBONES.values() for name, module in row.module_of.items()},
 }

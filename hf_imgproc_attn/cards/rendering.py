@@ -173,6 +173,7 @@ def render_card(
         baseline_differences=[] if other is None else environment_differences(record, other),
         curves=bool(record.get("train_loss") or record.get("eval_history")),
         losses=[record["train_loss"][0], record["train_loss"][-1]] if record.get("train_loss") else [],
+        predictions=bool(record["arguments"]["data"].get("pictures")) and not example,
         limits=facts.limits(record, rows),
         environment=facts.environment(record, run.robustness),
         citations=[PAPERS[name].bibtex for name in dict.fromkeys([*PACKAGE_PAPERS, *sources])],

@@ -22,7 +22,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.sa
 TRAVELLING = (
     "config.json", "generation_config.json", *WEIGHTS, "*.py", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-    "preprocessor_config.json", "processor_config.json", "robustness.json",
+    "preprocessor_config.json", "processor_config.json", "robustness.json", "predictions.png",
 )  # fmt: skip
 CARD, CURVES, RECORD = "README.md", "training_curves.png", "run.json"
 

@@ -383,7 +383,7 @@ def test_command_of_the_card_gives_the_arguments_of_the_run(name: str, tmp_path:
     recorded = load_results(RESULTS / f"{name}.json").record["arguments"]
     # What a record does not have yet was at its default.
     assert vars(arguments.model) == {**vars(ModelArguments()), **recorded["model"]}
-    assert vars(arguments.data) == recorded["data"]
+    assert vars(arguments.data) == {**vars(type(arguments.data)()), **recorded["data"]}
     assert arguments.run.output_dir == name
     args = build_training_arguments(arguments, defaults, str(tmp_path))
     for option in arguments.trainer:
