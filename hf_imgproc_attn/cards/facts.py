@@ -169,7 +169,7 @@ def example_sequence(record: dict[str, Any]) -> str | None:
     """What a model of long sequences can be asked, as words; None for a model of something else."""
     name = record["arguments"]["data"]["dataset_name"]
     if record["task"] == "sequence-classification":
-        return "[MAX 2 9 [MIN 4 7 ] 0 ]" if name in GENERATED_CLASSES else "0 128 255"
+        return "[MAX 2 9 4 ]" if name in GENERATED_CLASSES else "0 128 255"
     if record["task"] == "recall":
         return "3 _ _ 1 _ 3 >" if name == "selective_copying" else "k1 v2 k3 v1 k1"
     return None
