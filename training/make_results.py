@@ -36,6 +36,8 @@ ONE_RECIPE = {
     "sink": "vit_digits",
     "sigmoid": "vit_digits",
     "softpick": "vit_digits",
+    "qk_norm": "vit_digits",
+    "value_residual": "vit_digits",
 }
 """Presets that are one value of one axis, beside those of the papers that the package is about -> their one recipe."""
 

@@ -265,5 +265,27 @@ VARIANTS: dict[str, Variant] = {
         symbols=(f"the sum is made positive by $10^{{-6}}$ of the largest $e^{{\\ell}}$ or of 1; {_STOCK_SYMBOLS}"),
         papers=("softpick",),
     ),
+    "qk_norm": Variant(
+        text="A ∝ exp(τ q̂ᵀk̂), q̂ = q/‖q‖, k̂ = k/‖k‖; U = A V",
+        equation=(
+            rf"{_ONCE}, \qquad A_{{ij}} \propto \exp\left(\tau \frac{{q_i^\top k_j}}"
+            r"{\lVert q_i \rVert \lVert k_j \rVert}\right)"
+        ),
+        symbols=(
+            "$\\tau = 2/h_y^2$ is learned, one per head and layer, from $\\sqrt{d}$: a bilateral filter on normalised "
+            f"vectors, with $\\exp(-\\lVert \\hat q_i - \\hat k_j \\rVert^2 / h_y^2)$; {_STOCK_SYMBOLS}"
+        ),
+        papers=("qk_norm", "filtering"),
+    ),
+    "value_residual": Variant(
+        text="A of softmax; U = A((1 - λ)V_l + λV_0)",
+        equation=rf"U_l = A \left((1 - \lambda) V_l + \lambda V_0\right), \qquad {_STOCK}",
+        symbols=(
+            "$l > 0$ counts the layers, the first one is plain, $\\lambda$ is learned, one per layer, from 0.5, or "
+            f"from 0 in a converted model; {_STOCK_SYMBOLS}"
+        ),
+        papers=("value_residual",),
+        limits=("one-layer models",),
+    ),
 }
 """Every preset of ``spec_fields``, in its order."""

@@ -114,6 +114,8 @@ def parameter_terms(preset: str) -> list[Term]:
         terms.append(Term("2HL", lambda s: 2 * s.H * s.L))
     if spec.boosting == "dynamic_inversion":
         terms.append(Term("(2d + 2)HL", lambda s: (2 * s.d + 2) * s.H * s.L))
+    if spec.feedback == "value_residual":
+        terms.append(Term("L - 1", lambda s: s.L - 1))
     if spec.normalisation == "sink":
         terms.append(Term("HL", lambda s: s.H * s.L))
     if spec.gate == "elementwise":

@@ -244,6 +244,26 @@ PAPERS: dict[str, Paper] = {
   year    = {2025}
 }""",
     ),
+    "qk_norm": Paper(
+        "Henry, Dachapally, Pawar, Chen 2020, [Query-Key Normalization for Transformers]"
+        "(https://arxiv.org/abs/2010.04245)",
+        """@inproceedings{henry2020query,
+  title     = {Query-Key Normalization for Transformers},
+  author    = {Henry, Alex and Dachapally, Prudhvi Raj and Pawar, Shubham Shantaram and Chen, Yuxuan},
+  booktitle = {Findings of the Association for Computational Linguistics: EMNLP 2020},
+  year      = {2020},
+  note      = {arXiv:2010.04245}
+}""",
+    ),
+    "value_residual": Paper(
+        "Zhou et al. 2024, [Value Residual Learning](https://arxiv.org/abs/2410.17897)",
+        """@article{zhou2024value,
+  title   = {Value Residual Learning},
+  author  = {Zhou, Zhanchao and others},
+  journal = {arXiv preprint arXiv:2410.17897},
+  year    = {2024}
+}""",
+    ),
     "gradient_boosting": Paper(
         "Sargolzaei 2026, [Gradient Boosting within a Single Attention Layer](https://arxiv.org/abs/2604.03190)",
         """@article{sargolzaei2026gradient,

@@ -16,6 +16,7 @@ from ..models.backend_reference import filter_logits, filter_matrix
 from ..models.boost_operators import BOOSTING, keep_rows
 from ..models.cache_streams import NO_STREAMS
 from ..models.kernel_content import class_token_logits, working_dtype
+from ..models.kernel_forget import ForgetPositions
 from ..models.kernel_given import BiasPositions, FeaturePositions
 from ..models.kernel_position import Positions, UntiedPositions
 from ..models.visibility import Visibility
@@ -111,6 +112,8 @@ def position_rows(term: Positions, start: int, stop: int, keys: int, dtype: torc
         return (bias if bias.shape[-2] == 1 else bias[..., start:stop, :]).to(dtype)
     if isinstance(term, FeaturePositions):
         part = FeaturePositions(term.query_features[..., start:stop, :], term.key_features[..., :keys, :])
+    elif isinstance(term, ForgetPositions):
+        part = ForgetPositions(term.query[..., start:stop, :], term.key[..., :keys, :])
     elif isinstance(term, UntiedPositions):
         part = term._replace(query=term.query[..., start:stop, :], key=term.key[..., :keys, :], class_tokens=None)
     else:  # functions of places

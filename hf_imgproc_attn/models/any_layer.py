@@ -108,7 +108,8 @@ class AppliedFilter(nn.Module):
         self.kind = self.filter.kind if keeps_streams else None
         """What the filter is, where a cache keeps rows for it."""
         fields = config.fields
-        self.scales_by_itself = fields["learn_bandwidths"] or fields["content_bandwidth"] is not None
+        has_own_scale = self.filter.spec.content_kernel == "cosine"
+        self.scales_by_itself = has_own_scale or fields["learn_bandwidths"] or fields["content_bandwidth"] is not None
 
     def forward(
         self,

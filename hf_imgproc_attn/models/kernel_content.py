@@ -124,6 +124,15 @@ def elliptical_logits(query: torch.Tensor, key: torch.Tensor, scale: torch.Tenso
     return torch.matmul(query * scale, key.transpose(-1, -2))
 
 
+def unit_vectors(x: torch.Tensor) -> torch.Tensor:
+    """Rows of length 1, ``[..., width]`` in their dtype, as the kernel ``cosine`` compares them; 0 stays 0."""
+    rows = x.to(working_dtype(x.dtype))
+    # Squares of small numbers would underflow.
+    largest = rows.detach().abs().amax(-1, keepdim=True)
+    rows = rows / largest.masked_fill(largest == 0.0, 1.0)
+    return (rows * rows.square().sum(-1, keepdim=True).clamp(min=0.5).rsqrt()).to(x.dtype)
+
+
 CONTENT_LOGITS = {"dot_product": dot_product_logits, "gaussian": gaussian_logits, "elliptical": elliptical_logits}
 CONTENT_COLUMNS = {"dot_product": None, "gaussian": gaussian_content_columns, "elliptical": None}
 

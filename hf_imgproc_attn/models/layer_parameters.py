@@ -11,7 +11,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .kernel_content import HALF_DTYPES, working_dtype
-from .spec_axes import MAX_BANDWIDTH, MIN_BANDWIDTH
+from .spec_axes import MAX_BANDWIDTH, MIN_BANDWIDTH, NEW_VALUE_RESIDUAL
 
 
 def default_bandwidth(head_dim: int) -> float:
@@ -87,6 +87,7 @@ class Scalars(NamedTuple):
     feedback_gains: lambda of ``neutreno`` ``[heads, 1]``, or P, I, D of ``pid`` ``[heads, 3]``.
     inversion_gains: alpha and beta of ``inversion``, ``[heads, 2]``.
     sink: logit of the key that takes weight from every row, ``[heads]``.
+    value_residual: lambda of ``value_residual``, ``[1]``.
     """
 
     content_log_bandwidth: torch.Tensor | None = None
@@ -97,6 +98,7 @@ class Scalars(NamedTuple):
     feedback_gains: torch.Tensor | None = None
     inversion_gains: torch.Tensor | None = None
     sink: torch.Tensor | None = None
+    value_residual: torch.Tensor | None = None
 
 
 class FilterScalars(nn.Module):
@@ -116,6 +118,7 @@ class FilterScalars(nn.Module):
         boosting: whose gains there are: gamma of ``learned``, initially 1: twicing; alpha and beta of ``inversion``,
             initially 1 and 0: no boosting.
         sink: whether there is a sink's logit, initially 0.
+        value_residual: whether there is lambda of ``value_residual``, one for all heads, initially 0.5.
         feedback: initial factors of the feedback, the same for every head, or None where they are not learned.
     """
 
@@ -127,6 +130,7 @@ class FilterScalars(nn.Module):
     feedback_gains: nn.Parameter | None
     inversion_gains: nn.Parameter | None
     sink: nn.Parameter | None
+    value_residual: nn.Parameter | None
 
     def __init__(
         self,
@@ -137,6 +141,7 @@ class FilterScalars(nn.Module):
         buckets: tuple[int, int] | None = None,
         boosting: str = "none",
         sink: bool = False,
+        value_residual: bool = False,
         feedback: list[float] | None = None,
     ) -> None:
         super().__init__()
@@ -160,6 +165,9 @@ class FilterScalars(nn.Module):
             self.register_parameter(
                 name, None if shape is None else nn.Parameter(torch.empty(num_heads, *shape, dtype=dtype))
             )
+        self.register_parameter(
+            "value_residual", nn.Parameter(torch.empty(1, dtype=dtype)) if value_residual else None
+        )
         self.reset_parameters()
 
     @torch.no_grad()
@@ -173,6 +181,8 @@ class FilterScalars(nn.Module):
         for logits in (self.class_token, self.relative_buckets, self.sink):
             if logits is not None:
                 init.zeros_(logits)
+        if self.value_residual is not None:
+            init.constant_(self.value_residual, NEW_VALUE_RESIDUAL)
         if self.boosting_gain is not None:
             init.ones_(self.boosting_gain)
         for gains, start in ((self.feedback_gains, self._initial_feedback), (self.inversion_gains, [1.0, 0.0])):
@@ -191,6 +201,7 @@ class FilterScalars(nn.Module):
             self.feedback_gains,
             self.inversion_gains,
             self.sink,
+            self.value_residual,
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FilterScalars:

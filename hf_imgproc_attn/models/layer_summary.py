@@ -83,6 +83,8 @@ def _values(layer: AttentionFilter) -> Iterator[tuple[str, torch.Tensor]]:
         yield from zip(_INVERSION, scalars.inversion_gains.unbind(-1), strict=True)
     if scalars.sink is not None:
         yield "sink", scalars.sink
+    if scalars.value_residual is not None:
+        yield "lambda", scalars.value_residual.expand(layer.num_heads)
     names = _FEEDBACK.get(layer.spec.feedback, ()) if layer.layer_idx > 0 else ()
     if scalars.feedback_gains is not None:
         yield from zip(names, scalars.feedback_gains.unbind(-1), strict=True)
@@ -110,6 +112,7 @@ def _learned(layer: AttentionFilter) -> set[str]:
         "boosting_gain": ("gain",),
         "inversion_gains": _INVERSION,
         "sink": _SINK,
+        "value_residual": ("lambda",),
         "feedback_gains": _FEEDBACK.get(layer.spec.feedback, ()),
     }
     held = layer.scalar_bias()._asdict()

@@ -12,15 +12,15 @@ Neither torch nor transformers is imported here, so that command lines can read 
 
 from typing import Any, NamedTuple
 
-CONTENT_KERNELS = ("dot_product", "gaussian", "elliptical")
-POSITION_KERNELS = ("additive", "untied", "gaussian", "alibi", "relative_buckets", "rotary", "none")
+CONTENT_KERNELS = ("dot_product", "gaussian", "elliptical", "cosine")
+POSITION_KERNELS = ("additive", "untied", "gaussian", "alibi", "relative_buckets", "rotary", "forget", "none")
 BOOSTINGS = (
     *("none", "twicing", "osher", "learned", "diffusion", "sos", "gradient_boosted"),
     *("inversion", "dynamic_inversion", "exclusive"),
 )
 RESIDUALS = ("standard", "twicing", "sos", "osher")
 NORMALISATIONS = ("softmax", "sink", "sigmoid", "softpick", "sinkhorn")
-FEEDBACKS = ("none", "neutreno", "pid")
+FEEDBACKS = ("none", "neutreno", "pid", "value_residual")
 GATES = ("none", "headwise", "elementwise")
 
 FILTER_BACKENDS = ("auto", "reference", "sdpa", "blocked", "chunked", "triton", "flex")
@@ -45,6 +45,12 @@ SEEING_ROW_CONSTANTS = ("sink", "sigmoid", "softpick")
 """Normalisations that a number added to a whole row of logits changes; their rows sum to less than 1."""
 
 DEFAULT_SINKHORN_ITERATIONS, MAX_SINKHORN_ITERATIONS = 3, 64
+
+CONVERTED_FORGET_BIAS = 16.0
+"""The bias from which forget gates start in a trained model: each token then takes 1e-7 of what is before it."""
+
+NEW_VALUE_RESIDUAL = 0.5
+"""lambda of ``value_residual`` in a new model; in a trained one it starts at 0, where the model stays what it was."""
 
 CONVERTED_SINK = -10.0
 """The logit from which a sink starts in a trained model, which so stays what it was but for 5e-5 of a row's weight."""

@@ -54,6 +54,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sink": {"normalisation": "sink"},
     "sigmoid": {"normalisation": "sigmoid"},
     "softpick": {"normalisation": "softpick"},
+    "qk_norm": {"content_kernel": "cosine", "learn_bandwidths": True},
+    "value_residual": {"feedback": "value_residual"},
 }
 """Named variants: the fields in which each differs from the stock model."""
 
@@ -93,11 +95,13 @@ class FilterSpecMixin:
     """Fields, validation and presets that our configurations add to a stock Transformers configuration.
 
     Args:
-        content_kernel: ``"dot_product"``, ``"gaussian"`` or ``"elliptical"``; one value, or a list with one per layer.
+        content_kernel: ``"dot_product"``, ``"gaussian"``, ``"elliptical"`` or ``"cosine"`` (the dot product of
+            queries and keys of length 1); one value, or a list with one per layer.
         position_kernel: ``"additive"`` (positions added to the tokens, the stock model), ``"untied"``, ``"gaussian"``,
-            ``"alibi"``, ``"relative_buckets"``, ``"rotary"`` or ``"none"``; one value, or a list with one per layer.
-            ``additive`` is used by all layers or by none.
-        content_bandwidth: h_y > 0, a number or a list with one number per head. None: 2/h_y^2 = the stock scaling.
+            ``"alibi"``, ``"relative_buckets"``, ``"rotary"``, ``"forget"`` (causal models only) or ``"none"``; one
+            value, or a list with one per layer. ``additive`` is used by all layers or by none.
+        content_bandwidth: h_y > 0, a number or a list with one number per head. None: 2/h_y^2 = the stock scaling,
+            or sqrt(head_dim) for ``cosine``.
         position_bandwidth: h_p > 0, likewise, of ``untied`` and ``gaussian``. None: as h_y for ``untied``; geometric
             over the heads from (4 head_dim)^(1/4) to the longest side of the grid, in index or patch units, for
             ``gaussian``.
@@ -120,7 +124,8 @@ class FilterSpecMixin:
             of. ``"residual"``: of z - F, as their queries, which is what the authors' experiments run; ``"input"``: of
             z, the equation of arXiv 2604.03190v1. None: ``"residual"``.
         residual: scheme across depth: ``"standard"`` is x + f(x), ``"twicing"``, ``"sos"``, ``"osher"``.
-        feedback: cross-layer feedback on the head output: ``"none"``, ``"neutreno"``, ``"pid"``.
+        feedback: cross-layer feedback on the head output: ``"none"``, ``"neutreno"``, ``"pid"``, or on the values:
+            ``"value_residual"``, with one lambda a layer that is always learned.
         neutreno_lambda: ``neutreno`` only: its strength. None: the published 0.6 for images, 0.4 for text.
         pid_gains: ``pid`` only: the gains P, I, D. None: 0.5, 0.05, 0.05 (*choice*: none are published with code).
         learn_feedback: ``neutreno`` and ``pid`` only: whether lambda or the three gains are parameters of every head

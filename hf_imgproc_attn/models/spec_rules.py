@@ -174,6 +174,11 @@ def _check_kernels(config: Any, num_layers: int) -> None:
             "metric would weigh features that the rotation mixes, got "
             f"content_kernel={config.content_kernel!r} with position_kernel={config.position_kernel!r}"
         )
+    if "forget" in positions and not config.hides_later_tokens:
+        raise ValueError(
+            "position_kernel 'forget' sums what the tokens between query and key forget: it needs attention with a "
+            f"causal mask, got {config.position_kernel!r}"
+        )
     _check_rotary(config, positions)
     _check_buckets(config, positions)
 
@@ -310,8 +315,8 @@ def _check_depth(config: Any, num_layers: int) -> None:
 
 def _check_gains(config: Any) -> None:
     strength, gains = config.neutreno_lambda, config.pid_gains
-    if config.learn_feedback and config.feedback == "none":
-        raise ValueError("learn_feedback=True needs feedback 'neutreno' or 'pid', got feedback='none'")
+    if config.learn_feedback and config.feedback not in ("neutreno", "pid"):
+        raise ValueError(f"learn_feedback=True needs feedback 'neutreno' or 'pid', got feedback={config.feedback!r}")
     for name, value, feedback in (("neutreno_lambda", strength, "neutreno"), ("pid_gains", gains, "pid")):
         if value is not None and config.feedback != feedback:
             raise ValueError(

@@ -47,6 +47,7 @@ REFUSED_PAIRS: list[tuple[Fields, str]] = [
         {"content_kernel": "elliptical", "position_kernel": "rotary"},
         "'elliptical' cannot be combined with",
     ),
+    ({"position_kernel": "forget", "normalisation": "sinkhorn"}, "needs attention with"),
     *(
         ({"content_kernel": "gaussian", "normalisation": name}, f"normalisation '{name}' cannot be combined with")
         for name in SEEING_ROW_CONSTANTS
@@ -182,6 +183,11 @@ def build(backbone: str, fields: Fields, implementation: str) -> Any:
     model_class = ImgProcGPT2LMHeadModel if backbone == "gpt2" else ImgProcViTForImageClassification
     if backbone == "gpt2" and fields.get("normalisation") == "sinkhorn":  # refused in a causal model; the ViT has it
         fields = {**fields, "normalisation": "softmax"}
+    positions = fields.get("position_kernel", ())
+    if backbone == "vit" and "forget" in positions:  # refused without a causal mask; the GPT-2 has it
+        names = [positions] if isinstance(positions, str) else positions
+        plain = ["none" if name == "forget" else name for name in names]
+        fields = {**fields, "position_kernel": plain[0] if isinstance(positions, str) else plain}
     config = config_of(backbone, fields, learn_bandwidths=True, attn_implementation=implementation)
     return sharpen_(model_class(config), std=1.5).double()
 

@@ -121,6 +121,8 @@ TABLE = {
     "dynamic_inversion": ("dot_product", "additive", "dynamic_inversion", 2, "standard", "none", False),
     "exclusive": ("dot_product", "additive", "exclusive", 2, "standard", "none", False),
     "gated": ("dot_product", "additive", "none", 2, "standard", "none", False),
+    "qk_norm": ("cosine", "additive", "none", 2, "standard", "none", True),
+    "value_residual": ("dot_product", "additive", "none", 2, "standard", "value_residual", False),
     "sink": ("dot_product", "additive", "none", 2, "standard", "none", False),
     "sigmoid": ("dot_product", "additive", "none", 2, "standard", "none", False),
     "softpick": ("dot_product", "additive", "none", 2, "standard", "none", False),
