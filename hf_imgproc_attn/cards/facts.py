@@ -43,6 +43,7 @@ _MODEL_FIELDS = (
     ("dropout of the attention", ("attention_probs_dropout_prob", "attn_pdrop")),
 )
 _DATA_OPTIONS = (
+    ("dataset_revision", "revision of the data set"),
     ("random_crop_padding", "random crop, padding (pixels)"),
     ("horizontal_flip", "random mirror image"),
     ("random_scale", "random enlarging or shrinking, at most by the factor (1: none)"),
