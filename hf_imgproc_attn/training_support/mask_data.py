@@ -157,31 +157,30 @@ def check_masks(
         if split == "test" and not found[split].labels:  # as in a challenge whose answers are kept back
             print("the masks of the test split show no class: it is left out")
             del rows[split], found[split]
-    if names is None:
-        names = [str(index) for index in range(max(found["train"].labels, default=-1) + 1)]
-        absent = sorted(set(range(len(names))) - found["train"].labels)
-        if absent:
-            raise UsageError(
-                f"label_names must be given where not all classes occur: of 0 to {len(names) - 1} in column "
-                f"{mask_column!r} of the train split {_some(absent)} do not; a label that is no class belongs into "
-                f"ignore_index, got {args.ignore_index}"
-            )
-    if len(names) < 2:
-        raise UsageError(f"the masks must show at least two classes, got {len(names)} in column {mask_column!r}")
-    if 0 <= args.ignore_index < len(names):
+    listed = names or [str(index) for index in range(max(found["train"].labels, default=-1) + 1)]
+    if len(listed) < 2:
+        raise UsageError(f"the masks must show at least two classes, got {len(listed)} in column {mask_column!r}")
+    if 0 <= args.ignore_index < len(listed):
         raise UsageError(
-            f"ignore_index must be none of the classes 0 to {len(names) - 1}, which would not be learned, got "
+            f"ignore_index must be none of the classes 0 to {len(listed) - 1}, which would not be learned, got "
             f"{args.ignore_index}"
         )
+    absent = sorted(set(range(len(listed))) - found["train"].labels)
+    if names is None and absent:
+        raise UsageError(
+            f"label_names must be given where not all classes occur: of 0 to {len(listed) - 1} in column "
+            f"{mask_column!r} of the train split {_some(absent)} do not; a label that is no class belongs into "
+            f"ignore_index, got {args.ignore_index}"
+        )
     for split, labels in found.items():
-        beyond = sorted(label for label in labels.labels if label >= len(names))
+        beyond = sorted(label for label in labels.labels if label >= len(listed))
         if beyond:
             lowered = " after reduce_labels" if args.reduce_labels else ""
             raise UsageError(
-                f"the masks must hold classes 0 to {len(names) - 1} or ignore_index {args.ignore_index}, got "
+                f"the masks must hold classes 0 to {len(listed) - 1} or ignore_index {args.ignore_index}, got "
                 f"{_some(beyond)}{lowered} in row {labels.row_of[beyond[0]]} of the {split} split"
             )
-    return names
+    return listed
 
 
 def _labels_of(part: "Dataset", split: str, image_column: str, mask_column: str, args: MaskDataArguments) -> _Found:
