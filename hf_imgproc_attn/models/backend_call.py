@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .boost_operators import BOOSTING, Attend
+from .boost_operators import BOOSTING, ONE_PASS, Attend, keep_rows
 from .cache_streams import NO_STREAMS, Streams, boost_stream
-from .kernel_content import CONTENT_COLUMNS
+from .kernel_content import CONTENT_COLUMNS, working_dtype
 from .kernel_position import BlockedPositions, Positions
 from .visibility import Visibility, four_axes
 
@@ -32,7 +32,7 @@ class Booster(NamedTuple):
 
     name: key of ``BOOSTING``.
     steps: k >= 1.
-    gain: gamma of ``learned``, ``[heads, 1, 1]`` in at least float32, or None.
+    gain: gamma of ``learned`` or alpha and beta of ``inversion``, as ``boost_operators`` takes them, or None.
     """
 
     name: str = "none"
@@ -133,6 +133,29 @@ class FilterCall(NamedTuple):
 
         name, steps, gain = self.booster
         return BOOSTING[name](apply, extend, new_value, value, steps, gain)
+
+    @property
+    def finishes_by_row(self) -> bool:
+        """Whether the booster applies A once and finishes row by row."""
+        return self.booster.name in ONE_PASS
+
+    def plain(self) -> FilterCall:
+        """The same without the booster."""
+        return self._replace(booster=Booster())
+
+    def finish(self, smooth: torch.Tensor) -> torch.Tensor:
+        """What a booster that applies A once makes of A V, ``[batch, heads, length, d]``; 0 in rows that see no key.
+
+        Own values that no query sees count as 0: whatever stands there may be NaN.
+        """
+        seen, value = self.visibility, self.new_value
+        if seen.hidden is not None and self.own_value is None and seen.key_length >= seen.length:
+            value = value.masked_fill(seen.hidden[..., seen.key_length - seen.length :].mT, 0.0)
+        name, steps, gain = self.booster
+        # In half precision the factors of ``inversion``, near 1, would be rounded away.
+        rows = BOOSTING[name](lambda _: smooth.to(working_dtype(smooth.dtype)), keep_rows, value, value, steps, gain)
+        rows = rows.to(smooth.dtype)
+        return rows if seen.blind is None else rows.masked_fill(seen.blind, 0.0)
 
     def past_streams(self) -> list[torch.Tensor]:
         """The cached rows of the booster's streams, in order; empty where there are none."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .backend_call import FilterCall, without_autocast
-from .boost_operators import BOOSTING, keep_rows
+from .boost_operators import BOOSTING, NOT_LINEAR, keep_rows
 from .kernel_content import CONTENT_LOGITS, working_dtype
 from .kernel_position import position_logits
 from .visibility import Visibility
@@ -91,7 +91,7 @@ def reference_attention(
         call: its values, visibility, sinks, booster, dropout and streams; ``logits`` replace its queries, keys and
             kernels.
         attentions: None, ``"filter"`` (A, whose rows a cache does not need) or ``"operator"`` (what multiplies V; it
-            needs all rows of A, so no cached keys).
+            needs all rows of A, so no cached keys; of a booster that is not linear in V it is A).
 
     Returns:
         The output ``[batch, heads, length, d]`` in the value's dtype, and A or the operator
@@ -112,11 +112,13 @@ def reference_attention(
         def attend(rows: torch.Tensor) -> torch.Tensor:
             return torch.matmul(matrix, rows.to(compute_dtype))
 
-        if attentions != "operator" or not call.is_boosted:
+        if attentions != "operator" or not call.is_boosted or call.booster.name in NOT_LINEAR:
             returned = None
             if attentions is not None:
                 returned = matrix.to(dtype)
                 matrix = _exact_through(returned, matrix)
+            if call.finishes_by_row:
+                return call.finish(attend(call.visibility.clean_keys(value))).to(dtype), returned
             return call.boost(attend, call.new_value.to(compute_dtype), value).to(dtype), returned
         if not call.visibility.is_square:
             raise ValueError(
@@ -126,6 +128,8 @@ def reference_attention(
         identity = torch.eye(matrix.shape[-1], dtype=compute_dtype, device=matrix.device).expand_as(matrix)
         name, steps, gain = call.booster
         exact = BOOSTING[name](attend, keep_rows, identity, identity, steps, gain)
+        if call.visibility.blind is not None:
+            exact = exact.masked_fill(call.visibility.blind, 0.0)
         operator = exact.to(dtype)
         if call.streams.is_cached:  # the first tokens of a cache: their streams have to be stored
             call.boost(attend, call.new_value.to(compute_dtype), value)

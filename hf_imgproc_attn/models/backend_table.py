@@ -188,6 +188,8 @@ def run_filter(call: FilterCall, backend: str, option: str = "backend") -> torch
     Raises:
         ValueError: for an unknown back-end, one that is not there, or one that refuses the call.
     """
+    if call.finishes_by_row:
+        return call.finish(run_filter(call.plain(), backend, option))
     if backend == "auto":
         return BACKENDS[choose_backend(call)].run(call)
     if backend not in BACKENDS:

@@ -88,6 +88,11 @@ class ModelArguments:
             "and win",
         },
     )
+    paired_start: bool = _option(
+        False,
+        "a new model starts from the values of a new softmax model of its sizes and seed in every parameter that both "
+        "have, so that variants are compared from one start",
+    )
 
     def __post_init__(self) -> None:
         self.layers()  # refuses what is no list of layers
@@ -266,6 +271,11 @@ class RunArguments:
         "licence of the checkpoint when it is published, as the Hub names it, e.g. apache-2.0. Default: that of the "
         "checkpoint or the data that it was made of, else none",
     )
+    evaluate_test: bool = _option(
+        True, "measure the test split at the end; false while anything is still to be chosen by the validation split"
+    )
+    stop_diverged: bool = _option(False, "end training, with status diverged, as soon as the loss is no finite number")
+    prepare_only: bool = _option(False, "load the data, build the model and its Trainer, and stop")
 
 
 DataT = TypeVar("DataT", bound=DataArguments)

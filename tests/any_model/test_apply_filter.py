@@ -202,6 +202,34 @@ def test_layers_without_a_filter_run_the_stock_function(monkeypatch: pytest.Monk
     assert seen == [model.model.layers[0].self_attn, model.model.layers[2].self_attn]  # type: ignore[union-attr,index]
 
 
+def everything_of(model: nn.Module) -> dict[str, Any]:
+    """What runs when a model does: modules, hooks, configurations and what lies on a module beside its parameters."""
+    return {
+        name: (
+            type(module),
+            type(module).forward,
+            len(module._forward_pre_hooks) + len(module._forward_hooks),
+            id(getattr(module, "config", None)),
+            sorted(key for key in vars(module) if not key.startswith("_")),
+        )
+        for name, module in model.named_modules()
+    }
+
+
+def test_layers_without_a_filter_cost_nothing() -> None:
+    """Neither before a filter, nor beside one, nor after it, is anything of them another thing."""
+    model = build("llama")
+    before, implementation = everything_of(model), model.config._attn_implementation  # type: ignore[union-attr]
+    apply_filter(model, "twicing", layers=[-1])
+    beside = everything_of(model)
+    changed = {name for name in beside if beside[name] != before.get(name)}
+    assert changed
+    assert all(name.startswith("model.layers.2.self_attn") for name in changed)
+    remove_filter(model)
+    assert everything_of(model) == before
+    assert model.config._attn_implementation == implementation == "sdpa"  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("padded", [True, False])
 def test_the_model_may_have_either_implementation(implementation: str, padded: bool) -> None:
