@@ -1,4 +1,4 @@
-"""The command line ``imgproc-attn``: train, evaluate, convert, benchmark, check a GPU, denoise, publish, download.
+"""The command line ``imgproc-attn``: train, evaluate, convert, benchmark, check a GPU, denoise, publish, download ...
 
 What a sub-command needs is imported when it runs, so ``--help`` does not wait for torch. A mistake of the user ends in
 one line on standard error and exit status 2; any other exception is a bug and keeps its traceback.
@@ -30,6 +30,7 @@ from .hub.commands import add_commands as add_hub_commands
 from .measure.commands import add_commands as add_measuring_commands
 from .measure.gpu_check.command import add_command as add_gpu_check
 from .output_paths import check_new_files, check_output_folder
+from .robustness.command import add_command as add_robustness
 from .shipped_files import shipped_file
 from .study.command import add_command as add_study
 
@@ -181,6 +182,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_gpu_check(commands)
     add_measuring_commands(commands)
+    add_robustness(commands)
     add_study(commands)
     add_hub_commands(commands)
     return parser

@@ -49,6 +49,7 @@ def stock_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("convert", "--help"),
         ("benchmark", "--help"),
         ("denoise", "--help"),
+        ("robustness", "--help"),
         ("variants", "--help"),
         ("precision", "--help"),
         ("calls", "--help"),

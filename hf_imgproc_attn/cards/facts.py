@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ..backbones import TASKS
+from ..backbones import OF_TASK, TASKS
 from ..models.spec_axes import COMPARING_KERNELS, PUBLISHED_NEUTRENO_LAMBDAS
 from ..models.spec_fields import PRESETS, FilterSpecMixin, closest_preset, preset_name, written_out_defaults
 from ..models.spec_versions import bring_up_to_date
@@ -42,6 +42,8 @@ _MODEL_FIELDS = (
     ("dropout", ("hidden_dropout_prob", "resid_pdrop")),
     ("dropout of the attention", ("attention_probs_dropout_prob", "attn_pdrop")),
 )
+_LAYER_FACTS = ("stack", "layer", "content", "positions", "boosting", "feedback", "parameters")
+_ADAPTER_OPTIONS = ("rank", "alpha", "dropout", "targets")
 _DATA_OPTIONS = (
     ("random_crop_padding", "random crop, padding (pixels)"),
     ("horizontal_flip", "random mirror image"),
@@ -98,6 +100,19 @@ def _configuration(record: dict[str, Any]) -> SimpleNamespace:
 def _has_class_token(record: dict[str, Any]) -> bool:
     """Whether the model is a ViT, of images and with a class token."""
     return "image_size" in record["model_config"]
+
+
+def model_title(record: dict[str, Any]) -> str:
+    """What the model is, as a card begins."""
+    applied = record.get("applied_filter")
+    return OF_TASK[record["task"]].card_title if applied is None else f"A model of the class {applied['architecture']}"
+
+
+def filtered_layers(record: dict[str, Any]) -> list[list[str]]:
+    """The filtered layers of a model that keeps its stock class, below a header; empty for other models."""
+    layers = record.get("applied_filter", {}).get("layers", [])
+    names = [name for name in _LAYER_FACTS if layers and name in layers[0]]
+    return [names, *([str(layer[name]) for name in names] for layer in layers)] if layers else []
 
 
 def filter_numbers(record: dict[str, Any]) -> str:
@@ -176,6 +191,7 @@ def hyper_parameters(record: dict[str, Any]) -> Facts:
     facts.append(("parameters", _count(record.get("parameters", {}).get("total"))))
     start = record["arguments"]["model"].get("model_name_or_path")
     facts.append(("weights start from", "random numbers" if start is None else start))
+    facts += _adapters(record)
     facts += [
         ("optimiser", _text(options, "optim")),
         ("beta1, beta2, epsilon", ", ".join(_text(options, f"adam_{name}") for name in ("beta1", "beta2", "epsilon"))),
@@ -196,6 +212,19 @@ def hyper_parameters(record: dict[str, Any]) -> Facts:
         label = "part of the training data held out where there is no validation split"
         facts.append((label, _text(data, "validation_fraction")))
     return facts
+
+
+def _adapters(record: dict[str, Any]) -> Facts:
+    """What was trained in place of the weights; empty where the weights were."""
+    model = record["arguments"]["model"]
+    if model.get("peft") is None:
+        return []
+    given = [f"{name} {model[f'peft_{name}']}" for name in _ADAPTER_OPTIONS if model.get(f"peft_{name}") is not None]
+    end = ["merged into the weights" if model.get("peft_merge") else "saved beside the model"]
+    return [
+        ("adapters", ", ".join([model["peft"], *given, *end])),
+        ("parameters that are trained", _count(record.get("parameters", {}).get("trained"))),
+    ]
 
 
 def environment(record: dict[str, Any], robustness: dict[str, Any] | None) -> Facts:

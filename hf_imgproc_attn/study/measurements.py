@@ -161,7 +161,7 @@ def pgd_accuracy(
     require_extras("robustness")
     import torch
 
-    from hf_imgproc_attn.training_support.evaluation import PixelClassifier, unit_images
+    from hf_imgproc_attn.robustness.classifier import PixelClassifier, unit_images
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # foolbox 3.3 imports SciPy by a path that is going away
