@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import records
-from ..backbones import OF_TASK, TASKS
+from ..backbones import FILTERED_MODEL_TYPE, OF_TASK, TASKS
 from ..catalogue.presets import VARIANTS
 from ..catalogue.works import PACKAGE_PAPERS, PAPERS
 from ..errors import UsageError, require_extras
@@ -34,7 +34,7 @@ _REQUIRED = {"task": str, "arguments": dict, "model_config": dict}
 _OPTIONAL = {
     "metrics": dict, "data_fingerprint": dict, "device": dict, "versions": dict, "parameters": dict,
     "weights_sha256": dict, "filter_summary": dict, "train_loss": list, "eval_history": list, "command": list,
-    "local_paths": list,
+    "local_paths": list, "applied_filter": dict,
 }  # fmt: skip
 
 
@@ -139,7 +139,8 @@ def render_card(
         example=example,
         run_name=run.name,
         task=record["task"],
-        backbone_title=OF_TASK[record["task"]].card_title,
+        backbone_title=facts.model_title(record),
+        layers=facts.filtered_layers(record),
         repo_id=repo_id,
         revision=revision,
         is_commit=re.fullmatch(r"[0-9a-f]{40}", revision) is not None,
@@ -152,6 +153,7 @@ def render_card(
         papers=[PAPERS[name].reference for name in sources],
         start=record["arguments"]["model"].get("model_name_or_path"),
         dataset=facts.dataset_title(record),
+        sequence=facts.example_sequence(record),
         splits=facts.split_table(record),
         command=facts.command(record),
         git=record.get("git"),
@@ -203,7 +205,7 @@ def _front_matter(
             facts.variant_of(record),
             "attention",
             "image-filtering",
-            OF_TASK[record["task"]].name,
+            FILTERED_MODEL_TYPE if "applied_filter" in record else OF_TASK[record["task"]].name,
         ],
         model_name=title,
         eval_results=results or None,
@@ -235,6 +237,12 @@ def _check_record(file: Path, record: dict[str, Any]) -> None:
             check_filters(record["filter_summary"])
         except UsageError as error:
             raise UsageError(f"{file}: {error}") from error
+    applied = record.get("applied_filter", {"architecture": "", "layers": []})
+    layers = applied.get("layers")
+    if not isinstance(applied.get("architecture"), str) or not isinstance(layers, list):
+        raise UsageError(f"{file}: applied_filter must have an architecture and a list of layers, got {applied!r}")
+    if not all(isinstance(layer, dict) and layer.keys() == layers[0].keys() for layer in layers):
+        raise UsageError(f"{file}: the layers of applied_filter must have the same facts, got {layers!r}")
     for part in ("model", "data", "trainer"):
         if not isinstance(record["arguments"].get(part), dict):
             raise UsageError(f"{file}: the arguments have no {part}")
