@@ -16,6 +16,7 @@ _EXTRAS: dict[str, tuple[str, ...]] = {
     "robustness": ("foolbox",),
     "viz": ("matplotlib",),
     "hub": ("jinja2", "matplotlib"),
+    "lens": ("matplotlib", "numpy", "PIL", "scipy", "skimage"),
     "filters": ("matplotlib", "numpy", "PIL", "skimage"),
 }
 
@@ -125,7 +126,8 @@ def require_extras(*extras: str) -> None:
     """Check that the packages of the named extras are installed.
 
     Args:
-        extras: names among ``train``, ``peft``, ``robustness``, ``viz``, ``hub`` and ``filters``.
+        extras: names among ``train``, ``peft``, ``robustness``, ``viz``, ``hub``, ``lens`` and
+            ``filters``.
 
     Raises:
         UsageError: names the packages that are missing and the extra that brings them.
