@@ -33,8 +33,10 @@ if TYPE_CHECKING:
         ImgProcGPT2Model,
     )
     from .models.modeling_imgproc_vit import (
+        ImgProcViTBackbone,
         ImgProcViTForImageClassification,
         ImgProcViTForMaskedImageModeling,
+        ImgProcViTForSemanticSegmentation,
         ImgProcViTModel,
     )
     from .models.spec_fields import PRESETS
@@ -54,9 +56,11 @@ __all__ = [
     "ImgProcGPT2ForTokenClassification",
     "ImgProcGPT2LMHeadModel",
     "ImgProcGPT2Model",
+    "ImgProcViTBackbone",
     "ImgProcViTConfig",
     "ImgProcViTForImageClassification",
     "ImgProcViTForMaskedImageModeling",
+    "ImgProcViTForSemanticSegmentation",
     "ImgProcViTModel",
     "__version__",
     "apply_filter",

@@ -30,7 +30,7 @@ class Head:
     Attributes:
         auto_class: the Auto class that loads it.
         variant: our class.
-        stock: the class of Transformers that it stands for.
+        stock: the class of Transformers that it stands for; None where there is none.
         told_by: regular expressions; a checkpoint that names no architecture is this one if each of them matches one
             of its tensors. The first head of a backbone whose expressions all match is taken.
         measured: what a conversion changes for its user: ``"cross_entropy"`` on texts that the model writes,
@@ -40,7 +40,7 @@ class Head:
 
     auto_class: str
     variant: str
-    stock: str
+    stock: str | None
     told_by: tuple[str, ...] = ()
     measured: str | None = None
     has_parts: bool = False
@@ -267,7 +267,15 @@ VIT = Backbone(
             "ViTForMaskedImageModeling",
             (r"^decoder\.0\.weight$",),
         ),
+        Head(
+            "AutoModelForSemanticSegmentation",
+            "ImgProcViTForSemanticSegmentation",
+            None,
+            (r"^decode_head\.",),
+            "predictions",
+        ),
         Head("AutoModel", "ImgProcViTModel", "ViTModel", has_parts=True),
+        Head("AutoBackbone", "ImgProcViTBackbone", None),
     ),
     input="images",
     processor_files=("preprocessor_config.json", "processor_config.json"),
@@ -289,6 +297,18 @@ VIT = Backbone(
             disturbances=("noise", "attack", "corruption"),
             rows="images",
             recipe=("vit_digits", "digits_vit.yaml"),
+        ),
+        Task(
+            name="semantic-segmentation",
+            pipeline="image-segmentation",
+            command="train-segmentation",
+            script="train_semantic_segmentation",
+            help="a model that gives every pixel a class",
+            auto_class="AutoModelForSemanticSegmentation",
+            metric="mean_iou",
+            disturbances=("noise", "attack"),
+            rows="images",
+            recipe=None,
         ),
     ),
     new_model={"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 256},
@@ -388,6 +408,12 @@ BACKBONES: dict[str, Backbone] = {row.name: row for row in (GPT2, VIT, BERT)}
 OF_MODEL_TYPE: dict[str, Backbone] = {row.model_type: row for row in BACKBONES.values()}
 """Our model type -> row."""
 
+FILTERED_MODEL_TYPE = "imgproc_filtered"
+"""The type of filtered models of any other type, whose configuration says which."""
+
+SAVED_MODEL_TYPES = (*OF_MODEL_TYPE, FILTERED_MODEL_TYPE)
+"""Every model type that a checkpoint of this package may have."""
+
 TASKS: dict[str, Task] = {task.name: task for row in BACKBONES.values() for task in row.tasks}
 """Name in ``run.json`` -> task."""
 
@@ -431,7 +457,7 @@ def check_row(row: Backbone) -> None:
         folder = Path(found.origin).parent / "models" / row.name
         stock = {
             folder / f"configuration_{row.name}.py": [row.stock_config],
-            folder / f"modeling_{row.name}.py": [*(head.stock for head in row.heads), *row.refused],
+            folder / f"modeling_{row.name}.py": [*(head.stock for head in row.heads if head.stock), *row.refused],
         }
         if row.tokenizer is not None:
             stock[folder / f"tokenization_{row.name}.py"] = [row.tokenizer]

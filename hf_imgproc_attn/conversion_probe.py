@@ -129,16 +129,19 @@ def difference(source: PreTrainedModel, variant: PreTrainedModel) -> tuple[float
         inputs = torch.randint(config.vocab_size, (1, length), generator=generator)
     else:
         inputs = torch.randn(1, config.num_channels, *sides(config.image_size), generator=generator)
-    outputs = [_run(model, inputs)[0].float().cpu() for model in (source, variant)]
+    outputs = [_run(model, inputs)[0] for model in (source, variant)]
+    outputs = [(output[-1] if isinstance(output, tuple) else output).float().cpu() for output in outputs]
     return float((outputs[0] - outputs[1]).abs().max()), float(outputs[0].std(correction=0))
 
 
 @torch.no_grad()
-def sample_texts(model: PreTrainedModel, generator: torch.Generator, length: int = SAMPLED_LENGTH) -> torch.Tensor:
+def sample_texts(
+    model: PreTrainedModel, generator: torch.Generator, length: int = SAMPLED_LENGTH, count: int = SAMPLED_TEXTS
+) -> torch.Tensor:
     """Texts drawn from a language model token by token, ``[texts, length]``, beginning with its start token."""
     config = _input_config(model)
     start = next((token for token in (config.bos_token_id, config.eos_token_id) if token is not None), 0)
-    texts = torch.full((SAMPLED_TEXTS, 1), start % config.vocab_size, device=model.device)
+    texts = torch.full((count, 1), start % config.vocab_size, device=model.device)
     cache = None
     while texts.shape[1] < min(length, longest_text(config)):
         output = model(texts[:, -1:], past_key_values=cache, use_cache=True)
@@ -194,7 +197,9 @@ def _cross_entropy(model: PreTrainedModel, texts: torch.Tensor) -> float:
 
 def _predictions(model: PreTrainedModel, inputs: torch.Tensor) -> torch.Tensor:
     # One at a time: a text classifier without a padding token takes no batch.
-    return torch.cat([_run(model, one).logits.float().argmax(-1).cpu().flatten() for one in inputs.split(1)])
+    logits = [_run(model, one).logits.float() for one in inputs.split(1)]
+    classes = 1 if logits[0].ndim == 4 else -1  # of an image's places the classes come first
+    return torch.cat([each.argmax(classes).cpu().flatten() for each in logits])
 
 
 def _is_language_model(model: PreTrainedModel) -> bool:

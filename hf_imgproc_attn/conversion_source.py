@@ -25,10 +25,12 @@ ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], type[PreTrainedModel]]] = 
     head.stock: (row.stock_class(head.stock), row.our_class(head.variant))
     for row in BACKBONES.values()
     for head in row.heads
+    if head.stock is not None
 }
 """Stock architecture -> (stock class, variant class)."""
 
-_SOURCES = ARCHITECTURES | {variant.__name__: (variant, variant) for _, variant in ARCHITECTURES.values()}
+_VARIANTS = [row.our_class(head.variant) for row in BACKBONES.values() for head in row.heads]
+_SOURCES = ARCHITECTURES | {variant.__name__: (variant, variant) for variant in _VARIANTS}
 
 
 class Source(NamedTuple):
@@ -133,7 +135,7 @@ def head_of(model_class: type) -> Head:
 def heads_by_class() -> dict[str, Head]:
     """Name of a model class of the table, stock or ours -> its row."""
     heads = [head for row in BACKBONES.values() for head in row.heads]
-    return {name: head for head in heads for name in (head.variant, head.stock)}
+    return {name: head for head in heads for name in (head.variant, head.stock) if name is not None}
 
 
 def _parts(row: Backbone, tensors: set[str]) -> dict[str, bool]:
@@ -172,8 +174,9 @@ def _architecture_of(tensors: set[str], config: Any) -> str:
     refused = [name for name, told_by in row.refused.items() if fits(told_by)]
     if refused:
         return refused[0]
-    head = next(head for head in row.heads if fits(head.told_by))
-    return head.variant if config.model_type == row.model_type else head.stock
+    is_ours = config.model_type == row.model_type
+    names = (head.variant if is_ours else head.stock for head in row.heads if fits(head.told_by))
+    return next(name for name in names if name is not None)
 
 
 def _listing_all_tensors(stock_class: type[PreTrainedModel]) -> type[PreTrainedModel]:

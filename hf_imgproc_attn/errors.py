@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 _EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("accelerate", "datasets", "evaluate", "numpy", "PIL", "psutil", "sklearn", "tokenizers", "yaml"),
     "peft": ("peft",),
-    "robustness": ("foolbox",),
+    "robustness": ("PIL", "art", "cv2", "foolbox", "numpy", "scipy", "skimage"),
+    "study": ("scipy",),
     "viz": ("matplotlib",),
     "hub": ("jinja2", "matplotlib"),
     "lens": ("matplotlib", "numpy", "PIL", "scipy", "skimage"),
@@ -126,7 +127,7 @@ def require_extras(*extras: str) -> None:
     """Check that the packages of the named extras are installed.
 
     Args:
-        extras: names among ``train``, ``peft``, ``robustness``, ``viz``, ``hub``, ``lens`` and
+        extras: names among ``train``, ``peft``, ``robustness``, ``study``, ``viz``, ``hub``, ``lens`` and
             ``filters``.
 
     Raises:

@@ -119,10 +119,10 @@ def register() -> None:
             AutoImageProcessor.register(config, image_processor_classes=image_processors, exist_ok=True)
     if is_vision_available():
         from .models.image_processing_imgproc import ImgProcGreyImageProcessor
+        from .models.image_processing_imgproc_segmentation import ImgProcSegmentationImageProcessor
 
-        # Under a key of its own: it is found by the name in a checkpoint, never by the type of the model.
-        AutoImageProcessor.register(
-            ImgProcGreyImageProcessor, image_processor_classes={"pil": ImgProcGreyImageProcessor}, exist_ok=True
-        )
+        # Under keys of their own: they are found by the name in a checkpoint, never by the type of the model.
+        for processor in (ImgProcGreyImageProcessor, ImgProcSegmentationImageProcessor):
+            AutoImageProcessor.register(processor, image_processor_classes={"pil": processor}, exist_ok=True)
 
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _RegistrationFinder)]

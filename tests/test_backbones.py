@@ -30,7 +30,7 @@ def test_a_row_and_the_code_that_travels_say_the_same(row: Backbone) -> None:
     wanted["AutoConfig"] = f"configuration_{row.model_type}.{row.config}"
     assert row.our_class(row.heads[0].variant).auto_map == wanted
     for head in row.heads:
-        ours, stock = row.our_class(head.variant), row.stock_class(head.stock)
+        ours, stock = row.our_class(head.variant), row.stock_class(head.stock or "PreTrainedModel")
         assert issubclass(ours, stock)
         assert ours.config_class is config
         assert ours._auto_class == head.auto_class, "it could not be saved with its code"

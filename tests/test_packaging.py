@@ -80,7 +80,7 @@ def test_metadata(installed: Path) -> None:
     requirements = [line for line in metadata.splitlines() if line.startswith("Requires-Dist")]
     runtime = {line.split()[1].split(">")[0] for line in requirements if "extra ==" not in line}
     assert runtime == {"torch", "transformers", "safetensors", "huggingface-hub"}
-    assert {"train", "peft", "robustness", "viz", "hub", "kernels", "filters", "docs", "all", "dev"} == {
+    assert {"train", "peft", "robustness", "study", "viz", "hub", "kernels", "filters", "docs", "all", "dev"} == {
         line.split()[1] for line in metadata.splitlines() if line.startswith("Provides-Extra")
     }
     scripts = configparser.ConfigParser()

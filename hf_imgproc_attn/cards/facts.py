@@ -14,15 +14,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ..backbones import TASKS
+from ..backbones import OF_TASK, TASKS
 from ..models.spec_axes import COMPARING_KERNELS, PUBLISHED_NEUTRENO_LAMBDAS
 from ..models.spec_fields import PRESETS, FilterSpecMixin, closest_preset, preset_name, written_out_defaults
 from ..models.spec_versions import bring_up_to_date
-from ..training_support.arguments import BUILT_IN_DATA, EMBEDDED_IMAGES, EMBEDDED_TEXT
+from ..training_support.arguments import BUILT_IN_DATA, EMBEDDED_IMAGES, EMBEDDED_MASKS, EMBEDDED_TEXT
 from .filters import NOTHING_LEARNED, in_markdown
 from .results import NOT_MEASURED, Measurement
 
 NOT_RECORDED = "not recorded"
+OF_PIXELS = "semantic-segmentation"
 
 Facts = list[tuple[str, str]]
 
@@ -41,9 +42,14 @@ _MODEL_FIELDS = (
     ("dropout", ("hidden_dropout_prob", "resid_pdrop")),
     ("dropout of the attention", ("attention_probs_dropout_prob", "attn_pdrop")),
 )
+_LAYER_FACTS = ("stack", "layer", "content", "positions", "boosting", "feedback", "parameters")
+_ADAPTER_OPTIONS = ("rank", "alpha", "dropout", "targets")
 _DATA_OPTIONS = (
     ("random_crop_padding", "random crop, padding (pixels)"),
     ("horizontal_flip", "random mirror image"),
+    ("random_scale", "random enlarging or shrinking, at most by the factor (1: none)"),
+    ("reduce_labels", "masks count from 1, 0 is no class"),
+    ("ignore_index", "label of pixels that do not count"),
     ("max_train_samples", "training samples used at most"),
     ("max_eval_samples", "validation and test samples used at most"),
     ("block_size", "tokens in a training sample"),
@@ -96,6 +102,19 @@ def _has_class_token(record: dict[str, Any]) -> bool:
     return "image_size" in record["model_config"]
 
 
+def model_title(record: dict[str, Any]) -> str:
+    """What the model is, as a card begins."""
+    applied = record.get("applied_filter")
+    return OF_TASK[record["task"]].card_title if applied is None else f"A model of the class {applied['architecture']}"
+
+
+def filtered_layers(record: dict[str, Any]) -> list[list[str]]:
+    """The filtered layers of a model that keeps its stock class, below a header; empty for other models."""
+    layers = record.get("applied_filter", {}).get("layers", [])
+    names = [name for name in _LAYER_FACTS if layers and name in layers[0]]
+    return [names, *([str(layer[name]) for name in names] for layer in layers)] if layers else []
+
+
 def filter_numbers(record: dict[str, Any]) -> str:
     """The filters' bandwidths, gains and logits at the end of the training, in Markdown; older records have none."""
     if "filter_summary" in record:
@@ -129,6 +148,8 @@ def dataset_title(record: dict[str, Any]) -> str:
     name = str(data["dataset_name"])
     if name == EMBEDDED_IMAGES:
         return "scikit-learn's digits"
+    if name == EMBEDDED_MASKS:
+        return "scikit-learn's digits on photographs of scikit-image"
     if name == EMBEDDED_TEXT:
         return f"the manual of Python {record.get('versions', {}).get('python', '')}".rstrip() + " (pydoc_data.topics)"
     if name in BUILT_IN_DATA:
@@ -165,9 +186,12 @@ def hyper_parameters(record: dict[str, Any]) -> Facts:
             facts.append((label, f"{4 * config['n_embd']} (4 x width)"))
         elif name is not None:
             facts.append((label, str(config[name])))
+    if record["task"] == OF_PIXELS:
+        facts.append(("head", _text(config, "segmentation_head")))
     facts.append(("parameters", _count(record.get("parameters", {}).get("total"))))
     start = record["arguments"]["model"].get("model_name_or_path")
     facts.append(("weights start from", "random numbers" if start is None else start))
+    facts += _adapters(record)
     facts += [
         ("optimiser", _text(options, "optim")),
         ("beta1, beta2, epsilon", ", ".join(_text(options, f"adam_{name}") for name in ("beta1", "beta2", "epsilon"))),
@@ -188,6 +212,19 @@ def hyper_parameters(record: dict[str, Any]) -> Facts:
         label = "part of the training data held out where there is no validation split"
         facts.append((label, _text(data, "validation_fraction")))
     return facts
+
+
+def _adapters(record: dict[str, Any]) -> Facts:
+    """What was trained in place of the weights; empty where the weights were."""
+    model = record["arguments"]["model"]
+    if model.get("peft") is None:
+        return []
+    given = [f"{name} {model[f'peft_{name}']}" for name in _ADAPTER_OPTIONS if model.get(f"peft_{name}") is not None]
+    end = ["merged into the weights" if model.get("peft_merge") else "saved beside the model"]
+    return [
+        ("adapters", ", ".join([model["peft"], *given, *end])),
+        ("parameters that are trained", _count(record.get("parameters", {}).get("trained"))),
+    ]
 
 
 def environment(record: dict[str, Any], robustness: dict[str, Any] | None) -> Facts:
@@ -258,7 +295,13 @@ def limits(record: dict[str, Any], rows: Sequence[Measurement]) -> list[str]:
     name = record["arguments"]["data"]["dataset_name"]
     counts = record.get("data_fingerprint", {}).get("train", {})
     size = f" ({counts['rows']:,} training {TASKS[record['task']].rows})" if counts else ""
-    if name in (EMBEDDED_IMAGES, EMBEDDED_TEXT):
+    if record["task"] == OF_PIXELS:
+        side = record["arguments"]["data"].get("image_size") or record["model_config"].get("image_size")
+        texts.append(
+            f"Predictions were compared with masks in the size that both were resized to ({side} pixels a side), not "
+            "in the sizes of the images, and images were not cut into windows."
+        )
+    if name in (EMBEDDED_IMAGES, EMBEDDED_MASKS, EMBEDDED_TEXT):
         texts.append(
             f"The data are a small set that comes with a Python package{size}: the checkpoint shows how the method is "
             "used, it is not meant for use itself."

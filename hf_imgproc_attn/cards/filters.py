@@ -21,6 +21,8 @@ MEANINGS = {
     "class_from": "logit from the class token",
     "class_within": "logit of the class token to itself",
     "gain": "γ of the booster",
+    "alpha": "α of the booster, on what A passes",
+    "beta": "β of the booster, on what A removes",
     "lambda": "λ of the feedback",
     "P": "λ_P of the feedback",
     "I": "λ_I of the feedback",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import records
-from ..backbones import OF_TASK, TASKS
+from ..backbones import FILTERED_MODEL_TYPE, OF_TASK, TASKS
 from ..catalogue.presets import VARIANTS
 from ..catalogue.works import PACKAGE_PAPERS, PAPERS
 from ..errors import UsageError, require_extras
@@ -34,7 +34,7 @@ _REQUIRED = {"task": str, "arguments": dict, "model_config": dict}
 _OPTIONAL = {
     "metrics": dict, "data_fingerprint": dict, "device": dict, "versions": dict, "parameters": dict,
     "weights_sha256": dict, "filter_summary": dict, "train_loss": list, "eval_history": list, "command": list,
-    "local_paths": list,
+    "local_paths": list, "applied_filter": dict,
 }  # fmt: skip
 
 
@@ -139,7 +139,8 @@ def render_card(
         example=example,
         run_name=run.name,
         task=record["task"],
-        backbone_title=OF_TASK[record["task"]].card_title,
+        backbone_title=facts.model_title(record),
+        layers=facts.filtered_layers(record),
         repo_id=repo_id,
         revision=revision,
         is_commit=re.fullmatch(r"[0-9a-f]{40}", revision) is not None,
@@ -172,6 +173,7 @@ def render_card(
         baseline_differences=[] if other is None else environment_differences(record, other),
         curves=bool(record.get("train_loss") or record.get("eval_history")),
         losses=[record["train_loss"][0], record["train_loss"][-1]] if record.get("train_loss") else [],
+        predictions=bool(record["arguments"]["data"].get("pictures")) and not example,
         limits=facts.limits(record, rows),
         environment=facts.environment(record, run.robustness),
         citations=[PAPERS[name].bibtex for name in dict.fromkeys([*PACKAGE_PAPERS, *sources])],
@@ -202,7 +204,7 @@ def _front_matter(
             facts.variant_of(record),
             "attention",
             "image-filtering",
-            OF_TASK[record["task"]].name,
+            FILTERED_MODEL_TYPE if "applied_filter" in record else OF_TASK[record["task"]].name,
         ],
         model_name=title,
         eval_results=results or None,
@@ -234,6 +236,12 @@ def _check_record(file: Path, record: dict[str, Any]) -> None:
             check_filters(record["filter_summary"])
         except UsageError as error:
             raise UsageError(f"{file}: {error}") from error
+    applied = record.get("applied_filter", {"architecture": "", "layers": []})
+    layers = applied.get("layers")
+    if not isinstance(applied.get("architecture"), str) or not isinstance(layers, list):
+        raise UsageError(f"{file}: applied_filter must have an architecture and a list of layers, got {applied!r}")
+    if not all(isinstance(layer, dict) and layer.keys() == layers[0].keys() for layer in layers):
+        raise UsageError(f"{file}: the layers of applied_filter must have the same facts, got {layers!r}")
     for part in ("model", "data", "trainer"):
         if not isinstance(record["arguments"].get(part), dict):
             raise UsageError(f"{file}: the arguments have no {part}")

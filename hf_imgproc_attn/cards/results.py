@@ -16,11 +16,15 @@ from ..errors import UsageError
 NOT_MEASURED = "not measured"
 METRICS = {
     "accuracy": "accuracy",
+    "mean_iou": "mean IoU",
+    "pixel_accuracy": "accuracy of the pixels",
     "perplexity": "perplexity a token",
     "word_perplexity": "perplexity a word",
     "loss": "loss (nats)",
 }
 """The metrics that there are, the most telling one first, and their names in a card."""
+PARTS = ("accuracy", "mean_iou", "pixel_accuracy")
+"""Those that are parts of a whole, which a card shows in percent."""
 # The same samples measured twice, by the training script and with the disturbed ones, differ by rounding only.
 _SAME = 1e-3
 
@@ -111,14 +115,14 @@ def measurements(record: dict[str, Any], robustness: dict[str, Any] | None) -> l
 
 
 def format_value(metric: str, value: float | None) -> str:
-    """A number as a card shows it: accuracies in percent."""
+    """A number as a card shows it: parts of a whole in percent."""
     if value is None:
         return NOT_MEASURED
     if math.isnan(value):
         return "not a number"
     if math.isinf(value):
         return "infinite"
-    if metric == "accuracy":
+    if metric in PARTS:
         return f"{100 * value:.2f} %"
     return f"{value:.4f}" if metric == "loss" else f"{value:,.2f}"
 
@@ -193,7 +197,7 @@ def evaluation_results(
 def _samples(task: str, metric: str, counts: dict[str, Any]) -> tuple[str, int | None]:
     if "answers" in counts:  # several in a sequence
         return "answers", counts["answers"]
-    if TASKS[task].metric == "accuracy":
+    if TASKS[task].metric in PARTS:
         return TASKS[task].rows, counts.get("rows")
     if metric == "word_perplexity":
         return "words", counts.get("words")

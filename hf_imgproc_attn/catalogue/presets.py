@@ -205,5 +205,39 @@ VARIANTS: dict[str, Variant] = {
         papers=("filtering", "tukey"),
         limits=("one-layer models",),
     ),
+    "inversion": Variant(
+        text="A of softmax; U = αA V + β(I - A) V",
+        equation=rf"U = \alpha A V + \beta (I - A) V, \qquad {_STOCK}",
+        symbols=(
+            "$\\alpha$ and $\\beta$ are learned, one of each per head and layer, from 1 and 0, where this is "
+            f"`softmax`; {_STOCK_SYMBOLS}"
+        ),
+        papers=("inversion",),
+    ),
+    "dynamic_inversion": Variant(
+        text="A of softmax; u_i = α_i (A V)_i + β_i (v_i - (A V)_i), α_i - 1 and β_i linear in z_i",
+        equation=rf"u_i = \alpha_i (A V)_i + \beta_i (v_i - (A V)_i), \qquad {_STOCK}",
+        symbols=(
+            "$\\alpha_i - 1$ and $\\beta_i$ are learned linear functions of the layer's normalised input $z_i$, one "
+            f"of each per head, which start at 0; {_STOCK_SYMBOLS}"
+        ),
+        papers=("inversion",),
+    ),
+    "exclusive": Variant(
+        text="A of softmax; u_i = s_i - v_i (s_iᵀv_i)/‖v_i‖², s = A V",
+        equation=rf"u_i = s_i - \frac{{s_i^\top v_i}}{{\lVert v_i \rVert^2}} v_i, \qquad s = A V, \qquad {_STOCK}",
+        symbols=f"$v_i$ is the value of token $i$ itself; {_STOCK_SYMBOLS}",
+        papers=("exclusive",),
+    ),
+    "gated": Variant(
+        text="A of softmax; u_i = 2σ(W z_i) ∘ (A V)_i",
+        equation=rf"u_i = 2 \sigma(W z_i) \odot (A V)_i, \qquad {_STOCK}",
+        symbols=(
+            "$z_i$ is the layer's normalised input, and $W$ is learned, with one number a feature (`gate` "
+            "`elementwise`; with `headwise` one a head); the factor 2, which the output projection absorbs, makes the "
+            f"gate 1 where $W = 0$; {_STOCK_SYMBOLS}"
+        ),
+        papers=("gated",),
+    ),
 }
 """Every preset of ``spec_fields``, in its order."""

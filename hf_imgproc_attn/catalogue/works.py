@@ -185,6 +185,36 @@ PAPERS: dict[str, Paper] = {
   year    = {2003}
 }""",
     ),
+    "inversion": Paper(
+        "Chen, Gu, Fu 2025, [Frequency-Dynamic Attention Modulation for Dense Prediction]"
+        "(https://arxiv.org/abs/2507.12006)",
+        """@inproceedings{chen2025frequency,
+  title     = {Frequency-Dynamic Attention Modulation for Dense Prediction},
+  author    = {Chen, Linwei and Gu, Lin and Fu, Ying},
+  booktitle = {IEEE/CVF International Conference on Computer Vision (ICCV)},
+  year      = {2025},
+  note      = {arXiv:2507.12006}
+}""",
+    ),
+    "exclusive": Paper(
+        "Zhai 2026, [Exclusive Self Attention](https://arxiv.org/abs/2603.09078)",
+        """@article{zhai2026exclusive,
+  title   = {Exclusive Self Attention},
+  author  = {Zhai, Shuangfei},
+  journal = {arXiv preprint arXiv:2603.09078},
+  year    = {2026}
+}""",
+    ),
+    "gated": Paper(
+        "Qiu et al. 2025, [Gated Attention for Large Language Models: Non-linearity, Sparsity, and "
+        "Attention-Sink-Free](https://arxiv.org/abs/2505.06708)",
+        """@article{qiu2025gated,
+  title   = {Gated Attention for Large Language Models: Non-linearity, Sparsity, and Attention-Sink-Free},
+  author  = {Qiu, Zihan and others},
+  journal = {arXiv preprint arXiv:2505.06708},
+  year    = {2025}
+}""",
+    ),
     "gradient_boosting": Paper(
         "Sargolzaei 2026, [Gradient Boosting within a Single Attention Layer](https://arxiv.org/abs/2604.03190)",
         """@article{sargolzaei2026gradient,

@@ -96,6 +96,8 @@ def supports(
 
 def refuses(call: FilterCall) -> str | None:
     """Why the Triton kernels cannot serve a filter's call, as the rest of a sentence about them, or None."""
+    if call.own_softmax is not None:
+        return call.own_softmax
     if call.streams.is_cached and call.is_boosted:
         return NO_STREAMS
     if call.booster.gain is not None:

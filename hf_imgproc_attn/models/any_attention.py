@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import output_capturing
 
-from .any_layer import AppliedFilter, FilterSeat, SharedState
+from .any_layer import AppliedFilter, FilterSeat, ModelLogits, SharedState
 from .any_layers import unwrapped
 from .cache_followed import follow_layer
 from .visibility import Visibility, attention_visibility, padding_visibility
@@ -29,14 +29,11 @@ _HARMLESS = frozenset(
         *("position_ids", "position_embeddings", "sliding_window", "use_cache", "cache_position", "output_attentions"),
         *("output_hidden_states", "return_dict", "num_items_in_batch", "deterministic", "logits_to_keep"),
         *("token_type_ids", "labels", "is_training"),
+        *("softcap", "s_aux"),
     )
 )
-"""Keywords of the interface that say nothing of the logits beside what the mask says."""
-_REFUSED = {
-    "softcap": "it bounds the logits, which no fused call of this package does",
-    "s_aux": "a learned sink takes weight from every row, so that A does not average",
-    "cache": "continuous batching keeps its cache in pages",
-}
+"""Keywords of the interface that say nothing of the logits beside what the mask says, or are understood."""
+_REFUSED = {"cache": "continuous batching keeps its cache in pages, which have no place for the filter's rows"}
 
 
 def filtered_attention(
@@ -64,7 +61,10 @@ def filtered_attention(
         scaling: the factor on q.k.
         is_causal: whether later tokens are hidden where there is no mask; None: as the module says.
         position_bias: added to the logits, ``[batch or 1, heads, length, key_length]``, or None.
-        **kwargs: what a model says beside; terms of the logits that are not understood are refused.
+        **kwargs: what a model says beside. ``softcap``: c of logits that it bounds as c tanh(l / c), before anything
+            is added to them. ``s_aux``: ``[heads]``, the logit of a sink, one more key, of value 0, that takes weight
+            from every row: the rows of A then sum to less than 1, and twicing is 2A - A² with that A. Terms of the
+            logits that are not understood are refused.
 
     Returns:
         ``[batch, length, heads, d]``, and the attentions or None.
@@ -88,9 +88,13 @@ def filtered_attention(
         seat,
         (query, key, value),
         visibility,
-        scaling=scaling,
+        ModelLogits(
+            scaling,
+            bias=None if position_bias is None else position_bias[..., : key.shape[-2]],
+            softcap=kwargs.get("softcap"),
+            sinks=kwargs.get("s_aux"),
+        ),
         dropout=dropout,
-        bias=None if position_bias is None else position_bias[..., : key.shape[-2]],
         position_ids=kwargs.get("position_ids"),
         attentions=_wants_attentions(seat.stock_config, bool(kwargs.get("output_attentions"))),
     )

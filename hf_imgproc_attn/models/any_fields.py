@@ -11,7 +11,7 @@ from torch import nn
 
 from .any_layers import AttentionLayer
 from .layer_grid import trained_grid
-from .spec_axes import NO_FEEDBACK_YET, LayerSpec, layer_schedule
+from .spec_axes import NO_FEEDBACK_YET, TOKEN_BOOSTINGS, LayerSpec, layer_schedule
 from .spec_fields import FILTER_FIELDS, FilterSpecMixin, preset_fields, refuse_near_misses
 from .spec_rules import check_filter_spec
 
@@ -27,6 +27,7 @@ _NOT_FOR_LAYERS = {
     "rotary_base": "rotary positions are the model's own",
     "residual": "it changes the blocks of the model",
     "boosted_layers": "choose layers by layers=",
+    "gate": "it projects the layer's input, and multiplies what the layer itself projects",
 }
 
 
@@ -63,10 +64,11 @@ class FilterFields(NamedTuple):
                 raise ValueError(f"{name}={value!r} is not for layers of another model: {_NOT_FOR_LAYERS[name]}")
         _check_positions(wanted)
         boostings = wanted.get("boosting", "none")
-        if "gradient_boosted" in (boostings if isinstance(boostings, list) else [boostings]):
-            raise ValueError(
-                "boosting='gradient_boosted' is not for layers of another model: it has projections of its own"
-            )
+        for booster in boostings if isinstance(boostings, list) else [boostings]:
+            if booster in ("gradient_boosted", *TOKEN_BOOSTINGS):
+                raise ValueError(
+                    f"boosting={booster!r} is not for layers of another model: it has projections of its own"
+                )
         if not isinstance(wanted.get("feedback", "none"), str):
             raise ValueError(f"feedback must be one of none, neutreno, pid, got {wanted['feedback']!r}")
         if wanted.get("feedback") in NO_FEEDBACK_YET and not {

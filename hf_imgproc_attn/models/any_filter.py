@@ -9,13 +9,14 @@ All other layers run as before.
 from __future__ import annotations
 
 import copy
+import functools
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from .any_attention import IMPLEMENTATION, PART, SEAT, before_layer
 from .any_fields import FilterFields, StackConfig
@@ -91,7 +92,31 @@ def apply_filter(
     for layer, part, shared in prepared:
         _attach(layer.module, part, shared, record)
     save_with_filters()
+    _refuse_continuous_batching()
     return model
+
+
+def _refuse_continuous_batching() -> None:
+    """Make every filtered model refuse continuous batching before it begins: it runs in a thread of its own.
+
+    The whole class, as for saving: a filter may have been put into a part of a model. It is refused since its cache
+    keeps keys and values in pages that texts share, are moved and copied, and has no place for further rows.
+    """
+    stock = GenerationMixin.init_continuous_batching
+    if getattr(stock, "filters_of", None) is is_filtered:
+        return
+
+    @functools.wraps(stock)
+    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for _, part in _parts(self):
+            raise ValueError(
+                "continuous batching keeps its cache in pages, which have no place for the rows of the filter of "
+                f"{part.layer_name}: use generate() with a padded batch"
+            )
+        return stock(self, *args, **kwargs)
+
+    init_continuous_batching.filters_of = is_filtered  # type: ignore[attr-defined]
+    GenerationMixin.init_continuous_batching = init_continuous_batching
 
 
 def is_filtered(model: nn.Module) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .any_fields import StackConfig
 from .any_layers import AttentionLayer
+from .backend_call import FilterCall
 from .backend_reference import filter_logits, reference_attention
 from .backend_table import run_filter
 from .boost_depth import LayerState
@@ -20,6 +21,21 @@ from .kernel_position import Positions
 from .layer_filter import AttentionFilter
 from .layer_parameters import Scalars
 from .visibility import Visibility
+
+
+class ModelLogits(NamedTuple):
+    """What a model's own attention does to its logits, beside the mask.
+
+    scaling: the factor on q.k, or None: as the layer has it.
+    bias: added, ``[batch or 1, heads, length, key_length]``, or None.
+    softcap: c of c tanh(l / c), before anything is added, or None.
+    sinks: ``[heads]``, the logit of one more key, whose value is 0, or None.
+    """
+
+    scaling: float | None = None
+    bias: torch.Tensor | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
 
 
 class SharedState:
@@ -96,10 +112,9 @@ class AppliedFilter(nn.Module):
         seat: FilterSeat,
         projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         visibility: Visibility,
+        logits: ModelLogits,
         *,
-        scaling: float | None,
         dropout: float,
-        bias: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         attentions: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -109,6 +124,7 @@ class AppliedFilter(nn.Module):
             ``[batch, heads, length, d]``, and the attentions or None.
         """
         query, key, value = projected
+        self._check_logits(logits)
         streams: Streams = NO_STREAMS
         own_value, has_past = None, visibility.length != visibility.key_length
         if seat.cache_layer is not None:
@@ -131,8 +147,8 @@ class AppliedFilter(nn.Module):
         positions = self._positions(
             scalars, query, visibility, self._coordinates(query, position_ids, seat.cache_layer), streams
         )
-        if bias is not None:
-            positions = (*positions, BiasPositions(bias))
+        if logits.bias is not None:
+            positions = (*positions, BiasPositions(logits.bias))
         call = self.filter.call(
             (query, key, value),
             scalars,
@@ -142,19 +158,36 @@ class AppliedFilter(nn.Module):
             streams=streams,
             dropout=dropout,
         )
-        if not (self.scales_by_itself or self.filter.has_metric) and scaling is not None:
-            call = call._replace(content=call.content._replace(scale=float(scaling)))
+        content = call.content._replace(softcap=logits.softcap)
+        if not (self.scales_by_itself or self.filter.has_metric) and logits.scaling is not None:
+            content = content._replace(scale=float(logits.scaling))
+        call = call._replace(content=content, sinks=logits.sinks)
         if attentions:
             output, weights = reference_attention(filter_logits(call), call, "operator")
         else:
-            # With cached tokens only these two take everything about who is seen from the mask.
-            one_row = "reference" if visibility.length == 1 or (dropout and call.is_boosted) else "sdpa"
-            output, weights = run_filter(call, one_row if has_past else "auto"), None
+            output, weights = run_filter(call, self._backend(call) if has_past else "auto"), None
         if self.filter.compares_layers:
             output, state = self.filter.hand_on(output, new_value, state)
             seat.shared.states[self.order + 1] = state
         seat.cache_layer = None  # a model keeps no cache alive
         return output, weights
+
+    def _check_logits(self, logits: ModelLogits) -> None:
+        what = "softcap" if logits.softcap is not None else "s_aux"
+        if self.filter.spec.content_kernel == "gaussian" and (logits.softcap is not None or logits.sinks is not None):
+            raise ValueError(
+                f"the filter of {self.layer_name} does not take {what} with content_kernel='gaussian': the model "
+                "bounds its inner products, or compares them with a sink, and a Gaussian kernel has other numbers; "
+                "keep content_kernel='dot_product', or choose other layers"
+            )
+
+    @staticmethod
+    def _backend(call: FilterCall) -> str:
+        """The back-end of a call with cached tokens: one that takes everything about who is seen from the mask."""
+        if call.content.softcap is not None:
+            return "auto"
+        one_row = call.query.shape[-2] == 1 or (call.dropout and call.is_boosted)
+        return "reference" if one_row or (call.sinks is not None and call.has_columns) else "sdpa"
 
     def _state(self, shared: SharedState) -> LayerState:
         if not self.filter.compares_layers:

@@ -23,6 +23,8 @@ from .kernel_position import BlockedPositions
 def refuses(call: FilterCall) -> str | None:
     """Why the blocked passes cannot serve a call, as the rest of a sentence about them, or None if they can."""
     length, key_length = call.query.shape[-2], call.key.shape[-2]
+    if call.own_softmax is not None:
+        return call.own_softmax
     if call.booster.gain is not None and call.query.dtype in HALF_DTYPES:
         return "hands out its streams in half precision, from which a learned gain is not exact"
     apart = call.streams.keeps_places_apart  # a cache of any kind, which does not hand out earlier rows
@@ -51,6 +53,8 @@ def run(call: FilterCall, *, block_rows: int | None = None, group_pairs: int | N
     Raises:
         ValueError: for a boosted filter with more keys than queries but not the earlier keys' streams.
     """
+    if call.finishes_by_row:
+        return call.finish(run(call.plain(), block_rows=block_rows, group_pairs=group_pairs))
     positions, products = _as_products(call)
     output, streams = _blocked(products, positions, block_rows, group_pairs)
     if call.streams.is_cached:

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .boost_operators import BOOSTING, Attend
+from .boost_operators import BOOSTING, ONE_PASS, Attend, keep_rows
 from .cache_streams import NO_STREAMS, Streams, boost_stream
-from .kernel_content import CONTENT_COLUMNS
+from .kernel_content import CONTENT_COLUMNS, working_dtype
 from .kernel_position import BlockedPositions, Positions
 from .visibility import Visibility, four_axes
 
@@ -19,10 +19,12 @@ class Content(NamedTuple):
 
     kernel: key of ``CONTENT_LOGITS``.
     scale: 2/h_y^2, a number or broadcastable to the query ``[batch, heads, length, head_dim]``.
+    softcap: c of logits that are bounded as c tanh(l / c), before positions and masks are added; None: not bounded.
     """
 
     kernel: str
     scale: torch.Tensor | float
+    softcap: float | None = None
 
 
 class Booster(NamedTuple):
@@ -30,7 +32,7 @@ class Booster(NamedTuple):
 
     name: key of ``BOOSTING``.
     steps: k >= 1.
-    gain: gamma of ``learned``, ``[heads, 1, 1]`` in at least float32, or None.
+    gain: gamma of ``learned`` or alpha and beta of ``inversion``, as ``boost_operators`` takes them, or None.
     """
 
     name: str = "none"
@@ -50,6 +52,8 @@ class FilterCall(NamedTuple):
     booster: how often A is applied.
     dropout: probability on A, one mask for all applications.
     streams: rows of earlier tokens that the booster needs, and where those of the new tokens go.
+    sinks: ``[heads]``, the logit of one more key a head, whose value is 0: it takes weight from every row, so that the
+        rows of A sum to less than 1. None: there is none.
     own_value: values of the queries' own tokens, ``[batch, key_heads, length, d]``; None where they are the last rows
         of ``value``. In a cache of fixed size they are not, and nothing but the mask tells which keys are there.
     """
@@ -63,7 +67,15 @@ class FilterCall(NamedTuple):
     booster: Booster = Booster()
     dropout: float = 0.0
     streams: Streams = NO_STREAMS
+    sinks: torch.Tensor | None = None
     own_value: torch.Tensor | None = None
+
+    @property
+    def own_softmax(self) -> str | None:
+        """Why back-ends whose weights are the plain softmax of the logits refuse, or None."""
+        if self.content.softcap is not None:
+            return "knows no logits with a soft cap"
+        return None if self.sinks is None else "knows no sinks"
 
     @property
     def is_boosted(self) -> bool:
@@ -121,6 +133,29 @@ class FilterCall(NamedTuple):
 
         name, steps, gain = self.booster
         return BOOSTING[name](apply, extend, new_value, value, steps, gain)
+
+    @property
+    def finishes_by_row(self) -> bool:
+        """Whether the booster applies A once and finishes row by row."""
+        return self.booster.name in ONE_PASS
+
+    def plain(self) -> FilterCall:
+        """The same without the booster."""
+        return self._replace(booster=Booster())
+
+    def finish(self, smooth: torch.Tensor) -> torch.Tensor:
+        """What a booster that applies A once makes of A V, ``[batch, heads, length, d]``; 0 in rows that see no key.
+
+        Own values that no query sees count as 0: whatever stands there may be NaN.
+        """
+        seen, value = self.visibility, self.new_value
+        if seen.hidden is not None and self.own_value is None and seen.key_length >= seen.length:
+            value = value.masked_fill(seen.hidden[..., seen.key_length - seen.length :].mT, 0.0)
+        name, steps, gain = self.booster
+        # In half precision the factors of ``inversion``, near 1, would be rounded away.
+        rows = BOOSTING[name](lambda _: smooth.to(working_dtype(smooth.dtype)), keep_rows, value, value, steps, gain)
+        rows = rows.to(smooth.dtype)
+        return rows if seen.blind is None else rows.masked_fill(seen.blind, 0.0)
 
     def past_streams(self) -> list[torch.Tensor]:
         """The cached rows of the booster's streams, in order; empty where there are none."""

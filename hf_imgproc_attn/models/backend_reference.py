@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .backend_call import FilterCall, without_autocast
-from .boost_operators import BOOSTING, keep_rows
+from .boost_operators import BOOSTING, NOT_LINEAR, keep_rows
 from .kernel_content import CONTENT_LOGITS, working_dtype
 from .kernel_position import position_logits
 from .visibility import Visibility
@@ -29,11 +29,13 @@ def filter_logits(call: FilterCall) -> torch.Tensor:
         logits = CONTENT_LOGITS[call.content.kernel](
             query.to(compute_dtype), key.to(compute_dtype), call.content.scale
         )
+        if call.content.softcap is not None:
+            logits = call.content.softcap * torch.tanh(logits / call.content.softcap)
         terms += [position_logits(term, compute_dtype) for term in call.positions]
-        return add_terms(logits, terms, call.visibility)
+        return add_terms(logits, terms, call.visibility if call.sinks is None else None)
 
 
-def add_terms(logits: torch.Tensor, terms: Sequence[torch.Tensor], visibility: Visibility) -> torch.Tensor:
+def add_terms(logits: torch.Tensor, terms: Sequence[torch.Tensor], visibility: Visibility | None) -> torch.Tensor:
     """Add position logits and biases to the content's logits, minus the largest of their sum that a query sees.
 
     A number a row changes no softmax. Without it large terms, -1e300 for a whole row say, would leave the content no
@@ -42,32 +44,38 @@ def add_terms(logits: torch.Tensor, terms: Sequence[torch.Tensor], visibility: V
     Args:
         logits: ``[batch, heads, length, key_length]``.
         terms: each broadcastable to ``logits``.
-        visibility: who sees whom.
+        visibility: who sees whom; None: subtract nothing, since the logits are compared with that of a sink.
     """
     if not terms:
         return logits
     total = terms[0].to(logits.dtype)
     for term in terms[1:]:
         total = total + term.to(logits.dtype)
-    return logits + (total - visibility.largest_seen(total))
+    return logits + (total if visibility is None else total - visibility.largest_seen(total))
 
 
-def filter_matrix(logits: torch.Tensor, visibility: Visibility) -> torch.Tensor:
+def filter_matrix(logits: torch.Tensor, visibility: Visibility, sinks: torch.Tensor | None = None) -> torch.Tensor:
     """A = D^-1 K from log K: the row-stochastic filter, a Nadaraya-Watson estimate (arXiv 2506.10371).
 
     Args:
         logits: ``[batch, heads, length, key_length]``, at least float32.
         visibility: who sees whom; its bias is part of the logits.
+        sinks: ``[heads]``, the logit of one more key, or None.
 
     Returns:
-        A of the logits' shape and dtype; its rows sum to 1, except those that see no key, which are 0.
+        A of the logits' shape and dtype; its rows sum to 1, except those that see no key, which are 0. With sinks they
+        sum to what the sink leaves.
     """
     # Rows that see nothing are 0 before the softmax too: whatever stands there, NaN included, has no gradient.
     allowed = visibility.allowed(logits.device)
     if allowed is not None:
         logits = logits.masked_fill(~allowed, float("-inf"))
     empty = logits.detach().amax(-1, keepdim=True) == float("-inf")
-    return logits.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    logits = logits.masked_fill(empty, 0.0)
+    if sinks is not None:
+        column = sinks.to(logits.dtype).view(-1, 1, 1).expand(*logits.shape[:-1], 1)
+        return torch.cat((logits, column), dim=-1).softmax(-1)[..., :-1].masked_fill(empty, 0.0)
+    return logits.softmax(-1).masked_fill(empty, 0.0)
 
 
 def reference_attention(
@@ -80,9 +88,10 @@ def reference_attention(
 
     Args:
         logits: as :func:`filter_logits` returns them, ``[batch, heads, length, key_length]`` in at least float32.
-        call: its values, visibility, booster, dropout and streams; ``logits`` replace its queries, keys and kernels.
+        call: its values, visibility, sinks, booster, dropout and streams; ``logits`` replace its queries, keys and
+            kernels.
         attentions: None, ``"filter"`` (A, whose rows a cache does not need) or ``"operator"`` (what multiplies V; it
-            needs all rows of A, so no cached keys).
+            needs all rows of A, so no cached keys; of a booster that is not linear in V it is A).
 
     Returns:
         The output ``[batch, heads, length, d]`` in the value's dtype, and A or the operator
@@ -97,17 +106,19 @@ def reference_attention(
     _, value = call.repeated()
     # Autocast would run the products in half precision; the reference must be more exact than what it checks.
     with without_autocast(logits.device.type):
-        matrix = filter_matrix(logits.to(compute_dtype), call.visibility)
+        matrix = filter_matrix(logits.to(compute_dtype), call.visibility, call.sinks)
         matrix = nn.functional.dropout(matrix, p=call.dropout, training=call.dropout > 0.0)
 
         def attend(rows: torch.Tensor) -> torch.Tensor:
             return torch.matmul(matrix, rows.to(compute_dtype))
 
-        if attentions != "operator" or not call.is_boosted:
+        if attentions != "operator" or not call.is_boosted or call.booster.name in NOT_LINEAR:
             returned = None
             if attentions is not None:
                 returned = matrix.to(dtype)
                 matrix = _exact_through(returned, matrix)
+            if call.finishes_by_row:
+                return call.finish(attend(call.visibility.clean_keys(value))).to(dtype), returned
             return call.boost(attend, call.new_value.to(compute_dtype), value).to(dtype), returned
         if not call.visibility.is_square:
             raise ValueError(
@@ -117,6 +128,8 @@ def reference_attention(
         identity = torch.eye(matrix.shape[-1], dtype=compute_dtype, device=matrix.device).expand_as(matrix)
         name, steps, gain = call.booster
         exact = BOOSTING[name](attend, keep_rows, identity, identity, steps, gain)
+        if call.visibility.blind is not None:
+            exact = exact.masked_fill(call.visibility.blind, 0.0)
         operator = exact.to(dtype)
         if call.streams.is_cached:  # the first tokens of a cache: their streams have to be stored
             call.boost(attend, call.new_value.to(compute_dtype), value)

@@ -90,6 +90,10 @@ def refuses(call: FilterCall) -> str | None:
     """Why SDPA cannot serve a call, as the rest of a sentence about it, or None if it can."""
     if call.dropout and call.is_boosted:
         return "draws a new dropout mask at every pass, and a booster needs the same one"
+    if call.content.softcap is not None:
+        return call.own_softmax
+    if call.sinks is not None and call.has_columns:
+        return "has columns that lack a number a row, which a sink would be compared with"
     return None
 
 
@@ -102,11 +106,15 @@ def run(call: FilterCall) -> torch.Tensor:
     if call.groups > 1:
         value = value.repeat_interleave(call.groups, dim=1)
         key = key if key.shape[1] == query.shape[1] else key.repeat_interleave(call.groups, dim=1)
-    mask, sees, is_causal = _mask(call.visibility, bias, dtype, query.device)
+    has_sinks = call.sinks is not None
+    mask, sees, is_causal = _mask(call.visibility, bias, dtype, query.device, has_sinks)
+    if call.sinks is not None:
+        query, key, scale = _with_sinks(query, key, scale, call.sinks)
     if is_causal and scale <= 0.0:  # fused kernels multiply the -inf of later keys by it
         query, scale = query * scale, 1.0
 
     def attend(rows: torch.Tensor) -> torch.Tensor:
+        rows = nn.functional.pad(rows, (0, 0, 0, 1)) if has_sinks else rows
         out = _attention(query, key, rows.to(dtype), mask, is_causal, scale, call.dropout)
         return out if sees is None else out.masked_fill(~sees, 0.0)
 
@@ -114,14 +122,41 @@ def run(call: FilterCall) -> torch.Tensor:
     return call.boost(attend, new_value, value)
 
 
+def _with_sinks(
+    query: torch.Tensor, key: torch.Tensor, scale: float, sinks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Queries and keys with one more key, after the others, whose logit is the sink's, and the factor on products."""
+    if scale <= 0.0:
+        query, scale = query * scale, 1.0
+    own = (sinks.to(working_dtype(key.dtype)) / scale).to(key.dtype).view(1, -1, 1, 1)
+    key = nn.functional.pad(key, (0, 0, 0, 1))
+    column = nn.functional.pad(own.expand(key.shape[0], -1, -1, -1), (0, 0, key.shape[-2] - 1, 0))
+    ones = torch.ones_like(query[..., :1])
+    return append_columns(query, [ones]), append_columns(key, [column]), scale
+
+
 def _mask(
-    visibility: Visibility, bias: torch.Tensor | None, dtype: torch.dtype, device: torch.device
+    visibility: Visibility, bias: torch.Tensor | None, dtype: torch.dtype, device: torch.device, has_sinks: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, bool]:
-    """``attn_mask`` of SDPA, which rows see any key (``[..., length, 1]``, None = all), and ``is_causal``."""
+    """``attn_mask`` of SDPA, which rows see any key (``[..., length, 1]``, None = all), and ``is_causal``.
+
+    Where there are sinks the mask has a last column, which every row sees.
+    """
     if visibility.bias is not None:
         bias = visibility.bias if bias is None else bias + visibility.bias
+    allowed = None
+    if bias is not None or has_sinks:
+        allowed = visibility.allowed(device)
+    if has_sinks:
+        if bias is not None:
+            bias = nn.functional.pad(bias.expand(*bias.shape[:-1], visibility.key_length), (0, 1))
+        if allowed is not None:
+            allowed = allowed.expand(*allowed.shape[:-1], visibility.key_length)
+            allowed = nn.functional.pad(allowed, (0, 1), value=True)
+        if bias is None:
+            return allowed, None if visibility.blind is None else ~visibility.blind, False
     if bias is not None:
-        mask, sees = additive_mask(bias.to(working_dtype(dtype)), visibility.allowed(device), dtype)
+        mask, sees = additive_mask(bias.to(working_dtype(dtype)), allowed, dtype)
         return mask, sees, False
     if visibility.hides_nothing:
         return None, None, False

@@ -16,6 +16,8 @@ from .backend_blocked import refuses as blocked_refuses
 from .backend_blocked import run as run_blocked
 from .backend_blocked_plan import WHOLE_SCORES
 from .backend_call import FilterCall
+from .backend_chunked import refuses as chunked_refuses
+from .backend_chunked import run as run_chunked
 from .backend_measured import SAFE, cuda_order
 from .backend_reference import run as run_reference
 from .backend_sdpa import refuses as sdpa_refuses
@@ -45,6 +47,7 @@ BACKENDS: dict[str, Backend] = {
     "reference": Backend(run_reference, _never),
     "sdpa": Backend(run_sdpa, sdpa_refuses),
     "blocked": Backend(run_blocked, blocked_refuses),
+    "chunked": Backend(run_chunked, chunked_refuses),
 }
 OPTIONAL_BACKENDS = {
     "triton": "the kernels need a CUDA device and the package triton, and hf_imgproc_attn.gpu to be imported",
@@ -111,6 +114,8 @@ CHOICES = (
         lambda call: torch.compiler.is_compiling(),
         ("sdpa", "reference"),
     ),
+    # No fused call has it.
+    Choice(None, "logits with a soft cap", lambda call: call.content.softcap is not None, ("chunked", "reference")),
     # One row of weights serves all passes, and no columns have to be put beside every cached key.
     Choice(None, "one query, boosted or with columns", _is_one_row, ("reference",)),
     # Twicing, in units of one SDPA call on the same tensors: forward / forward + backward, float32, head_dim 64.
@@ -183,6 +188,8 @@ def run_filter(call: FilterCall, backend: str, option: str = "backend") -> torch
     Raises:
         ValueError: for an unknown back-end, one that is not there, or one that refuses the call.
     """
+    if call.finishes_by_row:
+        return call.finish(run_filter(call.plain(), backend, option))
     if backend == "auto":
         return BACKENDS[choose_backend(call)].run(call)
     if backend not in BACKENDS:

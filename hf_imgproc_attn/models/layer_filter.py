@@ -17,6 +17,7 @@ from .backend_call import Booster, Content, FilterCall
 from .backend_reference import filter_logits, reference_attention
 from .backend_table import run_filter
 from .boost_depth import FEEDBACK, LayerState, feedback_gains, gain_arguments
+from .boost_gate import OutputGate, TokenGains
 from .boost_gradient import GradientBoosting
 from .boost_operators import extra_streams, operator_on_value
 from .cache_streams import NO_STREAMS, Streams, boost_stream, round_stream
@@ -91,7 +92,7 @@ class AttentionFilter(nn.Module):
             positions.bandwidths if learned and positions.has_bandwidth else None,
             class_token=positions.has_class_logits,
             buckets=positions.bucket_table,
-            gain=spec.boosting == "learned",
+            boosting=spec.boosting,
             # Layer 0 hands its values on and has no feedback of its own.
             feedback=self._feedback_gains if config.learn_feedback and layer_idx > 0 else None,
         )
@@ -100,6 +101,12 @@ class AttentionFilter(nn.Module):
         self.position_projection = None
         if spec.position_kernel == "untied" and not config.share_position_projections:
             self.position_projection = PositionProjection(config.hidden_size, self.num_heads, head_dim, layer_norm_eps)
+        self.token_gains = None
+        if spec.boosting == "dynamic_inversion":
+            self.token_gains = TokenGains(config.hidden_size, self.num_heads)
+        self.gate = None
+        if spec.gate != "none":
+            self.gate = OutputGate(spec.gate, config.hidden_size, self.num_heads, head_dim)
         self.gradient_boosting = None
         if spec.boosting == "gradient_boosted":
             given = (config.hidden_size, self.num_heads, head_dim, spec.gradient_boosting_source)
@@ -217,6 +224,7 @@ class AttentionFilter(nn.Module):
             moved=(new_value, inputs.state.previous_value),
             streams=streams,
             dropout=dropout,
+            hidden_states=inputs.hidden_states,
         )
 
     def call(
@@ -229,6 +237,7 @@ class AttentionFilter(nn.Module):
         moved: tuple[torch.Tensor, torch.Tensor | None],
         streams: Streams,
         dropout: float,
+        hidden_states: torch.Tensor | None = None,
     ) -> FilterCall:
         """The call that a back-end receives, of what is ready for it.
 
@@ -240,6 +249,7 @@ class AttentionFilter(nn.Module):
             moved: values of the new tokens in this layer and in the one before it, or None, for the elliptical metric.
             streams: the layer's part of a cache.
             dropout: probability on A.
+            hidden_states: what was projected, where the booster projects it too.
         """
         query, key, value = projected
         scale: torch.Tensor | float | None = self._stock_scale
@@ -250,9 +260,6 @@ class AttentionFilter(nn.Module):
             if metric.shape[1] != query.shape[1]:
                 metric = metric.repeat_interleave(query.shape[1] // metric.shape[1], dim=1)
             scale = metric * scale
-        gain = scalars.boosting_gain
-        if gain is not None:
-            gain = gain.to(working_dtype(query.dtype)).view(-1, 1, 1)
         return FilterCall(
             query,
             key,
@@ -260,11 +267,24 @@ class AttentionFilter(nn.Module):
             content=Content(self.spec.content_kernel, scale),
             visibility=visibility,
             positions=positions,
-            booster=Booster(self.operator, self.spec.boosting_steps, gain),
+            booster=Booster(self.operator, self.spec.boosting_steps, self._gain(scalars, hidden_states, query.dtype)),
             dropout=dropout,
             streams=streams,
             own_value=streams.own_value(value, query.shape[-2]),
         )
+
+    def _gain(self, scalars: Scalars, hidden_states: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """The booster's factors beside queries of ``dtype``, as ``boost_operators`` takes them."""
+        if scalars.boosting_gain is not None:
+            return scalars.boosting_gain.to(working_dtype(dtype)).view(-1, 1, 1)
+        if scalars.inversion_gains is not None:
+            return scalars.inversion_gains.to(working_dtype(dtype)).mT[..., None, None]
+        if self.token_gains is None:
+            return None
+        if hidden_states is None:
+            raise ValueError("inputs.hidden_states must be given for boosting='dynamic_inversion', got None")
+        gains: torch.Tensor = self.token_gains(hidden_states)
+        return gains
 
     def _with_positions(
         self,

@@ -85,6 +85,7 @@ class Scalars(NamedTuple):
     relative_buckets: logits of the buckets of offsets, ``[heads, axes, buckets]``.
     boosting_gain: gamma of the booster ``learned``, ``[heads]``.
     feedback_gains: lambda of ``neutreno`` ``[heads, 1]``, or P, I, D of ``pid`` ``[heads, 3]``.
+    inversion_gains: alpha and beta of ``inversion``, ``[heads, 2]``.
     """
 
     content_log_bandwidth: torch.Tensor | None = None
@@ -93,6 +94,7 @@ class Scalars(NamedTuple):
     relative_buckets: torch.Tensor | None = None
     boosting_gain: torch.Tensor | None = None
     feedback_gains: torch.Tensor | None = None
+    inversion_gains: torch.Tensor | None = None
 
 
 class FilterScalars(nn.Module):
@@ -109,7 +111,8 @@ class FilterScalars(nn.Module):
         class_token: whether there are class-token logits: to the token, from it, to itself; initially 0.
         buckets: axes of the grid and buckets of offsets along each, or None. Their logits are initially 0, so that a
             model starts without any notion of position; T5 draws them at random instead (*choice*).
-        gain: whether there is a booster's gain gamma, initially 1: twicing.
+        boosting: whose gains there are: gamma of ``learned``, initially 1: twicing; alpha and beta of ``inversion``,
+            initially 1 and 0: no boosting.
         feedback: initial factors of the feedback, the same for every head, or None where they are not learned.
     """
 
@@ -119,6 +122,7 @@ class FilterScalars(nn.Module):
     relative_buckets: nn.Parameter | None
     boosting_gain: nn.Parameter | None
     feedback_gains: nn.Parameter | None
+    inversion_gains: nn.Parameter | None
 
     def __init__(
         self,
@@ -127,7 +131,7 @@ class FilterScalars(nn.Module):
         position: list[float] | None,
         class_token: bool,
         buckets: tuple[int, int] | None = None,
-        gain: bool = False,
+        boosting: str = "none",
         feedback: list[float] | None = None,
     ) -> None:
         super().__init__()
@@ -142,8 +146,9 @@ class FilterScalars(nn.Module):
         shapes = {
             "class_token": (3,) if class_token else None,
             "relative_buckets": buckets,
-            "boosting_gain": () if gain else None,
+            "boosting_gain": () if boosting == "learned" else None,
             "feedback_gains": (len(feedback),) if feedback else None,
+            "inversion_gains": (2,) if boosting == "inversion" else None,
         }
         for name, shape in shapes.items():
             self.register_parameter(
@@ -164,9 +169,10 @@ class FilterScalars(nn.Module):
                 init.zeros_(logits)
         if self.boosting_gain is not None:
             init.ones_(self.boosting_gain)
-        if self.feedback_gains is not None:
-            gains = torch.tensor(self._initial_feedback, dtype=self.feedback_gains.dtype)
-            init.copy_(self.feedback_gains, gains.to(self.feedback_gains.device).expand_as(self.feedback_gains))
+        for gains, start in ((self.feedback_gains, self._initial_feedback), (self.inversion_gains, [1.0, 0.0])):
+            if gains is not None:
+                values = torch.tensor(start, dtype=gains.dtype)
+                init.copy_(gains, values.to(gains.device).expand_as(gains))
 
     def forward(self) -> Scalars:
         """The parameters. A call, not an attribute, so that hooks which bring parameters to the device run first."""
@@ -177,6 +183,7 @@ class FilterScalars(nn.Module):
             self.relative_buckets,
             self.boosting_gain,
             self.feedback_gains,
+            self.inversion_gains,
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FilterScalars:

@@ -8,12 +8,15 @@ import torch
 from torch import nn
 from transformers import ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
 from transformers import initialization as init
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedImageModelingOutput
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPooling,
+    MaskedImageModelingOutput,
+    SemanticSegmenterOutput,
+)
 from transformers.models.vit.modeling_vit import (
     ViTAttention,
-    ViTEmbeddings,
     ViTLayer,
     ViTPooler,
     ViTPreTrainedModel,
@@ -23,81 +26,16 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .boost_depth import LayerState
 from .configuration_imgproc_vit import ImgProcViTConfig
-from .layer_grid import check_images, check_patch_mask, grid_size, masked_patch_loss, resize_table, trained_grid
+from .layer_grid import check_images, check_patch_mask, grid_size, masked_patch_loss, trained_grid
 from .layer_inputs import LayerInputs
 from .layer_tokens import FilteredAttentionMixin, Projected, filter_residual, project_each
+from .modeling_dense import check_masks, check_whole_patches, feature_map, segmentation_head, segmentation_loss
 from .modeling_encoder import encoder_inputs, run_layers
 from .modeling_losses import classification_loss
+from .modeling_saved_names import RenamedOnLoadingMixin, accept_saved_names
 from .modeling_shared import FilterPreTrainedMixin, shared_position_projection, wanted_attentions
-from .spec_axes import COORDINATE_KERNELS, is_stock_layer, uses_position_table
-
-NUM_CLASS_TOKENS = 1
-
-
-class ImgProcViTEmbeddings(ViTEmbeddings):
-    """Patch and class tokens; positions are added only for ``additive``, kept as a table of patches for ``untied``."""
-
-    def __init__(self, config: ImgProcViTConfig, use_mask_token: bool = False) -> None:
-        super().__init__(config, use_mask_token=use_mask_token)
-        self.config = config
-        self.adds_positions = any(spec.position_kernel == "additive" for spec in config.layer_specs)
-        if not self.adds_positions:
-            rows, columns = trained_grid(config)
-            table = nn.Parameter(torch.randn(1, rows * columns, config.hidden_size))
-            self.position_embeddings = table if uses_position_table(config) else None
-
-    def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """What stock ``forward`` adds to the tokens ``[batch, 1 + patches, hidden_size]``: 0 unless ``additive``.
-
-        The stock function assumes that patches and the table's grid are square; where they are, it gives the same.
-        """
-        table = self.position_embeddings
-        if not self.adds_positions or table is None:
-            return embeddings.new_zeros(())
-        trained, requested = trained_grid(self.config), grid_size(self.config, height, width)
-        if trained == requested:
-            return table
-        return torch.cat(
-            (table[:, :NUM_CLASS_TOKENS], resize_table(table[:, NUM_CLASS_TOKENS:], trained, requested)), 1
-        )
-
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        bool_masked_pos: torch.BoolTensor | None = None,
-        interpolate_pos_encoding: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """``[batch, channels, height, width]`` to ``[batch, 1 + patches, hidden_size]``, and the position table.
-
-        The table of ``untied``, ``[1, patches, hidden_size]`` (else None), is handed out here, where hooks that shard
-        or offload parameters expect them to be used.
-
-        Raises:
-            ValueError: for an image of another size without ``interpolate_pos_encoding``, or smaller than a patch.
-        """
-        height, width = pixel_values.shape[-2:]
-        grid_size(self.config, height, width)  # refuses images without a patch
-        expected = tuple(self.image_size)
-        if not interpolate_pos_encoding and (height, width) != expected:
-            raise ValueError(
-                f"pixel_values must be images of {expected[0]} x {expected[1]} pixels, got {height} x {width}: "
-                "resize them or pass interpolate_pos_encoding=True"
-            )
-        # Of the two ways in which the stock code adds positions, only interpolation can be overridden to add 0.
-        interpolate = interpolate_pos_encoding or not self.adds_positions
-        tokens = super().forward(pixel_values, bool_masked_pos, interpolate)
-        kernel_reads_positions = not self.adds_positions and self.position_embeddings is not None
-        return tokens, self.position_table(height, width) if kernel_reads_positions else None
-
-    def position_table(self, height: int, width: int) -> torch.Tensor:
-        """Position vectors of the patches, ``[1, patches, hidden_size]``, interpolated to the image's grid."""
-        table = self.position_embeddings
-        if table is None:
-            raise ValueError("this model has no position table")
-        trained, requested = trained_grid(self.config), grid_size(self.config, height, width)
-        if trained == requested:
-            return table.clone()  # FSDP frees the parameter itself after this module's forward
-        return resize_table(table, trained, requested)
+from .modeling_vit_embeddings import NUM_CLASS_TOKENS, ImgProcViTEmbeddings
+from .spec_axes import COORDINATE_KERNELS, is_stock_layer
 
 
 class ImgProcViTAttention(FilteredAttentionMixin, ViTAttention):
@@ -150,22 +88,6 @@ class ImgProcViTLayer(ViTLayer):
         return hidden_states, *new_state
 
 
-def accept_saved_names(model: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Rename weights that have the names of a checkpoint, before ``load_state_dict`` looks for them.
-
-    ViT is saved under the parameter names of Transformers 4, and only ``from_pretrained`` translates them.
-    ``Trainer`` reads checkpoints with ``load_state_dict``, on resuming and when it loads the best model: it would drop
-    nearly every weight with a mere warning (seen with Transformers 5.23, with the stock ViT too).
-    """
-    parameters = model.state_dict()
-    if prefix or state_dict.keys() <= parameters.keys():
-        return
-    for name, tensor in parameters.items():
-        saved = list(revert_weight_conversion(model, {name: tensor}))
-        if len(saved) == 1 and saved[0] != name and saved[0] in state_dict:
-            state_dict[name] = state_dict.pop(saved[0])
-
-
 class ImgProcViTPreTrainedModel(FilterPreTrainedMixin, ViTPreTrainedModel):
     """Base class: loading, saving and initialisation of the ViT variants."""
 
@@ -178,6 +100,8 @@ class ImgProcViTPreTrainedModel(FilterPreTrainedMixin, ViTPreTrainedModel):
         "AutoModel": "modeling_imgproc_vit.ImgProcViTModel",
         "AutoModelForImageClassification": "modeling_imgproc_vit.ImgProcViTForImageClassification",
         "AutoModelForMaskedImageModeling": "modeling_imgproc_vit.ImgProcViTForMaskedImageModeling",
+        "AutoModelForSemanticSegmentation": "modeling_imgproc_vit.ImgProcViTForSemanticSegmentation",
+        "AutoBackbone": "modeling_imgproc_vit.ImgProcViTBackbone",
     }
 
     @torch.no_grad()
@@ -197,21 +121,7 @@ class ImgProcViTPreTrainedModel(FilterPreTrainedMixin, ViTPreTrainedModel):
         self.register_load_state_dict_pre_hook(accept_saved_names)
 
 
-class _RenamedOnLoadingMixin:
-    """Tells Transformers of every class defined below this one that its weights on disk have other names.
-
-    On disk ViT has the names of Transformers 4; the stock library renames them on loading by the class name `ViTModel`
-    and would leave our class, and classes derived from it, with random layers.
-    """
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        register_checkpoint_conversion_mapping(
-            cls.__name__, get_checkpoint_conversion_mapping("ViTModel"), overwrite=True
-        )
-
-
-class ImgProcViTModel(_RenamedOnLoadingMixin, ImgProcViTPreTrainedModel, ViTModel):
+class ImgProcViTModel(RenamedOnLoadingMixin, ImgProcViTPreTrainedModel, ViTModel):
     """The bare encoder.
 
     Args:
@@ -343,8 +253,7 @@ class ImgProcViTForMaskedImageModeling(ImgProcViTPreTrainedModel, ViTForMaskedIm
             **kwargs,
         )
         grid = grid_size(self.config, *pixel_values.shape[-2:])
-        patches = outputs.last_hidden_state[:, NUM_CLASS_TOKENS:]
-        reconstruction = self.decoder(patches.mT.unflatten(2, grid))
+        reconstruction = self.decoder(feature_map(outputs.last_hidden_state, grid, NUM_CLASS_TOKENS))
         loss = None
         if bool_masked_pos is not None:
             loss = masked_patch_loss(pixel_values, reconstruction, bool_masked_pos, grid) / self.config.num_channels
@@ -356,6 +265,103 @@ class ImgProcViTForMaskedImageModeling(ImgProcViTPreTrainedModel, ViTForMaskedIm
         )
 
 
+class ImgProcViTForSemanticSegmentation(ImgProcViTPreTrainedModel):
+    """ViT variant with a class for each place, see ``config.segmentation_head``; images may have any size.
+
+    Positions are interpolated to it, unless ``interpolate_pos_encoding=False`` asks to refuse other sizes.
+    """
+
+    accepts_loss_kwargs = False  # a mean over the pixels that count, of which Trainer does not know the number
+
+    def __init__(self, config: ImgProcViTConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.vit = ImgProcViTModel(config, add_pooling_layer=False)
+        self.decode_head = segmentation_head(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = True,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> SemanticSegmenterOutput:
+        """Images ``[batch, channels, height, width]`` to logits ``[batch, num_labels, rows, columns]``.
+
+        There is one row and column for each patch with the linear head, up to four with the other one; the image
+        processor's ``post_process_semantic_segmentation`` brings them to an image's size.
+
+        Args:
+            pixel_values: height and width are multiples of the patches'.
+            labels: the pixels' classes ``[batch, height, width]``, or ``config.semantic_loss_ignore_index``.
+            interpolate_pos_encoding: see the class.
+            attention_mask: of the tokens, as in ``ImgProcViTModel``.
+            **kwargs: as of ``ImgProcViTModel``.
+
+        Raises:
+            ValueError: without images, for pixels that no patch covers, or for labels that are no masks of the images.
+        """
+        pixel_values = check_images(pixel_values)
+        grid = check_whole_patches(self.config, pixel_values)
+        if labels is not None:
+            check_masks(self.config, pixel_values, labels)
+        options = {"interpolate_pos_encoding": interpolate_pos_encoding, "attention_mask": attention_mask, **kwargs}
+        outputs = self.vit(pixel_values, **options)
+        logits = self.decode_head(feature_map(outputs.last_hidden_state, grid, NUM_CLASS_TOKENS))
+        ignored = self.config.semantic_loss_ignore_index
+        return SemanticSegmenterOutput(
+            loss=None if labels is None else segmentation_loss(logits, labels, ignored),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class ImgProcViTBackbone(BackboneMixin, ImgProcViTModel):
+    """Feature maps of chosen layers, ``config.out_features``, for a head of another library's or Transformers' making.
+
+    As ``Dinov2Backbone`` does it: each map is normalised by the last layer norm and has no class token. Images may
+    have any size; last rows and columns that no patch covers are left out.
+    """
+
+    def __init__(self, config: ImgProcViTConfig) -> None:
+        config.set_output_features_output_indices(config.out_features, config.out_indices)  # None: the last layer
+        super().__init__(config, add_pooling_layer=False)
+        self.num_features = [config.hidden_size] * len(config.stage_names)
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self, pixel_values: torch.Tensor | None = None, interpolate_pos_encoding: bool = True, **kwargs: Any
+    ) -> BackboneOutput:
+        """Images ``[batch, channels, height, width]`` to maps ``[batch, hidden_size, rows, columns]`` of patches.
+
+        Args:
+            pixel_values: the images.
+            interpolate_pos_encoding: False refuses images of another size than ``config.image_size``.
+            **kwargs: as of ``ImgProcViTModel``.
+
+        Raises:
+            ValueError: as ``ImgProcViTModel``.
+        """
+        pixel_values = check_images(pixel_values)
+        outputs = ImgProcViTModel.forward(
+            self, pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
+        )
+        grid = grid_size(self.config, *pixel_values.shape[-2:])
+        maps = (self.layernorm(outputs.hidden_states[index]) for index in self.out_indices)
+        return BackboneOutput(
+            feature_maps=tuple(feature_map(tokens, grid, NUM_CLASS_TOKENS) for tokens in maps),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
 ImgProcViTModel.register_for_auto_class("AutoModel")
 ImgProcViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 ImgProcViTForMaskedImageModeling.register_for_auto_class("AutoModelForMaskedImageModeling")
+ImgProcViTForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
+ImgProcViTBackbone.register_for_auto_class("AutoBackbone")

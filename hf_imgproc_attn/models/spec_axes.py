@@ -3,7 +3,7 @@
 Self-attention is read as an image filter ``U = A V`` with ``A = D^-1 K`` (Abdullaev, Tkachenko, Nguyen 2025,
 arXiv 2506.10371; Abdullaev, Nguyen 2025, arXiv 2503.00687). A layer is a composition of independent axes
 
-    content kernel x position kernel -> filter A -> boosting -> feedback        (residual scheme around it)
+    content kernel x position kernel -> filter A -> boosting -> feedback -> gate        (residual scheme around it)
 
 Neither torch nor transformers is imported here, so that command lines can read it at no cost.
 """
@@ -12,9 +12,13 @@ from typing import Any, NamedTuple
 
 CONTENT_KERNELS = ("dot_product", "gaussian", "elliptical")
 POSITION_KERNELS = ("additive", "untied", "gaussian", "alibi", "relative_buckets", "rotary", "none")
-BOOSTINGS = ("none", "twicing", "osher", "learned", "diffusion", "sos", "gradient_boosted")
+BOOSTINGS = (
+    *("none", "twicing", "osher", "learned", "diffusion", "sos", "gradient_boosted"),
+    *("inversion", "dynamic_inversion", "exclusive"),
+)
 RESIDUALS = ("standard", "twicing", "sos", "osher")
 FEEDBACKS = ("none", "neutreno", "pid")
+GATES = ("none", "headwise", "elementwise")
 
 FILTER_BACKENDS = ("auto", "reference", "sdpa", "blocked", "triton", "flex")
 """How a filter is computed, chosen at run time: what a model computes does not depend on it."""
@@ -30,6 +34,9 @@ STEPPED_BOOSTINGS = ("twicing", "osher", "diffusion", "sos", "gradient_boosted")
 
 GRADIENT_BOOSTING_SOURCES = ("residual", "input")
 """What the later rounds of ``gradient_boosted`` make their keys and values of, the default first."""
+
+TOKEN_BOOSTINGS = ("dynamic_inversion",)
+"""Boosters with a projection of the layer's input of their own, beside query, key and value."""
 
 KERNELS_WITH_BANDWIDTH = ("untied", "gaussian")
 """Position kernels that have a bandwidth, ``position_bandwidth``."""
@@ -72,6 +79,7 @@ class LayerSpec(NamedTuple):
     residual: str
     feedback: str
     gradient_boosting_source: str = GRADIENT_BOOSTING_SOURCES[0]
+    gate: str = "none"
 
     @property
     def is_boosted(self) -> bool:
@@ -120,6 +128,7 @@ def layer_schedule(config: Any) -> list[LayerSpec]:
     position = per_layer("position_kernel", config.position_kernel, num_layers)
     boosting = per_layer("boosting", config.boosting, num_layers)
     steps = per_layer("boosting_steps", config.boosting_steps, num_layers)
+    gate = per_layer("gate", config.gate, num_layers)
     selected = set(range(num_layers))
     if config.boosted_layers is not None:
         selected = {layer % max(num_layers, 1) for layer in config.boosted_layers}
@@ -136,6 +145,7 @@ def layer_schedule(config: Any) -> list[LayerSpec]:
                 config.residual if i else "standard",
                 config.feedback,
                 config.gradient_boosting_source or GRADIENT_BOOSTING_SOURCES[0],
+                gate[i],
             )
         )
     return specs
@@ -148,6 +158,7 @@ def is_stock_layer(config: Any, spec: LayerSpec) -> bool:
         and spec.position_kernel in ("additive", "none")
         and not spec.is_boosted
         and spec.feedback == "none"
+        and spec.gate == "none"
         and not needs_previous_value(config)
         and not config.learn_bandwidths
         and config.content_bandwidth is None

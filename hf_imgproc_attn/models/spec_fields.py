@@ -46,6 +46,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "learned_twicing": {"boosting": "learned"},
     "gradient_boosted": {"boosting": "gradient_boosted"},
     "boosted_residual": {"residual": "twicing"},
+    "inversion": {"boosting": "inversion"},
+    "dynamic_inversion": {"boosting": "dynamic_inversion"},
+    "exclusive": {"boosting": "exclusive"},
+    "gated": {"gate": "elementwise"},
 }
 """Named variants: the fields in which each differs from the stock model."""
 
@@ -68,10 +72,11 @@ FILTER_FIELDS = (
     "neutreno_lambda",
     "pid_gains",
     "learn_feedback",
+    "gate",
 )
 """The fields below, but for the version, which is never chosen."""
 
-_AXES = ("content_kernel", "position_kernel", "boosting", "residual", "feedback")
+_AXES = ("content_kernel", "position_kernel", "boosting", "residual", "feedback", "gate")
 """The fields that make a preset what it is."""
 
 ConfigT = TypeVar("ConfigT", bound="FilterSpecMixin")
@@ -97,8 +102,10 @@ class FilterSpecMixin:
             bucket, in index or patch units. None: 128.
         rotary_base: ``rotary`` only: base of the geometric frequencies, > 1. None: 10000.
         boosting: ``"none"``, ``"twicing"`` (the operator on V is I - (I - A)^steps), its alias ``"osher"``,
-            ``"learned"`` (A + gamma A(I - A), one gamma per head), ``"diffusion"`` (A^steps), ``"sos"`` or
-            ``"gradient_boosted"``; one value, or one per layer.
+            ``"learned"`` (A + gamma A(I - A), one gamma per head), ``"diffusion"`` (A^steps), ``"sos"``,
+            ``"gradient_boosted"``, ``"inversion"`` (alpha A + beta (I - A), one alpha and beta per head),
+            ``"dynamic_inversion"`` (the same, per head and token) or ``"exclusive"`` (A V without its projection on
+            the token's own value); one value, or one per layer.
         boosting_steps: number of steps, an integer from 1 to 16, or a list with one per layer. None: 3 for ``sos``,
             else 2, which for ``twicing`` is 2A - A^2. Of ``gradient_boosted`` they are the rounds M >= 2, that is the
             attentions in a layer.
@@ -112,6 +119,8 @@ class FilterSpecMixin:
         pid_gains: ``pid`` only: the gains P, I, D. None: 0.5, 0.05, 0.05 (*choice*: none are published with code).
         learn_feedback: ``neutreno`` and ``pid`` only: whether lambda or the three gains are parameters of every head
             and layer, which start at the values above.
+        gate: a learned factor on the head output, before the output projection: ``"none"``, ``"headwise"`` (one per
+            head and token) or ``"elementwise"`` (one per feature and token); one value, or one per layer.
         filter_spec_version: written by ``save_pretrained``, never chosen by a user.
 
     Raises:
@@ -137,6 +146,7 @@ class FilterSpecMixin:
     neutreno_lambda: float | int | None = None
     pid_gains: list[float | int] | None = None
     learn_feedback: bool = False
+    gate: str | list[str] = "none"
     filter_spec_version: int = FILTER_SPEC_VERSION
 
     position_axes: ClassVar[int] = 1

@@ -9,6 +9,7 @@ from .spec_axes import (
     DEFAULT_MAX_DISTANCE,
     DEFAULT_NUM_BUCKETS,
     FEEDBACKS,
+    GATES,
     GRADIENT_BOOSTING_SOURCES,
     KERNELS_WITH_BANDWIDTH,
     MAX_BANDWIDTH,
@@ -48,9 +49,10 @@ def check_filter_spec(config: Any) -> None:
         ("boosting", BOOSTINGS),
         ("residual", RESIDUALS),
         ("feedback", FEEDBACKS),
+        ("gate", GATES),
     ):
         _check_choice(name, getattr(config, name), allowed)
-    for name in ("content_kernel", "position_kernel", "boosting", "boosting_steps"):
+    for name in ("content_kernel", "position_kernel", "boosting", "boosting_steps", "gate"):
         per_layer(name, getattr(config, name), num_layers)
     _check_boosting(config, num_layers)
     _check_kernels(config, num_layers)

@@ -15,12 +15,13 @@ INTERRUPTED = "interrupted; the same command with --resume goes on from the last
 """What a training script says after Ctrl-C."""
 LORA_RANK = 8
 EMBEDDED_IMAGES = "digits"
+EMBEDDED_MASKS = "composed_digits"
 EMBEDDED_TEXT = "pydoc_topics"
 GENERATED_CLASSES = ("listops", "listops_short")
 """The tasks of :mod:`hf_imgproc_attn.sequences` that have a class for each sequence."""
 GENERATED_ANSWERS = ("mqar", "mqar_short", "noisy_recall", "corrupted_recall", "selective_copying")
 """Those whose answers are tokens."""
-BUILT_IN_DATA = (EMBEDDED_IMAGES, EMBEDDED_TEXT, *GENERATED_CLASSES, *GENERATED_ANSWERS)
+BUILT_IN_DATA = (EMBEDDED_IMAGES, EMBEDDED_MASKS, EMBEDDED_TEXT, *GENERATED_CLASSES, *GENERATED_ANSWERS)
 """Names of data sets that are neither local paths nor Hub names."""
 LOCAL_OR_HUB = ("model_name_or_path", "dataset_name", "tokenizer_name")
 """Options that take a local path or a Hub name."""
@@ -86,6 +87,11 @@ class ModelArguments:
             "boosted_layers=[-2,-1]; in YAML a mapping. Those of the command line are added to those of the YAML file "
             "and win",
         },
+    )
+    paired_start: bool = _option(
+        False,
+        "a new model starts from the values of a new softmax model of its sizes and seed in every parameter that both "
+        "have, so that variants are compared from one start",
     )
 
     def __post_init__(self) -> None:
@@ -260,6 +266,11 @@ class RunArguments:
         "licence of the checkpoint when it is published, as the Hub names it, e.g. apache-2.0. Default: that of the "
         "checkpoint or the data that it was made of, else none",
     )
+    evaluate_test: bool = _option(
+        True, "measure the test split at the end; false while anything is still to be chosen by the validation split"
+    )
+    stop_diverged: bool = _option(False, "end training, with status diverged, as soon as the loss is no finite number")
+    prepare_only: bool = _option(False, "load the data, build the model and its Trainer, and stop")
 
 
 DataT = TypeVar("DataT", bound=DataArguments)

@@ -1,6 +1,6 @@
 """The end of every training script: a model and its data are ready."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hf_imgproc_attn.training_support.adapters import with_adapters
@@ -17,6 +17,8 @@ def fit(
     rows: Mapping[str, Any],
     metrics: Mapping[str, Any],
     fingerprints: dict[str, Any],
+    *,
+    on_saved: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Result:
     """Train on the training split, evaluate the others, save and record.
@@ -27,6 +29,7 @@ def fit(
         rows: split -> data set of what the collator takes.
         metrics: split -> ``compute_metrics``, for all splits but the training one.
         fingerprints: split -> what tells these data from others.
+        on_saved: is called with the run's folder by one process, when all is saved and nothing is published yet.
         **options: of the Trainer, such as ``data_collator`` and ``processing_class``.
 
     Raises:
@@ -42,4 +45,4 @@ def fit(
         **options,
     )
     evaluated = {split: (rows[split], metrics[split]) for split in rows if split != "train"}
-    return train_and_save(run, trainer, fingerprints, evaluated)
+    return train_and_save(run, trainer, fingerprints, evaluated, on_saved)

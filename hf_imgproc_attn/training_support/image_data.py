@@ -53,15 +53,15 @@ def load_image_splits(args: ImageSourceArguments) -> ImageSplits:
     if args.dataset_name == EMBEDDED_IMAGES:
         refuse_config_name(args)
     rows = _digits() if args.dataset_name == EMBEDDED_IMAGES else load_splits(args, EMBEDDED_IMAGES)
-    rows, image_column = _find_images(rows, args.image_column_name)
+    rows, image_column = find_images(rows, args.image_column_name)
     labelled = label_splits(rows, args, "images")
     rows = labelled.rows
     return ImageSplits(
-        rows, labelled.labels, labelled.label_names, image_column, _native_size(rows["train"], image_column)
+        rows, labelled.labels, labelled.label_names, image_column, native_size(rows["train"], image_column)
     )
 
 
-def _native_size(rows: "Dataset", image_column: str) -> tuple[int, int]:
+def native_size(rows: "Dataset", image_column: str) -> tuple[int, int]:
     """(height, width) of the first image that can be opened, or 224 x 224 where it is large."""
     for index in range(len(rows)):
         try:
@@ -99,14 +99,26 @@ def _digits() -> dict[str, "Dataset"]:
     }
 
 
-def _find_images(rows: dict[str, "Dataset"], given: str | None) -> tuple[dict[str, "Dataset"], str]:
-    """The splits with their image column decoded as images, and its name."""
+def find_images(
+    rows: dict[str, "Dataset"], given: str | None, *, besides: str | None = None
+) -> tuple[dict[str, "Dataset"], str]:
+    """The splits with their image column decoded as images, and its name.
+
+    Args:
+        rows: the splits.
+        given: the column that the user named, None to detect it.
+        besides: a column of other pictures.
+
+    Raises:
+        UsageError: for a column that does not exist or holds no images, or if none or several may be meant.
+    """
     import datasets
 
     train = rows["train"]
     column = require_column(train, given, "image_column_name", "train")
     if column is None:
         candidates = [name for name, feature in train.features.items() if isinstance(feature, datasets.Image)]
+        candidates = [name for name in candidates if name != besides]
         # Encoded images without the library's metadata, as other programs write them to parquet.
         encoded = [name for name in ("image", "img") if name in train.column_names]
         column = choose_column(candidates or encoded, ("image", "img"), "image", "image_column_name", train)

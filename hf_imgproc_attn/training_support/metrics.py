@@ -54,6 +54,67 @@ class Perplexity(evaluate.Metric):
         return result
 
 
+class SegmentationScores(evaluate.Metric):
+    """Mean intersection over union, and the part of the pixels that have their class, both in [0, 1].
+
+    The union of a class is every pixel that has it or was given it, the intersection those of which both are true; the
+    mean is over the classes that have a union. Images are counted together, as the benchmarks of ADE20K do it.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Mean intersection over union of the classes, and accuracy of the pixels.",
+            citation="",
+            inputs_description="predictions: pixels of each pair (class, prediction), class by class, for each image",
+            features=datasets.Features(predictions=datasets.Sequence(datasets.Value("int64"))),
+        )
+
+    def _compute(self, predictions: Any) -> dict[str, float]:
+        total = np.sum(np.asarray(predictions, dtype=np.int64), axis=0)
+        return segmentation_scores(total.reshape(math.isqrt(len(total)), -1))
+
+
+def segmentation_scores(confusion: np.ndarray) -> dict[str, float]:
+    """``mean_iou`` and ``pixel_accuracy`` of pixels counted by class (rows) and prediction (columns); NaN of none."""
+    right = np.diag(confusion)
+    union = confusion.sum(0) + confusion.sum(1) - right
+    if not confusion.any():
+        return {"mean_iou": math.nan, "pixel_accuracy": math.nan}
+    each = right[union > 0] / union[union > 0]
+    return {"mean_iou": float(each.mean()), "pixel_accuracy": float(right.sum() / confusion.sum())}
+
+
+def count_pixels(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """``preprocess_logits_for_metrics`` of segmentation: how many pixels have a class and were given another.
+
+    Args:
+        logits: ``[images, classes, rows, columns]``, brought to the masks' size as in the loss.
+        labels: ``[images, height, width]``; what is no class does not count.
+
+    Returns:
+        ``[images, classes * classes]``, int64, class by class.
+    """
+    classes = logits.shape[1]
+    size = labels.shape[-2:]
+    full = torch.nn.functional.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+    pairs = labels * classes + full.argmax(1)
+    counted = (labels >= 0) & (labels < classes)
+    return torch.stack(
+        [torch.bincount(pair[use], minlength=classes**2) for pair, use in zip(pairs, counted, strict=True)]
+    )
+
+
+class SegmentationMetrics:
+    """``compute_metrics`` of segmentation after :func:`count_pixels`, batch by batch (``batch_eval_metrics``)."""
+
+    def __init__(self) -> None:
+        self.metric = SegmentationScores(keep_in_memory=True)
+
+    def __call__(self, prediction: "EvalPrediction", compute_result: bool = True) -> dict[str, float]:
+        self.metric.add_batch(predictions=np.asarray(torch.as_tensor(prediction.predictions).cpu()))
+        return (self.metric.compute() or {}) if compute_result else {}
+
+
 def classification_metrics(prediction: "EvalPrediction") -> dict[str, float]:
     """``compute_metrics`` of the image classifier: logits ``[images, classes]`` -> accuracy."""
     chosen = np.argmax(prediction.predictions, axis=-1)

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from hf_imgproc_attn.backbones import BERT, GPT2, OF_TASK, TASKS, VIT
+from hf_imgproc_attn.backbones import BERT, GPT2, OF_TASK, TASKS, VIT, Backbone, Head
 from hf_imgproc_attn.errors import UsageError, plain_message
-from hf_imgproc_attn.models.spec_fields import PRESETS
+from hf_imgproc_attn.models.spec_fields import FILTER_FIELDS, PRESETS
 from hf_imgproc_attn.training_support.argument_parser import check_override_names
 from hf_imgproc_attn.training_support.arguments import ModelArguments
 from hf_imgproc_attn.training_support.foreign_models import check_type, is_own, start_foreign
@@ -129,11 +129,11 @@ def build_image_classifier(
     labels = label_fields(label_names)
     if args.model_name_or_path is None:
         size = overrides.get("image_size", image_size[0] if image_size[0] == image_size[1] else list(image_size))
-        fields = {"image_size": size, "patch_size": default_patch_size(_pair(size)), **labels, **overrides}
+        fields = {"image_size": size, "patch_size": default_patch_size(pair(size)), **labels, **overrides}
         model = new_model("image-classification", args, fields)
     else:
         model = start_from("image-classification", args, overrides, labels)
-    return model, _image_processor(args.model_name_or_path, model.config)
+    return model, image_processor(args.model_name_or_path, model.config)
 
 
 def build_causal_lm(
@@ -274,7 +274,8 @@ def default_patch_size(image_size: tuple[int, int]) -> int:
     raise UsageError(f"patch_size must be given for images of {image_size[0]} x {image_size[1]} pixels: nothing fits")
 
 
-def _pair(size: Any) -> tuple[int, int]:
+def pair(size: Any) -> tuple[int, int]:
+    """Height and width of a field that is one number where they are equal."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
@@ -301,7 +302,32 @@ def new_model(task: str, args: ModelArguments, fields: dict[str, Any]) -> Any:
     model_class = row.our_class(row.head(TASKS[task].auto_class).variant)
     with _as_usage_errors("config_overrides"):
         config = row.our_class(row.config).from_preset(args.preset or "softmax", **{**row.new_model, **fields})
-        return model_class(config)
+        model = model_class(config)
+        if args.paired_start:
+            start_as_softmax(model)
+        return model
+
+
+def start_as_softmax(model: "PreTrainedModel") -> None:
+    """Give a new model the start of a new softmax model of its sizes, in every parameter of equal name and shape.
+
+    The random numbers begin anew with the seed that was set last, for the softmax model and for what follows: the
+    start of a variant does not depend on what it drew for parameters of its own. Two variants with the same further
+    parameters draw these alike too.
+
+    Args:
+        model: one of ours, just made.
+    """
+    import torch
+
+    sizes = {name: value for name, value in model.config.to_dict().items() if name not in FILTER_FIELDS}
+    seed = torch.initial_seed()
+    torch.manual_seed(seed)
+    start = type(model)(type(model.config).from_dict(sizes)).state_dict()
+    own = model.state_dict()
+    shared = {name: value for name, value in start.items() if name in own and own[name].shape == value.shape}
+    model.load_state_dict(shared, strict=False)
+    torch.manual_seed(seed)
 
 
 def start_from(
@@ -323,10 +349,8 @@ def start_from(
     from hf_imgproc_attn import convert
 
     row, name, head = OF_TASK[task], args.model_name_or_path, labels or {}
-    model_class, stock_class = (
-        row.our_class(row.head(TASKS[task].auto_class).variant),
-        row.stock_class(row.head(TASKS[task].auto_class).stock),
-    )
+    wanted = row.head(TASKS[task].auto_class)
+    model_class, stock_class = row.our_class(wanted.variant), row.stock_class(_stock_start(row, wanted))
     config_class, stock_type = row.our_class(row.config), row.name
     with _as_usage_errors(f"model_name_or_path {name!r}"):
         found = check_start(args, config_class.model_type)
@@ -337,13 +361,26 @@ def start_from(
         if found.model_type == stock_type:
             stock, report = stock_class.from_pretrained(name, **head, **options)
             _check_loaded(str(name), report["missing_keys"], report["mismatched_keys"])
-            return convert(stock, args.preset or "softmax", **overrides)
+            converted = convert(stock, args.preset or "softmax", **overrides)
+            return converted if wanted.stock else _with_new_head(converted, model_class)
         if args.preset is not None:
             _check_preset(args.preset, found)
         config = config_class.from_pretrained(name, **head, **overrides)
         model, report = model_class.from_pretrained(name, config=config, **options)
         _check_loaded(str(name), report["missing_keys"], report["mismatched_keys"], report["unexpected_keys"])
         return model
+
+
+def _stock_start(row: Backbone, head: Head) -> str:
+    """The stock class that a stock checkpoint is read as; where none has the head, any other of those with labels."""
+    return head.stock or next(str(other.stock) for other in row.heads if other.stock and other.measured)
+
+
+def _with_new_head(converted: Any, model_class: type[Any]) -> Any:
+    """The body of a model below the new head of another class."""
+    model = model_class(converted.config)
+    model.base_model.load_state_dict(converted.base_model.state_dict())
+    return model
 
 
 def _check_preset(preset: str, found: Any) -> None:
@@ -362,7 +399,7 @@ def _check_loaded(name: str, missing: Any, mismatched: Any, unexpected: Any = ()
     """Refuse a checkpoint of which anything but the classification head would start at random or be dropped."""
     keys = {*missing, *(entry[0] for entry in mismatched), *unexpected}
     # A pretrained text encoder may come with the head of its pretraining, and without the pooler of a classifier.
-    wrong = sorted(key for key in keys if not re.match(r"classifier\.|cls\.|(\w+\.)?pooler\.", key))
+    wrong = sorted(key for key in keys if not re.match(r"classifier\.|decode_head\.|cls\.|(\w+\.)?pooler\.", key))
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UsageError(
@@ -371,7 +408,16 @@ def _check_loaded(name: str, missing: Any, mismatched: Any, unexpected: Any = ()
         )
 
 
-def _image_processor(name: str | None, config: Any) -> "BaseImageProcessor":
+def image_processor(name: str | None, config: Any) -> "BaseImageProcessor":
+    """The image processor of a checkpoint where it has one, else a new one for a model's images.
+
+    Args:
+        name: of the checkpoint, or None for a new model.
+        config: of the model.
+
+    Raises:
+        UsageError: if it does not belong to a model with so many channels.
+    """
     from transformers import AutoImageProcessor
 
     from hf_imgproc_attn.conversion_files import fitting_processor, has_image_processor
@@ -380,7 +426,7 @@ def _image_processor(name: str | None, config: Any) -> "BaseImageProcessor":
     if name is not None and has_image_processor(name):
         with _as_usage_errors(f"the image processor of model_name_or_path {name!r}"):
             return fitting_processor(AutoImageProcessor.from_pretrained(name), getattr(config, "num_channels", 3))
-    return build_image_processor(_pair(config.image_size), config.num_channels)
+    return build_image_processor(pair(config.image_size), config.num_channels)
 
 
 @contextlib.contextmanager

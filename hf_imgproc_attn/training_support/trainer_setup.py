@@ -6,7 +6,7 @@ import shlex
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,11 +59,13 @@ class Result:
         output_dir: folder of the checkpoint and ``run.json``.
         metrics: split -> metric -> value.
         record: the content of ``run.json``.
+        trainer: with the trained model and the data.
     """
 
     output_dir: str
     metrics: dict[str, dict[str, float]]
     record: dict[str, Any]
+    trainer: "ScriptTrainer"
 
 
 def begin_run(task: str, arguments: Arguments[Any], defaults: dict[str, Any], *, embedded: bool) -> Run:
@@ -200,7 +202,13 @@ def adapt_to_data(run: Run, train_samples: int, has_validation: bool) -> None:
     args.eval_strategy = IntervalStrategy.NO
 
 
-def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, Any], splits: dict[str, Any]) -> Result:
+def train_and_save(
+    run: Run,
+    trainer: "ScriptTrainer",
+    fingerprints: dict[str, Any],
+    splits: dict[str, Any],
+    on_saved: Callable[[str], None] | None = None,
+) -> Result:
     """Train, save the final checkpoint, evaluate, and complete ``run.json``.
 
     Args:
@@ -208,12 +216,14 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
         trainer: ready to train.
         fingerprints: split -> fingerprint of the data.
         splits: split -> data set and ``compute_metrics`` of the final evaluation, in the order of the table.
+        on_saved: see :func:`.fitting.fit`.
 
     Raises:
         UsageError: if a run is resumed on other data, if the disk is full, or if publishing is refused.
     """
     from hf_imgproc_attn.filtered import recorded_config, recorded_filter
     from hf_imgproc_attn.models.any_filter import is_filtered
+    from hf_imgproc_attn.training_support.divergence import DivergenceStop, has_diverged
 
     main = trainer.is_world_process_zero()
     drop_last = bool(run.training_args.dataloader_drop_last)
@@ -233,6 +243,14 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
     }
     if is_filtered(model):
         run.record["applied_filter"] = recorded_filter(base_model(model))
+    options = run.arguments.run
+    if options.prepare_only:
+        return Result(run.training_args.output_dir, {}, run.record, trainer)
+    if not options.evaluate_test:
+        splits = {name: split for name, split in splits.items() if name != "test"}
+    if options.stop_diverged:
+        run.training_args.logging_nan_inf_filter = False
+        trainer.add_callback(DivergenceStop())
     if main:
         print(
             f"{type(model).__name__}: {model.num_parameters():,} parameters; output in {run.training_args.output_dir}"
@@ -253,7 +271,7 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
     if main:
         history = trainer.state.log_history
         run.record |= {
-            "status": "finished",
+            "status": "diverged" if options.stop_diverged and has_diverged(history) else "finished",
             "steps": trainer.state.global_step,
             "model_config": recorded_config(base_model(model)),
             "metrics": {"train": outcome.metrics, **metrics},
@@ -271,9 +289,11 @@ def train_and_save(run: Run, trainer: "ScriptTrainer", fingerprints: dict[str, A
         print(
             f"trained {trainer.state.global_step} steps in {seconds:.0f} s; checkpoint and run.json in {path.parent}"
         )
+        if on_saved is not None:
+            on_saved(run.training_args.output_dir)
         if run.training_args.push_to_hub:
             _publish(run.training_args, str(trainer.hub_model_id), run.record["arguments"]["run"]["license"])
-    return Result(run.training_args.output_dir, metrics, run.record)
+    return Result(run.training_args.output_dir, metrics, run.record, trainer)
 
 
 def _filters(run: Run, trainer: "ScriptTrainer") -> dict[str, Any] | None:

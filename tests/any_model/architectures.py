@@ -63,6 +63,22 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_hidden_layers": 4,
         },
     ),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        # Sharp weights have logits beyond the cap.
+        {**GROUPED, "sliding_window": WINDOW, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0},
+    ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        {
+            **GROUPED,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "experts_implementation": "eager",  # the other one is not for float64
+        },
+    ),
     "gpt_neox": ("GPTNeoXForCausalLM", TEXT),
     "opt": (
         "OPTForCausalLM",

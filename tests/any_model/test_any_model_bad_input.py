@@ -14,16 +14,12 @@ from transformers import (
     BloomModel,
     FalconConfig,
     FalconModel,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
     SegformerConfig,
     SegformerModel,
 )
 
 from hf_imgproc_attn import apply_filter, filtered_layers, remove_filter
-from tests.any_model.architectures import GROUPED, TEXT, build, inputs, output, text
+from tests.any_model.architectures import TEXT, build, inputs, output, text
 
 
 @pytest.mark.parametrize(
@@ -111,15 +107,16 @@ def test_models_outside_the_interface_are_refused(model_class: Any, config: Any)
 
 
 def test_terms_of_the_logits_that_are_not_understood_are_refused() -> None:
-    fields = {**GROUPED, "query_pre_attn_scalar": 8}
-    capped = Gemma2ForCausalLM(Gemma2Config(**fields)).eval()
-    apply_filter(capped, "twicing")
-    with pytest.raises(ValueError, match="model.layers.0.self_attn does not take softcap"):
-        capped(text())
-    sinks = GptOssForCausalLM(GptOssConfig(**GROUPED, num_local_experts=2, num_experts_per_tok=1)).eval()
-    apply_filter(sinks, "twicing")
-    with pytest.raises(ValueError, match="does not take s_aux: a learned sink"):
-        sinks(text())
+    model = apply_filter(build("llama"), "twicing")
+    with pytest.raises(ValueError, match=r"layers.0.self_attn does not take tilt: it is not known what it does"):
+        model(text(), tilt=torch.ones(4))
+
+
+@pytest.mark.parametrize(("name", "term"), [("gemma2", "softcap"), ("gpt_oss", "s_aux")])
+def test_other_kernels_have_no_soft_cap_and_no_sink(name: str, term: str) -> None:
+    model = apply_filter(build(name), "twicing", content_kernel="gaussian")
+    with pytest.raises(ValueError, match=f"does not take {term} with content_kernel='gaussian'"):
+        model(text())
 
 
 def test_attention_with_fewer_keys_than_queries_is_refused() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,8 +13,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationConfig, StaticCache
 
-from hf_imgproc_attn import apply_filter
+from hf_imgproc_attn import apply_filter, remove_filter
 from tests.any_model.architectures import DECODERS, build, inputs, padding, text
+from tests.models.test_gpt2_caches import ExactlyQuantisedLayer, FourBitLayer
 
 FILTERS: dict[str, dict[str, Any]] = {
     "twicing": {"preset": "twicing"},
@@ -43,108 +47,150 @@ def filtered(name: str, which: str, **changes: Any) -> nn.Module:
     return model
 
 
-def static(config: Any) -> Cache:
-    return StaticCache(config=config, max_cache_len=20)
-
-
-def dynamic(config: Any) -> Cache:
-    return DynamicCache(config=config)
-
+CACHES: dict[str, Callable[[Any], Cache]] = {
+    "dynamic": lambda config: DynamicCache(config=config),
+    "plain": lambda config: DynamicCache(),
+    "static": lambda config: StaticCache(config=config, max_cache_len=20),
+    "quantised": lambda config: Cache(layer_class_to_replicate=partial(ExactlyQuantisedLayer, residual_length=4)),
+}
 
 CHUNKS = {"token by token": [7, 1, 1, 1, 1, 1, 1, 1], "in chunks": [3, 5, 1, 4, 1], "prompt of one": [1] * 14}
 
 
-def decode(
-    model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, cache: Cache, chunks: list[int]
-) -> torch.Tensor:
+def possible(name: str, which: str) -> str:
+    """The filter, or twicing where the model's values or logits do not suit it."""
+    impossible = {"deepseek_v3": ("elliptical",), "gemma2": ("gaussian",), "gpt_oss": ("gaussian",)}
+    return "twicing" if which in impossible.get(name, ()) else which
+
+
+def decode(model: nn.Module, given: dict[str, torch.Tensor], cache: Cache, chunks: list[int]) -> torch.Tensor:
+    """Logits of a text that comes in chunks."""
     logits, start = [], 0
     with torch.no_grad():
         for size in chunks:
-            seen = slice(0, start + size)
-            options = {} if mask is None else {"attention_mask": mask[:, seen]}
-            given = ids[:, start : start + size]
-            logits.append(model(given, past_key_values=cache, use_cache=True, **options).logits)
+            part = {
+                name: x[:, : start + size] if name == "attention_mask" else x[:, start : start + size]
+                for name, x in given.items()
+            }
+            logits.append(model(**part, past_key_values=cache, use_cache=True).logits)
             start += size
     return torch.cat(logits, dim=1)
 
 
-def check(model: nn.Module, make_cache: Any, mask: torch.Tensor | None, chunks: list[int]) -> None:
+def given_text(padded: bool, own_places: bool) -> dict[str, torch.Tensor]:
+    """A text, perhaps with padding on the left, perhaps with places that leave it out."""
     ids = text()
+    mask = padding(ids, left=True) if padded else torch.ones_like(ids)
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    return {
+        "input_ids": ids,
+        **({"attention_mask": mask} if padded or own_places else {}),
+        **({"position_ids": places} if own_places else {}),
+    }
+
+
+@pytest.mark.grid(
+    name=DECODERS, which=FILTERS, cache=CACHES, chunks=CHUNKS, padded=[True, False], own_places=[False, True]
+)
+def test_every_filter_in_every_decoder_and_cache_decodes_exactly(
+    name: str, which: str, cache: str, chunks: str, padded: bool, own_places: bool
+) -> None:
+    model, given = filtered(name, possible(name, which)), given_text(padded, own_places)
     with torch.no_grad():
-        full = model(ids, attention_mask=mask, use_cache=False).logits
-    found = decode(model, ids, mask, make_cache(model.config), chunks)
-    visible = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    assert (found - full)[visible].abs().max() < 1e-12 * full.abs().max()
+        full = model(**given, use_cache=False).logits
+    found = decode(model, given, CACHES[cache](model.config), CHUNKS[chunks])
+    visible = given["attention_mask"].bool() if "attention_mask" in given else ...
+    assert (found - full)[visible].abs().max() < 1e-12 * full[visible].abs().max()
 
 
-@pytest.mark.parametrize("which", FILTERS)
-@pytest.mark.parametrize("make_cache", [dynamic, static])
-@pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_every_filter_decodes_exactly(name: str, make_cache: Any, which: str) -> None:
-    check(filtered(name, which), make_cache, padding(text(), left=True), CHUNKS["token by token"])
-
-
-@pytest.mark.parametrize("chunks", CHUNKS)
-@pytest.mark.parametrize("make_cache", [dynamic, static])
-@pytest.mark.parametrize("name", DECODERS)
-def test_every_decoder_decodes_exactly(name: str, make_cache: Any, chunks: str) -> None:
-    check(filtered(name, "twicing"), make_cache, None, CHUNKS[chunks])
-
-
+STATIC = {"cache_implementation": "static", "disable_compile": True}
+SAMPLED = {"do_sample": True, "num_return_sequences": 3}
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beams": {"num_beams": 3},
-    "several": {"do_sample": True, "num_return_sequences": 3},
-    "static": {"cache_implementation": "static", "disable_compile": True},
+    "sampled": SAMPLED,
+    "static": STATIC,
+    "static beams": {**STATIC, "num_beams": 3},
+    "static sampled": {**STATIC, **SAMPLED},
+    "chunked prefill": {"prefill_chunk_size": 4},
+    "static chunked prefill": {**STATIC, "prefill_chunk_size": 4},
+    "quantised": {},
     "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "filtered assistant": {},
+    "stock assistant": {},
 }
+"""Ways to generate: fields of a ``GenerationConfig``, and what the test makes of the name."""
+
+TEXT_MODELS = ("gpt2", "llama", "mistral", "gemma3", "qwen3", "gpt_neox", "deepseek_v3", "gemma2", "gpt_oss")
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "gemma3", "qwen3", "gpt_neox", "deepseek_v3"])
-def test_generation_gives_the_tokens_of_full_recomputation(name: str, mode: str) -> None:
-    model = filtered(name, "twicing")
-    batch = 1 if mode == "prompt lookup" else 2
-    ids = text(batch=batch, length=9)
-    mask = torch.ones_like(ids) if batch == 1 else padding(ids, left=True)
-    ids = ids.masked_fill(mask == 0, 0)
-    tokens = []
-    for cached in (True, False):
-        options = (
-            MODES[mode]
-            if cached
-            else {k: v for k, v in MODES[mode].items() if k in ("num_beams", "do_sample", "num_return_sequences")}
-        )
-        config = GenerationConfig(max_new_tokens=8, pad_token_id=0, eos_token_id=None, use_cache=cached, **options)
-        torch.manual_seed(0)
-        tokens.append(model.generate(ids, attention_mask=mask, generation_config=config))  # type: ignore[operator]
-    assert torch.equal(*tokens)
+def generate(model: Any, given: dict[str, torch.Tensor], options: dict[str, Any], **calls: Any) -> Any:
+    config = GenerationConfig(
+        max_new_tokens=8,
+        pad_token_id=0,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **options,
+    )
+    torch.manual_seed(0)
+    return model.generate(**given, generation_config=config, **calls)
 
 
+def assert_same(found: Any, wanted: Any) -> None:
+    """The same tokens, of the same logits."""
+    assert torch.equal(found.sequences, wanted.sequences)
+    for mine, theirs in zip(found.logits, wanted.logits, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)  # generation hands them out in single precision
+
+
+@pytest.mark.grid(name=TEXT_MODELS, mode=MODES, which=["twicing", "three steps", "alibi", "pid"])
+def test_generation_gives_the_tokens_of_full_recomputation(name: str, mode: str, which: str) -> None:
+    model = filtered(name, which)
+    alone = "assistant" in mode or mode == "prompt lookup"  # for one text at a time
+    given = {key: x[:, :9] for key, x in given_text(not alone, alone).items() if key != "position_ids"}
+    given = {key: x[:1] for key, x in given.items()} if alone else given
+    calls: dict[str, Any] = {}
+    if "assistant" in mode:
+        calls["assistant_model"] = build(name, seed=1)
+        if mode == "filtered assistant":
+            apply_filter(calls["assistant_model"], "sos")
+    if mode == "quantised":
+        calls["past_key_values"] = CACHES["quantised"](model.config)
+    same = {key: value for key, value in MODES[mode].items() if key in ("num_beams", *SAMPLED)}
+    wanted = generate(model, given, {"use_cache": False, **same})
+    assert_same(generate(model, given, MODES[mode], **calls), wanted)
+
+
+@pytest.mark.grid(
+    name=["bart", "t5"],
+    mode=["greedy", "beams", "sampled", "static", "static beams", "filtered assistant"],
+    which=["twicing", "three steps"],
+)
+def test_decoders_with_an_encoder_generate_what_they_do_without_a_cache(name: str, mode: str, which: str) -> None:
+    model, alone = filtered(name, which), mode == "filtered assistant"
+    given = {"input_ids": text(batch=1 if alone else 2, length=9)}
+    same = {key: value for key, value in MODES[mode].items() if key in ("num_beams", *SAMPLED)}
+    calls = {"assistant_model": filtered(name, "sos")} if alone else {}
+    wanted = generate(model, given, {"use_cache": False, **same})
+    assert_same(generate(model, given, MODES[mode], **calls), wanted)
+
+
+@pytest.mark.parametrize("mode", ["greedy", "static"])
 @pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_an_assistant_changes_no_token(name: str) -> None:
-    model, assistant = filtered(name, "twicing"), filtered(name, "twicing", num_hidden_layers=1)
-    ids = text(batch=1, length=9)
-    config = GenerationConfig(max_new_tokens=8, pad_token_id=0, eos_token_id=None)
-    wanted = model.generate(ids, generation_config=config)  # type: ignore[operator]
-    assert torch.equal(model.generate(ids, generation_config=config, assistant_model=assistant), wanted)  # type: ignore[operator]
+def test_generation_goes_on_with_the_returned_cache(name: str, mode: str) -> None:
+    model, given = filtered(name, "three steps"), {"input_ids": text(batch=1, length=9)}
+    first = generate(model, given, {**MODES[mode], **({"max_cache_len": 40} if mode == "static" else {})})
+    turn = {"input_ids": torch.cat((first.sequences, text(batch=1, length=3)), dim=1)}
+    second = generate(model, turn, {"disable_compile": True}, past_key_values=first.past_key_values)
+    assert_same(second, generate(model, turn, {"use_cache": False}))
 
 
-def test_generation_goes_on_with_the_returned_cache() -> None:
-    model, ids = filtered("llama", "twicing"), text(length=9)
-    config = GenerationConfig(max_new_tokens=4, pad_token_id=0, eos_token_id=None, return_dict_in_generate=True)
-    first = model.generate(ids, generation_config=config)  # type: ignore[operator]
-    turn = torch.cat((first.sequences, text(length=3)), dim=1)
-    second = model.generate(turn, past_key_values=first.past_key_values, generation_config=config)  # type: ignore[operator]
-    anew = model.generate(turn, generation_config=config)  # type: ignore[operator]
-    assert torch.equal(second.sequences, anew.sequences)
-
-
-@pytest.mark.parametrize("change", ["crop", "reorder", "repeat", "select", "reset"])
+@pytest.mark.parametrize("change", ["crop", "reorder", "repeat", "select", "reset", "copy"])
 def test_streams_follow_what_happens_to_the_cache(change: str) -> None:
     model, ids = filtered("llama", "three steps"), text()
     cache = DynamicCache(config=model.config)
-    decode(model, ids, None, cache, [9])
+    decode(model, {"input_ids": ids}, cache, [9])
     kept, rest = ids[:, :9], ids[:, 9:]
     if change == "crop":
         cache.crop(-3)
@@ -158,6 +204,9 @@ def test_streams_follow_what_happens_to_the_cache(change: str) -> None:
     elif change == "select":
         cache.batch_select_indices(torch.tensor([1]))
         kept, rest = kept[1:], rest[1:]
+    elif change == "copy":  # one prompt for several texts
+        cache, used = copy.deepcopy(cache), cache
+        decode(model, {"input_ids": rest.flip(1)}, used, [5])
     else:
         cache.reset()
         kept, rest = ids[:, :0], ids
@@ -168,44 +217,110 @@ def test_streams_follow_what_happens_to_the_cache(change: str) -> None:
     assert (found - full).abs().max() < 1e-12 * full.abs().max()
 
 
-@pytest.mark.parametrize("make_cache", [dynamic, static])
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", ["bart", "t5", "whisper"])
-def test_decoders_with_an_encoder_decode_exactly(name: str, make_cache: Any) -> None:
+def test_decoders_with_an_encoder_decode_exactly(name: str, cache: str) -> None:
     model, given = filtered(name, "twicing"), inputs(name)
     ids = given.pop("decoder_input_ids")
     with torch.no_grad():
         full = model(**given, decoder_input_ids=ids, use_cache=False).logits
         encoded = model.get_encoder()(**given)  # type: ignore[operator]
-        cache = EncoderDecoderCache(make_cache(model.config), DynamicCache(config=model.config))
+        both = EncoderDecoderCache(CACHES[cache](model.config), DynamicCache(config=model.config))
         steps = [
             model(
-                encoder_outputs=encoded, decoder_input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True
+                encoder_outputs=encoded, decoder_input_ids=ids[:, i : i + 1], past_key_values=both, use_cache=True
             ).logits
             for i in range(ids.shape[1])
         ]
     assert (torch.cat(steps, dim=1) - full).abs().max() < 1e-12 * full.abs().max()
 
 
-def test_a_cache_of_an_unfiltered_run_is_refused() -> None:
-    model, ids = build("llama"), text()
-    cache = DynamicCache(config=model.config)
-    decode(model, ids, None, cache, [9])
-    apply_filter(model, "twicing")
-    with pytest.raises(
-        ValueError, match=r"past_key_values holds tokens in layer 0 that were stored without the filter"
-    ):
-        decode(model, ids, None, cache, [5])
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_cache_of_an_unfiltered_run_is_refused(cache: str) -> None:
+    model, given = build("llama"), given_text(False, False)
+    filled = CACHES[cache](model.config)
+    decode(model, given, filled, [9])
+    apply_filter(model, "twicing", layers=[1])
+    with pytest.raises(ValueError, match=r"layer 1 that were stored without the filter"):
+        decode(model, given, filled, [5])
 
 
-def test_compiled_steps_with_a_static_cache_are_one_graph() -> None:
-    model, ids = filtered("llama", "twicing"), text()
-    counter = CompileCounter()
+def test_a_cache_of_another_filter_or_of_other_layers_is_refused() -> None:
+    given = given_text(False, False)
+    cache = DynamicCache()
+    decode(apply_filter(build("llama"), "twicing", layers=[0]), given, cache, [9])
+    with pytest.raises(ValueError, match=r"layer 0 that were stored with another filter \(.*twicing \(2\).*sos \(3\)"):
+        decode(apply_filter(build("llama"), "sos"), given, cache, [5])
+    with pytest.raises(ValueError, match=r"layer 1 that were stored without the filter"):
+        decode(apply_filter(build("llama"), "twicing"), given, cache, [5])
+
+
+def test_tokens_that_came_without_the_filter_are_noticed() -> None:
+    model, given, cache = apply_filter(build("llama"), "twicing"), given_text(False, False), DynamicCache()
+    decode(model, given, cache, [4])
+    decode(remove_filter(model), given, cache, [4])
+    with pytest.raises(ValueError, match=r"layer 0 that were stored without the filter"):
+        decode(apply_filter(model, "twicing"), given, cache, [4])
+
+
+def test_layers_without_rows_take_any_cache() -> None:
+    """A filter that keeps nothing beside keys and values goes on where the stock model was."""
+    model, given = build("llama"), given_text(False, False)
+    cache = DynamicCache()
+    decode(model, given, cache, [9])
+    apply_filter(model, content_kernel="gaussian", layers=[-1])
     with torch.no_grad():
-        full = model(ids, use_cache=False).logits
-        cache = static(model.config)
-        model(ids[:, :7], past_key_values=cache, use_cache=True)
-        step = torch.compile(model, backend=counter, fullgraph=True)
-        for i in range(7, 12):
-            logits = step(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits[:, 0]
-            assert (logits - full[:, i]).abs().max() < 1e-12
-    assert counter.frame_count == 1
+        full = model(**given, use_cache=False).logits[:, 9:]
+        found = model(given["input_ids"][:, 9:], past_key_values=cache).logits
+    assert (found - full).abs().max() < 1e-12 * full.abs().max()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_compiled_steps_with_a_static_cache_are_the_graphs_of_the_stock_model(name: str) -> None:
+    """One graph, compiled once; of a sliding cache as many as Transformers needs itself when its window fills."""
+    counts = []
+    for model in (build(name), filtered(name, "three steps")):
+        ids, counter = text(), CompileCounter()
+        torch._dynamo.reset()
+        with torch.no_grad():
+            full = model(ids, use_cache=False).logits
+            cache = CACHES["static"](model.config)
+            model(ids[:, :7], past_key_values=cache, use_cache=True)
+            step = torch.compile(model, backend=counter, fullgraph=True)
+            for i in range(7, 12):
+                logits = step(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits[:, 0]
+                assert (logits - full[:, i]).abs().max() < 1e-12
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[1]
+    assert name != "llama" or counts == [1, 1]
+
+
+def test_quantised_streams_cost_what_quantised_values_do() -> None:
+    """4 bits a number: whole streams beside quantised values would hardly be better."""
+    given = given_text(False, False)
+    errors = {}
+    for name, preset in (("stock", None), ("filtered", "twicing")):
+        model = build("llama")
+        if preset:
+            apply_filter(model, preset, layers=[-1])
+        with torch.no_grad():
+            full = model(**given, use_cache=False).logits
+        cache = Cache(layers=[FourBitLayer(residual_length=2) for _ in range(3)])
+        error = decode(model, given, cache, CHUNKS["token by token"]) - full
+        errors[name] = float(error.norm() / full.norm())
+    assert 0 < errors["filtered"] < 2 * errors["stock"] < 1, errors
+
+
+def test_continuous_batching_is_refused_before_it_begins() -> None:
+    model: Any = filtered("llama", "twicing")
+    for call in (
+        lambda: model.generate_batch([[3, 4, 5]]),
+        lambda: model.init_continuous_batching(),
+        lambda: model.generate(text(), cache_implementation="paged", max_new_tokens=1),
+    ):
+        with pytest.raises(ValueError, match=r"continuous batching keeps .* model.layers.0.self_attn: use generate"):
+            call()
+    whole: Any = build("llama")
+    apply_filter(whole.model, "twicing")
+    with pytest.raises(ValueError, match="continuous batching keeps its cache in pages"):
+        whole.generate_batch([[3, 4, 5]])

@@ -45,12 +45,16 @@ def dense_twicing(
     scaling: float | None = None,
     is_causal: bool | None = None,
     position_bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """(2A - A²) V where keys are the queries' own tokens, else A V: nothing but the formula."""
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     logits = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
     if position_bias is not None:
         logits = logits + position_bias
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -60,7 +64,9 @@ def dense_twicing(
         logits = logits.masked_fill(~attention_mask, float("-inf"))
     elif attention_mask is not None:
         logits = logits + attention_mask
-    matrix = logits.softmax(-1).nan_to_num(0.0)
+    if s_aux is not None:
+        logits = torch.cat((logits, s_aux.view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)), dim=-1)
+    matrix = logits.softmax(-1).nan_to_num(0.0)[..., : key.shape[-2]]
     matrix = 2 * matrix - matrix @ matrix if getattr(module, "filtered_by_test", False) else matrix
     return (matrix @ value).transpose(1, 2).contiguous(), None
 
@@ -69,9 +75,17 @@ AttentionInterface.register("dense_twicing_of_tests", dense_twicing)
 AttentionMaskInterface.register("dense_twicing_of_tests", sdpa_mask)
 
 
+def exact(name: str) -> nn.Module:
+    """A stock model whose attention is in float64: the eager one of Transformers is in single precision."""
+    model = build(name)
+    if not model._supports_sdpa:
+        model.set_attn_implementation("dense_twicing_of_tests")  # type: ignore[operator]
+    return model
+
+
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_every_architecture_computes_the_formula(name: str) -> None:
-    model, given = build(name), inputs(name, padded=True)
+    model, given = exact(name), inputs(name, padded=True)
     stock = output(model, given)
     assert stack_names(model) == STACKS.get(name, {next(iter(stack_names(model))): 3})
     apply_filter(model, "twicing")
@@ -90,7 +104,7 @@ def test_every_architecture_computes_the_formula(name: str) -> None:
 
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_a_learned_gain_starts_where_the_model_is_and_is_trained(name: str) -> None:
-    model, given = build(name), inputs(name)
+    model, given = exact(name), inputs(name)
     stock = output(model, given)
     apply_filter(model, "learned_twicing")
     gains = {key: value for key, value in model.named_parameters() if "imgproc_filter" in key}
@@ -186,6 +200,34 @@ def test_layers_without_a_filter_run_the_stock_function(monkeypatch: pytest.Monk
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", stock)
     output(model, inputs("llama"))
     assert seen == [model.model.layers[0].self_attn, model.model.layers[2].self_attn]  # type: ignore[union-attr,index]
+
+
+def everything_of(model: nn.Module) -> dict[str, Any]:
+    """What runs when a model does: modules, hooks, configurations and what lies on a module beside its parameters."""
+    return {
+        name: (
+            type(module),
+            type(module).forward,
+            len(module._forward_pre_hooks) + len(module._forward_hooks),
+            id(getattr(module, "config", None)),
+            sorted(key for key in vars(module) if not key.startswith("_")),
+        )
+        for name, module in model.named_modules()
+    }
+
+
+def test_layers_without_a_filter_cost_nothing() -> None:
+    """Neither before a filter, nor beside one, nor after it, is anything of them another thing."""
+    model = build("llama")
+    before, implementation = everything_of(model), model.config._attn_implementation  # type: ignore[union-attr]
+    apply_filter(model, "twicing", layers=[-1])
+    beside = everything_of(model)
+    changed = {name for name in beside if beside[name] != before.get(name)}
+    assert changed
+    assert all(name.startswith("model.layers.2.self_attn") for name in changed)
+    remove_filter(model)
+    assert everything_of(model) == before
+    assert model.config._attn_implementation == implementation == "sdpa"  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -21,6 +21,7 @@ from hf_imgproc_attn.models.spec_axes import (
     BOOSTINGS,
     CONTENT_KERNELS,
     FEEDBACKS,
+    GATES,
     MAX_BOOSTING_STEPS,
     POSITION_KERNELS,
     RESIDUALS,
@@ -36,6 +37,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "content_kernel": CONTENT_KERNELS,
     "residual": RESIDUALS,
     "feedback": FEEDBACKS,
+    "gate": GATES,
 }
 REFUSED_PAIRS: list[tuple[Fields, str]] = [
     (

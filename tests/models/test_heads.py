@@ -21,13 +21,21 @@ from hf_imgproc_attn.models.modeling_imgproc_gpt2 import (
 from hf_imgproc_attn.models.modeling_imgproc_vit import (
     ImgProcViTForImageClassification,
     ImgProcViTForMaskedImageModeling,
+    ImgProcViTForSemanticSegmentation,
 )
 from tests.models.helpers import sharpen_
 from tests.models.variants import gpt2_config, vit_config
 
 ROWS, LABELS = 8, 3
 KINDS = ("one", "many", "number", "numbers")
-LOSSES = ("causal", "token", "masked", *(f"text_{kind}" for kind in KINDS), *(f"image_{kind}" for kind in KINDS))
+LOSSES = (
+    "causal",
+    "token",
+    "masked",
+    "segmentation",
+    *(f"text_{kind}" for kind in KINDS),
+    *(f"image_{kind}" for kind in KINDS),
+)
 
 
 def labels_of(kind: str) -> list[torch.Tensor]:
@@ -65,6 +73,10 @@ def head(loss: str) -> tuple[Any, list[dict[str, torch.Tensor]]]:
             masks = [torch.randperm(16) < 6 for _ in range(ROWS)]
             rows = [{**row, "bool_masked_pos": mask} for row, mask in zip(pictures, masks, strict=True)]
             model = ImgProcViTForMaskedImageModeling(vision)
+        elif loss == "segmentation":
+            masks = [torch.randint(0, LABELS, (16, 16)) for _ in range(ROWS)]
+            rows = [{**row, "labels": mask} for row, mask in zip(pictures, masks, strict=True)]
+            model = ImgProcViTForSemanticSegmentation(vision)
         else:
             rows = [{**row, "labels": label} for row, label in zip(pictures, labels_of(kind), strict=True)]
             model = ImgProcViTForImageClassification(vision)

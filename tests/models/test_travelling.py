@@ -15,6 +15,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 
+from hf_imgproc_attn.models.image_processing_imgproc_segmentation import ImgProcSegmentationImageProcessor
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import (
     ImgProcGPT2ForSequenceClassification,
     ImgProcGPT2ForTokenClassification,
@@ -22,8 +23,10 @@ from hf_imgproc_attn.models.modeling_imgproc_gpt2 import (
     ImgProcGPT2Model,
 )
 from hf_imgproc_attn.models.modeling_imgproc_vit import (
+    ImgProcViTBackbone,
     ImgProcViTForImageClassification,
     ImgProcViTForMaskedImageModeling,
+    ImgProcViTForSemanticSegmentation,
     ImgProcViTModel,
 )
 from hf_imgproc_attn.models.spec_fields import PRESETS
@@ -43,6 +46,8 @@ VIT_AUTO_MAP = {
     "AutoModel": "modeling_imgproc_vit.ImgProcViTModel",
     "AutoModelForImageClassification": "modeling_imgproc_vit.ImgProcViTForImageClassification",
     "AutoModelForMaskedImageModeling": "modeling_imgproc_vit.ImgProcViTForMaskedImageModeling",
+    "AutoModelForSemanticSegmentation": "modeling_imgproc_vit.ImgProcViTForSemanticSegmentation",
+    "AutoBackbone": "modeling_imgproc_vit.ImgProcViTBackbone",
 }
 GPT2_CLASSES = {
     "base": ImgProcGPT2Model,
@@ -54,13 +59,17 @@ VIT_CLASSES = {
     "base": ImgProcViTModel,
     "classifier": ImgProcViTForImageClassification,
     "masked": ImgProcViTForMaskedImageModeling,
+    "segmenter": ImgProcViTForSemanticSegmentation,
+    "backbone": ImgProcViTBackbone,
 }
 SQUARE = {"image_size": 12, "num_channels": 3, "id2label": {0: "cat", 1: "dog", 2: "eel"}}
 
 # Every class and preset, and a model in which every layer differs, the bare ones in several files.
 CASES = [f"gpt2_{name}_{preset}" for name in GPT2_CLASSES for preset in PRESETS]
-CASES += [f"vit_{name}_{preset}" for name in VIT_CLASSES for preset in PRESETS]
+CASES += [f"vit_{name}_{preset}" for name in ("base", "classifier", "masked") for preset in PRESETS]
 CASES += ["gpt2_base_mixed", "gpt2_lm_mixed", "vit_base_mixed", "vit_classifier_mixed"]
+# A head on patches adds nothing that depends on the preset.
+CASES += ["vit_segmenter_bilateral", "vit_segmenter_mixed", "vit_backbone_twicing"]
 
 
 def build(case: str) -> Any:
@@ -86,16 +95,18 @@ def save(case: str, folder: Path) -> None:
         expected["inputs"] = {"input_ids": token_ids()}
     else:
         save_picture(folder)
-        processor = ViTImageProcessorPil(size={"height": 12, "width": 12}, image_mean=[0.4] * 3, image_std=[0.3] * 3)
+        kind = ImgProcSegmentationImageProcessor if "_segmenter_" in case else ViTImageProcessorPil
+        processor = kind(size={"height": 12, "width": 12}, image_mean=[0.4] * 3, image_std=[0.3] * 3)
         processor.save_pretrained(folder)
         expected["inputs"] = dict(processor(Image.open(folder / "picture.png"), return_tensors="pt"))
     model.save_pretrained(folder, **({"max_shard_size": "6KB"} if case.endswith("base_mixed") else {}))
     with torch.no_grad():
         output = model(**expected["inputs"])
-        expected["hidden"] = model.base_model(**expected["inputs"]).last_hidden_state
-        expected["output"] = output[
-            next(name for name in ("logits", "reconstruction", "last_hidden_state") if name in output)
-        ]
+        expected["hidden"] = first_of(model.base_model(**expected["inputs"]))
+        expected["output"] = first_of(output)
+        if "_segmenter_" in case:
+            found = processor.post_process_semantic_segmentation(output, target_sizes=[(16, 10)])
+            expected["labels"] = found[0].tolist()
         if "_lm_" in case:
             words = tokenizer()
             words.save_pretrained(folder)
@@ -107,6 +118,13 @@ def save(case: str, folder: Path) -> None:
             probabilities = output.logits[0].softmax(-1).tolist()
             expected["probabilities"] = {model.config.id2label[label]: p for label, p in enumerate(probabilities)}
     torch.save(expected, folder / "expected.pt")
+
+
+def first_of(output: Any) -> torch.Tensor:
+    """What a model computes, whatever its head."""
+    names = ("logits", "reconstruction", "last_hidden_state", "feature_maps")
+    found = output[next(name for name in names if name in output)]
+    return found[-1] if isinstance(found, tuple) else found
 
 
 def save_picture(folder: Path) -> None:
@@ -173,7 +191,9 @@ def test_checkpoints_load_in_other_processes(case: str, mode: str, travelled: An
     assert not failed, "\n".join(f"{name}:\n{text}" for name, text in failed.items())
     auto_classes = set(GPT2_AUTO_MAP if case.startswith("gpt2") else VIT_AUTO_MAP)
     checks = {"config", "processors", "tune" if mode == "remote" else "tuned"}
-    checks |= {"pipeline"} if "_lm_" in case or "_classifier_" in case else set()
+    checks |= {"pipeline"} if any(f"_{name}_" in case for name in ("lm", "classifier", "segmenter")) else set()
+    if case.split("_")[1] in ("base", "masked"):
+        auto_classes -= {"AutoModelForSemanticSegmentation", "AutoBackbone"}  # asked of the others
     assert {name.split()[1] for name in report} >= auto_classes | checks
 
 
@@ -189,7 +209,8 @@ def test_tuned_folders_travel_on(case: str, travelled: Any) -> None:
     folder, original = travelled[0] / "tuned" / case, travelled[0] / "saved" / case
     texts = [json.loads((path / "config.json").read_text()) for path in (folder, original)]
     assert texts[0]["auto_map"] == texts[1]["auto_map"]
-    assert {path.name for path in folder.glob("*.py")} == {path.name for path in original.glob("*.py")}
+    code = {path.name for path in original.glob("*.py")} - {path.name for path in original.glob("image_processing_*")}
+    assert {path.name for path in folder.glob("*.py")} == code
     for path in folder.glob("*.py"):
         assert path.read_text() == (original / path.name).read_text()
 

@@ -94,7 +94,7 @@ def build_model(shape: LayerShape, preset: str | None) -> tuple[Any, dict[str, t
         inputs = {"pixel_values": torch.randn(shape.batch, 3, 4 * side, 4 * side)}
     head = row.head("AutoModel")
     if preset is None:
-        return row.stock_class(head.stock)(row.stock_class(row.stock_config)(**fields)), inputs
+        return row.stock_class(str(head.stock))(row.stock_class(row.stock_config)(**fields)), inputs
     return row.our_class(head.variant)(row.our_class(row.config).from_preset(preset, **fields)), inputs
 
 

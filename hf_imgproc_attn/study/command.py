@@ -1,0 +1,98 @@
+"""``imgproc-attn study`` on the command line."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError, require_extras
+from ..output_paths import check_output_folder
+
+if TYPE_CHECKING:
+    from .ledger import Ledger
+    from .plan import Study
+
+
+def add_command(commands: Any) -> None:
+    """Add the sub-command to the parser of ``imgproc-attn``."""
+    command = commands.add_parser(
+        "study",
+        help="train variants with several seeds and compare them, with intervals",
+        description="Train every variant of a study with every seed on every task, from one start and in one order of "
+        "batches, and write a table with intervals. One file a run is kept in the ledger; the same command goes on "
+        "after it was stopped, however that was.",
+    )
+    command.add_argument("study", type=Path, metavar="STUDY.yaml", help="what is compared (docs/study.md)")
+    command.add_argument(
+        "--ledger", type=Path, metavar="DIR", help="folder of the results (default: outputs/study/NAME)"
+    )
+    command.add_argument("--report", action="store_true", help="train nothing; write the table of what the ledger has")
+    command.add_argument(
+        "--budget", type=float, metavar="MINUTES", help="begin no run that would not end in this time"
+    )
+    command.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side (default: %(default)s)")
+    command.add_argument(
+        "--threads", type=int, default=1, metavar="N", help="CPU threads of a run (default: %(default)s)"
+    )
+    command.add_argument("--shard", default="1/1", metavar="i/n", help="do only each n-th run, from the i-th on")
+    command.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="TASK.OPTION=VALUE",
+        help="where data lie on this machine: dataset_name, dataset_config_name or tokenizer_name of a task",
+    )
+    command.set_defaults(run_command=run_command)
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """``imgproc-attn study``."""
+    from .driver import Engine, InThisProcess, parse_shard, run_study
+    from .engines import Workers
+    from .ledger import HEADER, Ledger
+
+    require_extras("train", "study")
+    shard = parse_shard(options.shard)
+    for name in ("jobs", "threads", "budget"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise UsageError(f"--{name} must be > 0, got {value}")
+    from .study_file import read_study
+
+    study = read_study(options.study, options.data)
+    folder = check_output_folder(options.ledger or Path("outputs/study") / study.name, "ledger")
+    ledger = Ledger(folder)
+    import torch
+
+    from .run import be_quiet
+
+    be_quiet()
+    torch.set_num_threads(options.threads)  # small models gain nothing from a second one
+    if options.report:
+        if not (folder / HEADER).is_file():
+            raise UsageError(f"ledger must be the folder of a study, got {str(folder)!r}, which has no {HEADER}")
+        ledger.open(study)
+        return _show(study, ledger)
+    engine: Engine = InThisProcess(study, ledger)
+    if options.jobs > 1:
+        engine = Workers(options.study, options.data, folder, options.jobs, options.threads)
+    study, progress = run_study(
+        study,
+        ledger,
+        engine,
+        budget_minutes=options.budget,
+        shard=shard,
+        side_by_side=options.jobs,
+    )
+    _show(study, ledger)
+    return 1 if progress.errors else 0
+
+
+def _show(study: Study, ledger: Ledger) -> int:
+    """Write the report and print its tables."""
+    from .report import plain_text, report_paths, write_report
+
+    tables = write_report(study, ledger)
+    print(f"\n{plain_text(tables)}\n\n{report_paths(ledger.folder)}" if tables else "no run has ended yet")
+    return 0
