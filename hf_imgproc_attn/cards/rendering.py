@@ -153,6 +153,7 @@ def render_card(
         papers=[PAPERS[name].reference for name in sources],
         start=record["arguments"]["model"].get("model_name_or_path"),
         dataset=facts.dataset_title(record),
+        sequence=facts.example_sequence(record),
         splits=facts.split_table(record),
         command=facts.command(record),
         git=record.get("git"),
