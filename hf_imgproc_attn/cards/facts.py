@@ -52,6 +52,7 @@ _MODEL_FIELDS = (
 _LAYER_FACTS = ("stack", "layer", "content", "positions", "boosting", "feedback", "parameters")
 _ADAPTER_OPTIONS = ("rank", "alpha", "dropout", "targets")
 _DATA_OPTIONS = (
+    ("dataset_revision", "revision of the data set"),
     ("random_crop_padding", "random crop, padding (pixels)"),
     ("horizontal_flip", "random mirror image"),
     ("random_scale", "random enlarging or shrinking, at most by the factor (1: none)"),

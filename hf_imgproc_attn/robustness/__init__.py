@@ -12,6 +12,8 @@ What other code calls, for any image classifier, causal language model or text c
   The dictionary is plain JSON: ``report["results"]`` is a list of ``{"family", "disturbance", "parameters", "seed",
   "metric", "value", "samples", "unit", "correct"}``, clean first (:mod:`.images`), ``report["errors"]`` has the mean
   errors of the corruptions, ``report["masking"]`` signs of masked gradients in words.
+- ``evaluate_text_robustness(model, tokenizer, texts, settings, labels=None) -> dict``: the same for lines of text and
+  a causal language model, or for texts with ``labels`` and a text classifier (:mod:`.texts`).
 - ``mean_corruption_error(report["results"], baseline["results"]) -> dict``: against a baseline (:mod:`.scores`).
 - ``unpack_bits(result["correct"], result["samples"])``: which images were right, for paired comparisons.
 
@@ -30,16 +32,25 @@ if TYPE_CHECKING:
     from .scores import mean_corruption_error as mean_corruption_error
     from .settings import ImageSettings as ImageSettings
     from .settings import TextSettings as TextSettings
+    from .texts import evaluate_text_robustness as evaluate_text_robustness
 
 _HOME = {
     "ImageSettings": "settings",
     "TextSettings": "settings",
     "evaluate_robustness": "images",
+    "evaluate_text_robustness": "texts",
     "mean_corruption_error": "scores",
     "unpack_bits": "classifier",
 }
 
-__all__ = ["ImageSettings", "TextSettings", "evaluate_robustness", "mean_corruption_error", "unpack_bits"]
+__all__ = [
+    "ImageSettings",
+    "TextSettings",
+    "evaluate_robustness",
+    "evaluate_text_robustness",
+    "mean_corruption_error",
+    "unpack_bits",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,56 +1,47 @@
-"""The work of ``imgproc-attn robustness``: load a checkpoint and data, measure, keep what is known, write it."""
+"""The work of ``imgproc-attn robustness``: measure a checkpoint, keep what is known, write and show it."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from ..errors import UsageError, plain_message, refuse_missing_path, require_extras
+from ..errors import UsageError, refuse_missing_path, require_extras
 from ..output_paths import check_new_files, check_output_folder, write_or_keep
 from ..records import device_description, git_state, package_versions, write_json
-from ..training_support.arguments import ImageDataArguments
 from . import report
-from .settings import STANDARD_CORRUPTIONS, ImageSettings, as_plain
-
-if TYPE_CHECKING:
-    import torch
+from .loading import IMAGES, LABELLED_TEXTS, Data, Subject, load_subject, task_of
+from .settings import STANDARD_CORRUPTIONS, ImageSettings, TextSettings, as_plain
 
 RECORD, TABLES, FIGURE = "robustness.json", "robustness.md", "robustness.png"
 PACKAGES = ("adversarial-robustness-toolbox", "opencv-python-headless", "scikit-image", "scipy", "pillow")
 """What the values depend on beside the packages that every record names."""
 
 
-class Data(NamedTuple):
-    """Which rows are used; None: as the checkpoint's run, or detected."""
+class Settings(NamedTuple):
+    """What is measured of a checkpoint, by its kind.
 
-    dataset_name: str | None = None
-    dataset_config_name: str | None = None
-    image_column_name: str | None = None
-    label_column_name: str | None = None
-    split: str | None = None
-    max_samples: int = 500
+    Attributes:
+        images: of an image classifier.
+        texts: of a model of texts.
+        given: options of images, and options of texts, that the user gave: those of the other kind are refused.
+        block_size: tokens that a model of texts reads at once.
+    """
 
-
-class _Subject(NamedTuple):
-    """A loaded checkpoint and the images for it."""
-
-    model: Any
-    processor: Any
-    images: torch.Tensor
-    labels: torch.Tensor
-    identity: dict[str, Any]
+    images: ImageSettings = ImageSettings()
+    texts: TextSettings = TextSettings()
+    given: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    block_size: int | None = None
 
 
 def run(
     checkpoint: str,
     data: Data,
-    settings: ImageSettings,
+    settings: Settings,
     *,
     baseline: str | None = None,
     device: str | None = None,
@@ -62,10 +53,10 @@ def run(
     """Measure a checkpoint and write its record, tables and figure.
 
     Args:
-        checkpoint: a folder or a Hub name of an image classifier.
+        checkpoint: a folder or a Hub name of an image classifier, a causal language model or a text classifier.
         data: which rows.
         settings: what is measured.
-        baseline: another checkpoint, or the folder or file of its results, for the mean corruption error.
+        baseline: another image classifier, or the folder or file of its results, for the mean corruption error.
         device: ``cpu`` or ``cuda``; None: cuda where there is one.
         output: a folder, made if missing; the record in it is written after every measurement.
         resume: go on with an earlier call's measurements, which must be the same.
@@ -78,55 +69,71 @@ def run(
     Raises:
         UsageError: for a checkpoint, data or settings that do not fit, or results that are there already.
     """
-    require_extras("train", "robustness", "viz")
+    require_extras("train", "viz")
     for option, name in (("checkpoint", checkpoint), ("baseline", baseline), ("dataset_name", data.dataset_name)):
         refuse_missing_path(option, name)
     folder = check_output_folder(output)
     if not resume:
         check_new_files([folder / name for name in (RECORD, TABLES, FIGURE)], force)
     earlier = _read_record(folder / RECORD, "--resume") if resume else None
-    show = show or _to_standard_error
-    if baseline is not None and not settings.corruptions:
-        raise UsageError("a baseline is for the mean corruption error, which needs corruptions, got none")
-    subject = _load(checkpoint, data, device)
-    other = None if baseline is None else _load_baseline(baseline, data, settings, device, subject)
-    identity = {**subject.identity, "settings": as_plain(settings), "baseline": baseline}
+    task = task_of(checkpoint)
+    chosen = _settings_for(task, settings, baseline)
+    subject = load_subject(checkpoint, task, data, device, settings.block_size)
+    other = None if baseline is None else _load_baseline(baseline, data, settings.images, device, subject)
+    identity = {**subject.identity, "settings": as_plain(chosen), "baseline": baseline}
+    if settings.block_size is not None:
+        identity["settings"]["block_size"] = settings.block_size
     record = _begin(checkpoint, identity, subject, earlier)
-    keep = _Keeper(folder / RECORD, record, show)
-    from .images import count_measurements
-    from .scores import mean_corruption_error
-
-    only_corrupted = dataclasses.replace(settings, attacks=(), sigmas=())
-    keep.total = count_measurements(settings)
-    if isinstance(other, _Subject):
-        keep.total += count_measurements(only_corrupted)
-    found = _measure(subject, settings, record["results"], keep)
+    keep = _Keeper(folder / RECORD, record, show or _to_standard_error)
+    only_corrupted = dataclasses.replace(settings.images, attacks=(), sigmas=())
+    keep.total = _count(chosen, task)
+    if isinstance(other, Subject):
+        keep.total += _count(only_corrupted, task)
+    found = _measure(subject, chosen, record["results"], keep)
     record |= {name: value for name, value in found.items() if name not in ("settings", "seconds")}
     if baseline is not None and other is not None:
+        from .scores import mean_corruption_error
+
         about = record.setdefault("baseline", {"name": _public_name(baseline), "results": []})
-        if isinstance(other, _Subject):
+        if isinstance(other, Subject):
             other = _measure(other, only_corrupted, about["results"], keep)["results"]
         about["results"] = other
         record["mean_corruption_error"] = mean_corruption_error(record["results"], other)
-    if "frost" not in settings.corruptions and len(settings.corruptions) >= len(STANDARD_CORRUPTIONS) - 1:
+    corruptions = settings.images.corruptions
+    if task == IMAGES and "frost" not in corruptions and len(corruptions) >= len(STANDARD_CORRUPTIONS) - 1:
         record["left_out"] = {"frost": "which needs photographs (frost_pictures)"}
     record |= {"status": "finished", "seconds": record["seconds"] + keep.seconds}
     write_or_keep(folder, lambda place: _write(place, record))
     return record
 
 
-def _measure(subject: _Subject, settings: ImageSettings, known: list[Any], keep: _Keeper) -> dict[str, Any]:
-    from .images import evaluate_robustness
+def _settings_for(task: str, settings: Settings, baseline: str | None) -> ImageSettings | TextSettings:
+    """The settings of the task, when none of the other kind were given."""
+    of_images, of_texts = settings.given
+    foreign = of_texts if task == IMAGES else of_images
+    if foreign:
+        raise UsageError(f"{foreign[0]} is not used with a checkpoint for {task}")
+    if baseline is not None and (task != IMAGES or not settings.images.corruptions):
+        got = "got none" if task == IMAGES else f"got a checkpoint for {task}"
+        raise UsageError(f"a baseline is for the mean corruption error, which needs corruptions of images, {got}")
+    if task != IMAGES:
+        return settings.texts
+    require_extras("robustness")
+    return settings.images
 
-    return evaluate_robustness(
-        subject.model,
-        subject.processor,
-        subject.images,
-        subject.labels,
-        settings,
-        done=list(known),
-        on_result=lambda result: keep(known, result),
-    )
+
+def _count(settings: ImageSettings | TextSettings, task: str) -> int:
+    from . import images, texts
+
+    if isinstance(settings, TextSettings):
+        return texts.count_measurements(settings, is_classifier=task == LABELLED_TEXTS)
+    return images.count_measurements(settings)
+
+
+def _measure(
+    subject: Subject, settings: ImageSettings | TextSettings, known: list[Any], keep: _Keeper
+) -> dict[str, Any]:
+    return subject.evaluate(settings=settings, done=list(known), on_result=lambda result: keep(known, result))
 
 
 class _Keeper:
@@ -151,9 +158,10 @@ class _Keeper:
         now, number = time.perf_counter(), self._known + self._measured
         left = (self.total - number) * self.seconds / self._measured
         parameters = "".join(f", {name} {_short(value)}" for name, value in result["parameters"].items())
-        value = f"{100 * result['value']:.1f} %" if result["metric"] == "accuracy" else f"{result['value']:.2f}"
+        metric, value = result["metric"].replace("_", " "), result["value"]
+        shown = f"{100 * value:.1f} %" if metric == "accuracy" else f"{metric} {value:.2f}"
         self.show(
-            f"[{number}/{self.total}] {result['disturbance']}{parameters}: {value} ({now - self._before:.1f} s, about "
+            f"[{number}/{self.total}] {result['disturbance']}{parameters}: {shown} ({now - self._before:.1f} s, about "
             f"{left:.0f} s left)"
         )
         self._before = now
@@ -163,115 +171,21 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _load(checkpoint: str, data: Data, device: str | None) -> _Subject:
-    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
-
-    import hf_imgproc_attn  # noqa: F401  # registers our model types
-
-    place = _device(device)
-    try:
-        config = AutoConfig.from_pretrained(checkpoint)
-        if not any("ForImageClassification" in name for name in config.architectures or ()):
-            raise UsageError(
-                f"checkpoint must be an image classifier, got {checkpoint!r} with {config.architectures or 'no head'}"
-            )
-        model = AutoModelForImageClassification.from_pretrained(checkpoint).to(place)
-        processor = AutoImageProcessor.from_pretrained(checkpoint)
-    except UsageError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UsageError(f"checkpoint {checkpoint!r} cannot be loaded: {plain_message(error)}") from error
-    arguments, split = _data_arguments(checkpoint, data)
-    images, labels, fingerprint = _load_images(arguments, split, processor, model.config)
-    identity = {
-        "weights_sha256": _digest_of(model),
-        "data": {"dataset_name": arguments.dataset_name, "split": fingerprint.pop("split"), **fingerprint},
-    }
-    return _Subject(model, processor, images, labels, identity)
-
-
-def _data_arguments(checkpoint: str, data: Data) -> tuple[ImageDataArguments, str | None]:
-    """The options of the data: those given, else those of the run that made the checkpoint, else the embedded ones."""
-    given = {name: value for name, value in data._asdict().items() if value is not None}
-    split, limit = given.pop("split", None), given.pop("max_samples")
-    path = Path(checkpoint) / "run.json"
-    options: dict[str, Any] = {}
-    if data.dataset_name is None and path.is_file():
-        try:
-            options = dict(json.loads(path.read_text(encoding="utf-8"))["arguments"]["data"])
-            ImageDataArguments(**options)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"{str(path)!r} does not name data in a way that can be read ({plain_message(error)}): give "
-                "--dataset_name"
-            ) from error
-    return ImageDataArguments(**{**options, **given, "max_eval_samples": limit}), split
-
-
-def _load_images(
-    arguments: ImageDataArguments, split: str | None, processor: Any, config: Any
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """Images of the size that the model takes, their labels as the model counts them, and what they are."""
-    import torch
-
-    from ..training_support.image_data import load_image_splits
-    from ..training_support.image_pixels import load_pixels
-    from .classifier import unit_images
-
-    splits = load_image_splits(arguments)
-    name = split or ("test" if "test" in splits.rows else "validation")
-    if name not in splits.rows:
-        raise UsageError(
-            f"split must be one that the data set {arguments.dataset_name!r} has ({', '.join(splits.rows)}) and that "
-            f"is not trained on, got {name!r}"
-        )
-    only = dataclasses.replace(splits, rows={name: splits.rows[name]}, labels={name: splits.labels[name]})
-    dataset = load_pixels(only, processor, arguments, 0)[name]
-    images, labels = unit_images(dataset)
-    own = {str(label): index for index, label in config.id2label.items()}
-    if set(own) == set(splits.label_names) and len(own) == config.num_labels:  # the same classes in another order
-        labels = torch.tensor([int(own[splits.label_names[label]]) for label in labels.tolist()])
-    return images, labels, {"split": name, **dataset.fingerprint}
-
-
-def _device(name: str | None) -> torch.device:
-    import torch
-
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device must be cpu or cuda, got {name!r}: {plain_message(error)}") from error
-    return device
-
-
-def _digest_of(model: Any) -> str:
-    """SHA-256 over all weights of a model, wherever it came from."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _begin(
-    checkpoint: str, identity: dict[str, Any], subject: _Subject, earlier: dict[str, Any] | None
+    checkpoint: str, identity: dict[str, Any], subject: Subject, earlier: dict[str, Any] | None
 ) -> dict[str, Any]:
     """A new record, or the earlier one where it is of the same measurements."""
     record: dict[str, Any] = {
         "format": 1,
         "status": "running",
         "checkpoint": _public_name(checkpoint),
+        "task": subject.task,
         "identity": identity,
         "results": [],
         "seconds": 0.0,
         "versions": package_versions(*PACKAGES),
         "git": git_state(),
-        "device": device_description(subject.model.device, processes=1),
+        "device": device_description(subject.device, processes=1),
     }
     if earlier is None:
         return record
@@ -306,13 +220,15 @@ def _is_record(baseline: str) -> bool:
 
 
 def _load_baseline(
-    baseline: str, data: Data, settings: ImageSettings, device: str | None, subject: _Subject
-) -> _Subject | list[Any]:
+    baseline: str, data: Data, settings: ImageSettings, device: str | None, subject: Subject
+) -> Subject | list[Any]:
     """The results of a baseline that was measured on the same rows, or the baseline, to be measured on them."""
     about = subject.identity["data"]
     if not _is_record(baseline):
         given = data._replace(dataset_name=about["dataset_name"], split=about["split"])
-        return _load(baseline, given, device)
+        if task_of(baseline) != IMAGES:
+            raise UsageError(f"baseline must be an image classifier, got {baseline!r}")
+        return load_subject(baseline, IMAGES, given, device)
     path = Path(baseline)
     other = _read_record(path if path.suffix == ".json" else path / RECORD, "baseline")
     for name, value in (("seed", settings.seed), ("table", settings.table)):

@@ -9,7 +9,10 @@ from .settings import in_grey_levels
 
 Record = dict[str, Any]
 
-_PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442")
+_PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
+
+
+_METRICS = {"accuracy": "Accuracy in %", "perplexity": "Perplexity a token", "word_perplexity": "Perplexity a word"}
 
 
 class Table(NamedTuple):
@@ -20,13 +23,13 @@ class Table(NamedTuple):
 
 
 def tables(record: Record) -> list[Table]:
-    """The tables of a record: what is measured by itself, corruptions against severity, attacks against ε."""
+    """The tables of a record: single values, corruptions by severity, attacks by ε, changes of texts by their part."""
     results = record["results"]
-    found = [_single(results)]
+    found = [_single(results), *_texts(results)]
     if corrupted := [result for result in results if result["family"] == "corruption"]:
         found.append(_corruptions(record, corrupted))
     if attacked := [result for result in results if result["family"] == "attack"]:
-        found.append(_attacks(attacked))
+        found.append(_attacks(results, attacked))
     return [table for table in found if len(table.rows) > 1]
 
 
@@ -59,8 +62,8 @@ def save_figure(record: Record, path: str | Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    panels = [panel for panel in (_severity_panel, _epsilon_panel) if panel(record, None)]
-    figure = Figure(figsize=(6.4 * max(len(panels), 1), 4.4), layout="constrained")
+    panels = [panel for panel in (_severity_panel, _epsilon_panel, _text_panel) if panel(record, None)]
+    figure = Figure(figsize=(7 * max(len(panels), 1), 4.6), layout="constrained")
     for place, panel in enumerate(panels, start=1):
         panel(record, figure.add_subplot(1, len(panels), place))
     figure.suptitle(record["checkpoint"])
@@ -70,7 +73,7 @@ def save_figure(record: Record, path: str | Path) -> None:
 def _single(results: list[Record]) -> Table:
     rows = [["disturbance", "measure", "value", "samples"]]
     for result in results:
-        if result["family"] not in ("corruption", "attack"):
+        if result["family"] in ("clean", "noise"):
             name = ", ".join([result["disturbance"], *(f"{k} {v:g}" for k, v in result["parameters"].items())])
             rows.append([name, result["metric"].replace("_", " "), _value(result), f"{result['samples']:,}"])
     return Table("Results", rows)
@@ -82,6 +85,25 @@ def _value(result: Record) -> str:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _texts(results: list[Record]) -> list[Table]:
+    """A table a metric."""
+    changed = [result for result in results if "fraction" in result["parameters"]]
+    parts = sorted({result["parameters"]["fraction"] for result in changed})
+    names = list(dict.fromkeys(result["disturbance"] for result in changed))
+    found = []
+    for metric in dict.fromkeys(result["metric"] for result in changed):
+        (clean,) = [_value(result) for result in results if result["family"] == "clean" and result["metric"] == metric]
+        rows = [["change", "clean", *(f"{100 * part:g} %" for part in parts)]]
+        for name in names:
+            cells = [
+                _value(result) for part in parts for result in changed
+                if (result["disturbance"], result["metric"], result["parameters"]["fraction"]) == (name, metric, part)
+            ]  # fmt: skip
+            rows.append([name, clean, *cells])
+        found.append(Table(f"{_METRICS[metric]} by the part of the words that is changed", rows))
+    return found
 
 
 def _corruptions(record: Record, corrupted: list[Record]) -> Table:
@@ -101,12 +123,19 @@ def _corruptions(record: Record, corrupted: list[Record]) -> Table:
     return Table(f"Accuracy in % under corruption, severities of {table}", rows)
 
 
-def _attacks(attacked: list[Record]) -> Table:
+def _clean_accuracy(results: list[Record], samples: int) -> float:
+    """Of the first so many images, which are those that were attacked."""
+    bits = int(results[0]["correct"], 16) >> (4 * len(results[0]["correct"]) - samples)
+    return bits.bit_count() / samples
+
+
+def _attacks(results: list[Record], attacked: list[Record]) -> Table:
     names = list(dict.fromkeys(result["disturbance"] for result in attacked))
     epsilons = sorted({result["parameters"]["epsilon"] for result in attacked})
     values = {(result["disturbance"], result["parameters"]["epsilon"]): result["value"] for result in attacked}
-    rows = [["attack", *(f"ε {in_grey_levels(epsilon)}" for epsilon in epsilons)]]
-    rows += [[name, *(_percent(values.get((name, epsilon))) for epsilon in epsilons)] for name in names]
+    clean = _percent(_clean_accuracy(results, attacked[0]["samples"]))
+    rows = [["attack", "clean", *(f"ε {in_grey_levels(epsilon)}" for epsilon in epsilons)]]
+    rows += [[name, clean, *(_percent(values.get((name, epsilon))) for epsilon in epsilons)] for name in names]
     return Table(f"Accuracy in % under attack, {attacked[0]['samples']:,} images", rows)
 
 
@@ -151,9 +180,9 @@ def _severity_panel(record: Record, axes: Any) -> bool:
         axes.plot([0, *severities], heights, style, color=colour, linewidth=1, label=name)
     mean = [sum(heights) / len(lines) for heights in zip(*lines.values(), strict=True)]
     axes.plot([0, *severities], mean, "o-", color="black", linewidth=2.5, label="mean")
-    axes.set(xlabel="severity (0: clean)", ylabel="accuracy (%)", ylim=(0, 101), title="Corruptions")
+    axes.set(xlabel="severity (0: clean)", ylabel="accuracy (%)", ylim=(-2, 103), title="Corruptions")
     axes.set_xticks([0, *severities])
-    axes.legend(fontsize="x-small", ncols=2, loc="lower left")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return True
 
 
@@ -165,11 +194,11 @@ def _epsilon_panel(record: Record, axes: Any) -> bool:
     ]  # fmt: skip
     if axes is None or not results:
         return bool(results)
-    clean = 100 * record["results"][0]["value"]
+    clean = _clean_accuracy(record["results"], results[0]["samples"])
     markers = dict(zip(dict.fromkeys(result["disturbance"] for result in results), "os^Dv", strict=False))
     for number, (name, marker) in enumerate(markers.items()):
         found = sorted((r["parameters"]["epsilon"], r["value"]) for r in results if r["disturbance"] == name)
-        places, heights = zip(*[(0.0, clean / 100), *found], strict=True)
+        places, heights = zip(*[(0.0, clean), *found], strict=True)
         is_worst = name == "worst case"
         axes.plot(
             [255 * place for place in places],
@@ -179,6 +208,25 @@ def _epsilon_panel(record: Record, axes: Any) -> bool:
             label=name,
             zorder=1 if is_worst else 2,
         )
-    axes.set(xlabel="ε (grey levels of 255; 0: clean)", ylabel="accuracy (%)", ylim=(-1, 101), title="Attacks")
+    axes.set(xlabel="ε (grey levels of 255; 0: clean)", ylabel="accuracy (%)", ylim=(-2, 103), title="Attacks")
+    axes.legend()
+    return True
+
+
+def _text_panel(record: Record, axes: Any) -> bool:
+    """Perplexity a word, or accuracy, against the part of the words that is changed; whether there is anything."""
+    changed = [result for result in record["results"] if "fraction" in result["parameters"]]
+    if axes is None or not changed:
+        return bool(changed)
+    metric = "word_perplexity" if any(result["metric"] == "word_perplexity" for result in changed) else "accuracy"
+    scale = 100 if metric == "accuracy" else 1
+    results = [result for result in record["results"] if result["metric"] == metric]
+    (clean,) = [result["value"] for result in results if result["family"] == "clean"]
+    for name, marker in zip(dict.fromkeys(result["disturbance"] for result in changed), "os^", strict=False):
+        found = [(r["parameters"]["fraction"], r["value"]) for r in results if r["disturbance"] == name]
+        places, heights = zip(*[(0.0, clean), *sorted(found)], strict=True)
+        axes.plot([100 * place for place in places], [scale * height for height in heights], marker + "-", label=name)
+    label = "accuracy (%)" if metric == "accuracy" else "perplexity a word"
+    axes.set(xlabel="part of the words that is changed (%; 0: clean)", ylabel=label, title="Texts")
     axes.legend()
     return True

@@ -10,8 +10,11 @@ from ..errors import UsageError, require_extras
 from ..output_paths import check_output_folder
 
 if TYPE_CHECKING:
+    from .driver import Engine
     from .ledger import Ledger
     from .plan import Study
+
+ENGINES = ("local", "ray")
 
 
 def add_command(commands: Any) -> None:
@@ -37,6 +40,15 @@ def add_command(commands: Any) -> None:
     )
     command.add_argument("--shard", default="1/1", metavar="i/n", help="do only each n-th run, from the i-th on")
     command.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="local",
+        help="where runs are done: here, or on a Ray cluster (default: local)",
+    )
+    command.add_argument("--address", metavar="ADDRESS", help="of the Ray cluster (default: one of this machine)")
+    command.add_argument("--cpus", type=int, default=1, metavar="N", help="of one run on Ray (default: %(default)s)")
+    command.add_argument("--gpus", type=float, default=0, metavar="N", help="of one run on Ray (default: %(default)s)")
+    command.add_argument(
         "--data",
         nargs="+",
         default=[],
@@ -48,13 +60,16 @@ def add_command(commands: Any) -> None:
 
 def run_command(options: argparse.Namespace) -> int:
     """``imgproc-attn study``."""
-    from .driver import Engine, InThisProcess, parse_shard, run_study
-    from .engines import Workers
+    from .driver import parse_shard, run_study
     from .ledger import HEADER, Ledger
 
     require_extras("train", "study")
     shard = parse_shard(options.shard)
-    for name in ("jobs", "threads", "budget"):
+    if options.engine == "ray":
+        require_extras("cluster")
+    if options.gpus < 0:
+        raise UsageError(f"--gpus must be >= 0, got {options.gpus}")
+    for name in ("jobs", "threads", "budget", "cpus"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise UsageError(f"--{name} must be > 0, got {value}")
@@ -74,19 +89,29 @@ def run_command(options: argparse.Namespace) -> int:
             raise UsageError(f"ledger must be the folder of a study, got {str(folder)!r}, which has no {HEADER}")
         ledger.open(study)
         return _show(study, ledger)
-    engine: Engine = InThisProcess(study, ledger)
-    if options.jobs > 1:
-        engine = Workers(options.study, options.data, folder, options.jobs, options.threads)
     study, progress = run_study(
         study,
         ledger,
-        engine,
+        _engine(options, study, ledger),
         budget_minutes=options.budget,
         shard=shard,
         side_by_side=options.jobs,
     )
     _show(study, ledger)
     return 1 if progress.errors else 0
+
+
+def _engine(options: argparse.Namespace, study: Study, ledger: Ledger) -> Engine:
+    """Who does the runs."""
+    from .driver import InThisProcess
+    from .engines import Workers
+    from .ray_engine import RayTasks
+
+    if options.engine == "ray":
+        return RayTasks(study, ledger, options.address, options.cpus, options.gpus)
+    if options.jobs > 1:
+        return Workers(options.study, options.data, ledger.folder, options.jobs, options.threads)
+    return InThisProcess(study, ledger)
 
 
 def _show(study: Study, ledger: Ledger) -> int:

@@ -146,6 +146,7 @@ def run_study(
     mine = study.runs[shard[0] - 1 :: shard[1]]
     left = [run for run in mine if run.name not in there]
     say(f"{len(mine)} runs, {len(mine) - len(left)} of them in {ledger.folder} already")
+    _tidy(study, ledger, mine, there)
     _measure_further(study, ledger, mine, there, say)
     progress = Progress(len(mine), len(mine) - len(left), say, side_by_side)
     for run in mine:
@@ -203,6 +204,15 @@ def prepare(study: Study, say: Say) -> tuple[Study, dict[str, dict[str, Size]], 
             ratios = f"x {size.parameters / stock.parameters:.2f}, x {size.compute / stock.compute:.2f}"
             say(f"  {name:24} {size.parameters:>12,} {size.compute / 1e6:>12.2f}M   {ratios}")
     return study.with_baselines(baselines), sizes, fingerprints
+
+
+def _tidy(study: Study, ledger: Ledger, runs: Sequence[Run], there: dict[str, dict[str, Any]]) -> None:
+    """Put away the checkpoints of finished runs whose process was killed before it could."""
+    for run in runs:
+        if run.name in there and ledger.work_folder(run).is_dir():
+            with ledger.claim(run, done=True) as mine:
+                if mine:
+                    ledger.clear(run, keep=study.keep_models)
 
 
 def _measure_further(

@@ -57,16 +57,16 @@ class Workers:
             while busy:
                 worker, answer = results.get()
                 job = worker.job
-                if answer is None and worker.tries < _START_ANEW:
-                    fresh = _Worker(self._start, self.threads, results)
-                    fresh.give(job, worker.tries + 1)
-                    workers[workers.index(worker)] = fresh
-                    continue
                 if answer is None:
-                    died = f"the process that did it died {worker.tries} times, the last time with {worker.status()}"
-                    done(job, Outcome(error=died))
                     fresh = _Worker(self._start, self.threads, results)
-                    workers[workers.index(worker)] = worker = fresh
+                    workers[workers.index(worker)] = fresh
+                    ended, tries = worker.status(), worker.tries
+                    worker.close()
+                    worker = fresh
+                    if tries < _START_ANEW:
+                        worker.give(job, tries + 1)
+                        continue
+                    done(job, Outcome(error=f"its process died {tries} times, the last time with {ended}"))
                 elif answer.get("refused"):
                     raise UsageError(answer["refused"])
                 else:

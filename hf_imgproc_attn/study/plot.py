@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..cards.results import PARTS
 from ..output_paths import write_or_keep
 from .plan import Study
 from .statistics import BETTER, WORSE
@@ -40,7 +41,7 @@ def draw(study: Study, tables: Sequence[Table], path: Path) -> None:
             axis.set_visible(False)
             continue
         table = tables[index]
-        percent = 100 if table.metric in ("accuracy", "mean_iou") else 1
+        percent = 100 if table.metric in PARTS else 1
         axis.axvline(0, color=_GREY, linewidth=0.8, linestyle=":")
         for place, name in enumerate(names):
             row = next(row for row in table.rows if row.variant == name)

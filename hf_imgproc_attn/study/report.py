@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cards.results import METRICS
+from ..cards.results import METRICS, PARTS
 from ..errors import missing_packages
 from ..output_paths import writing
 from ..records import write_json
@@ -115,7 +115,7 @@ def cells(row: Row, metric: str) -> list[str]:
 def number(value: float, metric: str, *, signed: bool = False) -> str:
     """A value or a difference; accuracies in percent."""
     sign = "+" if signed else ""
-    if metric in ("accuracy", "mean_iou"):
+    if metric in PARTS:
         return f"{100 * value:{sign}.2f}"
     return f"{value:{sign}.4f}" if metric == "loss" else f"{value:{sign},.2f}"
 

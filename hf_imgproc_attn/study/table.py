@@ -101,6 +101,9 @@ def measured_values(record: dict[str, Any], split: str) -> dict[Key, float]:
         measurement = Measurement(**result)
         if measurement.family == "clean" or measurement.value is None or measurement.split != split:
             continue
+        epsilon = measurement.parameters.get("epsilon")
+        if epsilon is not None and epsilon not in record["measured"].get("epsilons", [epsilon]):
+            continue  # of a check of the attack, not of the model
         if measurement.metric == "perplexity" and metric == "word_perplexity":
             continue  # the same number in another unit
         found[measurement.name, measurement.family, measurement.metric] = measurement.value

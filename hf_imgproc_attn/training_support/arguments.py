@@ -134,6 +134,11 @@ class DataArguments:
 
     dataset_name: str = _option("", "data set: a Hub name, a local path, or the embedded one")
     dataset_config_name: str | None = _option(None, "configuration of a Hub data set")
+    dataset_revision: str | None = _option(
+        None,
+        "branch, tag or commit of a Hub data set. refs/convert/parquet is the Hub's own form of data that come as a "
+        "script, which is not run; dataset_config_name is a folder there",
+    )
     validation_fraction: float = _option(
         0.1,
         "part of the training split held out for validation when the data set has no validation split (its test split "

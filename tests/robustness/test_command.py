@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from hf_imgproc_attn import cli
-from hf_imgproc_attn.robustness import evaluation
+from hf_imgproc_attn.robustness import loading
 from hf_imgproc_attn.robustness.report import plain_text
 from hf_imgproc_attn.training_support.image_pixels import build_image_processor
 
@@ -144,12 +144,12 @@ def test_the_record_of_a_baseline_serves_in_its_place(
 def test_labels_in_another_order_are_the_same_classes(data: Path, tmp_path: Path) -> None:
     from transformers import AutoImageProcessor
 
-    plain = evaluation.ImageDataArguments(dataset_name=str(data))
+    plain = loading.ImageDataArguments(dataset_name=str(data))
     folder = stock_model(tmp_path / "m", id2label={0: "c", 1: "a", 2: "b"}, label2id={"c": 0, "a": 1, "b": 2})
     from transformers import AutoConfig
 
     config, processor = AutoConfig.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
-    _, labels, about = evaluation._load_images(plain, None, processor, config)
+    _, labels, about = loading.load_images(plain, None, processor, config)
     assert labels.tolist() == [(i % 3 + 1) % 3 for i in range(30)]
     assert about["split"] == "test"
 
@@ -194,10 +194,101 @@ def test_what_is_no_image_classifier_is_refused(tmp_path: Path, capsys: pytest.C
     size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     ViTModel(ViTConfig(**size)).save_pretrained(tmp_path / "body")
     for place, message in (
-        (tmp_path / "body", "checkpoint must be an image classifier, got"),
+        (
+            tmp_path / "body",
+            "checkpoint must be an image classifier, a causal language model or a text classifier, got",
+        ),
         (tmp_path, f"checkpoint '{tmp_path}' cannot be loaded"),
         (tmp_path / "none", "checkpoint must be a local path or a Hub name"),
     ):
         status, _, err = run(capsys, place, "--output", tmp_path / "out")
         assert status == 2
         assert message in err.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stock GPT-2 with filters in its last layer, and a tokenizer."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from hf_imgproc_attn import apply_filter
+    from hf_imgproc_attn.training_support.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "reader"
+    tokenizer = train_tokenizer(["one two three\n"], 270)
+    torch.manual_seed(0)
+    size = {"vocab_size": 270, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 48}
+    apply_filter(GPT2LMHeadModel(GPT2Config(**size)), "twicing", layers=[-1]).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_filtered_language_model_is_measured_on_changed_texts(
+    reader: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [reader, "--max_samples", "12", "--fractions", "0.05", "0.5", "--output", tmp_path, "--block_size", "32"]
+    status, out, err = run(capsys, *words)
+    assert status == 0, err
+    record = json.loads((tmp_path / "robustness.json").read_text(encoding="utf-8"))
+    assert (record["task"], record["status"], len(record["results"])) == ("causal-lm", "finished", 14)
+    assert record["identity"]["data"]["dataset_name"] == "pydoc_topics"
+    assert "Perplexity a word by the part of the words that is changed" in out
+    assert "| change | clean | 5 % | 50 % |" in (tmp_path / "robustness.md").read_text(encoding="utf-8")
+    assert (tmp_path / "robustness.png").stat().st_size > 10_000
+    assert "[14/14] typos, fraction 0.5: word perplexity" in err
+    record["results"] = record["results"][:5]  # as a kill between the two values of a change leaves it
+    (tmp_path / "robustness.json").write_text(json.dumps(record), encoding="utf-8")
+    status, again, err = run(capsys, *words, "--resume")
+    assert status == 0, err
+    assert again == out
+
+
+def test_a_text_classifier_is_measured_on_changed_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from hf_imgproc_attn.training_support.tokenizer import train_tokenizer
+
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(vocab_size=280, num_labels=8, pad_token_id=0, **size))
+    model.save_pretrained(tmp_path / "model")
+    train_tokenizer(["one two three\n"], 280, for_classifier=True).save_pretrained(tmp_path / "model")
+    words = ["--max_samples", "20", "--changes", "typo", "--fractions", "0.3", "--output", tmp_path / "out"]
+    status, out, err = run(capsys, tmp_path / "model", *words)
+    assert status == 0, err
+    record = json.loads((tmp_path / "out" / "robustness.json").read_text(encoding="utf-8"))
+    assert [result["metric"] for result in record["results"]] == ["accuracy"] * 2
+    assert "Accuracy in % by the part of the words that is changed" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--attacks", "pgd"], "attacks is not used with a checkpoint for causal-lm"),
+        (["--baseline", "{reader}"], "needs corruptions of images, got a checkpoint for causal-lm"),
+        (["--label_column_name", "x"], "label_column_name is not used with a checkpoint for causal-lm, got 'x'"),
+        (["--fractions", "2"], "fractions must be > 0 and <= 1, got 2.0"),
+        (
+            ["--changes", "typos"],
+            "changes must be names among word_swap, deletion, typo, got 'typos'; did you mean typo?",
+        ),
+        (["--block_size", "1"], "block_size must be an integer >= 2, got 1"),
+        (["--block_size", "99"], "block_size must be an integer from 2 to 48, what the model can read, got 99"),
+    ],
+)
+def test_mistakes_with_texts_are_one_line(
+    reader: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    status, _, err = run(capsys, reader, "--output", tmp_path, *(word.format(reader=reader) for word in words))
+    assert status == 2
+    assert len(err.splitlines()) == 1, err
+    assert message in err
+
+
+def test_options_of_texts_are_refused_with_images(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run(capsys, checkpoint, "--dataset_name", data, "--output", tmp_path, "--fractions", "0.1")
+    assert (status, err.splitlines()[-1]) == (
+        2, "imgproc-attn: error: fractions is not used with a checkpoint for image-classification"
+    )  # fmt: skip
