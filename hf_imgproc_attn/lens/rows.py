@@ -50,6 +50,8 @@ def filter_rows(call: FilterCall, scores: int = BLOCK_SCORES) -> Iterator[Rows]:
         call: queries ``[batch, heads, length, head_dim]``, as many as keys.
         scores: the most scores to hold at a time; at least one row is.
     """
+    if call.difference is not None:
+        raise ValueError("boosting='differential' has two filters, got a layer of which one is to be looked at")
     batch, heads, length, _ = call.query.shape
     step = max(scores // max(batch * heads * call.key.shape[-2], 1), 1)
     for start in range(0, length, step):

@@ -41,6 +41,19 @@ class Booster(NamedTuple):
     gain: torch.Tensor | None = None
 
 
+class Difference(NamedTuple):
+    """A second map, of which lambda times is taken away from the first; see ``boost_differential``.
+
+    query: ``[batch, heads, length, head_dim]``.
+    key: ``[batch, heads, key_length, head_dim]`` of all tokens.
+    share: lambda, ``[heads, 1, 1]`` in at least float32.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    share: torch.Tensor
+
+
 class FilterCall(NamedTuple):
     """One call of a filter, checked: output = p(A) V, with A made of content, positions and visibility.
 
@@ -58,6 +71,7 @@ class FilterCall(NamedTuple):
     own_value: values of the queries' own tokens, ``[batch, key_heads, length, d]``; None where they are the last rows
         of ``value``. In a cache of fixed size they are not, and nothing but the mask tells which keys are there.
     normalisation: how logits become weights.
+    difference: a second map to be taken away, or None.
     """
 
     query: torch.Tensor
@@ -72,6 +86,7 @@ class FilterCall(NamedTuple):
     sinks: torch.Tensor | None = None
     own_value: torch.Tensor | None = None
     normalisation: Normalisation = Normalisation()
+    difference: Difference | None = None
 
     @property
     def own_softmax(self) -> str | None:
@@ -166,6 +181,14 @@ class FilterCall(NamedTuple):
         rows = BOOSTING[name](lambda _: smooth.to(working_dtype(smooth.dtype)), keep_rows, value, value, steps, gain)
         rows = rows.to(smooth.dtype)
         return rows if seen.blind is None else rows.masked_fill(seen.blind, 0.0)
+
+    def maps(self) -> tuple[FilterCall, FilterCall | None]:
+        """The call of the first map alone, and that of the second or None."""
+        first, other = self._replace(difference=None), self.difference
+        if other is None:
+            return first, None
+        value = self.value if self.groups == 1 else self.value.repeat_interleave(self.groups, dim=1)
+        return first, first._replace(query=other.query, key=other.key, value=value)
 
     def past_streams(self) -> list[torch.Tensor]:
         """The cached rows of the booster's streams, in order; empty where there are none."""

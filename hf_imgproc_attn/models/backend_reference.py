@@ -125,6 +125,11 @@ def reference_attention(
     with without_autocast(logits.device.type):
         matrix = filter_matrix(logits.to(compute_dtype), call.visibility, call.sinks, call.normalisation)
         matrix = nn.functional.dropout(matrix, p=call.dropout, training=call.dropout > 0.0)
+        _, second = call.maps()
+        if second is not None and call.difference is not None:
+            other = filter_matrix(filter_logits(second), call.visibility, call.sinks, call.normalisation)
+            other = nn.functional.dropout(other, p=call.dropout, training=call.dropout > 0.0)
+            matrix = matrix - call.difference.share * other
 
         def attend(rows: torch.Tensor) -> torch.Tensor:
             return torch.matmul(matrix, rows.to(compute_dtype))

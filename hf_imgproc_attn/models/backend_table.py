@@ -198,6 +198,9 @@ def run_filter(call: FilterCall, backend: str, option: str = "backend") -> torch
     Raises:
         ValueError: for an unknown back-end, one that is not there, or one that refuses the call.
     """
+    if call.difference is not None:
+        first, other = (run_filter(part, backend, option) for part in call.maps() if part is not None)
+        return (first - call.difference.share * other).to(first.dtype)
     if call.finishes_by_row:
         return call.finish(run_filter(call.plain(), backend, option))
     if backend == "auto":

@@ -185,8 +185,8 @@ NOT_LINEAR = ("exclusive",)
 
 
 def operator_on_value(boosting: str) -> str:
-    """The key of :data:`BOOSTING` for a layer's booster: each round of ``gradient_boosted`` is plain."""
-    return "none" if boosting == "gradient_boosted" else boosting
+    """The key of :data:`BOOSTING` for a layer's booster; where it has several maps each of them is plain."""
+    return "none" if boosting in ("gradient_boosted", "differential") else boosting
 
 
 def extra_streams(boosting: str, steps: int) -> int:

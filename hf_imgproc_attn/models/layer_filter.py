@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .backend_call import Booster, Content, FilterCall
+from .backend_call import Booster, Content, Difference, FilterCall
 from .backend_reference import filter_logits, reference_attention
 from .backend_table import run_filter
 from .boost_depth import FEEDBACK, LayerState, feedback_gains, gain_arguments, mixed_value
+from .boost_differential import SECOND_KEY, SecondMap
 from .boost_gate import OutputGate, TokenGains
 from .boost_gradient import GradientBoosting
 from .boost_operators import extra_streams, operator_on_value
-from .cache_streams import NO_STREAMS, Streams, boost_stream, round_stream
+from .cache_streams import NO_STREAMS, Streams, boost_stream, keep_apart, round_stream
 from .kernel_content import unit_vectors, working_dtype
 from .kernel_elliptical import elliptical_metric
 from .kernel_forget import FORGET_STREAM, ForgetGates
@@ -116,6 +117,9 @@ class AttentionFilter(nn.Module):
         self.token_gains = None
         if spec.boosting == "dynamic_inversion":
             self.token_gains = TokenGains(config.hidden_size, self.num_heads)
+        self.second_map = None
+        if spec.boosting == "differential":
+            self.second_map = SecondMap(config.hidden_size, self.num_heads, head_dim)
         self.gate = None
         if spec.gate != "none":
             self.gate = OutputGate(spec.gate, config.hidden_size, self.num_heads, head_dim)
@@ -143,6 +147,7 @@ class AttentionFilter(nn.Module):
     def _stream_names(self) -> tuple[str, ...]:
         """What a cache has to keep beside keys and values; see ``cache_streams``."""
         metric = ["metric"] if self.has_metric else []
+        metric += [SECOND_KEY] if self.spec.boosting == "differential" else []
         metric += [FORGET_STREAM] if self.spec.position_kernel == "forget" else []
         if self.spec.boosting == "gradient_boosted":
             rounds, names = range(1, self.spec.boosting_steps), ("key", "value", *metric)
@@ -235,7 +240,7 @@ class AttentionFilter(nn.Module):
             if inputs.hidden_states is None:
                 raise ValueError("inputs.hidden_states must be given for position_kernel='forget', got None")
             positions = (self.forget_gates.positions(inputs.hidden_states, inputs.visibility, streams),)
-        return self.call(
+        call = self.call(
             (query, key, value),
             scalars,
             visibility=inputs.visibility,
@@ -245,6 +250,25 @@ class AttentionFilter(nn.Module):
             dropout=dropout,
             hidden_states=inputs.hidden_states,
         )
+        if self.second_map is None or scalars.differential is None:
+            return call
+        return call._replace(difference=self._difference(scalars.differential, inputs, inputs.visibility, streams))
+
+    def _difference(
+        self, share: torch.Tensor, inputs: LayerInputs, visibility: Visibility, streams: Streams
+    ) -> Difference:
+        """The second map of ``differential``, whose keys go into the cache."""
+        if self.second_map is None or inputs.hidden_states is None:
+            raise ValueError("inputs.hidden_states must be given for boosting='differential', got None")
+        query, key = self.second_map(inputs.hidden_states)
+        coordinates = inputs.coordinates
+        if coordinates is not None:
+            coordinates = coordinates.to(working_dtype(query.dtype))
+        query, key, _ = self.positions.rotate(query, key, coordinates)
+        key = streams.append(SECOND_KEY, key)
+        if self.spec.content_kernel == "cosine":
+            query, key = unit_vectors(visibility.clean_queries(query)), unit_vectors(visibility.clean_keys(key))
+        return Difference(query, key, share.to(working_dtype(query.dtype)).view(-1, 1, 1))
 
     def call(
         self,
@@ -333,7 +357,7 @@ class AttentionFilter(nn.Module):
         all_coordinates = coordinates
         if streams.keeps_places_apart:
             key, value = streams.update(key, value)
-            position_key, all_coordinates = _kept_apart(streams, position_key, coordinates, query.shape[0])
+            position_key, all_coordinates = keep_apart(streams, position_key, coordinates, query.shape[0])
         elif streams.is_cached:
             packed, value = streams.update(pack_key(key, position_key, coordinates), value)
             key, position_key, all_coordinates = unpack_key(packed, self.spec.position_kernel, self.head_dim)
@@ -366,14 +390,3 @@ class AttentionFilter(nn.Module):
         pair = nn.functional.pad(pair, (0, 0, self.positions.num_class_tokens, 0))
         position_query, position_key = pair.to(query.dtype).chunk(2, dim=-1)
         return position_query, position_key
-
-
-def _kept_apart(
-    streams: Streams, position_key: torch.Tensor | None, coordinates: torch.Tensor | None, batch: int
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Store what a position kernel compares in streams, and return it for all tokens."""
-    if position_key is not None:
-        position_key = streams.append("position_key", position_key.expand(batch, -1, -1, -1))
-    if coordinates is not None:
-        coordinates = streams.append("places", coordinates.expand(batch, -1, -1).unsqueeze(1)).squeeze(1)
-    return position_key, coordinates

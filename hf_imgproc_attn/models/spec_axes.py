@@ -16,7 +16,7 @@ CONTENT_KERNELS = ("dot_product", "gaussian", "elliptical", "cosine")
 POSITION_KERNELS = ("additive", "untied", "gaussian", "alibi", "relative_buckets", "rotary", "forget", "none")
 BOOSTINGS = (
     *("none", "twicing", "osher", "learned", "diffusion", "sos", "gradient_boosted"),
-    *("inversion", "dynamic_inversion", "exclusive"),
+    *("inversion", "dynamic_inversion", "exclusive", "differential"),
 )
 RESIDUALS = ("standard", "twicing", "sos", "osher")
 NORMALISATIONS = ("softmax", "sink", "sigmoid", "softpick", "sinkhorn")
@@ -38,7 +38,7 @@ STEPPED_BOOSTINGS = ("twicing", "osher", "diffusion", "sos", "gradient_boosted")
 GRADIENT_BOOSTING_SOURCES = ("residual", "input")
 """What the later rounds of ``gradient_boosted`` make their keys and values of, the default first."""
 
-TOKEN_BOOSTINGS = ("dynamic_inversion",)
+TOKEN_BOOSTINGS = ("dynamic_inversion", "differential")
 """Boosters with a projection of the layer's input of their own, beside query, key and value."""
 
 SEEING_ROW_CONSTANTS = ("sink", "sigmoid", "softpick")
