@@ -47,6 +47,7 @@ ELSEWHERE = {
     "make test": "is what runs this file",
     "make quality": "is what CI runs first",
     EIGHT_GPUS: "needs eight GPUs; tests/training/test_shipped_configs.py reads the file",
+    "imgproc-attn study training/configs/studies/smoke.yaml": "takes two minutes; tests/study runs smaller studies",
     MEASURE_PRECISION: "takes minutes; tests/measure/test_precision.py runs it on small tokens",
     "imgproc-attn gpu-check": "needs a GPU; tests/measure/test_gpu_check.py rehearses it",
     "imgproc-attn gpu-check --render": "writes into a checkout; tests/measure/test_gpu_report.py runs it",
