@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from hf_imgproc_attn import PRESETS
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.robustness import ImageSettings, evaluate_robustness, unpack_bits
 from hf_imgproc_attn.robustness.attacks import (
@@ -77,6 +78,18 @@ def test_attacks_see_the_boosters(preset: str, images: torch.Tensor) -> None:
     plain.model.load_state_dict(boosted.model.state_dict())
     other, _ = input_gradient(plain, pixels, label)
     assert not torch.allclose(gradient, other, rtol=1e-2)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_has_gradients_that_attacks_can_follow(preset: str, images: torch.Tensor) -> None:
+    classifier = tiny_classifier(preset)
+    labels = torch.arange(24) % 4
+    with frozen(classifier):
+        counts = check_gradients(classifier, images, labels, 24)
+        gradient, _ = input_gradient(classifier, images, labels)
+    assert counts == {"images": 24, "zero_cross_entropy": 0, "zero_margin": 0}
+    whole, _ = input_gradient(classifier, images, labels)
+    torch.testing.assert_close(gradient, whole)  # whether parameters ask for gradients too
 
 
 def test_pgd_stays_in_the_ball_and_follows_the_gradient(
