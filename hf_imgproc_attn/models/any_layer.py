@@ -65,11 +65,11 @@ class FilterSeat:
         shared: of the stack.
         arguments: what ``apply_filter`` has to be called with for the same filters.
         stock_config: the configuration that the module had before.
-        hook: removes the hook of the module.
+        hooks: remove the hooks of the module.
     """
 
-    def __init__(self, shared: SharedState, arguments: dict[str, Any], stock_config: Any, hook: Any) -> None:
-        self.shared, self.arguments, self.stock_config, self.hook = shared, arguments, stock_config, hook
+    def __init__(self, shared: SharedState, arguments: dict[str, Any], stock_config: Any, hooks: list[Any]) -> None:
+        self.shared, self.arguments, self.stock_config, self.hooks = shared, arguments, stock_config, hooks
         self.cache_layer: Any = None
         """Set before the layer's forward pass: its part of the cache, or None."""
 
