@@ -27,6 +27,7 @@ from .errors import (
     with_values_joined,
 )
 from .hub.commands import add_commands as add_hub_commands
+from .lens.commands import add_commands as add_lens
 from .measure.commands import add_commands as add_measuring_commands
 from .measure.gpu_check.command import add_command as add_gpu_check
 from .output_paths import check_new_files, check_output_folder
@@ -181,6 +182,7 @@ def build_parser() -> argparse.ArgumentParser:
     denoise.set_defaults(run_command=run_denoise)
 
     add_gpu_check(commands)
+    add_lens(commands)
     add_measuring_commands(commands)
     add_robustness(commands)
     add_study(commands)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -205,6 +206,10 @@ class _Run:
         with self._noise_in(doubled, generator), observed(self.model, self.layers, self._see_pair, self._see_pairs):
             self._forward(doubled)
         self.report.seconds["noise"] = time.perf_counter() - start
+        for layer in self.report.layers:
+            layer.noise = {place: value for place, value in layer.noise.items() if math.isfinite(value)}
+            if not layer.noise:
+                layer.alpha = layer.beta = layer.predicted_gain = None
 
     @contextmanager
     def _noise_in(self, inputs: dict[str, Any], generator: torch.Generator) -> Any:
@@ -212,6 +217,8 @@ class _Run:
 
         def disturbed(x: torch.Tensor) -> torch.Tensor:
             clean = x[: self.batch]
+            if not bool(clean.float().std() > 0):
+                self._skip("what the noise does: the input is constant, and the noise is a share of its deviation")
             noise = torch.randn(clean.shape, generator=generator, dtype=torch.float32).to(x.device, x.dtype)
             return torch.cat((clean, clean + self.options.noise * clean.float().std().to(x.dtype) * noise))
 
