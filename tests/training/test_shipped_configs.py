@@ -43,7 +43,7 @@ def test_there_are_configs_and_launch_files() -> None:
     names = {path.stem for path in CONFIGS}
     assert names == {
         "digits_vit", "pydoc_gpt2", "topics_bert", "cifar10_vit", "wikitext2_gpt2", "listops_short_bert",
-        "noisy_recall_gpt2",
+        "noisy_recall_gpt2", "composed_vit_seg",
     }  # fmt: skip
     assert {path.stem for path in LAUNCH} == {"one_gpu", "eight_gpus_ddp", "eight_gpus_fsdp2", "two_nodes_ddp"}
 
