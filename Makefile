@@ -12,7 +12,7 @@ PYTHON ?= python3 python3.11 python3.12 python3.13 python3.14 python
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-blocked test-full quality docs bench gpu-check rehearse-oldest results cards clean
+.PHONY: help setup demo test test-blocked test-full quality docs bench gpu-check rehearse-oldest results cards lens clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -88,6 +88,9 @@ results: $(STAMP) ## train and evaluate every preset again for training/results/
 
 cards: $(STAMP) ## render the cards in model_cards/ from training/results/
 	$(BIN)/python training/make_cards.py --force
+
+lens: $(STAMP) ## make figures, record and table of docs/lens.md again, from real weights (ARGS="--model NAME=FOLDER --force")
+	$(BIN)/python -m hf_imgproc_attn.lens.real_models $(ARGS)
 
 clean: ## remove .venv and everything the other targets write
 	rm -rf $(VENV) $(OLDEST) build dist outputs .mypy_cache .pytest_cache .ruff_cache

@@ -408,6 +408,12 @@ BACKBONES: dict[str, Backbone] = {row.name: row for row in (GPT2, VIT, BERT)}
 OF_MODEL_TYPE: dict[str, Backbone] = {row.model_type: row for row in BACKBONES.values()}
 """Our model type -> row."""
 
+FILTERED_MODEL_TYPE = "imgproc_filtered"
+"""The type of filtered models of any other type, whose configuration says which."""
+
+SAVED_MODEL_TYPES = (*OF_MODEL_TYPE, FILTERED_MODEL_TYPE)
+"""Every model type that a checkpoint of this package may have."""
+
 TASKS: dict[str, Task] = {task.name: task for row in BACKBONES.values() for task in row.tasks}
 """Name in ``run.json`` -> task."""
 

@@ -1,4 +1,4 @@
-"""The command line ``imgproc-attn``: train, evaluate, convert, benchmark, check a GPU, denoise, publish, download.
+"""The command line ``imgproc-attn``: train, evaluate, convert, benchmark, check a GPU, denoise, publish, download ...
 
 What a sub-command needs is imported when it runs, so ``--help`` does not wait for torch. A mistake of the user ends in
 one line on standard error and exit status 2; any other exception is a bug and keeps its traceback.
@@ -27,10 +27,13 @@ from .errors import (
     with_values_joined,
 )
 from .hub.commands import add_commands as add_hub_commands
+from .lens.commands import add_commands as add_lens
 from .measure.commands import add_commands as add_measuring_commands
 from .measure.gpu_check.command import add_command as add_gpu_check
 from .output_paths import check_new_files, check_output_folder
+from .robustness.command import add_command as add_robustness
 from .shipped_files import shipped_file
+from .study.command import add_command as add_study
 
 TRAINING_SCRIPTS = {
     **{task.command: (task.script, f"train or fine-tune {task.help}") for task in TASKS.values()},
@@ -179,7 +182,10 @@ def build_parser() -> argparse.ArgumentParser:
     denoise.set_defaults(run_command=run_denoise)
 
     add_gpu_check(commands)
+    add_lens(commands)
     add_measuring_commands(commands)
+    add_robustness(commands)
+    add_study(commands)
     add_hub_commands(commands)
     return parser
 
@@ -202,7 +208,16 @@ def run_presets(options: argparse.Namespace) -> int:
     """``imgproc-attn presets``: the table of variants."""
     from .models.spec_fields import PRESETS, FilterSpecMixin
 
-    fields = ("content_kernel", "position_kernel", "boosting", "residual", "feedback", "learn_bandwidths")
+    fields = (
+        "content_kernel",
+        "position_kernel",
+        "boosting",
+        "residual",
+        "feedback",
+        "gate",
+        "normalisation",
+        "learn_bandwidths",
+    )
     rows = [["preset", *fields]]
     for name, changes in PRESETS.items():
         rows.append([name, *(str(changes.get(field, getattr(FilterSpecMixin, field))) for field in fields)])

@@ -13,9 +13,12 @@ from typing import Any, NoReturn
 _EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("accelerate", "datasets", "evaluate", "numpy", "PIL", "psutil", "sklearn", "tokenizers", "yaml"),
     "peft": ("peft",),
-    "robustness": ("foolbox",),
+    "robustness": ("PIL", "art", "cv2", "numpy", "scipy", "skimage"),
+    "study": ("scipy",),
+    "cluster": ("ray",),
     "viz": ("matplotlib",),
     "hub": ("jinja2", "matplotlib"),
+    "lens": ("matplotlib", "numpy", "PIL", "scipy", "skimage"),
     "filters": ("matplotlib", "numpy", "PIL", "skimage"),
 }
 
@@ -125,7 +128,7 @@ def require_extras(*extras: str) -> None:
     """Check that the packages of the named extras are installed.
 
     Args:
-        extras: names among ``train``, ``peft``, ``robustness``, ``viz``, ``hub`` and ``filters``.
+        extras: keys of ``_EXTRAS``, as ``train`` or ``viz``.
 
     Raises:
         UsageError: names the packages that are missing and the extra that brings them.

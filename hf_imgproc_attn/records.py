@@ -308,8 +308,8 @@ def _difference(earlier: dict[str, Any], record: dict[str, Any]) -> str | None:
     before, now = earlier["arguments"], json.loads(json.dumps(record["arguments"], default=str))
     for part in _IDENTITY_PARTS:
         for name, value in now[part].items():
-            if before[part].get(name) != value:
-                return f"with {name} {before[part].get(name)!r} instead of {value!r}"
+            if name in before[part] and before[part][name] != value:  # older versions had fewer options
+                return f"with {name} {before[part][name]!r} instead of {value!r}"
     started, wanted = before["trainer"], now["trainer"]
     free = _MAY_CHANGE | {_KNOWN_LATER}
     if started.get("load_best_model_at_end"):

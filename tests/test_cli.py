@@ -49,6 +49,7 @@ def stock_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("convert", "--help"),
         ("benchmark", "--help"),
         ("denoise", "--help"),
+        ("robustness", "--help"),
         ("variants", "--help"),
         ("precision", "--help"),
         ("calls", "--help"),
@@ -98,6 +99,8 @@ def test_presets_are_all_listed(capsys: pytest.CaptureFixture[str]) -> None:
         "boosting": "twicing",
         "residual": "standard",
         "feedback": "none",
+        "gate": "none",
+        "normalisation": "softmax",
         "learn_bandwidths": "True",
     }
     assert by_name["boosted_residual"]["residual"] == "twicing"

@@ -80,9 +80,20 @@ def test_metadata(installed: Path) -> None:
     requirements = [line for line in metadata.splitlines() if line.startswith("Requires-Dist")]
     runtime = {line.split()[1].split(">")[0] for line in requirements if "extra ==" not in line}
     assert runtime == {"torch", "transformers", "safetensors", "huggingface-hub"}
-    assert {"train", "peft", "robustness", "viz", "hub", "kernels", "filters", "docs", "all", "dev"} == {
-        line.split()[1] for line in metadata.splitlines() if line.startswith("Provides-Extra")
-    }
+    assert {
+        "train",
+        "peft",
+        "robustness",
+        "study",
+        "cluster",
+        "viz",
+        "hub",
+        "kernels",
+        "filters",
+        "docs",
+        "all",
+        "dev",
+    } == {line.split()[1] for line in metadata.splitlines() if line.startswith("Provides-Extra")}
     scripts = configparser.ConfigParser()
     scripts.read(info / "entry_points.txt")
     assert dict(scripts["console_scripts"]) == {"imgproc-attn": "hf_imgproc_attn.cli:main"}

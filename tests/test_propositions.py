@@ -17,7 +17,7 @@ from torch import nn
 
 from hf_imgproc_attn.models import layer_filter
 from hf_imgproc_attn.models.boost_depth import RESIDUAL, LayerState
-from hf_imgproc_attn.models.boost_operators import BOOSTING, keep_rows
+from hf_imgproc_attn.models.boost_operators import BOOSTING, NOT_LINEAR, keep_rows
 from hf_imgproc_attn.models.layer_filter import AttentionFilter
 from hf_imgproc_attn.models.layer_tokens import filter_tokens
 from hf_imgproc_attn.models.spec_axes import BOOSTINGS, CONTENT_KERNELS, POSITION_KERNELS, default_steps
@@ -168,23 +168,30 @@ POLYNOMIALS = [
     *(("diffusion", k, None, lambda x, k=k: x**k) for k in (1, 2, 4)),
     *(("sos", k, None, lambda x, k=k: sum((-1) ** m * (1 - x) ** m * x for m in range(k))) for k in (1, 2, 3, 5)),
     *(("learned", 2, gamma, lambda x, gamma=gamma: x + gamma * x * (1 - x)) for gamma in (0.0, 0.4, 1.0, -1.5)),
+    *(
+        (name, 1, [1.0, beta], lambda x, beta=beta: x + beta * (1 - x))
+        for name, beta in (("inversion", 0.3), ("dynamic_inversion", -0.8))
+    ),
 ]
-"""booster, steps, gamma, and what it makes of an eigenvalue."""
+"""booster, steps, gamma (or alpha and beta), and what it makes of an eigenvalue."""
 
 
 def test_4_every_booster_that_is_an_operator_is_covered() -> None:
-    assert {name for name, *_ in POLYNOMIALS} == set(BOOSTING)
+    assert {name for name, *_ in POLYNOMIALS} == set(BOOSTING) - set(NOT_LINEAR)
 
 
 @pytest.mark.parametrize("kind", [attention_matrix, gaussian_matrix])
 @pytest.mark.parametrize(("boosting", "steps", "gain", "polynomial"), POLYNOMIALS)
 def test_4_spectrum_of_the_boosted_operator(
-    kind: Any, boosting: str, steps: int, gain: float | None, polynomial: Any
+    kind: Any, boosting: str, steps: int, gain: float | list[float] | None, polynomial: Any
 ) -> None:
     """The eigenvectors of A stay; an eigenvalue x becomes p(x), complex ones too."""
     matrix = kind()
     eigenvalues, eigenvectors = torch.linalg.eig(matrix)
-    options = {} if gain is None else {"boosting_gain": torch.tensor(gain, dtype=torch.float64).view(1, 1, 1)}
+    options = {}
+    if gain is not None:
+        shape = (-1, 1, 1, 1) if isinstance(gain, list) else (1, 1, 1)
+        options["boosting_gain"] = torch.tensor(gain, dtype=torch.float64).view(shape)
     _, operator = dense_attention(
         matrix.log()[None, None], random(1, 1, 9, 2), random(1, 1, 9, 2), boosting=boosting, boosting_steps=steps,
         need_weights=True, **options,

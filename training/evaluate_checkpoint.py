@@ -3,16 +3,15 @@
     python training/evaluate_checkpoint.py outputs/digits
     python training/evaluate_checkpoint.py outputs/digits --sigmas 0.1 0.2 --epsilons 4/255 8/255
 
-Images: Gaussian noise and, where foolbox is installed, FGSM; text: word swap; recall: other rates of noise. The data
-are those that run.json names, checked by their fingerprint; the training split is never evaluated.
+Images: Gaussian noise and FGSM; text: word swap; recall: other rates of noise. The data are those that run.json names,
+checked by their fingerprint; the training split is never evaluated. More disturbances, for any checkpoint:
+imgproc-attn robustness.
 """
 
-import argparse
 import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,11 +20,11 @@ from hf_imgproc_attn.errors import (
     OneLineParser,
     UsageError,
     exit_code,
-    install_hint,
-    missing_packages,
     require_extras,
 )
 from hf_imgproc_attn.output_paths import check_new_files, write_or_keep
+from hf_imgproc_attn.robustness.command import number
+from hf_imgproc_attn.robustness.settings import ImageSettings, TextSettings, check_fractions, check_integer
 from hf_imgproc_attn.training_support.arguments import (
     ImageDataArguments,
     LabelledTextDataArguments,
@@ -79,13 +78,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, values in (("sigmas", self.sigmas), ("epsilons", self.epsilons), ("fraction", (self.fraction,))):
-            for value in values or ():
-                if value is not None and not 0 < value <= 1:
-                    raise UsageError(f"{name} must be > 0 and <= 1, got {value!r}")
+            check_fractions(name, [value for value in values or () if value is not None])
         for name, least in (("seed", 0), ("max_samples", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UsageError(f"{name} must be an integer >= {least}, got {value!r}")
+            check_integer(name, getattr(self, name), least)
         if self.split not in SPLITS:
             raise UsageError(f"split must be one of {', '.join(SPLITS)}, got {self.split!r}")
 
@@ -110,7 +105,8 @@ def evaluate(run: str | Path, settings: Settings | None = None, *, force: bool =
 
     from hf_imgproc_attn import records
     from hf_imgproc_attn.cards.rendering import ROBUSTNESS_FILE, load_record
-    from hf_imgproc_attn.training_support.evaluation import DEFINITIONS
+    from hf_imgproc_attn.robustness.images import DEFINITIONS as IMAGE_DEFINITIONS
+    from hf_imgproc_attn.robustness.texts import DEFINITIONS as TEXT_DEFINITIONS
     from hf_imgproc_attn.training_support.sequence_evaluation import DEFINITIONS as SEQUENCE_DEFINITIONS
 
     folder, settings = Path(run), settings or Settings()
@@ -125,12 +121,12 @@ def evaluate(run: str | Path, settings: Settings | None = None, *, force: bool =
     measure = _measure_sequences if task in _SEQUENCE_TASKS else _MEASURES[TASKS[task].auto_class]
     results = measure(folder, record, settings, device)
     used = {name for result in results for name in (result["disturbance"], *result["parameters"])}
-    known = {**DEFINITIONS, **SEQUENCE_DEFINITIONS}
+    known = {**IMAGE_DEFINITIONS, **TEXT_DEFINITIONS, **SEQUENCE_DEFINITIONS}
     robustness = {
         "format": FORMAT,
         "weights_sha256": weights,
         "split": settings.split,
-        "results": [{**result, "split": settings.split} for result in results],
+        "results": [_for_card(result, settings.split) for result in results],
         "definitions": {name: text for name, text in known.items() if name in used},
         "versions": records.package_versions(),
         "git": records.git_state(),
@@ -143,10 +139,16 @@ def evaluate(run: str | Path, settings: Settings | None = None, *, force: bool =
     return robustness
 
 
+def _for_card(result: dict[str, Any], split: str) -> dict[str, Any]:
+    """A result without what a card has no room for: which of the samples were right."""
+    return {**{name: value for name, value in result.items() if name != "correct"}, "split": split}
+
+
 def _measure_images(folder: Path, record: dict[str, Any], settings: Settings, device: Any) -> list[dict[str, Any]]:
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    from hf_imgproc_attn.training_support.evaluation import image_robustness
+    from hf_imgproc_attn.robustness.classifier import unit_images
+    from hf_imgproc_attn.robustness.images import evaluate_robustness
     from hf_imgproc_attn.training_support.image_data import load_image_splits
     from hf_imgproc_attn.training_support.image_pixels import load_pixels
 
@@ -155,11 +157,6 @@ def _measure_images(folder: Path, record: dict[str, Any], settings: Settings, de
         default if given is None else given
         for given, default in ((settings.sigmas, SIGMAS), (settings.epsilons, EPSILONS))
     )
-    if epsilons and missing_packages("robustness"):
-        if settings.epsilons is not None:
-            require_extras("robustness")
-        print(f"left out: FGSM, which needs {', '.join(missing_packages('robustness'))}: {install_hint('robustness')}")
-        epsilons = ()
     processor = AutoImageProcessor.from_pretrained(folder)
 
     def load(args: ImageDataArguments) -> "PixelDataset":
@@ -170,7 +167,14 @@ def _measure_images(folder: Path, record: dict[str, Any], settings: Settings, de
 
     dataset = _same_data(load, ImageDataArguments, record, settings)
     model = AutoModelForImageClassification.from_pretrained(folder).to(device)
-    return image_robustness(model, processor, dataset, sigmas=sigmas, epsilons=epsilons, seed=settings.seed)
+    chosen = ImageSettings(
+        sigmas=sigmas,
+        attacks=("fgsm",) if epsilons else (),
+        epsilons=epsilons,
+        seed=settings.seed,
+        batch_size=256,
+    )
+    return list(evaluate_robustness(model, processor, *unit_images(dataset), chosen)["results"])
 
 
 def _measure_masks(folder: Path, record: dict[str, Any], settings: Settings, device: Any) -> list[dict[str, Any]]:
@@ -200,7 +204,7 @@ def _measure_text(folder: Path, record: dict[str, Any], settings: Settings, devi
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from hf_imgproc_attn.conversion_probe import longest_text
-    from hf_imgproc_attn.training_support.evaluation import text_robustness
+    from hf_imgproc_attn.robustness.texts import evaluate_text_robustness
     from hf_imgproc_attn.training_support.model_setup import DEFAULT_BLOCK_SIZE
     from hf_imgproc_attn.training_support.text_data import load_text_splits
 
@@ -217,8 +221,15 @@ def _measure_text(folder: Path, record: dict[str, Any], settings: Settings, devi
     tokenizer = AutoTokenizer.from_pretrained(folder)
     positions = longest_text(model.config.get_text_config())
     block_size = record["arguments"]["data"].get("block_size") or min(positions, DEFAULT_BLOCK_SIZE)
+    # Behind the token that the training put before its texts.
+    first, swap = tokenizer.eos_token_id, _word_swap(settings)
+    report = evaluate_text_robustness(model, tokenizer, text.lines, swap, block_size=block_size, first_token=first)
+    return list(report["results"])
+
+
+def _word_swap(settings: Settings) -> TextSettings:
     fraction = FRACTION if settings.fraction is None else settings.fraction
-    return text_robustness(model, tokenizer, text, block_size, fraction=fraction, seed=settings.seed)
+    return TextSettings(changes=("word_swap",), fractions=(fraction,), seed=settings.seed)
 
 
 def _measure_labelled_texts(
@@ -226,7 +237,7 @@ def _measure_labelled_texts(
 ) -> list[dict[str, Any]]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from hf_imgproc_attn.training_support.evaluation import labelled_text_robustness
+    from hf_imgproc_attn.robustness.texts import evaluate_text_robustness
     from hf_imgproc_attn.training_support.labelled_text import load_labelled_texts
 
     for name in ("sigmas", "epsilons"):
@@ -240,10 +251,8 @@ def _measure_labelled_texts(
     texts = _same_data(load, LabelledTextDataArguments, record, settings)
     model = AutoModelForSequenceClassification.from_pretrained(folder).to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    fraction = FRACTION if settings.fraction is None else settings.fraction
-    return labelled_text_robustness(
-        model, tokenizer, texts, tokenizer.model_max_length, fraction=fraction, seed=settings.seed
-    )
+    swap, labels = _word_swap(settings), texts.labels.tolist()
+    return list(evaluate_text_robustness(model, tokenizer, texts.texts, swap, labels=labels)["results"])
 
 
 def _measure_sequences(folder: Path, record: dict[str, Any], settings: Settings, device: Any) -> list[dict[str, Any]]:
@@ -319,34 +328,26 @@ def _same_data(
     return load(dataclasses.replace(args, max_eval_samples=settings.max_samples))
 
 
-def _number(word: str) -> float:
-    """``0.1`` or ``8/255``."""
-    try:
-        return float(Fraction(word))
-    except (ValueError, ZeroDivisionError) as error:
-        raise argparse.ArgumentTypeError(f"must be a number or a fraction such as 8/255, got {word!r}") from error
-
-
 def _build_parser() -> OneLineParser:
     parser = OneLineParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument(
         "--sigmas",
-        type=_number,
+        type=number,
         nargs="*",
         metavar="SIGMA",
         help="images: standard deviations of Gaussian noise, pixels in [0, 1] (default: 0.1 0.2 0.3)",
     )
     parser.add_argument(
         "--epsilons",
-        type=_number,
+        type=number,
         nargs="*",
         metavar="EPSILON",
         help="images: largest changes of a pixel by FGSM, pixels in [0, 1] (default: 8/255 16/255)",
     )
     parser.add_argument(
         "--fraction",
-        type=_number,
+        type=number,
         help=f"text: part of the words that is replaced by AAA (default: {FRACTION}); noisy recall: rate of the noise "
         "(default: 0.2 0.4 0.6 0.8)",
     )

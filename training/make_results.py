@@ -28,11 +28,24 @@ RECIPES = {task.recipe[0]: task for task in TASKS.values() if task.recipe}
 CONFIGS = {task.recipe[0]: task.recipe[1] for task in TASKS.values() if task.recipe}
 """Name of a recipe -> its YAML file."""
 
+ONE_RECIPE = {
+    "inversion": "vit_digits",
+    "dynamic_inversion": "vit_digits",
+    "exclusive": "vit_digits",
+    "gated": "vit_digits",
+    "sink": "vit_digits",
+    "sigmoid": "vit_digits",
+    "softpick": "vit_digits",
+    "qk_norm": "vit_digits",
+    "value_residual": "vit_digits",
+}
+"""Presets that are one value of one axis, beside those of the papers that the package is about -> their one recipe."""
+
 NAMES = [
     f"{recipe}_{preset}"
     for recipe, task in RECIPES.items()
     for preset in PRESETS
-    if preset not in OF_TASK[task.name].refused_presets
+    if preset not in OF_TASK[task.name].refused_presets and ONE_RECIPE.get(preset, recipe) == recipe
 ]
 """Names of all results: a recipe and a preset that its backbone can have."""
 SEED = 0

@@ -14,12 +14,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ..backbones import TASKS
+from ..backbones import OF_TASK, TASKS
 from ..models.spec_axes import COMPARING_KERNELS, PUBLISHED_NEUTRENO_LAMBDAS
 from ..models.spec_fields import PRESETS, FilterSpecMixin, closest_preset, preset_name, written_out_defaults
 from ..models.spec_versions import bring_up_to_date
-from ..training_support.arguments import BUILT_IN_DATA, EMBEDDED_IMAGES, EMBEDDED_MASKS, EMBEDDED_TEXT
-from .filters import NOTHING_LEARNED, in_markdown
+from ..training_support.arguments import (
+    BUILT_IN_DATA,
+    EMBEDDED_IMAGES,
+    EMBEDDED_MASKS,
+    EMBEDDED_TEXT,
+    GENERATED_ANSWERS,
+    GENERATED_CLASSES,
+)
+from .filters import NOTHING_LEARNED, in_markdown, lens_in_markdown
 from .results import NOT_MEASURED, Measurement
 
 NOT_RECORDED = "not recorded"
@@ -42,7 +49,10 @@ _MODEL_FIELDS = (
     ("dropout", ("hidden_dropout_prob", "resid_pdrop")),
     ("dropout of the attention", ("attention_probs_dropout_prob", "attn_pdrop")),
 )
+_LAYER_FACTS = ("stack", "layer", "content", "positions", "boosting", "feedback", "parameters")
+_ADAPTER_OPTIONS = ("rank", "alpha", "dropout", "targets")
 _DATA_OPTIONS = (
+    ("dataset_revision", "revision of the data set"),
     ("random_crop_padding", "random crop, padding (pixels)"),
     ("horizontal_flip", "random mirror image"),
     ("random_scale", "random enlarging or shrinking, at most by the factor (1: none)"),
@@ -100,8 +110,29 @@ def _has_class_token(record: dict[str, Any]) -> bool:
     return "image_size" in record["model_config"]
 
 
+def model_title(record: dict[str, Any]) -> str:
+    """What the model is, as a card begins."""
+    applied = record.get("applied_filter")
+    return OF_TASK[record["task"]].card_title if applied is None else f"A model of the class {applied['architecture']}"
+
+
+def filtered_layers(record: dict[str, Any]) -> list[list[str]]:
+    """The filtered layers of a model that keeps its stock class, below a header; empty for other models."""
+    layers = record.get("applied_filter", {}).get("layers", [])
+    names = [name for name in _LAYER_FACTS if layers and name in layers[0]]
+    return [names, *([str(layer[name]) for name in names] for layer in layers)] if layers else []
+
+
 def filter_numbers(record: dict[str, Any]) -> str:
-    """The filters' bandwidths, gains and logits at the end of the training, in Markdown; older records have none."""
+    """The filters' bandwidths, gains and logits at the end of the training, in Markdown; older records have none.
+
+    Below them what the attention did with samples at the end, where the run looked (``lens_every``).
+    """
+    seen = record.get("lens_history")
+    return "\n\n".join([_filter_numbers(record), *([lens_in_markdown(seen)] if seen else [])])
+
+
+def _filter_numbers(record: dict[str, Any]) -> str:
     if "filter_summary" in record:
         return in_markdown(record["filter_summary"])
     fields = filter_fields(record)
@@ -143,6 +174,16 @@ def dataset_title(record: dict[str, Any]) -> str:
     return title if hub_name(record, "data", "dataset_name") else f"{title} (local data)"
 
 
+def example_sequence(record: dict[str, Any]) -> str | None:
+    """What a model of long sequences can be asked, as words; None for a model of something else."""
+    name = record["arguments"]["data"]["dataset_name"]
+    if record["task"] == "sequence-classification":
+        return "[MAX 2 9 4 ]" if name in GENERATED_CLASSES else "0 128 255"
+    if record["task"] == "recall":
+        return "3 _ _ 1 _ 3 >" if name == "selective_copying" else "k1 v2 k3 v1 k1"
+    return None
+
+
 def split_table(record: dict[str, Any]) -> list[list[str]]:
     """The size of every split and the start of its fingerprint, below a header."""
     fingerprints = record.get("data_fingerprint", {})
@@ -176,6 +217,7 @@ def hyper_parameters(record: dict[str, Any]) -> Facts:
     facts.append(("parameters", _count(record.get("parameters", {}).get("total"))))
     start = record["arguments"]["model"].get("model_name_or_path")
     facts.append(("weights start from", "random numbers" if start is None else start))
+    facts += _adapters(record)
     facts += [
         ("optimiser", _text(options, "optim")),
         ("beta1, beta2, epsilon", ", ".join(_text(options, f"adam_{name}") for name in ("beta1", "beta2", "epsilon"))),
@@ -196,6 +238,19 @@ def hyper_parameters(record: dict[str, Any]) -> Facts:
         label = "part of the training data held out where there is no validation split"
         facts.append((label, _text(data, "validation_fraction")))
     return facts
+
+
+def _adapters(record: dict[str, Any]) -> Facts:
+    """What was trained in place of the weights; empty where the weights were."""
+    model = record["arguments"]["model"]
+    if model.get("peft") is None:
+        return []
+    given = [f"{name} {model[f'peft_{name}']}" for name in _ADAPTER_OPTIONS if model.get(f"peft_{name}") is not None]
+    end = ["merged into the weights" if model.get("peft_merge") else "saved beside the model"]
+    return [
+        ("adapters", ", ".join([model["peft"], *given, *end])),
+        ("parameters that are trained", _count(record.get("parameters", {}).get("trained"))),
+    ]
 
 
 def environment(record: dict[str, Any], robustness: dict[str, Any] | None) -> Facts:
@@ -277,6 +332,8 @@ def limits(record: dict[str, Any], rows: Sequence[Measurement]) -> list[str]:
             f"The data are a small set that comes with a Python package{size}: the checkpoint shows how the method is "
             "used, it is not meant for use itself."
         )
+    if name in (*GENERATED_CLASSES, *GENERATED_ANSWERS):
+        texts.append("The sequences are made by a program: the checkpoint shows what its filters learn, no more.")
     if name == EMBEDDED_TEXT:
         texts.append("The manual changes with Python, so another version gives other data and other numbers.")
     missing = [row.name for row in rows if row.value is None and row.family in TASKS[record["task"]].disturbances]

@@ -20,13 +20,13 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..backbones import BACKBONES
+from ..backbones import BACKBONES, FILTERED_MODEL_TYPE
 from ..errors import UsageError
 from ..models.spec_fields import PRESETS
 
 LIBRARY_TAG = "hf_imgproc_attn"
 """The tag of every card of ours."""
-GENERATED_TAGS = {LIBRARY_TAG, "attention", "image-filtering", *BACKBONES, "custom", *PRESETS}
+GENERATED_TAGS = {LIBRARY_TAG, "attention", "image-filtering", *BACKBONES, FILTERED_MODEL_TYPE, "custom", *PRESETS}
 
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\n(.*?)\n---[ \t]*(?:\n|\Z)", re.DOTALL)
 _RECORD = re.compile(r"\n*<!-- hf_imgproc_attn: generated (\{.*?\}) -->\n?")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import records
-from ..backbones import OF_TASK, TASKS
+from ..backbones import FILTERED_MODEL_TYPE, OF_TASK, TASKS
 from ..catalogue.presets import VARIANTS
 from ..catalogue.works import PACKAGE_PAPERS, PAPERS
 from ..errors import UsageError, require_extras
@@ -22,6 +22,7 @@ from ..shipped_files import shipped_file
 from . import facts
 from .baseline import check_same_recipe, environment_differences
 from .filters import check as check_filters
+from .filters import check_lens
 from .results import Measurement, check_results, evaluation_results, measurements, result_rows
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ _REQUIRED = {"task": str, "arguments": dict, "model_config": dict}
 _OPTIONAL = {
     "metrics": dict, "data_fingerprint": dict, "device": dict, "versions": dict, "parameters": dict,
     "weights_sha256": dict, "filter_summary": dict, "train_loss": list, "eval_history": list, "command": list,
-    "local_paths": list,
+    "local_paths": list, "applied_filter": dict, "lens_history": list,
 }  # fmt: skip
 
 
@@ -139,7 +140,8 @@ def render_card(
         example=example,
         run_name=run.name,
         task=record["task"],
-        backbone_title=OF_TASK[record["task"]].card_title,
+        backbone_title=facts.model_title(record),
+        layers=facts.filtered_layers(record),
         repo_id=repo_id,
         revision=revision,
         is_commit=re.fullmatch(r"[0-9a-f]{40}", revision) is not None,
@@ -152,6 +154,7 @@ def render_card(
         papers=[PAPERS[name].reference for name in sources],
         start=record["arguments"]["model"].get("model_name_or_path"),
         dataset=facts.dataset_title(record),
+        sequence=facts.example_sequence(record),
         splits=facts.split_table(record),
         command=facts.command(record),
         git=record.get("git"),
@@ -203,7 +206,7 @@ def _front_matter(
             facts.variant_of(record),
             "attention",
             "image-filtering",
-            OF_TASK[record["task"]].name,
+            FILTERED_MODEL_TYPE if "applied_filter" in record else OF_TASK[record["task"]].name,
         ],
         model_name=title,
         eval_results=results or None,
@@ -230,11 +233,19 @@ def _check_record(file: Path, record: dict[str, Any]) -> None:
             raise UsageError(f"{file}: {name} must be of type {kind.__name__}, got {record[name]!r}")
     if record["task"] not in TASKS:
         raise UsageError(f"{file}: task must be one of {', '.join(TASKS)}, got {record['task']!r}")
-    if "filter_summary" in record:
+    for name, check in (("filter_summary", check_filters), ("lens_history", check_lens)):
+        if name not in record:
+            continue
         try:
-            check_filters(record["filter_summary"])
+            check(record[name])
         except UsageError as error:
             raise UsageError(f"{file}: {error}") from error
+    applied = record.get("applied_filter", {"architecture": "", "layers": []})
+    layers = applied.get("layers")
+    if not isinstance(applied.get("architecture"), str) or not isinstance(layers, list):
+        raise UsageError(f"{file}: applied_filter must have an architecture and a list of layers, got {applied!r}")
+    if not all(isinstance(layer, dict) and layer.keys() == layers[0].keys() for layer in layers):
+        raise UsageError(f"{file}: the layers of applied_filter must have the same facts, got {layers!r}")
     for part in ("model", "data", "trainer"):
         if not isinstance(record["arguments"].get(part), dict):
             raise UsageError(f"{file}: the arguments have no {part}")

@@ -12,8 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
 from ..backbones import BACKBONES, in_words
-from ..models.boost_operators import BOOSTING, keep_rows, operator_on_value
+from ..models.boost_operators import BOOSTING, ONE_PASS, keep_rows, operator_on_value
 from ..models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from ..models.layer_filter import AttentionFilter
 from ..models.spec_axes import COORDINATE_KERNELS, FILTER_BACKENDS, is_stock_layer, uses_position_table
@@ -108,6 +110,18 @@ def parameter_terms(preset: str) -> list[Term]:
         terms.append(Term("HL", lambda s: s.H * s.L))
     if spec.boosting == "gradient_boosted":
         terms.append(Term("(5d² + 4d)L", lambda s: (5 * s.d**2 + 4 * s.d) * s.L))
+    if spec.boosting == "inversion":
+        terms.append(Term("2HL", lambda s: 2 * s.H * s.L))
+    if spec.boosting == "dynamic_inversion":
+        terms.append(Term("(2d + 2)HL", lambda s: (2 * s.d + 2) * s.H * s.L))
+    if spec.feedback == "value_residual":
+        terms.append(Term("L - 1", lambda s: s.L - 1))
+    if spec.normalisation == "sink":
+        terms.append(Term("HL", lambda s: s.H * s.L))
+    if spec.gate == "elementwise":
+        terms.append(Term("d²L", lambda s: s.d**2 * s.L))
+    if spec.gate == "headwise":
+        terms.append(Term("dHL", lambda s: s.d * s.H * s.L))
     if not uses_position_table(config):
         terms.append(Term("-Nd", lambda s: -s.N * s.d))
     return terms
@@ -127,8 +141,7 @@ def passes(preset: str) -> int:
         calls.append(stream)
         return stream
 
-    # The boosters only add, subtract and multiply: a number will do for a tensor.
-    one: Any = 1.0
+    one = torch.ones(1)
     BOOSTING[operator_on_value(spec.boosting)](attend, keep_rows, one, one, spec.boosting_steps)
     return len(calls) * (spec.boosting_steps if spec.boosting == "gradient_boosted" else 1)
 
@@ -144,13 +157,18 @@ def cost(preset: str) -> str:
     }.get(spec.position_kernel)
     number, each = passes(preset), "6N²d" if spec.position_kernel == "untied" else "4N²d"
     parts = [f"{number} pass of {each}" if number == 1 else f"{number} passes of {each}"]
-    if spec.is_boosted and spec.boosting != "gradient_boosted":
+    if number > 1 and spec.boosting != "gradient_boosted":
         # Weights once, then a product with each stream.
         parts[0] += f", `blocked` {(2 if each == '4N²d' else 4) + 2 * number}N²d"
     if extra is not None:
         parts.append(extra)
-    if spec.content_kernel != "dot_product" or spec.feedback != "none" or spec.residual != "standard":
+    by_row = spec.boosting in ("inversion", "exclusive") or spec.feedback != "none" or spec.residual != "standard"
+    if spec.content_kernel != "dot_product" or by_row:
         parts.append("O(Nd)")
+    if spec.boosting == "dynamic_inversion" or spec.gate == "headwise":
+        parts.append("O(NdH)")
+    if spec.gate == "elementwise":
+        parts.append("2Nd² (gate)")
     if spec.boosting == "gradient_boosted":
         parts.append("10Nd² (projections, gate)")
     return " + ".join(parts)
@@ -163,9 +181,11 @@ def back_ends(preset: str) -> str:
         return "stock"
     names = [name for name in FILTER_BACKENDS if name not in ("auto", "triton")]
     spec = layer.spec
+    if spec.normalisation != "softmax":
+        return "reference, sdpa, chunked" if spec.normalisation == "sink" else "reference, chunked"
     # The Triton kernels know every content kernel, positions by place and twicing.
     by_place = not spec.compares_positions or spec.position_kernel in COORDINATE_KERNELS
-    has_kernel = spec.boosting in ("none", "twicing") and by_place
+    has_kernel = spec.boosting in ("none", "twicing", *ONE_PASS) and by_place
     return ", ".join([*names, "triton"] if has_kernel else names)
 
 

@@ -16,7 +16,7 @@ def add_commands(commands: Any) -> None:
         description="Publish a finished run in one commit, load it back in a fresh process, tag it. The token is the "
         "Hub's own login (hf auth login) or HF_TOKEN.",
     )
-    publish.add_argument("run", metavar="RUN", help="output folder of train-image or train-lm")
+    publish.add_argument("run", metavar="RUN", help="output folder of a training command")
     publish.add_argument("--repo-id", required=True, metavar="NAME/ID", help="the repository; created where missing")
     publish.add_argument("--private", action="store_true", help="create it as a private one")
     publish.add_argument("--revision", metavar="R", help="the branch to commit to (default: main)")

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from ..backbones import OF_MODEL_TYPE
+from ..backbones import SAVED_MODEL_TYPES
 from ..cards.merging import LIBRARY_TAG
 from ..models.spec_fields import PRESETS
 from ..output_paths import check_output_folder
@@ -32,7 +32,7 @@ class Download:
         folder: where it is.
         repo_id: ``NAME/ID``.
         revision: the commit, 40 hexadecimal digits.
-        model_type: of the backbone.
+        model_type: of the backbone, or that of filtered models of any other type.
         files: how many files were compared with the Hub's checksums.
         remarks: what is worth knowing about its code; empty where it is this package's.
     """
@@ -95,9 +95,9 @@ def pull(
     info = patiently(f"find {repo_id}", lambda: api.model_info(repo_id, revision=revision))
     commit = str(info.sha)
     model_type = repository_model_type(api, repo_id, commit)
-    if model_type not in OF_MODEL_TYPE:
+    if model_type not in SAVED_MODEL_TYPES:
         raise HubError(
-            f"repo_id must be a checkpoint of type {' or '.join(OF_MODEL_TYPE)}, got {repo_id}: {model_type}"
+            f"repo_id must be a checkpoint of type {' or '.join(SAVED_MODEL_TYPES)}, got {repo_id}: {model_type}"
         )
     options: dict[str, Any] = {} if output is None else {"local_dir": str(output)}
     if output is not None and not force:
@@ -140,7 +140,7 @@ def list_checkpoints(name: str, *, endpoint: str | None = None) -> Iterator[List
     for model in models:
         results = (model.card_data.eval_results if model.card_data is not None else None) or []
         metrics = {str(result.metric_name or result.metric_type): result.metric_value for result in results}
-        variant = " ".join(tag for tag in model.tags or [] if tag in (*PRESETS, "custom", *OF_MODEL_TYPE))
+        variant = " ".join(tag for tag in model.tags or [] if tag in (*PRESETS, "custom", *SAVED_MODEL_TYPES))
         yield Listing(model.id, str(model.sha), bool(model.private), variant, metrics)
 
 

@@ -16,6 +16,10 @@ import sys
 from typing import Any
 
 PACKAGE = "hf_imgproc_attn"
+FILTERED = "imgproc_filtered"
+"""The type of filtered models, whose class is a stock one."""
+TRAVELLED = "transformers_modules."
+"""Before the names of modules that came with a checkpoint."""
 
 
 class WrongCheckpointError(Exception):
@@ -31,12 +35,12 @@ def probe(config: Any) -> dict[str, Any]:
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
         return {"pixel_values": torch.randn(2, config.num_channels, height, width, generator=generator)}
-    length = min(config.max_position_embeddings, 32)
+    length = min(getattr(config, "max_position_embeddings", None) or 32, 32)
     return {"input_ids": torch.randint(config.vocab_size, (2, length), generator=generator)}
 
 
-def outputs(name: str, **options: Any) -> tuple[Any, type]:
-    """The logits of a checkpoint on the probe, and its class, through the Auto class that it was saved with.
+def outputs(name: str, **options: Any) -> tuple[Any, Any]:
+    """The logits of a checkpoint on the probe, and the model, through the Auto class that it was saved with.
 
     Raises:
         WrongCheckpointError: if weights and configuration do not belong together, which Transformers only logs.
@@ -46,7 +50,10 @@ def outputs(name: str, **options: Any) -> tuple[Any, type]:
 
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=True, **options)
     (architecture,) = config.architectures
-    auto_class = next((key for key, value in config.auto_map.items() if value.endswith(f".{architecture}")), None)
+    if config.model_type == FILTERED:  # its classes are named after the Auto classes
+        auto_class = next((key for key in config.auto_map if key != "AutoConfig"), None)
+    else:
+        auto_class = next((key for key, value in config.auto_map.items() if value.endswith(f".{architecture}")), None)
     if auto_class is None:
         raise WrongCheckpointError(f"the architecture {architecture} is none of the classes in auto_map")
     model, info = getattr(transformers, auto_class).from_pretrained(
@@ -58,7 +65,13 @@ def outputs(name: str, **options: Any) -> tuple[Any, type]:
         raise WrongCheckpointError(f"the weights are not those of the configuration ({found})")
     with torch.no_grad():
         result = model.eval()(**probe(config))
-    return result.logits, type(model)
+    return result.logits, model
+
+
+def code_of(model: Any) -> str:
+    """The module of a model's class; of a stock class with filters that travelled the filters' module."""
+    modules = [type(model).__module__, *(type(part).__module__ for part in model.modules())]
+    return next((module for module in modules if module.startswith(TRAVELLED)), modules[0])
 
 
 def check_folder(folder: str) -> dict[str, Any]:
@@ -69,7 +82,7 @@ def check_folder(folder: str) -> dict[str, Any]:
     """
     import transformers
 
-    logits, model_class = outputs(folder)
+    logits, model = outputs(folder)
     if not logits.isfinite().all():
         raise WrongCheckpointError("the outputs on a probe are not finite numbers")
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
@@ -81,7 +94,7 @@ def check_folder(folder: str) -> dict[str, Any]:
         tokens = len(transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True))
         if tokens > config.vocab_size:
             raise WrongCheckpointError(f"the tokenizer has {tokens} tokens, the model {config.vocab_size}")
-    return {"class": model_class.__name__}
+    return {"class": type(model).__name__}
 
 
 def check(repo_id: str, commit: str, folder: str) -> dict[str, Any]:
@@ -101,14 +114,14 @@ def check(repo_id: str, commit: str, folder: str) -> dict[str, Any]:
     wrong = [item["path"] for item in found.mismatches] + found.missing_paths
     if wrong:
         return {"error": f"the download differs from the Hub's checksums in {', '.join(wrong)}", "again": True}
-    downloaded, model_class = outputs(repo_id, revision=commit)
+    downloaded, model = outputs(repo_id, revision=commit)
     local, _ = outputs(folder)
     difference = (downloaded - local).abs().max().item()
     if not difference <= 1e-5 * max(1.0, local.abs().max().item()):
         return {"error": f"the outputs on a probe differ by {difference:.3g}", "again": False}
-    if not model_class.__module__.startswith("transformers_modules."):
-        return {"error": f"the model came from {model_class.__module__}, not from the published code", "again": False}
-    return {"class": model_class.__name__, "module": model_class.__module__, "max_difference": difference}
+    if not (module := code_of(model)).startswith(TRAVELLED):
+        return {"error": f"the model came from {module}, not from the published code", "again": False}
+    return {"class": type(model).__name__, "module": module, "max_difference": difference}
 
 
 def main(arguments: list[str]) -> dict[str, Any]:

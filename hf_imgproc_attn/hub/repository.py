@@ -31,7 +31,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented,
     validate_repo_id,
 )
 
-from ..backbones import OF_MODEL_TYPE
+from ..backbones import SAVED_MODEL_TYPES
 from .client import HubError, patiently
 from .run_files import CARD, CURVES, TRAVELLING
 
@@ -51,7 +51,7 @@ _STALE = (
     CURVES,
 )
 # Where one of these is, a repository is ours, even if its configuration was deleted.
-_OUR_CODE = frozenset(f"modeling_{model_type}.py" for model_type in OF_MODEL_TYPE)
+_OUR_CODE = frozenset(f"modeling_{model_type}.py" for model_type in SAVED_MODEL_TYPES)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..backbones import OF_MODEL_TYPE
+from ..backbones import FILTERED_MODEL_TYPE, OF_MODEL_TYPE, OF_TASK, SAVED_MODEL_TYPES, TASKS
 from ..errors import UsageError, require_extras
 from .travelling_code import audit_folder, missing_imports
 
@@ -75,10 +75,10 @@ def read_run(folder: str | Path) -> RunFolder:
         raise UsageError(f"run must be the folder of a finished training run, got {str(folder)!r}, which is no folder")
     results = load_results(path)
     _check_weights(path, results.record)
-    config = _read_config(path)
+    config = _read_config(path, results.record["task"])
     for name in sorted({file.name for file in travelling_files(path).values() if file.suffix == ".json"}):
         _read_json(path / name)
-    needed = OF_MODEL_TYPE[config["model_type"]].processor_files
+    needed = OF_TASK[results.record["task"]].processor_files
     if not any((path / name).is_file() for name in needed):
         raise UsageError(f"run {str(folder)!r} lacks {' or '.join(needed)}: nobody could give the model an input")
     named = {_file_of(reference) for reference in config["auto_map"].values()}
@@ -164,14 +164,23 @@ def _check_weights(folder: Path, record: dict[str, Any]) -> None:
             raise UsageError(f"the weights {str(folder / name)!r} are truncated or corrupt: {error}") from error
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path, task: str) -> dict[str, Any]:
     path = folder / "config.json"
-    config = _read_json(path)
-    if config.get("model_type") not in OF_MODEL_TYPE:
+    if (folder / "adapter_config.json").is_file() and not path.is_file():
         raise UsageError(
-            f"{str(path)!r} must have a model_type among {', '.join(OF_MODEL_TYPE)}, got {config.get('model_type')!r}"
+            f"run {str(folder)!r} holds an adapter, not a model: train with --peft_merge, or merge it into the model "
+            "in base/, to publish what loads by itself"
         )
-    needed = {"AutoConfig", *(head.auto_class for head in OF_MODEL_TYPE[config["model_type"]].heads)}
+    config = _read_json(path)
+    if config.get("model_type") not in SAVED_MODEL_TYPES:
+        raise UsageError(
+            f"{str(path)!r} must have a model_type among {', '.join(SAVED_MODEL_TYPES)}, got "
+            f"{config.get('model_type')!r}"
+        )
+    if config["model_type"] == FILTERED_MODEL_TYPE:
+        needed = {"AutoConfig", TASKS[task].auto_class}
+    else:
+        needed = {"AutoConfig", *(head.auto_class for head in OF_MODEL_TYPE[config["model_type"]].heads)}
     missing = sorted(needed - set(config.get("auto_map") or {}))
     if missing:
         raise UsageError(f"{str(path)!r} lacks the auto_map entries {', '.join(missing)}: save the model again")

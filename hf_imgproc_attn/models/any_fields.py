@@ -11,7 +11,7 @@ from torch import nn
 
 from .any_layers import AttentionLayer
 from .layer_grid import trained_grid
-from .spec_axes import NO_FEEDBACK_YET, LayerSpec, layer_schedule
+from .spec_axes import NO_FEEDBACK_YET, TOKEN_BOOSTINGS, LayerSpec, layer_schedule
 from .spec_fields import FILTER_FIELDS, FilterSpecMixin, preset_fields, refuse_near_misses
 from .spec_rules import check_filter_spec
 
@@ -20,6 +20,7 @@ _NEEDS = {
     "untied": "it projects positions, which the model does not",
     "rotary": "it turns queries and keys before the model does its own",
     "additive": "it is what the model does by itself",
+    "forget": "it projects the layer's input",
     "none": "the model adds its own positions, which cannot be taken out",
 }
 _NOT_FOR_LAYERS = {
@@ -27,6 +28,7 @@ _NOT_FOR_LAYERS = {
     "rotary_base": "rotary positions are the model's own",
     "residual": "it changes the blocks of the model",
     "boosted_layers": "choose layers by layers=",
+    "gate": "it projects the layer's input, and multiplies what the layer itself projects",
 }
 
 
@@ -63,9 +65,15 @@ class FilterFields(NamedTuple):
                 raise ValueError(f"{name}={value!r} is not for layers of another model: {_NOT_FOR_LAYERS[name]}")
         _check_positions(wanted)
         boostings = wanted.get("boosting", "none")
-        if "gradient_boosted" in (boostings if isinstance(boostings, list) else [boostings]):
+        for booster in boostings if isinstance(boostings, list) else [boostings]:
+            if booster in ("gradient_boosted", *TOKEN_BOOSTINGS):
+                raise ValueError(
+                    f"boosting={booster!r} is not for layers of another model: it has projections of its own"
+                )
+        if wanted.get("feedback") == "value_residual":
             raise ValueError(
-                "boosting='gradient_boosted' is not for layers of another model: it has projections of its own"
+                "feedback='value_residual' is not for layers of another model: it changes values before they come "
+                "into the cache, which the model fills by itself"
             )
         if not isinstance(wanted.get("feedback", "none"), str):
             raise ValueError(f"feedback must be one of none, neutreno, pid, got {wanted['feedback']!r}")
@@ -131,6 +139,7 @@ class StackConfig:
         self._set_heads(first)
         self.filter_spec_version = FilterSpecMixin.filter_spec_version
         self.position_axes = 2 if fields.is_image else 1
+        self.hides_later_tokens = any(bool(getattr(layer.module, "is_causal", False)) for layer in layers)
         if fields.is_image:
             self.default_neutreno_lambda = 0.6
         stock = getattr(first.module, "config", None)

@@ -163,10 +163,29 @@ def _attach(module: nn.Module, part: AppliedFilter, shared: SharedState, argumen
     part.train(module.training)
     own = copy.copy(module.config)
     own._attn_implementation_internal = IMPLEMENTATION  # type: ignore[union-attr]
-    hook = module.register_forward_pre_hook(before_layer, with_kwargs=True)
-    setattr(module, SEAT, FilterSeat(shared, arguments, module.config, hook))
+    hooks = [
+        module.register_forward_pre_hook(before_layer, with_kwargs=True),
+        module.register_load_state_dict_pre_hook(_refuse_other_numbers),
+    ]
+    setattr(module, SEAT, FilterSeat(shared, arguments, module.config, hooks))
     module.config = own
     setattr(module, PART, part)
+
+
+def _refuse_other_numbers(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Before tensors are loaded: refuse the numbers of another filter, also where unexpected ones are let pass.
+
+    So PEFT loads its adapters, and would leave out what does not fit without a word.
+    """
+    start = f"{prefix}{PART}."
+    given = {name.removeprefix(start) for name in state_dict if name.startswith(start)}
+    own = {name for name, _ in getattr(module, PART).named_parameters()}
+    if given - own:
+        kinds, errors = sorted({name.rpartition(".")[2] for name in given - own}), rest[-1]
+        errors.append(
+            f"{', '.join(kinds)} in {prefix}{PART} are numbers of another filter than the model has: put the filter "
+            "that they were saved with into the model before they are loaded"
+        )
 
 
 def remove_filter(model: nn.Module) -> nn.Module:
@@ -180,7 +199,8 @@ def remove_filter(model: nn.Module) -> nn.Module:
         raise ValueError("the model has no filter to remove")
     for module, _ in found:
         seat: FilterSeat = getattr(module, SEAT)
-        seat.hook.remove()
+        for hook in seat.hooks:
+            hook.remove()
         module.config = seat.stock_config
         delattr(module, PART)
         delattr(module, SEAT)

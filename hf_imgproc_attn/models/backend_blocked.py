@@ -53,6 +53,8 @@ def run(call: FilterCall, *, block_rows: int | None = None, group_pairs: int | N
     Raises:
         ValueError: for a boosted filter with more keys than queries but not the earlier keys' streams.
     """
+    if call.finishes_by_row:
+        return call.finish(run(call.plain(), block_rows=block_rows, group_pairs=group_pairs))
     positions, products = _as_products(call)
     output, streams = _blocked(products, positions, block_rows, group_pairs)
     if call.streams.is_cached:

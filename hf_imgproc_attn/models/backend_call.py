@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .boost_operators import BOOSTING, Attend
+from .boost_operators import BOOSTING, ONE_PASS, Attend, keep_rows
 from .cache_streams import NO_STREAMS, Streams, boost_stream
-from .kernel_content import CONTENT_COLUMNS
+from .kernel_content import CONTENT_COLUMNS, working_dtype
+from .kernel_normalisation import Normalisation
 from .kernel_position import BlockedPositions, Positions
 from .visibility import Visibility, four_axes
 
@@ -32,12 +33,25 @@ class Booster(NamedTuple):
 
     name: key of ``BOOSTING``.
     steps: k >= 1.
-    gain: gamma of ``learned``, ``[heads, 1, 1]`` in at least float32, or None.
+    gain: gamma of ``learned`` or alpha and beta of ``inversion``, as ``boost_operators`` takes them, or None.
     """
 
     name: str = "none"
     steps: int = 2
     gain: torch.Tensor | None = None
+
+
+class Difference(NamedTuple):
+    """A second map, of which lambda times is taken away from the first; see ``boost_differential``.
+
+    query: ``[batch, heads, length, head_dim]``.
+    key: ``[batch, heads, key_length, head_dim]`` of all tokens.
+    share: lambda, ``[heads, 1, 1]`` in at least float32.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    share: torch.Tensor
 
 
 class FilterCall(NamedTuple):
@@ -56,6 +70,8 @@ class FilterCall(NamedTuple):
         rows of A sum to less than 1. None: there is none.
     own_value: values of the queries' own tokens, ``[batch, key_heads, length, d]``; None where they are the last rows
         of ``value``. In a cache of fixed size they are not, and nothing but the mask tells which keys are there.
+    normalisation: how logits become weights.
+    difference: a second map to be taken away, or None.
     """
 
     query: torch.Tensor
@@ -69,13 +85,22 @@ class FilterCall(NamedTuple):
     streams: Streams = NO_STREAMS
     sinks: torch.Tensor | None = None
     own_value: torch.Tensor | None = None
+    normalisation: Normalisation = Normalisation()
+    difference: Difference | None = None
 
     @property
     def own_softmax(self) -> str | None:
         """Why back-ends whose weights are the plain softmax of the logits refuse, or None."""
         if self.content.softcap is not None:
             return "knows no logits with a soft cap"
+        if self.normalisation.name != "softmax":
+            return f"computes the weights of softmax only, got normalisation={self.normalisation.name!r}"
         return None if self.sinks is None else "knows no sinks"
+
+    @property
+    def ignores_row_constants(self) -> bool:
+        """Whether a number that is added to a whole row of logits changes nothing."""
+        return self.sinks is None and self.normalisation.ignores_row_constants
 
     @property
     def is_boosted(self) -> bool:
@@ -133,6 +158,37 @@ class FilterCall(NamedTuple):
 
         name, steps, gain = self.booster
         return BOOSTING[name](apply, extend, new_value, value, steps, gain)
+
+    @property
+    def finishes_by_row(self) -> bool:
+        """Whether the booster applies A once and finishes row by row."""
+        return self.booster.name in ONE_PASS
+
+    def plain(self) -> FilterCall:
+        """The same without the booster."""
+        return self._replace(booster=Booster())
+
+    def finish(self, smooth: torch.Tensor) -> torch.Tensor:
+        """What a booster that applies A once makes of A V, ``[batch, heads, length, d]``; 0 in rows that see no key.
+
+        Own values that no query sees count as 0: whatever stands there may be NaN.
+        """
+        seen, value = self.visibility, self.new_value
+        if seen.hidden is not None and self.own_value is None and seen.key_length >= seen.length:
+            value = value.masked_fill(seen.hidden[..., seen.key_length - seen.length :].mT, 0.0)
+        name, steps, gain = self.booster
+        # In half precision the factors of ``inversion``, near 1, would be rounded away.
+        rows = BOOSTING[name](lambda _: smooth.to(working_dtype(smooth.dtype)), keep_rows, value, value, steps, gain)
+        rows = rows.to(smooth.dtype)
+        return rows if seen.blind is None else rows.masked_fill(seen.blind, 0.0)
+
+    def maps(self) -> tuple[FilterCall, FilterCall | None]:
+        """The call of the first map alone, and that of the second or None."""
+        first, other = self._replace(difference=None), self.difference
+        if other is None:
+            return first, None
+        value = self.value if self.groups == 1 else self.value.repeat_interleave(self.groups, dim=1)
+        return first, first._replace(query=other.query, key=other.key, value=value)
 
     def past_streams(self) -> list[torch.Tensor]:
         """The cached rows of the booster's streams, in order; empty where there are none."""

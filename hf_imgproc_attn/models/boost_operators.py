@@ -8,6 +8,14 @@ A is low-pass; stacking layers smooths detail away. Boosting applies A again to 
     diffusion  A^k V
     sos        u_k = A(V + u_{k-1}) - u_{k-1}, u_0 = 0  (Romano, Elad 2015);   k = 2: A^2
 
+Others apply A once and finish row by row, at the cost of plain attention:
+
+    inversion  alpha A V + beta (I - A) V, 1 and 0 at the start: plain  (FDAM, arXiv 2507.12006)
+    exclusive  A V without its projection on v_i  (arXiv 2603.09078)
+
+``inversion`` has one alpha and beta per head, ``dynamic_inversion`` one per head and token, linear in the layer's
+input (*choice*: 1 and 0 are added to a projection that starts at zero).
+
 Osher's iterative regularisation (2005) is k-step twicing, since A is fixed and linear: an alias. ``gradient_boosted``
 is no operator on V and has its own file, ``boost_gradient``. ``sos`` smooths *more* than A does: in its
 limit (2I - A)^-1 A an eigenvalue l of A in [0, 1] becomes l / (2 - l), which is at most l. It reaches the limit only
@@ -24,7 +32,8 @@ Arguments of every booster:
     value: ``[batch, heads, length, d]``, the new tokens' rows of V.
     full_value: ``[batch, heads, key_length, d]``, all of V.
     steps: k >= 1; ``plain`` and ``learned`` ignore it.
-    gain: gamma of ``learned``, ``[heads, 1, 1]`` in at least float32; the others ignore it.
+    gain: gamma of ``learned``, ``[heads, 1, 1]`` in at least float32, or alpha and beta of ``inversion``,
+        ``[2, heads, 1, 1]`` or ``[2, batch, heads, length, 1]``; the others ignore it.
 Each returns ``[batch, heads, length, d]``.
 """
 
@@ -121,13 +130,63 @@ def sos(
     return out
 
 
-BOOSTING = {"none": plain, "twicing": twicing, "learned": learned, "diffusion": diffusion, "sos": sos}
-"""The boosters that are operators on V, each linear in it."""
+def inversion(
+    attend: Attend,
+    extend: Extend,
+    value: torch.Tensor,
+    full_value: torch.Tensor,
+    steps: int,
+    gain: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """alpha A V + beta (V - A V): what the filter passes, and what it removes; without a gain A V."""
+    smooth = attend(full_value)
+    if gain is None:
+        return smooth
+    alpha, beta = gain.unbind(0)
+    return (alpha * smooth + beta * (value - smooth)).to(smooth.dtype)
+
+
+def exclusive(
+    attend: Attend,
+    extend: Extend,
+    value: torch.Tensor,
+    full_value: torch.Tensor,
+    steps: int,
+    gain: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """s_i - v_i (s_i . v_i) / |v_i|^2 with s = A V: orthogonal to the token's own value; s_i where that is 0."""
+    smooth = attend(full_value)
+    working = torch.promote_types(smooth.dtype, torch.float32)
+    rows, own = smooth.to(working), value.to(working)
+    # A number a row changes no direction, and squares of small values would underflow.
+    largest = own.detach().abs().amax(-1, keepdim=True)
+    direction = own / largest.masked_fill(largest == 0.0, 1.0)
+    length = direction.square().sum(-1, keepdim=True).clamp(min=0.5)  # at least 1 but where the value is 0
+    return (rows - direction * ((rows * direction).sum(-1, keepdim=True) / length)).to(smooth.dtype)
+
+
+BOOSTING = {
+    "none": plain,
+    "twicing": twicing,
+    "learned": learned,
+    "diffusion": diffusion,
+    "sos": sos,
+    "inversion": inversion,
+    "dynamic_inversion": inversion,
+    "exclusive": exclusive,
+}
+"""The boosters that are functions of how to apply A; each but ``exclusive`` is linear in V."""
+
+ONE_PASS = ("inversion", "dynamic_inversion", "exclusive")
+"""Boosters that apply A once and finish row by row: any back-end computes A V for them."""
+
+NOT_LINEAR = ("exclusive",)
+"""Boosters that are no operator on V."""
 
 
 def operator_on_value(boosting: str) -> str:
-    """The key of :data:`BOOSTING` for a layer's booster: each round of ``gradient_boosted`` is plain."""
-    return "none" if boosting == "gradient_boosted" else boosting
+    """The key of :data:`BOOSTING` for a layer's booster; where it has several maps each of them is plain."""
+    return "none" if boosting in ("gradient_boosted", "differential") else boosting
 
 
 def extra_streams(boosting: str, steps: int) -> int:

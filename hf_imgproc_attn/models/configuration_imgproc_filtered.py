@@ -5,6 +5,8 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 FILTERED_MODEL_TYPE = "imgproc_filtered"
+_NOT_KEPT = ("model_type", "_name_or_path")
+"""Of the base model's configuration: its type is said elsewhere, where its file was is nobody else's business."""
 _OF_THE_BASE = frozenset(("is_encoder_decoder", "problem_type", "chunk_size_feed_forward", "id2label", "label2id"))
 """Fields that every configuration has, and that this one takes over, so that they can be asked for here."""
 
@@ -40,7 +42,7 @@ class ImgProcFilteredConfig(PreTrainedConfig):
         super().__init__(**kwargs)
         # Last: while Transformers checks a new configuration, nothing is looked up in the model's own.
         self.base_model_type, self.filter_arguments = base_model_type, dict(filter_arguments or {})
-        self.base_config = {name: value for name, value in (base_config or {}).items() if name != "model_type"}
+        self.base_config = {name: value for name, value in (base_config or {}).items() if name not in _NOT_KEPT}
 
     def __getattr__(self, name: str) -> Any:
         """What this configuration does not have is the model's own: ``hidden_size``, ``vocab_size``, ``eos_token_id``.

@@ -25,6 +25,8 @@ class LayerInputs(NamedTuple):
     stock_mask: what Transformers' own attention code takes in layers that are stock.
     backend: what computes the filters, ``"auto"`` or a key of ``BACKENDS``.
     attentions: which attentions are to be returned, one of ``ATTENTION_OUTPUTS``, or None.
+    hidden_states: the layer's tokens after the norm, ``[batch, length, hidden_size]``, which some boosters project;
+        :func:`filter_tokens` puts them in.
     """
 
     visibility: Visibility | None = None
@@ -36,3 +38,4 @@ class LayerInputs(NamedTuple):
     stock_mask: torch.Tensor | None = None
     backend: str = "auto"
     attentions: str | None = None
+    hidden_states: torch.Tensor | None = None

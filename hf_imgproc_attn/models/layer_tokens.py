@@ -1,6 +1,6 @@
 """One attention layer of any backbone: from its tokens to what its output projection reads, and the block around it.
 
-filter (with the boosters that are operators on V) -> gradient boosting -> feedback -> state for the next layer
+filter (with the boosters that are operators on V) -> gradient boosting -> feedback -> state for the next layer -> gate
 """
 
 from __future__ import annotations
@@ -46,11 +46,14 @@ def filter_tokens(
     """
     streams = cache_streams(inputs.past_key_values, layer, inputs)
     value, state = projected[2], inputs.state
+    inputs = inputs._replace(hidden_states=hidden_states)
     output, weights = layer(*projected, inputs, streams=streams, dropout=dropout)
     if layer.gradient_boosting is not None:
         output, weights = _boost_by_gradient(layer, hidden_states, (output, value, weights), inputs, streams, dropout)
     if layer.compares_layers:
         output, state = layer.hand_on(output, value, state)
+    if layer.gate is not None:
+        output = layer.gate(hidden_states, output)
     return output.transpose(1, 2).flatten(2), weights, state
 
 
@@ -113,7 +116,7 @@ def _boost_by_gradient(
     estimate, maps = output.transpose(1, 2).flatten(2), [weights]
     for number, boost in enumerate(layer.later_rounds(), start=1):
         # Where the elliptical metric compares values, those of the round before come before those of this one.
-        given = inputs._replace(state=inputs.state._replace(previous_value=value))
+        given = inputs._replace(state=inputs.state._replace(previous_value=value, first_value=None))
         attend = partial(layer, inputs=given, streams=streams.of_round(number), dropout=dropout)
         estimate, value, weights = boost(hidden_states, estimate, attend)
         maps.append(weights)

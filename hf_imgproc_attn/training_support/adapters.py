@@ -1,5 +1,6 @@
 """Training adapters instead of weights, by the library PEFT: what they are put on, and what is saved of them."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,10 @@ def with_adapters(run: Any, model: Any) -> Any:
     if run.training_args.gradient_checkpointing and checkpointing.get("use_reentrant"):
         model.enable_input_require_grads()
     try:
-        adapted: Any = peft.get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # PEFT asks Transformers by a name that the newest versions call deprecated.
+            warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+            adapted: Any = peft.get_peft_model(model, config)
     except ValueError as error:
         raise UsageError(f"peft_targets: {plain_message(error)}") from error
     below = args.model_name_or_path if args.peft_merge else str(base.resolve())

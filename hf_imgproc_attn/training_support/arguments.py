@@ -88,6 +88,11 @@ class ModelArguments:
             "and win",
         },
     )
+    paired_start: bool = _option(
+        False,
+        "a new model starts from the values of a new softmax model of its sizes and seed in every parameter that both "
+        "have, so that variants are compared from one start",
+    )
 
     def __post_init__(self) -> None:
         self.layers()  # refuses what is no list of layers
@@ -129,6 +134,11 @@ class DataArguments:
 
     dataset_name: str = _option("", "data set: a Hub name, a local path, or the embedded one")
     dataset_config_name: str | None = _option(None, "configuration of a Hub data set")
+    dataset_revision: str | None = _option(
+        None,
+        "branch, tag or commit of a Hub data set. refs/convert/parquet is the Hub's own form of data that come as a "
+        "script, which is not run; dataset_config_name is a folder there",
+    )
     validation_fraction: float = _option(
         0.1,
         "part of the training split held out for validation when the data set has no validation split (its test split "
@@ -261,6 +271,19 @@ class RunArguments:
         "licence of the checkpoint when it is published, as the Hub names it, e.g. apache-2.0. Default: that of the "
         "checkpoint or the data that it was made of, else none",
     )
+    evaluate_test: bool = _option(
+        True, "measure the test split at the end; false while anything is still to be chosen by the validation split"
+    )
+    stop_diverged: bool = _option(False, "end training, with status diverged, as soon as the loss is no finite number")
+    lens_every: int | None = _option(
+        None,
+        "every so many steps, write into the log what each layer's attention filters: entropy, bandwidths, weight on "
+        "sinks, likeness of tokens. Default: never",
+    )
+    prepare_only: bool = _option(False, "load the data, build the model and its Trainer, and stop")
+
+    def __post_init__(self) -> None:
+        _check(self.lens_every is None or self.lens_every >= 1, "lens_every", "an integer >= 1", self.lens_every)
 
 
 DataT = TypeVar("DataT", bound=DataArguments)

@@ -1,6 +1,6 @@
 """The embedded data of semantic segmentation: scikit-learn's digits on photographs of scikit-image, with exact masks.
 
-An image has 32 x 32 pixels in colour: a piece of a photograph, and on it one to three handwritten digits, enlarged
+An image has 32 x 32 pixels in colour: a piece of a photograph, and on it one or two handwritten digits, enlarged
 from 8 x 8 pixels and inked in a colour that is darker or brighter than what is below. The class of a pixel is that of
 the last digit whose ink covers at least half of it, else background. Everything is drawn from one seed; digits and
 photographs of the three splits are different ones.
@@ -63,7 +63,7 @@ def compose(split: str, rows: int | None = None) -> Composed:
         # A generator an image, whose stream is frozen: an image depends on nothing but its split and number.
         generator = np.random.RandomState(10_000 * _SEEDS[split] + row)
         image = _piece(photographs[generator.randint(len(photographs))], generator)
-        for _ in range(generator.randint(1, 4)):
+        for _ in range(generator.randint(1, 3)):
             chosen = generator.randint(len(digits))
             _ink(image, masks[row], digits[chosen], int(labels[chosen]), generator)
         pixels[row] = np.rint(image)
@@ -126,10 +126,10 @@ def _ink(
     label: int,
     generator: np.random.RandomState,
 ) -> None:
-    """Draw a digit of 12 to 18 pixels at a random place, into image and mask."""
+    """Draw a digit of 14 to 20 pixels at a random place, into image and mask."""
     from PIL import Image
 
-    side = int(generator.randint(12, 19))
+    side = int(generator.randint(14, 21))
     enlarged = Image.fromarray(digit.astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)
     cover = np.clip(np.asarray(enlarged, dtype=np.float64), 0, 1)[..., None]
     top, left = generator.randint(SIDE - side + 1, size=2)

@@ -42,6 +42,10 @@ def load_splits(args: DataArguments, embedded: str) -> dict[str, "Dataset"]:
     saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
     if path.is_file() or saved:
         refuse_config_name(args)
+    if path.exists() and args.dataset_revision is not None:
+        raise UsageError(
+            f"dataset_revision must be none for the local data set {name!r}, got {args.dataset_revision!r}"
+        )
     try:
         if path.is_file():
             suffix = path.suffix.lstrip(".").lower()
@@ -52,7 +56,11 @@ def load_splits(args: DataArguments, embedded: str) -> dict[str, "Dataset"]:
         elif saved:
             loaded = datasets.load_from_disk(str(path))
         else:
-            loaded = datasets.load_dataset(str(path) if path.is_dir() else name, args.dataset_config_name)
+            config, revision = args.dataset_config_name, args.dataset_revision
+            if revision is not None and revision.startswith("refs/convert/"):
+                loaded = datasets.load_dataset(name, data_dir=config, revision=revision)
+            else:
+                loaded = datasets.load_dataset(str(path) if path.is_dir() else name, config, revision=revision)
     except UsageError:
         raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -80,15 +88,15 @@ def load_splits(args: DataArguments, embedded: str) -> dict[str, "Dataset"]:
 
 
 def refuse_config_name(args: DataArguments) -> None:
-    """Data that have no configurations must not be given one.
+    """Data that have no configurations must not be given one, nor a revision.
 
     Raises:
-        UsageError: if ``dataset_config_name`` is set.
+        UsageError: if ``dataset_config_name`` or ``dataset_revision`` is set.
     """
-    if args.dataset_config_name is not None:
-        raise UsageError(
-            f"dataset_config_name must be none for data set {args.dataset_name!r}, got {args.dataset_config_name!r}"
-        )
+    for option in ("dataset_config_name", "dataset_revision"):
+        value = getattr(args, option)
+        if value is not None:
+            raise UsageError(f"{option} must be none for data set {args.dataset_name!r}, got {value!r}")
 
 
 def check_splits(splits: dict[str, "Dataset"], name: str) -> None:

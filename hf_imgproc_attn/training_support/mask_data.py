@@ -5,7 +5,6 @@ Every mask is read once before training begins: what is found wrong then costs a
 
 import io
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,7 +142,7 @@ def check_masks(
     """Read every mask of every split; the names of the classes, of which there are as many as the masks need.
 
     Args:
-        rows: the splits.
+        rows: the splits; a test split without any class is taken out.
         image_column: the column with the images, of which only the sizes are read.
         mask_column: the column with the masks.
         args: the data options.
@@ -152,45 +151,56 @@ def check_masks(
     Raises:
         UsageError: naming the first row that cannot be used and why.
     """
-    found = {split: _labels_of(part, split, image_column, mask_column, args) for split, part in rows.items()}
-    if names is None:
-        names = [str(index) for index in range(max(found["train"].labels, default=-1) + 1)]
-        absent = sorted(set(range(len(names))) - found["train"].labels)
-        if absent:
-            raise UsageError(
-                f"label_names must be given where not all classes occur: of 0 to {len(names) - 1} in column "
-                f"{mask_column!r} of the train split {_some(absent)} do not; a label that is no class belongs into "
-                f"ignore_index, got {args.ignore_index}"
-            )
-    if len(names) < 2:
-        raise UsageError(f"the masks must show at least two classes, got {len(names)} in column {mask_column!r}")
-    if 0 <= args.ignore_index < len(names):
+    found = {}
+    for split, part in list(rows.items()):
+        found[split] = _labels_of(part, split, image_column, mask_column, args)
+        if split == "test" and not found[split].labels:  # as in a challenge whose answers are kept back
+            print("the masks of the test split show no class: it is left out")
+            del rows[split], found[split]
+    listed = names or [str(index) for index in range(max(found["train"].labels, default=-1) + 1)]
+    if len(listed) < 2:
+        raise UsageError(f"the masks must show at least two classes, got {len(listed)} in column {mask_column!r}")
+    if 0 <= args.ignore_index < len(listed):
         raise UsageError(
-            f"ignore_index must be none of the classes 0 to {len(names) - 1}, which would not be learned, got "
+            f"ignore_index must be none of the classes 0 to {len(listed) - 1}, which would not be learned, got "
             f"{args.ignore_index}"
         )
+    absent = sorted(set(range(len(listed))) - found["train"].labels)
+    if names is None and absent:
+        raise UsageError(
+            f"label_names must be given where not all classes occur: of 0 to {len(listed) - 1} in column "
+            f"{mask_column!r} of the train split {_some(absent)} do not; a label that is no class belongs into "
+            f"ignore_index, got {args.ignore_index}"
+        )
     for split, labels in found.items():
-        beyond = sorted(label for label in labels.labels if label >= len(names))
+        beyond = sorted(label for label in labels.labels if label >= len(listed))
         if beyond:
             lowered = " after reduce_labels" if args.reduce_labels else ""
             raise UsageError(
-                f"the masks must hold classes 0 to {len(names) - 1} or ignore_index {args.ignore_index}, got "
+                f"the masks must hold classes 0 to {len(listed) - 1} or ignore_index {args.ignore_index}, got "
                 f"{_some(beyond)}{lowered} in row {labels.row_of[beyond[0]]} of the {split} split"
             )
-    return names
+    return listed
 
 
 def _labels_of(part: "Dataset", split: str, image_column: str, mask_column: str, args: MaskDataArguments) -> _Found:
     """The labels of a split, without those that are ignored."""
+    import datasets
     from datasets.utils import tqdm
 
     found = _Found()
-    bar = tqdm(_sizes_and_masks(part, image_column, mask_column), total=len(part), desc=f"checking masks of {split}",
-               unit="mask", leave=False, delay=1.0)  # fmt: skip
-    for row, (size, mask) in enumerate(bar):
+    encoded = part.select_columns([image_column, mask_column])
+    for column in (image_column, mask_column):
+        encoded = encoded.cast_column(column, datasets.Image(decode=False))
+    reader = datasets.Image()
+    bar = tqdm(encoded, desc=f"checking masks of {split}", unit="mask", leave=False, delay=1.0)
+    for row, entry in enumerate(bar):
         where = f"the mask in row {row} of the {split} split"
+        if entry[mask_column] is None and split == "test":
+            continue
         try:
-            values = mask_array(mask() if callable(mask) else mask)
+            values = mask_array(entry[mask_column] and reader.decode_example(entry[mask_column]))
+            size = _size_of(entry[image_column])
             if values.shape != size:
                 raise ValueError(
                     f"it has {values.shape[0]} x {values.shape[1]} pixels (height x width), its image "
@@ -212,19 +222,19 @@ def _labels_of(part: "Dataset", split: str, image_column: str, mask_column: str,
     return found
 
 
-def _sizes_and_masks(part: "Dataset", image_column: str, mask_column: str) -> Iterator[tuple[tuple[int, int], Any]]:
-    """Height and width of every image, which is not decoded for it, and a function that reads its mask."""
-    import datasets
+def _size_of(entry: dict[str, Any] | None) -> tuple[int, int]:
+    """Height and width of an image, which is not decoded for it.
+
+    Raises:
+        ValueError: if there is none.
+    """
     from PIL import Image, ImageOps
 
-    encoded = part.select_columns([image_column, mask_column]).cast_column(image_column, datasets.Image(decode=False))
-    encoded = encoded.cast_column(mask_column, datasets.Image(decode=False))
-    decoder = datasets.Image()
-    for row in encoded:
-        entry, mask = row[image_column], row[mask_column]
-        with Image.open(io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"]) as image:
-            width, height = ImageOps.exif_transpose(image).size if _is_turned(image) else image.size
-        yield (height, width), lambda mask=mask: None if mask is None else decoder.decode_example(mask)
+    if entry is None:
+        raise ValueError("it has no image")
+    with Image.open(io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"]) as image:
+        width, height = ImageOps.exif_transpose(image).size if _is_turned(image) else image.size
+    return height, width
 
 
 def _is_turned(image: "Image.Image") -> bool:

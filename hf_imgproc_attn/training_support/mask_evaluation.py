@@ -1,6 +1,7 @@
 """How a segmentation model stands up to disturbed images: Gaussian noise and FGSM; what is measured is the mean IoU.
 
-As in :mod:`.evaluation`: images are in [0, 1], disturbed before they are normalised, and clipped afterwards.
+As in :mod:`hf_imgproc_attn.robustness.images`: images are in [0, 1], disturbed before they are normalised, and clipped
+afterwards.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from hf_imgproc_attn.models.modeling_dense import segmentation_loss
-from hf_imgproc_attn.training_support.evaluation import PixelClassifier, gaussian_noise
+from hf_imgproc_attn.robustness.classifier import PixelClassifier
+from hf_imgproc_attn.robustness.images import gaussian_noise
 from hf_imgproc_attn.training_support.mask_pixels import MaskedPixels
 from hf_imgproc_attn.training_support.metrics import SegmentationScores, count_pixels
 
@@ -79,7 +81,7 @@ def mask_robustness(
         seed: of the noise.
 
     Returns:
-        Results as :mod:`.evaluation` describes them.
+        Results as :mod:`hf_imgproc_attn.robustness.images` describes them.
     """
     segmenter, ignored = PixelClassifier(model, processor), dataset.args.ignore_index
     kinds: list[tuple[dict[str, Any], Disturb | None]] = [

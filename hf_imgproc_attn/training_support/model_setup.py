@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_imgproc_attn.backbones import BERT, GPT2, OF_TASK, TASKS, VIT, Backbone, Head
 from hf_imgproc_attn.errors import UsageError, plain_message
-from hf_imgproc_attn.models.spec_fields import PRESETS
+from hf_imgproc_attn.models.spec_fields import FILTER_FIELDS, PRESETS
 from hf_imgproc_attn.training_support.argument_parser import check_override_names
 from hf_imgproc_attn.training_support.arguments import ModelArguments
 from hf_imgproc_attn.training_support.foreign_models import check_type, is_own, start_foreign
@@ -302,7 +302,32 @@ def new_model(task: str, args: ModelArguments, fields: dict[str, Any]) -> Any:
     model_class = row.our_class(row.head(TASKS[task].auto_class).variant)
     with _as_usage_errors("config_overrides"):
         config = row.our_class(row.config).from_preset(args.preset or "softmax", **{**row.new_model, **fields})
-        return model_class(config)
+        model = model_class(config)
+        if args.paired_start:
+            start_as_softmax(model)
+        return model
+
+
+def start_as_softmax(model: "PreTrainedModel") -> None:
+    """Give a new model the start of a new softmax model of its sizes, in every parameter of equal name and shape.
+
+    The random numbers begin anew with the seed that was set last, for the softmax model and for what follows: the
+    start of a variant does not depend on what it drew for parameters of its own. Two variants with the same further
+    parameters draw these alike too.
+
+    Args:
+        model: one of ours, just made.
+    """
+    import torch
+
+    sizes = {name: value for name, value in model.config.to_dict().items() if name not in FILTER_FIELDS}
+    seed = torch.initial_seed()
+    torch.manual_seed(seed)
+    start = type(model)(type(model.config).from_dict(sizes)).state_dict()
+    own = model.state_dict()
+    shared = {name: value for name, value in start.items() if name in own and own[name].shape == value.shape}
+    model.load_state_dict(shared, strict=False)
+    torch.manual_seed(seed)
 
 
 def start_from(

@@ -10,8 +10,6 @@ only what the block holds before them.
 """
 
 import hashlib
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED_LABEL = -100
-SWAPPED_WORD = "AAA"
 
 _CHUNK = 1000
 
@@ -88,20 +85,23 @@ def load_text_splits(args: TextDataArguments) -> dict[str, TextSplit]:
     return {split: TextSplit(lines) for split, lines in splits.items()}
 
 
-def encode(split: TextSplit, tokenizer: "PreTrainedTokenizerBase", description: str) -> np.ndarray:
+def encode(
+    split: TextSplit, tokenizer: "PreTrainedTokenizerBase", description: str, first_token: int | None = None
+) -> np.ndarray:
     """Tokens of a whole split, one after another, behind one end-of-text token.
 
     Args:
         split: the text.
         tokenizer: has an end-of-text token (see :func:`.tokenizer.load_tokenizer`).
         description: shown with the progress bar.
+        first_token: that stands first; None: the end-of-text token.
 
     Returns:
         Token ids ``[tokens]``, int32.
     """
     from datasets.utils import tqdm
 
-    parts = [np.array([tokenizer.eos_token_id], dtype=np.int32)]
+    parts = [np.array([tokenizer.eos_token_id if first_token is None else first_token], dtype=np.int32)]
     chunks = range(0, len(split.lines), _CHUNK)
     for begin in tqdm(chunks, desc=description, unit=f"x {_CHUNK} lines", leave=False, delay=1.0):
         ids = tokenizer(split.lines[begin : begin + _CHUNK], add_special_tokens=False, verbose=False)["input_ids"]
@@ -139,26 +139,6 @@ class TokenBlocks(TorchDataset[dict[str, torch.Tensor]]):
             "input_ids": torch.nn.functional.pad(block, (0, filling), value=self.padding),
             "labels": torch.nn.functional.pad(labels, (0, filling), value=IGNORED_LABEL),
         }
-
-
-def swap_words(split: TextSplit, fraction: float = 0.015, seed: int = 0) -> TextSplit:
-    """Replace randomly chosen words by ``AAA``, the word-swap attack of Abdullaev et al. (arXiv 2506.10371).
-
-    The number of words does not change, nor the white space between them; ends of sentence are not swapped. Perplexity
-    on the result includes the swapped words themselves.
-
-    Args:
-        split: the text.
-        fraction: part of the words that is replaced, rounded to whole words.
-        seed: of the choice.
-    """
-    total = sum(len(line.split()) for line in split.lines)
-    chosen = np.zeros(total, dtype=bool)
-    chosen[np.random.default_rng(seed).permutation(total)[: round(fraction * total)]] = True
-    flags: Iterator[bool] = iter(chosen.tolist())
-    return TextSplit(
-        [re.sub(r"\S+", lambda word: SWAPPED_WORD if next(flags) else word[0], line) for line in split.lines]
-    )
 
 
 def _as_line(text: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_imgproc_attn import records
+from hf_imgproc_attn.cards.filters import lens_history
 from hf_imgproc_attn.errors import UsageError, plain_message
 from hf_imgproc_attn.output_paths import check_output_folder, write_or_keep, writing
 from hf_imgproc_attn.training_support.adapters import base_model, check_adapters, merged
@@ -59,11 +60,13 @@ class Result:
         output_dir: folder of the checkpoint and ``run.json``.
         metrics: split -> metric -> value.
         record: the content of ``run.json``.
+        trainer: with the trained model and the data.
     """
 
     output_dir: str
     metrics: dict[str, dict[str, float]]
     record: dict[str, Any]
+    trainer: "ScriptTrainer"
 
 
 def begin_run(task: str, arguments: Arguments[Any], defaults: dict[str, Any], *, embedded: bool) -> Run:
@@ -221,6 +224,7 @@ def train_and_save(
     """
     from hf_imgproc_attn.filtered import recorded_config, recorded_filter
     from hf_imgproc_attn.models.any_filter import is_filtered
+    from hf_imgproc_attn.training_support.divergence import DivergenceStop, has_diverged
 
     main = trainer.is_world_process_zero()
     drop_last = bool(run.training_args.dataloader_drop_last)
@@ -240,6 +244,14 @@ def train_and_save(
     }
     if is_filtered(model):
         run.record["applied_filter"] = recorded_filter(base_model(model))
+    options = run.arguments.run
+    if options.prepare_only:
+        return Result(run.training_args.output_dir, {}, run.record, trainer)
+    if not options.evaluate_test:
+        splits = {name: split for name, split in splits.items() if name != "test"}
+    if options.stop_diverged:
+        run.training_args.logging_nan_inf_filter = False
+        trainer.add_callback(DivergenceStop())
     if main:
         print(
             f"{type(model).__name__}: {model.num_parameters():,} parameters; output in {run.training_args.output_dir}"
@@ -260,12 +272,13 @@ def train_and_save(
     if main:
         history = trainer.state.log_history
         run.record |= {
-            "status": "finished",
+            "status": "diverged" if options.stop_diverged and has_diverged(history) else "finished",
             "steps": trainer.state.global_step,
             "model_config": recorded_config(base_model(model)),
             "metrics": {"train": outcome.metrics, **metrics},
             "train_loss": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
             "eval_history": [[entry["step"], _measured(entry, "eval")] for entry in history if "eval_loss" in entry],
+            **({} if options.lens_every is None else {"lens_history": lens_history(history)}),
             # Of all sessions that came to their end; a killed one has left no time.
             "training_seconds": run.record.get("training_seconds", 0.0) + seconds,
             "weights_sha256": records.weights_sha256(run.training_args.output_dir),
@@ -282,7 +295,7 @@ def train_and_save(
             on_saved(run.training_args.output_dir)
         if run.training_args.push_to_hub:
             _publish(run.training_args, str(trainer.hub_model_id), run.record["arguments"]["run"]["license"])
-    return Result(run.training_args.output_dir, metrics, run.record)
+    return Result(run.training_args.output_dir, metrics, run.record, trainer)
 
 
 def _filters(run: Run, trainer: "ScriptTrainer") -> dict[str, Any] | None:

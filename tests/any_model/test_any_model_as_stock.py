@@ -48,6 +48,20 @@ def test_an_adapter_trains_and_keeps_the_gains(preset: str, tmp_path: Path) -> N
     assert (loaded(text()).logits - wanted).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("base", ["twicing", "neutreno"])
+def test_an_adapter_of_another_filter_is_refused(base: str, tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["imgproc_filter"])
+    model: Any = get_peft_model(apply_filter(build("llama"), "learned_twicing"), config)  # type: ignore[arg-type]
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    other: Any = apply_filter(build("llama"), base)
+    with pytest.raises((RuntimeError, KeyError), match="numbers of another filter|imgproc_filter.filter.scalar_bias"):
+        PeftModel.from_pretrained(other, tmp_path)
+    state = {name: value for name, value in model.get_base_model().state_dict().items() if "original" in name}
+    renamed = {name.replace("original_module.", ""): value for name, value in state.items()}
+    with pytest.raises(RuntimeError, match="boosting_gain in model.layers.0.self_attn.imgproc_filter are numbers of"):
+        apply_filter(build("llama"), base).load_state_dict(renamed, strict=False)
+
+
 def test_an_added_adapter_is_saved_alone(tmp_path: Path) -> None:
     model: Any = apply_filter(build("llama"), "twicing")
     model.add_adapter(LoraConfig(target_modules=["q_proj"]))

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from hf_imgproc_attn import apply_filter, filtered_layers, remove_filter
 from hf_imgproc_attn.models.any_filter import filter_arguments
-from tests.any_model.architectures import DECODERS, build, inputs, output
+from tests.any_model.architectures import DECODERS, GROUPED, build, inputs, output
 from tests.helpers import run_command
 
 ELSEWHERE = """
@@ -139,6 +139,16 @@ def test_a_stock_class_does_not_load_it_unfiltered(tmp_path: Path) -> None:
     moved("llama", preset="twicing").save_pretrained(tmp_path)
     with pytest.raises((RuntimeError, ValueError), match="size|mismatch"):
         LlamaForCausalLM.from_pretrained(tmp_path, num_hidden_layers=3)
+
+
+def test_a_stock_class_that_has_its_sizes_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It finds the tensors and knows nothing of the filters, so the warning is all that there can be."""
+    model: Any = moved("llama", preset="learned_twicing")
+    model.save_pretrained(tmp_path)
+    sizes = {name: getattr(model.config, name) for name in GROUPED}
+    _, info = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True, **sizes)
+    assert "You are using a model of type `imgproc_filtered` to instantiate a model of type `llama`" in caplog.text
+    assert {name.rpartition(".")[2] for name in info["unexpected_keys"]} == {"boosting_gain"}
 
 
 def test_a_part_of_a_filtered_model_is_saved_with_its_filters(tmp_path: Path) -> None:

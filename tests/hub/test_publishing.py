@@ -461,7 +461,8 @@ def test_a_run_is_read_without_a_hub(run: CopyOfRun) -> None:
     config = {**checked.config, "model_type": "vit"}
     (checked.folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(
-        UsageError, match="must have a model_type among imgproc_gpt2, imgproc_vit, imgproc_bert, got 'vit'"
+        UsageError,
+        match="must have a model_type among imgproc_gpt2, imgproc_vit, imgproc_bert, imgproc_filtered, got 'vit'",
     ):
         read_run(checked.folder)
 

@@ -412,6 +412,9 @@ def test_what_is_left_out_is_named() -> None:
     report = inspect_model(build("swin"), inputs("swin"), spectra="none")
     assert "distances and position bandwidths: the grid of patches is not known" in report.skipped
     assert math.isnan(report.layers[0].heads[0].position_bandwidth)
+    report = inspect_model(build("vit"), torch.zeros(2, 3, 24, 24, dtype=torch.float64), spectra="none")
+    assert report.skipped[-1].startswith("what the noise does: the input is constant")
+    assert report.layers[0].noise == {}
     report = inspect_model(build("llama"), text(batch=1), spectra="none")
     assert report.skipped == [
         "kernel decomposition by mean effects: it needs at least 2 samples, got 1",

@@ -28,7 +28,7 @@ rehearsed = pytest.mark.xdist_group("gpu rehearsal")
 FAULTY = (Part("x", "What goes wrong", "tests.measure.faulty_cases", share=1.0),)
 Record = dict[str, Any]
 # Not on a GPU machine. What hides them is read by every Python that has its folder on its path.
-HIDDEN = ("datasets", "evaluate", "foolbox", "sklearn", "matplotlib", "skimage", "cv2", "pandas")
+HIDDEN = ("datasets", "evaluate", "art", "sklearn", "matplotlib", "skimage", "cv2", "pandas")
 HIDE = f"""
 import importlib.machinery, sys
 HIDDEN = {HIDDEN!r}

@@ -13,14 +13,22 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from hf_imgproc_attn import apply_filter
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2LMHeadModel
 from hf_imgproc_attn.models.modeling_imgproc_vit import ImgProcViTForImageClassification
+from tests.any_model.architectures import build as stock_model
+from tests.any_model.architectures import text
 from tests.models.helpers import sharpen_
 from tests.models.variants import VARIANTS, gpt2_config, images, token_ids, vit_config
+
+FILTERS = ("learned_twicing", "neutreno", "alibi")
+"""Of a Llama that keeps its class: one with numbers of its own, one that compares layers, one that sees places."""
 
 
 def build(backbone: str, variant: str) -> torch.nn.Module:
     """The same model in every process."""
+    if backbone == "llama":
+        return apply_filter(stock_model("llama").float(), variant)
     if backbone == "gpt2":
         return sharpen_(ImgProcGPT2LMHeadModel(gpt2_config(variant)))
     return sharpen_(ImgProcViTForImageClassification(vit_config(variant)))
@@ -28,6 +36,8 @@ def build(backbone: str, variant: str) -> torch.nn.Module:
 
 def batch(backbone: str, rows: slice) -> dict[str, torch.Tensor]:
     """Some rows of a batch of four."""
+    if backbone == "llama":
+        return {"input_ids": text(batch=4)[rows], "labels": text(batch=4)[rows]}
     if backbone == "gpt2":
         return {"input_ids": token_ids(batch=4)[rows], "labels": token_ids(batch=4)[rows]}
     return {"pixel_values": images(batch=4)[rows], "labels": torch.tensor([2, 0, 1, 1])[rows]}
@@ -109,6 +119,8 @@ def main() -> None:
             report[f"{backbone} {variant}"] = outcome(lambda b=backbone, v=variant: compare(b, v, mesh, rank))
         report[f"{backbone} policy"] = outcome(lambda b=backbone: run_half(b, mesh, rows, policy=True))
         report[f"{backbone} half"] = outcome(lambda b=backbone: run_half(b, mesh, rows, policy=False))
+    for variant in FILTERS:
+        report[f"llama {variant}"] = outcome(lambda v=variant: compare("llama", v, mesh, rank))
     report["gpt2 far"] = outcome(lambda: run_far(mesh))
     Path(f"report_{rank}.json").write_text(json.dumps(report))
     dist.destroy_process_group()

@@ -18,6 +18,7 @@ from hf_imgproc_attn.models.modeling_imgproc_vit import (
 )
 from tests.helpers import ROOT, run_command
 from tests.models.ecosystem_cases import BACKBONES, CLASSES, build, inputs_of, real_logits
+from tests.models.fsdp_worker import FILTERS
 from tests.models.variants import (
     VARIANTS,
     made_once,
@@ -116,6 +117,14 @@ def test_fully_sharded_models_give_the_same_gradients(
 ) -> None:
     """FSDP2 over two processes, sharded by the classes that the model names; in bfloat16 the gradients are finite."""
     assert [report[f"{backbone} {variant}"] for report in sharded] == ["ok", "ok"]
+
+
+@pytest.mark.parametrize("preset", FILTERS)
+def test_fully_sharded_models_of_another_type_give_the_same_gradients(
+    preset: str, sharded: list[dict[str, str]]
+) -> None:
+    """With and without gradient checkpointing, as the others."""
+    assert [report[f"llama {preset}"] for report in sharded] == ["ok", "ok"]
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

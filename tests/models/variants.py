@@ -15,6 +15,7 @@ from torch import nn
 
 from hf_imgproc_attn.models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from hf_imgproc_attn.models.configuration_imgproc_vit import ImgProcViTConfig
+from hf_imgproc_attn.models.spec_axes import LayerSpec
 from hf_imgproc_attn.models.spec_fields import PRESETS
 from tests.models.helpers import GPT2, VIT, tiny_gpt2_config, tiny_vit_config
 
@@ -72,10 +73,37 @@ CUSTOM: dict[str, dict[str, Any]] = {
         "pid_gains": [0.4, -0.2, 0.3],
         "learn_feedback": True,
     },
+    "normalisations": {
+        "content_kernel": ["cosine", "dot_product", "cosine"],
+        "feedback": "value_residual",
+        "normalisation": ["sink", "sigmoid", "softpick"],
+        "position_kernel": ["untied", "gaussian", "alibi"],
+        "boosting": ["twicing", "none", "learned"],
+        "gate": ["none", "none", "headwise"],
+    },
+    "one_pass": {
+        "position_kernel": ["gaussian", "none", "untied"],
+        "boosting": ["inversion", "dynamic_inversion", "exclusive"],
+        "gate": ["elementwise", "headwise", "none"],
+        "feedback": "neutreno",
+    },
 }
-VARIANTS = (*PRESETS, *CUSTOM)
+RIVALS = (
+    "inversion",
+    "dynamic_inversion",
+    "exclusive",
+    "gated",
+    "sink",
+    "sigmoid",
+    "softpick",
+    "qk_norm",
+    "value_residual",
+)
+"""Presets with one value, each of which a layer of ``CUSTOM`` has: tests of whole models leave it at those."""
+VARIANTS = (*(name for name in PRESETS if name not in RIVALS), *CUSTOM)
 ELLIPTICAL = tuple(name for name in VARIANTS if "elliptical" in {**PRESETS, **CUSTOM}[name].get("content_kernel", ()))
-BOOSTED = tuple(name for name in VARIANTS if "boosting" in {**PRESETS, **CUSTOM}[name])
+BOOSTED = tuple(name for name in VARIANTS if "boosting" in {**PRESETS, **CUSTOM}[name] and name != "one_pass")
+"""Variants that apply A more than once in some layer, for which a cache keeps streams."""
 ALL_STOCK = ("softmax", "nope", "boosted_residual")
 """Variants whose every attention is the stock one."""
 SOME_STOCK = (*ALL_STOCK, "three_steps")
@@ -141,6 +169,11 @@ def recorded_call(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, dic
             handle.remove()
 
 
+def averages(spec: LayerSpec) -> bool:
+    """Whether the rows of a layer's operator sum to 1."""
+    return spec.boosting not in ("inversion", "dynamic_inversion") and spec.normalisation == "softmax"
+
+
 def heads_by_hand(
     config: Any, layer: int, maps: torch.Tensor, values: list[torch.Tensor], seen: dict[str, Call], name: str
 ) -> torch.Tensor:
@@ -159,7 +192,14 @@ def heads_by_hand(
         return heads.transpose(1, 2).flatten(2)
 
     value = values[layer]
-    output = merged(maps[:, 0] @ value)
+    if layer and config.feedback == "value_residual":
+        share = seen[f"{name}.filter.scalar_bias"].output.value_residual
+        value = (1 - share) * value + share * values[0]
+    spec = config.layer_specs[layer]
+    rows = maps[:, 0] @ value
+    if spec.boosting == "exclusive":
+        rows = rows - value * ((rows * value).sum(-1) / value.square().sum(-1)).unsqueeze(-1)
+    output = merged(rows)
     for number in range(1, maps.shape[1]):
         boosting = f"{name}.filter.gradient_boosting" + (f"_further.{number - 2}" if number > 1 else "")
         own = seen[f"{boosting}.value"].output.view(value.transpose(1, 2).shape).transpose(1, 2)
@@ -178,6 +218,9 @@ def heads_by_hand(
             gains = [gain.view(-1, 1, 1) for gain in learned.unbind(-1)]
         terms = (errors[layer], sum(errors), errors[layer] - errors[layer - 1])
         output = output + merged(sum(gain * term for gain, term in zip(gains, terms, strict=True)))
+    if spec.gate != "none":
+        gate = 2 * seen[f"{name}.filter.gate.projection"].output.sigmoid()
+        output = output * gate.repeat_interleave(output.shape[-1] // gate.shape[-1], dim=-1)
     return output
 
 

@@ -6,7 +6,6 @@ import functools
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,20 +76,6 @@ def test_images_are_evaluated_clean_noisy_and_attacked(image_run: Path) -> None:
     again = evaluate(image_run, Settings(sigmas=[0.25], epsilons=[8 / 255, 0.1], seed=4))
     assert again["results"] == found["results"]
     assert evaluate(image_run, Settings(sigmas=[], epsilons=[]))["results"] == [clean]
-
-
-def test_without_foolbox_the_rest_is_measured(
-    image_run: Path, copy_of: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = copy_of(image_run)
-    monkeypatch.setitem(sys.modules, "foolbox", None)
-    assert evaluate_checkpoint.main([str(folder), "--max_samples", "20", "--force"]) == 0
-    printed = capsys.readouterr().out
-    assert 'left out: FGSM, which needs foolbox: pip install ".[robustness]"' in printed
-    results = json.loads((folder / "robustness.json").read_text(encoding="utf-8"))["results"]
-    assert [entry["disturbance"] for entry in results] == ["clean"] + ["Gaussian noise"] * 3
-    assert evaluate_checkpoint.main([str(folder), "--epsilons", "8/255", "--force"]) == 2
-    assert "this needs foolbox, which is not installed" in capsys.readouterr().err
 
 
 def test_a_file_that_cannot_be_written_is_found_before_work_begins(

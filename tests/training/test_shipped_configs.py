@@ -41,7 +41,10 @@ def test_training_config_names_only_options_that_exist(path: Path, tmp_path: Pat
 
 def test_there_are_configs_and_launch_files() -> None:
     names = {path.stem for path in CONFIGS}
-    assert names == {"digits_vit", "pydoc_gpt2", "topics_bert", "cifar10_vit", "wikitext2_gpt2"}
+    assert names == {
+        "digits_vit", "pydoc_gpt2", "topics_bert", "cifar10_vit", "wikitext2_gpt2", "listops_short_bert",
+        "noisy_recall_gpt2", "composed_vit_seg",
+    }  # fmt: skip
     assert {path.stem for path in LAUNCH} == {"one_gpu", "eight_gpus_ddp", "eight_gpus_fsdp2", "two_nodes_ddp"}
 
 

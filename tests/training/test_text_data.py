@@ -16,7 +16,6 @@ from hf_imgproc_attn.training_support.text_data import (
     TokenBlocks,
     encode,
     load_text_splits,
-    swap_words,
 )
 from hf_imgproc_attn.training_support.tokenizer import load_tokenizer, train_tokenizer
 from tests.training.conftest import WriteText
@@ -154,18 +153,3 @@ def test_trained_tokenizer_survives_saving_and_knows_every_byte(tmp_path: Path) 
 def test_missing_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"tokenizer_name '.*nowhere' cannot be loaded"):
         load_tokenizer(str(tmp_path / "nowhere"))
-
-
-def test_word_swap_replaces_the_fraction_and_nothing_else() -> None:
-    text = TextSplit([f"  {line} \n" for line in LINES * 20])
-    swapped = swap_words(text, fraction=0.015, seed=1)
-    before = [word for line in text.lines for word in line.split()]
-    after = [word for line in swapped.lines for word in line.split()]
-    changed = [index for index in range(len(before)) if before[index] != after[index]]
-    assert len(changed) == round(0.015 * 2000) == 30
-    assert {after[index] for index in changed} == {"AAA"}
-    assert swapped.num_words == text.num_words
-    assert all(line.startswith("  ") and line.endswith(" \n") for line in swapped.lines)
-    assert swap_words(text, seed=1).lines == swapped.lines
-    assert swap_words(text, seed=2).lines != swapped.lines
-    assert swap_words(text, fraction=0).lines == text.lines

@@ -146,7 +146,7 @@ def test_evaluations_during_training_are_recorded(tmp_path: Path) -> None:
 
 
 def test_final_metrics_equal_an_evaluation_of_the_saved_model(tmp_path: Path) -> None:
-    from hf_imgproc_attn.training_support.evaluation import text_perplexity
+    from hf_imgproc_attn.robustness.texts import text_perplexity
     from hf_imgproc_attn.training_support.text_data import TextSplit, load_text_splits
 
     folder = tmp_path / "run"

@@ -1,0 +1,71 @@
+"""``imgproc-attn lens``: options here, without torch, and the work elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+FILES = ("lens.json", "lens.md", "lens.html")
+"""What the command writes, beside one PNG a panel."""
+
+
+def add_commands(commands: Any) -> None:
+    """Add the sub-command to the parser of ``imgproc-attn``."""
+    lens = commands.add_parser(
+        "lens",
+        help="see what the attention of a trained model filters: numbers, pictures, a page for the browser",
+        description="Measure what the self-attention of checkpoints filters, of language or vision: "
+        "bandwidths, entropy, sinks, spectra, how alike tokens become by depth, what noise does, and what each token "
+        "receives from where. Several checkpoints are compared on the same input. Writes JSON, Markdown, PNG and one "
+        "HTML page that needs no network.",
+    )
+    lens.add_argument("models", nargs="+", metavar="MODEL", help="a folder or a Hub name")
+    lens.add_argument(
+        "--input", nargs="+", default=[], metavar="FILE", help="texts, token numbers (JSON: a list of lists) or images"
+    )
+    lens.add_argument(
+        "--data",
+        default="auto",
+        metavar="NAME",
+        help="without --input: pydoc (the manual inside Python), own (texts that the model writes), random, "
+        "photographs or digits (default: the first that fits the model)",
+    )
+    lens.add_argument("--samples", type=int, default=16, help="texts or images (default: %(default)s)")
+    lens.add_argument("--length", type=int, metavar="N", help="tokens of a text (default: 64)")
+    lens.add_argument("--stack", help="which list of layers, where a model has several (encoder.block, ...)")
+    lens.add_argument("--token", type=int, metavar="I", help="whose maps are shown (default: one in the middle)")
+    lens.add_argument(
+        "--noise", type=float, default=0.1, help="in the input, as a share of its deviation; 0: none (default: 0.1)"
+    )
+    lens.add_argument(
+        "--spectra",
+        default="dense",
+        help="dense (up to 1,024 tokens), iterative (the largest values also beyond) or none (default: %(default)s)",
+    )
+    lens.add_argument("--seed", type=int, default=0, help="of noise and drawn texts (default: %(default)s)")
+    lens.add_argument(
+        "--output", type=Path, default=Path("outputs/lens"), metavar="DIR", help="(default: %(default)s)"
+    )
+    lens.add_argument("--force", action="store_true", help="replace the files of an earlier look in DIR")
+    lens.set_defaults(run_command=run_lens)
+
+
+def run_lens(options: argparse.Namespace) -> int:
+    """``imgproc-attn lens``: measure, write, and print the summary."""
+    from ..errors import UsageError, require_extras
+    from ..output_paths import check_new_files, check_output_folder
+
+    require_extras("lens")
+    check_output_folder(options.output)
+    check_new_files([options.output / name for name in FILES], options.force)
+    if len(set(options.models)) < len(options.models):
+        raise UsageError("MODEL must name each checkpoint once")
+
+    from .compare import look, summary, write
+
+    reports = look(options)
+    write(reports, options.output)
+    print(summary(reports))
+    print(f"the page is {options.output / 'lens.html'}")
+    return 0

@@ -1,0 +1,220 @@
+"""One self-contained HTML page: panels to switch, each with what it shows and what to look for."""
+
+from __future__ import annotations
+
+import base64
+import html
+
+from .definitions import DEFINITIONS
+from .figures import Pictures
+from .report import HEAD_COLUMNS, Report, cell
+
+PANELS: dict[str, tuple[str, str, str]] = {
+    "heads": (
+        "Heads",
+        "Each square is one attention head: a row a layer, a column a head, bright is large.",
+        "Local heads (dark in position bandwidth), for heads that are switched off (bright in weight on "
+        "sinks, dark in the norm of their values), and for heads that only average (entropy near uniform).",
+    ),
+    "kernels": (
+        "Kernels",
+        "What the logits of attention are made of, by layer: how much of their variation comes from comparing content "
+        "with content, position with position, and one with the other.",
+        "A bilateral filter has the first two only. Large cross terms (content-position, position-content) are what "
+        "stock attention adds; the residual is context that the words alone do not explain.",
+    ),
+    "maps": (
+        "Filter maps",
+        "What one token (the red mark) receives from where, in every head: by content alone, by position alone, by "
+        "both (product), and through the booster (operator), where the layer has one.",
+        "Compare product with its factors: where it equals the position map, the head does not look at content. "
+        "Negative weights of a booster sharpen.",
+    ),
+    "smoothing": (
+        "Over-smoothing",
+        "How alike the tokens are at each layer: as they enter a block, as values, after the filter, after the "
+        "residual connection, and as they leave.",
+        "The filter averages, so its output is more alike than its values. If similarity rises to 1, or high "
+        "frequency and stable rank fall to their least with depth, tokens lose what tells them apart.",
+    ),
+    "noise": (
+        "Noise",
+        "Noise of known size is put into the input; the curves show how much stronger the signal is than the noise at "
+        "each place, and below, what each part of a block gains.",
+        "Above 0 a part removes noise, below it amplifies it. The dotted line is what the paper's proposition "
+        "promises.",
+    ),
+    "spectra": (
+        "Spectra",
+        "Eigenvalues of the filter A, and of what a booster makes of it, in the complex plane with the unit circle, "
+        "and what follows for contrast between tokens, by layer.",
+        "Radius below 1: repeated filtering wipes contrast out. Gain above 1: a single application amplifies some of "
+        "it.",
+    ),
+    "removed": (
+        "What the filter removes",
+        "The size of V − p(A) V at each token: what the filter takes away from the values (method noise).",
+        "A good denoiser removes noise that shows no structure; edges or words here are detail that is lost.",
+    ),
+    "numbers": (
+        "Numbers",
+        "Every head's numbers in a table.",
+        "Sort by eye; the same numbers, and more, are in lens.json.",
+    ),
+    "definitions": (
+        "Definitions",
+        "What every number on this page is.",
+        "The sources are in docs/lens.md.",
+    ),
+}
+"""Panel -> title, what it shows, what to look for."""
+
+STYLE = """
+:root{--ink:#1b1b1b;--paper:#fff;--line:#bbb;--accent:#0072B2}
+body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);margin:0 auto;padding:1rem}
+body{max-width:75rem}
+nav{display:flex;flex-wrap:wrap;gap:.4rem;margin:1rem 0}
+button{font:inherit;padding:.3rem .8rem;border:1px solid var(--line)}
+button{background:#f5f5f5;border-radius:.3rem;cursor:pointer}
+button[aria-selected=true]{background:var(--accent);color:#fff;border-color:var(--accent)}
+.js section.panel:not(.shown),.js .view:not(.shown){display:none}
+img{max-width:100%;height:auto}
+.look{color:#444}
+table{border-collapse:collapse;font-size:.85rem}
+th,td{border:1px solid var(--line);padding:.15rem .5rem;text-align:right}
+td.text,th.text{text-align:left}
+.wide{overflow-x:auto}
+@media print{nav,select{display:none}.js section.panel:not(.shown),.js .view:not(.shown){display:block}
+section.panel{break-inside:avoid}}
+"""
+
+SCRIPT = """
+document.documentElement.classList.add('js');
+function show(kind, scope, id){
+  scope.querySelectorAll(kind).forEach(function(e){e.classList.toggle('shown', e.id === id)});
+}
+function open(id){
+  show('section.panel', document, id);
+  document.querySelectorAll('nav button').forEach(function(b){
+    b.setAttribute('aria-selected', String(b.dataset.panel === id));
+  });
+}
+document.querySelectorAll('nav button').forEach(function(b){
+  b.addEventListener('click', function(){
+    open(b.dataset.panel);
+    history.replaceState(null, '', '#' + b.dataset.panel);
+  });
+});
+document.querySelectorAll('select').forEach(function(s){
+  var panel = s.closest('section');
+  s.addEventListener('change', function(){ show('.view', panel, s.value); });
+  show('.view', panel, s.value);
+});
+var wanted = location.hash.slice(1);
+open(document.getElementById(wanted) ? wanted : document.querySelector('section.panel').id);
+scrollTo(0, 0);
+document.body.dataset.ready = 'yes';
+"""
+
+
+def page(reports: list[Report], pictures: Pictures) -> str:
+    """The page of one or more reports with the pictures of ``figures.draw_all``."""
+    names = [name for name in PANELS if name in pictures or name in ("numbers", "definitions")]
+    buttons = "".join(
+        f'<button type="button" role="tab" data-panel="{name}" aria-selected="false">{_text(PANELS[name][0])}</button>'
+        for name in names
+    )
+    title = f"What {', '.join(report.model for report in reports)} filters"
+    parts = [
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{_text(title)}</title><style>{STYLE}</style></head><body>",
+        f"<h1>{_text(title)}</h1>",
+        "<p>Self-attention averages the values of tokens with weights that depend on how alike they are: it is a "
+        "filter, as image processing knows them. This page shows what the filters of a trained model do on real "
+        "input.</p>",
+        *(f"<p>{_text(_described(report))}</p>" for report in reports),
+        _skipped(reports),
+        f'<nav role="tablist" aria-label="panels">{buttons}</nav>',
+        *(_panel(name, reports, pictures) for name in names),
+        f"<script>{SCRIPT}</script></body></html>\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _text(text: str) -> str:
+    return html.escape(text, quote=True)
+
+
+def _described(report: Report) -> str:
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items())
+    return (
+        f"{report.model}: {report.model_type}, {report.parameters:,} parameters, {len(report.layers)} layers. Shown: "
+        f"{report.samples} samples of {report.length} tokens, {report.data}. Time: {seconds}."
+    )
+
+
+def _skipped(reports: list[Report]) -> str:
+    reasons = [f"{report.model}: {reason}" for report in reports for reason in report.skipped]
+    items = "".join(f"<li>{_text(reason)}</li>" for reason in reasons)
+    return f"<p>Not measured:</p><ul>{items}</ul>" if reasons else ""
+
+
+def _panel(name: str, reports: list[Report], pictures: Pictures) -> str:
+    title, shows, look = PANELS[name]
+    if name == "numbers":
+        body = "".join(_numbers(report) for report in reports)
+    elif name == "definitions":
+        body = _definitions()
+    else:
+        body = _views(name, pictures[name])
+    return (
+        f'<section class="panel" id="{name}" role="tabpanel"><h2>{_text(title)}</h2><p>{_text(shows)}</p>'
+        f'<p class="look"><b>Look for:</b> {_text(look)}</p>{body}</section>'
+    )
+
+
+def _views(panel: str, views: dict[str, bytes]) -> str:
+    parts = []
+    if len(views) > 1:
+        options = "".join(
+            f'<option value="{panel}-{number}">{_text(view)}</option>' for number, view in enumerate(views)
+        )
+        parts.append(f'<p><label>Show <select aria-label="{_text(PANELS[panel][0])}">{options}</select></label></p>')
+    for number, (view, picture) in enumerate(views.items()):
+        data = base64.b64encode(picture).decode("ascii")
+        label = f"{PANELS[panel][0]}, {view}" if len(views) > 1 else PANELS[panel][0]
+        shown = ' class="view"' if len(views) > 1 else ""
+        parts.append(
+            f'<figure id="{panel}-{number}"{shown}><img alt="{_text(label)}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{_text(view) if len(views) > 1 else ''}</figcaption></figure>"
+        )
+    return "".join(parts)
+
+
+def _numbers(report: Report) -> str:
+    learned = list(dict.fromkeys(name for layer in report.layers for head in layer.heads for name in head.learned))
+    titles = ["layer", "head", *HEAD_COLUMNS.values(), *(f"its {name}" for name in learned)]
+    head_row = "".join(f"<th>{_text(title)}</th>" for title in titles)
+    rows = [
+        [
+            str(layer.index),
+            str(head.head),
+            *(cell(getattr(head, name)) for name in HEAD_COLUMNS),
+            *(cell(head.learned.get(name)) for name in learned),
+        ]
+        for layer in report.layers
+        for head in layer.heads
+    ]
+    body = "".join("<tr>" + "".join(f"<td>{value}</td>" for value in row) + "</tr>" for row in rows)
+    return f'<h3>{_text(report.model)}</h3><div class="wide"><table><tr>{head_row}</tr>{body}</table></div>'
+
+
+def _definitions() -> str:
+    rows = "".join(
+        f'<tr><td class="text">{_text(each.title)}</td><td class="text">{_text(each.formula)}</td>'
+        f'<td class="text">{_text(each.reading)}</td></tr>'
+        for each in DEFINITIONS.values()
+    )
+    titles = "".join(f'<th class="text">{title}</th>' for title in ("number", "what it is", "how to read it"))
+    return f"<table><tr>{titles}</tr>{rows}</table>"

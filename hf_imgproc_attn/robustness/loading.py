@@ -1,0 +1,245 @@
+"""A checkpoint of any kind and the data that it is measured on, loaded for the command ``robustness``."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import UsageError, plain_message
+from ..training_support.arguments import (
+    DataArguments,
+    ImageDataArguments,
+    LabelledTextDataArguments,
+    TextDataArguments,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+IMAGES, TEXTS, LABELLED_TEXTS = "image-classification", "causal-lm", "text-classification"
+_CLASSES = {IMAGES: ImageDataArguments, TEXTS: TextDataArguments, LABELLED_TEXTS: LabelledTextDataArguments}
+_HEADS = {
+    IMAGES: ("ForImageClassification",),
+    LABELLED_TEXTS: ("ForSequenceClassification",),
+    TEXTS: ("ForCausalLM", "LMHeadModel"),
+}
+"""Task -> what the names of its models hold."""
+
+
+class Data(NamedTuple):
+    """Which rows are used; None: as the checkpoint's run, or detected."""
+
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    image_column_name: str | None = None
+    text_column_name: str | None = None
+    label_column_name: str | None = None
+    split: str | None = None
+    max_samples: int = 500
+
+
+class Subject(NamedTuple):
+    """A loaded checkpoint with its data.
+
+    Attributes:
+        task: :data:`IMAGES`, :data:`TEXTS` or :data:`LABELLED_TEXTS`.
+        evaluate: measures it: takes the settings of the task, ``done`` and ``on_result``, as
+            :func:`.images.evaluate_robustness` does.
+        identity: digest of the weights, and what the data are.
+        device: where the model is.
+    """
+
+    task: str
+    evaluate: Callable[..., dict[str, Any]]
+    identity: dict[str, Any]
+    device: torch.device
+
+
+def task_of(checkpoint: str) -> str:
+    """What a checkpoint is for, by the class that its configuration names.
+
+    Raises:
+        UsageError: if it cannot be loaded, or is neither an image classifier nor a model of texts.
+    """
+    from transformers import AutoConfig
+
+    import hf_imgproc_attn  # noqa: F401  # registers our model types
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UsageError(f"checkpoint {checkpoint!r} cannot be loaded: {plain_message(error)}") from error
+    names = list(config.architectures or ())
+    for task, heads in _HEADS.items():
+        if any(head in name for head in heads for name in names):
+            return task
+    raise UsageError(
+        "checkpoint must be an image classifier, a causal language model or a text classifier, got "
+        f"{checkpoint!r} with {', '.join(names) or 'no class in its configuration'}"
+    )
+
+
+def load_subject(checkpoint: str, task: str, data: Data, device: str | None, block_size: int | None = None) -> Subject:
+    """Load a checkpoint and the rows it is measured on.
+
+    Args:
+        checkpoint: a folder or a Hub name.
+        task: from :func:`task_of`.
+        data: which rows.
+        device: ``cpu`` or ``cuda``; None: cuda where there is one.
+        block_size: tokens that a model of texts reads at once; None: as its run, or the default.
+
+    Raises:
+        UsageError: for a checkpoint or data that cannot be loaded or do not belong together.
+    """
+    import transformers
+
+    place = _device(device)
+    kind = {IMAGES: "ImageClassification", TEXTS: "CausalLM", LABELLED_TEXTS: "SequenceClassification"}[task]
+    try:
+        model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(checkpoint).to(place)
+        reader = transformers.AutoImageProcessor if task == IMAGES else transformers.AutoTokenizer
+        processor = reader.from_pretrained(checkpoint)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UsageError(f"checkpoint {checkpoint!r} cannot be loaded: {plain_message(error)}") from error
+    arguments = _data_arguments(checkpoint, task, data)
+    if task == IMAGES:
+        evaluate, about = _images(arguments, data.split, model, processor)
+    else:
+        block_size = block_size or getattr(arguments, "block_size", None)
+        evaluate, about = _texts(arguments, data.split, model, processor, block_size)
+    identity = {"weights_sha256": _digest_of(model), "data": {"dataset_name": arguments.dataset_name, **about}}
+    return Subject(task, evaluate, identity, place)
+
+
+def _data_arguments(checkpoint: str, task: str, data: Data) -> Any:
+    """The options of the data: those given, else those of the run that made the checkpoint, else the embedded ones."""
+    data_class = _CLASSES[task]
+    known = {field.name for field in dataclasses.fields(data_class)}
+    given = {name: value for name, value in data._asdict().items() if value is not None}
+    given.pop("split", None)
+    limit = given.pop("max_samples")
+    for name in given:
+        if name not in known:
+            raise UsageError(f"{name} is not used with a checkpoint for {task}, got {given[name]!r}")
+    path = Path(checkpoint) / "run.json"
+    options: dict[str, Any] = {}
+    if data.dataset_name is None and path.is_file():
+        try:
+            options = dict(json.loads(path.read_text(encoding="utf-8"))["arguments"]["data"])
+            data_class(**options)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{str(path)!r} does not name data in a way that can be read ({plain_message(error)}): give "
+                "--dataset_name"
+            ) from error
+    return data_class(**{**options, **given, "max_eval_samples": limit})
+
+
+def _images(
+    arguments: ImageDataArguments, split: str | None, model: Any, processor: Any
+) -> tuple[Any, dict[str, Any]]:
+    from .images import evaluate_robustness
+
+    images, labels, about = load_images(arguments, split, processor, model.config)
+    return partial(evaluate_robustness, model, processor, images, labels), about
+
+
+def load_images(
+    arguments: ImageDataArguments, split: str | None, processor: Any, config: Any
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Images of the size that the model takes, their labels as the model counts them, and what they are.
+
+    Args:
+        arguments: the data options.
+        split: None: test, where there is one, else validation.
+        processor: resizes and crops.
+        config: of the model; where it has the data's classes in another order, the labels follow it.
+
+    Raises:
+        UsageError: for data that cannot be loaded, or without that split.
+    """
+    from ..training_support.image_data import load_image_splits
+    from ..training_support.image_pixels import load_pixels
+    from .classifier import unit_images
+
+    splits = load_image_splits(arguments)
+    name = _choose_split(splits.rows, split, arguments)
+    only = dataclasses.replace(splits, rows={name: splits.rows[name]}, labels={name: splits.labels[name]})
+    dataset = load_pixels(only, processor, arguments, 0)[name]
+    images, labels = unit_images(dataset)
+    return images, _as_the_model_counts(labels, splits.label_names, config), {"split": name, **dataset.fingerprint}
+
+
+def _texts(
+    arguments: Any, split: str | None, model: Any, tokenizer: Any, block_size: int | None
+) -> tuple[Any, dict[str, Any]]:
+    from ..training_support.labelled_text import load_labelled_texts
+    from ..training_support.text_data import load_text_splits
+    from .texts import evaluate_text_robustness
+
+    if isinstance(arguments, LabelledTextDataArguments):
+        labelled, label_names = load_labelled_texts(arguments)
+        name = _choose_split(labelled, split, arguments)
+        texts = labelled[name]
+        import torch
+
+        labels = _as_the_model_counts(torch.from_numpy(texts.labels), label_names, model.config).tolist()
+        evaluate = partial(
+            evaluate_text_robustness, model, tokenizer, texts.texts, labels=labels, block_size=block_size
+        )
+        return evaluate, {"split": name, **texts.fingerprint}
+    splits = load_text_splits(arguments)
+    name = _choose_split(splits, split, arguments)
+    lines = splits[name].lines
+    evaluate = partial(evaluate_text_robustness, model, tokenizer, lines, block_size=block_size)
+    return evaluate, {"split": name, **splits[name].fingerprint}
+
+
+def _choose_split(splits: dict[str, Any], wanted: str | None, arguments: DataArguments) -> str:
+    name = wanted or ("test" if "test" in splits else "validation")
+    if name not in splits:
+        raise UsageError(
+            f"split must be one that the data set {arguments.dataset_name!r} has ({', '.join(splits)}) and that is "
+            f"not trained on, got {name!r}"
+        )
+    return name
+
+
+def _as_the_model_counts(labels: torch.Tensor, label_names: list[str], config: Any) -> torch.Tensor:
+    """The labels, renumbered where model and data have the same classes in another order."""
+    import torch
+
+    own = {str(label): int(index) for index, label in config.id2label.items()}
+    if set(own) != set(label_names) or len(own) != config.num_labels:
+        return labels
+    return torch.tensor([own[label_names[label]] for label in labels.tolist()])
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device must be cpu or cuda, got {name!r}: {plain_message(error)}") from error
+    return device
+
+
+def _digest_of(model: Any) -> str:
+    """SHA-256 over all weights of a model, wherever it came from."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,185 @@
+"""The tables of a study as Markdown, LaTeX and JSON, and its plot; all made of the ledger alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..cards.results import METRICS, PARTS
+from ..errors import missing_packages
+from ..output_paths import writing
+from ..records import write_json
+from .ledger import Ledger
+from .plan import Study
+from .statistics import CONFIDENCE, Interval
+from .table import Row, Table, as_json, build_tables
+
+COLUMNS = (
+    "variant", "seeds", "mean", "t interval", "bootstrap", "difference", "its interval", "p (Holm)", "verdict",
+    "parameters", "operations",
+)  # fmt: skip
+NOTHING = "–"
+
+
+def write_report(study: Study, ledger: Ledger, say: Callable[[str], None] = print) -> list[Table]:
+    """Write ``report.md``, ``report.tex``, ``report.json`` and, with matplotlib, ``report.png`` into the ledger.
+
+    They are made anew each time: nothing in them is not in the ledger.
+
+    Args:
+        study: what is in the table, in which order.
+        ledger: where the runs are.
+        say: prints a line.
+
+    Returns:
+        The tables.
+
+    Raises:
+        UsageError: for a ledger of another study, or one that cannot be written.
+    """
+    records = ledger.everything(study)
+    tables = build_tables(study, records)
+    content = as_json(study, tables, records)
+    for name, text in (("report.md", markdown(study, tables, content)), ("report.tex", latex(study, tables))):
+        with writing(ledger.folder / name, "the report"):
+            (ledger.folder / name).write_text(text, encoding="utf-8")
+    with writing(ledger.folder, "the report"):
+        write_json(ledger.folder / "report.json", content)
+    if missing_packages("viz"):
+        say(f"no plot is drawn without {', '.join(missing_packages('viz'))}")
+    elif tables:
+        from .plot import draw
+
+        draw(study, tables, ledger.folder / "report.png")
+    return tables
+
+
+def markdown(study: Study, tables: Sequence[Table], content: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    runs = content["runs"]
+    lines = [
+        f"# Study {study.name}, version {study.version}",
+        "",
+        f"{runs['ended']} of {runs['planned']} runs have ended, {runs['diverged']} of them diverged. "
+        f"Seeds: {', '.join(map(str, study.seeds))}. Split: {study.split}.",
+        "",
+        explanation(study),
+    ]
+    for table in tables:
+        lines += ["", f"## {heading(table)}", "", *markdown_rows(table)]
+    return "\n".join(lines) + "\n"
+
+
+def explanation(study: Study) -> str:
+    """How a table of this study is read, as one paragraph."""
+    return (
+        f"Intervals hold {100 * CONFIDENCE:.0f} %: Student's t, and the BCa bootstrap, of the mean over seeds. A "
+        f"difference is the variant minus {study.baseline}, paired by seed; its p-value is that of the paired t-test, "
+        "corrected by "
+        "Holm's method for the number of comparisons in its table; below 0.05 the verdict is better or worse. "
+        "Operations: of a training step a sample."
+    )
+
+
+def heading(table: Table) -> str:
+    """What a table shows, on one line."""
+    metric = METRICS.get(table.metric, table.metric.replace("_", " "))
+    return f"{table.task}: {metric}, {table.split} split, {table.condition} ({table.comparisons} comparisons)"
+
+
+def markdown_rows(table: Table) -> list[str]:
+    """A table in Markdown, a line a row."""
+    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *(cells(row, table.metric) for row in table.rows)]
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def cells(row: Row, metric: str) -> list[str]:
+    """The cells of a row, as :data:`COLUMNS`."""
+    one, two = row.summary, row.difference
+    return [
+        row.variant,
+        "0" if one is None else str(one.count),
+        NOTHING if one is None else number(one.mean, metric),
+        NOTHING if one is None else interval(one.t_interval, metric),
+        NOTHING if one is None else interval(one.bootstrap, metric),
+        NOTHING if two is None else number(two.summary.mean, metric, signed=True),
+        NOTHING if two is None else interval(two.summary.t_interval, metric, signed=True),
+        NOTHING if row.corrected is None else p_value(row.corrected),
+        row.verdict or ("baseline" if two is None and one is not None else NOTHING),
+        NOTHING if row.parameters is None else f"{row.parameters:,}",
+        NOTHING if row.operations is None else f"{row.operations / 1e6:,.2f}M",
+    ]
+
+
+def number(value: float, metric: str, *, signed: bool = False) -> str:
+    """A value or a difference; accuracies in percent."""
+    sign = "+" if signed else ""
+    if metric in PARTS:
+        return f"{100 * value:{sign}.2f}"
+    return f"{value:{sign}.4f}" if metric == "loss" else f"{value:{sign},.2f}"
+
+
+def interval(ends: Interval, metric: str, *, signed: bool = False) -> str:
+    """An interval in brackets."""
+    if ends.low is None or ends.high is None:
+        return NOTHING
+    return f"[{number(ends.low, metric, signed=signed)}, {number(ends.high, metric, signed=signed)}]"
+
+
+def p_value(value: float) -> str:
+    """A p-value with two digits."""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
+
+
+def latex(study: Study, tables: Sequence[Table]) -> str:
+    """The tables as LaTeX (booktabs), one after the other."""
+    parts = []
+    for table in tables:
+        rows = [r" & ".join(_latex_text(cell) for cell in cells(row, table.metric)) + r" \\" for row in table.rows]
+        parts.append(
+            "\n".join(
+                [
+                    r"\begin{table}",
+                    r"  \centering\footnotesize",
+                    rf"  \caption{{{_latex_text(heading(table))}. {_latex_text(explanation(study))}}}",
+                    rf"  \begin{{tabular}}{{l{'r' * (len(COLUMNS) - 1)}}}",
+                    r"    \toprule",
+                    "    " + " & ".join(map(_latex_text, COLUMNS)) + r" \\",
+                    r"    \midrule",
+                    *(f"    {row}" for row in rows),
+                    r"    \bottomrule",
+                    r"  \end{tabular}",
+                    r"\end{table}",
+                ]
+            )
+        )
+    return "% needs the package booktabs\n" + "\n\n".join(parts) + "\n"
+
+
+def _latex_text(text: str) -> str:
+    for character in "\\":
+        text = text.replace(character, r"\textbackslash ")
+    for character in "&%$#_{}":
+        text = text.replace(character, f"\\{character}")
+    return text.replace("<", "$<$").replace("–", "--")
+
+
+def plain_text(tables: Sequence[Table]) -> str:
+    """The tables for a terminal, without the columns that are wide."""
+    kept = [0, 1, 2, 3, 5, 6, 7, 8]
+    parts = []
+    for table in tables:
+        rows = [list(COLUMNS), *(cells(row, table.metric) for row in table.rows)]
+        rows = [[row[column] for column in kept] for row in rows]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(kept))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
+        parts.append("\n".join([heading(table), *lines]))
+    return "\n\n".join(parts)
+
+
+def report_paths(folder: Path) -> str:
+    """Where the report is, for the last line of the command."""
+    return f"report.md, report.tex, report.json and report.png are in {folder}"
