@@ -192,13 +192,6 @@ def _function_of(module: nn.Module, implementation: str | None) -> Callable[...,
     raise NotUnderstoodError(f"the eager attention function of {type(module).__name__} is not found")
 
 
-_LOGIT_TERMS = {
-    "softcap": "bounds its logits",
-    "s_aux": "has a learned sink, so that its rows do not sum to 1",
-    "cache": "keeps its cache in pages",
-}
-
-
 def stock_call(
     module: nn.Module,
     projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
@@ -219,9 +212,8 @@ def stock_call(
         NotUnderstoodError: for terms of the logits that no filter here has, or a call that is no self-attention.
     """
     query, key, value = projected
-    for term, what in _LOGIT_TERMS.items():
-        if options.get(term) is not None:
-            raise NotUnderstoodError(f"{name} {what} ({term})")
+    if options.get("cache") is not None:
+        raise NotUnderstoodError(f"{name} keeps its cache in pages")
     length, key_length = query.shape[-2], key.shape[-2]
     if length != key_length:
         raise NotUnderstoodError(
@@ -240,7 +232,8 @@ def stock_call(
     positions = () if bias is None else (BiasPositions(bias[..., :key_length]),)
     scaling = options.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    return FilterCall(query, key, value, Content("dot_product", scaling), visibility, positions)
+    content = Content("dot_product", scaling, options.get("softcap"))
+    return FilterCall(query, key, value, content, visibility, positions, sinks=options.get("s_aux"))
 
 
 AttentionInterface.register(IMPLEMENTATION, lens_attention)

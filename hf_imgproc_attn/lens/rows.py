@@ -30,7 +30,7 @@ class Rows(NamedTuple):
     start, stop: the rows.
     keys: how many keys, from the first on, they may see.
     logits: log K + const_i, ``[batch, heads, rows, keys]``.
-    weights: A, of the same shape; its rows sum to 1.
+    weights: A, of the same shape; its rows sum to 1, or with a learned sink to less.
     allowed: boolean, broadcastable to the same shape, or None where everything is visible.
     """
 
@@ -55,7 +55,7 @@ def filter_rows(call: FilterCall, scores: int = BLOCK_SCORES) -> Iterator[Rows]:
         stop = min(start + step, length)
         part = rows_of(call, start, stop)
         logits = filter_logits(part)
-        weights = filter_matrix(logits, part.visibility)
+        weights = filter_matrix(logits, part.visibility, part.sinks)
         yield Rows(start, stop, part.key.shape[-2], logits, weights, part.visibility.allowed(logits.device))
 
 

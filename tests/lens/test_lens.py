@@ -15,6 +15,7 @@ import hf_imgproc_attn
 from hf_imgproc_attn import apply_filter
 from hf_imgproc_attn.lens import LensOptions, Report, inspect_model
 from hf_imgproc_attn.lens.observation import BlockTokens, observed
+from hf_imgproc_attn.lens.spectrum import Spectrum
 from hf_imgproc_attn.models.any_layers import attention_layers
 from hf_imgproc_attn.models.backend_call import FilterCall
 from hf_imgproc_attn.models.layer_filter import AttentionFilter
@@ -47,23 +48,13 @@ def made(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 
 SEEN = (
-    *(
-        "llama",
-        "mistral",
-        "gpt_neox",
-        "bert",
-        "modernbert",
-        "dinov2_with_registers",
-        "siglip",
-        "t5",
-        "bart",
-        "whisper",
-    ),
-    *("gpt2:softmax", "gpt2:bilateral_gaussian", "gpt2:t5_bias", "vit:bilateral", "vit:alibi", "vit:elliptical"),
+    *("gemma2", "gpt_oss", "llama", "mistral", "gpt_neox", "bert", "modernbert", "dinov2_with_registers", "siglip"),
+    *("t5", "bart", "whisper", "gpt2:softmax", "gpt2:bilateral_gaussian", "gpt2:t5_bias"),
+    *("vit:bilateral", "vit:alibi", "vit:elliptical"),
 )
 
 
-FLOAT32_SOFTMAX = ("llama", "mistral", "gpt_neox", "modernbert", "siglip")
+FLOAT32_SOFTMAX = ("gemma2", "gpt_oss", "llama", "mistral", "gpt_neox", "modernbert", "siglip")
 """Models whose eager attention computes its softmax in float32, whatever they are."""
 
 
@@ -361,6 +352,9 @@ def test_report_as_json_and_markdown() -> None:
     assert isinstance(report, Report)
     held = json.loads(report.to_json())
     assert held["layers"][1]["heads"][2]["entropy"] == pytest.approx(report.layers[1].heads[2].entropy, rel=1e-5)
+    again = Report.from_dict(held)
+    assert again.to_json() == report.to_json()
+    assert isinstance(again.layers[0].heads[0].operator_spectrum, Spectrum)
     page = report.to_markdown()
     assert "# What tiny filters" in page
     assert "NaN" not in page
