@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 _EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("accelerate", "datasets", "evaluate", "numpy", "PIL", "psutil", "sklearn", "tokenizers", "yaml"),
     "peft": ("peft",),
-    "robustness": ("PIL", "art", "cv2", "foolbox", "numpy", "scipy", "skimage"),
+    "robustness": ("PIL", "art", "cv2", "numpy", "scipy", "skimage"),
     "study": ("scipy",),
     "cluster": ("ray",),
     "viz": ("matplotlib",),

@@ -59,6 +59,25 @@ def input_gradient(
     return gradient, logits.detach()
 
 
+def target_gradient(
+    classifier: PixelClassifier, images: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of the target's logit minus the label's, in the shape of the images, and that difference itself.
+
+    Args:
+        classifier: the model.
+        images: ``[images, channels, height, width]`` in [0, 1].
+        labels: ``[images]``.
+        targets: ``[images]``.
+    """
+    images = images.detach().requires_grad_(True)
+    with torch.enable_grad():
+        logits = classifier(images)
+        lead = (logits.gather(1, targets[:, None]) - logits.gather(1, labels[:, None]))[:, 0]
+        (gradient,) = torch.autograd.grad(lead.sum(), images)
+    return gradient, lead.detach()
+
+
 def margin(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The largest logit of another class minus that of the label, ``[images]``: above 0 the image is misclassified."""
     own = logits.gather(1, labels[:, None])[:, 0]

@@ -72,8 +72,8 @@ def _add_image_options(command: argparse.ArgumentParser) -> None:
         ("restarts", "of PGD"),
         ("spsa_steps", "of SPSA"),
         ("spsa_samples", "directions of each of SPSA's estimates"),
-        ("autoattack_steps", "of each APGD of AutoAttack"),
-        ("autoattack_targets", "classes that its targeted APGD tries"),
+        ("autoattack_steps", "of each APGD and FAB of AutoAttack"),
+        ("autoattack_targets", "classes that its targeted attacks try"),
         ("square_queries", "evaluations that its Square attack may make an image"),
     ):
         default = getattr(ImageSettings, name)

@@ -73,6 +73,8 @@ def run(
     for option, name in (("checkpoint", checkpoint), ("baseline", baseline), ("dataset_name", data.dataset_name)):
         refuse_missing_path(option, name)
     folder = check_output_folder(output)
+    if (folder / "run.json").exists():  # `evaluate` keeps its own robustness.json there, for the card
+        raise UsageError(f"output must be a folder of its own, got {str(output)!r}, which holds a run")
     if not resume:
         check_new_files([folder / name for name in (RECORD, TABLES, FIGURE)], force)
     earlier = _read_record(folder / RECORD, "--resume") if resume else None

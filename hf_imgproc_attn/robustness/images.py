@@ -34,8 +34,8 @@ DEFINITIONS = {
     "PGD": "projected gradient descent (Madry 2018) from random starts; an image counts as fooled where any step of "
     "any start misleads the evaluated model itself",
     "SPSA": "gradients estimated without derivatives, from random differences of logits (Uesato 2018)",
-    "AutoAttack": "APGD on cross-entropy, targeted APGD on the ratio of logit differences and Square, which sees "
-    "logits only (Croce and Hein 2020; no FAB), each on what withstood the ones before; an image that PGD fooled "
+    "AutoAttack": "APGD on cross-entropy, targeted APGD on the ratio of logit differences, targeted FAB and Square, "
+    "which sees logits only (Croce and Hein 2020), each on what withstood the ones before; an image that PGD fooled "
     "counts as fooled too",
     "worst case": "an image counts as right where it withstood every attack of this table with this epsilon",
     "epsilon": "largest change of a pixel, in pixel values from 0 to 1",

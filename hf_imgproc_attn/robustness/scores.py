@@ -99,7 +99,7 @@ def masking_signs(results: Iterable[Result], gradients: dict[str, int]) -> list[
         if by_square > MASKING_SHARE:
             signs.append(
                 f"Square, an attack without gradients, fools {100 * by_square:.1f} % of the images that withstood "
-                f"APGD with ε = {in_grey_levels(epsilon)}"
+                f"APGD and FAB with ε = {in_grey_levels(epsilon)}"
             )
     for name, by_epsilon in table.items():
         values = [by_epsilon[epsilon]["value"] for epsilon in sorted(by_epsilon)]

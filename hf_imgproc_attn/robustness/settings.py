@@ -41,8 +41,8 @@ class ImageSettings:
         restarts: of PGD, each from another random start.
         spsa_steps: of SPSA.
         spsa_samples: random directions, two evaluations each, that SPSA estimates a gradient from.
-        autoattack_steps: of each APGD in AutoAttack; the published number is 100.
-        autoattack_targets: classes that the targeted APGD tries; the published number is 9.
+        autoattack_steps: of each APGD and FAB in AutoAttack; the published number is 100.
+        autoattack_targets: classes that the targeted APGD and FAB try; the published number is 9.
         square_queries: evaluations that the Square attack may make an image; the published number is 5,000.
         batch_size: images at once.
         seed: of everything random.

@@ -57,6 +57,17 @@ def add_command(commands: Any) -> None:
     )
     command.set_defaults(run_command=run_command)
 
+    findings = commands.add_parser(
+        "findings",
+        help="write the page on which claims hold, from the ledgers",
+        description="Write a Markdown page with the claims of the papers and what the ledgers of studies say of each.",
+    )
+    findings.add_argument("page", type=Path, help="the Markdown file to write; it is replaced")
+    findings.add_argument(
+        "--ledgers", type=Path, metavar="DIR", help="a ledger for each study (default: training/results/study)"
+    )
+    findings.set_defaults(run_command=run_findings)
+
 
 def run_command(options: argparse.Namespace) -> int:
     """``imgproc-attn study``."""
@@ -99,6 +110,15 @@ def run_command(options: argparse.Namespace) -> int:
     )
     _show(study, ledger)
     return 1 if progress.errors else 0
+
+
+def run_findings(options: argparse.Namespace) -> int:
+    """``imgproc-attn findings``."""
+    require_extras("train", "study")
+    from .findings import LEDGERS, write_findings
+
+    write_findings(options.page, options.ledgers or LEDGERS)
+    return 0
 
 
 def _engine(options: argparse.Namespace, study: Study, ledger: Ledger) -> Engine:

@@ -154,8 +154,8 @@ class Study:
     @property
     def variant_names(self) -> list[str]:
         """Of the table's rows: the baselines first."""
-        matched = [match.name for match in self.matched]
-        return [self.baseline, *matched, *(one.name for one in self.variants if one.name != self.baseline)]
+        names = [*(match.name for match in self.matched), *(variant.name for variant in self.variants)]
+        return [self.baseline, *(name for name in names if name != self.baseline)]
 
     def _of_task(self, task: StudyTask) -> Iterator[Variant]:
         yield from self.variants

@@ -16,6 +16,8 @@ from scipy import stats
 
 LEVEL, CONFIDENCE = 0.05, 0.95
 RESAMPLES = 9999
+LEAST_PAIRS = 3
+"""Two differences of accuracies that come in steps are often equal or nearly so: no verdict rests on them."""
 _SEED = 0
 
 BETTER, WORSE, NO_DIFFERENCE, TOO_FEW = "better", "worse", "no difference seen", "too few seeds"
@@ -59,7 +61,8 @@ class Difference:
 
     Attributes:
         summary: of the differences, variant minus baseline.
-        p_value: of Student's paired t-test that their mean is 0, two-sided; None with fewer than two pairs.
+        p_value: of Student's paired t-test that their mean is 0, two-sided; where all differences are equal, that of
+            the exact test of their signs; None with fewer than :data:`LEAST_PAIRS` pairs.
     """
 
     summary: Summary
@@ -79,8 +82,8 @@ def summarise(values: Sequence[float]) -> Summary:
     if array.size == 1:
         return Summary(given, mean, None, Interval(None, None), Interval(None, None))
     deviation = float(array.std(ddof=1))
-    if _is_constant(array):
-        return Summary(given, mean, deviation, Interval(mean, mean), Interval(mean, mean))
+    if _is_constant(array):  # as accuracies of few samples can be: their spread is not known, it is not nothing
+        return Summary(given, mean, deviation, Interval(None, None), Interval(None, None))
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, array.size - 1)) * deviation / math.sqrt(array.size)
     return Summary(given, mean, deviation, Interval(mean - half, mean + half), bootstrap_interval(array))
 
@@ -92,7 +95,7 @@ def bootstrap_interval(values: Sequence[float] | np.ndarray) -> Interval:
     """
     array = np.asarray(values, dtype=np.float64)
     if array.size < 2 or _is_constant(array):
-        return Interval(None, None) if array.size < 2 else Interval(float(array.mean()), float(array.mean()))
+        return Interval(None, None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a degenerate distribution is told by the nan that is looked for below
         found = stats.bootstrap(
@@ -117,10 +120,10 @@ def compare(variant: Sequence[float], baseline: Sequence[float]) -> Difference:
         raise ValueError(f"pairs need as many values of both, got {len(variant)} and {len(baseline)}")
     differences = np.asarray(variant, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
     summary = summarise(differences.tolist())
-    if len(differences) < 2:
+    if len(differences) < LEAST_PAIRS:
         return Difference(summary, None)
-    if _is_constant(differences):  # the test statistic would be 0/0 or infinite
-        return Difference(summary, 1.0 if summary.mean == 0 else 0.0)
+    if _is_constant(differences):  # the test's statistic would be infinite: of all signs, only two are so extreme
+        return Difference(summary, 1.0 if summary.mean == 0 else 2.0 ** (1 - len(differences)))
     return Difference(summary, float(stats.ttest_rel(variant, baseline).pvalue))
 
 

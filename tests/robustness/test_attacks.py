@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from hf_imgproc_attn import PRESETS
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.robustness import ImageSettings, evaluate_robustness, unpack_bits
 from hf_imgproc_attn.robustness.attacks import (
@@ -21,12 +22,13 @@ from hf_imgproc_attn.robustness.attacks import (
     pgd_withstood,
     spsa_withstood,
 )
+from hf_imgproc_attn.robustness.boundary import fab_withstood, smallest_change
 from hf_imgproc_attn.robustness.classifier import PixelClassifier
-from hf_imgproc_attn.robustness.ensemble import PARTS, _attacks, auto_attack_withstood
+from hf_imgproc_attn.robustness.ensemble import PARTS, _art_attacks, auto_attack_withstood
 from hf_imgproc_attn.robustness.scores import masking_signs
 from tests.robustness.conftest import tiny_classifier
 
-QUICK = {"autoattack_steps": 8, "autoattack_targets": 2, "square_queries": 30, "spsa_steps": 3, "spsa_samples": 8}
+QUICK = {"autoattack_steps": 6, "autoattack_targets": 2, "square_queries": 15, "spsa_steps": 3, "spsa_samples": 8}
 
 
 class Watched(torch.nn.Module):
@@ -76,6 +78,18 @@ def test_attacks_see_the_boosters(preset: str, images: torch.Tensor) -> None:
     plain.model.load_state_dict(boosted.model.state_dict())
     other, _ = input_gradient(plain, pixels, label)
     assert not torch.allclose(gradient, other, rtol=1e-2)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_has_gradients_that_attacks_can_follow(preset: str, images: torch.Tensor) -> None:
+    classifier = tiny_classifier(preset)
+    labels = torch.arange(24) % 4
+    with frozen(classifier):
+        counts = check_gradients(classifier, images, labels, 24)
+        gradient, _ = input_gradient(classifier, images, labels)
+    assert counts == {"images": 24, "zero_cross_entropy": 0, "zero_margin": 0}
+    whole, _ = input_gradient(classifier, images, labels)
+    torch.testing.assert_close(gradient, whole)  # whether parameters ask for gradients too
 
 
 def test_pgd_stays_in_the_ball_and_follows_the_gradient(
@@ -156,6 +170,78 @@ def test_margin_is_of_the_best_other_class() -> None:
     assert margin(logits, torch.tensor([0, 0])).tolist() == [-1.0, 5.0]
 
 
+def test_smallest_change_is_that_of_a_linear_programme() -> None:
+    """min t with |d| <= t, 0 <= x + d <= 1 and <w, x + d> + b = 0; beyond reach, all the way."""
+    from scipy.optimize import linprog
+
+    rng = np.random.default_rng(0)
+    points, slope = rng.uniform(size=(12, 7)), rng.normal(size=(12, 7))
+    points[0, :3] = 1.0  # at a bound
+    slope[1, 2] = 0.0
+    offset = -(slope * rng.uniform(size=(12, 7))).sum(1)
+    offset[2] = 100.0  # no point in [0, 1] is on that plane
+    found = smallest_change(*(torch.from_numpy(part) for part in (points, slope, offset))).numpy()
+    assert ((points + found >= -1e-12) & (points + found <= 1 + 1e-12)).all()
+    np.testing.assert_allclose(points[2] + found[2], (slope[2] < 0).astype(float), atol=1e-12)
+    for x, w, b, d in zip(*(np.delete(part, 2, 0) for part in (points, slope, offset, found)), strict=True):
+        assert w @ (x + d) + b == pytest.approx(0, abs=1e-9)
+        both = np.vstack([np.c_[np.eye(7), -np.ones(7)], np.c_[-np.eye(7), -np.ones(7)]])
+        bounds = [*zip(-x, 1 - x, strict=True), (0, None)]
+        best = linprog([0] * 7 + [1], both, np.zeros(14), [[*w, 0]], [-b - w @ x], bounds)
+        assert np.abs(d).max() == pytest.approx(best.fun, abs=1e-9)
+
+
+def test_fab_finds_the_distance_to_a_flat_boundary() -> None:
+    """Of a linear classifier: the margin over the 1-norm of the slope, found just below and missed just above."""
+    torch.manual_seed(0)
+
+    class Linear(torch.nn.Module):
+        classes, device = 2, torch.device("cpu")
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(12, 2)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.layer(images.flatten(1))
+
+    model = Linear()
+    images = 0.5 + 0.1 * torch.rand(8, 3, 2, 2)
+    with torch.no_grad():
+        model.layer.bias -= model(images).mean(0)  # the boundary runs between the images
+        logits = model(images)
+    labels, slope = logits.argmax(1), model.layer.weight[1] - model.layer.weight[0]
+    distance = (logits[:, 1] - logits[:, 0]).abs() / slope.abs().sum().detach()
+    for image, label, least in zip(images, labels, distance, strict=True):
+        given = (model, image[None], label[None], 1 - label[None])
+        assert fab_withstood(*given, 0.98 * float(least), 20).item()  # type: ignore[arg-type]
+        assert not fab_withstood(*given, 1.1 * float(least), 20).item()  # type: ignore[arg-type]
+
+
+def test_fab_fools_and_sees_what_scale_hides(
+    classifier: PixelClassifier, images: torch.Tensor, labels: torch.Tensor
+) -> None:
+    """With logits a thousand times as large the cross-entropy has no gradient, and FAB finds what it found before."""
+    with torch.no_grad():
+        targets = classifier(images).scatter(1, labels[:, None], -torch.inf).argmax(1)
+    epsilon = 8 / 255
+    found = fab_withstood(classifier, images, labels, targets, epsilon, 10)
+    assert 0 < found.float().mean() < 1
+
+    class Scaled(Watched):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return 1000 * super().forward(images)
+
+    scaled = Scaled(classifier)
+    again = fab_withstood(scaled, images, labels, targets, epsilon, 10)  # type: ignore[arg-type]
+    assert (again != found).float().mean() < 0.1  # rounding
+    for seen in scaled.seen:
+        assert seen.min() >= 0
+        assert seen.max() <= 1
+    blind = pgd_withstood(scaled, images, labels, epsilon, 24, steps=10)  # type: ignore[arg-type]
+    assert blind.float().mean() > found.float().mean()
+
+
 @pytest.mark.parametrize("preset", ["softmax", "twicing", "bilateral_twicing"])
 def test_auto_attack_is_never_weaker_than_pgd(preset: str, images: torch.Tensor) -> None:
     """For every model: PGD's failures are counted, and that they are is said beside what AutoAttack finds alone."""
@@ -196,7 +282,7 @@ def test_auto_attack_with_two_classes_and_grey_images(shape: tuple[int, int, int
     watched = Watched(classifier)
     settings = ImageSettings(**QUICK)
     standing, fooled = auto_attack_withstood(watched, images, labels, 8 / 255, settings)  # type: ignore[arg-type]
-    assert tuple(fooled) == (PARTS if classes > 2 else ("APGD-CE", "Square"))
+    assert tuple(fooled) == (PARTS if classes > 2 else ("APGD-CE", "FAB-T", "Square"))
     assert int(standing.sum()) == 6 - sum(fooled.values())
     assert (np.random.get_state()[1] == state).all()
     assert all(parameter.grad is None for parameter in classifier.parameters())
@@ -223,7 +309,7 @@ def test_square_has_room_in_oblong_pictures() -> None:
     with pytest.raises(ValueError, match="low >= high|high <= 0"):
         SquareAttack(estimator, eps=0.1, max_iter=5, verbose=False).generate(images.numpy(), labels.numpy())
     settings = ImageSettings(**QUICK)
-    (moved,) = _attacks(model, images, 0.2, settings)["Square"](images.numpy(), labels.numpy())  # type: ignore[arg-type]
+    (moved,) = _art_attacks(model, images, 0.2, settings)["Square"](images.numpy(), labels.numpy())  # type: ignore[arg-type]
     change = np.abs(moved - images.numpy())
     assert 0 < change.max() <= 0.2 + 1e-6
     standing, fooled = auto_attack_withstood(model, images, labels, 0.5, settings)  # type: ignore[arg-type]

@@ -188,6 +188,16 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "robustness.json").exists()
 
 
+def test_the_folder_of_a_run_is_not_written_into(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.json").write_text("{}", encoding="utf-8")
+    status, _, err = run(capsys, checkpoint, "--output", tmp_path, "--force")
+    assert status == 2
+    assert "output must be a folder of its own, got" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
 def test_what_is_no_image_classifier_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import ViTConfig, ViTModel
 

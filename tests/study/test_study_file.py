@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,14 @@ def test_shipped_studies_are_valid_and_say_how_they_are_run(path: Path) -> None:
     head = path.read_text(encoding="utf-8").partition("name:")[0]
     assert f"imgproc-attn study training/configs/studies/{path.name}" in head
     assert "Run time:" in head
+
+
+def test_the_study_that_the_page_explains_is_valid(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    path = tmp_path / "study.yaml"
+    path.write_text(block, encoding="utf-8")
+    assert len(read_study(path).runs) == 6
 
 
 def test_shard_is_i_of_n() -> None:

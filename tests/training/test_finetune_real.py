@@ -8,8 +8,10 @@ from pathlib import Path
 import finetune_real
 import pytest
 import torch
-from finetune_real import Settings, cross_entropy, summarise
+from finetune_real import Settings, cross_entropy, summarise, table
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.helpers import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +102,15 @@ def test_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_settings_measure_halves_of_the_way() -> None:
     assert Settings(steps=100).measured_at == [0, 6, 12, 25, 50, 100]
     assert Settings(steps=1).measured_at == [0, 1]
+
+
+def test_the_page_shows_the_records() -> None:
+    page = (ROOT / "docs" / "converting.md").read_text(encoding="utf-8")
+    records = sorted((ROOT / "training" / "results" / "recovery").glob("*.json"))
+    assert records
+    for path in records:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        assert f"](../training/results/recovery/{path.name})" in page
+        assert table(record) in page
+        assert len(record["settings"]["seeds"]) == 3
+        assert not record["git"]["dirty"]
