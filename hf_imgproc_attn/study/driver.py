@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any, Protocol
 
 from ..errors import UsageError
+from ..records import git_state, package_versions
 from .ledger import DIVERGED, Ledger
 from .plan import Run, Study, Variant
 from .run import carry_out, check_data, measured
@@ -229,6 +230,7 @@ def _measure_further(
         with ledger.claim(run, done=True) as mine:
             if mine:
                 record |= {"measurements": measured(study, run, folder), "measured": run.task.measure}
+                record["measured_later"] = {"versions": package_versions(), "git": git_state()}
                 ledger.write(run, record)
                 say(f"measured further: {run.name}")
 
