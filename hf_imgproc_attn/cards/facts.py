@@ -26,7 +26,7 @@ from ..training_support.arguments import (
     GENERATED_ANSWERS,
     GENERATED_CLASSES,
 )
-from .filters import NOTHING_LEARNED, in_markdown
+from .filters import NOTHING_LEARNED, in_markdown, lens_in_markdown
 from .results import NOT_MEASURED, Measurement
 
 NOT_RECORDED = "not recorded"
@@ -124,7 +124,15 @@ def filtered_layers(record: dict[str, Any]) -> list[list[str]]:
 
 
 def filter_numbers(record: dict[str, Any]) -> str:
-    """The filters' bandwidths, gains and logits at the end of the training, in Markdown; older records have none."""
+    """The filters' bandwidths, gains and logits at the end of the training, in Markdown; older records have none.
+
+    Below them what the attention did with samples at the end, where the run looked (``lens_every``).
+    """
+    seen = record.get("lens_history")
+    return "\n\n".join([_filter_numbers(record), *([lens_in_markdown(seen)] if seen else [])])
+
+
+def _filter_numbers(record: dict[str, Any]) -> str:
     if "filter_summary" in record:
         return in_markdown(record["filter_summary"])
     fields = filter_fields(record)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
@@ -22,6 +22,8 @@ MEANINGS = {
     "class_within": "logit of the class token to itself",
     "gain": "γ of the booster",
     "alpha": "α of the booster, on what A passes",
+    "share": "λ of the second map",
+    "sink": "logit of the sink",
     "beta": "β of the booster, on what A removes",
     "lambda": "λ of the feedback",
     "P": "λ_P of the feedback",
@@ -94,6 +96,74 @@ def in_markdown(summary: dict[str, Any]) -> str:
         paragraphs.append(f"The same in all heads, and fixed: {listed}.")
     meanings = "; ".join(f"`{name}`: {MEANINGS[name]}" for name in names if name in MEANINGS)
     return "\n\n".join([*paragraphs, f"{meanings}."] if meanings else paragraphs)
+
+
+LENS = {
+    "entropy_share": "entropy of the weights, as a share of that of uniform ones",
+    "position_bandwidth": "bandwidth of the Gaussian position kernel that would look as far, in tokens or patches",
+    "content_bandwidth": "bandwidth between directions of queries and keys on the unit sphere",
+    "sink_weight": "weight on class tokens, of a text on its first token",
+    "similarity": "mean cosine of two tokens as they leave the layer",
+}
+"""What ``lens_every`` records, by layer."""
+
+
+LENS_PREFIX = "lens_"
+"""Beginning of the names under which it is logged."""
+
+
+def lens_history(log: Iterable[Mapping[str, Any]]) -> list[list[Any]]:
+    """Steps and what was seen at each, ``[[step, {measure: [of each layer]}], ...]``, from a Trainer's log."""
+    history: list[list[Any]] = []
+    for entry in log:
+        seen: dict[str, dict[int, float]] = {}
+        for name, value in entry.items():
+            if name.startswith(LENS_PREFIX):
+                measure, _, layer = name.removeprefix(LENS_PREFIX).rpartition("_")
+                seen.setdefault(measure, {})[int(layer)] = value
+        if seen:
+            history.append([entry["step"], {name: [held[i] for i in sorted(held)] for name, held in seen.items()}])
+    return history
+
+
+def check_lens(history: Any) -> None:
+    """Refuse what is not of the form of a run's ``lens_history``.
+
+    Raises:
+        UsageError: says what is wrong, without the name of the file.
+    """
+    for entry in history:
+        fits = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], dict)
+        values = [value for held in entry[1].values() for value in held] if fits else [None]
+        if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
+            raise UsageError(f"lens_history must hold a step and lists of numbers by name, got {entry!r}")
+
+
+def lens_in_markdown(history: list[list[Any]]) -> str:
+    """What the attention did with a few samples at the end of the training, by layer, and before it.
+
+    Args:
+        history: as ``lens_every`` recorded it.
+    """
+    (_, first), (step, last) = history[0], history[-1]
+    names = [name for name in LENS if name in last]
+    layers = max(len(last[name]) for name in names)
+    header = ["layer", *(f"`{name}`" for name in names)]
+    lines = [_line(header), "|" + " --- |" * len(header)]
+    for layer in range(layers):
+        cells = [f"{_at(first, name, layer)} → {_at(last, name, layer)}" for name in names]
+        lines.append(_line([str(layer), *cells]))
+    meanings = "; ".join(f"`{name}`: {LENS[name]}" for name in names)
+    return (
+        f"What the attention did with a few samples, means over heads, before training → after {step} steps.\n\n"
+        + "\n".join(lines)
+        + f"\n\n{meanings}."
+    )
+
+
+def _at(seen: dict[str, list[float]], name: str, layer: int) -> str:
+    held = seen.get(name, [])
+    return _number(held[layer]) if layer < len(held) else "-"
 
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:

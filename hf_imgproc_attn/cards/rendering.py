@@ -22,6 +22,7 @@ from ..shipped_files import shipped_file
 from . import facts
 from .baseline import check_same_recipe, environment_differences
 from .filters import check as check_filters
+from .filters import check_lens
 from .results import Measurement, check_results, evaluation_results, measurements, result_rows
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ _REQUIRED = {"task": str, "arguments": dict, "model_config": dict}
 _OPTIONAL = {
     "metrics": dict, "data_fingerprint": dict, "device": dict, "versions": dict, "parameters": dict,
     "weights_sha256": dict, "filter_summary": dict, "train_loss": list, "eval_history": list, "command": list,
-    "local_paths": list, "applied_filter": dict,
+    "local_paths": list, "applied_filter": dict, "lens_history": list,
 }  # fmt: skip
 
 
@@ -232,9 +233,11 @@ def _check_record(file: Path, record: dict[str, Any]) -> None:
             raise UsageError(f"{file}: {name} must be of type {kind.__name__}, got {record[name]!r}")
     if record["task"] not in TASKS:
         raise UsageError(f"{file}: task must be one of {', '.join(TASKS)}, got {record['task']!r}")
-    if "filter_summary" in record:
+    for name, check in (("filter_summary", check_filters), ("lens_history", check_lens)):
+        if name not in record:
+            continue
         try:
-            check_filters(record["filter_summary"])
+            check(record[name])
         except UsageError as error:
             raise UsageError(f"{file}: {error}") from error
     applied = record.get("applied_filter", {"architecture": "", "layers": []})

@@ -43,6 +43,7 @@ class LensOptions:
     seed: of the noise.
     token: whose maps are shown; None: one in the middle.
     num_special_tokens: of images: leading tokens that are no patches; None: what is left beside the grid.
+    measures: ``"all"``, or ``"summary"``: heads and tokens only, without maps and without what logits are made of.
     """
 
     stack: str | None = None
@@ -52,8 +53,11 @@ class LensOptions:
     seed: int = 0
     token: int | None = None
     num_special_tokens: int | None = None
+    measures: str = "all"
 
     def __post_init__(self) -> None:
+        if self.measures not in ("all", "summary"):
+            raise ValueError(f"measures must be all or summary, got {self.measures!r}")
         if self.spectra not in ("dense", "iterative", "none"):
             raise ValueError(f"spectra must be dense, iterative or none, got {self.spectra!r}")
         if isinstance(self.noise, bool) or not isinstance(self.noise, (int, float)) or not 0 <= self.noise < 1e3:
@@ -280,12 +284,16 @@ class _Run:
             layer.tokens["filtered"] = measure_tokens(side_by_side(output), tokens.real)
             noise = _method_noise(new_value, output, tokens.real)
             layer.heads = _head_reports(measure_heads(call, tokens), noise, self._learned(index))
-            if call.query.shape[-2] <= LISTED_LENGTH:
-                layer.method_noise_map = (new_value[0] - output[0]).double().norm(dim=-1).tolist()
-                layer.maps = filter_maps(call, self.ids, tokens.real, self.report.token)
-            self._add_shares(index, call, tokens, layer)
-            self._add_spectra(call, tokens, layer)
+            if self.options.measures == "all":
+                self._add_pictures(call, tokens, layer, new_value[0] - output[0])
+                self._add_shares(index, call, tokens, layer)
+                self._add_spectra(call, tokens, layer)
         self.lens_seconds += time.perf_counter() - start
+
+    def _add_pictures(self, call: FilterCall, tokens: Tokens, layer: LayerReport, removed: torch.Tensor) -> None:
+        if call.query.shape[-2] <= LISTED_LENGTH:
+            layer.method_noise_map = removed.double().norm(dim=-1).tolist()
+            layer.maps = filter_maps(call, self.ids, tokens.real, self.report.token)
 
     def _see_block(self, index: int, block: BlockTokens) -> None:
         start = time.perf_counter()

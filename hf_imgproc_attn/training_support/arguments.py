@@ -275,7 +275,15 @@ class RunArguments:
         True, "measure the test split at the end; false while anything is still to be chosen by the validation split"
     )
     stop_diverged: bool = _option(False, "end training, with status diverged, as soon as the loss is no finite number")
+    lens_every: int | None = _option(
+        None,
+        "every so many steps, write into the log what each layer's attention filters: entropy, bandwidths, weight on "
+        "sinks, likeness of tokens. Default: never",
+    )
     prepare_only: bool = _option(False, "load the data, build the model and its Trainer, and stop")
+
+    def __post_init__(self) -> None:
+        _check(self.lens_every is None or self.lens_every >= 1, "lens_every", "an integer >= 1", self.lens_every)
 
 
 DataT = TypeVar("DataT", bound=DataArguments)

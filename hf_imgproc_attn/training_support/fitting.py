@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hf_imgproc_attn.training_support.adapters import with_adapters
+from hf_imgproc_attn.training_support.lens_log import LensLog
 from hf_imgproc_attn.training_support.trainer import ScriptTrainer
 from hf_imgproc_attn.training_support.trainer_setup import Result, Run, adapt_to_data, train_and_save
 
@@ -44,5 +45,7 @@ def fit(
         compute_metrics=metrics.get("validation"),
         **options,
     )
+    if run.arguments.run.lens_every is not None:
+        trainer.add_callback(LensLog(trainer, rows.get("validation", rows["train"]), run.arguments.run.lens_every))
     evaluated = {split: (rows[split], metrics[split]) for split in rows if split != "train"}
     return train_and_save(run, trainer, fingerprints, evaluated, on_saved)

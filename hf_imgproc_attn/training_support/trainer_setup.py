@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_imgproc_attn import records
+from hf_imgproc_attn.cards.filters import lens_history
 from hf_imgproc_attn.errors import UsageError, plain_message
 from hf_imgproc_attn.output_paths import check_output_folder, write_or_keep, writing
 from hf_imgproc_attn.training_support.adapters import base_model, check_adapters, merged
@@ -277,6 +278,7 @@ def train_and_save(
             "metrics": {"train": outcome.metrics, **metrics},
             "train_loss": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
             "eval_history": [[entry["step"], _measured(entry, "eval")] for entry in history if "eval_loss" in entry],
+            **({} if options.lens_every is None else {"lens_history": lens_history(history)}),
             # Of all sessions that came to their end; a killed one has left no time.
             "training_seconds": run.record.get("training_seconds", 0.0) + seconds,
             "weights_sha256": records.weights_sha256(run.training_args.output_dir),

@@ -228,7 +228,7 @@ def test_published_code_is_compared_when_the_package_loads_it(
     [
         (["ann/nothing"], "could not find ann/nothing: there is no such repository, or it is private"),
         ([ID, "--revision", "v9"], f"could not find {ID}: there is no such revision"),
-        (["ann/bert"], "of type imgproc_gpt2 or imgproc_vit or imgproc_bert, got ann/bert: bert"),
+        (["ann/bert"], "imgproc_bert or imgproc_filtered, got ann/bert: bert"),
         (["ann/empty"], "got ann/empty: None"),
         (["ann/bad"], "got ann/bad: a config.json that cannot be read"),
     ],
