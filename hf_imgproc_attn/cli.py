@@ -208,7 +208,16 @@ def run_presets(options: argparse.Namespace) -> int:
     """``imgproc-attn presets``: the table of variants."""
     from .models.spec_fields import PRESETS, FilterSpecMixin
 
-    fields = ("content_kernel", "position_kernel", "boosting", "residual", "feedback", "gate", "learn_bandwidths")
+    fields = (
+        "content_kernel",
+        "position_kernel",
+        "boosting",
+        "residual",
+        "feedback",
+        "gate",
+        "normalisation",
+        "learn_bandwidths",
+    )
     rows = [["preset", *fields]]
     for name, changes in PRESETS.items():
         rows.append([name, *(str(changes.get(field, getattr(FilterSpecMixin, field))) for field in fields)])

@@ -9,7 +9,8 @@ position table leave the rest of it unused, buckets of offsets start at 0, which
 Where a parameter allows it, the variant starts as the source's own function: gamma of ``learned`` at 0 (at 1 where the
 source is twiced, at -1 where it applies A twice), the factors of a feedback at 0 and learned, the attentions of
 ``gradient_boosted`` after the first with values that are 0, alpha and beta of ``inversion`` at 1 and 0, a gate with
-projections that are 0, where it is 1.
+projections that are 0, where it is 1, a sink at a logit of -10, which takes next to nothing,
+lambda of ``value_residual`` at 0, forget gates with a bias of 16.
 
 *Variant to variant*: parameters of the same meaning are kept. A position table can be used again, as vectors that are
 added or compared; where the source has none, or a pair of projections for every layer in place of a shared one, there
@@ -24,7 +25,14 @@ import torch
 from transformers import PreTrainedModel
 
 from .backbones import Attention, of_config
-from .models.spec_axes import NO_FEEDBACK_YET, LayerSpec, layer_schedule, uses_position_table
+from .models.spec_axes import (
+    CONVERTED_FORGET_BIAS,
+    CONVERTED_SINK,
+    NO_FEEDBACK_YET,
+    LayerSpec,
+    layer_schedule,
+    uses_position_table,
+)
 from .models.spec_fields import FILTER_FIELDS, FilterSpecMixin, preset_fields
 
 _VERSION = "filter_spec_version"
@@ -41,6 +49,7 @@ _AXIS_SETTINGS = {
     ),
     "boosting": ("boosting_steps", "boosted_layers", "gradient_boosting_source"),
     "feedback": ("neutreno_lambda", "pid_gains", "learn_feedback"),
+    "normalisation": ("sinkhorn_iterations",),
 }
 """Fields that belong to an axis: a variant's stay as they are where its axis does."""
 
@@ -240,6 +249,12 @@ def _starts(
     for name, parameter in target.items():
         if name.endswith("filter.gate.projection.weight"):
             starts[name] = torch.zeros_like(parameter)
+        if name.endswith(("scalar_bias.value_residual", "filter.forget_gates.weight")):
+            starts[name] = torch.zeros_like(parameter)
+        if name.endswith("filter.forget_gates.bias"):
+            starts[name] = torch.full_like(parameter, CONVERTED_FORGET_BIAS)
+        if name.endswith("scalar_bias.sink"):
+            starts[name] = torch.full_like(parameter, CONVERTED_SINK)
         if not name.endswith("scalar_bias.boosting_gain"):
             continue
         old = sources[_layer_of(name)]

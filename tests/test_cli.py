@@ -100,6 +100,7 @@ def test_presets_are_all_listed(capsys: pytest.CaptureFixture[str]) -> None:
         "residual": "standard",
         "feedback": "none",
         "gate": "none",
+        "normalisation": "softmax",
         "learn_bandwidths": "True",
     }
     assert by_name["boosted_residual"]["residual"] == "twicing"

@@ -9,7 +9,15 @@ import pytest
 
 from hf_imgproc_attn import PRESETS
 from hf_imgproc_attn.catalogue.works import PAPERS
-from hf_imgproc_attn.models.spec_axes import BOOSTINGS, CONTENT_KERNELS, FEEDBACKS, GATES, POSITION_KERNELS, RESIDUALS
+from hf_imgproc_attn.models.spec_axes import (
+    BOOSTINGS,
+    CONTENT_KERNELS,
+    FEEDBACKS,
+    GATES,
+    NORMALISATIONS,
+    POSITION_KERNELS,
+    RESIDUALS,
+)
 from tests.helpers import ROOT, site_pages
 
 PAGE_FILE = ROOT / "docs" / "framework.md"
@@ -93,6 +101,7 @@ def test_every_statement_is_linked_to_a_test() -> None:
         ("## 5. Residual schemes across depth", "residual", RESIDUALS),
         ("## 6. Feedback and the elliptical metric", "feedback", FEEDBACKS),
         ("### Gate", "gate", GATES),
+        ("### Normalisation", "normalisation", NORMALISATIONS),
     ],
 )
 def test_every_value_of_an_axis_has_a_row(heading: str, field: str, values: tuple[str, ...]) -> None:

@@ -33,6 +33,11 @@ ONE_RECIPE = {
     "dynamic_inversion": "vit_digits",
     "exclusive": "vit_digits",
     "gated": "vit_digits",
+    "sink": "vit_digits",
+    "sigmoid": "vit_digits",
+    "softpick": "vit_digits",
+    "qk_norm": "vit_digits",
+    "value_residual": "vit_digits",
 }
 """Presets that are one value of one axis, beside those of the papers that the package is about -> their one recipe."""
 

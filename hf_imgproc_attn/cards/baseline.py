@@ -21,7 +21,9 @@ def check_same_recipe(record: dict[str, Any], other: dict[str, Any]) -> None:
     for part, own in own_parts.items():
         theirs = other_parts[part]
         for name in dict.fromkeys([*own, *theirs]):
-            if own.get(name) != theirs.get(name) and not _PLACES.fullmatch(name):
+            # An option that is off and one that a record of an earlier version lacks are the same.
+            is_off = name not in (own.keys() & theirs.keys()) and not (own.get(name) or theirs.get(name))
+            if own.get(name) != theirs.get(name) and not is_off and not _PLACES.fullmatch(name):
                 raise UsageError(
                     f"the baseline must be a run of the same recipe, but its {part}{name} is {theirs.get(name)!r} "
                     f"instead of {own.get(name)!r}"

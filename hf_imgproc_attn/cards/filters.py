@@ -22,6 +22,8 @@ MEANINGS = {
     "class_within": "logit of the class token to itself",
     "gain": "γ of the booster",
     "alpha": "α of the booster, on what A passes",
+    "share": "λ of the second map",
+    "sink": "logit of the sink",
     "beta": "β of the booster, on what A removes",
     "lambda": "λ of the feedback",
     "P": "λ_P of the feedback",

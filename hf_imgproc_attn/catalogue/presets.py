@@ -46,6 +46,7 @@ _UNTIED_SYMBOLS = (
 )
 _STOCK = r"A_{ij} \propto \exp\left(\frac{q_i^\top k_j}{\sqrt{d}}\right)"
 _STOCK_SYMBOLS = "learned positions are added to the tokens before the first layer"
+_LOGITS = r"\ell_{ij} = \frac{q_i^\top k_j}{\sqrt{d}}"
 _ONCE, _TWICE = r"U = A V", r"U = (2A - A^2) V"
 _STEPS = "$2A - A^2$ is $I - (I - A)^k$ with $k = 2$ steps (`boosting_steps`)"
 _NO_TABLE = "no positions are added to the tokens"
@@ -238,6 +239,53 @@ VARIANTS: dict[str, Variant] = {
             f"gate 1 where $W = 0$; {_STOCK_SYMBOLS}"
         ),
         papers=("gated",),
+    ),
+    "sink": Variant(
+        text="a_ij = exp(l_ij) / (exp(b) + Σ_k exp(l_ik)), l = qᵀk/√d; U = A V",
+        equation=(
+            rf"{_ONCE}, \qquad A_{{ij}} = \frac{{e^{{\ell_{{ij}}}}}}{{e^b + \sum_k e^{{\ell_{{ik}}}}}}, "
+            rf"\qquad {_LOGITS}"
+        ),
+        symbols=f"$b$ is learned, one per head and layer, from 0, or from -10 in a converted model; {_STOCK_SYMBOLS}",
+        papers=("sink",),
+    ),
+    "sigmoid": Variant(
+        text="a_ij = σ(l_ij - log n_i), n_i visible keys, l = qᵀk/√d; U = A V",
+        equation=rf"{_ONCE}, \qquad A_{{ij}} = \sigma(\ell_{{ij}} - \log n_i), \qquad {_LOGITS}",
+        symbols=f"$n_i$ is the number of keys that query $i$ sees; {_STOCK_SYMBOLS}",
+        papers=("sigmoid",),
+    ),
+    "softpick": Variant(
+        text="a_ij = relu(exp(l_ij) - 1) / Σ_k abs(exp(l_ik) - 1), l = qᵀk/√d; U = A V",
+        equation=(
+            rf"{_ONCE}, \qquad A_{{ij}} = \frac{{\mathrm{{relu}}(e^{{\ell_{{ij}}}} - 1)}}"
+            r"{\sum_k |e^{\ell_{ik}} - 1|}, "
+            rf"\qquad {_LOGITS}"
+        ),
+        symbols=(f"the sum is made positive by $10^{{-6}}$ of the largest $e^{{\\ell}}$ or of 1; {_STOCK_SYMBOLS}"),
+        papers=("softpick",),
+    ),
+    "qk_norm": Variant(
+        text="A ∝ exp(τ q̂ᵀk̂), q̂ = q/‖q‖, k̂ = k/‖k‖; U = A V",
+        equation=(
+            rf"{_ONCE}, \qquad A_{{ij}} \propto \exp\left(\tau \frac{{q_i^\top k_j}}"
+            r"{\lVert q_i \rVert \lVert k_j \rVert}\right)"
+        ),
+        symbols=(
+            "$\\tau = 2/h_y^2$ is learned, one per head and layer, from $\\sqrt{d}$: a bilateral filter on normalised "
+            f"vectors, with $\\exp(-\\lVert \\hat q_i - \\hat k_j \\rVert^2 / h_y^2)$; {_STOCK_SYMBOLS}"
+        ),
+        papers=("qk_norm", "filtering"),
+    ),
+    "value_residual": Variant(
+        text="A of softmax; U = A((1 - λ)V_l + λV_0)",
+        equation=rf"U_l = A \left((1 - \lambda) V_l + \lambda V_0\right), \qquad {_STOCK}",
+        symbols=(
+            "$l > 0$ counts the layers, the first one is plain, $\\lambda$ is learned, one per layer, from 0.5, or "
+            f"from 0 in a converted model; {_STOCK_SYMBOLS}"
+        ),
+        papers=("value_residual",),
+        limits=("one-layer models",),
     ),
 }
 """Every preset of ``spec_fields``, in its order."""

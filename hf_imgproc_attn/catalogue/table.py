@@ -114,6 +114,10 @@ def parameter_terms(preset: str) -> list[Term]:
         terms.append(Term("2HL", lambda s: 2 * s.H * s.L))
     if spec.boosting == "dynamic_inversion":
         terms.append(Term("(2d + 2)HL", lambda s: (2 * s.d + 2) * s.H * s.L))
+    if spec.feedback == "value_residual":
+        terms.append(Term("L - 1", lambda s: s.L - 1))
+    if spec.normalisation == "sink":
+        terms.append(Term("HL", lambda s: s.H * s.L))
     if spec.gate == "elementwise":
         terms.append(Term("d²L", lambda s: s.d**2 * s.L))
     if spec.gate == "headwise":
@@ -177,6 +181,8 @@ def back_ends(preset: str) -> str:
         return "stock"
     names = [name for name in FILTER_BACKENDS if name not in ("auto", "triton")]
     spec = layer.spec
+    if spec.normalisation != "softmax":
+        return "reference, sdpa, chunked" if spec.normalisation == "sink" else "reference, chunked"
     # The Triton kernels know every content kernel, positions by place and twicing.
     by_place = not spec.compares_positions or spec.position_kernel in COORDINATE_KERNELS
     has_kernel = spec.boosting in ("none", "twicing", *ONE_PASS) and by_place

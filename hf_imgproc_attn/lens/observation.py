@@ -112,8 +112,11 @@ def _watch_filter(stack: ExitStack, index: int, layer: AttentionLayer, see: SeeF
         return
     seen: dict[str, Any] = {}
 
+    # Layers of our models add to what ``call`` returns; those of ``apply_filter`` use it directly.
+    maker = "compose" if part is None else "call"
+
     def remember(*args: Any, **kwargs: Any) -> FilterCall:
-        call = type(kernel).call(kernel, *args, **kwargs)
+        call: FilterCall = getattr(type(kernel), maker)(kernel, *args, **kwargs)
         seen.setdefault("call", call)
         return call
 
@@ -135,8 +138,8 @@ def _watch_filter(stack: ExitStack, index: int, layer: AttentionLayer, see: SeeF
     rounds: list[int] = []
     stack.callback(layer.module.register_forward_pre_hook(lambda module, args: rounds.clear()).remove)
     runner = kernel if part is None else part
-    kernel.__dict__["call"] = remember
-    stack.callback(lambda: kernel.__dict__.pop("call", None))
+    kernel.__dict__[maker] = remember
+    stack.callback(lambda: kernel.__dict__.pop(maker, None))
     stack.callback(runner.register_forward_pre_hook(begin, with_kwargs=True).remove)
     stack.callback(runner.register_forward_hook(end).remove)
 

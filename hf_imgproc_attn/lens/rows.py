@@ -16,12 +16,17 @@ from ..models.backend_reference import filter_logits, filter_matrix
 from ..models.boost_operators import BOOSTING, keep_rows
 from ..models.cache_streams import NO_STREAMS
 from ..models.kernel_content import class_token_logits, working_dtype
+from ..models.kernel_forget import ForgetPositions
 from ..models.kernel_given import BiasPositions, FeaturePositions
 from ..models.kernel_position import Positions, UntiedPositions
 from ..models.visibility import Visibility
 
 BLOCK_SCORES = 2**22
 """Scores that are held at a time, over samples and heads: 16 MiB in float32."""
+
+
+MOST_ROWS_AT_ONCE = 1024
+"""Tokens of a filter whose rows are not independent of each other."""
 
 
 class Rows(NamedTuple):
@@ -49,13 +54,22 @@ def filter_rows(call: FilterCall, scores: int = BLOCK_SCORES) -> Iterator[Rows]:
         call: queries ``[batch, heads, length, head_dim]``, as many as keys.
         scores: the most scores to hold at a time; at least one row is.
     """
+    if call.difference is not None:
+        raise ValueError("boosting='differential' has two filters, got a layer of which one is to be looked at")
     batch, heads, length, _ = call.query.shape
     step = max(scores // max(batch * heads * call.key.shape[-2], 1), 1)
+    if call.normalisation.name == "sinkhorn":  # columns are normalised too: no row is known without the others
+        if length > MOST_ROWS_AT_ONCE:
+            raise ValueError(
+                f"normalisation 'sinkhorn' needs all rows of A at once, which are at most {MOST_ROWS_AT_ONCE} under the "
+                f"lens, got {length}"
+            )
+        step = length
     for start in range(0, length, step):
         stop = min(start + step, length)
         part = rows_of(call, start, stop)
         logits = filter_logits(part)
-        weights = filter_matrix(logits, part.visibility, part.sinks)
+        weights = filter_matrix(logits, part.visibility, part.sinks, part.normalisation)
         yield Rows(start, stop, part.key.shape[-2], logits, weights, part.visibility.allowed(logits.device))
 
 
@@ -111,6 +125,8 @@ def position_rows(term: Positions, start: int, stop: int, keys: int, dtype: torc
         return (bias if bias.shape[-2] == 1 else bias[..., start:stop, :]).to(dtype)
     if isinstance(term, FeaturePositions):
         part = FeaturePositions(term.query_features[..., start:stop, :], term.key_features[..., :keys, :])
+    elif isinstance(term, ForgetPositions):
+        part = ForgetPositions(term.query[..., start:stop, :], term.key[..., :keys, :])
     elif isinstance(term, UntiedPositions):
         part = term._replace(query=term.query[..., start:stop, :], key=term.key[..., :keys, :], class_tokens=None)
     else:  # functions of places
@@ -122,7 +138,7 @@ def position_rows(term: Positions, start: int, stop: int, keys: int, dtype: torc
     logits = part.grid_logits(dtype)
     if term.class_tokens is None:
         return logits
-    count, class_logits = term.class_tokens
+    count, class_logits, _ = term.class_tokens
     bias = class_token_logits(class_logits.to(dtype), stop, keys, count)[..., start:, :]
     is_class = (torch.arange(start, stop, device=logits.device).view(-1, 1) < count) | (
         torch.arange(keys, device=logits.device).view(1, -1) < count

@@ -21,11 +21,12 @@ import torch
 from ..backbones import BACKBONES
 from ..errors import UsageError
 from ..models.boost_depth import LayerState
-from ..models.boost_operators import BOOSTING
+from ..models.boost_operators import BOOSTING, ONE_PASS
+from ..models.kernel_content import CONTENT_LOGITS
 from ..models.layer_filter import AttentionFilter
 from ..models.layer_inputs import LayerInputs
 from ..models.modeling_shared import SUPPORTED_IMPLEMENTATIONS
-from ..models.spec_axes import BOOSTINGS, CONTENT_KERNELS, POSITION_KERNELS
+from ..models.spec_axes import BOOSTINGS, POSITION_KERNELS
 from ..models.visibility import Visibility
 from ..output_paths import check_new_files, write_or_keep
 
@@ -83,14 +84,16 @@ class Errors(NamedTuple):
 def cases() -> dict[str, Fields]:
     """Configuration fields of everything that is measured, by the name of its row."""
     rows: dict[str, Fields] = {}
-    for content in CONTENT_KERNELS:
+    for content in CONTENT_LOGITS:  # `cosine` is the dot product of other vectors
         rows[f"content `{content}`"] = {"content_kernel": content, "position_kernel": "none"}
     for position in POSITION_KERNELS:
-        if position not in ("additive", "none"):  # for a single layer both are the content kernel alone
+        # For a single layer two are the content kernel alone; `forget` projects tokens.
+        if position not in ("additive", "forget", "none"):  # for a single layer both are the content kernel alone
             rows[f"position `{position}`"] = {"position_kernel": position}
     rows["content and position `gaussian`"] = {"content_kernel": "gaussian", "position_kernel": "gaussian"}
     for boosting in BOOSTINGS:
-        if boosting in BOOSTING and boosting != "none":
+        # What is finished row by row is as precise as the content kernel alone.
+        if boosting in BOOSTING and boosting not in ("none", *ONE_PASS):
             rows[f"boosting `{boosting}`"] = {"position_kernel": "none", "boosting": boosting}
     return rows
 

@@ -20,6 +20,7 @@ _NEEDS = {
     "untied": "it projects positions, which the model does not",
     "rotary": "it turns queries and keys before the model does its own",
     "additive": "it is what the model does by itself",
+    "forget": "it projects the layer's input",
     "none": "the model adds its own positions, which cannot be taken out",
 }
 _NOT_FOR_LAYERS = {
@@ -69,6 +70,11 @@ class FilterFields(NamedTuple):
                 raise ValueError(
                     f"boosting={booster!r} is not for layers of another model: it has projections of its own"
                 )
+        if wanted.get("feedback") == "value_residual":
+            raise ValueError(
+                "feedback='value_residual' is not for layers of another model: it changes values before they come "
+                "into the cache, which the model fills by itself"
+            )
         if not isinstance(wanted.get("feedback", "none"), str):
             raise ValueError(f"feedback must be one of none, neutreno, pid, got {wanted['feedback']!r}")
         if wanted.get("feedback") in NO_FEEDBACK_YET and not {
@@ -133,6 +139,7 @@ class StackConfig:
         self._set_heads(first)
         self.filter_spec_version = FilterSpecMixin.filter_spec_version
         self.position_axes = 2 if fields.is_image else 1
+        self.hides_later_tokens = any(bool(getattr(layer.module, "is_causal", False)) for layer in layers)
         if fields.is_image:
             self.default_neutreno_lambda = 0.6
         stock = getattr(first.module, "config", None)

@@ -20,6 +20,7 @@ from .kernel_given import BiasPositions
 from .kernel_position import Positions
 from .layer_filter import AttentionFilter
 from .layer_parameters import Scalars
+from .spec_axes import CONVERTED_SINK
 from .visibility import Visibility
 
 
@@ -99,13 +100,16 @@ class AppliedFilter(nn.Module):
         if self.filter.scalar_bias.boosting_gain is not None:
             # Boosting that is learned starts where the model is: without it.
             nn.init.zeros_(self.filter.scalar_bias.boosting_gain)
+        if self.filter.scalar_bias.sink is not None:
+            nn.init.constant_(self.filter.scalar_bias.sink, CONVERTED_SINK)
         self.sides = config.sides
         self.sees_places = self.filter.positions.sees_places
         keeps_streams = bool(self.filter.stream_names) or self.sees_places
         self.kind = self.filter.kind if keeps_streams else None
         """What the filter is, where a cache keeps rows for it."""
         fields = config.fields
-        self.scales_by_itself = fields["learn_bandwidths"] or fields["content_bandwidth"] is not None
+        has_own_scale = self.filter.spec.content_kernel == "cosine"
+        self.scales_by_itself = has_own_scale or fields["learn_bandwidths"] or fields["content_bandwidth"] is not None
 
     def forward(
         self,
@@ -161,7 +165,9 @@ class AppliedFilter(nn.Module):
         content = call.content._replace(softcap=logits.softcap)
         if not (self.scales_by_itself or self.filter.has_metric) and logits.scaling is not None:
             content = content._replace(scale=float(logits.scaling))
-        call = call._replace(content=content, sinks=logits.sinks)
+        call = call._replace(content=content)
+        if logits.sinks is not None:
+            call = call._replace(sinks=logits.sinks)
         if attentions:
             output, weights = reference_attention(filter_logits(call), call, "operator")
         else:
@@ -173,6 +179,12 @@ class AppliedFilter(nn.Module):
         return output, weights
 
     def _check_logits(self, logits: ModelLogits) -> None:
+        normalisation = self.filter.spec.normalisation
+        if logits.sinks is not None and normalisation != "softmax":
+            raise ValueError(
+                f"the filter of {self.layer_name} does not take s_aux with normalisation={normalisation!r}: the model "
+                "has sinks of its own, beside which weights are those of softmax; choose other layers"
+            )
         what = "softcap" if logits.softcap is not None else "s_aux"
         if self.filter.spec.content_kernel == "gaussian" and (logits.softcap is not None or logits.sinks is not None):
             raise ValueError(
@@ -184,7 +196,7 @@ class AppliedFilter(nn.Module):
     @staticmethod
     def _backend(call: FilterCall) -> str:
         """The back-end of a call with cached tokens: one that takes everything about who is seen from the mask."""
-        if call.content.softcap is not None:
+        if call.content.softcap is not None or call.normalisation.name != "softmax":
             return "auto"
         one_row = call.query.shape[-2] == 1 or (call.dropout and call.is_boosted)
         return "reference" if one_row or (call.sinks is not None and call.has_columns) else "sdpa"

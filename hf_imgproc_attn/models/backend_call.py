@@ -10,6 +10,7 @@ import torch
 from .boost_operators import BOOSTING, ONE_PASS, Attend, keep_rows
 from .cache_streams import NO_STREAMS, Streams, boost_stream
 from .kernel_content import CONTENT_COLUMNS, working_dtype
+from .kernel_normalisation import Normalisation
 from .kernel_position import BlockedPositions, Positions
 from .visibility import Visibility, four_axes
 
@@ -40,6 +41,19 @@ class Booster(NamedTuple):
     gain: torch.Tensor | None = None
 
 
+class Difference(NamedTuple):
+    """A second map, of which lambda times is taken away from the first; see ``boost_differential``.
+
+    query: ``[batch, heads, length, head_dim]``.
+    key: ``[batch, heads, key_length, head_dim]`` of all tokens.
+    share: lambda, ``[heads, 1, 1]`` in at least float32.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    share: torch.Tensor
+
+
 class FilterCall(NamedTuple):
     """One call of a filter, checked: output = p(A) V, with A made of content, positions and visibility.
 
@@ -56,6 +70,8 @@ class FilterCall(NamedTuple):
         rows of A sum to less than 1. None: there is none.
     own_value: values of the queries' own tokens, ``[batch, key_heads, length, d]``; None where they are the last rows
         of ``value``. In a cache of fixed size they are not, and nothing but the mask tells which keys are there.
+    normalisation: how logits become weights.
+    difference: a second map to be taken away, or None.
     """
 
     query: torch.Tensor
@@ -69,13 +85,22 @@ class FilterCall(NamedTuple):
     streams: Streams = NO_STREAMS
     sinks: torch.Tensor | None = None
     own_value: torch.Tensor | None = None
+    normalisation: Normalisation = Normalisation()
+    difference: Difference | None = None
 
     @property
     def own_softmax(self) -> str | None:
         """Why back-ends whose weights are the plain softmax of the logits refuse, or None."""
         if self.content.softcap is not None:
             return "knows no logits with a soft cap"
+        if self.normalisation.name != "softmax":
+            return f"computes the weights of softmax only, got normalisation={self.normalisation.name!r}"
         return None if self.sinks is None else "knows no sinks"
+
+    @property
+    def ignores_row_constants(self) -> bool:
+        """Whether a number that is added to a whole row of logits changes nothing."""
+        return self.sinks is None and self.normalisation.ignores_row_constants
 
     @property
     def is_boosted(self) -> bool:
@@ -156,6 +181,14 @@ class FilterCall(NamedTuple):
         rows = BOOSTING[name](lambda _: smooth.to(working_dtype(smooth.dtype)), keep_rows, value, value, steps, gain)
         rows = rows.to(smooth.dtype)
         return rows if seen.blind is None else rows.masked_fill(seen.blind, 0.0)
+
+    def maps(self) -> tuple[FilterCall, FilterCall | None]:
+        """The call of the first map alone, and that of the second or None."""
+        first, other = self._replace(difference=None), self.difference
+        if other is None:
+            return first, None
+        value = self.value if self.groups == 1 else self.value.repeat_interleave(self.groups, dim=1)
+        return first, first._replace(query=other.query, key=other.key, value=value)
 
     def past_streams(self) -> list[torch.Tensor]:
         """The cached rows of the booster's streams, in order; empty where there are none."""

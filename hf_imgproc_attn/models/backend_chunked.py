@@ -1,7 +1,8 @@
 """The reference in chunks: blocks of queries whose dense weights are made anew for each pass, and again for gradients.
 
-For what no fused call computes, such as logits with a soft cap: slower than ``blocked``, in memory
-O(chunk * key_length). ``backend_reference`` is its truth, and computes each block.
+For what no fused call computes, such as logits with a soft cap or weights other than softmax: slower than
+``blocked``, in memory O(chunk * key_length). ``backend_reference`` is its truth, and computes each block. Where A is
+causal a block has no keys after its own queries.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from .backend_call import FilterCall, without_autocast
 from .backend_reference import filter_logits, filter_matrix
 from .kernel_content import working_dtype
+from .kernel_position import keys_of_positions, rows_of_positions
 from .visibility import Visibility
 
 BLOCK_SCORES = 2**22
@@ -20,10 +22,8 @@ BLOCK_SCORES = 2**22
 
 def refuses(call: FilterCall) -> str | None:
     """Why the chunks cannot serve a call, as the rest of a sentence about them, or None if they can."""
-    if call.dropout:
-        return "draws a new dropout mask at every pass, and gradients need the same one"
-    if len(call.positions) > 0:
-        return "takes no position kernels, which are not cut into blocks of queries here"
+    if call.normalisation.name == "sinkhorn":
+        return "has some rows of A at a time, and normalisation='sinkhorn' scales all of them together"
     return None
 
 
@@ -37,35 +37,55 @@ def run(call: FilterCall, *, block_rows: int | None = None) -> torch.Tensor:
     batch, heads, length, _ = call.query.shape
     rows_at_once = block_rows or max(1, BLOCK_SCORES // max(1, batch * heads * call.key.shape[-2]))
     blocks = [slice(start, min(start + rows_at_once, length)) for start in range(0, length, rows_at_once)]
-    allowed = call.visibility.allowed(call.query.device)
+    allowed = None if _is_cut_by_causality(call) else call.visibility.allowed(call.query.device)
     parts = [_rows_of(call, block, allowed) for block in blocks]
+    # One mask for all passes, drawn again where a block is computed again.
+    seed = int(torch.randint(2**62, ())) if call.dropout else 0
     dtype, compute_dtype = call.value.dtype, working_dtype(call.value.dtype)
     _, value = call.repeated()
 
     def attend(rows: torch.Tensor) -> torch.Tensor:
         rows = rows.to(compute_dtype)
         if len(parts) < 2:  # nothing is saved by computing the only block again
-            return torch.cat([_smooth(part, rows) for part in parts], dim=-2) if parts else rows[..., :0, :]
-        return torch.cat([checkpoint(_smooth, part, rows, use_reentrant=False) for part in parts], dim=-2)
+            return torch.cat([_smooth(part, rows, seed) for part in parts], dim=-2) if parts else rows[..., :0, :]
+        smooth = [
+            checkpoint(_smooth, part, rows[..., : part.key.shape[-2], :], seed + number, use_reentrant=False)
+            for number, part in enumerate(parts)
+        ]
+        return torch.cat(smooth, dim=-2)
 
     with without_autocast(call.query.device.type):
         return call.boost(attend, call.new_value.to(compute_dtype), value).to(dtype)
 
 
-def _smooth(call: FilterCall, rows: torch.Tensor) -> torch.Tensor:
-    """A of one block applied to ``[batch, heads, key_length, d]``."""
+def _smooth(call: FilterCall, rows: torch.Tensor, seed: int) -> torch.Tensor:
+    """A of one block applied to ``[batch, heads, key_length, d]``; ``seed`` is that of its dropout mask."""
     logits = filter_logits(call)
     with without_autocast(logits.device.type):
-        return torch.matmul(filter_matrix(logits, call.visibility, call.sinks), rows)
+        matrix = filter_matrix(logits, call.visibility, call.sinks, call.normalisation)
+        if call.dropout:
+            generator = torch.Generator(matrix.device).manual_seed(seed % 2**63)
+            kept = torch.empty_like(matrix).bernoulli_(1.0 - call.dropout, generator=generator)
+            matrix = matrix * kept / (1.0 - call.dropout)
+        return torch.matmul(matrix, rows)
+
+
+def _is_cut_by_causality(call: FilterCall) -> bool:
+    """Whether causality and padding say who is seen, so that later keys can be left out."""
+    seen = call.visibility
+    return seen.hides_later_keys and seen.mask is None and call.own_value is None and seen.key_length >= seen.length
 
 
 def _rows_of(call: FilterCall, block: slice, allowed: torch.Tensor | None) -> FilterCall:
     """The call of some queries, which see what the mask says."""
+    whole = call
 
     def cut(x: torch.Tensor | None) -> torch.Tensor | None:
         return x if x is None or x.shape[-2] == 1 else x[..., block, :]
 
     seen, scale = call.visibility, call.content.scale
+    query = call.query[..., block, :]
+    positions = tuple(rows_of_positions(term, block) for term in call.positions)
     if isinstance(scale, torch.Tensor) and scale.ndim == 4 and scale.shape[-2] == seen.length:
         scale = scale[..., block, :]
     visibility = Visibility(
@@ -76,5 +96,28 @@ def _rows_of(call: FilterCall, block: slice, allowed: torch.Tensor | None) -> Fi
         hidden=seen.hidden,
         blind=cut(seen.blind),
     )
-    query = call.query[..., block, :]
-    return call._replace(query=query, content=call.content._replace(scale=scale), visibility=visibility)
+    call = call._replace(
+        query=query, content=call.content._replace(scale=scale), visibility=visibility, positions=positions
+    )
+    return call if allowed is not None or not _is_cut_by_causality(whole) else _without_later_keys(call, seen, block)
+
+
+def _without_later_keys(call: FilterCall, seen: Visibility, block: slice) -> FilterCall:
+    """The call of a block without the keys after its last query, of which causality hides those it has to."""
+    keys = seen.key_length - seen.length + block.stop
+
+    def cut(x: torch.Tensor | None) -> torch.Tensor | None:
+        return x if x is None or x.shape[-1] == 1 else x[..., :keys]
+
+    return call._replace(
+        key=call.key[..., :keys, :],
+        value=call.value[..., :keys, :],
+        positions=tuple(keys_of_positions(term, keys) for term in call.positions),
+        visibility=call.visibility._replace(
+            key_length=keys,
+            causal=True,
+            keys=cut(seen.keys),
+            hidden=cut(seen.hidden),
+            bias=cut(call.visibility.bias),
+        ),
+    )

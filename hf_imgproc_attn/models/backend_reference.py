@@ -13,8 +13,11 @@ from torch import nn
 from .backend_call import FilterCall, without_autocast
 from .boost_operators import BOOSTING, NOT_LINEAR, keep_rows
 from .kernel_content import CONTENT_LOGITS, working_dtype
+from .kernel_normalisation import NORMALISATIONS, Normalisation
 from .kernel_position import position_logits
 from .visibility import Visibility
+
+SOFTMAX = Normalisation()
 
 
 def filter_logits(call: FilterCall) -> torch.Tensor:
@@ -32,7 +35,7 @@ def filter_logits(call: FilterCall) -> torch.Tensor:
         if call.content.softcap is not None:
             logits = call.content.softcap * torch.tanh(logits / call.content.softcap)
         terms += [position_logits(term, compute_dtype) for term in call.positions]
-        return add_terms(logits, terms, call.visibility if call.sinks is None else None)
+        return add_terms(logits, terms, call.visibility if call.ignores_row_constants else None)
 
 
 def add_terms(logits: torch.Tensor, terms: Sequence[torch.Tensor], visibility: Visibility | None) -> torch.Tensor:
@@ -44,7 +47,7 @@ def add_terms(logits: torch.Tensor, terms: Sequence[torch.Tensor], visibility: V
     Args:
         logits: ``[batch, heads, length, key_length]``.
         terms: each broadcastable to ``logits``.
-        visibility: who sees whom; None: subtract nothing, since the logits are compared with that of a sink.
+        visibility: who sees whom; None: subtract nothing, since the weights depend on it.
     """
     if not terms:
         return logits
@@ -54,17 +57,26 @@ def add_terms(logits: torch.Tensor, terms: Sequence[torch.Tensor], visibility: V
     return logits + (total if visibility is None else total - visibility.largest_seen(total))
 
 
-def filter_matrix(logits: torch.Tensor, visibility: Visibility, sinks: torch.Tensor | None = None) -> torch.Tensor:
+def filter_matrix(
+    logits: torch.Tensor,
+    visibility: Visibility,
+    sinks: torch.Tensor | None = None,
+    normalisation: Normalisation = SOFTMAX,
+) -> torch.Tensor:
     """A = D^-1 K from log K: the row-stochastic filter, a Nadaraya-Watson estimate (arXiv 2506.10371).
 
     Args:
         logits: ``[batch, heads, length, key_length]``, at least float32.
         visibility: who sees whom; its bias is part of the logits.
         sinks: ``[heads]``, the logit of one more key, or None.
+        normalisation: see there.
 
     Returns:
         A of the logits' shape and dtype; its rows sum to 1, except those that see no key, which are 0. With sinks they
-        sum to what the sink leaves.
+        sum to what the sink leaves; with some normalisations to something else.
+
+    Raises:
+        ValueError: for ``sinkhorn`` with a causal mask, or fewer queries than keys.
     """
     # Rows that see nothing are 0 before the softmax too: whatever stands there, NaN included, has no gradient.
     allowed = visibility.allowed(logits.device)
@@ -75,7 +87,12 @@ def filter_matrix(logits: torch.Tensor, visibility: Visibility, sinks: torch.Ten
     if sinks is not None:
         column = sinks.to(logits.dtype).view(-1, 1, 1).expand(*logits.shape[:-1], 1)
         return torch.cat((logits, column), dim=-1).softmax(-1)[..., :-1].masked_fill(empty, 0.0)
-    return logits.softmax(-1).masked_fill(empty, 0.0)
+    if normalisation.name == "softmax":
+        return logits.softmax(-1).masked_fill(empty, 0.0)
+    if normalisation.name == "sinkhorn" and visibility.hides_later_keys:
+        raise ValueError("normalisation 'sinkhorn' needs attention without a causal mask")
+    weigh = NORMALISATIONS[normalisation.name]
+    return weigh(logits, allowed, visibility.hidden, normalisation.iterations).masked_fill(empty, 0.0)
 
 
 def reference_attention(
@@ -106,8 +123,13 @@ def reference_attention(
     _, value = call.repeated()
     # Autocast would run the products in half precision; the reference must be more exact than what it checks.
     with without_autocast(logits.device.type):
-        matrix = filter_matrix(logits.to(compute_dtype), call.visibility, call.sinks)
+        matrix = filter_matrix(logits.to(compute_dtype), call.visibility, call.sinks, call.normalisation)
         matrix = nn.functional.dropout(matrix, p=call.dropout, training=call.dropout > 0.0)
+        _, second = call.maps()
+        if second is not None and call.difference is not None:
+            other = filter_matrix(filter_logits(second), call.visibility, call.sinks, call.normalisation)
+            other = nn.functional.dropout(other, p=call.dropout, training=call.dropout > 0.0)
+            matrix = matrix - call.difference.share * other
 
         def attend(rows: torch.Tensor) -> torch.Tensor:
             return torch.matmul(matrix, rows.to(compute_dtype))

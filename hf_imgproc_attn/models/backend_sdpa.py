@@ -90,7 +90,7 @@ def refuses(call: FilterCall) -> str | None:
     """Why SDPA cannot serve a call, as the rest of a sentence about it, or None if it can."""
     if call.dropout and call.is_boosted:
         return "draws a new dropout mask at every pass, and a booster needs the same one"
-    if call.content.softcap is not None:
+    if call.content.softcap is not None or call.normalisation.name != "softmax":
         return call.own_softmax
     if call.sinks is not None and call.has_columns:
         return "has columns that lack a number a row, which a sink would be compared with"

@@ -83,6 +83,10 @@ FEW_SCORES = 2**15
 """With fewer scores than this in all, the time goes into calls and not into products."""
 
 
+def _is_fused_nowhere(call: FilterCall) -> bool:
+    return call.own_softmax is not None and sdpa_refuses(call) is not None
+
+
 def _is_one_row(call: FilterCall) -> bool:
     is_plain = not (call.is_boosted or call.has_columns)
     return call.query.shape[-2] == 1 and call.query.dtype not in HALF_DTYPES and not is_plain
@@ -114,8 +118,14 @@ CHOICES = (
         lambda call: torch.compiler.is_compiling(),
         ("sdpa", "reference"),
     ),
-    # No fused call has it.
-    Choice(None, "logits with a soft cap", lambda call: call.content.softcap is not None, ("chunked", "reference")),
+    # No fused call has it. With few scores one block is all rows.
+    Choice(
+        None,
+        "the same with few scores",
+        lambda call: _is_fused_nowhere(call) and _has_few_scores(call),
+        ("reference",),
+    ),
+    Choice(None, "logits with a soft cap, other weights than softmax", _is_fused_nowhere, ("chunked", "reference")),
     # One row of weights serves all passes, and no columns have to be put beside every cached key.
     Choice(None, "one query, boosted or with columns", _is_one_row, ("reference",)),
     # Twicing, in units of one SDPA call on the same tensors: forward / forward + backward, float32, head_dim 64.
@@ -188,6 +198,9 @@ def run_filter(call: FilterCall, backend: str, option: str = "backend") -> torch
     Raises:
         ValueError: for an unknown back-end, one that is not there, or one that refuses the call.
     """
+    if call.difference is not None:
+        first, other = (run_filter(part, backend, option) for part in call.maps() if part is not None)
+        return (first - call.difference.share * other).to(first.dtype)
     if call.finishes_by_row:
         return call.finish(run_filter(call.plain(), backend, option))
     if backend == "auto":

@@ -19,7 +19,10 @@ Feedback adds to the head output, before the output projection, with e_l = V_0 -
     neutreno  lambda e_l                                               (Nguyen 2023)
     pid       lambda_P e_l + lambda_I sum_{m <= l} e_m + lambda_D (e_l - e_{l-1})     (PIDformer, Nguyen 2024)
 
-It is not dropped out, and gradient flows through V_0 too. The factors are numbers of the configuration or, with
+``value_residual`` mixes values instead, (1 - lambda) V_l + lambda V_0 *inside* A, with one lambda a layer
+(arXiv 2410.17897).
+
+Feedback is not dropped out, and gradient flows through V_0 too. The factors are numbers of the configuration or, with
 ``learn_feedback``, parameters of every head and layer. With ``gradient_boosted`` V is the value of the first filter
 and the head output is F + g * c.
 """
@@ -126,6 +129,16 @@ def pid_feedback(
     return head_output + correction.to(head_output.dtype), state._replace(previous_value=value, feedback_sum=total)
 
 
+def value_residual(head_output: torch.Tensor, value: torch.Tensor, state: LayerState) -> Feedback:
+    """The head output as it is: V_0 comes into the values, by :func:`mixed_value`; layer 0 hands it on."""
+    return head_output, state if state.first_value is not None else state._replace(first_value=value)
+
+
+def mixed_value(value: torch.Tensor, first_value: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
+    """(1 - lambda) V_l + lambda V_0 of ``value_residual``, ``[batch, key_heads, length, d]``."""
+    return value + (strength * (first_value - value)).to(value.dtype)
+
+
 RESIDUAL = {
     "standard": standard_residual,
     "twicing": twicing_residual,
@@ -137,7 +150,12 @@ RESIDUAL = {
 All are ``[batch, length, hidden_size]``; the MLP keeps x + MLP(x).
 """
 
-FEEDBACK: dict[str, Any] = {"none": no_feedback, "neutreno": neutreno_feedback, "pid": pid_feedback}
+FEEDBACK: dict[str, Any] = {
+    "none": no_feedback,
+    "neutreno": neutreno_feedback,
+    "pid": pid_feedback,
+    "value_residual": value_residual,
+}
 """feedback -> function(head_output, value, state, **gains) -> (new head output, new state).
 
 Both tensors are ``[batch, heads, length, head_dim]``; the value is that of the new tokens.

@@ -160,8 +160,9 @@ def exclusive(
     rows, own = smooth.to(working), value.to(working)
     # A number a row changes no direction, and squares of small values would underflow.
     largest = own.detach().abs().amax(-1, keepdim=True)
-    direction = torch.nn.functional.normalize(own / largest.masked_fill(largest == 0.0, 1.0), dim=-1)
-    return (rows - direction * (rows * direction).sum(-1, keepdim=True)).to(smooth.dtype)
+    direction = own / largest.masked_fill(largest == 0.0, 1.0)
+    length = direction.square().sum(-1, keepdim=True).clamp(min=0.5)  # at least 1 but where the value is 0
+    return (rows - direction * ((rows * direction).sum(-1, keepdim=True) / length)).to(smooth.dtype)
 
 
 BOOSTING = {
@@ -184,8 +185,8 @@ NOT_LINEAR = ("exclusive",)
 
 
 def operator_on_value(boosting: str) -> str:
-    """The key of :data:`BOOSTING` for a layer's booster: each round of ``gradient_boosted`` is plain."""
-    return "none" if boosting == "gradient_boosted" else boosting
+    """The key of :data:`BOOSTING` for a layer's booster; where it has several maps each of them is plain."""
+    return "none" if boosting in ("gradient_boosted", "differential") else boosting
 
 
 def extra_streams(boosting: str, steps: int) -> int:

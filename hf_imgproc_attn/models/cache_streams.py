@@ -166,3 +166,14 @@ class RoundStreams:
     def of_round(self, number: int) -> RoundStreams:
         """Streams of another round."""
         return RoundStreams(self._first, number)
+
+
+def keep_apart(
+    streams: Streams, position_key: torch.Tensor | None, coordinates: torch.Tensor | None, batch: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Store what a position kernel compares in streams, and return it for all tokens."""
+    if position_key is not None:
+        position_key = streams.append("position_key", position_key.expand(batch, -1, -1, -1))
+    if coordinates is not None:
+        coordinates = streams.append("places", coordinates.expand(batch, -1, -1).unsqueeze(1)).squeeze(1)
+    return position_key, coordinates

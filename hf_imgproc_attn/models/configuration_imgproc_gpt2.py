@@ -21,6 +21,7 @@ class ImgProcGPT2Config(FilterSpecMixin, GPT2Config):
     """
 
     model_type = "imgproc_gpt2"
+    hides_later_tokens = True
 
     @property
     def layer_types(self) -> list[str]:

@@ -124,6 +124,15 @@ def elliptical_logits(query: torch.Tensor, key: torch.Tensor, scale: torch.Tenso
     return torch.matmul(query * scale, key.transpose(-1, -2))
 
 
+def unit_vectors(x: torch.Tensor) -> torch.Tensor:
+    """Rows of length 1, ``[..., width]`` in their dtype, as the kernel ``cosine`` compares them; 0 stays 0."""
+    rows = x.to(working_dtype(x.dtype))
+    # Squares of small numbers would underflow.
+    largest = rows.detach().abs().amax(-1, keepdim=True)
+    rows = rows / largest.masked_fill(largest == 0.0, 1.0)
+    return (rows * rows.square().sum(-1, keepdim=True).clamp(min=0.5).rsqrt()).to(x.dtype)
+
+
 CONTENT_LOGITS = {"dot_product": dot_product_logits, "gaussian": gaussian_logits, "elliptical": elliptical_logits}
 CONTENT_COLUMNS = {"dot_product": None, "gaussian": gaussian_content_columns, "elliptical": None}
 
@@ -170,7 +179,9 @@ def gaussian_position_columns(
     return torch.cat(left, dim=-1), torch.cat(right, dim=-1).unsqueeze(1).expand(-1, heads, -1, -1)
 
 
-def class_token_logits(class_bias: torch.Tensor, length: int, key_length: int, num_class_tokens: int) -> torch.Tensor:
+def class_token_logits(
+    class_bias: torch.Tensor, length: int, key_length: int, num_class_tokens: int, first_query: int = 0
+) -> torch.Tensor:
     """Position logits of tokens that have no place on the grid: a scalar to them, from them and to themselves.
 
     Args:
@@ -178,11 +189,12 @@ def class_token_logits(class_bias: torch.Tensor, length: int, key_length: int, n
         length: number of queries; the first ``num_class_tokens`` are class or register tokens, in keys likewise.
         key_length: number of keys.
         num_class_tokens: how many.
+        first_query: where the queries begin among the tokens.
 
     Returns:
         ``[1, heads, length, key_length]``, 0 between grid tokens.
     """
-    is_class_query = (torch.arange(length, device=class_bias.device) < num_class_tokens).view(-1, 1)
+    is_class_query = (torch.arange(length, device=class_bias.device) + first_query < num_class_tokens).view(-1, 1)
     is_class_key = (torch.arange(key_length, device=class_bias.device) < num_class_tokens).view(1, -1)
     to_class, from_class, within = (class_bias[:, i].view(1, -1, 1, 1) for i in range(3))
     zero = torch.zeros((), dtype=class_bias.dtype, device=class_bias.device)

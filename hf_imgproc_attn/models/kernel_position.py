@@ -7,7 +7,7 @@ three scalars for them: grid to class, class to grid, class to class.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 
@@ -33,10 +33,14 @@ MAX_SPLIT_SIDE = 256
 
 
 class ClassTokens(NamedTuple):
-    """Leading tokens without a place on the grid: how many, and their logits ``[heads, 3]`` (to, from, within)."""
+    """Leading tokens without a place on the grid: how many, and their logits ``[heads, 3]`` (to, from, within).
+
+    first_query: where the queries begin among the tokens, in a part of them.
+    """
 
     num_tokens: int
     logits: torch.Tensor
+    first_query: int = 0
 
 
 def join_parameters(parameter: torch.Tensor, class_tokens: ClassTokens | None) -> tuple[torch.Tensor, ...]:
@@ -267,12 +271,39 @@ def position_logits(positions: Positions, dtype: torch.dtype) -> torch.Tensor:
     logits = positions.grid_logits(working)
     if positions.class_tokens is None:
         return logits
-    count, class_logits = positions.class_tokens
+    count, class_logits, first_query = positions.class_tokens
     length, key_length = logits.shape[-2:]
-    is_class_query = torch.arange(length, device=logits.device).view(-1, 1) < count
+    is_class_query = torch.arange(length, device=logits.device).view(-1, 1) + first_query < count
     is_class_key = torch.arange(key_length, device=logits.device).view(1, -1) < count
-    bias = class_token_logits(class_logits.to(working), length, key_length, count)
+    bias = class_token_logits(class_logits.to(working), length, key_length, count, first_query)
     return logits.masked_fill(is_class_query | is_class_key, 0.0) + bias
+
+
+def rows_of_positions(positions: Positions, rows: slice) -> Positions:
+    """A position kernel of some of the queries, for dense logits."""
+    changes: dict[str, Any] = {}
+    for name in ("query", "query_features", "coordinates", "bias"):
+        found = getattr(positions, name, None)
+        if found is not None and not (name == "bias" and found.shape[-2] == 1):
+            changes[name] = found[..., rows, :]
+    if positions.class_tokens is not None:
+        changes["class_tokens"] = positions.class_tokens._replace(first_query=rows.start)
+    cut: Positions = positions._replace(**changes)  # type: ignore[attr-defined]
+    return cut
+
+
+def keys_of_positions(positions: Positions, count: int) -> Positions:
+    """A position kernel of the first ``count`` keys, for dense logits."""
+    changes: dict[str, Any] = {}
+    for name in ("key", "key_features", "key_coordinates"):
+        found = getattr(positions, name, None)
+        if found is not None:
+            changes[name] = found[..., :count, :]
+    bias = getattr(positions, "bias", None)
+    if bias is not None and bias.shape[-1] > 1:
+        changes["bias"] = bias[..., :count]
+    cut: Positions = positions._replace(**changes)  # type: ignore[attr-defined]
+    return cut
 
 
 def position_columns(positions: Positions, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -280,7 +311,7 @@ def position_columns(positions: Positions, dtype: torch.dtype) -> list[tuple[tor
     left, right, row_constant = positions.grid_columns(dtype)
     columns = [(left, right)]
     if positions.class_tokens is not None:
-        count, class_logits = positions.class_tokens
+        count, class_logits, _ = positions.class_tokens
         lengths = left.shape[-2], right.shape[-2]
         class_logits = class_logits.to(working_dtype(dtype))
         columns.append(class_token_columns(class_logits, row_constant, *lengths, count, dtype))

@@ -13,21 +13,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from .backend_call import Booster, Content, FilterCall
+from .backend_call import Booster, Content, Difference, FilterCall
 from .backend_reference import filter_logits, reference_attention
 from .backend_table import run_filter
-from .boost_depth import FEEDBACK, LayerState, feedback_gains, gain_arguments
+from .boost_depth import FEEDBACK, LayerState, feedback_gains, gain_arguments, mixed_value
+from .boost_differential import SECOND_KEY, SecondMap
 from .boost_gate import OutputGate, TokenGains
 from .boost_gradient import GradientBoosting
 from .boost_operators import extra_streams, operator_on_value
-from .cache_streams import NO_STREAMS, Streams, boost_stream, round_stream
-from .kernel_content import working_dtype
+from .cache_streams import NO_STREAMS, Streams, boost_stream, keep_apart, round_stream
+from .kernel_content import unit_vectors, working_dtype
 from .kernel_elliptical import elliptical_metric
+from .kernel_forget import FORGET_STREAM, ForgetGates
+from .kernel_normalisation import Normalisation
 from .kernel_position import Positions, pack_key, unpack_key
 from .layer_inputs import LayerInputs
 from .layer_parameters import FilterScalars, PositionProjection, Scalars, bandwidth_scale, per_head
 from .layer_positions import LayerPositions
-from .spec_axes import LayerSpec, is_stock_layer, needs_previous_value
+from .spec_axes import DEFAULT_SINKHORN_ITERATIONS, LayerSpec, is_stock_layer, needs_previous_value
 from .visibility import Visibility
 
 
@@ -72,11 +75,13 @@ class AttentionFilter(nn.Module):
         self.passes_value = needs_previous_value(config)
         self.compares_layers = self.passes_value or spec.feedback != "none"
         stock_bandwidth = math.sqrt(2.0 / scaling)
+        # Products of unit vectors have a variance of 1/d: with this factor they start as those of stock attention.
+        content_scale = math.sqrt(head_dim) if spec.content_kernel == "cosine" else scaling
         self._content_bandwidths = (
-            per_head(config.content_bandwidth, self.num_heads) or [stock_bandwidth] * self.num_heads
+            per_head(config.content_bandwidth, self.num_heads) or [math.sqrt(2.0 / content_scale)] * self.num_heads
         )
         # The stock factor is kept as it is, not rounded through h.
-        self._stock_scale = scaling if config.content_bandwidth is None else None
+        self._stock_scale = content_scale if config.content_bandwidth is None else None
         self.positions = positions = LayerPositions(
             spec,
             config,
@@ -93,17 +98,28 @@ class AttentionFilter(nn.Module):
             class_token=positions.has_class_logits,
             buckets=positions.bucket_table,
             boosting=spec.boosting,
+            sink=spec.normalisation == "sink",
+            value_residual=spec.feedback == "value_residual" and layer_idx > 0,
             # Layer 0 hands its values on and has no feedback of its own.
             feedback=self._feedback_gains if config.learn_feedback and layer_idx > 0 else None,
         )
+        # A sink is softmax with one more key.
+        name = "softmax" if spec.normalisation == "sink" else spec.normalisation
+        self._normalisation = Normalisation(name, config.sinkhorn_iterations or DEFAULT_SINKHORN_ITERATIONS)
         self._has_scalars = any(True for _ in self.scalar_bias.parameters())
-        self._sees_positions = spec.position_kernel not in ("additive", "none")
+        self._sees_positions = spec.position_kernel not in ("additive", "forget", "none")
+        self.forget_gates = None
+        if spec.position_kernel == "forget":
+            self.forget_gates = ForgetGates(config.hidden_size, self.num_heads)
         self.position_projection = None
         if spec.position_kernel == "untied" and not config.share_position_projections:
             self.position_projection = PositionProjection(config.hidden_size, self.num_heads, head_dim, layer_norm_eps)
         self.token_gains = None
         if spec.boosting == "dynamic_inversion":
             self.token_gains = TokenGains(config.hidden_size, self.num_heads)
+        self.second_map = None
+        if spec.boosting == "differential":
+            self.second_map = SecondMap(config.hidden_size, self.num_heads, head_dim)
         self.gate = None
         if spec.gate != "none":
             self.gate = OutputGate(spec.gate, config.hidden_size, self.num_heads, head_dim)
@@ -131,6 +147,8 @@ class AttentionFilter(nn.Module):
     def _stream_names(self) -> tuple[str, ...]:
         """What a cache has to keep beside keys and values; see ``cache_streams``."""
         metric = ["metric"] if self.has_metric else []
+        metric += [SECOND_KEY] if self.spec.boosting == "differential" else []
+        metric += [FORGET_STREAM] if self.spec.position_kernel == "forget" else []
         if self.spec.boosting == "gradient_boosted":
             rounds, names = range(1, self.spec.boosting_steps), ("key", "value", *metric)
             return (*metric, *(round_stream(number, name) for number in rounds for name in names))
@@ -154,7 +172,7 @@ class AttentionFilter(nn.Module):
             state: what the layers before have handed on.
         """
         if self.spec.feedback != "none":
-            groups = output.shape[1] // value.shape[1]
+            groups = 1 if self.spec.feedback == "value_residual" else output.shape[1] // value.shape[1]
             wide = value if groups == 1 else value.repeat_interleave(groups, dim=1)
             output, state = FEEDBACK[self.spec.feedback](output, wide, state, **self.feedback_arguments())
         if self.passes_value:
@@ -211,12 +229,18 @@ class AttentionFilter(nn.Module):
             raise ValueError("inputs.visibility must be given for a layer whose attention is not stock, got None")
         scalars = self.scalar_bias() if self._has_scalars else Scalars()
         new_value = value
+        if scalars.value_residual is not None and inputs.state.first_value is not None:
+            value = mixed_value(value, inputs.state.first_value, scalars.value_residual)
         positions: tuple[Positions, ...] = ()
         if self._sees_positions:
             query, key, value, positions = self._with_positions(query, key, value, inputs, scalars, streams)
         elif streams.is_cached:
             key, value = streams.update(key, value)
-        return self.call(
+        if self.forget_gates is not None:
+            if inputs.hidden_states is None:
+                raise ValueError("inputs.hidden_states must be given for position_kernel='forget', got None")
+            positions = (self.forget_gates.positions(inputs.hidden_states, inputs.visibility, streams),)
+        call = self.call(
             (query, key, value),
             scalars,
             visibility=inputs.visibility,
@@ -226,6 +250,25 @@ class AttentionFilter(nn.Module):
             dropout=dropout,
             hidden_states=inputs.hidden_states,
         )
+        if self.second_map is None or scalars.differential is None:
+            return call
+        return call._replace(difference=self._difference(scalars.differential, inputs, inputs.visibility, streams))
+
+    def _difference(
+        self, share: torch.Tensor, inputs: LayerInputs, visibility: Visibility, streams: Streams
+    ) -> Difference:
+        """The second map of ``differential``, whose keys go into the cache."""
+        if self.second_map is None or inputs.hidden_states is None:
+            raise ValueError("inputs.hidden_states must be given for boosting='differential', got None")
+        query, key = self.second_map(inputs.hidden_states)
+        coordinates = inputs.coordinates
+        if coordinates is not None:
+            coordinates = coordinates.to(working_dtype(query.dtype))
+        query, key, _ = self.positions.rotate(query, key, coordinates)
+        key = streams.append(SECOND_KEY, key)
+        if self.spec.content_kernel == "cosine":
+            query, key = unit_vectors(visibility.clean_queries(query)), unit_vectors(visibility.clean_keys(key))
+        return Difference(query, key, share.to(working_dtype(query.dtype)).view(-1, 1, 1))
 
     def call(
         self,
@@ -252,6 +295,11 @@ class AttentionFilter(nn.Module):
             hidden_states: what was projected, where the booster projects it too.
         """
         query, key, value = projected
+        content_kernel = self.spec.content_kernel
+        if content_kernel == "cosine":
+            # Whatever stands at what nobody sees must not come into the gradient.
+            query, key = unit_vectors(visibility.clean_queries(query)), unit_vectors(visibility.clean_keys(key))
+            content_kernel = "dot_product"
         scale: torch.Tensor | float | None = self._stock_scale
         if scale is None or scalars.content_log_bandwidth is not None:
             scale = self._content_scale(scalars, query)
@@ -264,13 +312,15 @@ class AttentionFilter(nn.Module):
             query,
             key,
             value,
-            content=Content(self.spec.content_kernel, scale),
+            content=Content(content_kernel, scale),
             visibility=visibility,
             positions=positions,
             booster=Booster(self.operator, self.spec.boosting_steps, self._gain(scalars, hidden_states, query.dtype)),
             dropout=dropout,
             streams=streams,
             own_value=streams.own_value(value, query.shape[-2]),
+            sinks=scalars.sink,
+            normalisation=self._normalisation,
         )
 
     def _gain(self, scalars: Scalars, hidden_states: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -307,7 +357,7 @@ class AttentionFilter(nn.Module):
         all_coordinates = coordinates
         if streams.keeps_places_apart:
             key, value = streams.update(key, value)
-            position_key, all_coordinates = _kept_apart(streams, position_key, coordinates, query.shape[0])
+            position_key, all_coordinates = keep_apart(streams, position_key, coordinates, query.shape[0])
         elif streams.is_cached:
             packed, value = streams.update(pack_key(key, position_key, coordinates), value)
             key, position_key, all_coordinates = unpack_key(packed, self.spec.position_kernel, self.head_dim)
@@ -340,14 +390,3 @@ class AttentionFilter(nn.Module):
         pair = nn.functional.pad(pair, (0, 0, self.positions.num_class_tokens, 0))
         position_query, position_key = pair.to(query.dtype).chunk(2, dim=-1)
         return position_query, position_key
-
-
-def _kept_apart(
-    streams: Streams, position_key: torch.Tensor | None, coordinates: torch.Tensor | None, batch: int
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Store what a position kernel compares in streams, and return it for all tokens."""
-    if position_key is not None:
-        position_key = streams.append("position_key", position_key.expand(batch, -1, -1, -1))
-    if coordinates is not None:
-        coordinates = streams.append("places", coordinates.expand(batch, -1, -1).unsqueeze(1)).squeeze(1)
-    return position_key, coordinates

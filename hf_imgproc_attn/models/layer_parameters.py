@@ -11,7 +11,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .kernel_content import HALF_DTYPES, working_dtype
-from .spec_axes import MAX_BANDWIDTH, MIN_BANDWIDTH
+from .spec_axes import MAX_BANDWIDTH, MIN_BANDWIDTH, NEW_VALUE_RESIDUAL
 
 
 def default_bandwidth(head_dim: int) -> float:
@@ -86,6 +86,9 @@ class Scalars(NamedTuple):
     boosting_gain: gamma of the booster ``learned``, ``[heads]``.
     feedback_gains: lambda of ``neutreno`` ``[heads, 1]``, or P, I, D of ``pid`` ``[heads, 3]``.
     inversion_gains: alpha and beta of ``inversion``, ``[heads, 2]``.
+    sink: logit of the key that takes weight from every row, ``[heads]``.
+    value_residual: lambda of ``value_residual``, ``[1]``.
+    differential: lambda of ``differential``, ``[heads]``.
     """
 
     content_log_bandwidth: torch.Tensor | None = None
@@ -95,6 +98,9 @@ class Scalars(NamedTuple):
     boosting_gain: torch.Tensor | None = None
     feedback_gains: torch.Tensor | None = None
     inversion_gains: torch.Tensor | None = None
+    sink: torch.Tensor | None = None
+    value_residual: torch.Tensor | None = None
+    differential: torch.Tensor | None = None
 
 
 class FilterScalars(nn.Module):
@@ -112,7 +118,9 @@ class FilterScalars(nn.Module):
         buckets: axes of the grid and buckets of offsets along each, or None. Their logits are initially 0, so that a
             model starts without any notion of position; T5 draws them at random instead (*choice*).
         boosting: whose gains there are: gamma of ``learned``, initially 1: twicing; alpha and beta of ``inversion``,
-            initially 1 and 0: no boosting.
+            initially 1 and 0: no boosting; lambda of ``differential``, initially 0: the same.
+        sink: whether there is a sink's logit, initially 0.
+        value_residual: whether there is lambda of ``value_residual``, one for all heads, initially 0.5.
         feedback: initial factors of the feedback, the same for every head, or None where they are not learned.
     """
 
@@ -123,6 +131,9 @@ class FilterScalars(nn.Module):
     boosting_gain: nn.Parameter | None
     feedback_gains: nn.Parameter | None
     inversion_gains: nn.Parameter | None
+    sink: nn.Parameter | None
+    value_residual: nn.Parameter | None
+    differential: nn.Parameter | None
 
     def __init__(
         self,
@@ -132,6 +143,8 @@ class FilterScalars(nn.Module):
         class_token: bool,
         buckets: tuple[int, int] | None = None,
         boosting: str = "none",
+        sink: bool = False,
+        value_residual: bool = False,
         feedback: list[float] | None = None,
     ) -> None:
         super().__init__()
@@ -149,11 +162,16 @@ class FilterScalars(nn.Module):
             "boosting_gain": () if boosting == "learned" else None,
             "feedback_gains": (len(feedback),) if feedback else None,
             "inversion_gains": (2,) if boosting == "inversion" else None,
+            "sink": () if sink else None,
+            "differential": () if boosting == "differential" else None,
         }
         for name, shape in shapes.items():
             self.register_parameter(
                 name, None if shape is None else nn.Parameter(torch.empty(num_heads, *shape, dtype=dtype))
             )
+        self.register_parameter(
+            "value_residual", nn.Parameter(torch.empty(1, dtype=dtype)) if value_residual else None
+        )
         self.reset_parameters()
 
     @torch.no_grad()
@@ -164,9 +182,11 @@ class FilterScalars(nn.Module):
             if parameter is not None and bandwidths is not None:
                 logs = [math.log(bandwidth) for bandwidth in bandwidths]
                 init.copy_(parameter, torch.tensor(logs, dtype=parameter.dtype, device=parameter.device))
-        for logits in (self.class_token, self.relative_buckets):
+        for logits in (self.class_token, self.relative_buckets, self.sink, self.differential):
             if logits is not None:
                 init.zeros_(logits)
+        if self.value_residual is not None:
+            init.constant_(self.value_residual, NEW_VALUE_RESIDUAL)
         if self.boosting_gain is not None:
             init.ones_(self.boosting_gain)
         for gains, start in ((self.feedback_gains, self._initial_feedback), (self.inversion_gains, [1.0, 0.0])):
@@ -184,6 +204,9 @@ class FilterScalars(nn.Module):
             self.boosting_gain,
             self.feedback_gains,
             self.inversion_gains,
+            self.sink,
+            self.value_residual,
+            self.differential,
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FilterScalars:

@@ -13,6 +13,7 @@ from .layer_parameters import bounded_log_bandwidth
 from .spec_axes import KERNELS_WITH_BANDWIDTH
 
 _CLASS_LOGITS = ("class_to", "class_from", "class_within")
+_SINK = ("sink",)
 _INVERSION = ("alpha", "beta")
 _FEEDBACK = {"neutreno": ("lambda",), "pid": ("P", "I", "D")}
 
@@ -24,8 +25,9 @@ class FilterSummary(NamedTuple):
         ``h_y``, the content bandwidth, in units of the distance between queries and keys; ``h_p``, the position
         bandwidth, in tokens or patches for ``gaussian``, in units of the projected position vectors for ``untied``;
         ``class_to``, ``class_from``, ``class_within``, logits to, from and within the class token; ``gain``, the
-        booster's gamma; ``alpha``, ``beta``, factors of ``inversion``; ``lambda`` or ``P``, ``I``, ``D``, factors of
-        the feedback; ``buckets``, logits of the buckets of offsets, a list for each axis.
+        booster's gamma; ``alpha``, ``beta``, factors of ``inversion``; ``share``, the second
+        map's; ``sink``, its logit; ``lambda`` or ``P``,
+        ``I``, ``D``, factors of the feedback; ``buckets``, logits of the buckets of offsets, a list for each axis.
     learned: the names of those that are trained in some layer; others are as the configuration has them.
     """
 
@@ -80,6 +82,12 @@ def _values(layer: AttentionFilter) -> Iterator[tuple[str, torch.Tensor]]:
         yield "gain", scalars.boosting_gain
     if scalars.inversion_gains is not None:
         yield from zip(_INVERSION, scalars.inversion_gains.unbind(-1), strict=True)
+    if scalars.differential is not None:
+        yield "share", scalars.differential
+    if scalars.sink is not None:
+        yield "sink", scalars.sink
+    if scalars.value_residual is not None:
+        yield "lambda", scalars.value_residual.expand(layer.num_heads)
     names = _FEEDBACK.get(layer.spec.feedback, ()) if layer.layer_idx > 0 else ()
     if scalars.feedback_gains is not None:
         yield from zip(names, scalars.feedback_gains.unbind(-1), strict=True)
@@ -106,6 +114,9 @@ def _learned(layer: AttentionFilter) -> set[str]:
         "relative_buckets": ("buckets",),
         "boosting_gain": ("gain",),
         "inversion_gains": _INVERSION,
+        "sink": _SINK,
+        "differential": ("share",),
+        "value_residual": ("lambda",),
         "feedback_gains": _FEEDBACK.get(layer.spec.feedback, ()),
     }
     held = layer.scalar_bias()._asdict()

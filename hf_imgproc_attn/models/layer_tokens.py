@@ -116,7 +116,7 @@ def _boost_by_gradient(
     estimate, maps = output.transpose(1, 2).flatten(2), [weights]
     for number, boost in enumerate(layer.later_rounds(), start=1):
         # Where the elliptical metric compares values, those of the round before come before those of this one.
-        given = inputs._replace(state=inputs.state._replace(previous_value=value))
+        given = inputs._replace(state=inputs.state._replace(previous_value=value, first_value=None))
         attend = partial(layer, inputs=given, streams=streams.of_round(number), dropout=dropout)
         estimate, value, weights = boost(hidden_states, estimate, attend)
         maps.append(weights)

@@ -3,24 +3,27 @@
 Self-attention is read as an image filter ``U = A V`` with ``A = D^-1 K`` (Abdullaev, Tkachenko, Nguyen 2025,
 arXiv 2506.10371; Abdullaev, Nguyen 2025, arXiv 2503.00687). A layer is a composition of independent axes
 
-    content kernel x position kernel -> filter A -> boosting -> feedback -> gate        (residual scheme around it)
+    content kernel x position kernel -> normalisation -> filter A -> boosting -> feedback -> gate
+
+with a residual scheme around it.
 
 Neither torch nor transformers is imported here, so that command lines can read it at no cost.
 """
 
 from typing import Any, NamedTuple
 
-CONTENT_KERNELS = ("dot_product", "gaussian", "elliptical")
-POSITION_KERNELS = ("additive", "untied", "gaussian", "alibi", "relative_buckets", "rotary", "none")
+CONTENT_KERNELS = ("dot_product", "gaussian", "elliptical", "cosine")
+POSITION_KERNELS = ("additive", "untied", "gaussian", "alibi", "relative_buckets", "rotary", "forget", "none")
 BOOSTINGS = (
     *("none", "twicing", "osher", "learned", "diffusion", "sos", "gradient_boosted"),
-    *("inversion", "dynamic_inversion", "exclusive"),
+    *("inversion", "dynamic_inversion", "exclusive", "differential"),
 )
 RESIDUALS = ("standard", "twicing", "sos", "osher")
-FEEDBACKS = ("none", "neutreno", "pid")
+NORMALISATIONS = ("softmax", "sink", "sigmoid", "softpick", "sinkhorn")
+FEEDBACKS = ("none", "neutreno", "pid", "value_residual")
 GATES = ("none", "headwise", "elementwise")
 
-FILTER_BACKENDS = ("auto", "reference", "sdpa", "blocked", "triton", "flex")
+FILTER_BACKENDS = ("auto", "reference", "sdpa", "blocked", "chunked", "triton", "flex")
 """How a filter is computed, chosen at run time: what a model computes does not depend on it."""
 
 ATTENTION_OUTPUTS = ("operator", "filter")
@@ -35,8 +38,22 @@ STEPPED_BOOSTINGS = ("twicing", "osher", "diffusion", "sos", "gradient_boosted")
 GRADIENT_BOOSTING_SOURCES = ("residual", "input")
 """What the later rounds of ``gradient_boosted`` make their keys and values of, the default first."""
 
-TOKEN_BOOSTINGS = ("dynamic_inversion",)
+TOKEN_BOOSTINGS = ("dynamic_inversion", "differential")
 """Boosters with a projection of the layer's input of their own, beside query, key and value."""
+
+SEEING_ROW_CONSTANTS = ("sink", "sigmoid", "softpick")
+"""Normalisations that a number added to a whole row of logits changes; their rows sum to less than 1."""
+
+DEFAULT_SINKHORN_ITERATIONS, MAX_SINKHORN_ITERATIONS = 3, 64
+
+CONVERTED_FORGET_BIAS = 16.0
+"""The bias from which forget gates start in a trained model: each token then takes 1e-7 of what is before it."""
+
+NEW_VALUE_RESIDUAL = 0.5
+"""lambda of ``value_residual`` in a new model; in a trained one it starts at 0, where the model stays what it was."""
+
+CONVERTED_SINK = -10.0
+"""The logit from which a sink starts in a trained model, which so stays what it was but for 5e-5 of a row's weight."""
 
 KERNELS_WITH_BANDWIDTH = ("untied", "gaussian")
 """Position kernels that have a bandwidth, ``position_bandwidth``."""
@@ -80,6 +97,7 @@ class LayerSpec(NamedTuple):
     feedback: str
     gradient_boosting_source: str = GRADIENT_BOOSTING_SOURCES[0]
     gate: str = "none"
+    normalisation: str = "softmax"
 
     @property
     def is_boosted(self) -> bool:
@@ -129,6 +147,7 @@ def layer_schedule(config: Any) -> list[LayerSpec]:
     boosting = per_layer("boosting", config.boosting, num_layers)
     steps = per_layer("boosting_steps", config.boosting_steps, num_layers)
     gate = per_layer("gate", config.gate, num_layers)
+    normalisation = per_layer("normalisation", config.normalisation, num_layers)
     selected = set(range(num_layers))
     if config.boosted_layers is not None:
         selected = {layer % max(num_layers, 1) for layer in config.boosted_layers}
@@ -146,6 +165,7 @@ def layer_schedule(config: Any) -> list[LayerSpec]:
                 config.feedback,
                 config.gradient_boosting_source or GRADIENT_BOOSTING_SOURCES[0],
                 gate[i],
+                normalisation[i],
             )
         )
     return specs
@@ -159,6 +179,7 @@ def is_stock_layer(config: Any, spec: LayerSpec) -> bool:
         and not spec.is_boosted
         and spec.feedback == "none"
         and spec.gate == "none"
+        and spec.normalisation == "softmax"
         and not needs_previous_value(config)
         and not config.learn_bandwidths
         and config.content_bandwidth is None

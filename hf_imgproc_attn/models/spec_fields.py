@@ -16,6 +16,7 @@ from .spec_axes import (
     DEFAULT_NUM_BUCKETS,
     DEFAULT_PID_GAINS,
     DEFAULT_ROTARY_BASE,
+    DEFAULT_SINKHORN_ITERATIONS,
     FILTER_BACKENDS,
     GRADIENT_BOOSTING_SOURCES,
     PUBLISHED_NEUTRENO_LAMBDAS,
@@ -50,6 +51,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dynamic_inversion": {"boosting": "dynamic_inversion"},
     "exclusive": {"boosting": "exclusive"},
     "gated": {"gate": "elementwise"},
+    "sink": {"normalisation": "sink"},
+    "sigmoid": {"normalisation": "sigmoid"},
+    "softpick": {"normalisation": "softpick"},
+    "qk_norm": {"content_kernel": "cosine", "learn_bandwidths": True},
+    "value_residual": {"feedback": "value_residual"},
 }
 """Named variants: the fields in which each differs from the stock model."""
 
@@ -73,10 +79,12 @@ FILTER_FIELDS = (
     "pid_gains",
     "learn_feedback",
     "gate",
+    "normalisation",
+    "sinkhorn_iterations",
 )
 """The fields below, but for the version, which is never chosen."""
 
-_AXES = ("content_kernel", "position_kernel", "boosting", "residual", "feedback", "gate")
+_AXES = ("content_kernel", "position_kernel", "boosting", "residual", "feedback", "gate", "normalisation")
 """The fields that make a preset what it is."""
 
 ConfigT = TypeVar("ConfigT", bound="FilterSpecMixin")
@@ -87,11 +95,13 @@ class FilterSpecMixin:
     """Fields, validation and presets that our configurations add to a stock Transformers configuration.
 
     Args:
-        content_kernel: ``"dot_product"``, ``"gaussian"`` or ``"elliptical"``; one value, or a list with one per layer.
+        content_kernel: ``"dot_product"``, ``"gaussian"``, ``"elliptical"`` or ``"cosine"`` (the dot product of
+            queries and keys of length 1); one value, or a list with one per layer.
         position_kernel: ``"additive"`` (positions added to the tokens, the stock model), ``"untied"``, ``"gaussian"``,
-            ``"alibi"``, ``"relative_buckets"``, ``"rotary"`` or ``"none"``; one value, or a list with one per layer.
-            ``additive`` is used by all layers or by none.
-        content_bandwidth: h_y > 0, a number or a list with one number per head. None: 2/h_y^2 = the stock scaling.
+            ``"alibi"``, ``"relative_buckets"``, ``"rotary"``, ``"forget"`` (causal models only) or ``"none"``; one
+            value, or a list with one per layer. ``additive`` is used by all layers or by none.
+        content_bandwidth: h_y > 0, a number or a list with one number per head. None: 2/h_y^2 = the stock scaling,
+            or sqrt(head_dim) for ``cosine``.
         position_bandwidth: h_p > 0, likewise, of ``untied`` and ``gaussian``. None: as h_y for ``untied``; geometric
             over the heads from (4 head_dim)^(1/4) to the longest side of the grid, in index or patch units, for
             ``gaussian``.
@@ -105,7 +115,8 @@ class FilterSpecMixin:
             ``"learned"`` (A + gamma A(I - A), one gamma per head), ``"diffusion"`` (A^steps), ``"sos"``,
             ``"gradient_boosted"``, ``"inversion"`` (alpha A + beta (I - A), one alpha and beta per head),
             ``"dynamic_inversion"`` (the same, per head and token) or ``"exclusive"`` (A V without its projection on
-            the token's own value); one value, or one per layer.
+            the token's own value) or ``"differential"`` (A_1 - lambda A_2, with a second map's own projections); one
+            value, or one per layer.
         boosting_steps: number of steps, an integer from 1 to 16, or a list with one per layer. None: 3 for ``sos``,
             else 2, which for ``twicing`` is 2A - A^2. Of ``gradient_boosted`` they are the rounds M >= 2, that is the
             attentions in a layer.
@@ -114,13 +125,18 @@ class FilterSpecMixin:
             of. ``"residual"``: of z - F, as their queries, which is what the authors' experiments run; ``"input"``: of
             z, the equation of arXiv 2604.03190v1. None: ``"residual"``.
         residual: scheme across depth: ``"standard"`` is x + f(x), ``"twicing"``, ``"sos"``, ``"osher"``.
-        feedback: cross-layer feedback on the head output: ``"none"``, ``"neutreno"``, ``"pid"``.
+        feedback: cross-layer feedback on the head output: ``"none"``, ``"neutreno"``, ``"pid"``, or on the values:
+            ``"value_residual"``, with one lambda a layer that is always learned.
         neutreno_lambda: ``neutreno`` only: its strength. None: the published 0.6 for images, 0.4 for text.
         pid_gains: ``pid`` only: the gains P, I, D. None: 0.5, 0.05, 0.05 (*choice*: none are published with code).
         learn_feedback: ``neutreno`` and ``pid`` only: whether lambda or the three gains are parameters of every head
             and layer, which start at the values above.
         gate: a learned factor on the head output, before the output projection: ``"none"``, ``"headwise"`` (one per
             head and token) or ``"elementwise"`` (one per feature and token); one value, or one per layer.
+        normalisation: how logits become weights: ``"softmax"``, ``"sink"`` (one more key a head with a learned logit,
+            whose value is 0), ``"sigmoid"``, ``"softpick"`` or, without a causal mask, ``"sinkhorn"``; one value, or
+            one per layer.
+        sinkhorn_iterations: ``sinkhorn`` only: steps over columns and rows, from 1 to 64. None: 3.
         filter_spec_version: written by ``save_pretrained``, never chosen by a user.
 
     Raises:
@@ -147,6 +163,8 @@ class FilterSpecMixin:
     pid_gains: list[float | int] | None = None
     learn_feedback: bool = False
     gate: str | list[str] = "none"
+    normalisation: str | list[str] = "softmax"
+    sinkhorn_iterations: int | None = None
     filter_spec_version: int = FILTER_SPEC_VERSION
 
     position_axes: ClassVar[int] = 1
@@ -155,6 +173,8 @@ class FilterSpecMixin:
     """The published strength for this kind of data."""
     needs_positions: ClassVar[bool] = False
     """Whether a model without any notion of positions would be blind to the order of its input."""
+    hides_later_tokens: ClassVar[bool] = False
+    """Whether the model's attention is causal."""
     must_be: ClassVar[dict[str, tuple[Any, str]]] = {}
     """Fields of the stock configuration that make another architecture of it: the value that is supported, and why."""
 
@@ -301,6 +321,7 @@ def written_out_defaults(config: Any) -> dict[str, Any]:
         "relative_attention_num_buckets": DEFAULT_NUM_BUCKETS,
         "relative_attention_max_distance": DEFAULT_MAX_DISTANCE,
         "rotary_base": DEFAULT_ROTARY_BASE,
+        "sinkhorn_iterations": DEFAULT_SINKHORN_ITERATIONS,
     }
 
 

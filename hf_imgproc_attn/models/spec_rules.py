@@ -14,9 +14,12 @@ from .spec_axes import (
     KERNELS_WITH_BANDWIDTH,
     MAX_BANDWIDTH,
     MAX_BOOSTING_STEPS,
+    MAX_SINKHORN_ITERATIONS,
     MIN_BANDWIDTH,
+    NORMALISATIONS,
     POSITION_KERNELS,
     RESIDUALS,
+    SEEING_ROW_CONSTANTS,
     STEPPED_BOOSTINGS,
     per_layer,
 )
@@ -50,13 +53,15 @@ def check_filter_spec(config: Any) -> None:
         ("residual", RESIDUALS),
         ("feedback", FEEDBACKS),
         ("gate", GATES),
+        ("normalisation", NORMALISATIONS),
     ):
         _check_choice(name, getattr(config, name), allowed)
-    for name in ("content_kernel", "position_kernel", "boosting", "boosting_steps", "gate"):
+    for name in ("content_kernel", "position_kernel", "boosting", "boosting_steps", "gate", "normalisation"):
         per_layer(name, getattr(config, name), num_layers)
     _check_boosting(config, num_layers)
     _check_kernels(config, num_layers)
     _check_bandwidths(config, num_layers, num_heads)
+    _check_normalisation(config, num_layers)
     _check_depth(config, num_layers)
     _check_gains(config)
 
@@ -169,8 +174,40 @@ def _check_kernels(config: Any, num_layers: int) -> None:
             "metric would weigh features that the rotation mixes, got "
             f"content_kernel={config.content_kernel!r} with position_kernel={config.position_kernel!r}"
         )
+    if "forget" in positions and not config.hides_later_tokens:
+        raise ValueError(
+            "position_kernel 'forget' sums what the tokens between query and key forget: it needs attention with a "
+            f"causal mask, got {config.position_kernel!r}"
+        )
     _check_rotary(config, positions)
     _check_buckets(config, positions)
+
+
+def _check_normalisation(config: Any, num_layers: int) -> None:
+    normalisations = per_layer("normalisation", config.normalisation, num_layers)
+    iterations = config.sinkhorn_iterations
+    if iterations is not None and "sinkhorn" not in normalisations:
+        raise ValueError(
+            f"sinkhorn_iterations needs normalisation 'sinkhorn', got sinkhorn_iterations={iterations!r} with "
+            f"normalisation={config.normalisation!r}"
+        )
+    if iterations is not None and (not _is_int(iterations) or not 1 <= iterations <= MAX_SINKHORN_ITERATIONS):
+        raise ValueError(
+            f"sinkhorn_iterations must be an integer from 1 to {MAX_SINKHORN_ITERATIONS}, got {iterations!r}"
+        )
+    if "sinkhorn" in normalisations and config.hides_later_tokens:
+        raise ValueError(
+            "normalisation 'sinkhorn' scales rows and columns of A together, so that every token's weights depend on "
+            f"later tokens: it needs attention without a causal mask, got {config.normalisation!r}"
+        )
+    contents = per_layer("content_kernel", config.content_kernel, num_layers)
+    for content, normalisation in zip(contents, normalisations, strict=True):
+        if content == "gaussian" and normalisation in SEEING_ROW_CONSTANTS:
+            raise ValueError(
+                f"normalisation {normalisation!r} cannot be combined with content_kernel 'gaussian' in one layer: its "
+                "logits are known up to a number a row, which only 'softmax' and 'sinkhorn' ignore, got "
+                f"normalisation={config.normalisation!r} with content_kernel={config.content_kernel!r}"
+            )
 
 
 def _check_rotary(config: Any, positions: list[str]) -> None:
@@ -278,8 +315,8 @@ def _check_depth(config: Any, num_layers: int) -> None:
 
 def _check_gains(config: Any) -> None:
     strength, gains = config.neutreno_lambda, config.pid_gains
-    if config.learn_feedback and config.feedback == "none":
-        raise ValueError("learn_feedback=True needs feedback 'neutreno' or 'pid', got feedback='none'")
+    if config.learn_feedback and config.feedback not in ("neutreno", "pid"):
+        raise ValueError(f"learn_feedback=True needs feedback 'neutreno' or 'pid', got feedback={config.feedback!r}")
     for name, value, feedback in (("neutreno_lambda", strength, "neutreno"), ("pid_gains", gains, "pid")):
         if value is not None and config.feedback != feedback:
             raise ValueError(

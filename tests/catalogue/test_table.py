@@ -92,6 +92,10 @@ def test_passes_are_counted_in_a_model(preset: str, monkeypatch: pytest.MonkeyPa
         patch_size=4,
     )
     config.filter_backend = "sdpa"
+    if preset in ("sigmoid", "softpick"):
+        with pytest.raises(ValueError, match="softmax only, got normalisation"):
+            ImgProcViTModel(config)(torch.zeros(1, 3, 8, 8))
+        return
     ImgProcViTModel(config)(torch.zeros(1, 3, 8, 8))
     assert len(calls) == 2 * table.passes(preset)
     assert table.cost(preset).startswith(f"{table.passes(preset)} pass")

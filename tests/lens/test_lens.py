@@ -229,7 +229,9 @@ def test_a_model_is_left_as_it_was(name: str, fails: bool) -> None:
     assert _state(model) == before
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
-    assert not any("call" in vars(module) for module in model.modules() if isinstance(module, AttentionFilter))
+    assert not any(
+        {"call", "compose"} & set(vars(module)) for module in model.modules() if isinstance(module, AttentionFilter)
+    )
 
 
 def test_looking_twice_gives_the_same_numbers() -> None:
@@ -391,6 +393,20 @@ def test_what_the_lens_refuses() -> None:
     for field, value in (("noise", -1.0), ("noise", True), ("spectra", "all"), ("token", -1), ("seed", 1.5)):
         with pytest.raises(ValueError, match=f"{field} must be"):
             LensOptions(**{field: value})
+
+
+def test_filters_with_dependent_rows_are_seen_whole() -> None:
+    """Sinkhorn's columns are normalised too."""
+    config = tiny_vit_config("softmax", normalisation="sinkhorn", attn_implementation="eager")
+    model = sharpen_(hf_imgproc_attn.ImgProcViTForImageClassification(config).double().eval())
+    given = {"pixel_values": images().double()}
+    report = inspect_model(model, given, spectra="none", noise=0.0)
+    with torch.no_grad():
+        attentions = model(**given, output_attentions=True).attentions
+    for layer, weights in zip(report.layers, attentions, strict=True):
+        for head in layer.heads:
+            wanted = weights[:, head.head].sum((0, 1)) / weights.shape[0]
+            assert head.received == pytest.approx(wanted.tolist(), rel=1e-9)
 
 
 def test_activations_that_are_not_finite_are_named() -> None:

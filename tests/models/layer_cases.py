@@ -125,9 +125,15 @@ MASKS = tuple(masks())
 
 
 def run(
-    layer: AttentionFilter, inputs: Inputs, implementation: str, upstream: torch.Tensor | None = None, **options: Any
+    layer: AttentionFilter,
+    inputs: Inputs,
+    implementation: str,
+    upstream: torch.Tensor | None = None,
+    backend: str = "auto",
+    **options: Any,
 ) -> dict[str, torch.Tensor]:
     """The output and the gradient of everything that can have one, for a random or a given upstream gradient."""
+    layer._config.filter_backend = backend
     leaves = {name: value.detach().clone() for name, value in inputs.items()}
     for name, leaf in leaves.items():
         leaf.requires_grad_(name not in CONSTANT)

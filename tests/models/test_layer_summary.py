@@ -49,11 +49,13 @@ def test_every_scalar_of_every_layer_and_head_is_in_the_rows(variant: str) -> No
             "class_token": lambda v: dict(zip(("class_to", "class_from", "class_within"), v.tolist(), strict=True)),
             "relative_buckets": lambda v: {"buckets": v.tolist()},
             "boosting_gain": lambda v: {"gain": float(v)},
+            "value_residual": lambda v: {"lambda": float(v)},
+            "sink": lambda v: {"sink": float(v)},
             "inversion_gains": lambda v: {"alpha": float(v[0]), "beta": float(v[1])},
             "feedback_gains": lambda v: dict(zip(("lambda",) if len(v) == 1 else "PID", v.tolist(), strict=True)),
         }[kind]
         for head, row in enumerate(rows):
-            for column, number in wanted(value[head]).items():
+            for column, number in wanted(value.expand(heads)[head] if value.shape == (1,) else value[head]).items():
                 assert row[column] == (number if isinstance(number, list) else pytest.approx(number, rel=1e-5)), name
                 assert column in summary.learned
                 found += 1

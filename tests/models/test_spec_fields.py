@@ -53,6 +53,7 @@ LISTS: dict[str, dict[str, Any]] = {
         "boosting_steps": [1, 3, 2],
         "gradient_boosting_source": "input",
     },
+    "normalisations": {"normalisation": ["sink", "sigmoid", "softpick"]},
     "gates": {"boosting": "inversion", "gate": ["headwise", "none", "elementwise"]},
     "learned_gains": {"feedback": "pid", "pid_gains": [0, 0, 0], "learn_feedback": True},
 }
@@ -82,16 +83,20 @@ def test_json_round_trip(tiny: Callable[..., Any], tmp_path: Path, preset: str, 
 def test_defaults_are_the_stock_model(config_class: Any, stock_name: str) -> None:
     """Without arguments every stock field has its stock default and every layer is a stock layer."""
     ours = config_class().to_dict()
-    stock = config_class.__mro__[2]().to_dict()
+    stock_class = next(kind for kind in config_class.__mro__ if kind.__module__.startswith("transformers.models"))
+    stock = stock_class().to_dict()
     assert stock["model_type"] == stock_name
     expected = {**stock, "model_type": f"imgproc_{stock_name}"}
-    assert {name: value for name, value in ours.items() if name not in FIELDS} == expected
+    assert {name: ours[name] for name in expected} == expected  # a backbone may have fields for heads of ours
     config = config_class()
     assert all(is_stock_layer(config, spec) for spec in config.layer_specs)
 
 
 # What the presets have of the later axes.
-LATER = {"gated": {"gate": "elementwise"}}
+LATER = {
+    "gated": {"gate": "elementwise"},
+    **{name: {"normalisation": name} for name in ("sink", "sigmoid", "softpick")},
+}
 
 # Content, position, boosting and its steps, residual, feedback, learned bandwidths; see docs/framework.md, section 8.
 TABLE = {
@@ -117,6 +122,11 @@ TABLE = {
     "dynamic_inversion": ("dot_product", "additive", "dynamic_inversion", 2, "standard", "none", False),
     "exclusive": ("dot_product", "additive", "exclusive", 2, "standard", "none", False),
     "gated": ("dot_product", "additive", "none", 2, "standard", "none", False),
+    "qk_norm": ("cosine", "additive", "none", 2, "standard", "none", True),
+    "value_residual": ("dot_product", "additive", "none", 2, "standard", "value_residual", False),
+    "sink": ("dot_product", "additive", "none", 2, "standard", "none", False),
+    "sigmoid": ("dot_product", "additive", "none", 2, "standard", "none", False),
+    "softpick": ("dot_product", "additive", "none", 2, "standard", "none", False),
 }
 
 
@@ -298,9 +308,10 @@ def test_which_layers_are_stock(tiny: Callable[..., Any], fields: dict[str, Any]
 
 def test_registries_have_the_allowed_keys() -> None:
     """A value that validation lets through has its function, and no function is unreachable."""
-    assert set(CONTENT_LOGITS) == set(CONTENT_COLUMNS) == set(spec_axes.CONTENT_KERNELS)
-    # An alias, and the one booster that is no operator on V.
-    assert set(BOOSTING) == set(spec_axes.BOOSTINGS) - {"osher", "gradient_boosted"}
+    # A cosine is the dot product of vectors that the layer makes.
+    assert set(CONTENT_LOGITS) == set(CONTENT_COLUMNS) == set(spec_axes.CONTENT_KERNELS) - {"cosine"}
+    # An alias, and the boosters that have several maps.
+    assert set(BOOSTING) == set(spec_axes.BOOSTINGS) - {"osher", "gradient_boosted", "differential"}
     assert set(RESIDUAL) == set(spec_axes.RESIDUALS)
     assert set(FEEDBACK) == set(spec_axes.FEEDBACKS)
     streams = {name: extra_streams(name, 3) for name in (*BOOSTING, "gradient_boosted")}

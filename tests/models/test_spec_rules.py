@@ -322,7 +322,9 @@ def test_the_backend_is_chosen_at_run_time_and_never_saved(tiny: Callable[..., A
     config.filter_backend = "reference"
     assert config.filter_backend == "reference"
     for wrong in ("fast", "", None, 3):
-        with pytest.raises(ValueError, match="filter_backend must be one of auto, reference, sdpa, blocked, triton"):
+        with pytest.raises(
+            ValueError, match="filter_backend must be one of auto, reference, sdpa, blocked, chunked, triton"
+        ):
             config.filter_backend = wrong
     with pytest.raises(ValueError, match="filter_backend must be one of"):
         tiny("twicing", filter_backend="fast")

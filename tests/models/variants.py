@@ -73,6 +73,14 @@ CUSTOM: dict[str, dict[str, Any]] = {
         "pid_gains": [0.4, -0.2, 0.3],
         "learn_feedback": True,
     },
+    "normalisations": {
+        "content_kernel": ["cosine", "dot_product", "cosine"],
+        "feedback": "value_residual",
+        "normalisation": ["sink", "sigmoid", "softpick"],
+        "position_kernel": ["untied", "gaussian", "alibi"],
+        "boosting": ["twicing", "none", "learned"],
+        "gate": ["none", "none", "headwise"],
+    },
     "one_pass": {
         "position_kernel": ["gaussian", "none", "untied"],
         "boosting": ["inversion", "dynamic_inversion", "exclusive"],
@@ -80,7 +88,17 @@ CUSTOM: dict[str, dict[str, Any]] = {
         "feedback": "neutreno",
     },
 }
-RIVALS = ("inversion", "dynamic_inversion", "exclusive", "gated")
+RIVALS = (
+    "inversion",
+    "dynamic_inversion",
+    "exclusive",
+    "gated",
+    "sink",
+    "sigmoid",
+    "softpick",
+    "qk_norm",
+    "value_residual",
+)
 """Presets with one value, each of which a layer of ``CUSTOM`` has: tests of whole models leave it at those."""
 VARIANTS = (*(name for name in PRESETS if name not in RIVALS), *CUSTOM)
 ELLIPTICAL = tuple(name for name in VARIANTS if "elliptical" in {**PRESETS, **CUSTOM}[name].get("content_kernel", ()))
@@ -153,7 +171,7 @@ def recorded_call(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, dic
 
 def averages(spec: LayerSpec) -> bool:
     """Whether the rows of a layer's operator sum to 1."""
-    return spec.boosting not in ("inversion", "dynamic_inversion")
+    return spec.boosting not in ("inversion", "dynamic_inversion") and spec.normalisation == "softmax"
 
 
 def heads_by_hand(
@@ -174,6 +192,9 @@ def heads_by_hand(
         return heads.transpose(1, 2).flatten(2)
 
     value = values[layer]
+    if layer and config.feedback == "value_residual":
+        share = seen[f"{name}.filter.scalar_bias"].output.value_residual
+        value = (1 - share) * value + share * values[0]
     spec = config.layer_specs[layer]
     rows = maps[:, 0] @ value
     if spec.boosting == "exclusive":
