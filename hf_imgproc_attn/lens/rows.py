@@ -61,8 +61,8 @@ def filter_rows(call: FilterCall, scores: int = BLOCK_SCORES) -> Iterator[Rows]:
     if call.normalisation.name == "sinkhorn":  # columns are normalised too: no row is known without the others
         if length > MOST_ROWS_AT_ONCE:
             raise ValueError(
-                f"normalisation 'sinkhorn' needs all rows of A at once, which are at most {MOST_ROWS_AT_ONCE} under the "
-                f"lens, got {length}"
+                f"normalisation 'sinkhorn' needs all rows of A at once, which are at most {MOST_ROWS_AT_ONCE} under "
+                f"the lens, got {length}"
             )
         step = length
     for start in range(0, length, step):

@@ -66,7 +66,8 @@ def test_entropy_and_attention_received_are_those_of_the_models_attentions(name:
     model.set_attn_implementation("eager")
     if name == "llama":  # rows that see nothing are NaN in its float32 softmax of a float64 mask
         given = inputs(name)
-    exact = 1e-6 if name in FLOAT32_SOFTMAX else 1e-9
+    # Logits of up to 100, rounded to float32, give weights with a relative error of up to 100 / 2^24.
+    exact, absolute = (1e-5, 1e-5) if name in FLOAT32_SOFTMAX else (1e-9, 1e-12)
     options = LensOptions(stack=STACKS.get(name), noise=0.0, spectra="none")
     report = inspect_model(model, given, options=options)
     result = model(**given, output_attentions=True, **_no_cache(model))
@@ -81,9 +82,9 @@ def test_entropy_and_attention_received_are_those_of_the_models_attentions(name:
         entropy = -torch.special.xlogy(weights, weights).sum(-1)
         for head in layer.heads:
             rows = entropy[:, head.head][real]
-            assert head.entropy == pytest.approx(float(rows.mean()), rel=exact, abs=exact / 1e3), layer.name
+            assert head.entropy == pytest.approx(float(rows.mean()), rel=exact, abs=absolute), layer.name
             received = (weights[:, head.head] * real[:, :, None]).sum((0, 1)) / weights.shape[0]
-            assert head.received == pytest.approx(received.tolist(), rel=exact, abs=exact / 1e3)
+            assert head.received == pytest.approx(received.tolist(), rel=exact, abs=absolute)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "vit"])
