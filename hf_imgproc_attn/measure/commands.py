@@ -1,4 +1,4 @@
-"""``imgproc-attn precision``, ``compatibility``, ``calls``, ``context``: the options, without torch."""
+"""``imgproc-attn precision``, ``compatibility``, ``support``, ``calls``, ``context``: the options, without torch."""
 
 from __future__ import annotations
 
@@ -29,6 +29,16 @@ def add_commands(commands: Any) -> None:
     )
     compatibility.add_argument("page", type=Path, help="the Markdown file that has the table")
     compatibility.set_defaults(run_command=run_compatibility)
+
+    support = commands.add_parser(
+        "support",
+        help="measure which models of Transformers can have a filter, and in which modes",
+        description="Put filters into tiny models of many architectures, decode, compile, train and save them, and "
+        "write the table of what works, and what is refused and why, between the marks of a Markdown page, whose rest "
+        "stays. Takes minutes, and needs PEFT.",
+    )
+    support.add_argument("page", type=Path, help="the Markdown file that has the table")
+    support.set_defaults(run_command=run_support)
 
     calls = commands.add_parser(
         "calls",
@@ -79,6 +89,14 @@ def run_precision(options: argparse.Namespace) -> int:
 def run_compatibility(options: argparse.Namespace) -> int:
     """``imgproc-attn compatibility``."""
     from .compatibility import write
+
+    write(options.page)
+    return 0
+
+
+def run_support(options: argparse.Namespace) -> int:
+    """``imgproc-attn support``."""
+    from .support import write
 
     write(options.page)
     return 0

@@ -189,7 +189,6 @@ class FollowingStreams:
             whole = name.rpartition(".")[2] in KEPT_WHOLE and hasattr(layer, "_quantize")
             streams[name] = FilterDynamicLayer() if whole else copy.deepcopy(layer.filter_empty)
         stream = streams[name]
-        stream.prefetch()  # of a cache that keeps its layers elsewhere
         stored, _ = stream.update(rows, rows[..., :0])
         stored = stored[..., : self._key_length, :].to(rows.dtype)
         if layer.keys is not None and layer.keys.device != rows.device:

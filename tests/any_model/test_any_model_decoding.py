@@ -217,6 +217,28 @@ def test_streams_follow_what_happens_to_the_cache(change: str) -> None:
     assert (found - full).abs().max() < 1e-12 * full.abs().max()
 
 
+@pytest.mark.parametrize("used_before", [False, True])
+def test_a_window_that_is_rolled_back_keeps_its_rows(used_before: bool) -> None:
+    """As when an assistant guesses wrong, in a cache that was there before it began."""
+    model, given = filtered("mistral", "three steps"), given_text(False, False)
+    cache = DynamicCache(config=model.config)
+    if used_before:
+        decode(filtered("mistral", "sos"), given, cache, [4])
+        cache.reset()
+    else:
+        decode(model, given, cache, [4])
+    cache.activate_past_recording()
+    start = cache.get_seq_length()
+    parts = []
+    with torch.no_grad():
+        full = model(**given, use_cache=False).logits
+        for stop, guessed in ((9, 0), (12, 2), (14, 0)):
+            parts.append(model(given["input_ids"][:, start:stop], past_key_values=cache, use_cache=True).logits)
+            cache.crop(-guessed)
+            start = stop - guessed
+            assert (parts[-1] - full[:, stop - parts[-1].shape[1] : stop]).abs().max() < 1e-12 * full.abs().max()
+
+
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", ["bart", "t5", "whisper"])
 def test_decoders_with_an_encoder_decode_exactly(name: str, cache: str) -> None:

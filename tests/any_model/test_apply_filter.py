@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
+import hf_imgproc_attn.measure.support  # noqa: F401  # registers the dense formula as an attention function
 from hf_imgproc_attn import (
     PRESETS,
     ImgProcGPT2Config,
@@ -36,50 +35,11 @@ STACKS = {
 """What is not one stack of three layers."""
 
 
-def dense_twicing(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    position_bias: torch.Tensor | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """(2A - A²) V where keys are the queries' own tokens, else A V: nothing but the formula."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    logits = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        logits = softcap * (logits / softcap).tanh()
-    if position_bias is not None:
-        logits = logits + position_bias
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if attention_mask is None and causal:
-        attention_mask = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        logits = logits.masked_fill(~attention_mask, float("-inf"))
-    elif attention_mask is not None:
-        logits = logits + attention_mask
-    if s_aux is not None:
-        logits = torch.cat((logits, s_aux.view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)), dim=-1)
-    matrix = logits.softmax(-1).nan_to_num(0.0)[..., : key.shape[-2]]
-    matrix = 2 * matrix - matrix @ matrix if getattr(module, "filtered_by_test", False) else matrix
-    return (matrix @ value).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("dense_twicing_of_tests", dense_twicing)
-AttentionMaskInterface.register("dense_twicing_of_tests", sdpa_mask)
-
-
-def exact(name: str) -> nn.Module:
+def exact(name: str) -> Any:
     """A stock model whose attention is in float64: the eager one of Transformers is in single precision."""
     model = build(name)
     if not model._supports_sdpa:
-        model.set_attn_implementation("dense_twicing_of_tests")  # type: ignore[operator]
+        model.set_attn_implementation("imgproc_dense_reference")
     return model
 
 
@@ -94,9 +54,10 @@ def test_every_architecture_computes_the_formula(name: str) -> None:
     assert torch.equal(output(model, given), stock)
 
     for layer in attention_layers(model):
-        layer.module.filtered_by_test = True  # type: ignore[assignment]
-    model.set_attn_implementation("dense_twicing_of_tests")  # type: ignore[operator]
-    visible = given["attention_mask"].bool() if "attention_mask" in given else ...
+        layer.module.marked_for_twicing = True  # type: ignore[assignment]
+    model.set_attn_implementation("imgproc_dense_reference")  # type: ignore[operator]
+    mask = given.get("attention_mask")
+    visible = mask.bool() if mask is not None and mask.shape == stock.shape[:2] else ...
     scale = stock.abs().max()
     assert (filtered - stock)[visible].abs().max() > 1e-6 * scale
     assert (filtered - output(model, given))[visible].abs().max() < 1e-12 * scale

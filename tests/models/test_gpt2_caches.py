@@ -155,6 +155,8 @@ def test_offloaded_layers_bring_their_streams_back(kind: str) -> None:
             rows = torch.empty(2, 4, 1, 5, device="meta")  # stands for an accelerator
             layer = follow_layer(cache, 0, "twicing")
             layer.prefetch()
+            # Early, so that the rows come while the layer before computes.
+            assert all(stored.keys.device.type == "meta" for stored in layer.filter_streams.values())
             keys, _ = layer.update(rows, rows)
             layer.offload()
             stream = FollowingStreams(layer, keys.shape[-2]).append("boost.1", rows)
