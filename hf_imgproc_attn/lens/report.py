@@ -131,7 +131,7 @@ class Report:
 def _layer_of(held: dict[str, Any]) -> LayerReport:
     heads = []
     for head in held["heads"]:
-        numbers = {name: math.nan if value is None else value for name, value in head.items()}
+        numbers: dict[str, Any] = {name: math.nan if value is None else value for name, value in head.items()}
         for kind in ("filter_spectrum", "operator_spectrum"):
             found = head[kind]
             if found is not None:
