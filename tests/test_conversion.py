@@ -392,7 +392,7 @@ def test_there_and_back(stock_spec: tuple, preset: str, tmp_path: Path) -> None:
     assert f"{report.source_preset} -> softmax" in str(report)
     dropped = [name for name in report.unused if ".filter." in name or "position_projection" in name]
     assert bool(dropped) == any("have no place in softmax" in warning for warning in report.warnings)
-    assert bool(dropped) == (preset in {*KEEPING, "bilateral", "bilateral_twicing", "tupe"})
+    assert bool(dropped) == (preset in {*KEEPING, "bilateral", "bilateral_twicing", "tupe", "sink", "qk_norm"})
     assert not any(".filter." in name for name in model.state_dict())
 
 

@@ -147,7 +147,7 @@ def run_study(
     mine = study.runs[shard[0] - 1 :: shard[1]]
     left = [run for run in mine if run.name not in there]
     say(f"{len(mine)} runs, {len(mine) - len(left)} of them in {ledger.folder} already")
-    _tidy(study, ledger, mine, there)
+    _tidy(study, ledger, mine, there, sizes)
     _measure_further(study, ledger, mine, there, say)
     progress = Progress(len(mine), len(mine) - len(left), say, side_by_side)
     for run in mine:
@@ -207,13 +207,29 @@ def prepare(study: Study, say: Say) -> tuple[Study, dict[str, dict[str, Size]], 
     return study.with_baselines(baselines), sizes, fingerprints
 
 
-def _tidy(study: Study, ledger: Ledger, runs: Sequence[Run], there: dict[str, dict[str, Any]]) -> None:
-    """Put away the checkpoints of finished runs whose process was killed before it could."""
-    for run in runs:
-        if run.name in there and ledger.work_folder(run).is_dir():
-            with ledger.claim(run, done=True) as mine:
-                if mine:
-                    ledger.clear(run, keep=study.keep_models)
+def _tidy(
+    study: Study,
+    ledger: Ledger,
+    runs: Sequence[Run],
+    there: dict[str, dict[str, Any]],
+    sizes: dict[str, dict[str, Size]],
+) -> None:
+    """Put away the checkpoints of finished runs whose process was killed before it could.
+
+    Operations that another version of this package counted otherwise are counted anew: a table has one count.
+    """
+    for run in (run for run in runs if run.name in there):
+        record, compute = there[run.name], sizes[run.task.name][run.variant.name].compute
+        before = record["operations"]["step_per_sample"]
+        if before == compute and not ledger.work_folder(run).is_dir():
+            continue
+        with ledger.claim(run, done=True) as mine:
+            if mine and before != compute:
+                samples = record["operations"]["training"] // before
+                record["operations"] = {"step_per_sample": compute, "training": compute * samples}
+                ledger.write(run, record)
+            if mine:
+                ledger.clear(run, keep=study.keep_models)
 
 
 def _measure_further(

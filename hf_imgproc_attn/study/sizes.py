@@ -26,7 +26,7 @@ class Size:
     Attributes:
         parameters: all of them.
         compute: operations of one training step a sample, forward and backward: a multiplication and an addition of
-            every matrix product, as torch's FLOP counter counts them.
+            every matrix product of the dense formulas, as torch's FLOP counter counts them.
     """
 
     parameters: int
@@ -128,6 +128,9 @@ class Prepared:
         try:
             config = config_class.from_dict({**given, **preset_fields(variant.preset), **filters, **named})
             model: PreTrainedModel = self._model_class(copy.deepcopy(config))
+            # The dense reference: back-ends that compute products twice to save memory would make filters, or softmax,
+            # look costlier than they are, depending on which of them a shape gets.
+            model.set_attn_implementation("eager")
         except Exception as error:  # configurations are refused in several ways, by Transformers and by ours
             raise UsageError(f"task {self.task.name}, variant {variant.name}: {plain_message(error)}") from error
         return model

@@ -1,5 +1,6 @@
 """The segmentation model a run starts from, and its image processor."""
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from hf_imgproc_attn.backbones import VIT
@@ -64,7 +65,9 @@ def build_segmenter(
             f"image_size must be a multiple of the patches' {patch[0]} x {patch[1]} pixels, got "
             f"{' x '.join(map(str, sides))}"
         )
-    own = image_processor(args.model_name_or_path, model.config)
+    # Not every type of model has a size of its own.
+    needed = SimpleNamespace(image_size=list(sides), num_channels=model.config.num_channels)
+    own = image_processor(args.model_name_or_path, needed)
     channel_statistics(own)  # refuses other normalisations
     processor = ImgProcSegmentationImageProcessor(
         size={"height": sides[0], "width": sides[1]},

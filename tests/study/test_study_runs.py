@@ -172,6 +172,21 @@ def test_a_matched_baseline_has_at_least_as_much_and_no_more_than_needed(finishe
     assert f"{size['as_large'].parameters:,}" in "\n".join(said)
 
 
+def test_every_variant_is_counted_by_the_dense_formulas(finished: tuple[Path, Path]) -> None:
+    """In a layer of N tokens and width D twicing adds one product A V: forward 2 N^2 D, backward twice that."""
+    from dataclasses import replace
+
+    from hf_imgproc_attn.study.plan import Variant
+
+    study = read_study(finished[0])
+    variants = (Variant("softmax", "softmax"), Variant("twicing", "twicing"), Variant("bilateral", "bilateral"))
+    _, sizes, _ = prepare(replace(study, variants=variants), lambda line: None)
+    length, width, layers = 17, 16, 2
+    difference = sizes["digits"]["twicing"].compute - sizes["digits"]["softmax"].compute
+    assert difference == layers * 3 * 2 * length**2 * width
+    assert sizes["digits"]["bilateral"].compute > sizes["digits"]["twicing"].compute
+
+
 def test_the_report_is_made_of_the_ledger_alone(
     finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +229,9 @@ def test_a_finished_study_does_nothing_more_and_can_grow(
     content["tasks"]["digits"]["measure"] = {"sigmas": [0.1, 0.2]}
     grown = tmp_path / "grown.yaml"
     grown.write_text(yaml.safe_dump(content), encoding="utf-8")
+    counted = json.loads((copy / "digits-softmax-seed0.json").read_text(encoding="utf-8"))
+    otherwise = {"step_per_sample": 10, "training": 480}  # by another version of the package
+    write_json(copy / "digits-softmax-seed0.json", {**counted, "operations": otherwise})
     trained: list[str] = []
     original = one_run._train
 
@@ -224,7 +242,9 @@ def test_a_finished_study_does_nothing_more_and_can_grow(
     monkeypatch.setattr(one_run, "_train", train)
     do(read_study(path), copy)
     assert trained == []
-    assert {file.name: file.stat().st_mtime_ns for file in copy.glob("*-seed*.json")} == before
+    now = {file.name: file.stat().st_mtime_ns for file in copy.glob("*-seed*.json")}
+    assert {name for name in before if now[name] != before[name]} == {"digits-softmax-seed0.json"}
+    assert json.loads((copy / "digits-softmax-seed0.json").read_text(encoding="utf-8")) == counted
     do(read_study(grown), copy)
     assert trained == ["digits-neutreno-seed0", "digits-neutreno-seed1"]
     # What is to be measured now was measured of the checkpoints that were kept.

@@ -16,8 +16,9 @@ import torch
 import train_semantic_segmentation
 from evaluate_checkpoint import Settings
 from PIL import Image
+from transformers import AutoModelForSemanticSegmentation, SegformerConfig, SegformerForSemanticSegmentation
 
-from hf_imgproc_attn import ImgProcViTForSemanticSegmentation
+from hf_imgproc_attn import ImgProcViTForSemanticSegmentation, filtered_layers
 from hf_imgproc_attn.cards.rendering import load_results, render_card
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.hub.run_files import contents, read_run
@@ -29,6 +30,7 @@ from hf_imgproc_attn.training_support.mask_data import load_mask_splits, read_la
 from hf_imgproc_attn.training_support.mask_pictures import COLOURS, coloured
 from hf_imgproc_attn.training_support.mask_pixels import augment
 from hf_imgproc_attn.training_support.metrics import SegmentationMetrics, count_pixels
+from tests.helpers import ROOT
 from tests.training.conftest import TINY_VIT
 
 QUIET = ["--disable_tqdm", "true", "--use_cpu", "--save_strategy", "no", "--eval_strategy", "no", "--max_steps", "3"]
@@ -321,3 +323,42 @@ def test_what_is_no_class_has_a_colour_of_no_class() -> None:
     assert found[1, 1].tolist() == list(COLOURS[0])
     assert len(set(map(tuple, found[:, 2].tolist())) & set(COLOURS)) == 0
     assert len(set(COLOURS)) == 11
+
+
+def test_the_recipe_takes_a_few_steps_and_its_checkpoint_gets_other_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(composed_digits, "ROWS", {"train": 40, "validation": 3, "test": 3})
+    recipe = str(ROOT / "training" / "configs" / "composed_vit_seg.yaml")
+    first = tmp_path / "first"
+    assert train_semantic_segmentation.main(["--config", recipe, "--output_dir", str(first), *QUIET]) == 0
+    data = write(tmp_path / "data", {"train": masks(6, 16, 16), "test": masks(2, 16, 16)}, size=16)
+    words = ["--model_name_or_path", str(first), "--dataset_name", str(data), "--image_size", "16", *QUIET]
+    assert train_semantic_segmentation.main([*words, "--output_dir", str(tmp_path / "second")]) == 0
+    start = ImgProcViTForSemanticSegmentation.from_pretrained(first)
+    model = ImgProcViTForSemanticSegmentation.from_pretrained(tmp_path / "second")
+    assert (start.num_labels, model.num_labels) == (11, 3)
+    assert model.config.image_size == 32, "positions are interpolated"
+    moved = (model.vit.layers[0].mlp.fc1.weight - start.vit.layers[0].mlp.fc1.weight).abs().max()
+    assert 0 < moved < 1e-2, "it starts from the checkpoint"
+    assert (tmp_path / "second" / "predictions.png").is_file()
+
+
+def test_a_segmenter_of_another_type_gets_the_filter(tmp_path: Path) -> None:
+    config = SegformerConfig(
+        num_encoder_blocks=2, depths=[1, 1], sr_ratios=[1, 1], hidden_sizes=[8, 16], patch_sizes=[3, 3],
+        strides=[2, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=8,
+    )  # fmt: skip
+    SegformerForSemanticSegmentation(config).save_pretrained(tmp_path / "segformer")
+    data = write(tmp_path / "data", {"train": masks(6), "test": masks(2)})
+    words = ["--model_name_or_path", str(tmp_path / "segformer"), "--preset", "twicing", "--dataset_name", str(data)]
+    words += ["--image_size", "16", "--ignore_index", "254", "--output_dir", str(tmp_path / "run"), *QUIET]
+    assert train_semantic_segmentation.main(words) == 0
+    found = evaluate_checkpoint.evaluate(tmp_path / "run", Settings(sigmas=[], epsilons=[]))["results"]
+    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert {entry["metric"]: entry["value"] for entry in found} == pytest.approx(
+        {name: record["metrics"]["test"][name] for name in ("mean_iou", "pixel_accuracy")}
+    )
+    model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "run")
+    assert len(filtered_layers(model)) == 2
+    assert model.config.semantic_loss_ignore_index == 254
