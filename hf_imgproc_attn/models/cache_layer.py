@@ -65,10 +65,6 @@ class FilterDynamicLayer(DynamicLayer):
     def _map_streams(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.streams = {name: function(stream) for name, stream in self.streams.items()}
 
-    def offload(self) -> None:
-        super().offload()
-        self._map_streams(lambda stream: stream.to("cpu", non_blocking=True))
-
     def prefetch(self) -> None:
         super().prefetch()
         if self.is_initialized:

@@ -387,6 +387,8 @@ def test_offloaded_layers_bring_their_streams_back() -> None:
         for length in range(1, 4):
             rows = torch.empty(2, 4, 1, 5, device="meta")  # stands for an accelerator
             layer.prefetch()
+            # Early, so that the rows come while the layer before computes.
+            assert all(stream.device.type == "meta" for stream in layer.streams.values())
             keys, _ = layer.update(rows, rows)
             layer.offload()
             stream = layer.update_stream("boost.1", rows)
