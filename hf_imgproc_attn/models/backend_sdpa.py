@@ -107,15 +107,20 @@ def run(call: FilterCall) -> torch.Tensor:
         value = value.repeat_interleave(call.groups, dim=1)
         key = key if key.shape[1] == query.shape[1] else key.repeat_interleave(call.groups, dim=1)
     has_sinks = call.sinks is not None
-    mask, sees, is_causal = _mask(call.visibility, bias, dtype, query.device, has_sinks)
+    # Where causality alone hides keys, a sink before them all needs no mask, if a query comes before them all too.
+    sees_all_before = call.visibility.hides_later_keys and call.visibility.is_square and call.visibility.mask is None
+    in_front = has_sinks and sees_all_before and bias is None and call.visibility.bias is None
+    in_front = in_front and call.visibility.keys is None
+    mask, sees, is_causal = _mask(call.visibility, bias, dtype, query.device, has_sinks and not in_front)
     if call.sinks is not None:
-        query, key, scale = _with_sinks(query, key, scale, call.sinks)
+        query, key, scale = _with_sinks(query, key, scale, call.sinks, in_front)
     if is_causal and scale <= 0.0:  # fused kernels multiply the -inf of later keys by it
         query, scale = query * scale, 1.0
 
     def attend(rows: torch.Tensor) -> torch.Tensor:
-        rows = nn.functional.pad(rows, (0, 0, 0, 1)) if has_sinks else rows
+        rows = nn.functional.pad(rows, (0, 0, int(in_front), int(not in_front))) if has_sinks else rows
         out = _attention(query, key, rows.to(dtype), mask, is_causal, scale, call.dropout)
+        out = out[..., 1:, :] if in_front else out
         return out if sees is None else out.masked_fill(~sees, 0.0)
 
     new_value = call.new_value.to(dtype)
@@ -123,14 +128,19 @@ def run(call: FilterCall) -> torch.Tensor:
 
 
 def _with_sinks(
-    query: torch.Tensor, key: torch.Tensor, scale: float, sinks: torch.Tensor
+    query: torch.Tensor, key: torch.Tensor, scale: float, sinks: torch.Tensor, in_front: bool
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Queries and keys with one more key, after the others, whose logit is the sink's, and the factor on products."""
+    """Queries and keys with one more key, whose logit is the sink's, and the factor on products.
+
+    It comes after the others, or with ``in_front`` before them, and one more query too.
+    """
     if scale <= 0.0:
         query, scale = query * scale, 1.0
     own = (sinks.to(working_dtype(key.dtype)) / scale).to(key.dtype).view(1, -1, 1, 1)
-    key = nn.functional.pad(key, (0, 0, 0, 1))
-    column = nn.functional.pad(own.expand(key.shape[0], -1, -1, -1), (0, 0, key.shape[-2] - 1, 0))
+    before, after = (0, key.shape[-2]) if in_front else (key.shape[-2], 0)
+    key = nn.functional.pad(key, (0, 0, int(in_front), int(not in_front)))
+    query = nn.functional.pad(query, (0, 0, int(in_front), 0))
+    column = nn.functional.pad(own.expand(key.shape[0], -1, -1, -1), (0, 0, before, after))
     ones = torch.ones_like(query[..., :1])
     return append_columns(query, [ones]), append_columns(key, [column]), scale
 
