@@ -87,8 +87,8 @@ def _study_lines(study: Study, ledger: Ledger, claims: Iterable[Claim]) -> list[
         f"## Study {study.name}",
         "",
         *paragraph(
-            f"{len(records)} of {planned} runs have ended, {diverged} of them diverged: {len(study.variant_names)} variants, "
-            f"{len(study.seeds)} seeds ({trained}). {explanation(study)}"
+            f"{len(records)} of {planned} runs have ended, {diverged} of them diverged: {len(study.variant_names)} "
+            f"variants, {len(study.seeds)} seeds ({trained}). {explanation(study)}"
         ),
     ]
     for claim in claims:
