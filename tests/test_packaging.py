@@ -90,6 +90,7 @@ def test_metadata(installed: Path) -> None:
         "hub",
         "kernels",
         "filters",
+        "lens",
         "docs",
         "all",
         "dev",

@@ -66,7 +66,7 @@ def _gpt2(model: nn.Module, layer: AttentionLayer, length: int) -> _Found | None
 
 
 def _vit(model: nn.Module, layer: AttentionLayer, length: int) -> _Found | None:
-    base = getattr(model, "vit", model)
+    base: Any = getattr(model, "base_model", model)
     table = getattr(getattr(base, "embeddings", None), "position_embeddings", None)
     layers = getattr(getattr(base, "encoder", base), "layers", None) or getattr(
         getattr(base, "encoder", base), "layer", None

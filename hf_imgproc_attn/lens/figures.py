@@ -178,6 +178,7 @@ def _noise(reports: list[Report]) -> Figure:
             _line(gains, [point for point in points if math.isfinite(point[1])], number, label)
         promised = [(layer.index, layer.predicted_gain) for layer in report.layers if layer.predicted_gain is not None]
         if promised:
+            gains.autoscale(False)  # what is promised may be far beyond what is measured
             gains.plot(*zip(*promised, strict=True), color="black", linestyle=":", label="proposition III.1")
         gains.axhline(0.0, color="grey", linewidth=0.8)
         axes.set_ylabel("signal to noise, dB")
@@ -255,7 +256,7 @@ def _some_layers(report: Report) -> list[LayerReport]:
 
 
 def _is_boosted(head: Any) -> bool:
-    return head.operator_spectrum is not None and head.operator_spectrum is not head.filter_spectrum
+    return head.operator_spectrum is not None and head.operator_spectrum != head.filter_spectrum
 
 
 def _complex_plane(axes: Any, report: Report, layer: LayerReport) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..models.backend_call import FilterCall
-from ..models.backend_reference import filter_matrix
+from ..models.backend_reference import filter_logits, filter_matrix
 from .rows import apply_operator_by_rows, filter_rows, position_rows, rows_of, some_samples
 from .shares import mean_effects
 
@@ -29,13 +29,15 @@ def filter_maps(
     first = some_samples(call, slice(0, 1))
     row = rows_of(first, token, token + 1)
     dtype = torch.float64
-    maps = {"product": _full(next(filter_rows(row)).weights, call)}
+    whole = next(rows for rows in filter_rows(first) if rows.start <= token < rows.stop)
+    at = token - whole.start
+    maps = {"product": _full(whole.weights[:, :, at : at + 1], call)}
     if first.positions:
         keys = row.key.shape[-2]
         logits = sum(position_rows(term, token, token + 1, keys, dtype) for term in first.positions)
         heads = logits.expand(1, call.query.shape[1], 1, keys)  # type: ignore[union-attr]
         maps["position"] = _full(filter_matrix(heads, row.visibility._replace(bias=None)), call)
-        maps["content"] = _full(next(filter_rows(row._replace(positions=()))).weights, call)
+        maps["content"] = _full(filter_matrix(filter_logits(row._replace(positions=())), row.visibility), call)
     elif call.query.shape[0] > 1:
         maps |= _by_means(call, row, types, real, token)
     if call.is_boosted:

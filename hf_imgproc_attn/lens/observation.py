@@ -112,8 +112,11 @@ def _watch_filter(stack: ExitStack, index: int, layer: AttentionLayer, see: SeeF
         return
     seen: dict[str, Any] = {}
 
+    # Layers of our models add to what ``call`` returns; those of ``apply_filter`` use it directly.
+    maker = "compose" if part is None else "call"
+
     def remember(*args: Any, **kwargs: Any) -> FilterCall:
-        call = type(kernel).call(kernel, *args, **kwargs)
+        call: FilterCall = getattr(type(kernel), maker)(kernel, *args, **kwargs)
         seen.setdefault("call", call)
         return call
 
@@ -135,8 +138,8 @@ def _watch_filter(stack: ExitStack, index: int, layer: AttentionLayer, see: SeeF
     rounds: list[int] = []
     stack.callback(layer.module.register_forward_pre_hook(lambda module, args: rounds.clear()).remove)
     runner = kernel if part is None else part
-    kernel.__dict__["call"] = remember
-    stack.callback(lambda: kernel.__dict__.pop("call", None))
+    kernel.__dict__[maker] = remember
+    stack.callback(lambda: kernel.__dict__.pop(maker, None))
     stack.callback(runner.register_forward_pre_hook(begin, with_kwargs=True).remove)
     stack.callback(runner.register_forward_hook(end).remove)
 
@@ -192,13 +195,6 @@ def _function_of(module: nn.Module, implementation: str | None) -> Callable[...,
     raise NotUnderstoodError(f"the eager attention function of {type(module).__name__} is not found")
 
 
-_LOGIT_TERMS = {
-    "softcap": "bounds its logits",
-    "s_aux": "has a learned sink, so that its rows do not sum to 1",
-    "cache": "keeps its cache in pages",
-}
-
-
 def stock_call(
     module: nn.Module,
     projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
@@ -219,9 +215,8 @@ def stock_call(
         NotUnderstoodError: for terms of the logits that no filter here has, or a call that is no self-attention.
     """
     query, key, value = projected
-    for term, what in _LOGIT_TERMS.items():
-        if options.get(term) is not None:
-            raise NotUnderstoodError(f"{name} {what} ({term})")
+    if options.get("cache") is not None:
+        raise NotUnderstoodError(f"{name} keeps its cache in pages")
     length, key_length = query.shape[-2], key.shape[-2]
     if length != key_length:
         raise NotUnderstoodError(
@@ -240,7 +235,8 @@ def stock_call(
     positions = () if bias is None else (BiasPositions(bias[..., :key_length]),)
     scaling = options.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    return FilterCall(query, key, value, Content("dot_product", scaling), visibility, positions)
+    content = Content("dot_product", scaling, options.get("softcap"))
+    return FilterCall(query, key, value, content, visibility, positions, sinks=options.get("s_aux"))
 
 
 AttentionInterface.register(IMPLEMENTATION, lens_attention)

@@ -163,6 +163,7 @@ def _make(options: argparse.Namespace) -> None:
     page = docs / "lens.md"
     if not page.is_file():
         raise UsageError(f"docs must be a folder with lens.md, got {str(docs)!r}")
+    put_into(page.read_text(encoding="utf-8"), "")  # refuses a page without the marks before the work
     models = packaged_models()
     for assignment in options.model:
         name, equals, folder = assignment.partition("=")

@@ -104,6 +104,11 @@ class Report:
         plain: dict[str, Any] = _plain(self)
         return plain
 
+    @classmethod
+    def from_dict(cls, held: dict[str, Any]) -> Report:
+        """A report of what :meth:`to_dict` gave; its numbers have the digits that were kept."""
+        return cls(**{**held, "layers": [_layer_of(layer) for layer in held["layers"]]})
+
     def to_json(self, path: str | Path | None = None) -> str:
         """JSON text, also written to ``path`` if there is one."""
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
@@ -121,6 +126,21 @@ class Report:
     def mean(self, name: str) -> list[float]:
         """A measure of the heads, its mean in each layer."""
         return [sum(getattr(head, name) for head in layer.heads) / len(layer.heads) for layer in self.layers]
+
+
+def _layer_of(held: dict[str, Any]) -> LayerReport:
+    heads = []
+    for head in held["heads"]:
+        numbers: dict[str, Any] = {name: math.nan if value is None else value for name, value in head.items()}
+        for kind in ("filter_spectrum", "operator_spectrum"):
+            found = head[kind]
+            if found is not None:
+                pairs = [(float(real), float(imaginary)) for real, imaginary in found["eigenvalues"]]
+                found = Spectrum(**{**found, "eigenvalues": pairs})
+            numbers[kind] = found
+        heads.append(HeadReport(**numbers))
+    tokens = {place: TokenMeasures(**measured) for place, measured in held["tokens"].items()}
+    return LayerReport(**{**held, "heads": heads, "tokens": tokens})
 
 
 def _plain(value: Any) -> Any:

@@ -25,13 +25,17 @@ BLOCK_SCORES = 2**22
 """Scores that are held at a time, over samples and heads: 16 MiB in float32."""
 
 
+MOST_ROWS_AT_ONCE = 1024
+"""Tokens of a filter whose rows are not independent of each other."""
+
+
 class Rows(NamedTuple):
     """Some query rows of a filter.
 
     start, stop: the rows.
     keys: how many keys, from the first on, they may see.
     logits: log K + const_i, ``[batch, heads, rows, keys]``.
-    weights: A, of the same shape; its rows sum to 1.
+    weights: A, of the same shape; its rows sum to 1, or with a learned sink to less.
     allowed: boolean, broadcastable to the same shape, or None where everything is visible.
     """
 
@@ -54,6 +58,13 @@ def filter_rows(call: FilterCall, scores: int = BLOCK_SCORES) -> Iterator[Rows]:
         raise ValueError("boosting='differential' has two filters, got a layer of which one is to be looked at")
     batch, heads, length, _ = call.query.shape
     step = max(scores // max(batch * heads * call.key.shape[-2], 1), 1)
+    if call.normalisation.name == "sinkhorn":  # columns are normalised too: no row is known without the others
+        if length > MOST_ROWS_AT_ONCE:
+            raise ValueError(
+                f"normalisation 'sinkhorn' needs all rows of A at once, which are at most {MOST_ROWS_AT_ONCE} under "
+                f"the lens, got {length}"
+            )
+        step = length
     for start in range(0, length, step):
         stop = min(start + step, length)
         part = rows_of(call, start, stop)
