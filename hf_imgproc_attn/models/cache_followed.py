@@ -144,11 +144,9 @@ def follow_layer(cache: Any, layer_idx: int, kind: str | None) -> Any:
         layer.filter_kind, layer.filter_missed = kind, False
     if kind is not None and layer.filter_missed:
         _refuse_tokens(layer_idx, "without the filter")
-    if kind != layer.filter_kind:
-        if kind is not None and layer.get_seq_length() > 0:
-            _refuse_tokens(layer_idx, f"with another filter ({layer.filter_kind}; here {kind})")
-        layer.filter_streams, layer.filter_kind = {}, kind
-    layer.filter_expected = True
+    if kind is not None and kind != layer.filter_kind and layer.get_seq_length() > 0:
+        _refuse_tokens(layer_idx, f"with another filter ({layer.filter_kind}; here {kind})")
+    layer.filter_kind, layer.filter_expected = kind, True
     return layer
 
 

@@ -142,11 +142,9 @@ class RoundStreams:
     def __init__(self, first: Any, number: int) -> None:
         self._first, self._number = first, number
         self.keeps_places_apart: bool = first.keeps_places_apart
-        self._new_value: torch.Tensor | None = None
 
     def update(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys and values as streams."""
-        self._new_value = value
         return self.append("key", key), self.append("value", value)
 
     def append(self, name: str, rows: torch.Tensor) -> torch.Tensor:
@@ -155,8 +153,8 @@ class RoundStreams:
         return stored
 
     def own_value(self, value: torch.Tensor, length: int) -> torch.Tensor | None:
-        """What came last: in a cache of fixed size it does not stand at the end."""
-        return None if value.shape[-2] == length else self._new_value
+        """Not asked for: a round applies A once, to the values of all tokens."""
+        return None
 
     def past(self, name: str) -> torch.Tensor | None:
         """The cached rows of a stream."""

@@ -122,6 +122,14 @@ def test_places_are_not_quantised(variant: str) -> None:
         assert torch.equal(places.diff(), torch.ones(12, dtype=places.dtype))
 
 
+def test_streams_are_quantised_along_the_axis_of_values() -> None:
+    layers = [ExactlyQuantisedLayer(residual_length=4, axis_key=0, axis_value=-1) for _ in range(3)]
+    build("twicing")(token_ids(), past_key_values=Cache(layers=layers))
+    for layer in layers:
+        stream = layer.filter_streams["boost.1"]  # type: ignore[attr-defined]
+        assert (layer._quantized_keys[1], layer._quantized_values[1], stream._quantized_keys[1]) == (0, -1, -1)
+
+
 def test_compiled_steps_with_a_static_cache_are_one_graph() -> None:
     model, ids, counter = build("bilateral_twicing"), token_ids(length=13), CompileCounter()
     wanted = model(ids, use_cache=False).logits
