@@ -21,6 +21,9 @@ import pytest
 from tests.elementary import pytest_collection_finish, pytest_runtest_makereport  # noqa: F401  # hooks
 from tests.helpers import ROOT, RunPython, pairwise_cover, readable_id, run_command
 
+# The training scripts as modules: they import each other as siblings, as they do when they are run.
+sys.path.insert(0, str(ROOT / "training"))
+
 # A private cache: tests neither see nor change what the user has downloaded, nor another worker's dynamic modules.
 _HF_HOME = tempfile.mkdtemp(prefix="hf_imgproc_attn_tests_")
 atexit.register(shutil.rmtree, _HF_HOME, ignore_errors=True)

@@ -11,14 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
-    DeiTConfig,
-    DeiTForImageClassification,
     GPT2Config,
     GPT2DoubleHeadsModel,
     GPT2LMHeadModel,
     GPT2Model,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     ViTConfig,
     ViTForImageClassification,
@@ -338,35 +334,14 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         convert(tmp_path, "twicing")
 
 
-@pytest.mark.parametrize(
-    ("model_class", "config"),
-    [
-        (DeiTForImageClassification, DeiTConfig(**{**VIT, "encoder_stride": 16})),
-        (GPT2DoubleHeadsModel, GPT2Config(**GPT2)),
-        (
-            LlamaForCausalLM,
-            LlamaConfig(
-                hidden_size=32,
-                num_hidden_layers=1,
-                num_attention_heads=4,
-                intermediate_size=32,
-                vocab_size=61,
-                pad_token_id=0,
-            ),
-        ),
-    ],
-    ids=["deit", "double heads", "llama"],
-)
-def test_unsupported_architectures_are_refused_by_name(
-    model_class: type[PreTrainedModel], config: object, tmp_path: Path
-) -> None:
-    model = model_class(config)
+def test_an_architecture_that_ours_do_not_have_is_refused_by_name(tmp_path: Path) -> None:
+    model = GPT2DoubleHeadsModel(GPT2Config(**GPT2))
     model.save_pretrained(tmp_path)
     for source in (model, tmp_path):
-        with pytest.raises(ValueError, match=f"architecture must be a stock one of .*, got {model_class.__name__}"):
+        with pytest.raises(ValueError, match="architecture must be a stock one of .*, got GPT2DoubleHeadsModel"):
             convert(source, "twicing")
     without_architecture(tmp_path)
-    with pytest.raises(ValueError, match="(architecture|model_type) must be .*, got"):
+    with pytest.raises(ValueError, match="architecture must be .*, got"):
         convert(tmp_path, "twicing")
 
 

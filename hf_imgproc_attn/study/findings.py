@@ -79,6 +79,7 @@ def findings(ledgers: Path) -> str:
 def _study_lines(study: Study, ledger: Ledger, claims: Iterable[Claim]) -> list[str]:
     records = ledger.everything(study)
     diverged = sum(record["status"] == "diverged" for record in records.values())
+    planned = len(study.tasks) * len(study.variant_names) * len(study.seeds)
     epochs = {task.name: task.options.get("num_train_epochs") for task in study.tasks}
     trained = ", ".join(f"{name}: {count} epochs" for name, count in epochs.items() if count)
     lines = [
@@ -86,8 +87,8 @@ def _study_lines(study: Study, ledger: Ledger, claims: Iterable[Claim]) -> list[
         f"## Study {study.name}",
         "",
         *paragraph(
-            f"{len(records)} finished runs, {diverged} of them diverged: {len(study.variant_names)} variants, "
-            f"{len(study.seeds)} seeds ({trained}). {explanation(study)}"
+            f"{len(records)} of {planned} runs have ended, {diverged} of them diverged: {len(study.variant_names)} "
+            f"variants, {len(study.seeds)} seeds ({trained}). {explanation(study)}"
         ),
     ]
     for claim in claims:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
-import sys
 from typing import Any
 
+import make_results
 import yaml
 
 from hf_imgproc_attn.cards.rendering import RunResults, render_card
 from tests.helpers import ROOT
-
-sys.path.insert(0, str(ROOT / "training"))
-import make_results
 
 RESULTS, CARDS = ROOT / "training" / "results", ROOT / "model_cards"
 NAMES = make_results.NAMES

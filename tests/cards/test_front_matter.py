@@ -65,7 +65,7 @@ def test_an_accuracy_and_its_standard_error_are_those_of_the_record(images: RunR
 
 
 def test_metrics_of_the_training_scripts_all_have_a_name(images: RunResults, text: RunResults) -> None:
-    assert {metric for run in (images, text) for metric in run.record["metrics"]["test"]} == set(METRICS)
+    assert {metric for run in (images, text) for metric in run.record["metrics"]["test"]} <= set(METRICS)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

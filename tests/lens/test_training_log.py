@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from hf_imgproc_attn.cards.filters import check_lens, lens_history, lens_in_markdown
 from hf_imgproc_attn.errors import UsageError
-from tests.helpers import ROOT
-
-sys.path.insert(0, str(ROOT / "training"))
 
 TINY = ["hidden_size=16", "num_hidden_layers=2", "num_attention_heads=2", "intermediate_size=32"]
 

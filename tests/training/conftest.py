@@ -1,19 +1,13 @@
-"""Small data sets on disk, and the training scripts as modules."""
+"""Small data sets on disk."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-from tests.helpers import ROOT
-
-# The scripts import each other as siblings, as they do when they are run.
-sys.path.insert(0, str(ROOT / "training"))
 
 WriteImages = Callable[..., Path]
 WriteText = Callable[..., Path]

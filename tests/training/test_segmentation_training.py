@@ -20,6 +20,7 @@ from transformers import AutoModelForSemanticSegmentation, SegformerConfig, Segf
 
 from hf_imgproc_attn import ImgProcViTForSemanticSegmentation, filtered_layers
 from hf_imgproc_attn.cards.rendering import load_results, render_card
+from hf_imgproc_attn.cards.results import METRICS
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.hub.run_files import contents, read_run
 from hf_imgproc_attn.training_support import composed_digits
@@ -219,6 +220,7 @@ def test_its_card_and_what_would_be_published(run: Path) -> None:
     assert re.search(r"\| clean \| mean IoU \| validation \| 4 images \|.* \d+\.\d\d % \|", card)
     assert "imgproc-attn train-segmentation " in card
     assert "(8 pixels a side)" in card
+    assert set(load_results(run).record["metrics"]["validation"]) <= set(METRICS)
     files = contents(read_run(run), "you/rooms", None, {}).files
     assert {"predictions.png", "modeling_dense.py", "image_processing_imgproc_segmentation.py"} <= set(files)
 
