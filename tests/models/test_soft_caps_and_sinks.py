@@ -130,8 +130,7 @@ def test_positions_and_sinks_are_compared_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("options", "chosen"),
     [
-        ({"content": Content("dot_product", 0.4, CAP)}, "chunked"),
-        ({"content": Content("dot_product", 0.4, CAP), "dropout": 0.1}, "reference"),
+        ({"content": Content("dot_product", 0.4, CAP)}, "reference"),
         ({"sinks": torch.ones(4)}, "sdpa"),
         ({"sinks": torch.ones(4), "dropout": 0.1, "booster": Booster("twicing")}, "reference"),
     ],
@@ -145,3 +144,10 @@ def test_the_back_end_is_chosen_by_what_can_be_computed(options: dict[str, Any],
         if name in BACKENDS:
             with pytest.raises(ValueError, match=f"backend='{name}' cannot serve this call: it knows no "):
                 run_filter(call, name)
+
+
+def test_many_scores_with_a_soft_cap_come_in_chunks() -> None:
+    rows = torch.randn(1, 1, 256, 4)
+    call = FilterCall(rows, rows, rows, Content("dot_product", 0.4, CAP), Visibility(256, 256, True))
+    assert choose_backend(call) == "chunked"
+    torch.testing.assert_close(run_filter(call, "auto"), run_filter(call, "reference"))
