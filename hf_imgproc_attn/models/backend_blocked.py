@@ -15,6 +15,7 @@ from .backend_blocked_passes import Call, Computed, Tensors, forward_passes, rec
 from .backend_blocked_plan import Plan, make_plan
 from .backend_call import Booster, Content, FilterCall, without_autocast
 from .backend_sdpa import augment
+from .boost_operators import ONE_PASS
 from .cache_streams import boost_stream
 from .kernel_content import HALF_DTYPES
 from .kernel_position import BlockedPositions
@@ -53,7 +54,7 @@ def run(call: FilterCall, *, block_rows: int | None = None, group_pairs: int | N
     Raises:
         ValueError: for a boosted filter with more keys than queries but not the earlier keys' streams.
     """
-    if call.finishes_by_row:
+    if call.booster.name in ONE_PASS:
         return call.finish(run(call.plain(), block_rows=block_rows, group_pairs=group_pairs))
     positions, products = _as_products(call)
     output, streams = _blocked(products, positions, block_rows, group_pairs)

@@ -22,6 +22,7 @@ from .backend_measured import SAFE, cuda_order
 from .backend_reference import run as run_reference
 from .backend_sdpa import refuses as sdpa_refuses
 from .backend_sdpa import run as run_sdpa
+from .boost_operators import ONE_PASS
 from .kernel_content import HALF_DTYPES
 from .kernel_position import BlockedPositions
 
@@ -83,10 +84,6 @@ FEW_SCORES = 2**15
 """With fewer scores than this in all, the time goes into calls and not into products."""
 
 
-def _is_fused_nowhere(call: FilterCall) -> bool:
-    return call.own_softmax is not None and sdpa_refuses(call) is not None
-
-
 def _is_one_row(call: FilterCall) -> bool:
     is_plain = not (call.is_boosted or call.has_columns)
     return call.query.shape[-2] == 1 and call.query.dtype not in HALF_DTYPES and not is_plain
@@ -118,14 +115,6 @@ CHOICES = (
         lambda call: torch.compiler.is_compiling(),
         ("sdpa", "reference"),
     ),
-    # No fused call has it. With few scores one block is all rows.
-    Choice(
-        None,
-        "the same with few scores",
-        lambda call: _is_fused_nowhere(call) and _has_few_scores(call),
-        ("reference",),
-    ),
-    Choice(None, "logits with a soft cap, other weights than softmax", _is_fused_nowhere, ("chunked", "reference")),
     # One row of weights serves all passes, and no columns have to be put beside every cached key.
     Choice(None, "one query, boosted or with columns", _is_one_row, ("reference",)),
     # Twicing, in units of one SDPA call on the same tensors: forward / forward + backward, float32, head_dim 64.
@@ -133,7 +122,7 @@ CHOICES = (
     # 4 heads, N = 64: SDPA 2.6 / 2.0, blocked 6.8 / 5.3
     Choice("cpu", "few scores", _has_few_scores, ("sdpa", "reference")),
     # SDPA would need a dense N x N bias.
-    Choice("cpu", "positions by place", _sees_places, ("blocked",)),
+    Choice("cpu", "positions by place", lambda call: bool(call.positions) and _sees_places(call), ("blocked",)),
     # N = 2048: SDPA 2.1 / 2.0, blocked 2.5 / 1.9
     Choice("cpu", "boosted, long, not causal", _takes_several_passes, ("sdpa", "blocked")),
     # Causal N = 1024: SDPA 2.0 / 2.0, blocked 1.5 / 1.3; bidirectional N = 197: SDPA 2.0 / 2.0, blocked 1.7 / 1.6. Not
@@ -154,6 +143,8 @@ def order_elsewhere(device: str, call: FilterCall) -> tuple[str, ...]:
         device: type of the device.
         call: what is to be computed.
     """
+    if call.own_softmax is not None and sdpa_refuses(call) is not None:  # no fused call has it
+        return ("reference",) if _has_few_scores(call) else ("chunked", "reference")
     if _sees_places(call) and call.query.shape[:3].numel() * call.key.shape[-2] > LARGE_BIAS:
         return ("blocked", *SAFE)
     if device != "cuda" or not (call.is_boosted or call.has_columns):
@@ -201,7 +192,7 @@ def run_filter(call: FilterCall, backend: str, option: str = "backend") -> torch
     if call.difference is not None:
         first, other = (run_filter(part, backend, option) for part in call.maps() if part is not None)
         return (first - call.difference.share * other).to(first.dtype)
-    if call.finishes_by_row:
+    if call.booster.name in ONE_PASS:
         return call.finish(run_filter(call.plain(), backend, option))
     if backend == "auto":
         return BACKENDS[choose_backend(call)].run(call)

@@ -70,6 +70,7 @@ class AttentionFilter(nn.Module):
         # Layer 0 has no layer before it to compare its values with.
         self.has_metric = spec.content_kernel == "elliptical" and layer_idx > 0
         self.operator = operator_on_value(spec.boosting)
+        self._has_gain = spec.boosting in ("learned", "inversion", "dynamic_inversion")
         self.stream_names = self._stream_names()
         self._feedback_gains = feedback_gains(config)
         self.passes_value = needs_previous_value(config)
@@ -308,6 +309,7 @@ class AttentionFilter(nn.Module):
             if metric.shape[1] != query.shape[1]:
                 metric = metric.repeat_interleave(query.shape[1] // metric.shape[1], dim=1)
             scale = metric * scale
+        gain = self._gain(scalars, hidden_states, query.dtype) if self._has_gain else None
         return FilterCall(
             query,
             key,
@@ -315,10 +317,10 @@ class AttentionFilter(nn.Module):
             content=Content(content_kernel, scale),
             visibility=visibility,
             positions=positions,
-            booster=Booster(self.operator, self.spec.boosting_steps, self._gain(scalars, hidden_states, query.dtype)),
+            booster=Booster(self.operator, self.spec.boosting_steps, gain),
             dropout=dropout,
             streams=streams,
-            own_value=streams.own_value(value, query.shape[-2]),
+            own_value=streams.own_value(value, query.shape[-2]) if streams.is_cached else None,
             sinks=scalars.sink,
             normalisation=self._normalisation,
         )

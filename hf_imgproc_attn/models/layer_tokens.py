@@ -44,7 +44,8 @@ def filter_tokens(
         ``[batch, heads, length, key_length]`` (of ``gradient_boosted`` those of its rounds,
         ``[batch, rounds, heads, length, key_length]``) or None; the new state.
     """
-    streams = cache_streams(inputs.past_key_values, layer, inputs)
+    cache = inputs.past_key_values
+    streams = NO_STREAMS if cache is None else cache_streams(cache, layer, inputs)
     value, state = projected[2], inputs.state
     inputs = inputs._replace(hidden_states=hidden_states)
     output, weights = layer(*projected, inputs, streams=streams, dropout=dropout)

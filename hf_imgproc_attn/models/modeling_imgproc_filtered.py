@@ -67,6 +67,8 @@ class FilteredModel(PreTrainedModel):
         base.label2id = config.label2id or {label: number for number, label in config.id2label.items()}
         if config._attn_implementation_internal is not None:
             base._attn_implementation = config._attn_implementation_internal
+        if getattr(config, "_experts_implementation_internal", None) is not None:
+            base._experts_implementation = config._experts_implementation_internal
         mapping = getattr(transformers, cls.base_auto_class)._model_mapping
         if type(base) not in mapping:
             raise ValueError(f"{cls.base_auto_class} knows no class for a model of type {base.model_type!r}")

@@ -186,7 +186,7 @@ def test_without_triton_the_package_imports_and_says_so(run_python: RunPython) -
     result = run_python("-c", code)
     assert result.returncode == 0, result.stderr
     hint = 'needs the package triton: pip install ".[kernels]" in a checkout of this package'
-    assert result.stdout == f"['reference', 'sdpa', 'blocked', 'flex'] {hint}\n"
+    assert result.stdout == f"['reference', 'sdpa', 'blocked', 'chunked', 'flex'] {hint}\n"
 
 
 def test_without_a_gpu_calls_are_refused_in_words(without_gpu: Any) -> None:
