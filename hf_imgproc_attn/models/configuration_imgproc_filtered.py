@@ -36,6 +36,9 @@ class ImgProcFilteredConfig(PreTrainedConfig):
         filter_arguments: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        for name, given in (("base_config", base_config), ("filter_arguments", filter_arguments)):
+            if given is not None and not isinstance(given, dict):
+                raise ValueError(f"{name} must be a dictionary or None, got {given!r}")
         kwargs.pop("vocab_size", None)  # said in the file for others; see ``to_dict``
         for name in _OF_THE_BASE & set(base_config or {}):
             kwargs.setdefault(name, (base_config or {})[name])

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from hf_imgproc_attn import apply_filter, filtered_layers, remove_filter
 from hf_imgproc_attn.models.any_filter import filter_arguments
+from hf_imgproc_attn.models.configuration_imgproc_filtered import ImgProcFilteredConfig
 from tests.any_model.architectures import DECODERS, GROUPED, build, inputs, output
 from tests.helpers import run_command
 
@@ -122,6 +123,14 @@ def test_a_model_without_its_filters_is_saved_as_stock(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["model_type"] == "llama"
     LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["base_config", "filter_arguments"])
+@pytest.mark.parametrize("value", ["twicing", 7, []])
+def test_a_configuration_whose_parts_are_no_dictionaries_is_refused(name: str, value: Any) -> None:
+    fields: dict[str, Any] = {"base_model_type": "llama", "base_config": {}, "filter_arguments": {}, name: value}
+    with pytest.raises(ValueError, match=f"{name} must be a dictionary or None, got "):
+        ImgProcFilteredConfig(**fields)
 
 
 def test_a_base_of_an_unknown_type_is_refused(tmp_path: Path) -> None:
