@@ -83,6 +83,7 @@ def filtered_attention(
     if attention_mask is None and causal and 1 < query.shape[-2] < key.shape[-2]:
         # As Transformers has it, the first tokens of a cache of fixed size: the places after them are empty.
         key, value = (x[..., : query.shape[-2], :] for x in (key, value))
+    _check_mask(part.layer_name, attention_mask, kwargs.get("sliding_window"), key.shape[-2], seat.stock_config)
     visibility = _visibility(seat.shared, attention_mask, query, key, causal)
     output, weights = part(
         seat,
@@ -113,6 +114,22 @@ def _wants_attentions(config: Any, asked: bool) -> bool:
         return asked or bool(getattr(config, "output_attentions", False))
     collector = getattr(output_capturing, "_active_collector", None)  # no public name
     return collector is None or any("attentions" in name for name in collector.get() or ())
+
+
+def _check_mask(name: str, mask: Any, window: Any, key_length: int, config: Any) -> None:
+    """Refuse masks that do not tell who is seen: other layers' attention functions may want them so."""
+    asked = config._attn_implementation
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        raise ValueError(
+            f"the filter of {name} needs its mask as a tensor, got a {type(mask).__name__}, as attn_implementation="
+            f"{asked!r} wants it: use 'sdpa' or 'eager'"
+        )
+    windowed = isinstance(window, int) and not isinstance(window, bool) and 0 < window < key_length
+    if windowed and asked not in ("sdpa", "eager", None) and (mask is None or mask.ndim == 2):
+        raise ValueError(
+            f"the filter of {name} needs a mask that shows its sliding window of {window} tokens, and "
+            f"attn_implementation={asked!r} makes none: use 'sdpa' or 'eager'"
+        )
 
 
 def _visibility(

@@ -8,6 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     BertConfig,
     BertModel,
     BloomConfig,
@@ -17,6 +19,8 @@ from transformers import (
     SegformerConfig,
     SegformerModel,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import flash_attention_mask
 
 from hf_imgproc_attn import apply_filter, filtered_layers, remove_filter
 from tests.any_model.architectures import TEXT, build, inputs, output, text
@@ -110,6 +114,32 @@ def test_terms_of_the_logits_that_are_not_understood_are_refused() -> None:
     model = apply_filter(build("llama"), "twicing")
     with pytest.raises(ValueError, match=r"layers.0.self_attn does not take tilt: it is not known what it does"):
         model(text(), tilt=torch.ones(4))
+
+
+def test_a_mask_that_is_no_tensor_is_refused() -> None:
+    """Flex attention has blocks of visible tokens instead."""
+    AttentionInterface.register("in_blocks", sdpa_attention_forward)
+    AttentionMaskInterface.register("in_blocks", lambda *args, **kwargs: range(3))
+    model = apply_filter(build("llama"), "twicing")
+    model.set_attn_implementation("in_blocks")  # type: ignore[operator]
+    with pytest.raises(
+        ValueError, match="needs its mask as a tensor, got a range, as attn_implementation='in_blocks'"
+    ):
+        model(text())
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_window_that_no_mask_shows_is_refused(padded: bool) -> None:
+    """Masks as flash attention wants them tell padding only: its own functions know the window."""
+    AttentionInterface.register("padding_only", sdpa_attention_forward)
+    AttentionMaskInterface.register("padding_only", flash_attention_mask)
+    model, mask = apply_filter(build("mistral"), "twicing"), torch.ones(2, 14, dtype=torch.long)
+    mask[0, :3] = 1 - padded
+    model.set_attn_implementation("padding_only")  # type: ignore[operator]
+    with pytest.raises(
+        ValueError, match=r"layers.0.self_attn needs a mask that shows its sliding window of \d+ tokens"
+    ):
+        model(text(), attention_mask=mask)
 
 
 @pytest.mark.parametrize(("name", "term"), [("gemma2", "softcap"), ("gpt_oss", "s_aux")])
