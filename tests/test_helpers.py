@@ -74,3 +74,9 @@ def test_a_command_that_leaves_a_process_behind_fails_in_time() -> None:
     with pytest.raises(pytest.fail.Exception, match=r"ran for more than 1 s\nhere"):
         run_command(["bash", "-c", "echo here; sleep 60; true"], timeout=1)
     assert time.monotonic() - started < 30
+
+
+@pytest.mark.xdist_group("together")
+def test_groups_of_tests_stay_in_one_worker(request: pytest.FixtureRequest) -> None:
+    """By their names, in which pytest-xdist finds the group; else what they share is made once in every worker."""
+    assert request.node.nodeid.endswith("@together") == bool(getattr(request.config.option, "loadgroup", False))
