@@ -124,8 +124,9 @@ def _check_mask(name: str, mask: Any, window: Any, key_length: int, config: Any)
             f"the filter of {name} needs its mask as a tensor, got a {type(mask).__name__}, as attn_implementation="
             f"{asked!r} wants it: use 'sdpa' or 'eager'"
         )
-    windowed = isinstance(window, int) and not isinstance(window, bool) and 0 < window < key_length
-    if windowed and asked not in ("sdpa", "eager", None) and (mask is None or mask.ndim == 2):
+    if asked in ("sdpa", "eager", None) or (mask is not None and mask.ndim != 2):
+        return  # before lengths are looked at: a compiled step would depend on them
+    if isinstance(window, int) and not isinstance(window, bool) and 0 < window < key_length:
         raise ValueError(
             f"the filter of {name} needs a mask that shows its sliding window of {window} tokens, and "
             f"attn_implementation={asked!r} makes none: use 'sdpa' or 'eager'"
