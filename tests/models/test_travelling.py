@@ -113,7 +113,7 @@ def save(case: str, folder: Path) -> None:
             expected["generated"] = model.generate(**expected["inputs"], max_new_tokens=6, do_sample=False)
             prompt = words("w3 w17 w5", return_tensors="pt")
             answer = model.generate(prompt.input_ids, max_new_tokens=5, do_sample=False, use_cache=False)
-            expected["text"] = words.decode(answer[0])
+            expected["text"] = words.decode(answer[0], skip_special_tokens=True)  # as the pipeline does
         if "_classifier_" in case:
             probabilities = output.logits[0].softmax(-1).tolist()
             expected["probabilities"] = {model.config.id2label[label]: p for label, p in enumerate(probabilities)}
