@@ -17,7 +17,7 @@ _LARGEST_GROUPS = 32
 
 def feature_map(tokens: torch.Tensor, grid: tuple[int, int], class_tokens: int) -> torch.Tensor:
     """Tokens ``[batch, class_tokens + patches, channels]`` without the class tokens, ``[batch, channels, *grid]``."""
-    return tokens[:, class_tokens:].mT.unflatten(2, grid).contiguous()
+    return tokens[:, class_tokens:].mT.unflatten(2, grid)
 
 
 class UpsamplingHead(nn.Sequential):

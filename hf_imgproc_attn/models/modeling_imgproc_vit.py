@@ -310,7 +310,7 @@ class ImgProcViTForSemanticSegmentation(ImgProcViTPreTrainedModel):
             check_masks(self.config, pixel_values, labels)
         options = {"interpolate_pos_encoding": interpolate_pos_encoding, "attention_mask": attention_mask, **kwargs}
         outputs = self.vit(pixel_values, **options)
-        logits = self.decode_head(feature_map(outputs.last_hidden_state, grid, NUM_CLASS_TOKENS))
+        logits = self.decode_head(feature_map(outputs.last_hidden_state, grid, NUM_CLASS_TOKENS).contiguous())
         ignored = self.config.semantic_loss_ignore_index
         return SemanticSegmenterOutput(
             loss=None if labels is None else segmentation_loss(logits, labels, ignored),
@@ -354,7 +354,7 @@ class ImgProcViTBackbone(BackboneMixin, ImgProcViTModel):
         grid = grid_size(self.config, *pixel_values.shape[-2:])
         maps = (self.layernorm(outputs.hidden_states[index]) for index in self.out_indices)
         return BackboneOutput(
-            feature_maps=tuple(feature_map(tokens, grid, NUM_CLASS_TOKENS) for tokens in maps),
+            feature_maps=tuple(feature_map(tokens, grid, NUM_CLASS_TOKENS).contiguous() for tokens in maps),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
