@@ -13,7 +13,7 @@ from hf_imgproc_attn.models.backend_call import Booster, Content, FilterCall
 from hf_imgproc_attn.models.backend_table import choose_backend
 from hf_imgproc_attn.models.visibility import attention_visibility, model_visibility
 
-BACKENDS = ("reference", "sdpa", "blocked", "flex", "auto")
+BACKENDS = ("reference", "sdpa", "blocked", "chunked", "flex", "auto")
 BATCH, HEADS, LENGTH, WIDTH = 2, 3, 11, 8
 EXACT = {"rtol": 0, "atol": 1e-11}
 
