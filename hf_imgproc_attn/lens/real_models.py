@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import OneLineParser, UsageError, exit_code
 from ..output_paths import check_new_files, check_output_folder, write_or_keep
 from .compare import look_at
-from .figures import DRAWINGS, draw_panel
+from .figures import DRAWINGS, HEAD_MEASURES, draw_panel
 from .report import Report, cell, table
 from .run import LensOptions
 
@@ -44,14 +44,6 @@ def packaged_models() -> dict[str, tuple[str, str]]:
 
 def summary_of(report: Report) -> dict[str, Any]:
     """What the page says of a model: means over the heads, by layer."""
-    heads = (
-        "entropy_share",
-        "position_bandwidth",
-        "content_bandwidth",
-        "sink_weight",
-        "sink_value_ratio",
-        "method_noise",
-    )
     layers = []
     for layer in report.layers:
         shares = [head.shares for head in layer.heads]
@@ -73,7 +65,7 @@ def summary_of(report: Report) -> dict[str, Any]:
         "data": report.data,
         "samples": report.samples,
         "length": report.length,
-        "heads": {name: [_number(value) for value in report.mean(name)] for name in heads},
+        "heads": {name: [_number(value) for value in report.mean(name)] for name in HEAD_MEASURES},
         "layers": layers,
     }
 

@@ -6,7 +6,7 @@ masks and normalisations, the lens knows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -98,16 +98,8 @@ def rows_of(call: FilterCall, start: int, stop: int) -> FilterCall:
     )
 
 
-def _visibility_rows(visible: Visibility, start: int, stop: int, keys: int) -> Visibility:
-    def cut(x: torch.Tensor | None) -> torch.Tensor | None:
-        if x is None:
-            return None
-        x = x if x.shape[-1] == 1 else x[..., :keys]
-        return x if x.shape[-2] == 1 else x[..., start:stop, :]
-
+def _cut_each(visible: Visibility, cut: Callable[[torch.Tensor | None], torch.Tensor | None]) -> Visibility:
     return visible._replace(
-        length=stop - start,
-        key_length=keys,
         keys=cut(visible.keys),
         mask=cut(visible.mask),
         bias=cut(visible.bias),
@@ -115,6 +107,16 @@ def _visibility_rows(visible: Visibility, start: int, stop: int, keys: int) -> V
         blind=cut(visible.blind),
         dense=cut(visible.dense),
     )
+
+
+def _visibility_rows(visible: Visibility, start: int, stop: int, keys: int) -> Visibility:
+    def cut(x: torch.Tensor | None) -> torch.Tensor | None:
+        if x is None:
+            return None
+        x = x if x.shape[-1] == 1 else x[..., :keys]
+        return x if x.shape[-2] == 1 else x[..., start:stop, :]
+
+    return _cut_each(visible, cut)._replace(length=stop - start, key_length=keys)
 
 
 def position_rows(term: Positions, start: int, stop: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
@@ -179,7 +181,7 @@ def some_samples(call: FilterCall, samples: slice) -> FilterCall:
     def cut(x: torch.Tensor | None) -> torch.Tensor | None:
         return x if x is None or x.shape[0] != batch else x[samples]
 
-    visible, scale = call.visibility, call.content.scale
+    scale = call.content.scale
     if isinstance(scale, torch.Tensor) and scale.ndim == 4:
         scale = scale if scale.shape[0] == 1 else scale[samples]
     return call._replace(
@@ -187,14 +189,7 @@ def some_samples(call: FilterCall, samples: slice) -> FilterCall:
         key=call.key[samples],
         value=call.value[samples],
         content=call.content._replace(scale=scale),
-        visibility=visible._replace(
-            keys=cut(visible.keys),
-            mask=cut(visible.mask),
-            bias=cut(visible.bias),
-            hidden=cut(visible.hidden),
-            blind=cut(visible.blind),
-            dense=cut(visible.dense),
-        ),
+        visibility=_cut_each(call.visibility, cut),
         positions=tuple(_samples_of(term, batch, samples) for term in call.positions),
         streams=NO_STREAMS,
         own_value=cut(call.own_value),

@@ -9,19 +9,18 @@ be refused by the package, with the reason; that is what the table then shows. A
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from ..errors import UsageError, plain_message
+from ..errors import plain_message
 from ..models.configuration_imgproc_bert import ImgProcBertConfig
 from ..models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from ..models.configuration_imgproc_vit import ImgProcViTConfig
@@ -30,7 +29,7 @@ from ..models.modeling_imgproc_gpt2 import ImgProcGPT2LMHeadModel
 from ..models.modeling_imgproc_vit import ImgProcViTForImageClassification, ImgProcViTForMaskedImageModeling
 from ..models.modeling_shared import SUPPORTED_IMPLEMENTATIONS
 from ..models.spec_fields import PRESETS
-from .gpu_check.report import replace_between
+from .page_table import measured, write_table, written_reasons
 
 COMMAND = "imgproc-attn compatibility docs/compatibility.md"
 MARKS = ("<!-- measured: begin -->\n", "\n<!-- measured: end -->")
@@ -289,35 +288,15 @@ def table(outcomes: dict[tuple[str, str], str]) -> str:
 def read_table(text: str) -> dict[tuple[str, str], str]:
     """What :func:`table` was made of."""
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
-    reasons = [line.partition("`")[2].removesuffix("`") for line in text.splitlines() if line.startswith("(")]
+    reason = written_reasons(text)
     return {
-        (row[0].strip("`"), check.key): YES if cell == YES else reasons[int(cell.partition("(")[2][:-1]) - 1]
+        (row[0].strip("`"), check.key): YES if cell == YES else reason(cell)
         for row in rows
         for check, cell in zip(CHECKS, row[1:], strict=True)
     }
 
 
-def _outcomes() -> Iterator[tuple[tuple[str, str], str]]:
-    for preset in PRESETS:
-        for check in CHECKS:
-            try:
-                yield (preset, check.key), measure(check, preset)
-            except Exception as error:
-                raise RuntimeError(f"{check.key} of {preset} is at fault") from error
-
-
 def write(page: Path) -> None:
-    """Measure all, and put the table between the two marks of a page.
-
-    Raises:
-        UsageError: if it has no such marks, before anything is measured, or PEFT is not installed.
-    """
-    if importlib.util.find_spec("peft") is None:
-        raise UsageError("this needs peft, which is not installed: pip install peft")
-    try:
-        text = page.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"page must be a Markdown file with this table, got {str(page)!r}: {error}") from error
-    if not text.partition(MARKS[0])[2].partition(MARKS[1])[1]:
-        raise UsageError(f"page must have the marks {' and '.join(map(str.strip, MARKS))}, got {str(page)!r}")
-    replace_between(page, MARKS, table(dict(_outcomes())))
+    """Measure all, and put the table between the two marks of a page; errors as of :func:`.page_table.write_table`."""
+    columns = {check.key: check for check in CHECKS}
+    write_table(page, MARKS, lambda: table(measured(PRESETS, columns, measure)))

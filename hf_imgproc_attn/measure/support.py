@@ -9,11 +9,10 @@ cannot work has to be refused by the package, with the reason. All else that goe
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +22,11 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.masking_utils import sdpa_mask
 
-from ..errors import UsageError, plain_message
+from ..errors import plain_message
 from ..models.any_filter import apply_filter, filtered_layers
 from ..models.any_layers import attention_layers
 from ..models.modeling_imgproc_filtered import auto_map
-from .gpu_check.report import replace_between
+from .page_table import measured, write_table, written_reasons
 from .support_models import (
     ARCHITECTURES,
     AUDIO,
@@ -383,36 +382,16 @@ def table(outcomes: dict[tuple[str, str], str]) -> str:
 def read_table(text: str) -> dict[tuple[str, str], str]:
     """What :func:`table` was made of."""
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    reasons = [line.partition("`")[2].removesuffix("`") for line in text.splitlines() if line.startswith("(")]
+    reason = written_reasons(text)
     return {
-        (row[0], column.title): cell if cell in (YES, NOTHING) else reasons[int(cell.partition("(")[2][:-1]) - 1]
+        (row[0], column.title): cell if cell in (YES, NOTHING) else reason(cell)
         for row in rows
         if row[0] in ARCHITECTURES
         for column, cell in zip(COLUMNS, row[1:], strict=True)
     }
 
 
-def _outcomes() -> Iterator[tuple[tuple[str, str], str]]:
-    for title in ARCHITECTURES:
-        for column in COLUMNS:
-            try:
-                yield (title, column.title), measure(column, title)
-            except Exception as error:
-                raise RuntimeError(f"{column.title} of {title} is at fault") from error
-
-
 def write(page: Path) -> None:
-    """Measure all, and put the table between the two marks of a page.
-
-    Raises:
-        UsageError: if it has no such marks, before anything is measured, or PEFT is not installed.
-    """
-    if importlib.util.find_spec("peft") is None:
-        raise UsageError("this needs peft, which is not installed: pip install peft")
-    try:
-        text = page.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"page must be a Markdown file with this table, got {str(page)!r}: {error}") from error
-    if not text.partition(MARKS[0])[2].partition(MARKS[1])[1]:
-        raise UsageError(f"page must have the marks {' and '.join(map(str.strip, MARKS))}, got {str(page)!r}")
-    replace_between(page, MARKS, table(dict(_outcomes())))
+    """Measure all, and put the table between the two marks of a page; errors as of :func:`.page_table.write_table`."""
+    columns = {column.title: column for column in COLUMNS}
+    write_table(page, MARKS, lambda: table(measured(ARCHITECTURES, columns, measure)))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .boost_operators import BOOSTING, ONE_PASS, Attend, keep_rows
+from .boost_operators import BOOSTING, Attend, keep_rows
 from .cache_streams import NO_STREAMS, Streams, boost_stream
 from .kernel_content import CONTENT_COLUMNS, working_dtype
 from .kernel_normalisation import Normalisation
@@ -158,11 +158,6 @@ class FilterCall(NamedTuple):
 
         name, steps, gain = self.booster
         return BOOSTING[name](apply, extend, new_value, value, steps, gain)
-
-    @property
-    def finishes_by_row(self) -> bool:
-        """Whether the booster applies A once and finishes row by row."""
-        return self.booster.name in ONE_PASS
 
     def plain(self) -> FilterCall:
         """The same without the booster."""

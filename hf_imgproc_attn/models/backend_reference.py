@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .backend_call import FilterCall, without_autocast
-from .boost_operators import BOOSTING, NOT_LINEAR, keep_rows
+from .boost_operators import BOOSTING, NOT_LINEAR, ONE_PASS, keep_rows
 from .kernel_content import CONTENT_LOGITS, working_dtype
 from .kernel_normalisation import NORMALISATIONS, Normalisation
 from .kernel_position import position_logits
@@ -139,7 +139,7 @@ def reference_attention(
             if attentions is not None:
                 returned = matrix.to(dtype)
                 matrix = _exact_through(returned, matrix)
-            if call.finishes_by_row:
+            if call.booster.name in ONE_PASS:
                 return call.finish(attend(call.visibility.clean_keys(value))).to(dtype), returned
             return call.boost(attend, call.new_value.to(compute_dtype), value).to(dtype), returned
         if not call.visibility.is_square:

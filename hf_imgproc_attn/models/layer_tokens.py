@@ -59,10 +59,10 @@ def filter_tokens(
 
 
 def cache_streams(cache: Any, layer: AttentionFilter, inputs: LayerInputs) -> Streams:
-    """A layer's part of a cache of any kind, or of none.
+    """A layer's part of a cache of any kind.
 
     Args:
-        cache: a Transformers cache or None.
+        cache: a Transformers cache.
         layer: the layer's filter.
         inputs: whose visibility tells how many keys are attended to.
 
@@ -71,8 +71,6 @@ def cache_streams(cache: Any, layer: AttentionFilter, inputs: LayerInputs) -> St
     """
     # A decoder with cross-attention keeps the cache of its self-attention inside another one.
     cache = getattr(cache, "self_attention_cache", cache)
-    if cache is None:
-        return NO_STREAMS
     layers, layer_idx = cache.layers, layer.layer_idx
     kind = layers[layer_idx] if layer_idx < len(layers) else cache.layer_class_to_replicate
     # By attribute and not by class: the same file may be loaded twice, from the package and from a checkpoint.
