@@ -32,6 +32,7 @@ KEEPING = {
     "gradient_boosted": (".filter.gradient_boosting.", 3),
     "inversion": ("scalar_bias.inversion_gains", 3),
     "dynamic_inversion": (".filter.token_gains.", 3),
+    "local_linear": (".filter.weight_booster.", 3),
     "gated": (".filter.gate.", 3),
     "value_residual": ("scalar_bias.value_residual", 2),
 }
@@ -120,7 +121,14 @@ def test_the_function_is_kept_and_what_is_new_learns(stock_spec: tuple, preset: 
     model = convert(stock, preset)
     torch.testing.assert_close(outputs(model), outputs(stock), rtol=1e-5, atol=1e-5)
     outputs(model).square().sum().backward()
-    zeros = ("boosting_gain", "feedback_gains", "value_residual", "token_gains.weight", "gate.projection.weight")
+    zeros = (
+        "boosting_gain",
+        "feedback_gains",
+        "value_residual",
+        "token_gains.weight",
+        "gate.projection.weight",
+        "slope.weight",
+    )
     starts = [p for name, p in model.named_parameters() if name.endswith((*zeros, "inversion_gains"))]
     assert bool(starts) == (preset != "gradient_boosted")
     assert all(parameter.grad.abs().min() > 0 for parameter in starts)

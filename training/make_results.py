@@ -32,6 +32,7 @@ ONE_RECIPE = {
     "inversion": "vit_digits",
     "dynamic_inversion": "vit_digits",
     "exclusive": "vit_digits",
+    "local_linear": "vit_digits",
     "gated": "vit_digits",
     "sink": "vit_digits",
     "sigmoid": "vit_digits",

@@ -230,6 +230,18 @@ VARIANTS: dict[str, Variant] = {
         symbols=f"$v_i$ is the value of token $i$ itself; {_STOCK_SYMBOLS}",
         papers=("exclusive",),
     ),
+    "local_linear": Variant(
+        text="A of softmax; u_i = Σ_j a_ij (1 + s̄_i - s_ij) v_j, s_ij = r_iᵀk_j, s̄_i = Σ_j a_ij s_ij, r = W_R z",
+        equation=(
+            r"u_i = \sum_j A_{ij} (1 + \bar s_i - s_{ij}) v_j, \qquad s_{ij} = r_i^\top k_j, \quad "
+            rf"\bar s_i = \sum_j A_{{ij}} s_{{ij}}, \qquad {_STOCK}"
+        ),
+        symbols=(
+            "$r_i = W_R z_i$ is a learned projection of the layer's normalised input $z_i$, one vector per head, from "
+            f"$W_R = 0$, where this is `softmax`; {_STOCK_SYMBOLS}"
+        ),
+        papers=("local_linear", "takeda"),
+    ),
     "gated": Variant(
         text="A of softmax; u_i = 2σ(W z_i) ∘ (A V)_i",
         equation=rf"u_i = 2 \sigma(W z_i) \odot (A V)_i, \qquad {_STOCK}",

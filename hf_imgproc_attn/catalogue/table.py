@@ -18,7 +18,13 @@ from ..backbones import BACKBONES, in_words
 from ..models.boost_operators import BOOSTING, ONE_PASS, keep_rows, operator_on_value
 from ..models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from ..models.layer_filter import AttentionFilter
-from ..models.spec_axes import COORDINATE_KERNELS, FILTER_BACKENDS, is_stock_layer, uses_position_table
+from ..models.spec_axes import (
+    COORDINATE_KERNELS,
+    FILTER_BACKENDS,
+    WEIGHTS_ONE_BY_ONE,
+    is_stock_layer,
+    uses_position_table,
+)
 from ..models.spec_fields import PRESETS
 from .presets import REASONS, VARIANTS
 from .works import PAPERS
@@ -114,6 +120,8 @@ def parameter_terms(preset: str) -> list[Term]:
         terms.append(Term("2HL", lambda s: 2 * s.H * s.L))
     if spec.boosting == "dynamic_inversion":
         terms.append(Term("(2d + 2)HL", lambda s: (2 * s.d + 2) * s.H * s.L))
+    if spec.boosting == "local_linear":
+        terms.append(Term("d²L", lambda s: s.d**2 * s.L))
     if spec.feedback == "value_residual":
         terms.append(Term("L - 1", lambda s: s.L - 1))
     if spec.normalisation == "sink":
@@ -155,7 +163,8 @@ def cost(preset: str) -> str:
         "relative_buckets": "O(N²H) (position logits)",
         "rotary": "O(Nd)",
     }.get(spec.position_kernel)
-    number, each = passes(preset), "6N²d" if spec.position_kernel == "untied" else "4N²d"
+    each = "6N²d" if spec.position_kernel == "untied" or spec.boosting == "local_linear" else "4N²d"
+    number = passes(preset)
     parts = [f"{number} pass of {each}" if number == 1 else f"{number} passes of {each}"]
     if number > 1 and spec.boosting != "gradient_boosted":
         # Weights once, then a product with each stream.
@@ -169,6 +178,8 @@ def cost(preset: str) -> str:
         parts.append("O(NdH)")
     if spec.gate == "elementwise":
         parts.append("2Nd² (gate)")
+    if spec.boosting == "local_linear":
+        parts.append("2Nd² (projection)")
     if spec.boosting == "gradient_boosted":
         parts.append("10Nd² (projections, gate)")
     return " + ".join(parts)
@@ -183,6 +194,8 @@ def back_ends(preset: str) -> str:
     spec = layer.spec
     if spec.normalisation != "softmax":
         return "reference, sdpa, chunked" if spec.normalisation == "sink" else "reference, chunked"
+    if spec.boosting in WEIGHTS_ONE_BY_ONE:
+        return "reference, blocked, chunked"
     # The Triton kernels know every content kernel, positions by place and twicing.
     by_place = not spec.compares_positions or spec.position_kernel in COORDINATE_KERNELS
     has_kernel = spec.boosting in ("none", "twicing", *ONE_PASS) and by_place

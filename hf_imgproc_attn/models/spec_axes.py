@@ -16,7 +16,7 @@ CONTENT_KERNELS = ("dot_product", "gaussian", "elliptical", "cosine")
 POSITION_KERNELS = ("additive", "untied", "gaussian", "alibi", "relative_buckets", "rotary", "forget", "none")
 BOOSTINGS = (
     *("none", "twicing", "osher", "learned", "diffusion", "sos", "gradient_boosted"),
-    *("inversion", "dynamic_inversion", "exclusive", "differential"),
+    *("inversion", "dynamic_inversion", "exclusive", "differential", "local_linear"),
 )
 RESIDUALS = ("standard", "twicing", "sos", "osher")
 NORMALISATIONS = ("softmax", "sink", "sigmoid", "softpick", "sinkhorn")
@@ -38,8 +38,11 @@ STEPPED_BOOSTINGS = ("twicing", "osher", "diffusion", "sos", "gradient_boosted")
 GRADIENT_BOOSTING_SOURCES = ("residual", "input")
 """What the later rounds of ``gradient_boosted`` make their keys and values of, the default first."""
 
-TOKEN_BOOSTINGS = ("dynamic_inversion", "differential")
+TOKEN_BOOSTINGS = ("dynamic_inversion", "differential", "local_linear")
 """Boosters with a projection of the layer's input of their own, beside query, key and value."""
+
+WEIGHTS_ONE_BY_ONE = ("local_linear",)
+"""Boosters that look at single weights of A, for which no fused attention can be called."""
 
 SEEING_ROW_CONSTANTS = ("sink", "sigmoid", "softpick")
 """Normalisations that a number added to a whole row of logits changes; their rows sum to less than 1."""

@@ -50,6 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "inversion": {"boosting": "inversion"},
     "dynamic_inversion": {"boosting": "dynamic_inversion"},
     "exclusive": {"boosting": "exclusive"},
+    "local_linear": {"boosting": "local_linear"},
     "gated": {"gate": "elementwise"},
     "sink": {"normalisation": "sink"},
     "sigmoid": {"normalisation": "sigmoid"},
@@ -115,8 +116,9 @@ class FilterSpecMixin:
             ``"learned"`` (A + gamma A(I - A), one gamma per head), ``"diffusion"`` (A^steps), ``"sos"``,
             ``"gradient_boosted"``, ``"inversion"`` (alpha A + beta (I - A), one alpha and beta per head),
             ``"dynamic_inversion"`` (the same, per head and token) or ``"exclusive"`` (A V without its projection on
-            the token's own value) or ``"differential"`` (A_1 - lambda A_2, with a second map's own projections); one
-            value, or one per layer.
+            the token's own value), ``"differential"`` (A_1 - lambda A_2, with a second map's own projections) or
+            ``"local_linear"`` (first-order kernel regression, with a learned slope per token); one value, or one per
+            layer.
         boosting_steps: number of steps, an integer from 1 to 16, or a list with one per layer. None: 3 for ``sos``,
             else 2, which for ``twicing`` is 2A - A^2. Of ``gradient_boosted`` they are the rounds M >= 2, that is the
             attentions in a layer.

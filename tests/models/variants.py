@@ -87,11 +87,18 @@ CUSTOM: dict[str, dict[str, Any]] = {
         "gate": ["elementwise", "headwise", "none"],
         "feedback": "neutreno",
     },
+    "single_weights": {
+        "position_kernel": ["rotary", "gaussian", "untied"],
+        "boosting": ["local_linear", "none", "local_linear"],
+        "n_head": 5,
+        "num_attention_heads": 5,
+    },
 }
 RIVALS = (
     "inversion",
     "dynamic_inversion",
     "exclusive",
+    "local_linear",
     "gated",
     "sink",
     "sigmoid",

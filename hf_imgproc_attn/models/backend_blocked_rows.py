@@ -1,0 +1,298 @@
+"""Boosters that look at single weights, block by block: every weight computed once in each direction, none kept.
+
+These boosters finish row by row, so that a block of queries with all keys it sees is all that is needed at a time, and
+memory is O(length). Each booster is a :class:`Rule`: what it makes of a block's weights, and the gradients. With
+G = dout and g_ij = dL/da_ij as the rule gives it, the softmax's part is the same for all:
+
+    dl_ij = a_ij (g_ij - sum_k a_ik g_ik)
+
+``local_linear``, S = R K^T, c_ij = m_i - s_ij, p_ij = G_i . v_j, e_ij = p_ij - u_i / w_i with u_i = sum_j a_ij p_ij
+and w_i the sum of the row (1 without dropout):
+
+    out = (A o (1 + c)) V,   g = p + e o c,   dS = -A o e,   dV = (A o (1 + c))^T G,   dR = dS K,   dK += dS^T R
+
+3 products forward and 8 backward, for 2 and 5 of plain attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from .backend_blocked_dense import dense_dropout_factors, dense_matrix
+from .backend_blocked_passes import Call, Inputs, Tensors
+from .backend_blocked_plan import Block
+from .backend_blocked_weights import Buffer, KeySums, flat
+from .boost_weights import ByWeights, LocalLinear
+
+
+class Part(NamedTuple):
+    """A block of a group, in working precision.
+
+    matrix: A after dropout, ``[pairs, rows, keys]``; may be overwritten in the forward pass. There its rows are still
+        to be multiplied by ``factor``.
+    factor: ``[pairs, rows, 1]``, 0 in rows that see no key; 1 in the backward pass.
+    key: ``[pairs, keys, head_dim]``.
+    value: ``[pairs, keys, d]``.
+    own: the booster's rows, ``[pairs, rows, width]``, or None.
+    room: memory of the size of ``matrix``, by number.
+    is_whole: whether the rows sum to 1 (after ``factor``), or to 0 where they see no key: there was no dropout.
+    """
+
+    matrix: torch.Tensor
+    factor: torch.Tensor | None
+    key: torch.Tensor
+    value: torch.Tensor
+    own: torch.Tensor
+    room: Callable[[int], torch.Tensor]
+    is_whole: bool
+
+
+class Sums(NamedTuple):
+    """Where a block's gradients go.
+
+    key: sum over blocks of matrix^T rows.
+    value: the same.
+    own: of the booster's rows of the block, written.
+    """
+
+    key: KeySums
+    value: KeySums
+    own: torch.Tensor
+
+
+def _mass(matrix: torch.Tensor, is_whole: bool) -> torch.Tensor | float:
+    """Sums of rows, 1 where there is no weight at all."""
+    if is_whole:
+        return 1.0
+    mass = matrix.sum(-1, keepdim=True)
+    return mass.masked_fill_(mass == 0.0, 1.0)
+
+
+class LocalLinearRule:
+    """See the file's formulas."""
+
+    rooms = 3
+
+    @staticmethod
+    def forward(part: Part) -> torch.Tensor:
+        """The block's rows of the output, ``[pairs, rows, d]``."""
+        matrix, shares, product = part.matrix, part.room(0), part.room(1)
+        torch.bmm(part.own, part.key.mT, out=shares)
+        mean = torch.mul(matrix, shares, out=product).sum(-1, keepdim=True)
+        if part.is_whole and part.factor is not None:
+            mean.mul_(part.factor)
+        else:
+            mean.div_(_mass(matrix, False))
+        weights = torch.addcmul(product.neg_(), matrix, mean.add_(1.0), out=product)
+        out = torch.bmm(weights, part.value)
+        return out if part.factor is None else out.mul_(part.factor)
+
+    @staticmethod
+    def backward(part: Part, grad: torch.Tensor, sums: Sums) -> torch.Tensor:
+        """The gradient of the weights after dropout, ``[pairs, rows, keys]``.
+
+        Args:
+            part: the block; its matrix stays as it is.
+            grad: of the block's output, ``[pairs, rows, d]``.
+            sums: where all other gradients go.
+        """
+        matrix, shares, given, product = part.matrix, part.room(0), part.room(1), part.room(2)
+        mass = _mass(matrix, part.is_whole)
+        torch.bmm(part.own, part.key.mT, out=shares)
+        mean = torch.mul(matrix, shares, out=product).sum(-1, keepdim=True) / mass
+        centred = torch.sub(mean, shares, out=shares)
+        torch.bmm(grad, part.value.mT, out=given)
+        average = torch.mul(matrix, given, out=product).sum(-1, keepdim=True) / mass
+        sums.value.add(torch.addcmul(matrix, matrix, centred, out=product), grad)
+        error = torch.sub(given, average, out=product)
+        d_weights = given.addcmul_(error, centred)
+        d_shares = torch.mul(matrix, error, out=product).neg_()
+        torch.bmm(d_shares, part.key, out=sums.own)
+        sums.key.add(d_shares, part.own)
+        return d_weights
+
+
+class RowsCall(NamedTuple):
+    """What the autograd function needs besides the tensors that have gradients."""
+
+    call: Call
+    by_weights: ByWeights
+    """Its tensors are inputs of their own."""
+
+    @property
+    def rule(self) -> type[LocalLinearRule]:
+        """The rule of the booster."""
+        return LocalLinearRule
+
+
+class RowsFilter(torch.autograd.Function):
+    """``apply(query, key, value, bias, own, call, *parameters)`` -> ``[batch, heads, length, d]``.
+
+    ``own`` are the booster's rows, ``[batch, heads, length, width]``; the parameters are those of the position kernel.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+        own: torch.Tensor,
+        rows_call: RowsCall,
+        *parameters: torch.Tensor,
+    ) -> torch.Tensor:
+        tensors = Tensors(query, key, value, bias, None, parameters)
+        output, row_sums = _forward(rows_call, tensors, own)
+        ctx.call = rows_call
+        ctx.save_for_backward(query, key, value, bias, own, row_sums, *parameters)
+        plan = rows_call.call.plan
+        return output.to(value.dtype).unflatten(0, (plan.batch, plan.heads))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        query, key, value, bias, own, row_sums, *parameters = ctx.saved_tensors
+        tensors, needs = Tensors(query, key, value, bias, None, tuple(parameters)), ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph=True: the gradients are to be differentiated themselves
+            return _differentiable_gradients(ctx.call, tensors, own, grad, needs)
+        found = _backward(ctx.call, tensors, own, row_sums, grad, needs)
+        given = (query, key, value, bias, own, None, *parameters)
+        return tuple(
+            None if gradient is None or tensor is None else gradient.to(tensor.dtype)
+            for gradient, tensor in zip(found, given, strict=True)
+        )
+
+
+def _no_streams(call: Call, like: torch.Tensor) -> torch.Tensor:
+    return like.new_empty(call.plan.batch, call.plan.heads, call.plan.length, 0)
+
+
+def _forward(rows_call: RowsCall, tensors: Tensors, own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output ``[pairs, length, d]``, and what each row of logits sums to, ``[pairs, length, 2]``."""
+    call, plan, rule = rows_call.call, rows_call.call.plan, rows_call.rule
+    like = tensors.query.new_empty(0, dtype=torch.promote_types(tensors.query.dtype, torch.float32))
+    width = tensors.value.shape[-1]
+    output, row_sums = (like.new_empty(plan.batch * plan.heads, plan.length, size) for size in (width, 2))
+    weights, inputs = (
+        call.weights(tensors.bias, tensors.parameters, like),
+        Inputs(call, tensors, _no_streams(call, like)),
+    )
+    own_rows, buffers = flat(own, like.dtype), [Buffer(like, weights.size) for _ in range(rule.rooms)]
+    for group in plan.groups():
+        inputs.start(group)
+        weights.start(group, inputs.query, inputs.key)
+        for block in plan.blocks():
+            rows = slice(block.start, block.stop)
+            matrix, factor, row_sums[group.pairs, rows] = weights.compute(block)
+            if plan.dropout:
+                matrix.mul_(plan.dropout_factors(group, block, like))
+            part = _part(inputs, block, (matrix, factor), own_rows[group.pairs, rows], buffers, not plan.dropout)
+            output[group.pairs, rows] = rule.forward(part)
+    return output, row_sums
+
+
+def _part(
+    inputs: Inputs,
+    block: Block,
+    weights: tuple[torch.Tensor, torch.Tensor | None],
+    own: torch.Tensor,
+    buffers: list[Buffer],
+    is_whole: bool,
+) -> Part:
+    matrix, factor = weights
+    key, value = inputs.key[:, : block.keys], inputs.value[:, : block.keys]
+    return Part(matrix, factor, key, value, own, lambda index: buffers[index].view(*matrix.shape), is_whole)
+
+
+def _backward(
+    rows_call: RowsCall,
+    tensors: Tensors,
+    own: torch.Tensor,
+    row_sums: torch.Tensor,
+    grad: torch.Tensor,
+    needs: tuple[bool, ...],
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients in the order of the function's arguments."""
+    call = rows_call.call._replace(plan=rows_call.call.plan.backward)
+    plan, rule = call.plan, rows_call.rule
+    query, key, value, bias = tensors[:4]
+    like = query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
+    inputs = Inputs(call, tensors, _no_streams(call, like))
+    weights = call.weights(bias, tensors.parameters, like, needs[6:])
+    buffers = [Buffer(like, weights.size) for _ in range(rule.rooms)]
+    scratch = Buffer(like, plan.group_pairs * plan.key_length * max(value.shape[-1], key.shape[-1]))
+    d_query, d_own = like.new_empty(query.shape), like.new_empty(own.shape)
+    d_key, d_value = (inputs.key_heads.total(x, like.dtype) for x in (key, value))
+    d_bias = like.new_zeros(bias.shape) if bias is not None and needs[3] else None
+    if not plan.groups():
+        d_key.zero_(), d_value.zero_()
+    grads, own_rows = flat(grad, like.dtype), flat(own, like.dtype)
+    for group in plan.groups():
+        inputs.start(group)
+        weights.start(group, inputs.query, inputs.key)
+        pairs, widths = inputs.query.shape[0], (key.shape[-1], key.shape[-1], value.shape[-1])
+        # Of products of unlike scale each has a sum of its own.
+        by_logits, by_rule, by_value = (KeySums(plan, pairs, width, scratch) for width in widths)
+        for block in plan.blocks()[::-1]:
+            rows = slice(block.start, block.stop)
+            matrix, correction = weights.recompute(block, row_sums[group.pairs])
+            factors = plan.dropout_factors(group, block, like) if plan.dropout else None
+            matrix.mul_(correction)
+            dropped = matrix if factors is None else matrix * factors
+            part = _part(inputs, block, (dropped, None), own_rows[group.pairs, rows], buffers, not plan.dropout)
+            own_grad = d_own.flatten(0, 1)[group.pairs, rows]
+            d_matrix = rule.backward(part, grads[group.pairs, rows], Sums(by_rule, by_value, own_grad))
+            if factors is not None:
+                d_matrix.mul_(factors)
+            d_logits = d_matrix.mul_(matrix)
+            d_logits.addcmul_(matrix, d_logits.sum(-1, keepdim=True), value=-1.0)
+            d_query.flatten(0, 1)[group.pairs, rows].baddbmm_(
+                d_logits, inputs.key[:, : block.keys], beta=0.0, alpha=plan.scale
+            )
+            by_logits.add(d_logits, inputs.query[:, rows])
+            if d_bias is not None:
+                weights.add_to_bias(d_bias, d_logits, block)
+            weights.add_to_positions(d_logits, block)
+        all_keys = slice(0, plan.key_length)
+        by_key = by_logits.rows(all_keys).mul_(plan.scale)
+        inputs.key_heads.add(d_key, by_key.add_(by_rule.rows(all_keys)), group)
+        inputs.key_heads.add(d_value, by_value.rows(all_keys), group)
+    positions = [] if weights.positions is None else weights.positions.finish(plan)
+    return d_query, d_key, d_value, d_bias, d_own, None, *positions
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Derivatives of derivatives
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def dense_rows(rows_call: RowsCall, tensors: Tensors, own: torch.Tensor) -> torch.Tensor:
+    """The same function written densely, in memory O(length * key_length), for whatever differentiates it."""
+    call = rows_call.call
+    working = torch.promote_types(tensors.query.dtype, torch.float32)
+    query, key, value = (x.to(working) for x in tensors[:3])
+    repeats = call.plan.heads // call.plan.key_heads
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    key, value = call.visibility.clean_keys(key), call.visibility.clean_keys(value)
+    matrix = dense_matrix(call, tensors._replace(query=query, key=key))
+    if call.plan.dropout:
+        matrix = matrix * dense_dropout_factors(call.plan, query.new_empty(0))
+    by_weights = LocalLinear(own.to(working))
+    return by_weights.apply(matrix, value, key).to(tensors.value.dtype)
+
+
+def _differentiable_gradients(
+    rows_call: RowsCall, tensors: Tensors, own: torch.Tensor, grad: torch.Tensor, needs: tuple[bool, ...]
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients that have gradients of their own, by autograd through the dense form."""
+    # Where the key was made of the query, say, what flows through the key must not be counted for the query as well.
+    apart, own = tensors.aliases(), own.view_as(own)
+    output = dense_rows(rows_call, apart, own)
+    inputs = (*apart[:4], own, None, *apart.parameters)
+    wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed and x is not None]
+    found = iter(torch.autograd.grad([output], wanted, [grad], create_graph=True, allow_unused=True))
+    return tuple(next(found) if needed else None for needed in needs)

@@ -1,0 +1,119 @@
+"""Boosters that look at the weights of A one by one, and so are no function of how to apply A.
+
+    local_linear  sum_j a_ij (1 + m_i - s_ij) v_j,   s_ij = r_i . k_j,   m_i = sum_j a_ij s_ij,   r = W_R z
+
+*Local linear attention.* A V is the local constant (Nadaraya-Watson) estimate. The weighted least-squares fit of a
+plane v_i + B_i (k - q_i) to the values, at the query, is A V minus the weighted covariance of keys and values times
+r_i = C_i^-1 (mean_i k - q_i), C_i the weighted covariance of the keys (Takeda, Farsiu, Milanfar 2007). Here r_i is
+learned in place of the solve (Parallax, arXiv 2605.29157): one pass, nothing that could be singular (a single visible
+key, keys on a line), and a start at plain attention, W_R = 0. Keys are what the content kernel compares, turned and of
+length 1 where that turns or normalises them. *Choice*: where the rows of A do not sum to 1 (dropout, normalisations
+other than softmax) m_i is the weighted mean, so that a shift of all keys changes nothing; 0 in rows without weight.
+
+All of them finish row by row from a row's weights. The functions here are dense, on all rows or on some;
+``backend_blocked_rows`` is their fast form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .boost_gradient import ZeroLinear
+from .kernel_content import working_dtype
+from .spec_axes import LayerSpec
+from .visibility import Visibility
+
+Turn = Callable[[torch.Tensor], torch.Tensor]
+"""Queries ``[batch, heads, length, head_dim]`` to queries that are turned by their places, or as they are."""
+
+
+class LocalLinear(NamedTuple):
+    """Local linear attention.
+
+    slope: r, ``[batch, heads, length, head_dim]``, finite in rows that see no key.
+    """
+
+    slope: torch.Tensor
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether this is an operator on V."""
+        return True
+
+    def apply(self, matrix: torch.Tensor, rows: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """The output ``[batch, heads, length, d]``.
+
+        Args:
+            matrix: A after dropout, ``[batch, heads, length, key_length]`` in at least float32.
+            rows: V, ``[batch, heads, key_length, d]``.
+            key: ``[batch, heads, key_length, head_dim]``; of both no row that no query sees may be NaN.
+        """
+        return torch.matmul(tilted(matrix, self.slope, key), rows)
+
+    def of_rows(self, block: slice) -> LocalLinear:
+        """The same for some queries."""
+        return LocalLinear(self.slope[..., block, :])
+
+
+ByWeights = LocalLinear
+"""What a booster of this kind needs beside the filter."""
+
+
+class LocalSlopes(nn.Module):
+    """r of ``local_linear``: a projection of each token that starts at zero.
+
+    Args:
+        hidden_size: width of the tokens.
+        num_heads: number of heads.
+        head_dim: width of a head.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.slope = ZeroLinear(hidden_size, num_heads * head_dim, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor | None, visibility: Visibility, turn: Turn) -> LocalLinear:
+        """What the booster needs of a call.
+
+        Args:
+            hidden_states: what query and key are projected from, ``[batch, length, hidden_size]``.
+            visibility: who sees whom.
+            turn: what the position kernel does to queries.
+        """
+        if hidden_states is None:
+            raise ValueError("inputs.hidden_states must be given for boosting='local_linear', got None")
+        slope = self.slope(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return LocalLinear(visibility.clean_queries(turn(slope)))
+
+
+def weight_booster(spec: LayerSpec, config: Any, head_dim: int) -> LocalSlopes | None:
+    """The module of a layer's booster, or None where it looks at no single weights.
+
+    Args:
+        spec: the layer's axes.
+        config: the model's configuration.
+        head_dim: width of a head.
+    """
+    if spec.boosting == "local_linear":
+        return LocalSlopes(config.hidden_size, config.num_attention_heads, head_dim)
+    return None
+
+
+def tilted(matrix: torch.Tensor, slope: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The operator of ``local_linear``: a_ij (1 + m_i - s_ij); its rows sum to what those of A sum to.
+
+    Args:
+        matrix: A, ``[batch, heads, length, key_length]``, in at least float32.
+        slope: r, ``[batch, heads, length, head_dim]``.
+        key: ``[batch, heads, key_length, head_dim]``, 0 where no query sees it.
+    """
+    dtype = working_dtype(matrix.dtype)
+    shares = torch.matmul(slope.to(dtype), key.to(dtype).mT)
+    mass = matrix.sum(-1, keepdim=True)
+    mean = (matrix * shares).sum(-1, keepdim=True) / mass.masked_fill(mass == 0.0, 1.0)
+    return matrix * (1.0 + mean - shares)
