@@ -69,7 +69,8 @@ def test_every_tensor_is_accounted_for(stock_spec: tuple, preset: str, tmp_path:
         assert report.max_difference < 1e-6
         assert report.unused == report.new == []
     elif preset in KEEPING:
-        assert report.max_difference < 1e-6  # it starts as the stock model
+        # It starts as the stock model; where no fused attention can be called, to the rounding of another kernel.
+        assert report.max_difference < (2e-6 if preset == "local_linear" else 1e-6)
         assert report.unused == []
         kind, layers = KEEPING[preset]
         assert all(kind in name for name in report.new)

@@ -1,15 +1,13 @@
 """Boosters that look at single weights, block by block: every weight computed once in each direction, none kept.
 
 These boosters finish row by row, so that a block of queries with all keys it sees is all that is needed at a time, and
-memory is O(length). Each booster is a :class:`Rule`: what it makes of a block's weights, and the gradients. With
-G = dout and g_ij = dL/da_ij as the rule gives it, the softmax's part is the same for all:
+memory is O(length). Each booster is a :class:`Rule`: what it makes of a block's weights, and the gradients.
 
-    dl_ij = a_ij (g_ij - sum_k a_ik g_ik)
+``local_linear``: A the weights, A' those after dropout, w_i the sums of A' (1 without dropout), G = dout, S = R K^T,
+c_ij = m_i - s_ij, p_ij = G_i . v_j, e_ij = p_ij - u_i / w_i with u_i = sum_j a'_ij p_ij:
 
-``local_linear``, S = R K^T, c_ij = m_i - s_ij, p_ij = G_i . v_j, e_ij = p_ij - u_i / w_i with u_i = sum_j a_ij p_ij
-and w_i the sum of the row (1 without dropout):
-
-    out = (A o (1 + c)) V,   g = p + e o c,   dS = -A o e,   dV = (A o (1 + c))^T G,   dR = dS K,   dK += dS^T R
+    out = (A' o (1 + c)) V,   dV = (A' o (1 + c))^T G,   dS = -A' o e,   dR = dS K,   dK += dS^T R
+    dl  = A' o (1 + c) o e + A' u_i / w_i - A (G_i . out_i)
 
 3 products forward and 8 backward, for 2 and 5 of plain attention.
 """
@@ -31,12 +29,13 @@ from .boost_weights import ByWeights, LocalLinear
 class Part(NamedTuple):
     """A block of a group, in working precision.
 
-    matrix: A after dropout, ``[pairs, rows, keys]``; may be overwritten in the forward pass. There its rows are still
+    matrix: A after dropout, ``[pairs, rows, keys]``; may be overwritten in the forward pass, where its rows are still
         to be multiplied by ``factor``.
-    factor: ``[pairs, rows, 1]``, 0 in rows that see no key; 1 in the backward pass.
+    factor: ``[pairs, rows, 1]``, 0 in rows that see no key; None in the backward pass.
     key: ``[pairs, keys, head_dim]``.
     value: ``[pairs, keys, d]``.
-    own: the booster's rows, ``[pairs, rows, width]``, or None.
+    own: the booster's rows, ``[pairs, rows, width]``.
+    kept: what the forward pass keeps of the rows for the backward pass, ``[pairs, rows, kept]``.
     room: memory of the size of ``matrix``, by number.
     is_whole: whether the rows sum to 1 (after ``factor``), or to 0 where they see no key: there was no dropout.
     """
@@ -46,8 +45,27 @@ class Part(NamedTuple):
     key: torch.Tensor
     value: torch.Tensor
     own: torch.Tensor
+    kept: torch.Tensor
     room: Callable[[int], torch.Tensor]
     is_whole: bool
+
+    def mass(self) -> torch.Tensor | float:
+        """Sums of the matrix's rows, 1 where there is no weight at all."""
+        if self.is_whole and self.factor is None:
+            return 1.0
+        mass = self.matrix.sum(-1, keepdim=True)
+        return mass.masked_fill_(mass == 0.0, 1.0)
+
+
+class Given(NamedTuple):
+    """What the backward pass of a block starts from.
+
+    grad: of the block's output, ``[pairs, rows, d]``.
+    undropped: A before dropout, ``[pairs, rows, keys]``.
+    """
+
+    grad: torch.Tensor
+    undropped: torch.Tensor
 
 
 class Sums(NamedTuple):
@@ -63,18 +81,15 @@ class Sums(NamedTuple):
     own: torch.Tensor
 
 
-def _mass(matrix: torch.Tensor, is_whole: bool) -> torch.Tensor | float:
-    """Sums of rows, 1 where there is no weight at all."""
-    if is_whole:
-        return 1.0
-    mass = matrix.sum(-1, keepdim=True)
-    return mass.masked_fill_(mass == 0.0, 1.0)
-
-
 class LocalLinearRule:
-    """See the file's formulas."""
+    """See the file's formulas. Kept are m and the output."""
 
     rooms = 3
+
+    @staticmethod
+    def kept(width: int) -> int:
+        """How many numbers a row keeps."""
+        return width + 1
 
     @staticmethod
     def forward(part: Part) -> torch.Tensor:
@@ -82,37 +97,36 @@ class LocalLinearRule:
         matrix, shares, product = part.matrix, part.room(0), part.room(1)
         torch.bmm(part.own, part.key.mT, out=shares)
         mean = torch.mul(matrix, shares, out=product).sum(-1, keepdim=True)
-        if part.is_whole and part.factor is not None:
-            mean.mul_(part.factor)
-        else:
-            mean.div_(_mass(matrix, False))
-        weights = torch.addcmul(product.neg_(), matrix, mean.add_(1.0), out=product)
+        mean = mean.mul_(part.factor) if part.is_whole and part.factor is not None else mean.div_(part.mass())
+        weights = torch.sub(mean + 1.0, shares, out=shares).mul_(matrix)
         out = torch.bmm(weights, part.value)
-        return out if part.factor is None else out.mul_(part.factor)
+        if part.factor is not None:
+            out.mul_(part.factor)
+        part.kept[..., :1], part.kept[..., 1:] = mean, out
+        return out
 
     @staticmethod
-    def backward(part: Part, grad: torch.Tensor, sums: Sums) -> torch.Tensor:
-        """The gradient of the weights after dropout, ``[pairs, rows, keys]``.
-
-        Args:
-            part: the block; its matrix stays as it is.
-            grad: of the block's output, ``[pairs, rows, d]``.
-            sums: where all other gradients go.
-        """
-        matrix, shares, given, product = part.matrix, part.room(0), part.room(1), part.room(2)
-        mass = _mass(matrix, part.is_whole)
+    def backward(part: Part, given: Given, sums: Sums) -> torch.Tensor:
+        """The gradient of the logits, ``[pairs, rows, keys]``; the matrices stay as they are."""
+        matrix, grad = part.matrix, given.grad
+        shares, errors, product = part.room(0), part.room(1), part.room(2)
+        mean, out = part.kept[..., :1], part.kept[..., 1:]
+        torch.bmm(grad, part.value.mT, out=errors)
+        average = torch.mul(matrix, errors, out=product).sum(-1, keepdim=True)
+        if not part.is_whole:
+            average.div_(part.mass())
+        errors.sub_(average)
         torch.bmm(part.own, part.key.mT, out=shares)
-        mean = torch.mul(matrix, shares, out=product).sum(-1, keepdim=True) / mass
-        centred = torch.sub(mean, shares, out=shares)
-        torch.bmm(grad, part.value.mT, out=given)
-        average = torch.mul(matrix, given, out=product).sum(-1, keepdim=True) / mass
-        sums.value.add(torch.addcmul(matrix, matrix, centred, out=product), grad)
-        error = torch.sub(given, average, out=product)
-        d_weights = given.addcmul_(error, centred)
-        d_shares = torch.mul(matrix, error, out=product).neg_()
-        torch.bmm(d_shares, part.key, out=sums.own)
-        sums.key.add(d_shares, part.own)
-        return d_weights
+        weights = torch.sub(mean + 1.0, shares, out=shares).mul_(matrix)
+        sums.value.add(weights, grad)
+        d_shares = torch.mul(matrix, errors, out=product)
+        sums.own.baddbmm_(d_shares, part.key, beta=0.0, alpha=-1.0)
+        sums.key.add(d_shares, -part.own)
+        whole = (grad * out).sum(-1, keepdim=True)
+        d_logits = weights.mul_(errors)
+        if part.is_whole:
+            return d_logits.addcmul_(matrix, average - whole)
+        return d_logits.addcmul_(matrix, average).addcmul_(given.undropped, whole, value=-1.0)
 
 
 class RowsCall(NamedTuple):
@@ -146,19 +160,19 @@ class RowsFilter(torch.autograd.Function):
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
         tensors = Tensors(query, key, value, bias, None, parameters)
-        output, row_sums = _forward(rows_call, tensors, own)
+        output, row_sums, kept = _forward(rows_call, tensors, own)
         ctx.call = rows_call
-        ctx.save_for_backward(query, key, value, bias, own, row_sums, *parameters)
+        ctx.save_for_backward(query, key, value, bias, own, row_sums, kept, *parameters)
         plan = rows_call.call.plan
         return output.to(value.dtype).unflatten(0, (plan.batch, plan.heads))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        query, key, value, bias, own, row_sums, *parameters = ctx.saved_tensors
+        query, key, value, bias, own, row_sums, kept, *parameters = ctx.saved_tensors
         tensors, needs = Tensors(query, key, value, bias, None, tuple(parameters)), ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True: the gradients are to be differentiated themselves
             return _differentiable_gradients(ctx.call, tensors, own, grad, needs)
-        found = _backward(ctx.call, tensors, own, row_sums, grad, needs)
+        found = _backward(ctx.call, tensors, own, (row_sums, kept), grad, needs)
         given = (query, key, value, bias, own, None, *parameters)
         return tuple(
             None if gradient is None or tensor is None else gradient.to(tensor.dtype)
@@ -170,12 +184,15 @@ def _no_streams(call: Call, like: torch.Tensor) -> torch.Tensor:
     return like.new_empty(call.plan.batch, call.plan.heads, call.plan.length, 0)
 
 
-def _forward(rows_call: RowsCall, tensors: Tensors, own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output ``[pairs, length, d]``, and what each row of logits sums to, ``[pairs, length, 2]``."""
+def _forward(
+    rows_call: RowsCall, tensors: Tensors, own: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The output ``[pairs, length, d]``, what each row of logits sums to ``[pairs, length, 2]``, and what is kept."""
     call, plan, rule = rows_call.call, rows_call.call.plan, rows_call.rule
     like = tensors.query.new_empty(0, dtype=torch.promote_types(tensors.query.dtype, torch.float32))
     width = tensors.value.shape[-1]
-    output, row_sums = (like.new_empty(plan.batch * plan.heads, plan.length, size) for size in (width, 2))
+    sizes = (width, 2, rule.kept(width))
+    output, row_sums, kept = (like.new_empty(plan.batch * plan.heads, plan.length, size) for size in sizes)
     weights, inputs = (
         call.weights(tensors.bias, tensors.parameters, like),
         Inputs(call, tensors, _no_streams(call, like)),
@@ -189,33 +206,36 @@ def _forward(rows_call: RowsCall, tensors: Tensors, own: torch.Tensor) -> tuple[
             matrix, factor, row_sums[group.pairs, rows] = weights.compute(block)
             if plan.dropout:
                 matrix.mul_(plan.dropout_factors(group, block, like))
-            part = _part(inputs, block, (matrix, factor), own_rows[group.pairs, rows], buffers, not plan.dropout)
-            output[group.pairs, rows] = rule.forward(part)
-    return output, row_sums
+            mine = (own_rows[group.pairs, rows], kept[group.pairs, rows])
+            output[group.pairs, rows] = rule.forward(
+                _part(inputs, block, (matrix, factor), mine, buffers, not plan.dropout)
+            )
+    return output, row_sums, kept
 
 
 def _part(
     inputs: Inputs,
     block: Block,
     weights: tuple[torch.Tensor, torch.Tensor | None],
-    own: torch.Tensor,
+    mine: tuple[torch.Tensor, torch.Tensor],
     buffers: list[Buffer],
     is_whole: bool,
 ) -> Part:
     matrix, factor = weights
     key, value = inputs.key[:, : block.keys], inputs.value[:, : block.keys]
-    return Part(matrix, factor, key, value, own, lambda index: buffers[index].view(*matrix.shape), is_whole)
+    return Part(matrix, factor, key, value, *mine, lambda index: buffers[index].view(*matrix.shape), is_whole)
 
 
 def _backward(
     rows_call: RowsCall,
     tensors: Tensors,
     own: torch.Tensor,
-    row_sums: torch.Tensor,
+    found: tuple[torch.Tensor, torch.Tensor],
     grad: torch.Tensor,
     needs: tuple[bool, ...],
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients in the order of the function's arguments."""
+    """Gradients in the order of the function's arguments; ``found``: row sums, and what is kept."""
+    row_sums, kept = found
     call = rows_call.call._replace(plan=rows_call.call.plan.backward)
     plan, rule = call.plan, rows_call.rule
     query, key, value, bias = tensors[:4]
@@ -242,13 +262,10 @@ def _backward(
             factors = plan.dropout_factors(group, block, like) if plan.dropout else None
             matrix.mul_(correction)
             dropped = matrix if factors is None else matrix * factors
-            part = _part(inputs, block, (dropped, None), own_rows[group.pairs, rows], buffers, not plan.dropout)
-            own_grad = d_own.flatten(0, 1)[group.pairs, rows]
-            d_matrix = rule.backward(part, grads[group.pairs, rows], Sums(by_rule, by_value, own_grad))
-            if factors is not None:
-                d_matrix.mul_(factors)
-            d_logits = d_matrix.mul_(matrix)
-            d_logits.addcmul_(matrix, d_logits.sum(-1, keepdim=True), value=-1.0)
+            mine = (own_rows[group.pairs, rows], kept[group.pairs, rows])
+            part = _part(inputs, block, (dropped, None), mine, buffers, not plan.dropout)
+            sums = Sums(by_rule, by_value, d_own.flatten(0, 1)[group.pairs, rows])
+            d_logits = rule.backward(part, Given(grads[group.pairs, rows], matrix), sums)
             d_query.flatten(0, 1)[group.pairs, rows].baddbmm_(
                 d_logits, inputs.key[:, : block.keys], beta=0.0, alpha=plan.scale
             )

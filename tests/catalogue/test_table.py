@@ -21,6 +21,7 @@ from hf_imgproc_attn.catalogue import table
 from hf_imgproc_attn.catalogue.presets import REASONS, VARIANTS
 from hf_imgproc_attn.catalogue.works import PAPERS
 from hf_imgproc_attn.models.layer_filter import AttentionFilter
+from hf_imgproc_attn.models.spec_axes import WEIGHTS_ONE_BY_ONE
 from tests.helpers import ROOT, RunPython
 from tests.models.helpers import sharpen_
 
