@@ -47,7 +47,7 @@ _AXIS_SETTINGS = {
         "relative_attention_max_distance",
         "rotary_base",
     ),
-    "boosting": ("boosting_steps", "boosted_layers", "gradient_boosting_source"),
+    "boosting": ("boosting_steps", "boosted_layers", "gradient_boosting_source", "robust_penalty", "robust_threshold"),
     "feedback": ("neutreno_lambda", "pid_gains", "learn_feedback"),
     "normalisation": ("sinkhorn_iterations",),
 }

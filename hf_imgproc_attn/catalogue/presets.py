@@ -242,6 +242,19 @@ VARIANTS: dict[str, Variant] = {
         ),
         papers=("local_linear", "takeda"),
     ),
+    "robust": Variant(
+        text="A of softmax; u ← Σ_j w_ij v_j / Σ_j w_ij, w_ij = a_ij min(1, 1/‖v_j - u_i‖), 3 times from u = A V",
+        equation=(
+            r"u_i \leftarrow \frac{\sum_j w_{ij} v_j}{\sum_j w_{ij}}, \quad w_{ij} = A_{ij} "
+            rf"\frac{{\rho'(\lVert v_j - u_i \rVert)}}{{\lVert v_j - u_i \rVert}}, \qquad {_STOCK}"
+        ),
+        symbols=(
+            "$u = A V$ before the first of 3 steps (`boosting_steps`), and $\\rho$ is Huber's penalty, $\\rho'(x)/x = "
+            "\\min(1, 1/x)$ (`robust_threshold` is the distance 1; `robust_penalty`: `huber`, `l1`, `mcp`); nothing is "
+            f"learned; {_STOCK_SYMBOLS}"
+        ),
+        papers=("robust",),
+    ),
     "gated": Variant(
         text="A of softmax; u_i = 2σ(W z_i) ∘ (A V)_i",
         equation=rf"u_i = 2 \sigma(W z_i) \odot (A V)_i, \qquad {_STOCK}",

@@ -180,6 +180,8 @@ def cost(preset: str) -> str:
         parts.append("2Nd² (gate)")
     if spec.boosting == "local_linear":
         parts.append("2Nd² (projection)")
+    if spec.boosting == "robust":
+        parts.append(f"{spec.boosting_steps} steps of 4N²d")
     if spec.boosting == "gradient_boosted":
         parts.append("10Nd² (projections, gate)")
     return " + ".join(parts)

@@ -215,6 +215,17 @@ PAPERS: dict[str, Paper] = {
   year    = {2026}
 }""",
     ),
+    "robust": Paper(
+        "Hou et al. 2024, [ProTransformer: Robustify Transformers via Plug-and-Play Paradigm]"
+        "(https://arxiv.org/abs/2410.23182)",
+        """@inproceedings{hou2024protransformer,
+  title     = {ProTransformer: Robustify Transformers via Plug-and-Play Paradigm},
+  author    = {Hou, Zhichao and others},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2024},
+  note      = {arXiv:2410.23182}
+}""",
+    ),
     "takeda": Paper(
         "Takeda, Farsiu, Milanfar 2007, [Kernel Regression for Image Processing and Reconstruction]"
         "(https://doi.org/10.1109/TIP.2006.888330)",

@@ -17,7 +17,7 @@ from .backend_blocked_rows import RowsCall, RowsFilter, dense_rows
 from .backend_call import Booster, Content, FilterCall, without_autocast
 from .backend_sdpa import augment
 from .boost_operators import ONE_PASS
-from .boost_weights import ByWeights
+from .boost_weights import ByWeights, LocalLinear
 from .cache_streams import boost_stream
 from .kernel_content import HALF_DTYPES
 from .kernel_position import BlockedPositions
@@ -109,9 +109,9 @@ def _by_weights(
     call = _blocked_call(given, positions, True, block_rows, group_pairs)
     parameters = () if positions is None else positions.parameters()
     query, key, value, bias = given.query, given.key, given.value, given.visibility.bias
-    own = by_weights.slope
-    if own.shape[-1] < key.shape[-1]:  # columns of the kernels stand beside the keys
-        own = torch.nn.functional.pad(own, (0, key.shape[-1] - own.shape[-1]))
+    own = query[..., :0]
+    if isinstance(by_weights, LocalLinear):  # columns of the kernels may stand beside the keys
+        own = torch.nn.functional.pad(by_weights.slope, (0, key.shape[-1] - by_weights.slope.shape[-1]))
     rows_call = RowsCall(call, by_weights)
     with without_autocast(query.device.type):
         if _is_transformed((query, key, value, bias, own, *parameters)):

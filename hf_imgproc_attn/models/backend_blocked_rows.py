@@ -1,20 +1,11 @@
 """Boosters that look at single weights, block by block: every weight computed once in each direction, none kept.
 
 These boosters finish row by row, so that a block of queries with all keys it sees is all that is needed at a time, and
-memory is O(length). Each booster is a :class:`Rule`: what it makes of a block's weights, and the gradients.
-
-``local_linear``: A the weights, A' those after dropout, w_i the sums of A' (1 without dropout), G = dout, S = R K^T,
-c_ij = m_i - s_ij, p_ij = G_i . v_j, e_ij = p_ij - u_i / w_i with u_i = sum_j a'_ij p_ij:
-
-    out = (A' o (1 + c)) V,   dV = (A' o (1 + c))^T G,   dS = -A' o e,   dR = dS K,   dK += dS^T R
-    dl  = A' o (1 + c) o e + A' u_i / w_i - A (G_i . out_i)
-
-3 products forward and 8 backward, for 2 and 5 of plain attention.
+memory is O(length). ``backend_blocked_rules`` says what each booster makes of a block's weights, and the gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,111 +13,9 @@ import torch
 from .backend_blocked_dense import dense_dropout_factors, dense_matrix
 from .backend_blocked_passes import Call, Inputs, Tensors
 from .backend_blocked_plan import Block
+from .backend_blocked_rules import Given, Part, Rule, Sums, rule_of
 from .backend_blocked_weights import Buffer, KeySums, flat
 from .boost_weights import ByWeights, LocalLinear
-
-
-class Part(NamedTuple):
-    """A block of a group, in working precision.
-
-    matrix: A after dropout, ``[pairs, rows, keys]``; may be overwritten in the forward pass, where its rows are still
-        to be multiplied by ``factor``.
-    factor: ``[pairs, rows, 1]``, 0 in rows that see no key; None in the backward pass.
-    key: ``[pairs, keys, head_dim]``.
-    value: ``[pairs, keys, d]``.
-    own: the booster's rows, ``[pairs, rows, width]``.
-    kept: what the forward pass keeps of the rows for the backward pass, ``[pairs, rows, kept]``.
-    room: memory of the size of ``matrix``, by number.
-    is_whole: whether the rows sum to 1 (after ``factor``), or to 0 where they see no key: there was no dropout.
-    """
-
-    matrix: torch.Tensor
-    factor: torch.Tensor | None
-    key: torch.Tensor
-    value: torch.Tensor
-    own: torch.Tensor
-    kept: torch.Tensor
-    room: Callable[[int], torch.Tensor]
-    is_whole: bool
-
-    def mass(self) -> torch.Tensor | float:
-        """Sums of the matrix's rows, 1 where there is no weight at all."""
-        if self.is_whole and self.factor is None:
-            return 1.0
-        mass = self.matrix.sum(-1, keepdim=True)
-        return mass.masked_fill_(mass == 0.0, 1.0)
-
-
-class Given(NamedTuple):
-    """What the backward pass of a block starts from.
-
-    grad: of the block's output, ``[pairs, rows, d]``.
-    undropped: A before dropout, ``[pairs, rows, keys]``.
-    """
-
-    grad: torch.Tensor
-    undropped: torch.Tensor
-
-
-class Sums(NamedTuple):
-    """Where a block's gradients go.
-
-    key: sum over blocks of matrix^T rows.
-    value: the same.
-    own: of the booster's rows of the block, written.
-    """
-
-    key: KeySums
-    value: KeySums
-    own: torch.Tensor
-
-
-class LocalLinearRule:
-    """See the file's formulas. Kept are m and the output."""
-
-    rooms = 3
-
-    @staticmethod
-    def kept(width: int) -> int:
-        """How many numbers a row keeps."""
-        return width + 1
-
-    @staticmethod
-    def forward(part: Part) -> torch.Tensor:
-        """The block's rows of the output, ``[pairs, rows, d]``."""
-        matrix, shares, product = part.matrix, part.room(0), part.room(1)
-        torch.bmm(part.own, part.key.mT, out=shares)
-        mean = torch.mul(matrix, shares, out=product).sum(-1, keepdim=True)
-        mean = mean.mul_(part.factor) if part.is_whole and part.factor is not None else mean.div_(part.mass())
-        weights = torch.sub(mean + 1.0, shares, out=shares).mul_(matrix)
-        out = torch.bmm(weights, part.value)
-        if part.factor is not None:
-            out.mul_(part.factor)
-        part.kept[..., :1], part.kept[..., 1:] = mean, out
-        return out
-
-    @staticmethod
-    def backward(part: Part, given: Given, sums: Sums) -> torch.Tensor:
-        """The gradient of the logits, ``[pairs, rows, keys]``; the matrices stay as they are."""
-        matrix, grad = part.matrix, given.grad
-        shares, errors, product = part.room(0), part.room(1), part.room(2)
-        mean, out = part.kept[..., :1], part.kept[..., 1:]
-        torch.bmm(grad, part.value.mT, out=errors)
-        average = torch.mul(matrix, errors, out=product).sum(-1, keepdim=True)
-        if not part.is_whole:
-            average.div_(part.mass())
-        errors.sub_(average)
-        torch.bmm(part.own, part.key.mT, out=shares)
-        weights = torch.sub(mean + 1.0, shares, out=shares).mul_(matrix)
-        sums.value.add(weights, grad)
-        d_shares = torch.mul(matrix, errors, out=product)
-        sums.own.baddbmm_(d_shares, part.key, beta=0.0, alpha=-1.0)
-        sums.key.add(d_shares, -part.own)
-        whole = (grad * out).sum(-1, keepdim=True)
-        d_logits = weights.mul_(errors)
-        if part.is_whole:
-            return d_logits.addcmul_(matrix, average - whole)
-        return d_logits.addcmul_(matrix, average).addcmul_(given.undropped, whole, value=-1.0)
 
 
 class RowsCall(NamedTuple):
@@ -137,9 +26,9 @@ class RowsCall(NamedTuple):
     """Its tensors are inputs of their own."""
 
     @property
-    def rule(self) -> type[LocalLinearRule]:
+    def rule(self) -> Rule:
         """The rule of the booster."""
-        return LocalLinearRule
+        return rule_of(self.by_weights)
 
 
 class RowsFilter(torch.autograd.Function):
@@ -256,6 +145,7 @@ def _backward(
         pairs, widths = inputs.query.shape[0], (key.shape[-1], key.shape[-1], value.shape[-1])
         # Of products of unlike scale each has a sum of its own.
         by_logits, by_rule, by_value = (KeySums(plan, pairs, width, scratch) for width in widths)
+        columns = like.new_zeros(pairs, plan.key_length)
         for block in plan.blocks()[::-1]:
             rows = slice(block.start, block.stop)
             matrix, correction = weights.recompute(block, row_sums[group.pairs])
@@ -264,7 +154,7 @@ def _backward(
             dropped = matrix if factors is None else matrix * factors
             mine = (own_rows[group.pairs, rows], kept[group.pairs, rows])
             part = _part(inputs, block, (dropped, None), mine, buffers, not plan.dropout)
-            sums = Sums(by_rule, by_value, d_own.flatten(0, 1)[group.pairs, rows])
+            sums = Sums(by_rule, by_value, columns, d_own.flatten(0, 1)[group.pairs, rows])
             d_logits = rule.backward(part, Given(grads[group.pairs, rows], matrix), sums)
             d_query.flatten(0, 1)[group.pairs, rows].baddbmm_(
                 d_logits, inputs.key[:, : block.keys], beta=0.0, alpha=plan.scale
@@ -276,7 +166,9 @@ def _backward(
         all_keys = slice(0, plan.key_length)
         by_key = by_logits.rows(all_keys).mul_(plan.scale)
         inputs.key_heads.add(d_key, by_key.add_(by_rule.rows(all_keys)), group)
-        inputs.key_heads.add(d_value, by_value.rows(all_keys), group)
+        inputs.key_heads.add(
+            d_value, by_value.rows(all_keys).addcmul_(inputs.value, columns.unsqueeze(-1), value=-1.0), group
+        )
     positions = [] if weights.positions is None else weights.positions.finish(plan)
     return d_query, d_key, d_value, d_bias, d_own, None, *positions
 
@@ -298,7 +190,9 @@ def dense_rows(rows_call: RowsCall, tensors: Tensors, own: torch.Tensor) -> torc
     matrix = dense_matrix(call, tensors._replace(query=query, key=key))
     if call.plan.dropout:
         matrix = matrix * dense_dropout_factors(call.plan, query.new_empty(0))
-    by_weights = LocalLinear(own.to(working))
+    by_weights = rows_call.by_weights
+    if isinstance(by_weights, LocalLinear):
+        by_weights = LocalLinear(own.to(working))
     return by_weights.apply(matrix, value, key).to(tensors.value.dtype)
 
 

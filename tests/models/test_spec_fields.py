@@ -122,6 +122,7 @@ TABLE = {
     "dynamic_inversion": ("dot_product", "additive", "dynamic_inversion", 2, "standard", "none", False),
     "exclusive": ("dot_product", "additive", "exclusive", 2, "standard", "none", False),
     "local_linear": ("dot_product", "additive", "local_linear", 2, "standard", "none", False),
+    "robust": ("dot_product", "additive", "robust", 3, "standard", "none", False),
     "gated": ("dot_product", "additive", "none", 2, "standard", "none", False),
     "qk_norm": ("cosine", "additive", "none", 2, "standard", "none", True),
     "value_residual": ("dot_product", "additive", "none", 2, "standard", "value_residual", False),

@@ -88,10 +88,10 @@ CUSTOM: dict[str, dict[str, Any]] = {
         "feedback": "neutreno",
     },
     "single_weights": {
-        "position_kernel": ["rotary", "gaussian", "untied"],
-        "boosting": ["local_linear", "none", "local_linear"],
-        "n_head": 5,
-        "num_attention_heads": 5,
+        "position_kernel": ["gaussian", "none", "untied"],
+        "boosting": ["local_linear", "robust", "local_linear"],
+        "boosting_steps": [2, 4, 2],
+        "gate": ["none", "headwise", "none"],
     },
 }
 RIVALS = (
@@ -99,6 +99,7 @@ RIVALS = (
     "dynamic_inversion",
     "exclusive",
     "local_linear",
+    "robust",
     "gated",
     "sink",
     "sigmoid",
@@ -109,7 +110,11 @@ RIVALS = (
 """Presets with one value, each of which a layer of ``CUSTOM`` has: tests of whole models leave it at those."""
 VARIANTS = (*(name for name in PRESETS if name not in RIVALS), *CUSTOM)
 ELLIPTICAL = tuple(name for name in VARIANTS if "elliptical" in {**PRESETS, **CUSTOM}[name].get("content_kernel", ()))
-BOOSTED = tuple(name for name in VARIANTS if "boosting" in {**PRESETS, **CUSTOM}[name] and name != "one_pass")
+BOOSTED = tuple(
+    name
+    for name in VARIANTS
+    if "boosting" in {**PRESETS, **CUSTOM}[name] and name not in ("one_pass", "single_weights")
+)
 """Variants that apply A more than once in some layer, for which a cache keeps streams."""
 ALL_STOCK = ("softmax", "nope", "boosted_residual")
 """Variants whose every attention is the stock one."""
@@ -206,6 +211,11 @@ def heads_by_hand(
     rows = maps[:, 0] @ value
     if spec.boosting == "exclusive":
         rows = rows - value * ((rows * value).sum(-1) / value.square().sum(-1)).unsqueeze(-1)
+    if spec.boosting == "robust":  # Huber's, with the default threshold
+        for _ in range(spec.boosting_steps):
+            distances = (value[:, :, None] - rows[:, :, :, None]).norm(dim=-1)
+            weights = maps[:, 0] * torch.where(distances > 1.0, 1.0 / distances, torch.ones_like(distances))
+            rows = weights @ value / weights.sum(-1, keepdim=True)
     output = merged(rows)
     for number in range(1, maps.shape[1]):
         boosting = f"{name}.filter.gradient_boosting" + (f"_further.{number - 2}" if number > 1 else "")
