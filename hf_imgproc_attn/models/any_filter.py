@@ -22,6 +22,7 @@ from .any_attention import IMPLEMENTATION, PART, SEAT, before_layer
 from .any_fields import FilterFields, StackConfig
 from .any_layer import AppliedFilter, FilterSeat, SharedState
 from .any_layers import AttentionLayer, attention_layers
+from .layer_filter import AttentionFilter
 
 
 class FilteredLayers(list[dict[str, Any]]):
@@ -77,6 +78,13 @@ def apply_filter(
     wanted = FilterFields.of(preset, fields, is_image=_is_image(model))
     chosen = _chosen(attention_layers(model), layers, stacks, type(model).__name__)
     prepared = []
+    for layer in (layer for stack_layers in chosen for layer in stack_layers):
+        own = getattr(layer.module, "filter", None)
+        if isinstance(own, AttentionFilter) and not own.is_stock:
+            raise ValueError(
+                f"{layer.name} of {type(model).__name__} has a filter of its own, which the fields of the model's "
+                "configuration choose"
+            )
     for stack_layers in chosen:
         config = StackConfig(wanted, stack_layers, model, num_special_tokens)
         shared = SharedState()
