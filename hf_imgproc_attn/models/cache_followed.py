@@ -125,7 +125,7 @@ def _quantised_class(layer_class: Any) -> Any:
     def _dequantize(self: Any, stored: Any) -> torch.Tensor:
         return stored if isinstance(stored, torch.Tensor) and not stored.numel() else dequantise(self, stored)
 
-    methods = {"_quantize": _quantize, "_dequantize": _dequantize, "_layer_type": None}
+    methods: dict[str, Any] = {"_quantize": _quantize, "_dequantize": _dequantize, "_layer_type": None}
     methods["__reduce_ex__"] = _made_anew(_quantised_class, layer_class)
     return type(f"Stream{layer_class.__name__}", (layer_class,), methods)
 
