@@ -80,7 +80,7 @@ def statuses(record: Record, letter: str = "x") -> dict[str, str]:
 
 @rehearsed
 def test_rehearsal_runs_every_part_to_its_end(rehearsal: Record) -> None:
-    assert list(rehearsal["parts"]) == [part.letter for part in PARTS]
+    assert set(rehearsal["parts"]) == {part.letter for part in PARTS}
     for part in rehearsal["parts"].values():
         assert part["not_reached"] == []
         assert part["failure"] is None
