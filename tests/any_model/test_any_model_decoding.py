@@ -406,3 +406,23 @@ def test_continuous_batching_is_refused_before_it_begins() -> None:
     apply_filter(whole.model, "twicing")
     with pytest.raises(ValueError, match="continuous batching keeps its cache in pages"):
         whole.generate_batch([[3, 4, 5]])
+
+
+@pytest.mark.grid(dtype=[torch.bfloat16, torch.float16], which=FILTERS, kind=["dynamic", "plain", "static"])
+def test_half_precision_keeps_its_rows_as_values_are_kept(dtype: torch.dtype, which: str, kind: str) -> None:
+    """The back-end of a prompt and that of a step may compute rows in different precision; a cache has one."""
+    model = filtered("llama", which).to(dtype)
+    cache, given = CACHES[kind](model.config), {"input_ids": text()}
+    found = decode(model, given, cache, CHUNKS["token by token"])
+    rows = [
+        stream.keys.dtype
+        for layer in cache.layers
+        for name, stream in layer.filter_streams.items()
+        if name.startswith("boost")
+    ]
+    assert set(rows) == ({dtype} if which not in ("neutreno", "buckets") else set())
+    with torch.no_grad():
+        wanted = filtered("llama", which)(**given, use_cache=False).logits
+        whole = model(**given, use_cache=False).logits
+    # Rounding alone moves the logits of the whole text; steps may not move them much further.
+    assert (found - wanted).norm() <= 2 * (whole - wanted).norm()
