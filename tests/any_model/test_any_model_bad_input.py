@@ -152,6 +152,50 @@ def test_a_window_that_no_mask_shows_is_refused(padded: bool) -> None:
         model(text(), attention_mask=mask)
 
 
+def packed() -> dict[str, torch.Tensor]:
+    """Texts of 5 and 9 tokens in one row."""
+    return {
+        "input_ids": text(batch=1),
+        "position_ids": torch.cat((torch.arange(5), torch.arange(9)))[None],
+    }
+
+
+VARLEN = {
+    "cu_seq_lens_q": torch.tensor([0, 5, 14], dtype=torch.int32),
+    "cu_seq_lens_k": torch.tensor([0, 5, 14], dtype=torch.int32),
+    "max_length_q": 9,
+    "max_length_k": 9,
+}
+
+
+@pytest.mark.parametrize("told", ["by places", "by lengths"])
+@pytest.mark.parametrize("asked", ["sdpa", "eager", "packs_by_itself"])
+def test_packed_texts_do_not_see_each_other(told: str, asked: str) -> None:
+    """Flash attention has no mask for them: its own functions see places that begin anew, or are given lengths."""
+    AttentionInterface.register("packs_by_itself", sdpa_attention_forward)
+    AttentionMaskInterface.register("packs_by_itself", flash_attention_mask)
+    model, given = apply_filter(build("llama"), "twicing", boosting_steps=3), packed()
+    with torch.no_grad():
+        alone = torch.cat([model(part).logits for part in given["input_ids"].split([5, 9], dim=1)], dim=1)
+        model.set_attn_implementation(asked)  # type: ignore[operator]
+        lengths = VARLEN if told == "by lengths" else {}
+        found = model(**given, **lengths, use_cache=False).logits
+    assert (found - alone).abs().max() < 1e-12 * alone.abs().max()
+
+
+def test_packed_texts_that_nothing_parts_are_refused() -> None:
+    model, given = apply_filter(build("llama"), "twicing"), packed()
+    with pytest.raises(ValueError, match="given cu_seq_lens_q of 2 texts and no mask that parts them, and attn_impl"):
+        model(given["input_ids"], **VARLEN)
+    one = {**VARLEN, "cu_seq_lens_q": torch.tensor([0, 14]), "cu_seq_lens_k": torch.tensor([0, 14])}
+    assert torch.equal(model(given["input_ids"], **one).logits, model(given["input_ids"]).logits)
+    AttentionInterface.register("packs_by_itself", sdpa_attention_forward)
+    AttentionMaskInterface.register("packs_by_itself", flash_attention_mask)
+    model.set_attn_implementation("packs_by_itself")  # type: ignore[operator]
+    with pytest.raises(ValueError, match="takes packed texts in one row and without a cache, got 2 rows of 14 tokens"):
+        model(text(), **VARLEN)
+
+
 @pytest.mark.parametrize(("name", "term"), [("gemma2", "softcap"), ("gpt_oss", "s_aux")])
 def test_other_kernels_have_no_soft_cap_and_no_sink(name: str, term: str) -> None:
     model = apply_filter(build(name), "twicing", content_kernel="gaussian")
