@@ -281,7 +281,7 @@ def _refuse_own_filters(chosen: list[list[AttentionLayer]], owner: str) -> None:
         own = getattr(layer.module, "filter", None)
         if isinstance(own, AttentionFilter) and not own.is_stock:
             raise ValueError(
-                f"{layer.name} of {owner} has a filter of its own, which the fields of the model's configuration choose"
+                f"{layer.name} of {owner} has a filter of its own, which the model's configuration chooses"
             )
 
 
