@@ -159,7 +159,10 @@ class FilterCall(NamedTuple):
             return attend(self.visibility.clean_keys(rows))
 
         def extend(index: int, rows: torch.Tensor) -> torch.Tensor:
-            return self.streams.append(boost_stream(index + 1), rows)
+            if not self.streams.is_cached:
+                return rows
+            # Kept in the precision of the values, whichever back-end made them: a cache of fixed size has but one.
+            return self.streams.append(boost_stream(index + 1), rows.to(self.value.dtype)).to(rows.dtype)
 
         name, steps, gain = self.booster
         return BOOSTING[name](apply, extend, new_value, value, steps, gain)
@@ -263,8 +266,8 @@ def check_options(boosting: str, boosting_steps: int, dropout: float) -> None:
     Raises:
         ValueError: naming the option, its rule and the value.
     """
-    if boosting not in BOOSTING:
-        raise ValueError(f"boosting must be one of {', '.join(BOOSTING)}, got {boosting!r}")
+    if boosting not in (*BOOSTING, "robust"):
+        raise ValueError(f"boosting must be one of {', '.join((*BOOSTING, 'robust'))}, got {boosting!r}")
     if isinstance(boosting_steps, bool) or not isinstance(boosting_steps, int) or boosting_steps < 1:
         raise ValueError(f"boosting_steps must be an integer >= 1, got {boosting_steps!r}")
     if not 0.0 <= dropout < 1.0:

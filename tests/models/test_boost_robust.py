@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_imgproc_attn import ImgProcGPT2Config, apply_filter, filtered_layers, remove_filter
+from hf_imgproc_attn import ImgProcGPT2Config, apply_filter, filter_attention, filtered_layers, remove_filter
 from hf_imgproc_attn.models.backend_blocked import run as run_blocked
 from hf_imgproc_attn.models.backend_call import FilterCall
 from hf_imgproc_attn.models.backend_table import run_filter
@@ -128,6 +128,15 @@ def test_a_step_is_a_bilateral_filter_on_values() -> None:
 
 
 @torch.no_grad()
+def test_the_function_has_it_too() -> None:
+    """Of other lengths as well: no row needs another row's estimate."""
+    query, key, value = (random(1, 2, length, 5, seed=length) for length in (4, 9, 9))
+    output = filter_attention(query, key, value, boosting="robust", boosting_steps=3)
+    call = filter_call(query, key, value)._replace(by_weights=Robust.of(3))
+    torch.testing.assert_close(output, run_filter(call, "reference"), **TIGHT)
+
+
+@torch.no_grad()
 def test_huber_leaves_rows_as_they_are_whose_values_are_near() -> None:
     query, key, value = (random(1, 2, 9, 5, seed=seed) for seed in range(3))
     for backend in EXACT:
@@ -161,7 +170,7 @@ def test_half_precision_is_exact_through_the_steps(dtype: torch.dtype) -> None:
     given = [random(1, 2, 40, 8, seed=seed).to(dtype) for seed in range(3)]
     results = []
     for backend, kind in (("reference", torch.float64), *((name, dtype) for name in EXACT)):
-        leaves = [x.to(kind).requires_grad_() for x in given]
+        leaves = [x.to(kind, copy=True).requires_grad_() for x in given]
         output = run_filter(robust(*leaves, is_causal=True), backend)
         output.backward(random(*output.shape, seed=9).to(dtype).to(kind))
         results.append([output.detach().double(), *(leaf.grad.double() for leaf in leaves)])
@@ -220,7 +229,7 @@ def test_it_runs_in_a_trained_model_and_decodes_exactly() -> None:
         ({"boosting": "robust", "robust_penalty": "mcp", "robust_threshold": float("nan")}, "must be a finite number"),
         (
             {"boosting": "robust", "robust_penalty": "l1", "robust_threshold": 1.0},
-            "robust_threshold must be None with",
+            "threshold must be None with",
         ),
         ({"boosting": "twicing", "robust_penalty": "l1"}, "robust_penalty needs boosting 'robust'"),
         ({"robust_threshold": 2.0}, "robust_threshold needs boosting 'robust'"),
