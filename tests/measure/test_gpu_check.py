@@ -15,6 +15,7 @@ import pytest
 from hf_imgproc_attn.backbones import GPT2, VIT
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.measure.gpu_check import (
+    part_any_model,
     part_training,
     report,
     runner,
@@ -80,7 +81,7 @@ def statuses(record: Record, letter: str = "x") -> dict[str, str]:
 
 @rehearsed
 def test_rehearsal_runs_every_part_to_its_end(rehearsal: Record) -> None:
-    assert list(rehearsal["parts"]) == [part.letter for part in PARTS]
+    assert set(rehearsal["parts"]) == {part.letter for part in PARTS}
     for part in rehearsal["parts"].values():
         assert part["not_reached"] == []
         assert part["failure"] is None
@@ -126,6 +127,18 @@ def test_rehearsal_covers_every_back_end(rehearsal: Record) -> None:
         assert case["values"]["multiples"].keys() == parts
         # The sum that a parameter's gradient is may be small.
         assert max(multiple for part, multiple in case["values"]["multiples"].items() if part != "dt") <= 5.0, case
+
+
+@rehearsed
+def test_rehearsal_covers_other_models(rehearsal: Record) -> None:
+    cases = cases_of(rehearsal, "f")
+    assert {case["status"] for case in cases.values()} == {"measured"}
+    found = {(case["about"]["model"], case["about"]["filter"]) for case in cases.values()}
+    assert {model for model, _ in found} == {*part_any_model.MODELS, "ViT"}
+    assert {name for _, name in found} == set(part_any_model.FILTERS)
+    assert {case["about"]["cache"] for case in cases_of(rehearsal, "f", what="decoding").values()} == {
+        "dynamic", "static"
+    }  # fmt: skip
 
 
 @rehearsed
@@ -323,7 +336,7 @@ def test_results_of_another_machine_are_not_mixed_in(tmp_path: Path) -> None:
     [
         (["--output", "new.json"], "device must be there, got 'cuda', and torch sees no GPU"),
         (["--device", "tpu"], "--device must be cuda or cpu, got 'tpu'"),
-        (["--device", "cpu", "--parts", "a,q"], "--parts must be among a,b,c,d,e, got 'q'"),
+        (["--device", "cpu", "--parts", "a,q"], "--parts must be among a,b,c,d,e,f, got 'q'"),
         (["--minutes", "-1"], "--minutes must be a number > 0, got -1.0"),
         (["--render", "--output", "here"], "--output must be a record of gpu-check, got 'here', which is not there"),
     ],
