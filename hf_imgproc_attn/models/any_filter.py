@@ -23,6 +23,7 @@ from .any_fields import FilterFields, StackConfig
 from .any_layer import AppliedFilter, FilterSeat, SharedState
 from .any_layers import AttentionLayer, attention_layers
 from .cache_layer import check_cache_implementation
+from .layer_filter import AttentionFilter
 
 
 class FilteredLayers(list[dict[str, Any]]):
@@ -77,6 +78,7 @@ def apply_filter(
         raise ValueError(f"num_special_tokens must be an integer >= 0 or None, got {num_special_tokens!r}")
     wanted = FilterFields.of(preset, fields, is_image=_is_image(model))
     chosen = _chosen(attention_layers(model), layers, stacks, type(model).__name__)
+    _refuse_own_filters(chosen, type(model).__name__)
     prepared = []
     for stack_layers in chosen:
         config = StackConfig(wanted, stack_layers, model, num_special_tokens)
@@ -271,6 +273,16 @@ def _check_model(model: Any) -> None:
         )
     if any(_parts(model)):
         raise ValueError("the model is filtered already: call remove_filter(model) first")
+
+
+def _refuse_own_filters(chosen: list[list[AttentionLayer]], owner: str) -> None:
+    """Layers of this package that have a filter do not go through the interface: another one would never be called."""
+    for layer in (layer for stack_layers in chosen for layer in stack_layers):
+        own = getattr(layer.module, "filter", None)
+        if isinstance(own, AttentionFilter) and not own.is_stock:
+            raise ValueError(
+                f"{layer.name} of {owner} has a filter of its own, which the model's configuration chooses"
+            )
 
 
 def _integers(layers: Any) -> Any:

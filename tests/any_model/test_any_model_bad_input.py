@@ -22,8 +22,9 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
 
-from hf_imgproc_attn import apply_filter, filtered_layers, remove_filter
+from hf_imgproc_attn import ImgProcGPT2LMHeadModel, apply_filter, filtered_layers, remove_filter
 from tests.any_model.architectures import TEXT, build, inputs, output, text
+from tests.models.helpers import tiny_gpt2_config
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,15 @@ def test_what_is_no_model_is_refused(call: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # by PEFT
+def test_layers_with_filters_of_their_own_are_refused() -> None:
+    """A second filter in them would never be called."""
+    model = ImgProcGPT2LMHeadModel(tiny_gpt2_config("twicing", n_layer=2, boosted_layers=[1]))
+    with pytest.raises(ValueError, match=r"transformer.h.1.attn of ImgProcGPT2LMHeadModel has a filter of its own"):
+        apply_filter(model, "twicing")
+    apply_filter(model, "twicing", layers=[0])
+    assert [row["layer"] for row in filtered_layers(model)] == [0]
+
+
 def test_a_model_that_peft_has_wrapped_is_refused() -> None:
     wrapped = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"]))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="model is a PeftModel, which saves its adapter alone"):
