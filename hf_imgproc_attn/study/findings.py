@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,8 +96,11 @@ def findings(ledgers: Path) -> str:
         *paragraph(
             "A comparison is one variant against one baseline under one condition, paired by seed, after correction "
             "for the number of comparisons. *Points to the better* counts those whose mean difference is on the "
-            "claim's side, whatever its interval: half of them would be by chance."
+            "claim's side, whatever its interval: half of them would be by chance. Comparisons of one study are not "
+            "independent: the same models stand in all of them."
         ),
+        "",
+        *paragraph(_in_all(chapters)),
         "",
         "| claim | seeds | comparisons | better | worse | no difference seen | points to the better | in a word |",
         "|" + "---|" * 8,
@@ -110,6 +114,19 @@ def findings(ledgers: Path) -> str:
     for untested in UNTESTED:
         lines += paragraph(f"- **{untested.title}.** {untested.why}", indent="  ")
     return "\n".join(lines) + "\n"
+
+
+def _in_all(chapters: Sequence[Chapter]) -> str:
+    """All comparisons of the page in one sentence, with the variants that any difference was seen of."""
+    rows = [entry.row for chapter in chapters for _, found in chapter.claims for entry in found]
+    none = sum(verdict_of(row) == NO_DIFFERENCE for row in rows)
+    seen = {word: Counter(row.variant for row in rows if verdict_of(row) == word) for word in (BETTER, WORSE)}
+    parts = [
+        f"{word} in {counts.total()}"
+        + (f" ({', '.join(f'`{name}` {count}' for name, count in counts.most_common())})" if counts else "")
+        for word, counts in seen.items()
+    ]
+    return f"**In all, of {len(rows)} comparisons the variant is {' and '.join(parts)}; in {none} no difference is seen.**"
 
 
 def _chapter(name: str, ledgers: Path) -> Chapter:
