@@ -126,7 +126,8 @@ def _in_all(chapters: Sequence[Chapter]) -> str:
         + (f" ({', '.join(f'`{name}` {count}' for name, count in counts.most_common())})" if counts else "")
         for word, counts in seen.items()
     ]
-    return f"**In all, of {len(rows)} comparisons the variant is {' and '.join(parts)}; in {none} no difference is seen.**"
+    what = " and ".join(parts)
+    return f"**In all, of {len(rows)} comparisons the variant is {what}; in {none} no difference is seen.**"
 
 
 def _chapter(name: str, ledgers: Path) -> Chapter:
