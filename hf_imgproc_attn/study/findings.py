@@ -96,8 +96,8 @@ def findings(ledgers: Path) -> str:
         "",
         *paragraph(
             "A comparison is one variant against one baseline under one condition. Differences are paired by seed, "
-            f"their intervals hold {100 * CONFIDENCE:.0f} % (Student's t), and a verdict is *better* or *worse* where the "
-            "p-value of the paired t-test, corrected by Holm's method for all variants under that condition, is "
+            f"their intervals hold {100 * CONFIDENCE:.0f} % (Student's t), and a verdict is *better* or *worse* where "
+            "the p-value of the paired t-test, corrected by Holm's method for all variants under that condition, is "
             f"below {LEVEL:g}. *Points to the better* counts the comparisons whose mean difference is on the "
             "claim's side, whatever its interval: half of them would be by chance. Comparisons of one study are not "
             "independent: the same models stand in all of them."
@@ -140,7 +140,9 @@ def _chapter(name: str, ledgers: Path) -> Chapter:
     if not (folder / HEADER).is_file():
         return Chapter(name, None, {}, [(claim, []) for claim in claims])
     study = read_study(shipped_file(f"training/configs/studies/{name}.yaml"))
-    records = Ledger(folder).everything(study)
+    ledger = Ledger(folder)
+    ledger.check(study)
+    records = ledger.everything(study)
     baselines = dict.fromkeys(against for claim in claims for against in claim.against)
     tables = {against: build_tables(replace(study, baseline=against), records) for against in baselines}
     return Chapter(name, study, records, [(claim, _comparisons(tables, claim)) for claim in claims])
