@@ -25,9 +25,10 @@ from .kernel_position import BlockedPositions
 def refuses(call: FilterCall) -> str | None:
     """Why the blocked passes cannot serve a call, as the rest of a sentence about them, or None if they can."""
     length, key_length = call.query.shape[-2], call.key.shape[-2]
-    reason = _lacks_logits(call)
-    if reason is not None:
-        return reason
+    if call.content.softcap is not None or call.normalisation.name not in WEIGHTS:
+        return call.own_softmax
+    if (call.sinks is not None or call.normalisation.name != "softmax") and _lacks_row_constants(call):
+        return "has columns that lack a number a row, which these weights depend on"
     if call.booster.gain is not None and call.query.dtype in HALF_DTYPES:
         return "hands out its streams in half precision, from which a learned gain is not exact"
     apart = call.streams.keeps_places_apart  # a cache of any kind, which does not hand out earlier rows
@@ -38,16 +39,10 @@ def refuses(call: FilterCall) -> str | None:
     return None
 
 
-def _lacks_logits(call: FilterCall) -> str | None:
-    """Why the logits cannot be had inside the blocks, or the weights not be made of them."""
-    if call.content.softcap is not None or call.normalisation.name not in WEIGHTS:
-        return call.own_softmax
-    if call.ignores_row_constants:
-        return None
-    rest = [term for term in call.positions if not isinstance(term, BlockedPositions)]
-    if len(call.positions) - len(rest) > 1 or CONTENT_COLUMNS[call.content.kernel] is not None:
-        return "has columns that lack a number a row, which these weights depend on"
-    return None
+def _lacks_row_constants(call: FilterCall) -> bool:
+    """Whether columns are known up to a number a row: those of Gaussian contents, or of a second term of places."""
+    by_place = [term for term in call.positions if isinstance(term, BlockedPositions)]
+    return len(by_place) > 1 or CONTENT_COLUMNS[call.content.kernel] is not None
 
 
 def run(call: FilterCall, *, block_rows: int | None = None, group_pairs: int | None = None) -> torch.Tensor:
@@ -124,11 +119,12 @@ def _blocked(
         block_rows=block_rows,
         group_pairs=group_pairs,
     )
+    name = given.normalisation.name
+    is_softmax = given.sinks is None and name == "softmax"
     largest_bias = None if visibility.bias is None else visibility.largest_seen(visibility.bias)
-    if largest_bias is not None and not given.ignores_row_constants:
+    if largest_bias is not None and not is_softmax:
         largest_bias = torch.zeros_like(largest_bias)
-    weights = given.normalisation.name, given.ignores_row_constants
-    call = Call(plan, booster, visibility._replace(bias=None), largest_bias, positions, *weights)
+    call = Call(plan, booster, visibility._replace(bias=None), largest_bias, positions, name, is_softmax)
     parameters = () if positions is None else positions.parameters()
     past = _past(given, plan, extra) if given.streams.is_cached else None
     tensors = Tensors(query, key, value, visibility.bias, past, given.sinks, parameters)

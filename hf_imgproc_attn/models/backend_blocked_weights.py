@@ -182,7 +182,7 @@ class Weights:
         if self.mask is not None or self.bias is not None:
             empty = largest == float("-inf")
             largest.masked_fill_(empty, 0.0)
-        sinks = self._sink_logits()
+        sinks = None if self.sinks is None else self._sink_logits(self.sinks)
         if sinks is not None:
             largest = torch.maximum(largest, sinks)
         total = scores.sub_(largest).exp2_().sum(-1, keepdim=True)
@@ -196,12 +196,10 @@ class Weights:
             correction.masked_fill_(empty, 1.0)
         return scores, factor, torch.cat((log_sum, correction), dim=-1)
 
-    def _sink_logits(self) -> torch.Tensor | None:
-        """Of each pair, ``[pairs, 1, 1]``, or None."""
-        if self.sinks is None:
-            return None
+    def _sink_logits(self, sinks: torch.Tensor) -> torch.Tensor:
+        """``[heads]`` to those of each pair, ``[pairs, 1, 1]``."""
         samples, heads = self.group.shape
-        return self.sinks[self.group.heads].expand(samples, heads).reshape(-1, 1, 1)
+        return sinks[self.group.heads].expand(samples, heads).reshape(-1, 1, 1)
 
     def recompute(self, block: Block, row_sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A's block again, without dropout, from what :meth:`compute` found of all rows, ``[pairs, length, 2]``.
@@ -230,9 +228,13 @@ class Weights:
             row_term: D, with the factor of :meth:`recompute`, ``[pairs, rows, 1]``.
             row_sums: of the same rows, ``[pairs, rows, 2]``.
         """
-        sinks = self._sink_logits()
-        if sinks is not None:
-            share = torch.exp2(sinks - row_sums[..., :1]).mul_(row_term).sum((1, 2)).view(self.group.shape)
+        if self.sinks is not None:
+            share = (
+                torch.exp2(self._sink_logits(self.sinks) - row_sums[..., :1])
+                .mul_(row_term)
+                .sum((1, 2))
+                .view(self.group.shape)
+            )
             total[self.group.heads] -= share.sum(0)
 
     def add_to_positions(self, d_logits: torch.Tensor, block: Block) -> None:

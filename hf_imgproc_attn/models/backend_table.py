@@ -90,12 +90,11 @@ def _is_one_row(call: FilterCall) -> bool:
 
 
 def _is_plain(call: FilterCall) -> bool:
+    seen = call.visibility
+    if call.sinks is not None and not (seen.mask is None and seen.keys is None):
+        return False  # SDPA would need one more key, which the mask has to show
     as_wide = call.query.shape[-1] == call.value.shape[-1] and not call.has_columns
     return as_wide and not (call.is_boosted or call.dropout)
-
-
-def _has_sinks_and_a_mask(call: FilterCall) -> bool:
-    return call.sinks is not None and not (call.visibility.mask is None and call.visibility.keys is None)
 
 
 def _has_few_scores(call: FilterCall) -> bool:
@@ -124,8 +123,6 @@ CHOICES = (
     # Twicing, in units of one SDPA call on the same tensors: forward / forward + backward, float32, head_dim 64.
     # 4 heads, N = 64: SDPA 2.6 / 2.0, blocked 6.8 / 5.3
     Choice("cpu", "few scores", _has_few_scores, ("sdpa", "reference")),
-    # SDPA would need one more key, which the mask has to show.
-    Choice("cpu", "sinks and a mask", _has_sinks_and_a_mask, ("blocked",)),
     Choice("cpu", "not boosted, values as wide as queries", _is_plain, ("sdpa",)),
     # SDPA would need a dense N x N bias.
     Choice("cpu", "positions by place", lambda call: bool(call.positions) and _sees_places(call), ("blocked",)),
