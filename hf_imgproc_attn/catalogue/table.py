@@ -218,7 +218,7 @@ def back_ends(preset: str) -> str:
     if spec.normalisation == "sinkhorn":
         return "reference"
     if spec.normalisation != "softmax":
-        return "reference, sdpa, chunked" if spec.normalisation == "sink" else "reference, chunked"
+        return "reference, sdpa, blocked, chunked" if spec.normalisation == "sink" else "reference, blocked, chunked"
     if spec.boosting in WEIGHTS_ONE_BY_ONE:
         return "reference, blocked, chunked"
     # The Triton kernels know every content kernel, positions by place and twicing.

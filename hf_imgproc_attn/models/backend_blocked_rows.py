@@ -48,7 +48,7 @@ class RowsFilter(torch.autograd.Function):
         rows_call: RowsCall,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
-        tensors = Tensors(query, key, value, bias, None, parameters)
+        tensors = Tensors(query, key, value, bias, None, None, parameters)
         output, row_sums, kept = _forward(rows_call, tensors, own)
         ctx.call = rows_call
         ctx.save_for_backward(query, key, value, bias, own, row_sums, kept, *parameters)
@@ -58,7 +58,7 @@ class RowsFilter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         query, key, value, bias, own, row_sums, kept, *parameters = ctx.saved_tensors
-        tensors, needs = Tensors(query, key, value, bias, None, tuple(parameters)), ctx.needs_input_grad
+        tensors, needs = Tensors(query, key, value, bias, None, None, tuple(parameters)), ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True: the gradients are to be differentiated themselves
             return _differentiable_gradients(ctx.call, tensors, own, grad, needs)
         found = _backward(ctx.call, tensors, own, (row_sums, kept), grad, needs)
@@ -83,7 +83,7 @@ def _forward(
     sizes = (width, 2, rule.kept(width))
     output, row_sums, kept = (like.new_empty(plan.batch * plan.heads, plan.length, size) for size in sizes)
     weights, inputs = (
-        call.weights(tensors.bias, tensors.parameters, like),
+        call.weights(tensors, like),
         Inputs(call, tensors, _no_streams(call, like)),
     )
     own_rows, buffers = flat(own, like.dtype), [Buffer(like, weights.size) for _ in range(rule.rooms)]
@@ -130,7 +130,7 @@ def _backward(
     query, key, value, bias = tensors[:4]
     like = query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
     inputs = Inputs(call, tensors, _no_streams(call, like))
-    weights = call.weights(bias, tensors.parameters, like, needs[6:])
+    weights = call.weights(tensors, like, needs[6:])
     buffers = [Buffer(like, weights.size) for _ in range(rule.rooms)]
     scratch = Buffer(like, plan.group_pairs * plan.key_length * max(value.shape[-1], key.shape[-1]))
     d_query, d_own = like.new_empty(query.shape), like.new_empty(own.shape)
