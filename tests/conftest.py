@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.elementary import pytest_collection_finish, pytest_runtest_makereport  # noqa: F401  # hooks
-from tests.helpers import ROOT, RunPython, pairwise_cover, readable_id, run_command
+from tests.helpers import ROOT, RunPython, pairwise_cover, prepared_python, readable_id, run_command
 
 # The training scripts as modules: they import each other as siblings, as they do when they are run.
 sys.path.insert(0, str(ROOT / "training"))
@@ -44,15 +44,18 @@ resource.setrlimit(resource.RLIMIT_DATA, (_MOST_MEMORY, resource.getrlimit(resou
 
 @pytest.fixture
 def run_python(tmp_path: Path) -> RunPython:
-    """``run_python(*arguments, path=ROOT)``: a fresh interpreter in an empty folder; ``path`` is first on sys.path."""
+    """``run_python(*arguments, path=ROOT)``: an interpreter in an empty folder; ``path`` is first on sys.path.
+
+    It has imported neither Transformers nor this package, but torch; with ``fresh`` it has imported nothing.
+    """
 
     def run(
-        *arguments: str, path: Path = ROOT, cwd: Path | None = None, timeout: float = 300
+        *arguments: str, path: Path = ROOT, cwd: Path | None = None, timeout: float = 300, fresh: bool = False
     ) -> subprocess.CompletedProcess[str]:
         folder = cwd or tmp_path / "cwd"
         folder.mkdir(exist_ok=True)
         return run_command(
-            [sys.executable, *arguments],
+            [sys.executable if fresh else prepared_python(), *arguments],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": str(path)},
             timeout=timeout,

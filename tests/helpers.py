@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import itertools
+import json
 import os
+import shutil
 import signal
 import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,3 +118,46 @@ def run_command(
             out, error = process.communicate()
             pytest.fail(f"{command} ran for more than {timeout} s\n{out[-3000:]}\n{error[-3000:]}")
     return subprocess.CompletedProcess(command, process.returncode, out, error)
+
+
+@functools.cache
+def prepared_python() -> str:
+    """The path of an interpreter, for command lines, that has what is slow to import already.
+
+    Its processes have never heard of Transformers, of huggingface_hub or of this package, and cost a second where
+    those of ``sys.executable`` cost five. ``tests/prepared/server.py`` forks them; where it cannot, for the options or
+    the environment asked for, a real interpreter does the work. Not for tests of memory, of start-up or of signals.
+    """
+    if not sys.platform.startswith("linux"):
+        return sys.executable
+    code = ROOT / "tests" / "prepared"
+    folder = Path(tempfile.mkdtemp(prefix="hf_imgproc_attn_python_"))
+    settings = {"python": sys.executable, "environment": dict(os.environ)}
+    (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+    file = folder / "python"
+    file.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {code / "client.py"} {folder} "$@"\n', encoding="utf-8")
+    file.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # a process that forks has no other thread
+    # It ends with its standard input, at the latest when this process ends.
+    server = subprocess.Popen(
+        [sys.executable, "-P", code / "server.py", folder / "socket"],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+    def end() -> None:
+        assert server.stdin is not None
+        server.stdin.close()
+        server.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(end)
+    deadline = time.monotonic() + 300
+    while not (folder / "socket").exists():
+        assert server.poll() is None, "the process that forks has ended"
+        assert time.monotonic() < deadline, "the process that forks has not started in 300 s"
+        time.sleep(0.05)
+    return str(file)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from hf_imgproc_attn.models.modeling_imgproc_vit import (
     ImgProcViTModel,
 )
 from hf_imgproc_attn.models.spec_fields import PRESETS
-from tests.helpers import ROOT, run_command
+from tests.helpers import ROOT, prepared_python, run_command
 from tests.models.helpers import sharpen_
 from tests.models.variants import gpt2_config, made_once, token_ids, vit_config
 
@@ -149,7 +148,7 @@ def run(folder: Path, mode: str) -> None:
     elsewhere = folder / f"elsewhere_{mode}"
     elsewhere.mkdir()
     result = run_command(
-        [sys.executable, "-P", str(Path(__file__).with_name("travelling_worker.py")), str(folder), mode],
+        [prepared_python(), "-P", str(Path(__file__).with_name("travelling_worker.py")), str(folder), mode],
         cwd=elsewhere,
         env=environment,
         timeout=600,
