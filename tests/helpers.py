@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,19 @@ def pairwise_cover(axes: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
         missing -= covered(best)
         rows.append(tuple(values[index] for values, index in zip(axes, best, strict=True)))
     return rows
+
+
+def each_value_once(rows: Sequence[Sequence[Hashable]]) -> set[int]:
+    """The indices of few rows in which each value of a row occurs; values that have been chosen seldom come first."""
+    uses = dict.fromkeys((value for row in rows for value in row), 0)
+    missing, chosen = set(uses), set()
+    while missing:
+        best = max(range(len(rows)), key=lambda i: (len(missing & set(rows[i])), -sum(uses[v] for v in rows[i])))
+        chosen.add(best)
+        missing -= set(rows[best])
+        for value in rows[best]:
+            uses[value] += 1
+    return chosen
 
 
 def readable_id(value: Any) -> str | None:

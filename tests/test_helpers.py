@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.helpers import RunPython, pairwise_cover, prepared_python, readable_id, run_command
+from tests.helpers import RunPython, each_value_once, pairwise_cover, prepared_python, readable_id, run_command
 
 pytest_plugins = ("pytester",)
 
@@ -23,6 +24,15 @@ def test_a_pairwise_cover_has_every_pair_and_few_rows() -> None:
         assert {(row[one], row[other]) for row in rows} == wanted
     assert len(rows) <= 32
     assert rows == pairwise_cover(axes)
+
+
+def test_each_value_occurs_in_few_rows_that_mix_them() -> None:
+    rows = list(itertools.product("abcdefghi", [1, 2, 3], [True, False]))
+    chosen = [rows[index] for index in sorted(each_value_once(rows))]
+    assert len(chosen) == 9
+    assert [letter for letter, *_ in chosen] == list("abcdefghi")
+    assert Counter(number for _, number, _ in chosen) == {1: 3, 2: 3, 3: 3}
+    assert len({rest for _, *rest in map(tuple, chosen) for rest in [tuple(rest)]}) >= 5
 
 
 @pytest.mark.parametrize(

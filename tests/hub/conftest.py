@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 from huggingface_hub import constants
 
 from hf_imgproc_attn.hub import verification
-from tests.helpers import prepared_python
 from tests.hub.server import HubServer
 from tests.models.variants import made_once
 from tests.training.conftest import TINY_GPT2, TINY_VIT
@@ -29,9 +27,8 @@ CopyOfRun = Callable[..., Path]
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+def hub(monkeypatch: pytest.MonkeyPatch, prepared_processes: None, tmp_path: Path) -> Iterator[HubServer]:
     """The server; this process and its children are logged in as ann, who may write. Ends with the server's check."""
-    monkeypatch.setattr(sys, "executable", prepared_python())
     with HubServer() as server:
         server.add_account("ann", token=TOKEN)
         server.add_account("ann", token=READER, role="read")

@@ -25,6 +25,7 @@ from tests.helpers import ROOT, RunPython, run_command, started
 
 # One worker runs the rehearsal for the four tests that look at it.
 rehearsed = pytest.mark.xdist_group("gpu rehearsal")
+quick = pytest.mark.usefixtures("prepared_processes")
 FAULTY = (Part("x", "What goes wrong", "tests.measure.faulty_cases", share=1.0),)
 Record = dict[str, Any]
 # Not on a GPU machine. What hides them is read by every Python that has its folder on its path.
@@ -157,6 +158,7 @@ def run_faulty(tmp_path: Path, **options: Any) -> Record:
     return runner.run(parts=FAULTY, **options)
 
 
+@quick
 def test_each_ending_is_recorded_and_stops_nothing_else(tmp_path: Path) -> None:
     record = run_faulty(tmp_path)
     assert json.loads((tmp_path / "found.json").read_text(encoding="utf-8")) == record
@@ -179,6 +181,7 @@ def test_each_ending_is_recorded_and_stops_nothing_else(tmp_path: Path) -> None:
     assert cases["earlier"]["values"]["known"] == ["good", "nan", "waits"]
 
 
+@quick
 def test_resume_keeps_verdicts_and_retry_runs_bad_cases_again(tmp_path: Path) -> None:
     calm(tmp_path)
     first = run_faulty(tmp_path)
@@ -194,6 +197,7 @@ def test_resume_keeps_verdicts_and_retry_runs_bad_cases_again(tmp_path: Path) ->
     assert anew["parts"]["x"]["cases"]["good"]["values"]["runs"] == 2
 
 
+@quick
 def test_killing_the_run_in_the_middle_of_a_part_loses_nothing(tmp_path: Path) -> None:
     data, output = tmp_path / "data", tmp_path / "found.json"
     data.mkdir()
@@ -238,6 +242,7 @@ def _is_alive(pid: int) -> bool:
     return state != "Z"
 
 
+@quick
 def test_what_the_time_does_not_reach_is_named_and_left_for_resume(tmp_path: Path) -> None:
     (calm(tmp_path) / "wait").touch()  # the case that waits uses up what is left
     started = time.monotonic()
@@ -251,6 +256,7 @@ def test_what_the_time_does_not_reach_is_named_and_left_for_resume(tmp_path: Pat
     assert statuses(record)["last"] == "measured"
 
 
+@quick
 def test_a_part_that_cannot_start_does_not_stop_the_next(tmp_path: Path) -> None:
     parts = (Part("w", "Missing", "tests.measure.there_is_no_such_module", share=0.5), *FAULTY)
     record = runner.run(parts=parts, output=tmp_path / "found.json", device="cpu", data=calm(tmp_path))
@@ -259,6 +265,7 @@ def test_a_part_that_cannot_start_does_not_stop_the_next(tmp_path: Path) -> None
     assert statuses(record)["last"] == "measured"
 
 
+@quick
 def test_a_part_run_alone_leaves_the_others_in_the_record(tmp_path: Path) -> None:
     parts = (*FAULTY, Part("y", "The same", FAULTY[0].module, share=1.0))
     options: dict[str, Any] = {"output": tmp_path / "found.json", "device": "cpu", "data": calm(tmp_path)}
@@ -268,6 +275,7 @@ def test_a_part_run_alone_leaves_the_others_in_the_record(tmp_path: Path) -> Non
     assert statuses(second, "x") == statuses(second, "y")
 
 
+@quick
 def test_several_workers_share_a_part(tmp_path: Path) -> None:
     parts = (Part("x", "Shared", FAULTY[0].module, share=1.0, workers=2),)
     (tmp_path / "data").mkdir()
@@ -298,6 +306,7 @@ def test_an_output_that_holds_something_else_is_not_overwritten(tmp_path: Path, 
     assert output.read_text(encoding="utf-8") == content
 
 
+@quick
 def test_results_of_another_machine_are_not_mixed_in(tmp_path: Path) -> None:
     calm(tmp_path)
     run_faulty(tmp_path)
