@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,15 +46,24 @@ def pairwise_cover(axes: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
 
 
 def each_value_once(rows: Sequence[Sequence[Hashable]]) -> set[int]:
-    """The indices of few rows in which each value of a row occurs; values that have been chosen seldom come first."""
-    uses = dict.fromkeys((value for row in rows for value in row), 0)
-    missing, chosen = set(uses), set()
+    """The indices of few rows in which each value of a row occurs; pairs of values that were chosen seldom come first.
+
+    A value that may stand at several places of a row must say at which it stands.
+    """
+    values = [frozenset(row) for row in rows]
+    pairs = [list(itertools.combinations(row, 2)) for row in rows]
+    missing, chosen = set(itertools.chain(*rows)), set()
+    uses: Counter[Any] = Counter()
     while missing:
-        best = max(range(len(rows)), key=lambda i: (len(missing & set(rows[i])), -sum(uses[v] for v in rows[i])))
+        new = [len(missing & row) for row in values]
+        most = max(new)
+        best = min(
+            (index for index, count in enumerate(new) if count == most),
+            key=lambda index: [sum(uses[each] for each in group) for group in (pairs[index], rows[index])],
+        )
         chosen.add(best)
-        missing -= set(rows[best])
-        for value in rows[best]:
-            uses[value] += 1
+        missing -= values[best]
+        uses.update([*pairs[best], *rows[best]])
     return chosen
 
 

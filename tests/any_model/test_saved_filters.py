@@ -147,8 +147,10 @@ def test_a_base_of_an_unknown_type_is_refused(tmp_path: Path) -> None:
 
 def test_a_stock_class_does_not_load_it_unfiltered(tmp_path: Path) -> None:
     moved("llama", preset="twicing").save_pretrained(tmp_path)
+    # Its own sizes, not the model's: here smaller ones than its defaults.
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
     with pytest.raises((RuntimeError, ValueError), match="size|mismatch"):
-        LlamaForCausalLM.from_pretrained(tmp_path, num_hidden_layers=3)
+        LlamaForCausalLM.from_pretrained(tmp_path, **sizes)
 
 
 def test_a_stock_class_that_has_its_sizes_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
