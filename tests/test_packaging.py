@@ -91,6 +91,7 @@ def test_metadata(installed: Path) -> None:
         "kernels",
         "filters",
         "lens",
+        "app",
         "docs",
         "all",
         "dev",

@@ -38,6 +38,9 @@ ONE_RECIPE = {
     "softpick": "vit_digits",
     "qk_norm": "vit_digits",
     "value_residual": "vit_digits",
+    "sinkhorn": "vit_digits",
+    "forgetting": "gpt2_pydoc",
+    "differential": "vit_digits",
 }
 """Presets that are one value of one axis, beside those of the papers that the package is about -> their one recipe."""
 

@@ -36,6 +36,8 @@ REASONS = {
     "every head width": "features turn in pairs, for each axis: a multiple of 2 for text, of 4 for images",
     "encoders of texts": "without positions and without a causal mask a model is blind to the order of words",
     "one attention map": "each round has its own",
+    "causal models": "every weight depends on all tokens, later ones too",
+    "models without a causal mask": "gates between a token and a later one have no order",
 }
 """What some presets do not support, and why."""
 
@@ -286,6 +288,45 @@ VARIANTS: dict[str, Variant] = {
         ),
         papers=("value_residual",),
         limits=("one-layer models",),
+    ),
+    "sinkhorn": Variant(
+        text="A = exp(qᵀk/√d) scaled 3 times to columns, then rows, that sum to 1; U = A V",
+        equation=(
+            rf"{_ONCE}, \qquad A = D_r K D_c, \qquad K_{{ij}} = \exp\left(\frac{{q_i^\top k_j}}{{\sqrt{{d}}}}\right), "
+            r"\qquad \sum_j A_{ij} = 1, \qquad \sum_i A_{ij} \approx 1"
+        ),
+        symbols=(
+            "$D_r$ and $D_c$ are diagonal, found by Sinkhorn's iterations: columns, then rows, are divided by their "
+            f"sums 3 times (`sinkhorn_iterations`); all of $A$ stands in memory; {_STOCK_SYMBOLS}"
+        ),
+        papers=("sinkhorn", "symmetrizing"),
+    ),
+    "forgetting": Variant(
+        text="A ∝ exp(qᵀk/√d + Σ_(j<m≤i) log σ(wᵀz_m + b)), j ≤ i; U = A V",
+        equation=(
+            rf"{_ONCE}, \qquad A_{{ij}} \propto \exp\left(\frac{{q_i^\top k_j}}{{\sqrt{{d}}}} + "
+            r"\sum_{m=j+1}^{i} \log \sigma(w^\top z_m + b)\right)"
+        ),
+        symbols=(
+            "$z_m$ is the layer's normalised input, $w$ and $b$ are learned, one of each per head and layer: each "
+            "token multiplies the weight of what lies before it by a gate between 0 and 1, which in a converted model "
+            f"starts open, at $b = 16$; {_NO_TABLE}"
+        ),
+        papers=("forgetting",),
+    ),
+    "differential": Variant(
+        text="A_1, A_2 as of softmax, A_2 with q, k of its own; U = (A_1 - λA_2) V",
+        equation=(
+            r"U = (A^{(1)} - \lambda A^{(2)}) V, \qquad "
+            r"A^{(m)}_{ij} \propto \exp\left(\frac{q^{(m)\top}_i k^{(m)}_j}{\sqrt{d}}\right)"
+        ),
+        symbols=(
+            "the second map has query and key projections of its own and the values of the first; $\\lambda$ is "
+            "learned, one per head and layer, from 0, where this is `softmax` (differs from the paper, whose "
+            "$\\lambda$ is made of products of exponentials, and whose heads have a norm of their own); "
+            f"{_STOCK_SYMBOLS}"
+        ),
+        papers=("differential",),
     ),
 }
 """Every preset of ``spec_fields``, in its order."""

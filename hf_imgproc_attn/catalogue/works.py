@@ -264,6 +264,50 @@ PAPERS: dict[str, Paper] = {
   year    = {2024}
 }""",
     ),
+    "sinkhorn": Paper(
+        "Sander, Ablin, Blondel, Peyré 2022, [Sinkformers: Transformers with Doubly Stochastic Attention]"
+        "(https://arxiv.org/abs/2110.11773)",
+        """@inproceedings{sander2022sinkformers,
+  title     = {Sinkformers: Transformers with Doubly Stochastic Attention},
+  author    = {Sander, Michael E. and Ablin, Pierre and Blondel, Mathieu and Peyr{\'e}, Gabriel},
+  booktitle = {International Conference on Artificial Intelligence and Statistics (AISTATS)},
+  year      = {2022},
+  note      = {arXiv:2110.11773}
+}""",
+    ),
+    "symmetrizing": Paper(
+        "Milanfar 2013, Symmetrizing Smoothing Filters",
+        """@article{milanfar2013symmetrizing,
+  title   = {Symmetrizing Smoothing Filters},
+  author  = {Milanfar, Peyman},
+  journal = {SIAM Journal on Imaging Sciences},
+  volume  = {6},
+  number  = {1},
+  pages   = {263--284},
+  year    = {2013}
+}""",
+    ),
+    "forgetting": Paper(
+        "Lin, Nikishin, He, Courville 2025, [Forgetting Transformer: Softmax Attention with a Forget Gate]"
+        "(https://arxiv.org/abs/2503.02130)",
+        """@inproceedings{lin2025forgetting,
+  title     = {Forgetting Transformer: Softmax Attention with a Forget Gate},
+  author    = {Lin, Zhixuan and Nikishin, Evgenii and He, Xu Owen and Courville, Aaron},
+  booktitle = {The Thirteenth International Conference on Learning Representations (ICLR)},
+  year      = {2025},
+  note      = {arXiv:2503.02130}
+}""",
+    ),
+    "differential": Paper(
+        "Ye et al. 2025, [Differential Transformer](https://arxiv.org/abs/2410.05258)",
+        """@inproceedings{ye2025differential,
+  title     = {Differential Transformer},
+  author    = {Ye, Tianzhu and others},
+  booktitle = {The Thirteenth International Conference on Learning Representations (ICLR)},
+  year      = {2025},
+  note      = {arXiv:2410.05258}
+}""",
+    ),
     "gradient_boosting": Paper(
         "Sargolzaei 2026, [Gradient Boosting within a Single Attention Layer](https://arxiv.org/abs/2604.03190)",
         """@article{sargolzaei2026gradient,

@@ -13,7 +13,7 @@ from .backend_call import FilterCall
 from .backend_reference import filter_logits, reference_attention
 from .backend_table import run_filter
 from .boost_depth import LayerState
-from .cache_followed import FollowingStreams
+from .cache_followed import CacheOwner, FollowingStreams
 from .cache_streams import NO_STREAMS, Streams
 from .kernel_content import working_dtype
 from .kernel_given import BiasPositions
@@ -67,12 +67,32 @@ class FilterSeat:
         arguments: what ``apply_filter`` has to be called with for the same filters.
         stock_config: the configuration that the module had before.
         hooks: remove the hooks of the module.
+        places: which layers of the stack have the filter.
     """
 
-    def __init__(self, shared: SharedState, arguments: dict[str, Any], stock_config: Any, hooks: list[Any]) -> None:
+    def __init__(
+        self,
+        shared: SharedState,
+        arguments: dict[str, Any],
+        stock_config: Any,
+        hooks: list[Any],
+        places: tuple[int, ...],
+    ) -> None:
         self.shared, self.arguments, self.stock_config, self.hooks = shared, arguments, stock_config, hooks
+        self.places = places
         self.cache_layer: Any = None
         """Set before the layer's forward pass: its part of the cache, or None."""
+        self._owner: CacheOwner | None = None
+
+    def owner(self, module: nn.Module) -> CacheOwner:
+        """Whose rows are in a cache that the module fills."""
+        if self._owner is None:
+            self._owner = CacheOwner(module, self.places)
+        return self._owner
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copied and pickled without the owner: the copy belongs to another module."""
+        return {**self.__dict__, "_owner": None}
 
 
 class AppliedFilter(nn.Module):

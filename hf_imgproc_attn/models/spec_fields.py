@@ -56,6 +56,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "softpick": {"normalisation": "softpick"},
     "qk_norm": {"content_kernel": "cosine", "learn_bandwidths": True},
     "value_residual": {"feedback": "value_residual"},
+    "sinkhorn": {"normalisation": "sinkhorn"},
+    "forgetting": {"position_kernel": "forget"},
+    "differential": {"boosting": "differential"},
 }
 """Named variants: the fields in which each differs from the stock model."""
 

@@ -30,6 +30,7 @@ _NOT_OPTIONS = {
     "evaluate_test": "split says it",
     "paired_start": "it is always on",
     "stop_diverged": "it is always on",
+    "on_nan_loss": "stop_diverged is always on",
     "prepare_only": "a study trains",
     "model_name_or_path": "a study trains new models",
 }

@@ -275,6 +275,15 @@ class RunArguments:
         True, "measure the test split at the end; false while anything is still to be chosen by the validation split"
     )
     stop_diverged: bool = _option(False, "end training, with status diverged, as soon as the loss is no finite number")
+    on_nan_loss: str = _option(
+        "stop",
+        "a step whose loss or gradient is infinite or no number: stop, before it changes the weights, with the last "
+        "checkpoint as it is; or skip, which leaves the step out and counts it",
+        choices=("stop", "skip"),
+    )
+    data_timeout: int = _option(
+        600, "seconds for which data workers (dataloader_num_workers) may be silent before the run ends; 0: for ever"
+    )
     lens_every: int | None = _option(
         None,
         "every so many steps, write into the log what each layer's attention filters: entropy, bandwidths, weight on "
@@ -283,6 +292,8 @@ class RunArguments:
     prepare_only: bool = _option(False, "load the data, build the model and its Trainer, and stop")
 
     def __post_init__(self) -> None:
+        _check(self.on_nan_loss == "stop" or not self.stop_diverged, "on_nan_loss", "stop with stop_diverged", "skip")
+        _check(self.data_timeout >= 0, "data_timeout", "an integer >= 0", self.data_timeout)
         _check(self.lens_every is None or self.lens_every >= 1, "lens_every", "an integer >= 1", self.lens_every)
 
 

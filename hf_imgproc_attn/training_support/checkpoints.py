@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import re
 import warnings
 import zipfile
@@ -19,6 +20,7 @@ _ADAPTER = "base_model.model."
 # What FSDP and DeepSpeed write instead of the usual files.
 _SHARDED_OPTIMIZER = ("optimizer.bin", "optimizer_*", "global_step*")
 _SHARDED_WEIGHTS = ("pytorch_model_fsdp*", "global_step*")
+_SHARDED_FOLDERS = ("pytorch_model_fsdp_*", "optimizer_*")
 # How safetensors and torch's archives put a full disk, the latter by finding less in the file than was written.
 _DISK_FULL_TEXT = ("No space left", "File too large", "quota exceeded", "inline_container")
 # And how they put a folder that cannot be written, or is not there, any more.
@@ -134,8 +136,9 @@ def _is_not_writable(error: Exception, folder: Path) -> bool:
 def incomplete_because(folder: Path) -> str | None:
     """What a checkpoint folder lacks, or None if it is complete.
 
-    Checked are the Trainer's state, the weights (the header and the length of every safetensors file), and the
-    optimizer, scheduler and random states (PyTorch files are zip archives with checksums).
+    Checked are the Trainer's state, the weights (the header and the length of every safetensors file), the optimizer
+    and scheduler, and the random state of each process (PyTorch files are zip archives with checksums; folders of
+    shards have a table of contents, against which the files' lengths are held).
     """
     try:
         json.loads((folder / _STATE).read_text(encoding="utf-8"))
@@ -162,11 +165,53 @@ def incomplete_because(folder: Path) -> str | None:
         return "no optimizer.pt"
     if not (folder / "scheduler.pt").is_file():
         return "no scheduler.pt"
-    if not _any(folder, ("rng_state*.pth",)):
-        return "no rng_state.pth"
-    for path in sorted(path for pattern in ("*.pt", "*.pth", "optimizer.bin") for path in folder.glob(pattern)):
+    if state := _missing_random_state(folder):
+        return f"no {state}"
+    archives = ("*.pt", "*.pth", "*.bin", "global_step*/*.pt")
+    for path in sorted(path for pattern in archives for path in folder.glob(pattern)):
         if not _is_whole_archive(path):
-            return f"{path.name} is cut off"
+            return f"{path.relative_to(folder)} is cut off"
+    for pattern in _SHARDED_FOLDERS:
+        for path in sorted(path for path in folder.glob(pattern) if path.is_dir()):
+            if problem := _shards_problem(path):
+                return f"{path.name} {problem}"
+    return None
+
+
+def _missing_random_state(folder: Path) -> str | None:
+    """The first file of random states that is not there: one for each process, of as many as the run's record says."""
+    if (folder / "rng_state.pth").is_file():
+        return None
+    ranks = {int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(r"rng_state_(\d+)\.pth", path.name))}
+    if not ranks:
+        return "rng_state.pth"
+    try:
+        record = json.loads((folder.parent / "run.json").read_text(encoding="utf-8"))
+        processes = int(record["device"]["processes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        processes = max(ranks) + 1
+    missing = sorted(set(range(processes)) - ranks)
+    return f"rng_state_{missing[0]}.pth" if missing else None
+
+
+def _shards_problem(folder: Path) -> str | None:
+    """What a folder of ``torch.distributed.checkpoint`` lacks: its table of contents, or a part that stands there."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    if not (folder / ".metadata").is_file():  # which is written when every process has written its share
+        return "has no .metadata"
+    try:
+        entries = FileSystemReader(folder).read_metadata().storage_data.values()
+        sizes: dict[str, int] = {}
+        for entry in entries:
+            sizes[entry.relative_path] = max(sizes.get(entry.relative_path, 0), entry.offset + entry.length)
+    except (EOFError, OSError, ValueError, AttributeError, pickle.UnpicklingError):
+        return "has a .metadata that is cut off"
+    for name, size in sorted(sizes.items()):
+        if not (folder / name).is_file():
+            return f"has no {name}"
+        if (folder / name).stat().st_size < size:
+            return f"has a {name} that is cut off"
     return None
 
 

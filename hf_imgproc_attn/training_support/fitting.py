@@ -43,6 +43,7 @@ def fit(
         train_dataset=rows["train"],
         eval_dataset=rows.get("validation"),
         compute_metrics=metrics.get("validation"),
+        data_timeout=run.arguments.run.data_timeout,
         **options,
     )
     if run.arguments.run.lens_every is not None:

@@ -1,14 +1,16 @@
-"""The ``Trainer`` of the training scripts: the library's, with three of its habits mended."""
+"""The ``Trainer`` of the training scripts: the library's, with some of its habits mended."""
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer
 
 from .bandwidth_bounds import BandwidthBounds
+from .faults import NotFiniteSteps
 
 
 class ScriptTrainer(Trainer):
@@ -19,23 +21,43 @@ class ScriptTrainer(Trainer):
       (:meth:`restore_configuration`);
     - with ``push_to_hub``, the repository is prepared before training and the run is published once, when its record
       is complete, by :mod:`hf_imgproc_attn.hub`: the library's own push would upload pickled arguments and local
-      paths, and write a card of its own over ours.
+      paths, and write a card of its own over ours;
+    - data workers that give nothing for ``data_timeout`` seconds are an error (0: they are waited for);
+    - ``not_finite``, where it is set, sees the loss of every micro-batch.
     """
 
-    def __init__(self, model: PreTrainedModel, **options: Any) -> None:
+    def __init__(self, model: PreTrainedModel, *, data_timeout: int = 0, **options: Any) -> None:
+        self.not_finite: NotFiniteSteps | None = None
+        self._data_timeout = data_timeout
         self._use_cache = getattr(model.config, "use_cache", None)
         super().__init__(model=model, **options)
         self.add_callback(BandwidthBounds())
         if self._use_cache is None:
             self.restore_configuration()
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.not_finite is not None:
+            self.not_finite.saw(loss)
+        return loss
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        return self._patient(super().get_train_dataloader())
+
     def get_eval_dataloader(self, eval_dataset: str | Dataset[Any] | None = None) -> DataLoader[Any]:
         with self._dropping_nothing():
-            return super().get_eval_dataloader(eval_dataset)
+            return self._patient(super().get_eval_dataloader(eval_dataset))
 
     def get_test_dataloader(self, test_dataset: Dataset[Any]) -> DataLoader[Any]:
         with self._dropping_nothing():
-            return super().get_test_dataloader(test_dataset)
+            return self._patient(super().get_test_dataloader(test_dataset))
+
+    def _patient(self, loader: DataLoader[Any]) -> DataLoader[Any]:
+        """The loader, whose workers may be silent for so long and no longer."""
+        if loader.num_workers:
+            # accelerate's loader takes its batches from torch's, which it holds.
+            getattr(loader, "base_dataloader", loader).timeout = self._data_timeout
+        return loader
 
     def restore_configuration(self) -> None:
         """Give the configuration the ``use_cache`` back that it had, or none; before the final checkpoint is saved."""

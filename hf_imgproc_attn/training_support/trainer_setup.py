@@ -1,20 +1,17 @@
 """One run, from its folder to its final checkpoint: what both training scripts share around the ``Trainer``."""
 
-import netrc
 import os
 import shlex
 import tempfile
 import time
-import urllib.parse
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_imgproc_attn import records
 from hf_imgproc_attn.cards.filters import lens_history
-from hf_imgproc_attn.errors import UsageError, plain_message
+from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.output_paths import check_output_folder, write_or_keep, writing
 from hf_imgproc_attn.training_support.adapters import base_model, check_adapters, merged
 from hf_imgproc_attn.training_support.arguments import Arguments
@@ -23,6 +20,7 @@ from hf_imgproc_attn.training_support.checkpoints import (
     newest_complete_checkpoint,
     saved_filters,
 )
+from hf_imgproc_attn.training_support.trackers import check_trackers, tracker_named
 from hf_imgproc_attn.training_support.trainer_arguments import build_training_arguments
 
 if TYPE_CHECKING:
@@ -85,6 +83,8 @@ def begin_run(task: str, arguments: Arguments[Any], defaults: dict[str, Any], *,
     import torch
     from transformers import set_seed
 
+    from hf_imgproc_attn.training_support.faults import wait_no_longer
+
     start = arguments.model.model_name_or_path
     defaults = {
         **defaults,
@@ -99,8 +99,10 @@ def begin_run(task: str, arguments: Arguments[Any], defaults: dict[str, Any], *,
     check_output_folder(output_dir, "output_dir")
     training_args = build_training_arguments(arguments, defaults, output_dir)
     _check_processes(training_args)
+    if training_args.use_cpu and training_args.world_size > 1:
+        wait_no_longer(training_args.ddp_timeout_delta)
     check_adapters(arguments.model, training_args)
-    _check_reports(training_args)
+    check_trackers(training_args)
     if training_args.push_to_hub and arguments.run.license is not None and training_args.process_index == 0:
         from hf_imgproc_attn.hub.client import connect
         from hf_imgproc_attn.hub.repository import check_licence
@@ -135,40 +137,6 @@ def _check_processes(training_args: "TrainingArguments") -> None:
             f"{launched} processes were started (WORLD_SIZE), but on {training_args.device} each would train alone "
             "into one folder: add --use_cpu to train on the CPUs together, or start one process"
         )
-
-
-def _check_reports(training_args: "TrainingArguments") -> None:
-    """Check that every tracker of ``report_to`` is installed and, for wandb, that it can log in.
-
-    Raises:
-        UsageError: naming the tracker and what is missing.
-    """
-    from transformers.integrations import get_reporting_integration_callbacks
-
-    for name in training_args.report_to:
-        try:
-            (callback,) = get_reporting_integration_callbacks([name])
-            callback()
-        except (ValueError, RuntimeError, ImportError) as error:
-            raise UsageError(f"report_to {name}: {plain_message(error)}") from error
-        if name == "wandb" and training_args.process_index == 0 and not _wandb_can_log_in():
-            raise UsageError(
-                "report_to wandb: there is no key; `wandb login` or the environment variable WANDB_API_KEY gives one, "
-                "and WANDB_MODE=offline needs none"
-            )
-
-
-def _wandb_can_log_in() -> bool:
-    if os.environ.get("WANDB_MODE", "online").lower() in ("offline", "disabled", "dryrun"):
-        return True
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    address = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    try:
-        return netrc.netrc(str(path)).authenticators(urllib.parse.urlsplit(address).hostname or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def adapt_to_data(run: Run, train_samples: int, has_validation: bool) -> None:
@@ -220,11 +188,13 @@ def train_and_save(
         on_saved: see :func:`.fitting.fit`.
 
     Raises:
-        UsageError: if a run is resumed on other data, if the disk is full, or if publishing is refused.
+        UsageError: if a run is resumed on other data, if the disk is full, if a loss is no number, if
+            another process of the launch is lost, or if publishing is refused.
     """
     from hf_imgproc_attn.filtered import recorded_config, recorded_filter
     from hf_imgproc_attn.models.any_filter import is_filtered
     from hf_imgproc_attn.training_support.divergence import DivergenceStop, has_diverged
+    from hf_imgproc_attn.training_support.faults import NotFiniteSteps, faults_named, some, steps_left_out
 
     main = trainer.is_world_process_zero()
     drop_last = bool(run.training_args.dataloader_drop_last)
@@ -252,30 +222,26 @@ def train_and_save(
     if options.stop_diverged:
         run.training_args.logging_nan_inf_filter = False
         trainer.add_callback(DivergenceStop())
+    else:
+        trainer.not_finite = NotFiniteSteps(trainer, skip=options.on_nan_loss == "skip")
+        trainer.add_callback(trainer.not_finite)
     if main:
         print(
             f"{type(model).__name__}: {model.num_parameters():,} parameters; output in {run.training_args.output_dir}"
         )
         records.write_record(run.training_args.output_dir, run.record)
-    started = time.perf_counter()
-    with full_disk_named(run.training_args.output_dir), _tracker_named(run.training_args.report_to):
-        outcome = trainer.train(resume_from_checkpoint=run.resume_from)
-    seconds = time.perf_counter() - started
-    if run.arguments.model.peft_merge:
-        trainer.model = model = merged(model)
-    _save_model(run, trainer)
-    metrics = {}
-    for name, (dataset, compute_metrics) in splits.items():
-        trainer.compute_metrics = compute_metrics
-        values = trainer.evaluate(dataset, metric_key_prefix=name)
-        metrics[name] = _measured(values, name)
+    with faults_named(run.training_args.output_dir, run.training_args.world_size, options.data_timeout):
+        outcome, metrics, seconds = _trained(run, trainer, splits)
+    model = trainer.model
     if main:
         history = trainer.state.log_history
+        left_out = steps_left_out(history)
         run.record |= {
             "status": "diverged" if options.stop_diverged and has_diverged(history) else "finished",
             "steps": trainer.state.global_step,
             "model_config": recorded_config(base_model(model)),
             "metrics": {"train": outcome.metrics, **metrics},
+            **({"steps_left_out": left_out} if left_out else {}),
             "train_loss": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
             "eval_history": [[entry["step"], _measured(entry, "eval")] for entry in history if "eval_loss" in entry],
             **({} if options.lens_every is None else {"lens_history": lens_history(history)}),
@@ -286,6 +252,8 @@ def train_and_save(
         if (filters := _filters(run, trainer)) is not None:
             run.record["filter_summary"] = filters
         print(metrics_table(metrics))
+        if left_out:
+            print(f"left out, because loss or gradient was not finite: {len(left_out)} steps ({some(left_out)})")
         path = Path(run.training_args.output_dir) / records.FILE_NAME
         write_or_keep(path, lambda file: records.write_json(file, run.record), "output_dir")
         print(
@@ -296,6 +264,24 @@ def train_and_save(
         if run.training_args.push_to_hub:
             _publish(run.training_args, str(trainer.hub_model_id), run.record["arguments"]["run"]["license"])
     return Result(run.training_args.output_dir, metrics, run.record, trainer)
+
+
+def _trained(
+    run: Run, trainer: "ScriptTrainer", splits: dict[str, Any]
+) -> tuple[Any, dict[str, dict[str, float]], float]:
+    """Train, save and evaluate: what the Trainer says of it, split -> metric -> value, and seconds of training."""
+    started = time.perf_counter()
+    with full_disk_named(run.training_args.output_dir), tracker_named(run.training_args.report_to):
+        outcome = trainer.train(resume_from_checkpoint=run.resume_from)
+    seconds = time.perf_counter() - started
+    if run.arguments.model.peft_merge:
+        trainer.model = merged(trainer.model)
+    _save_model(run, trainer)
+    metrics = {}
+    for name, (dataset, compute_metrics) in splits.items():
+        trainer.compute_metrics = compute_metrics
+        metrics[name] = _measured(trainer.evaluate(dataset, metric_key_prefix=name), name)
+    return outcome, metrics, seconds
 
 
 def _filters(run: Run, trainer: "ScriptTrainer") -> dict[str, Any] | None:
@@ -332,22 +318,6 @@ def _save_model(run: Run, trainer: "ScriptTrainer") -> None:
         except (UsageError, RuntimeError):
             raise error from None
         raise UsageError(f"{error}; the trained model is kept in {kept}") from error
-
-
-@contextmanager
-def _tracker_named(names: Sequence[str]) -> Iterator[None]:
-    """Put what a tracker of ``report_to`` refuses, such as a wrong key, into one line.
-
-    Raises:
-        UsageError: for an exception that one of the trackers' packages defines.
-    """
-    try:
-        yield
-    except Exception as error:
-        package = type(error).__module__.partition(".")[0]
-        if package not in names:
-            raise
-        raise UsageError(f"report_to {package}: {plain_message(error)}") from error
 
 
 def _publish(training_args: "TrainingArguments", repo_id: str, license: str | None) -> None:  # noqa: A002

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
 
 from hf_imgproc_attn import apply_filter, filtered_layers, remove_filter
@@ -220,3 +221,17 @@ def test_whispers_generation_settings_stay_in_its_configuration(tmp_path: Path) 
     config = AutoConfig.from_pretrained(tmp_path)
     assert config.suppress_tokens == [7]
     config.save_pretrained(tmp_path / "again")
+
+
+def test_weights_without_the_filters_numbers_are_refused(tmp_path: Path) -> None:
+    """They would else be those that training starts from, which are no filter at all."""
+    model = moved("llama", preset="learned_twicing")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    lost = [name for name in tensors if "imgproc_filter" in name]
+    save_file({name: tensor for name, tensor in tensors.items() if name not in lost[1:]}, file, {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=f"lack {len(lost) - 1} tensors of the filter .* such as {sorted(lost[1:])[0]}"
+    ):
+        AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from hf_imgproc_attn.backbones import GPT2, VIT
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.measure.gpu_check import (
+    part_any_model,
     part_training,
     report,
     runner,
@@ -80,7 +82,7 @@ def statuses(record: Record, letter: str = "x") -> dict[str, str]:
 
 @rehearsed
 def test_rehearsal_runs_every_part_to_its_end(rehearsal: Record) -> None:
-    assert list(rehearsal["parts"]) == [part.letter for part in PARTS]
+    assert set(rehearsal["parts"]) == {part.letter for part in PARTS}
     for part in rehearsal["parts"].values():
         assert part["not_reached"] == []
         assert part["failure"] is None
@@ -94,11 +96,17 @@ def test_rehearsal_runs_every_part_to_its_end(rehearsal: Record) -> None:
 def test_rehearsal_covers_every_preset_in_every_precision(rehearsal: Record) -> None:
     compared = cases_of(rehearsal, "a", what="all modes").values()
     found = {(case["about"]["preset"], case["about"]["backbone"]) for case in compared}
-    assert found == {(preset, backbone) for preset in PRESETS for backbone in ("gpt2", "vit")}
+    assert found == {
+        (preset, backbone.name)
+        for preset in PRESETS
+        for backbone in (GPT2, VIT)
+        if preset not in backbone.refused_presets
+    }
     for case in compared:
         assert case["values"].keys() == {"float32", "bfloat16", "float16", "autocast bfloat16"}
         assert 0 < case["values"]["float32"]["logits"] < 1e-5 < case["values"]["bfloat16"]["logits"] < 0.05
-    assert {case["about"]["preset"] for case in cases_of(rehearsal, "a", what="generation").values()} == set(PRESETS)
+    generated = {case["about"]["preset"] for case in cases_of(rehearsal, "a", what="generation").values()}
+    assert generated == set(PRESETS) - set(GPT2.refused_presets)
     for what in ("training", "gradient checkpointing", "torch.compile"):
         assert cases_of(rehearsal, "a", what=what)
 
@@ -120,6 +128,18 @@ def test_rehearsal_covers_every_back_end(rehearsal: Record) -> None:
         assert case["values"]["multiples"].keys() == parts
         # The sum that a parameter's gradient is may be small.
         assert max(multiple for part, multiple in case["values"]["multiples"].items() if part != "dt") <= 5.0, case
+
+
+@rehearsed
+def test_rehearsal_covers_other_models(rehearsal: Record) -> None:
+    cases = cases_of(rehearsal, "f")
+    assert {case["status"] for case in cases.values()} == {"measured"}
+    found = {(case["about"]["model"], case["about"]["filter"]) for case in cases.values()}
+    assert {model for model, _ in found} == {*part_any_model.MODELS, "ViT"}
+    assert {name for _, name in found} == set(part_any_model.FILTERS)
+    assert {case["about"]["cache"] for case in cases_of(rehearsal, "f", what="decoding").values()} == {
+        "dynamic", "static"
+    }  # fmt: skip
 
 
 @rehearsed
@@ -325,7 +345,7 @@ def test_results_of_another_machine_are_not_mixed_in(tmp_path: Path) -> None:
     [
         (["--output", "new.json"], "device must be there, got 'cuda', and torch sees no GPU"),
         (["--device", "tpu"], "--device must be cuda or cpu, got 'tpu'"),
-        (["--device", "cpu", "--parts", "a,q"], "--parts must be among a,b,c,d,e, got 'q'"),
+        (["--device", "cpu", "--parts", "a,q"], "--parts must be among a,b,c,d,e,f, got 'q'"),
         (["--minutes", "-1"], "--minutes must be a number > 0, got -1.0"),
         (["--render", "--output", "here"], "--output must be a record of gpu-check, got 'here', which is not there"),
     ],

@@ -29,10 +29,9 @@ from hf_imgproc_attn.models.modeling_imgproc_vit import (
     ImgProcViTForSemanticSegmentation,
     ImgProcViTModel,
 )
-from hf_imgproc_attn.models.spec_fields import PRESETS
 from tests.helpers import ROOT, prepared_python, run_command
 from tests.models.helpers import sharpen_
-from tests.models.variants import gpt2_config, made_once, token_ids, vit_config
+from tests.models.variants import PRESETS_OF, gpt2_config, made_once, token_ids, vit_config
 
 GPT2_AUTO_MAP = {
     "AutoConfig": "configuration_imgproc_gpt2.ImgProcGPT2Config",
@@ -65,8 +64,8 @@ VIT_CLASSES = {
 SQUARE = {"image_size": 12, "num_channels": 3, "id2label": {0: "cat", 1: "dog", 2: "eel"}}
 
 # Every class and preset, and a model in which every layer differs, the bare ones in several files.
-CASES = [f"gpt2_{name}_{preset}" for name in GPT2_CLASSES for preset in PRESETS]
-CASES += [f"vit_{name}_{preset}" for name in ("base", "classifier", "masked") for preset in PRESETS]
+CASES = [f"gpt2_{name}_{preset}" for name in GPT2_CLASSES for preset in PRESETS_OF["gpt2"]]
+CASES += [f"vit_{name}_{preset}" for name in ("base", "classifier", "masked") for preset in PRESETS_OF["vit"]]
 CASES += ["gpt2_base_mixed", "gpt2_lm_mixed", "vit_base_mixed", "vit_classifier_mixed"]
 # A head on patches adds nothing that depends on the preset.
 CASES += ["vit_segmenter_bilateral", "vit_segmenter_mixed", "vit_backbone_twicing"]
@@ -75,8 +74,9 @@ CASES += ["vit_segmenter_bilateral", "vit_segmenter_mixed", "vit_backbone_twicin
 def some_cases() -> list[str]:
     """Every class, and every preset on both backbones, with the classes in turns."""
     taken = [name for name in CASES if name.endswith("_mixed") or name.startswith(("vit_segmenter", "vit_backbone"))]
-    for index, preset in enumerate(PRESETS):
-        taken += [f"gpt2_{tuple(GPT2_CLASSES)[index % 4]}_{preset}", f"vit_{tuple(VIT_CLASSES)[index % 3]}_{preset}"]
+    for backbone, classes in (("gpt2", tuple(GPT2_CLASSES)), ("vit", tuple(VIT_CLASSES)[:3])):
+        for index, preset in enumerate(PRESETS_OF[backbone]):
+            taken.append(f"{backbone}_{classes[index % len(classes)]}_{preset}")
     return taken
 
 

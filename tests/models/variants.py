@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
+from hf_imgproc_attn.backbones import BACKBONES
 from hf_imgproc_attn.models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from hf_imgproc_attn.models.configuration_imgproc_vit import ImgProcViTConfig
 from hf_imgproc_attn.models.spec_axes import LayerSpec
@@ -88,6 +89,10 @@ CUSTOM: dict[str, dict[str, Any]] = {
         "feedback": "neutreno",
     },
 }
+PRESETS_OF = {
+    name: tuple(preset for preset in PRESETS if preset not in row.refused_presets) for name, row in BACKBONES.items()
+}
+"""Name of a backbone -> the presets that its configuration does not refuse."""
 RIVALS = (
     "inversion",
     "dynamic_inversion",
@@ -98,8 +103,11 @@ RIVALS = (
     "softpick",
     "qk_norm",
     "value_residual",
+    "sinkhorn",
+    "forgetting",
+    "differential",
 )
-"""Presets with one value, each of which a layer of ``CUSTOM`` has: tests of whole models leave it at those."""
+"""Presets with one value: files of their own test each, and tests of whole models leave it at layers of ``CUSTOM``."""
 VARIANTS = (*(name for name in PRESETS if name not in RIVALS), *CUSTOM)
 ELLIPTICAL = tuple(name for name in VARIANTS if "elliptical" in {**PRESETS, **CUSTOM}[name].get("content_kernel", ()))
 BOOSTED = tuple(name for name in VARIANTS if "boosting" in {**PRESETS, **CUSTOM}[name] and name != "one_pass")

@@ -83,6 +83,48 @@ def test_sharded_weights_need_every_file(tmp_path: Path) -> None:
     assert incomplete_because(folder) is None
 
 
+def test_every_process_has_its_random_state(tmp_path: Path) -> None:
+    """As many as the run's record says; without a record, no gap."""
+    folder = write_checkpoint(tmp_path / "checkpoint-1")
+    (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
+    assert incomplete_because(folder) is None
+    (tmp_path / "run.json").write_text(json.dumps({"device": {"processes": 3}}), encoding="utf-8")
+    assert incomplete_because(folder) == "no rng_state_1.pth"
+    for rank in (1, 2):
+        shutil.copy(folder / "rng_state_0.pth", folder / f"rng_state_{rank}.pth")
+    assert incomplete_because(folder) is None
+    cut(folder / "rng_state_2.pth")
+    assert incomplete_because(folder) == "rng_state_2.pth is cut off"
+    (tmp_path / "run.json").unlink()
+    (folder / "rng_state_2.pth").rename(folder / "rng_state_3.pth")
+    assert incomplete_because(folder) == "no rng_state_2.pth"
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize("name", ["pytorch_model_fsdp_0", "optimizer_0"])
+def test_folders_of_shards_are_whole(tmp_path: Path, name: str) -> None:
+    """As FSDP2 writes them: a table of contents, and each process's share of the length that it says."""
+    import torch.distributed.checkpoint as dcp
+
+    folder = write_checkpoint(tmp_path / "checkpoint-1")
+    (folder / "model.safetensors").unlink()
+    (folder / "optimizer.pt").unlink()
+    for part in ("pytorch_model_fsdp_0", "optimizer_0"):
+        dcp.save({"weight": torch.arange(600.0)}, checkpoint_id=folder / part, no_dist=True)
+    assert incomplete_because(folder) is None
+    (share,) = (folder / name).glob("*.distcp")
+    content = share.read_bytes()
+    share.write_bytes(content[:-9])
+    assert incomplete_because(folder) == f"{name} has a {share.name} that is cut off"
+    share.unlink()
+    assert incomplete_because(folder) == f"{name} has no {share.name}"
+    share.write_bytes(content)
+    cut(folder / name / ".metadata")
+    assert incomplete_because(folder) == f"{name} has a .metadata that is cut off"
+    (folder / name / ".metadata").unlink()
+    assert incomplete_because(folder) == f"{name} has no .metadata"
+
+
 def test_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-last").mkdir()
     (tmp_path / "checkpoint-3").write_text("a file", encoding="utf-8")

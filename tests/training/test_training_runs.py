@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -213,46 +212,6 @@ def test_mistakes_leave_no_folder_behind_and_runs_are_not_overwritten(
     assert train_image_classification.main(options(IMAGE_SCRIPT, folder, words.replace("twicing", "softmax"))) == 2
     assert "holds another run, with preset 'twicing' instead of 'softmax'" in capsys.readouterr().err
     assert (folder / "run.json").read_bytes() == before
-
-
-@pytest.mark.parametrize("script", [IMAGE_SCRIPT, TEXT_SCRIPT])
-def test_killed_run_resumes_past_an_incomplete_checkpoint_to_the_same_weights(tmp_path: Path, script: str) -> None:
-    """Kill it, cut the newest checkpoint short, resume: bitwise the weights of a run that was never stopped."""
-    augmented = "--random_crop_padding 1 --horizontal_flip" if script == IMAGE_SCRIPT else ""
-    dropout = "hidden_dropout_prob=0.1" if script == IMAGE_SCRIPT else "resid_pdrop=0.1 attn_pdrop=0.1"
-    words = (
-        f"--config_overrides {dropout} --preset bilateral_twicing --max_steps 45 --save_strategy steps "
-        f"--save_steps 10 --save_total_limit 3 --per_device_train_batch_size 16 --logging_steps 15 {augmented}"
-    )
-    reference = tmp_path / "reference"
-    run_here(script, reference, words)
-
-    folder = tmp_path / "killed"
-    command = [sys.executable, str(ROOT / "training" / script), *options(script, folder, words)]
-    with started(command, env=environment(), stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
-        while not (folder / "checkpoint-20" / "trainer_state.json").exists():
-            assert process.poll() is None, process.stderr.read() if process.stderr else ""
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    assert read_record(folder)["status"] == "running"
-    assert not (folder / "model.safetensors").exists()
-
-    newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    weights = newest / "model.safetensors"
-    if weights.exists():
-        weights.write_bytes(weights.read_bytes()[:-64])
-    with pytest.warns(UserWarning, match=f"{newest.name} is incomplete and is passed over"):
-        record = run_here(script, folder, f"{words} --resume")
-    assert Path(record["resumed_from"]).name == f"checkpoint-{int(newest.name.split('-')[1]) - 10}"
-    before, after = record["sessions"]
-    assert "resumed_from" not in before
-    assert after["resumed_from"] == record["resumed_from"]
-    assert not [name for name in record if name.startswith("_")]
-    assert weights_sha256(str(folder)) == weights_sha256(str(reference))
-    assert record["metrics"]["validation"]["loss"] == read_record(reference)["metrics"]["validation"]["loss"]
 
 
 @pytest.mark.parametrize("allowed", [3000, 25_000], ids=["in the code and weights", "in the optimizer's state"])
