@@ -15,6 +15,7 @@ import pytest
 from hf_imgproc_attn.backbones import GPT2, VIT
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.measure.gpu_check import (
+    child,
     part_any_model,
     part_training,
     report,
@@ -27,7 +28,7 @@ from tests.helpers import ROOT, RunPython, run_command, started
 
 # One worker runs the rehearsal for the four tests that look at it.
 rehearsed = pytest.mark.xdist_group("gpu rehearsal")
-quick = pytest.mark.usefixtures("prepared_processes")
+quick = pytest.mark.usefixtures("prepared_workers")
 FAULTY = (Part("x", "What goes wrong", "tests.measure.faulty_cases", share=1.0),)
 Record = dict[str, Any]
 # Not on a GPU machine. What hides them is read by every Python that has its folder on its path.
@@ -69,6 +70,12 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Record:
     assert result.stdout.rstrip().endswith("written to deep/gpu.json")
     record: Record = json.loads((folder / "deep" / "gpu.json").read_text(encoding="utf-8"))
     return record
+
+
+@pytest.fixture
+def prepared_workers(prepared_processes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of a real worker needs a real interpreter: Triton's kernels would be others."""
+    monkeypatch.setattr(child, "_environment", lambda device, workers: {**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def cases_of(record: Record, letter: str, **about: Any) -> dict[str, Record]:
