@@ -54,6 +54,7 @@ def inputs() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("preset", SUPPORTED)
 @pytest.mark.parametrize("kind", STOCK, ids=lambda kind: kind.__name__)
 def test_every_tensor_is_accounted_for_and_the_function_kept_where_it_can_be(kind: type, preset: str) -> None:
