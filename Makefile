@@ -12,7 +12,7 @@ PYTHON ?= python3 python3.11 python3.12 python3.13 python3.14 python
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-blocked test-full quality docs bench gpu-check rehearse-oldest results cards lens clean
+.PHONY: help setup demo test test-blocked test-full quality docs bench gpu-check rehearse-oldest results cards lens space clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -91,6 +91,13 @@ cards: $(STAMP) ## render the cards in model_cards/ from training/results/
 
 lens: $(STAMP) ## make figures, record and table of docs/lens.md again, from real weights (ARGS="--model NAME=FOLDER --force")
 	$(BIN)/python -m hf_imgproc_attn.lens.real_models $(ARGS)
+
+space: ## put the lens as a Space into outputs/space, ready for `hf upload NAME outputs/space . --repo-type space`
+	rm -rf outputs/space
+	mkdir -p outputs/space
+	cp app/* outputs/space
+	cp -r hf_imgproc_attn outputs/space
+	find outputs/space -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean: ## remove .venv and everything the other targets write
 	rm -rf $(VENV) $(OLDEST) build dist outputs .mypy_cache .pytest_cache .ruff_cache

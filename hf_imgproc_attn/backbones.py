@@ -155,9 +155,14 @@ class Backbone:
 
     @property
     def refused_presets(self) -> tuple[str, ...]:
-        """Presets that make no sense for it."""
-        blind = (name for name, fields in PRESETS.items() if fields.get("position_kernel") == "none")
-        return tuple(blind) if self.needs_positions else ()
+        """Presets that make no sense for it, which its configuration refuses."""
+        return tuple(name for name, fields in PRESETS.items() if self._makes_no_sense(fields))
+
+    def _makes_no_sense(self, fields: dict[str, Any]) -> bool:
+        kernel, normalisation = fields.get("position_kernel"), fields.get("normalisation")
+        if self.is_causal:
+            return normalisation == "sinkhorn"
+        return kernel == "forget" or (self.needs_positions and kernel == "none")
 
     @property
     def is_causal(self) -> bool:

@@ -18,6 +18,7 @@ _EXTRAS: dict[str, tuple[str, ...]] = {
     "cluster": ("ray",),
     "viz": ("matplotlib",),
     "hub": ("jinja2", "matplotlib"),
+    "app": ("gradio",),
     "lens": ("matplotlib", "numpy", "PIL", "scipy", "skimage"),
     "filters": ("matplotlib", "numpy", "PIL", "skimage"),
 }

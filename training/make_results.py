@@ -32,12 +32,17 @@ ONE_RECIPE = {
     "inversion": "vit_digits",
     "dynamic_inversion": "vit_digits",
     "exclusive": "vit_digits",
+    "local_linear": "vit_digits",
+    "robust": "vit_digits",
     "gated": "vit_digits",
     "sink": "vit_digits",
     "sigmoid": "vit_digits",
     "softpick": "vit_digits",
     "qk_norm": "vit_digits",
     "value_residual": "vit_digits",
+    "sinkhorn": "vit_digits",
+    "forgetting": "gpt2_pydoc",
+    "differential": "vit_digits",
 }
 """Presets that are one value of one axis, beside those of the papers that the package is about -> their one recipe."""
 

@@ -36,6 +36,8 @@ REASONS = {
     "every head width": "features turn in pairs, for each axis: a multiple of 2 for text, of 4 for images",
     "encoders of texts": "without positions and without a causal mask a model is blind to the order of words",
     "one attention map": "each round has its own",
+    "causal models": "every weight depends on all tokens, later ones too",
+    "models without a causal mask": "gates between a token and a later one have no order",
 }
 """What some presets do not support, and why."""
 
@@ -230,6 +232,31 @@ VARIANTS: dict[str, Variant] = {
         symbols=f"$v_i$ is the value of token $i$ itself; {_STOCK_SYMBOLS}",
         papers=("exclusive",),
     ),
+    "local_linear": Variant(
+        text="A of softmax; u_i = Σ_j a_ij (1 + s̄_i - s_ij) v_j, s_ij = r_iᵀk_j, s̄_i = Σ_j a_ij s_ij, r = W_R z",
+        equation=(
+            r"u_i = \sum_j A_{ij} (1 + \bar s_i - s_{ij}) v_j, \qquad s_{ij} = r_i^\top k_j, \quad "
+            rf"\bar s_i = \sum_j A_{{ij}} s_{{ij}}, \qquad {_STOCK}"
+        ),
+        symbols=(
+            "$r_i = W_R z_i$ is a learned projection of the layer's normalised input $z_i$, one vector per head, from "
+            f"$W_R = 0$, where this is `softmax`; {_STOCK_SYMBOLS}"
+        ),
+        papers=("local_linear", "takeda"),
+    ),
+    "robust": Variant(
+        text="A of softmax; u ← Σ_j w_ij v_j / Σ_j w_ij, w_ij = a_ij min(1, 1/‖v_j - u_i‖), 3 times from u = A V",
+        equation=(
+            r"u_i \leftarrow \frac{\sum_j w_{ij} v_j}{\sum_j w_{ij}}, \quad w_{ij} = A_{ij} "
+            rf"\frac{{\rho'(\lVert v_j - u_i \rVert)}}{{\lVert v_j - u_i \rVert}}, \qquad {_STOCK}"
+        ),
+        symbols=(
+            "$u = A V$ before the first of 3 steps (`boosting_steps`), and $\\rho$ is Huber's penalty, $\\rho'(x)/x = "
+            "\\min(1, 1/x)$ (`robust_threshold` is the distance 1; `robust_penalty`: `huber`, `l1`, `mcp`); nothing "
+            f"is learned; {_STOCK_SYMBOLS}"
+        ),
+        papers=("robust",),
+    ),
     "gated": Variant(
         text="A of softmax; u_i = 2σ(W z_i) ∘ (A V)_i",
         equation=rf"u_i = 2 \sigma(W z_i) \odot (A V)_i, \qquad {_STOCK}",
@@ -286,6 +313,45 @@ VARIANTS: dict[str, Variant] = {
         ),
         papers=("value_residual",),
         limits=("one-layer models",),
+    ),
+    "sinkhorn": Variant(
+        text="A = exp(qᵀk/√d) scaled 3 times to columns, then rows, that sum to 1; U = A V",
+        equation=(
+            rf"{_ONCE}, \qquad A = D_r K D_c, \qquad K_{{ij}} = \exp\left(\frac{{q_i^\top k_j}}{{\sqrt{{d}}}}\right), "
+            r"\qquad \sum_j A_{ij} = 1, \qquad \sum_i A_{ij} \approx 1"
+        ),
+        symbols=(
+            "$D_r$ and $D_c$ are diagonal, found by Sinkhorn's iterations: columns, then rows, are divided by their "
+            f"sums 3 times (`sinkhorn_iterations`); all of $A$ stands in memory; {_STOCK_SYMBOLS}"
+        ),
+        papers=("sinkhorn", "symmetrizing"),
+    ),
+    "forgetting": Variant(
+        text="A ∝ exp(qᵀk/√d + Σ_(j<m≤i) log σ(wᵀz_m + b)), j ≤ i; U = A V",
+        equation=(
+            rf"{_ONCE}, \qquad A_{{ij}} \propto \exp\left(\frac{{q_i^\top k_j}}{{\sqrt{{d}}}} + "
+            r"\sum_{m=j+1}^{i} \log \sigma(w^\top z_m + b)\right)"
+        ),
+        symbols=(
+            "$z_m$ is the layer's normalised input, $w$ and $b$ are learned, one of each per head and layer: each "
+            "token multiplies the weight of what lies before it by a gate between 0 and 1, which in a converted model "
+            f"starts open, at $b = 16$; {_NO_TABLE}"
+        ),
+        papers=("forgetting",),
+    ),
+    "differential": Variant(
+        text="A_1, A_2 as of softmax, A_2 with q, k of its own; U = (A_1 - λA_2) V",
+        equation=(
+            r"U = (A^{(1)} - \lambda A^{(2)}) V, \qquad "
+            r"A^{(m)}_{ij} \propto \exp\left(\frac{q^{(m)\top}_i k^{(m)}_j}{\sqrt{d}}\right)"
+        ),
+        symbols=(
+            "the second map has query and key projections of its own and the values of the first; $\\lambda$ is "
+            "learned, one per head and layer, from 0, where this is `softmax` (differs from the paper, whose "
+            "$\\lambda$ is made of products of exponentials, and whose heads have a norm of their own); "
+            f"{_STOCK_SYMBOLS}"
+        ),
+        papers=("differential",),
     ),
 }
 """Every preset of ``spec_fields``, in its order."""

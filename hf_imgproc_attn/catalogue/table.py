@@ -17,8 +17,15 @@ import torch
 from ..backbones import BACKBONES, in_words
 from ..models.boost_operators import BOOSTING, ONE_PASS, keep_rows, operator_on_value
 from ..models.configuration_imgproc_gpt2 import ImgProcGPT2Config
+from ..models.configuration_imgproc_vit import ImgProcViTConfig
 from ..models.layer_filter import AttentionFilter
-from ..models.spec_axes import COORDINATE_KERNELS, FILTER_BACKENDS, is_stock_layer, uses_position_table
+from ..models.spec_axes import (
+    COORDINATE_KERNELS,
+    FILTER_BACKENDS,
+    WEIGHTS_ONE_BY_ONE,
+    is_stock_layer,
+    uses_position_table,
+)
 from ..models.spec_fields import PRESETS
 from .presets import REASONS, VARIANTS
 from .works import PAPERS
@@ -73,7 +80,7 @@ LEGEND = (
     "d is the width of the model (of a head under the root), H the number of heads, L of layers, N of tokens or of "
     "positions in the table. Parameters are those of a GPT-2; a class token adds 3HL where positions are compared. A "
     "pass applies A to values once, in so many floating-point operations forward; `blocked` computes the weights of A "
-    f"once for all passes. Causal is {in_words(rows=_CAUSAL)}; {in_words(rows=_OTHERS)} are not, with every preset. "
+    f"once for all passes. Causal is {in_words(rows=_CAUSAL)}; {in_words(rows=_OTHERS)} are not. "
     "Not supported, and why: "
     + "; ".join(f"{name}: {reason}" for name, reason in REASONS.items())
     + ". `gradient_boosted` takes more rounds (`boosting_steps`), F_m of F_(m-1) as F_1 of F_0, each with the cost "
@@ -82,13 +89,23 @@ LEGEND = (
 )
 
 
-def example(preset: str) -> tuple[ImgProcGPT2Config, AttentionFilter]:
-    """A small model's configuration, and the filter of its last layer."""
-    config = ImgProcGPT2Config.from_preset(preset, n_layer=2, n_head=2, n_embd=8, n_positions=4)
+def example(preset: str) -> tuple[ImgProcGPT2Config | ImgProcViTConfig, AttentionFilter]:
+    """A small model's configuration, a GPT-2's if the preset can be causal, and its last layer's filter."""
+    config: ImgProcGPT2Config | ImgProcViTConfig
+    if is_causal(preset):
+        config = ImgProcGPT2Config.from_preset(preset, n_layer=2, n_head=2, n_embd=8, n_positions=4)
+    else:
+        sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 8}
+        config = ImgProcViTConfig.from_preset(preset, **sizes, image_size=4, patch_size=2)
     layer = AttentionFilter(
         config.layer_specs[1], config, layer_idx=1, head_dim=4, scaling=0.5, longest_side=4, layer_norm_eps=1e-5
     )
     return config, layer
+
+
+def is_causal(preset: str) -> bool:
+    """Whether models with a causal mask can have the preset."""
+    return any(preset not in row.refused_presets for row in _CAUSAL)
 
 
 def parameter_terms(preset: str) -> list[Term]:
@@ -114,6 +131,12 @@ def parameter_terms(preset: str) -> list[Term]:
         terms.append(Term("2HL", lambda s: 2 * s.H * s.L))
     if spec.boosting == "dynamic_inversion":
         terms.append(Term("(2d + 2)HL", lambda s: (2 * s.d + 2) * s.H * s.L))
+    if spec.boosting == "local_linear":
+        terms.append(Term("d²L", lambda s: s.d**2 * s.L))
+    if spec.boosting == "differential":
+        terms.append(Term("(2d² + 2d + H)L", lambda s: (2 * s.d**2 + 2 * s.d + s.H) * s.L))
+    if spec.position_kernel == "forget":
+        terms.append(Term("(d + 1)HL", lambda s: (s.d + 1) * s.H * s.L))
     if spec.feedback == "value_residual":
         terms.append(Term("L - 1", lambda s: s.L - 1))
     if spec.normalisation == "sink":
@@ -143,7 +166,8 @@ def passes(preset: str) -> int:
 
     one = torch.ones(1)
     BOOSTING[operator_on_value(spec.boosting)](attend, keep_rows, one, one, spec.boosting_steps)
-    return len(calls) * (spec.boosting_steps if spec.boosting == "gradient_boosted" else 1)
+    maps = {"gradient_boosted": spec.boosting_steps, "differential": 2}
+    return len(calls) * maps.get(spec.boosting, 1)
 
 
 def cost(preset: str) -> str:
@@ -154,10 +178,12 @@ def cost(preset: str) -> str:
         "alibi": "O(N²H) (position logits)",
         "relative_buckets": "O(N²H) (position logits)",
         "rotary": "O(Nd)",
+        "forget": "O(NdH)",
     }.get(spec.position_kernel)
-    number, each = passes(preset), "6N²d" if spec.position_kernel == "untied" else "4N²d"
+    each = "6N²d" if spec.position_kernel == "untied" or spec.boosting == "local_linear" else "4N²d"
+    number = passes(preset)
     parts = [f"{number} pass of {each}" if number == 1 else f"{number} passes of {each}"]
-    if number > 1 and spec.boosting != "gradient_boosted":
+    if number > 1 and spec.boosting not in ("gradient_boosted", "differential"):
         # Weights once, then a product with each stream.
         parts[0] += f", `blocked` {(2 if each == '4N²d' else 4) + 2 * number}N²d"
     if extra is not None:
@@ -169,8 +195,16 @@ def cost(preset: str) -> str:
         parts.append("O(NdH)")
     if spec.gate == "elementwise":
         parts.append("2Nd² (gate)")
+    if spec.boosting == "local_linear":
+        parts.append("2Nd² (projection)")
+    if spec.boosting == "robust":
+        parts.append(f"{spec.boosting_steps} steps of 4N²d")
     if spec.boosting == "gradient_boosted":
         parts.append("10Nd² (projections, gate)")
+    if spec.boosting == "differential":
+        parts.append("4Nd² (projections)")
+    if spec.normalisation == "sinkhorn":
+        parts.append("O(N²H) (iterations, and memory)")
     return " + ".join(parts)
 
 
@@ -181,20 +215,29 @@ def back_ends(preset: str) -> str:
         return "stock"
     names = [name for name in FILTER_BACKENDS if name not in ("auto", "triton")]
     spec = layer.spec
+    if spec.normalisation == "sinkhorn":
+        return "reference"
     if spec.normalisation != "softmax":
-        return "reference, sdpa, chunked" if spec.normalisation == "sink" else "reference, chunked"
+        return "reference, sdpa, blocked, chunked" if spec.normalisation == "sink" else "reference, blocked, chunked"
+    if spec.boosting in WEIGHTS_ONE_BY_ONE:
+        return "reference, blocked, chunked"
     # The Triton kernels know every content kernel, positions by place and twicing.
     by_place = not spec.compares_positions or spec.position_kernel in COORDINATE_KERNELS
-    has_kernel = spec.boosting in ("none", "twicing", *ONE_PASS) and by_place
+    has_kernel = spec.boosting in ("none", "twicing", "differential", *ONE_PASS) and by_place
+    has_kernel = has_kernel and spec.position_kernel != "forget"
     return ", ".join([*names, "triton"] if has_kernel else names)
 
 
 def cached_decoding(preset: str) -> str:
     """What a cache keeps beside keys and values."""
     layer = example(preset)[1]
+    if not is_causal(preset):
+        return "-"
     parts = []
     count = len(layer.stream_names)
-    if count:
+    if layer.forget_gates is not None:
+        parts.append("log f of each token and head")
+    elif count:
         parts.append(f"{count} stream{'s' * (count > 1)} as wide as V")
     if layer.spec.position_kernel == "untied":
         parts.append("U_K p")
@@ -211,7 +254,11 @@ def limits(preset: str) -> list[str]:
         found.append("continuous batching")
     if uses_position_table(config):
         found.append("longer texts")
-    if any(preset in row.refused_presets for row in BACKBONES.values()):
+    if not is_causal(preset):
+        found.append("causal models")
+    if all(preset in row.refused_presets for row in _OTHERS):
+        found.append("models without a causal mask")
+    elif any(preset in row.refused_presets for row in _OTHERS):
         found.append("encoders of texts")
     return [*found, *VARIANTS[preset].limits]
 
@@ -231,7 +278,7 @@ def row(preset: str, markdown: bool = False) -> Row:
         cost(preset),
         back_ends(preset),
         cached_decoding(preset),
-        "yes",
+        "yes" if is_causal(preset) else "no",
         ", ".join(limits(preset)) or "-",
     )
 

@@ -205,6 +205,40 @@ PAPERS: dict[str, Paper] = {
   year    = {2026}
 }""",
     ),
+    "local_linear": Paper(
+        "Zuo et al. 2026, [Parallax: Parameterized Local Linear Attention for Language Modeling]"
+        "(https://arxiv.org/abs/2605.29157)",
+        """@article{zuo2026parallax,
+  title   = {Parallax: Parameterized Local Linear Attention for Language Modeling},
+  author  = {Zuo, Yifei and Pai, Dhruv and Zeng, Zhichen and Dewulf, Alec and Hu, Shuming and Wang, Zhaoran},
+  journal = {arXiv preprint arXiv:2605.29157},
+  year    = {2026}
+}""",
+    ),
+    "robust": Paper(
+        "Hou et al. 2024, [ProTransformer: Robustify Transformers via Plug-and-Play Paradigm]"
+        "(https://arxiv.org/abs/2410.23182)",
+        """@inproceedings{hou2024protransformer,
+  title     = {ProTransformer: Robustify Transformers via Plug-and-Play Paradigm},
+  author    = {Hou, Zhichao and others},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2024},
+  note      = {arXiv:2410.23182}
+}""",
+    ),
+    "takeda": Paper(
+        "Takeda, Farsiu, Milanfar 2007, [Kernel Regression for Image Processing and Reconstruction]"
+        "(https://doi.org/10.1109/TIP.2006.888330)",
+        """@article{takeda2007kernel,
+  title   = {Kernel Regression for Image Processing and Reconstruction},
+  author  = {Takeda, Hiroyuki and Farsiu, Sina and Milanfar, Peyman},
+  journal = {IEEE Transactions on Image Processing},
+  volume  = {16},
+  number  = {2},
+  pages   = {349--366},
+  year    = {2007}
+}""",
+    ),
     "gated": Paper(
         "Qiu et al. 2025, [Gated Attention for Large Language Models: Non-linearity, Sparsity, and "
         "Attention-Sink-Free](https://arxiv.org/abs/2505.06708)",
@@ -262,6 +296,50 @@ PAPERS: dict[str, Paper] = {
   author  = {Zhou, Zhanchao and others},
   journal = {arXiv preprint arXiv:2410.17897},
   year    = {2024}
+}""",
+    ),
+    "sinkhorn": Paper(
+        "Sander, Ablin, Blondel, Peyré 2022, [Sinkformers: Transformers with Doubly Stochastic Attention]"
+        "(https://arxiv.org/abs/2110.11773)",
+        """@inproceedings{sander2022sinkformers,
+  title     = {Sinkformers: Transformers with Doubly Stochastic Attention},
+  author    = {Sander, Michael E. and Ablin, Pierre and Blondel, Mathieu and Peyr{\'e}, Gabriel},
+  booktitle = {International Conference on Artificial Intelligence and Statistics (AISTATS)},
+  year      = {2022},
+  note      = {arXiv:2110.11773}
+}""",
+    ),
+    "symmetrizing": Paper(
+        "Milanfar 2013, Symmetrizing Smoothing Filters",
+        """@article{milanfar2013symmetrizing,
+  title   = {Symmetrizing Smoothing Filters},
+  author  = {Milanfar, Peyman},
+  journal = {SIAM Journal on Imaging Sciences},
+  volume  = {6},
+  number  = {1},
+  pages   = {263--284},
+  year    = {2013}
+}""",
+    ),
+    "forgetting": Paper(
+        "Lin, Nikishin, He, Courville 2025, [Forgetting Transformer: Softmax Attention with a Forget Gate]"
+        "(https://arxiv.org/abs/2503.02130)",
+        """@inproceedings{lin2025forgetting,
+  title     = {Forgetting Transformer: Softmax Attention with a Forget Gate},
+  author    = {Lin, Zhixuan and Nikishin, Evgenii and He, Xu Owen and Courville, Aaron},
+  booktitle = {The Thirteenth International Conference on Learning Representations (ICLR)},
+  year      = {2025},
+  note      = {arXiv:2503.02130}
+}""",
+    ),
+    "differential": Paper(
+        "Ye et al. 2025, [Differential Transformer](https://arxiv.org/abs/2410.05258)",
+        """@inproceedings{ye2025differential,
+  title     = {Differential Transformer},
+  author    = {Ye, Tianzhu and others},
+  booktitle = {The Thirteenth International Conference on Learning Representations (ICLR)},
+  year      = {2025},
+  note      = {arXiv:2410.05258}
 }""",
     ),
     "gradient_boosting": Paper(

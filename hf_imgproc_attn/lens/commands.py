@@ -50,6 +50,16 @@ def add_commands(commands: Any) -> None:
     lens.add_argument("--force", action="store_true", help="replace the files of an earlier look in DIR")
     lens.set_defaults(run_command=run_lens)
 
+    app = commands.add_parser(
+        "app",
+        help="the lens in the browser: choose a checkpoint, type a text or upload an image, see what it filters",
+        description="Serve the lens as an app for the browser, on this machine only, until it is interrupted: choose "
+        "a checkpoint, or put a preset's filters into it, type a text or upload an image, and see maps and measures.",
+    )
+    app.add_argument("models", nargs="*", metavar="MODEL", help="checkpoints that are offered: folders or Hub names")
+    app.add_argument("--port", type=int, metavar="N", help="(default: the first free one from 7860 on)")
+    app.set_defaults(run_command=run_app)
+
 
 def run_lens(options: argparse.Namespace) -> int:
     """``imgproc-attn lens``: measure, write, and print the summary."""
@@ -68,4 +78,22 @@ def run_lens(options: argparse.Namespace) -> int:
     write(reports, options.output)
     print(summary(reports))
     print(f"the page is {options.output / 'lens.html'}")
+    return 0
+
+
+def run_app(options: argparse.Namespace) -> int:
+    """``imgproc-attn app``: serve the app."""
+    from ..errors import UsageError, refuse_missing_path, require_extras
+
+    require_extras("lens", "app")
+    if options.port is not None and not 1 <= options.port <= 65535:
+        raise UsageError(f"port must be an integer from 1 to 65535, got {options.port}")
+    for name in options.models:
+        refuse_missing_path("MODEL", name)
+
+    from .app import serve
+    from .real_models import packaged_models
+
+    packaged = {name: folder for name, (folder, _) in packaged_models().items()}
+    serve({name: name for name in options.models} or packaged, options.port)
     return 0

@@ -53,17 +53,22 @@ def look(options: argparse.Namespace) -> list[Report]:
             )
         if shown.described == WRITTEN:
             written[vocabulary] = shown._replace(described=f"texts that {short_name(name)} wrote")
-        reports.append(_inspected(model, name, short_name(name), shown, chosen))
+        reports.append(inspected(model, name, short_name(name), shown, chosen))
     return reports
 
 
 def look_at(folder: str, *, name: str, data: str, options: LensOptions) -> Report:
     """A report of one checkpoint under a name."""
     model = load_model(folder)
-    return _inspected(model, folder, name, show(model, folder, data=data), options)
+    return inspected(model, folder, name, show(model, folder, data=data), options)
 
 
-def _inspected(model: nn.Module, checkpoint: str, name: str, shown: Shown, options: LensOptions) -> Report:
+def inspected(model: nn.Module, checkpoint: str, name: str, shown: Shown, options: LensOptions) -> Report:
+    """A report of a model on what it is shown; ``checkpoint`` is named where that fails.
+
+    Raises:
+        UsageError: for what the lens refuses.
+    """
     try:
         return inspect_model(
             model, shown.inputs, name=name, data=shown.described, labels=shown.labels, options=options

@@ -72,6 +72,7 @@ def show(
     checkpoint: str,
     *,
     files: Sequence[str] = (),
+    text: str | None = None,
     data: str = "auto",
     samples: int = SAMPLES,
     length: int | None = None,
@@ -82,7 +83,8 @@ def show(
     Args:
         model: the model.
         checkpoint: where its tokenizer or image processor is.
-        files: texts, token numbers (JSON: a list of lists) or images; none: ``data``.
+        files: texts, token numbers (JSON: a list of lists) or images; none: ``text`` or ``data``.
+        text: a text, or token numbers as JSON; None: ``data``.
         data: see :data:`DATA`.
         samples: how many.
         length: tokens of a text; None: 64, or fewer where the model has fewer places.
@@ -98,10 +100,12 @@ def show(
         raise UsageError(f"data must be one of {', '.join(DATA)}, got {data!r}")
     kind = getattr(model, "main_input_name", "")
     if kind == "pixel_values":
+        if text is not None:
+            raise UsageError(f"{checkpoint!r} takes images, got a text")
         return _images(model, checkpoint, files, data, samples)
     if kind != "input_ids":
         raise UsageError(f"{checkpoint!r} takes {kind or 'other inputs'}: the command shows texts and images only")
-    return _texts(model, checkpoint, files, data, samples, length, seed)
+    return _texts(model, checkpoint, files if text is None else text, data, samples, length, seed)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -110,16 +114,17 @@ def show(
 
 
 def _texts(
-    model: Any, checkpoint: str, files: Sequence[str], data: str, samples: int, length: int | None, seed: int
+    model: Any, checkpoint: str, given: Sequence[str] | str, data: str, samples: int, length: int | None, seed: int
 ) -> Shown:
+    """``given``: files, or a text itself; where it is empty, ``data`` says what is shown."""
     config = model.config.get_text_config()
     longest = longest_text(config)
     if length is not None and length > longest:
         raise UsageError(f"length must be at most {longest}, the places of {checkpoint!r}, got {length}")
     length = length or min(TEXT_LENGTH, longest)
     tokenizer = _tokenizer(checkpoint)
-    if files:
-        ids, described = _from_files(files, tokenizer, checkpoint, length, samples)
+    if given:
+        ids, described = _given(given, tokenizer, checkpoint, length, samples)
     elif data in ("photographs", "digits"):
         raise UsageError(f"data={data!r} is for image models, and {checkpoint!r} takes texts")
     elif data == "random" or (data == "auto" and tokenizer is None and not _writes(model)):
@@ -190,12 +195,21 @@ def _cut(ids: list[int], length: int, samples: int) -> torch.Tensor:
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)[:samples]
 
 
-def _from_files(
-    files: Sequence[str], tokenizer: Any, checkpoint: str, length: int, samples: int
+def _given(
+    given: Sequence[str] | str, tokenizer: Any, checkpoint: str, length: int, samples: int
 ) -> tuple[torch.Tensor, str]:
-    described = ", ".join(Path(file).name for file in files)
-    if all(file.endswith(".json") for file in files):
-        rows = [row for file in files for row in _token_rows(file)]
+    """Token numbers of files or of a text, and what they are in words."""
+    if isinstance(given, str):
+        texts, described = {"text": given}, "the given text"
+        is_json = given.lstrip().startswith("[[")
+    else:
+        texts = {f"input {file!r}": _read_text(file) for file in given}
+        described, is_json = (
+            ", ".join(Path(file).name for file in given),
+            all(file.endswith(".json") for file in given),
+        )
+    if is_json:
+        rows = [row for name, text in texts.items() for row in _token_rows(name, text)]
         shortest = min(len(row) for row in rows)
         if shortest < 2:
             raise UsageError("a text must have at least 2 tokens, got 1: a filter of one token returns it")
@@ -204,8 +218,7 @@ def _from_files(
         raise UsageError(
             f"texts need a tokenizer, and there is none beside {checkpoint!r}: give token numbers as JSON"
         )
-    text = "\n".join(_read_text(file) for file in files)
-    return _cut(_encode(tokenizer, text), length, samples), described
+    return _cut(_encode(tokenizer, "\n".join(texts.values())), length, samples), described
 
 
 def _read_text(file: str) -> str:
@@ -216,14 +229,14 @@ def _read_text(file: str) -> str:
         raise UsageError(f"input {file!r} cannot be read: {reason}") from error
 
 
-def _token_rows(file: str) -> list[list[int]]:
+def _token_rows(name: str, text: str) -> list[list[int]]:
     try:
-        rows = json.loads(_read_text(file))
+        rows = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UsageError(f"input {file!r} must be JSON: {error}") from error
+        raise UsageError(f"{name} must be JSON: {error}") from error
     fits = isinstance(rows, list) and rows and all(isinstance(row, list) and row for row in rows)
     if not fits or any(isinstance(token, bool) or not isinstance(token, int) for row in rows for token in row):
-        raise UsageError(f"input {file!r} must be a list of lists of token numbers")
+        raise UsageError(f"{name} must be a list of lists of token numbers")
     found: list[list[int]] = rows
     return found
 

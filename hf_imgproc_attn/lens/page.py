@@ -102,7 +102,7 @@ function open(id){
 document.querySelectorAll('nav button').forEach(function(b){
   b.addEventListener('click', function(){
     open(b.dataset.panel);
-    history.replaceState(null, '', '#' + b.dataset.panel);
+    try { history.replaceState(null, '', '#' + b.dataset.panel); } catch (e) { /* inside the app's frame */ }
   });
 });
 document.querySelectorAll('select').forEach(function(s){

@@ -42,6 +42,7 @@ class LensOptions:
     noise: standard deviation of the noise in the input, as a share of that of the input; 0: none is put in.
     seed: of the noise.
     token: whose maps are shown; None: one in the middle.
+    place: of images: the patch at this place, as shares of width and height, in place of ``token``.
     num_special_tokens: of images: leading tokens that are no patches; None: what is left beside the grid.
     measures: ``"all"``, or ``"summary"``: heads and tokens only, without maps and without what logits are made of.
     """
@@ -52,6 +53,7 @@ class LensOptions:
     noise: float = 0.1
     seed: int = 0
     token: int | None = None
+    place: tuple[float, float] | None = None
     num_special_tokens: int | None = None
     measures: str = "all"
 
@@ -64,6 +66,9 @@ class LensOptions:
             raise ValueError(
                 f"noise must be a number >= 0 (a share of the input's standard deviation), got {self.noise!r}"
             )
+        place = self.place
+        if place is not None and not (len(place) == 2 and all(0 <= share <= 1 for share in place)):
+            raise ValueError(f"place must be two shares of width and height from 0 to 1, got {place!r}")
         for name in ("seed", "token", "num_special_tokens"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
@@ -192,7 +197,10 @@ class _Run:
         finally:
             hook()
         total = time.perf_counter() - start
-        self.report.layers = [self.seen[index] for index in sorted(self.seen)]
+        unseen = [layer.name for layer in self.seen.values() if not layer.heads]
+        if unseen:
+            self._skip(f"{', '.join(unseen)}: no attention ran there on these inputs")
+        self.report.layers = [self.seen[index] for index in sorted(self.seen) if self.seen[index].heads]
         if not self.report.layers:
             raise ValueError(f"no self-attention layer of {type(self.model).__name__} has run on these inputs")
         self.report.seconds = {"model": total - self.lens_seconds, "lens": self.lens_seconds}
@@ -352,7 +360,7 @@ class _Run:
         report = self.report
         report.length, report.axes, report.special = length, tokens.axes, tokens.special
         report.grid = None if tokens.grid is None else list(tokens.grid)
-        report.token = _middle(tokens, length) if chosen is None else chosen
+        report.token = _at_place(tokens, length, self.options.place) if chosen is None else chosen
         if length > LISTED_LENGTH:
             self._skip(f"maps and lists over tokens: {length} tokens are more than {LISTED_LENGTH}")
 
@@ -445,11 +453,13 @@ def _grid(module: nn.Module, pixels: torch.Tensor) -> tuple[int, int] | None:
     return pixels.shape[-2] // int(sides[0]), pixels.shape[-1] // int(sides[1])
 
 
-def _middle(tokens: Tokens, length: int) -> int:
+def _at_place(tokens: Tokens, length: int, place: tuple[float, float] | None) -> int:
+    """The patch there; the one in the middle, or the middle of a text, without a place."""
     if tokens.grid is None:
         return length // 2
-    rows, columns = tokens.grid
-    return tokens.special + (rows // 2) * columns + columns // 2
+    across, down = (0.5, 0.5) if place is None else place
+    row, column = (min(int(share * side), side - 1) for share, side in zip((down, across), tokens.grid, strict=True))
+    return tokens.special + row * tokens.grid[1] + column
 
 
 def _method_noise(value: torch.Tensor, output: torch.Tensor, real: torch.Tensor | None) -> list[float]:

@@ -29,10 +29,12 @@ _HARMLESS = frozenset(
         *("position_ids", "position_embeddings", "sliding_window", "use_cache", "cache_position", "output_attentions"),
         *("output_hidden_states", "return_dict", "num_items_in_batch", "deterministic", "logits_to_keep"),
         *("token_type_ids", "labels", "is_training"),
-        *("softcap", "s_aux"),
+        *("softcap", "s_aux", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
     )
 )
 """Keywords of the interface that say nothing of the logits beside what the mask says, or are understood."""
+_SHOWS_ALL_IN_MASKS = ("sdpa", "eager", None)
+"""Attention implementations whose mask says who is seen; others are told packed texts and windows beside it."""
 _REFUSED = {"cache": "continuous batching keeps its cache in pages, which have no place for the filter's rows"}
 
 
@@ -63,8 +65,9 @@ def filtered_attention(
         position_bias: added to the logits, ``[batch or 1, heads, length, key_length]``, or None.
         **kwargs: what a model says beside. ``softcap``: c of logits that it bounds as c tanh(l / c), before anything
             is added to them. ``s_aux``: ``[heads]``, the logit of a sink, one more key, of value 0, that takes weight
-            from every row: the rows of A then sum to less than 1, and twicing is 2A - A² with that A. Terms of the
-            logits that are not understood are refused.
+            from every row: the rows of A then sum to less than 1, and twicing is 2A - A² with that A.
+            ``cu_seq_lens_q``: ``[texts + 1]``, where the texts begin that are packed into one row, and where the last
+            one ends. Terms of the logits that are not understood are refused.
 
     Returns:
         ``[batch, length, heads, d]``, and the attentions or None.
@@ -83,7 +86,13 @@ def filtered_attention(
     if attention_mask is None and causal and 1 < query.shape[-2] < key.shape[-2]:
         # As Transformers has it, the first tokens of a cache of fixed size: the places after them are empty.
         key, value = (x[..., : query.shape[-2], :] for x in (key, value))
-    _check_mask(part.layer_name, attention_mask, kwargs.get("sliding_window"), key.shape[-2], seat.stock_config)
+    asked = seat.stock_config._attn_implementation
+    _check_mask(part.layer_name, attention_mask, kwargs.get("sliding_window"), key.shape[-2], asked)
+    if attention_mask is None:
+        starts, places = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+        texts = _packed_texts(part.layer_name, query, starts, places, asked)
+        if texts is not None:
+            attention_mask = _mask_of_texts(part.layer_name, texts, query, key, causal)
     visibility = _visibility(seat.shared, attention_mask, query, key, causal)
     output, weights = part(
         seat,
@@ -116,21 +125,61 @@ def _wants_attentions(config: Any, asked: bool) -> bool:
     return collector is None or any("attentions" in name for name in collector.get() or ())
 
 
-def _check_mask(name: str, mask: Any, window: Any, key_length: int, config: Any) -> None:
+def _check_mask(name: str, mask: Any, window: Any, key_length: int, asked: str | None) -> None:
     """Refuse masks that do not tell who is seen: other layers' attention functions may want them so."""
-    asked = config._attn_implementation
     if mask is not None and not isinstance(mask, torch.Tensor):
         raise ValueError(
             f"the filter of {name} needs its mask as a tensor, got a {type(mask).__name__}, as attn_implementation="
             f"{asked!r} wants it: use 'sdpa' or 'eager'"
         )
-    if asked in ("sdpa", "eager", None) or (mask is not None and mask.ndim != 2):
+    if asked in _SHOWS_ALL_IN_MASKS or (mask is not None and mask.ndim != 2):
         return  # before lengths are looked at: a compiled step would depend on them
     if isinstance(window, int) and not isinstance(window, bool) and 0 < window < key_length:
         raise ValueError(
             f"the filter of {name} needs a mask that shows its sliding window of {window} tokens, and "
             f"attn_implementation={asked!r} makes none: use 'sdpa' or 'eager'"
         )
+
+
+def _packed_texts(
+    name: str, query: torch.Tensor, starts: torch.Tensor | None, places: torch.Tensor | None, asked: str | None
+) -> torch.Tensor | None:
+    """The number of the text that each token belongs to, ``[length]``; None for one text in a row.
+
+    Where there is no mask, flash attention is told by ``cu_seq_lens_q``, or sees places that begin anew.
+
+    Raises:
+        ValueError: for texts of which the layers beside this one do not know.
+    """
+    length = query.shape[-2]
+    if starts is not None:
+        if starts.numel() <= 2:
+            return None
+        if asked in _SHOWS_ALL_IN_MASKS:
+            raise ValueError(
+                f"the filter of {name} was given cu_seq_lens_q of {starts.numel() - 1} texts and no mask that parts "
+                f"them, and attn_implementation={asked!r} takes them for one: give position_ids that begin anew"
+            )
+        return torch.bucketize(torch.arange(length, device=query.device), starts[1:].to(query.device), right=True)
+    if asked in _SHOWS_ALL_IN_MASKS or places is None or places.ndim != 2 or len(places) != 1 or length == 1:
+        return None
+    if query.shape[0] != 1 or not (places.diff() < 0).any():
+        return None
+    return (places[0] == 0).cumsum(0)
+
+
+def _mask_of_texts(
+    name: str, texts: torch.Tensor, query: torch.Tensor, key: torch.Tensor, causal: bool
+) -> torch.Tensor:
+    """Each token sees its own text, and of it only the past if causal: ``[1, 1, length, length]``, True if seen."""
+    length = query.shape[-2]
+    if query.shape[0] != 1 or key.shape[-2] != length:
+        raise ValueError(
+            f"the filter of {name} takes packed texts in one row and without a cache, got {query.shape[0]} rows of "
+            f"{length} tokens and {key.shape[-2]} keys"
+        )
+    seen = texts[:, None] == texts
+    return (seen.tril() if causal else seen)[None, None]
 
 
 def _visibility(
@@ -172,7 +221,7 @@ def before_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         layer_idx = getattr(module, "layer_idx", None)
         if layer_idx is None:
             raise ValueError(f"the filter of {part.layer_name} was given a cache, and the layer has no layer_idx")
-        seat.cache_layer = follow_layer(cache, layer_idx, part.kind)
+        seat.cache_layer = follow_layer(cache, layer_idx, part.kind, seat.owner(module))
 
 
 def _parameters(module_class: type[nn.Module]) -> list[str]:

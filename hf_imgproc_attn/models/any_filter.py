@@ -22,6 +22,8 @@ from .any_attention import IMPLEMENTATION, PART, SEAT, before_layer
 from .any_fields import FilterFields, StackConfig
 from .any_layer import AppliedFilter, FilterSeat, SharedState
 from .any_layers import AttentionLayer, attention_layers
+from .cache_layer import check_cache_implementation
+from .layer_filter import AttentionFilter
 
 
 class FilteredLayers(list[dict[str, Any]]):
@@ -76,12 +78,13 @@ def apply_filter(
         raise ValueError(f"num_special_tokens must be an integer >= 0 or None, got {num_special_tokens!r}")
     wanted = FilterFields.of(preset, fields, is_image=_is_image(model))
     chosen = _chosen(attention_layers(model), layers, stacks, type(model).__name__)
+    _refuse_own_filters(chosen, type(model).__name__)
     prepared = []
     for stack_layers in chosen:
         config = StackConfig(wanted, stack_layers, model, num_special_tokens)
-        shared = SharedState()
+        shared, places = SharedState(), tuple(layer.place for layer in stack_layers)
         prepared += [
-            (layer, AppliedFilter(layer, order, config.for_layer(layer)), shared)
+            (layer, AppliedFilter(layer, order, config.for_layer(layer)), shared, places)
             for order, layer in enumerate(stack_layers)
         ]
     # Not from the top: that file loads filtered models, by this function.
@@ -89,34 +92,43 @@ def apply_filter(
 
     arguments = {"layers": layers, "stacks": stacks, "num_special_tokens": num_special_tokens}
     record = {**wanted.changed(), **{name: value for name, value in arguments.items() if value is not None}}
-    for layer, part, shared in prepared:
-        _attach(layer.module, part, shared, record)
+    for layer, part, shared, places in prepared:
+        seat = FilterSeat(shared, record, layer.module.config, [], places)
+        _attach(layer.module, part, seat)
     save_with_filters()
-    _refuse_continuous_batching()
+    _refuse_impossible_caches()
     return model
 
 
-def _refuse_continuous_batching() -> None:
-    """Make every filtered model refuse continuous batching before it begins: it runs in a thread of its own.
+def _refuse_impossible_caches() -> None:
+    """Make every filtered model refuse the caches that cannot be, before any work begins.
 
-    The whole class, as for saving: a filter may have been put into a part of a model. It is refused since its cache
-    keeps keys and values in pages that texts share, are moved and copied, and has no place for further rows.
+    The whole class, as for saving: a filter may have been put into a part of a model. Continuous batching runs in a
+    thread of its own; its cache keeps keys and values in pages that texts share, are moved and copied, and has no
+    place for further rows. Offloading needs an accelerator, and without one Transformers fails without saying why.
     """
-    stock = GenerationMixin.init_continuous_batching
-    if getattr(stock, "filters_of", None) is is_filtered:
+    start, prepare = GenerationMixin.init_continuous_batching, GenerationMixin._prepare_cache_for_generation
+    if getattr(start, "filters_of", None) is is_filtered:
         return
 
-    @functools.wraps(stock)
+    @functools.wraps(start)
     def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
         for _, part in _parts(self):
             raise ValueError(
                 "continuous batching keeps its cache in pages, which have no place for the rows of the filter of "
                 f"{part.layer_name}: use generate() with a padded batch"
             )
-        return stock(self, *args, **kwargs)
+        return start(self, *args, **kwargs)
+
+    @functools.wraps(prepare)
+    def _prepare_cache_for_generation(self: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_filtered(self):
+            check_cache_implementation(generation_config.cache_implementation, self.device.type)
+        return prepare(self, generation_config, *args, **kwargs)
 
     init_continuous_batching.filters_of = is_filtered  # type: ignore[attr-defined]
     GenerationMixin.init_continuous_batching = init_continuous_batching
+    GenerationMixin._prepare_cache_for_generation = _prepare_cache_for_generation
 
 
 def is_filtered(model: nn.Module) -> bool:
@@ -155,7 +167,7 @@ def filter_arguments(model: nn.Module) -> dict[str, Any]:
     return {**arguments, "stacks": stacks}
 
 
-def _attach(module: nn.Module, part: AppliedFilter, shared: SharedState, arguments: dict[str, Any]) -> None:
+def _attach(module: nn.Module, part: AppliedFilter, seat: FilterSeat) -> None:
     tensor = next(module.parameters(), None)
     if tensor is not None:
         # The filter's scalars are never less precise than single.
@@ -163,11 +175,12 @@ def _attach(module: nn.Module, part: AppliedFilter, shared: SharedState, argumen
     part.train(module.training)
     own = copy.copy(module.config)
     own._attn_implementation_internal = IMPLEMENTATION  # type: ignore[union-attr]
-    hooks = [
+    seat.owner(module)  # now: not while a step is compiled
+    seat.hooks += [
         module.register_forward_pre_hook(before_layer, with_kwargs=True),
         module.register_load_state_dict_pre_hook(_refuse_other_numbers),
     ]
-    setattr(module, SEAT, FilterSeat(shared, arguments, module.config, hooks))
+    setattr(module, SEAT, seat)
     module.config = own
     setattr(module, PART, part)
 
@@ -260,6 +273,16 @@ def _check_model(model: Any) -> None:
         )
     if any(_parts(model)):
         raise ValueError("the model is filtered already: call remove_filter(model) first")
+
+
+def _refuse_own_filters(chosen: list[list[AttentionLayer]], owner: str) -> None:
+    """Layers of this package that have a filter do not go through the interface: another one would never be called."""
+    for layer in (layer for stack_layers in chosen for layer in stack_layers):
+        own = getattr(layer.module, "filter", None)
+        if isinstance(own, AttentionFilter) and not own.is_stock:
+            raise ValueError(
+                f"{layer.name} of {owner} has a filter of its own, which the model's configuration chooses"
+            )
 
 
 def _integers(layers: Any) -> Any:

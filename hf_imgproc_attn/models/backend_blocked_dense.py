@@ -10,6 +10,7 @@ from .backend_blocked_passes import Call, Tensors
 from .backend_blocked_plan import Plan
 from .backend_reference import add_terms, filter_matrix
 from .kernel_content import working_dtype
+from .kernel_normalisation import Normalisation
 from .kernel_position import position_logits
 
 
@@ -31,14 +32,15 @@ def dense_dropout_factors(plan: Plan, like: torch.Tensor) -> torch.Tensor:
     return factors
 
 
-def _filter_matrix(call: Call, tensors: Tensors) -> torch.Tensor:
+def dense_matrix(call: Call, tensors: Tensors) -> torch.Tensor:
     """A, without dropout, in the dtype of query and key."""
     query, key = tensors.query, call.visibility.clean_keys(tensors.key)
     terms = [] if tensors.bias is None else [tensors.bias]
     if call.positions is not None:
         terms.append(position_logits(call.positions.with_parameters(*tensors.parameters), query.dtype))
     logits = torch.matmul(query, key.mT) * call.plan.scale
-    return filter_matrix(add_terms(logits, terms, call.visibility), call.visibility)
+    logits = add_terms(logits, terms, call.visibility if call.ignores_row_constants else None)
+    return filter_matrix(logits, call.visibility, tensors.sinks, Normalisation(call.normalisation))
 
 
 def dense_passes(call: Call, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,7 +53,7 @@ def dense_passes(call: Call, tensors: Tensors) -> tuple[torch.Tensor, torch.Tens
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     shown = call.visibility.clean_keys
     own = value[:, :, max(plan.past, 0) :]
-    matrix = _filter_matrix(call, tensors._replace(query=query, key=key))
+    matrix = dense_matrix(call, tensors._replace(query=query, key=key))
     if plan.dropout:
         matrix = matrix * dense_dropout_factors(plan, query.new_empty(0))
     smoothed = [torch.matmul(matrix, shown(value))]

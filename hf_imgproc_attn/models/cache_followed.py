@@ -12,15 +12,16 @@ Places are kept whole everywhere.
 
 from __future__ import annotations
 
-import copy
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.cache_utils import DynamicLayer
 
-from .cache_layer import FilterDynamicLayer
+from .cache_layer import FilterDynamicLayer, GrowingLayer
 from .cache_streams import RoundStreams
 
 KEPT_WHOLE = ("places", "position_key")
@@ -38,17 +39,29 @@ _FOLLOWED = (
 """What a cache does to its layers, which the layers of the streams do too."""
 
 
-@functools.cache
+_CLASSES: dict[Any, Any] = {}
+
+
+@torch.compiler.assume_constant_result
 def _followed_class(layer_class: Any) -> Any:
+    """A sub-class of a cache layer's class that keeps streams, also where compiled code asks for it."""
+    if layer_class not in _CLASSES:
+        _CLASSES[layer_class] = _make_followed_class(layer_class)
+    return _CLASSES[layer_class]
+
+
+def _make_followed_class(layer_class: Any) -> Any:
     """A sub-class of a cache layer's class that remembers the values that came last, and keeps streams in step.
 
     filter_streams: the cache layer of each stream, by name.
     filter_empty: a layer of the same kind before its first token, which new streams start from.
     filter_new_value: values of the tokens that came last, ``[batch, key_heads, length, d]``.
     filter_kind: what the filter is whose rows are kept.
+    filter_owner: the layer whose rows they are, or None where that is not known.
     filter_expected: whether a filter is about to store the rows of the tokens that come next.
     filter_missed: whether tokens have come without a filter.
     """
+    layer_class = GrowingLayer if layer_class is DynamicLayer else layer_class
     methods: dict[str, Any] = {name: _followed(layer_class, name) for name in _FOLLOWED if hasattr(layer_class, name)}
     store = layer_class.update
 
@@ -60,8 +73,23 @@ def _followed_class(layer_class: Any) -> Any:
         self.filter_expected = False
         return store(self, key_states, value_states, *args, **kwargs)
 
+    methods |= {"update": update, "__reduce_ex__": _made_anew(_followed_class, layer_class)}
     # Transformers registers classes that have a layer type.
-    return type(f"Filtered{layer_class.__name__}", (layer_class,), {**methods, "update": update, "_layer_type": None})
+    return type(f"Filtered{layer_class.__name__}", (layer_class,), {**methods, "_layer_type": None})
+
+
+def _made_anew(make: Callable[[Any], Any], layer_class: Any) -> Callable[[Any, Any], Any]:
+    """``__reduce_ex__`` of a class that no name leads to: pickled, and copied, by what it is made of."""
+
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+        return _object_of, (make, layer_class), self.__dict__
+
+    return reduce
+
+
+def _object_of(make: Callable[[Any], Any], layer_class: Any) -> Any:
+    made = make(layer_class)
+    return made.__new__(made)
 
 
 def _followed(layer_class: type, name: str) -> Callable[..., Any]:
@@ -76,7 +104,7 @@ def _followed(layer_class: type, name: str) -> Callable[..., Any]:
         if name == "activate_past_recording":  # holds for streams to come as well
             getattr(self.filter_empty, name)(*args, **kwargs)
         if name == "reset":
-            self.filter_missed = False
+            self.filter_missed, self.filter_owner = False, None
         return result
 
     return follow
@@ -98,7 +126,8 @@ def _quantised_class(layer_class: Any) -> Any:
     def _dequantize(self: Any, stored: Any) -> torch.Tensor:
         return stored if isinstance(stored, torch.Tensor) and not stored.numel() else dequantise(self, stored)
 
-    methods = {"_quantize": _quantize, "_dequantize": _dequantize, "_layer_type": None}
+    methods: dict[str, Any] = {"_quantize": _quantize, "_dequantize": _dequantize, "_layer_type": None}
+    methods["__reduce_ex__"] = _made_anew(_quantised_class, layer_class)
     return type(f"Stream{layer_class.__name__}", (layer_class,), methods)
 
 
@@ -106,10 +135,7 @@ def _empty_layer(layer: Any) -> Any:
     """A layer of the same kind before its first token, for streams."""
     if type(layer) is DynamicLayer:
         return FilterDynamicLayer()  # the same, and grows in place
-    empty = copy.copy(layer)
-    empty.keys = empty.values = None
-    empty.is_initialized = False
-    empty = copy.deepcopy(empty)  # static layers count their tokens in place
+    empty = _copy_of(layer, keys=None, values=None, is_initialized=False)
     if hasattr(empty, "_quantize"):
         empty.__class__ = _quantised_class(type(empty))  # type: ignore[arg-type]
         if hasattr(empty, "axis_value"):
@@ -117,7 +143,87 @@ def _empty_layer(layer: Any) -> Any:
     return empty
 
 
-def follow_layer(cache: Any, layer_idx: int, kind: str | None) -> Any:
+class CacheOwner:
+    """The layer of a model whose rows a cache layer keeps: another model with the same filter must not go on there.
+
+    A copy of a cache has the same owner. One that is pickled does not know its owner any more, as is the model in
+    another process, where it may go on.
+
+    Args:
+        module: the attention module. A cache keeps no model alive.
+        places: which layers of the stack have the filter.
+    """
+
+    def __init__(self, module: nn.Module, places: tuple[int, ...] = ()) -> None:
+        self._module: Callable[[], nn.Module | None] = weakref.ref(module)
+        self._places = places
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheOwner:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nobody, ()
+
+    def differs_from(self, other: CacheOwner) -> str | None:
+        """How the rows of this layer are not those of another one, in words; None if they may be."""
+        mine, theirs = self._module(), other._module()
+        if mine is None or theirs is None:
+            return None
+        if self._places != other._places:
+            return f"with the filter in layers {_listed(self._places)} (here {_listed(other._places)})"
+        return None if mine is theirs or _same_weights(mine, theirs) else "by another model"
+
+
+def _nobody() -> None:
+    return None
+
+
+def _listed(places: tuple[int, ...]) -> str:
+    return ", ".join(map(str, places))
+
+
+def _same_weights(mine: nn.Module, theirs: nn.Module) -> bool:
+    """Whether two layers are copies of one; tensors that are elsewhere, as when offloaded, are not compared."""
+    first, second = mine.state_dict(), theirs.state_dict()
+    if first.keys() != second.keys():
+        return False
+    return all(
+        tensor.is_meta
+        or second[name].is_meta
+        or (tensor.dtype == second[name].dtype and torch.equal(tensor, second[name].to(tensor.device)))
+        for name, tensor in first.items()
+    )
+
+
+def _turned(cache: Any, layer_idx: int) -> Any:
+    """The layer of a cache, made one that keeps streams."""
+    layer = cache.layers[layer_idx]
+    followed = _followed_class(type(layer))
+    if torch.compiler.is_compiling():  # which cannot turn it in place
+        layer = cache.layers[layer_idx] = _copy_of(layer, followed)
+    else:
+        layer.__class__ = followed
+    if isinstance(layer, GrowingLayer):
+        layer._growing = {}
+    return layer
+
+
+def _copy_of(layer: Any, layer_class: Any = None, **changes: Any) -> Any:
+    """A cache layer before its first token, with tensors of its own: static layers count their tokens in place.
+
+    By hand, since compiled code, which may begin with an empty cache, knows no ``copy.deepcopy`` of tensors.
+    """
+    made = object.__new__(layer_class or type(layer))
+    for name, value in {**layer.__dict__, **changes}.items():
+        if isinstance(value, torch.Tensor):
+            value = value.clone()
+        elif isinstance(value, (dict, list)):
+            value = type(value)(value)
+        setattr(made, name, value)
+    return made
+
+
+def follow_layer(cache: Any, layer_idx: int, kind: str | None, owner: CacheOwner | None = None) -> Any:
     """Make a layer of a cache keep streams, before the layer's keys are stored.
 
     Args:
@@ -125,12 +231,13 @@ def follow_layer(cache: Any, layer_idx: int, kind: str | None) -> Any:
         layer_idx: index of the layer.
         kind: what the filter is; None if it keeps nothing beside keys and values. Then a layer that holds tokens
             already is as good as an empty one.
+        owner: whose rows they are; None: not checked.
 
     Returns:
         The layer.
 
     Raises:
-        ValueError: if the layer holds tokens whose streams are missing, or those of another filter.
+        ValueError: if the layer holds tokens whose streams are missing, or those of another filter or model.
     """
     while len(cache.layers) <= layer_idx:
         cache.layers.append(cache.layer_class_to_replicate())
@@ -139,22 +246,36 @@ def follow_layer(cache: Any, layer_idx: int, kind: str | None) -> Any:
         if kind is not None and layer.is_initialized and layer.get_seq_length() > 0:
             _refuse_tokens(layer_idx, "without the filter")
         empty = _empty_layer(layer)
-        layer.__class__ = _followed_class(type(layer))  # type: ignore[arg-type]
+        layer = _turned(cache, layer_idx)
         layer.filter_streams, layer.filter_empty, layer.filter_new_value = {}, empty, None
-        layer.filter_kind, layer.filter_missed = kind, False
-    if kind is not None and layer.filter_missed:
-        _refuse_tokens(layer_idx, "without the filter")
-    if kind is not None and kind != layer.filter_kind and layer.get_seq_length() > 0:
-        _refuse_tokens(layer_idx, f"with another filter ({layer.filter_kind}; here {kind})")
+        layer.filter_kind, layer.filter_owner, layer.filter_missed = kind, owner, False
+    if kind is not None:
+        if layer.filter_missed:
+            _refuse_tokens(layer_idx, "without the filter")
+        if kind != layer.filter_kind and layer.get_seq_length() > 0:
+            _refuse_tokens(layer_idx, f"with another filter ({layer.filter_kind}; here {kind})")
+        if layer.filter_owner is not owner:
+            _check_owner(layer, layer_idx, owner)
+            layer.filter_owner = owner
     layer.filter_kind, layer.filter_expected = kind, True
     return layer
 
 
+def _check_owner(layer: Any, layer_idx: int, owner: CacheOwner | None) -> None:
+    """Refuse rows that another layer has stored; that of a copy of the model is the same."""
+    known: CacheOwner | None = layer.filter_owner
+    if known is None or owner is None or not layer.get_seq_length() > 0:
+        return
+    difference = known.differs_from(owner)
+    if difference is not None:
+        _refuse_tokens(layer_idx, difference)
+
+
 def _refuse_tokens(layer_idx: int, how: str) -> None:
     raise ValueError(
-        f"past_key_values holds tokens in layer {layer_idx} that were stored {how}: the rows that it needs of them "
-        "are missing. Start with an empty cache, and fill it with the filtered model; keys and values that are "
-        "learned, as in PEFT's prefix tuning, have no such rows"
+        f"past_key_values holds tokens in layer {layer_idx} that were stored {how}: the rows that this filter "
+        "needs of them are not there. Start with an empty cache, and fill it with the filtered model; keys and values "
+        "that are learned, as in PEFT's prefix tuning, have no such rows"
     )
 
 
@@ -185,7 +306,7 @@ class FollowingStreams:
         layer, streams = self._layer, self._layer.filter_streams
         if name not in streams:
             whole = name.rpartition(".")[2] in KEPT_WHOLE and hasattr(layer, "_quantize")
-            streams[name] = FilterDynamicLayer() if whole else copy.deepcopy(layer.filter_empty)
+            streams[name] = FilterDynamicLayer() if whole else _copy_of(layer.filter_empty)
         stream = streams[name]
         stored, _ = stream.update(rows, rows[..., :0])
         stored = stored[..., : self._key_length, :].to(rows.dtype)

@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .any_attention import PART
 from .any_filter import apply_filter, filter_arguments, is_filtered
 from .configuration_imgproc_filtered import ImgProcFilteredConfig
 
@@ -34,7 +35,11 @@ class FilteredModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-        """Load the stock class with its filters in place; arguments as of any ``from_pretrained``."""
+        """Load the stock class with its filters in place; arguments as of any ``from_pretrained``.
+
+        Raises:
+            ValueError: if the weights lack the filter's numbers, which would else be those that training starts from.
+        """
         if not isinstance(config, PreTrainedConfig):
             config = ImgProcFilteredConfig.from_pretrained(args[0] if config is None else config)
         filtered, base = cls._filtered_class(config)
@@ -42,10 +47,11 @@ class FilteredModel(PreTrainedModel):
         given = {name: kwargs.pop(name) for name in list(kwargs) if name != "dtype" and hasattr(base, name)}
         for name, value in given.items():
             setattr(base, name, value)
-        model = filtered.from_pretrained(*args, config=base, **kwargs)
-        loaded, info = model if isinstance(model, tuple) else (model, None)
-        _settle(loaded)
-        return loaded if info is None else (loaded, info)
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = filtered.from_pretrained(*args, config=base, output_loading_info=True, **kwargs)
+        _refuse_missing_numbers(info["missing_keys"])
+        _settle(model)
+        return (model, info) if wants_info else model
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
@@ -81,6 +87,15 @@ class FilteredModel(PreTrainedModel):
 
         made = type(stock.__name__, (stock,), {"__init__": start, "__module__": stock.__module__})
         return made, base
+
+
+def _refuse_missing_numbers(missing: Any) -> None:
+    lacking = sorted(name for name in missing if f"{PART}." in name)
+    if lacking:
+        raise ValueError(
+            f"the weights lack {len(lacking)} tensors of the filter that config.json names, such as {lacking[0]}: "
+            "they are not those of this filtered model. For a new filter load the stock model and call apply_filter"
+        )
 
 
 def _settle(model: Any) -> None:

@@ -66,6 +66,12 @@ def add_command(commands: Any) -> None:
     findings.add_argument(
         "--ledgers", type=Path, metavar="DIR", help="a ledger for each study (default: training/results/study)"
     )
+    findings.add_argument(
+        "--evidence",
+        type=Path,
+        metavar="PAGE",
+        help="also replace the table of evidence in this page (which-filter.md)",
+    )
     findings.set_defaults(run_command=run_findings)
 
 
@@ -117,7 +123,12 @@ def run_findings(options: argparse.Namespace) -> int:
     require_extras("train", "study")
     from .findings import LEDGERS, write_findings
 
-    write_findings(options.page, options.ledgers or LEDGERS)
+    ledgers = options.ledgers or LEDGERS
+    write_findings(options.page, ledgers)
+    if options.evidence is not None:
+        from .evidence import write_evidence
+
+        write_evidence(options.evidence, ledgers)
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from ..errors import UsageError
 from ..records import git_state, package_versions
 from .ledger import DIVERGED, Ledger
+from .measurements import HEADLINES
 from .plan import Run, Study, Variant
 from .run import carry_out, check_data, measured
 from .sizes import Prepared, Size
@@ -108,7 +109,7 @@ def headline(record: dict[str, Any]) -> str:
         return "diverged"
     split = "test" if "test" in record["metrics"] else "validation"
     values = record["metrics"].get(split, {})
-    name = next((name for name in ("accuracy", "word_perplexity", "loss") if values.get(name) is not None), None)
+    name = next((name for name in HEADLINES if values.get(name) is not None), None)
     return "finished" if name is None else f"{split} {name.replace('_', ' ')} {values[name]:.4g}"
 
 

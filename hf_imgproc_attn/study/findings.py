@@ -2,26 +2,54 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from ..cards.results import METRICS, PARTS
 from ..errors import UsageError
 from ..output_paths import check_output_file, writing
 from ..shipped_files import shipped_file
-from .claims import CLAIMS, UNTESTED, Claim
+from .claims import CLAIMS, SUBJECTS, UNTESTED, Claim
 from .ledger import HEADER, Ledger
 from .plan import Study
-from .report import explanation, interval, number, p_value
-from .statistics import BETTER, NO_DIFFERENCE, TOO_FEW, WORSE
+from .report import NOTHING, interval, number, p_value
+from .statistics import BETTER, CONFIDENCE, LEVEL, NO_DIFFERENCE, TOO_FEW, WORSE
 from .study_file import read_study
-from .table import Row, Table, build_tables
+from .table import LOWER_IS_BETTER, Row, Table, autoattack_above_pgd, build_tables
 
 LEDGERS = Path("training/results/study")
 WIDTH = 119
 COMMAND = "imgproc-attn findings docs/what-holds.md"
+
+
+class Comparison(NamedTuple):
+    """A variant under one condition, against one baseline."""
+
+    table: Table
+    against: str
+    row: Row
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A study and what it says.
+
+    Attributes:
+        name: of the study.
+        study: None where it has no ledger.
+        records: name of a run -> its record.
+        claims: with their comparisons.
+    """
+
+    name: str
+    study: Study | None
+    records: dict[str, dict[str, Any]]
+    claims: list[tuple[Claim, list[Comparison]]]
 
 
 def write_findings(page: Path, ledgers: Path = LEDGERS) -> None:
@@ -48,6 +76,7 @@ def findings(ledgers: Path) -> str:
     """
     if not any(ledgers.glob(f"*/{HEADER}")):
         raise UsageError(f"ledgers must be a folder with a ledger for each study, got {str(ledgers)!r}")
+    chapters = [_chapter(name, ledgers) for name in dict.fromkeys(claim.study for claim in CLAIMS)]
     lines = [
         "# What holds",
         "",
@@ -62,55 +91,134 @@ def findings(ledgers: Path) -> str:
             "difference seen* means that these seeds show none, not that there is none: the interval says how "
             "large one could be."
         ),
+        "",
+        "## In short",
+        "",
+        *paragraph(
+            "A comparison is one variant against one baseline under one condition. Differences are paired by seed, "
+            f"their intervals hold {100 * CONFIDENCE:.0f} % (Student's t), and a verdict is *better* or *worse* where "
+            "the p-value of the paired t-test, corrected by Holm's method for all variants under that condition, is "
+            f"below {LEVEL:g}. *Points to the better* counts the comparisons whose mean difference is on the "
+            "claim's side, whatever its interval: half of them would be by chance. Comparisons of one study are not "
+            "independent: the same models stand in all of them."
+        ),
+        "",
+        *paragraph(_in_all(chapters)),
+        "",
+        "| claim | seeds | comparisons | better | worse | no difference seen | points to the better | in a word |",
+        "|" + "---|" * 8,
     ]
-    for name in dict.fromkeys(claim.study for claim in CLAIMS):
-        folder = ledgers / name
-        if not (folder / HEADER).is_file():
-            lines += ["", f"## Study {name}", "", "Not run yet."]
-            continue
-        study = read_study(shipped_file(f"training/configs/studies/{name}.yaml"))
-        lines += _study_lines(study, Ledger(folder), [claim for claim in CLAIMS if claim.study == name])
+    for chapter in chapters:
+        lines.append(f"| **{SUBJECTS[chapter.name].title}** |" + " |" * 7)
+        lines += [_short_row(chapter, claim, found) for claim, found in chapter.claims]
+    for chapter in chapters:
+        lines += _chapter_lines(chapter)
     lines += ["", "## What was not tested", ""]
     for untested in UNTESTED:
         lines += paragraph(f"- **{untested.title}.** {untested.why}", indent="  ")
     return "\n".join(lines) + "\n"
 
 
-def _study_lines(study: Study, ledger: Ledger, claims: Iterable[Claim]) -> list[str]:
-    records = ledger.everything(study)
-    diverged = sum(record["status"] == "diverged" for record in records.values())
-    planned = len(study.tasks) * len(study.variant_names) * len(study.seeds)
-    epochs = {task.name: task.options.get("num_train_epochs") for task in study.tasks}
-    trained = ", ".join(f"{name}: {count} epochs" for name, count in epochs.items() if count)
-    lines = [
-        "",
-        f"## Study {study.name}",
-        "",
-        *paragraph(
-            f"{len(records)} of {planned} runs have ended, {diverged} of them diverged: {len(study.variant_names)} "
-            f"variants, {len(study.seeds)} seeds ({trained}). {explanation(study)}"
-        ),
+def _in_all(chapters: Sequence[Chapter]) -> str:
+    """All comparisons of the page in one sentence, with the variants that any difference was seen of."""
+    rows = [entry.row for chapter in chapters for _, found in chapter.claims for entry in found]
+    none = sum(verdict_of(row) == NO_DIFFERENCE for row in rows)
+    seen = {word: Counter(row.variant for row in rows if verdict_of(row) == word) for word in (BETTER, WORSE)}
+    parts = [
+        f"{word} in {counts.total()}"
+        + (f" ({', '.join(f'`{name}` {count}' for name, count in counts.most_common())})" if counts else "")
+        for word, counts in seen.items()
     ]
-    for claim in claims:
-        lines += _claim_lines(study, records, claim)
+    what = " and ".join(parts)
+    return f"**In all, of {len(rows)} comparisons the variant is {what}; in {none} no difference is seen.**"
+
+
+def _chapter(name: str, ledgers: Path) -> Chapter:
+    """What the ledger of a study says of its claims; nothing where it has not been run."""
+    claims = [claim for claim in CLAIMS if claim.study == name]
+    folder = ledgers / name
+    if not (folder / HEADER).is_file():
+        return Chapter(name, None, {}, [(claim, []) for claim in claims])
+    study = read_study(shipped_file(f"training/configs/studies/{name}.yaml"))
+    ledger = Ledger(folder)
+    ledger.check(study)
+    records = ledger.everything(study)
+    baselines = dict.fromkeys(against for claim in claims for against in claim.against)
+    tables = {against: build_tables(replace(study, baseline=against), records) for against in baselines}
+    return Chapter(name, study, records, [(claim, _comparisons(tables, claim)) for claim in claims])
+
+
+def _comparisons(tables: dict[str, list[Table]], claim: Claim) -> list[Comparison]:
+    """Every comparison that a claim is about and that has seeds, of the tables with each baseline."""
+    found = []
+    for against in claim.against:
+        for table in tables[against]:
+            rows = {row.variant: row for row in table.rows}
+            if table.family in claim.families:
+                found += [Comparison(table, against, rows[name]) for name in claim.variants if name in rows]
+    return [comparison for comparison in found if comparison.row.difference is not None]
+
+
+def _short_row(chapter: Chapter, claim: Claim, found: Sequence[Comparison]) -> str:
+    words = [verdict_of(comparison.row) for comparison in found]
+    counts = [words.count(word) for word in (BETTER, WORSE, NO_DIFFERENCE)]
+    seeds = {comparison.row.difference.summary.count for comparison in found if comparison.row.difference is not None}
+    cells = [
+        claim.title if chapter.study is None else f"[{claim.title}](#{anchor(claim.title)})",
+        " to ".join(str(count) for count in sorted({min(seeds), max(seeds)})) if seeds else NOTHING,
+        *(str(count) for count in (len(found), *counts)),
+        str(sum(points_to_the_better(comparison) for comparison in found)),
+        in_a_word([comparison.row for comparison in found]),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _chapter_lines(chapter: Chapter) -> list[str]:
+    subject = SUBJECTS[chapter.name]
+    lines = ["", f"## {subject.title}", "", *paragraph(subject.text), ""]
+    study = chapter.study
+    if study is None:
+        return [*lines, *paragraph(f"`{chapter.name}.yaml` has not been run yet.")]
+    diverged = sum(record["status"] == "diverged" for record in chapter.records.values())
+    planned = len(study.tasks) * len(study.variant_names) * len(study.seeds)
+    lines += paragraph(
+        f"Study `{chapter.name}`: {len(chapter.records)} of {planned} runs have ended, {diverged} of them diverged; "
+        f"{len(study.variant_names)} variants, {len(study.seeds)} seeds, {study.split} split. " + _values(chapter)
+    )
+    above = autoattack_above_pgd(chapter.records)
+    if above is not None:
+        lines += ["", *paragraph(_on_autoattack(above))]
+    for claim, found in chapter.claims:
+        lines += _claim_lines(claim, found)
     return lines
 
 
-def _claim_lines(study: Study, records: dict[str, dict[str, Any]], claim: Claim) -> list[str]:
-    found: list[tuple[Table, str, Row]] = []
-    for against in claim.against:
-        for table in build_tables(replace(study, baseline=against), records):
-            rows = {row.variant: row for row in table.rows}
-            if table.family in claim.families:
-                found += [(table, against, rows[name]) for name in claim.variants if name in rows]
-    found = [entry for entry in found if entry[2].difference is not None]
+def _values(chapter: Chapter) -> str:
+    """What the numbers of a chapter are."""
+    metrics = dict.fromkeys(entry.table.metric for _, found in chapter.claims for entry in found)
+    names = [
+        METRICS[metric]
+        + (" in percent" if metric in PARTS else "")
+        + (", lower is better" if metric in LOWER_IS_BETTER else "")
+        for metric in metrics
+    ]
+    return f"Values: {'; '.join(names)}." if names else ""
+
+
+def _on_autoattack(above: Sequence[str]) -> str:
+    if above:
+        return f"AutoAttack fools fewer images than PGD does in {', '.join(above)}: there it says too little."
+    return "AutoAttack fools at least as many images as PGD does in every run: no sign that gradients are masked."
+
+
+def _claim_lines(claim: Claim, found: Sequence[Comparison]) -> list[str]:
     lines = [
         "",
         f"### {claim.title}",
         "",
         *paragraph(claim.text),
         "",
-        f"**Verdict: {in_words([row for _, _, row in found])}**",
+        f"**Verdict: {in_words([comparison.row for comparison in found])}**",
         "",
     ]
     if not found:
@@ -130,11 +238,29 @@ def _claim_lines(study: Study, records: dict[str, dict[str, Any]], claim: Claim)
             against,
             number(difference.mean, table.metric, signed=True),
             interval(difference.t_interval, table.metric, signed=True),
-            "–" if row.corrected is None else p_value(row.corrected),
+            NOTHING if row.corrected is None else p_value(row.corrected),
             row.verdict,
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def anchor(title: str) -> str:
+    """Where a heading of the page is, as MkDocs and GitHub name it."""
+    return re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower())
+
+
+def verdict_of(row: Row) -> str:
+    """The verdict without what is said of diverged seeds."""
+    return row.verdict.partition(",")[0]
+
+
+def points_to_the_better(comparison: Comparison) -> bool:
+    """Whether the mean difference is on the side of the better, however little it says."""
+    difference = comparison.row.difference
+    if difference is None or difference.summary.mean == 0:
+        return False
+    return (difference.summary.mean > 0) != (comparison.table.metric in LOWER_IS_BETTER)
 
 
 def paragraph(text: str, indent: str = "") -> list[str]:
@@ -146,7 +272,7 @@ def in_words(rows: Sequence[Row]) -> str:
     """What several comparisons say together."""
     if not rows:
         return "not tested, no run has ended."
-    words = [row.verdict.partition(",")[0] for row in rows]
+    words = [verdict_of(row) for row in rows]
     better, worse, none, few = (words.count(word) for word in (BETTER, WORSE, NO_DIFFERENCE, TOO_FEW))
     if few == len(rows):
         return "too few seeds yet."
@@ -158,3 +284,17 @@ def in_words(rows: Sequence[Row]) -> str:
         return f"not seen here: no difference in any of {len(rows)} comparisons."
     seen = [f"better in {better}", f"worse in {worse}", f"no difference seen in {none}"]
     return f"of {len(rows)} comparisons, {', '.join(seen)}" + (f", too few seeds in {few}." if few else ".")
+
+
+def in_a_word(rows: Sequence[Row]) -> str:
+    """:func:`in_words` for a cell of the table on top."""
+    better, worse = ([verdict_of(row) for row in rows].count(word) for word in (BETTER, WORSE))
+    if not rows or all(verdict_of(row) == TOO_FEW for row in rows):
+        return "too few seeds" if rows else "not tested"
+    if better == len(rows):
+        return "holds here"
+    if worse == len(rows):
+        return "the opposite"
+    if better and worse:
+        return "depends on the variant"
+    return "in part" if better else "not seen, worse in part" if worse else "not seen"

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from hf_imgproc_attn.training_support.image_pixels import PixelDataset
 
+HEADLINES = ("accuracy", "mean_iou", "word_perplexity", "perplexity", "loss")
+"""The metrics of a split, the most telling one first: that one is shown."""
 SEED = 0
 """Of noise, random starts and the choice of words: the same for every model, whose inputs are then the same."""
 _OF_IMAGES = tuple(field.name for field in dataclasses.fields(ImageSettings) if field.name != "seed")

@@ -66,6 +66,9 @@ def markdown(study: Study, tables: Sequence[Table], content: dict[str, Any]) -> 
         "",
         explanation(study),
     ]
+    above = content["autoattack_above_pgd"]
+    if above:
+        lines += ["", f"AutoAttack fools fewer images than PGD does, and says too little, in: {', '.join(above)}."]
     for table in tables:
         lines += ["", f"## {heading(table)}", "", *markdown_rows(table)]
     return "\n".join(lines) + "\n"

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy import stats
@@ -93,6 +94,11 @@ def bootstrap_interval(values: Sequence[float] | np.ndarray) -> Interval:
 
     With a handful of seeds it is rather too narrow, as every bootstrap is; the t interval beside it is not.
     """
+    return _bootstrap_interval(tuple(np.asarray(values, dtype=np.float64).tolist()))
+
+
+@lru_cache(maxsize=8192)  # the same values stand in many tables, as with another baseline
+def _bootstrap_interval(values: tuple[float, ...]) -> Interval:
     array = np.asarray(values, dtype=np.float64)
     if array.size < 2 or _is_constant(array):
         return Interval(None, None)

@@ -7,12 +7,11 @@ from typing import Any
 
 from ..cards.results import Measurement
 from .ledger import DIVERGED, FORMAT
+from .measurements import HEADLINES
 from .plan import Study
 from .statistics import Difference, Summary, compare, holm, summarise, verdict
 
-_METRICS = ("accuracy", "mean_iou", "word_perplexity", "perplexity", "loss")
-"""What is shown of a split, the most telling one first."""
-_LOWER_IS_BETTER = ("word_perplexity", "perplexity", "loss")
+LOWER_IS_BETTER = ("word_perplexity", "perplexity", "loss")
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def measured_values(record: dict[str, Any], split: str) -> dict[Key, float]:
         return {}
     metrics = record["metrics"].get(split, {})
     found: dict[Key, float] = {}
-    metric = next((name for name in _METRICS if metrics.get(name) is not None), None)
+    metric = next((name for name in HEADLINES if metrics.get(name) is not None), None)
     if metric is not None:
         found["clean", "clean", metric] = metrics[metric]
     for result in record["measurements"]:
@@ -108,6 +107,26 @@ def measured_values(record: dict[str, Any], split: str) -> dict[Key, float]:
             continue  # the same number in another unit
         found[measurement.name, measurement.family, measurement.metric] = measurement.value
     return found
+
+
+def autoattack_above_pgd(records: dict[str, dict[str, Any]]) -> list[str] | None:
+    """The runs in which AutoAttack fools fewer images than PGD, with the largest change; None: none has both.
+
+    An ensemble that is weaker than one attack says too little of a model: it had too few steps.
+    """
+    above, measured = [], False
+    for name, record in records.items():
+        values: dict[tuple[Any, Any], dict[str, float]] = {}
+        for result in record["measurements"]:
+            if result["family"] == "attack" and result["value"] is not None:
+                where = result["parameters"].get("epsilon"), result["samples"]
+                values.setdefault(where, {})[result["disturbance"]] = result["value"]
+        for (epsilon, _), found in values.items():
+            if {"AutoAttack", "PGD"} <= found.keys():
+                measured = True
+                if found["AutoAttack"] > found["PGD"]:
+                    above.append(f"{name} (epsilon {epsilon:g})")
+    return above if measured else None
 
 
 def _table(
@@ -148,7 +167,7 @@ def _with_verdicts(rows: list[Row], metric: str) -> list[Row]:
     for index, row in enumerate(rows):
         if row.difference is not None:
             value = corrected.get(index)
-            words = verdict(row.difference, value, higher_is_better=metric not in _LOWER_IS_BETTER)
+            words = verdict(row.difference, value, higher_is_better=metric not in LOWER_IS_BETTER)
             words += f", {row.diverged} diverged" if row.diverged else ""
             row = Row(**{**vars(row), "corrected": value, "verdict": words})
         elif row.diverged:
@@ -170,5 +189,7 @@ def as_json(study: Study, tables: list[Table], records: dict[str, dict[str, Any]
             "ended": len(records),
             "diverged": sum(record["status"] == DIVERGED for record in records.values()),
         },
+        "data": {record["task"]: record["data_fingerprint"]["train"] for record in records.values()},
+        "autoattack_above_pgd": autoattack_above_pgd(records),
         "tables": [asdict(table) for table in tables],
     }

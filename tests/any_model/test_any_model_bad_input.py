@@ -22,8 +22,9 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
 
-from hf_imgproc_attn import apply_filter, filtered_layers, remove_filter
+from hf_imgproc_attn import ImgProcGPT2LMHeadModel, apply_filter, filtered_layers, remove_filter
 from tests.any_model.architectures import TEXT, build, inputs, output, text
+from tests.models.helpers import tiny_gpt2_config
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,15 @@ def test_what_is_no_model_is_refused(call: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # by PEFT
+def test_layers_with_filters_of_their_own_are_refused() -> None:
+    """A second filter in them would never be called."""
+    model = ImgProcGPT2LMHeadModel(tiny_gpt2_config("twicing", n_layer=2, boosted_layers=[1]))
+    with pytest.raises(ValueError, match=r"transformer.h.1.attn of ImgProcGPT2LMHeadModel has a filter of its own"):
+        apply_filter(model, "twicing")
+    apply_filter(model, "twicing", layers=[0])
+    assert [row["layer"] for row in filtered_layers(model)] == [0]
+
+
 def test_a_model_that_peft_has_wrapped_is_refused() -> None:
     wrapped = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"]))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="model is a PeftModel, which saves its adapter alone"):
@@ -140,6 +150,50 @@ def test_a_window_that_no_mask_shows_is_refused(padded: bool) -> None:
         ValueError, match=r"layers.0.self_attn needs a mask that shows its sliding window of \d+ tokens"
     ):
         model(text(), attention_mask=mask)
+
+
+def packed() -> dict[str, torch.Tensor]:
+    """Texts of 5 and 9 tokens in one row."""
+    return {
+        "input_ids": text(batch=1),
+        "position_ids": torch.cat((torch.arange(5), torch.arange(9)))[None],
+    }
+
+
+VARLEN = {
+    "cu_seq_lens_q": torch.tensor([0, 5, 14], dtype=torch.int32),
+    "cu_seq_lens_k": torch.tensor([0, 5, 14], dtype=torch.int32),
+    "max_length_q": 9,
+    "max_length_k": 9,
+}
+
+
+@pytest.mark.parametrize("told", ["by places", "by lengths"])
+@pytest.mark.parametrize("asked", ["sdpa", "eager", "packs_by_itself"])
+def test_packed_texts_do_not_see_each_other(told: str, asked: str) -> None:
+    """Flash attention has no mask for them: its own functions see places that begin anew, or are given lengths."""
+    AttentionInterface.register("packs_by_itself", sdpa_attention_forward)
+    AttentionMaskInterface.register("packs_by_itself", flash_attention_mask)
+    model, given = apply_filter(build("llama"), "twicing", boosting_steps=3), packed()
+    with torch.no_grad():
+        alone = torch.cat([model(part).logits for part in given["input_ids"].split([5, 9], dim=1)], dim=1)
+        model.set_attn_implementation(asked)  # type: ignore[operator]
+        lengths = VARLEN if told == "by lengths" else {}
+        found = model(**given, **lengths, use_cache=False).logits
+    assert (found - alone).abs().max() < 1e-12 * alone.abs().max()
+
+
+def test_packed_texts_that_nothing_parts_are_refused() -> None:
+    model, given = apply_filter(build("llama"), "twicing"), packed()
+    with pytest.raises(ValueError, match="given cu_seq_lens_q of 2 texts and no mask that parts them, and attn_impl"):
+        model(given["input_ids"], **VARLEN)
+    one = {**VARLEN, "cu_seq_lens_q": torch.tensor([0, 14]), "cu_seq_lens_k": torch.tensor([0, 14])}
+    assert torch.equal(model(given["input_ids"], **one).logits, model(given["input_ids"]).logits)
+    AttentionInterface.register("packs_by_itself", sdpa_attention_forward)
+    AttentionMaskInterface.register("packs_by_itself", flash_attention_mask)
+    model.set_attn_implementation("packs_by_itself")  # type: ignore[operator]
+    with pytest.raises(ValueError, match="takes packed texts in one row and without a cache, got 2 rows of 14 tokens"):
+        model(text(), **VARLEN)
 
 
 @pytest.mark.parametrize(("name", "term"), [("gemma2", "softcap"), ("gpt_oss", "s_aux")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ FILTERS: dict[str, dict[str, Any]] = {
     "elliptical": {"preset": "elliptical", "boosting": "twicing"},
     "neutreno": {"preset": "neutreno", "neutreno_lambda": 0.3},
     "pid": {"preset": "pidformer", "pid_gains": [0.5, 0.1, 0.1], "boosting": "twicing"},
+    "value residual": {"preset": "value_residual", "boosting": "twicing"},
     "alibi": {"preset": "alibi", "boosting": "twicing"},
     "buckets": {"preset": "t5_bias"},
     "gaussian": {
@@ -36,9 +38,9 @@ FILTERS: dict[str, dict[str, Any]] = {
 }
 
 
-def filtered(name: str, which: str, **changes: Any) -> nn.Module:
+def filtered(name: str, which: str, seed: int = 0, **changes: Any) -> nn.Module:
     """A filtered model whose learned scalars are not where they start."""
-    model = apply_filter(build(name, **changes), **FILTERS[which])
+    model = apply_filter(build(name, seed, **changes), **FILTERS[which])
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -286,6 +288,43 @@ def test_tokens_that_came_without_the_filter_are_noticed() -> None:
     decode(model, given, cache, [4])
 
 
+@pytest.mark.parametrize("kind", CACHES)
+def test_a_cache_of_another_model_with_the_same_filter_is_refused(kind: str) -> None:
+    model, other, given = filtered("llama", "twicing"), filtered("llama", "twicing", seed=1), given_text(False, False)
+    cache = CACHES[kind](model.config)
+    decode(model, given, cache, [5])
+    for filled in (cache, copy.deepcopy(cache)):
+        with pytest.raises(ValueError, match="in layer 0 that were stored by another model"):
+            decode(other, given, filled, [2])
+    cache.reset()
+    decode(other, given, cache, [5])
+
+
+def test_a_cache_of_the_same_model_with_the_filter_in_other_layers_is_refused() -> None:
+    model, given, cache = apply_filter(build("llama"), "twicing"), given_text(False, False), DynamicCache()
+    decode(model, given, cache, [5])
+    apply_filter(remove_filter(model), "twicing", layers=[1])
+    with pytest.raises(ValueError, match=r"with the filter in layers 0, 1, 2 \(here 1\)"):
+        decode(model, given, cache, [2])
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_copies_of_a_model_go_on_with_each_others_cache(kind: str) -> None:
+    """As where one copy reads the prompt and another goes on, in this process or in the next."""
+    model, ids = filtered("llama", "three steps"), text()
+    copied, cache = copy.deepcopy(model), CACHES[kind](model.config)
+    with torch.no_grad():
+        full = model(ids, use_cache=False).logits[:, 9:]
+    decode(model, {"input_ids": ids}, cache, [9])
+    caches = [copy.deepcopy(cache)]
+    if kind != "quantised":  # whose layers here are classes of the test
+        caches.append(pickle.loads(pickle.dumps(cache)))
+    del model
+    for filled in (*caches, cache):
+        found = decode(copied, {"input_ids": ids[:, 9:]}, filled, [2, 3])
+        assert (found - full).abs().max() < 1e-12 * full.abs().max()
+
+
 def test_layers_without_rows_take_any_cache() -> None:
     """A filter that keeps nothing beside keys and values goes on where the stock model was."""
     model, given = build("llama"), given_text(False, False)
@@ -295,6 +334,19 @@ def test_layers_without_rows_take_any_cache() -> None:
     with torch.no_grad():
         full = model(**given, use_cache=False).logits[:, 9:]
         found = model(given["input_ids"][:, 9:], past_key_values=cache).logits
+    assert (found - full).abs().max() < 1e-12 * full.abs().max()
+
+
+def test_a_compiled_prompt_fills_a_cache() -> None:
+    """Nothing has come into it before: what keeps the rows is made while the code is compiled, in one graph."""
+    model, ids = filtered("llama", "twicing", num_hidden_layers=1), text()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        full = model(ids, use_cache=False).logits[:, 9:]
+        cache = CACHES["static"](model.config)
+        compiled(ids[:, :9], past_key_values=cache, use_cache=True)
+        found = model(ids[:, 9:], past_key_values=cache, use_cache=True).logits
     assert (found - full).abs().max() < 1e-12 * full.abs().max()
 
 
@@ -334,6 +386,14 @@ def test_quantised_streams_cost_what_quantised_values_do() -> None:
     assert 0 < errors["filtered"] < 2 * errors["stock"] < 1, errors
 
 
+@pytest.mark.parametrize("name", ["offloaded", "offloaded_static"])
+def test_offloading_without_an_accelerator_is_refused(name: str) -> None:
+    """Where Transformers says that torch was not compiled with CUDA."""
+    model = filtered("llama", "twicing")
+    with pytest.raises(ValueError, match=f"cache_implementation={name!r} needs an accelerator, got a model on 'cpu'"):
+        model.generate(text(), max_new_tokens=2, cache_implementation=name)  # type: ignore[operator]
+
+
 def test_continuous_batching_is_refused_before_it_begins() -> None:
     model: Any = filtered("llama", "twicing")
     for call in (
@@ -347,3 +407,23 @@ def test_continuous_batching_is_refused_before_it_begins() -> None:
     apply_filter(whole.model, "twicing")
     with pytest.raises(ValueError, match="continuous batching keeps its cache in pages"):
         whole.generate_batch([[3, 4, 5]])
+
+
+@pytest.mark.grid(dtype=[torch.bfloat16, torch.float16], which=FILTERS, kind=["dynamic", "plain", "static"])
+def test_half_precision_keeps_its_rows_as_values_are_kept(dtype: torch.dtype, which: str, kind: str) -> None:
+    """The back-end of a prompt and that of a step may compute rows in different precision; a cache has one."""
+    model = filtered("llama", which).to(dtype)
+    cache, given = CACHES[kind](model.config), {"input_ids": text()}
+    found = decode(model, given, cache, CHUNKS["token by token"])
+    rows = [
+        stream.keys.dtype
+        for layer in cache.layers
+        for name, stream in layer.filter_streams.items()
+        if name.startswith("boost")
+    ]
+    assert set(rows) == ({dtype} if which not in ("neutreno", "buckets") else set())
+    with torch.no_grad():
+        wanted = filtered("llama", which)(**given, use_cache=False).logits
+        whole = model(**given, use_cache=False).logits
+    # Rounding alone moves the logits of the whole text; steps may not move them much further.
+    assert (found - wanted).norm() <= 2 * (whole - wanted).norm()

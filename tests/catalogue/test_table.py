@@ -20,7 +20,9 @@ from hf_imgproc_attn import (
 from hf_imgproc_attn.catalogue import table
 from hf_imgproc_attn.catalogue.presets import REASONS, VARIANTS
 from hf_imgproc_attn.catalogue.works import PAPERS
+from hf_imgproc_attn.models import backend_sdpa
 from hf_imgproc_attn.models.layer_filter import AttentionFilter
+from hf_imgproc_attn.models.spec_axes import WEIGHTS_ONE_BY_ONE
 from tests.helpers import ROOT, RunPython
 from tests.models.helpers import sharpen_
 
@@ -60,6 +62,10 @@ def test_formulas_of_parameters_count_a_model(preset: str) -> None:
     fields = {"n_embd": sizes.d, "n_head": sizes.H, "n_layer": sizes.L, "n_positions": sizes.N}
     rest = {"vocab_size": 7, "bos_token_id": 0, "eos_token_id": 0}
 
+    if not table.is_causal(preset):
+        assert table.parameter_terms(preset) == []
+        return
+
     def count(name: str) -> int:
         return int(ImgProcGPT2LMHeadModel(ImgProcGPT2Config.from_preset(name, **fields, **rest)).num_parameters())
 
@@ -74,6 +80,9 @@ def test_formulas_of_parameters_count_a_model(preset: str) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_passes_are_counted_in_a_model(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each pass of the back-end without A is one scaled_dot_product_attention."""
+    if preset == "forgetting":  # of causal models
+        assert table.passes(preset) == 1
+        return
     calls = []
     attention = torch.nn.functional.scaled_dot_product_attention
 
@@ -82,6 +91,7 @@ def test_passes_are_counted_in_a_model(preset: str, monkeypatch: pytest.MonkeyPa
         return attention(*arguments, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    monkeypatch.setattr(backend_sdpa, "has_fused_sinks", lambda tensors: False)  # that call has no public name
     config = ImgProcViTConfig.from_preset(
         preset,
         hidden_size=16,
@@ -92,8 +102,13 @@ def test_passes_are_counted_in_a_model(preset: str, monkeypatch: pytest.MonkeyPa
         patch_size=4,
     )
     config.filter_backend = "sdpa"
-    if preset in ("sigmoid", "softpick"):
+    if preset in ("sigmoid", "softpick", "sinkhorn"):
         with pytest.raises(ValueError, match="softmax only, got normalisation"):
+            ImgProcViTModel(config)(torch.zeros(1, 3, 8, 8))
+        return
+    if table.example(preset)[1].spec.boosting in WEIGHTS_ONE_BY_ONE:
+        assert "sdpa" not in table.back_ends(preset)
+        with pytest.raises(ValueError, match="the booster looks at its weights one by one"):
             ImgProcViTModel(config)(torch.zeros(1, 3, 8, 8))
         return
     ImgProcViTModel(config)(torch.zeros(1, 3, 8, 8))
@@ -103,6 +118,12 @@ def test_passes_are_counted_in_a_model(preset: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_cached_decoding_and_limits_are_what_a_model_does(preset: str) -> None:
+    if not table.is_causal(preset):
+        with pytest.raises(StrictDataclassError, match="depend on later tokens"):
+            ImgProcGPT2Config.from_preset(preset)
+        assert table.cached_decoding(preset) == "-"
+        assert "causal models" in table.limits(preset)
+        return
     torch.manual_seed(0)
     config = ImgProcGPT2Config.from_preset(
         preset, n_embd=8, n_head=2, n_layer=2, n_positions=6, vocab_size=11, bos_token_id=0, eos_token_id=0
@@ -131,12 +152,18 @@ def test_cached_decoding_and_limits_are_what_a_model_does(preset: str) -> None:
     if "encoders of texts" in table.limits(preset):
         with pytest.raises(StrictDataclassError, match="blind to the order of the words"):
             ImgProcBertConfig.from_preset(preset, **encoder)
+    elif "models without a causal mask" in table.limits(preset):
+        with pytest.raises(StrictDataclassError, match="needs attention with a causal mask"):
+            ImgProcBertConfig.from_preset(preset, **encoder)
     else:
         ImgProcBertConfig.from_preset(preset, **encoder)
     if "continuous batching" in table.limits(preset):
         with pytest.raises(ValueError, match="continuous batching needs a paged attention implementation"):
             model.generate_batch(tokens[:, :3].tolist())
     streams = len(table.example(preset)[1].stream_names)
+    if preset == "forgetting":
+        assert "keeps log f of each token" in table.cached_decoding(preset)
+        return
     assert (f"{streams} stream" in table.cached_decoding(preset)) == (streams > 0)
 
 

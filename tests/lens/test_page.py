@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import re
-import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,8 +13,7 @@ from hf_imgproc_attn.lens.definitions import DEFINITIONS
 from hf_imgproc_attn.lens.page import PANELS
 from hf_imgproc_attn.lens.report import HEAD_COLUMNS
 from tests.helpers import ROOT, run_command
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+from tests.lens.browser import OPTIONS, browser
 
 
 class Outline(HTMLParser):
@@ -92,17 +90,6 @@ def test_names_of_models_are_no_markup() -> None:
     assert "x&amp;y" in text
 
 
-def browser() -> str:
-    """An installed browser.
-
-    Where there is none, the checks of the page as text above are all that can be done.
-    """
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip(f"no browser is installed: none of {', '.join(BROWSERS)} is on the path")
-    return found
-
-
 def test_page_works_in_a_browser(page: str, tmp_path: Path) -> None:
     """It loads without an error, shows one panel, and switches panel and view when a user does."""
     click = """<script>
@@ -113,14 +100,9 @@ def test_page_works_in_a_browser(page: str, tmp_path: Path) -> None:
     </script></body>"""
     file = tmp_path / "page.html"
     file.write_text(page.replace("</body>", click), encoding="utf-8")
-    options = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--enable-logging=stderr",
-        f"--user-data-dir={tmp_path}/u",
-    ]
-    done = run_command([browser(), *options, "--dump-dom", file.as_uri()], timeout=120)
+    done = run_command(
+        [browser(), *OPTIONS, f"--user-data-dir={tmp_path}/u", "--dump-dom", file.as_uri()], timeout=120
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "CONSOLE" not in done.stderr
     assert 'data-ready="yes"' in done.stdout

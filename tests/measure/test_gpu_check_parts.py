@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from hf_imgproc_attn.measure.benchmark.attention import Shape
 from hf_imgproc_attn.measure.gpu_check import (
     cifar,
+    part_any_model,
     part_backends,
     part_models,
     part_steps,
@@ -48,6 +50,7 @@ def test_cases_of_a_gpu_have_names_of_their_own() -> None:
     for module, count in (
         (part_models, 60),
         (part_backends, 100),
+        (part_any_model, 24),
         (part_times, 70),
         (part_steps, 20),
         (part_training, 21),
@@ -78,6 +81,27 @@ def test_a_wrong_yardstick_is_wrong_and_passes_nothing(monkeypatch: pytest.Monke
     monkeypatch.setattr(part_models, "stock_errors", lambda *stock: as_with_tf32)
     with pytest.raises(part_models.Wrong, match="float32: relative error of logits 0.001, allowed 2e-05"):
         part_models.compare(Bench("cpu"), "vit", "softmax", 1.0)
+
+
+def test_a_filter_that_is_not_there_or_a_step_that_is_off_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Filtered models differ from the model without a filter, and are compared with float64 at every step."""
+    bench, sizes = Bench("cpu"), part_models.TINY
+    inputs = part_any_model.given("Llama", sizes)
+    plain = part_any_model.results(part_any_model.build("Llama", sizes, None), inputs, "float32")
+    for name in part_any_model.FILTERS:
+        found = part_any_model.results(part_any_model.build("Llama", sizes, name), inputs, "float32")
+        assert tensors.relative_error(found[0], plain[0]) > 0.02, name
+    build = part_any_model.build
+
+    def off(title: str, sizes: part_models.Sizes, name: str | None) -> Any:
+        """One model of float64, and another of the precision that is looked at."""
+        off.calls += 1  # type: ignore[attr-defined]
+        return build(title, sizes, None if off.calls % 2 else name)  # type: ignore[attr-defined]
+
+    off.calls = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(part_any_model, "build", off)
+    with pytest.raises(part_models.Wrong, match="float32: relative error of the logits .*, allowed 2e-05"):
+        part_any_model.decode(bench, "Llama", "dynamic", 1.0)
 
 
 def test_what_compiles_for_long_is_timed_last() -> None:

@@ -49,6 +49,10 @@ def a_record() -> Record:
     step = {"what": "training step", "model": "ViT-B", "variant": "bilateral", "compiled": True}
     stepped = {**spread(1.2), "work": "64 images", "stock_milliseconds": 50.0}
     multiples = {"output": 1.0, "dQ": 2.3}
+    filtered = {"about": {"what": "filtered model", "model": "Llama", "filter": "twicing"}}
+    errors = {"float32": {"output_multiple": 1.11, "gradients_multiple": 1.92}}
+    decoded = {"what": "decoding", "model": "Llama", "cache": "static"}
+    verdicts = {"fgsm_same_as_cpu": 1.0, "pgd_same_as_cpu": 0.98}
     speed = {"train_images": 50000, "test_images": 10000, "epochs": 12, "parameters": {"softmax": 701000}}
     runs = [
         (f"softmax, seed {seed}", {
@@ -74,6 +78,14 @@ def a_record() -> Record:
                     ("three", {"about": checked, "status": "refused", "reason": "No available kernel | none"}),
                 ],
                 ["four", "five"],
+            ),
+            "f": part(
+                [
+                    ("Llama twicing", {**filtered, "status": "measured", "values": errors}),
+                    ("decoding", {"about": decoded, "status": "measured", "values": {"float32": 1e-6}}),
+                    ("attacks", {"about": {"what": "attacks"}, "status": "measured", "values": verdicts}),
+                    ("lens", {"about": {"what": "measures of heads"}, "status": "measured", "values": {"a": 2e-5}}),
+                ]
             ),
             "c": part(
                 [
@@ -116,6 +128,10 @@ def test_page_shows_what_was_measured_and_what_went_wrong() -> None:
         "| SDPA flash | twicing | causal (1, 2, 515, 64) | bfloat16 | 2.3 |",
         "- three: No available kernel \\| none",
         "- two: **crashed**. exit status 3",
+        "| Llama | twicing | 1.1 / 1.9 |",
+        "Decoding as without a cache: Llama, static.",
+        "Verdicts of FGSM and PGD that are those of the CPU: 98 %.",
+        "Largest relative error of the lens's measures of heads: 2.0e-05.",
         "| twicing | triton | causal (8, 12, 2048, 64) | 1.50 (1.40 to 1.60) | 2.20 (2.10 to 2.30) | 3 / 4.4 "
         "| 250 / 250 | 300 / 300 | 20 / 10 |",
         "Plain SDPA chose: flash at a shape.",
@@ -128,7 +144,7 @@ def test_page_shows_what_was_measured_and_what_went_wrong() -> None:
 
 def test_paragraph_counts_and_names_the_fastest() -> None:
     text = report.paragraph(a_record())
-    assert "On a GPU (NVIDIA H100, torch 2.11.0+cu130): of 12 checks 11 came out as they should and 1 did not" in text
+    assert "On a GPU (NVIDIA H100, torch 2.11.0+cu130): of 16 checks 15 came out as they should and 1 did not" in text
     assert "1.40 / 1.50 by `flex` at causal (8, 12, 2048, 64)." in text
 
 

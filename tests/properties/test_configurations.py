@@ -41,6 +41,7 @@ CHOICES = {
     "feedback": spec_axes.FEEDBACKS,
     "gate": spec_axes.GATES,
     "normalisation": spec_axes.NORMALISATIONS,
+    "robust_penalty": (None, *spec_axes.ROBUST_PENALTIES),
     "gradient_boosting_source": (None, *spec_axes.GRADIENT_BOOSTING_SOURCES),
 }
 PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
@@ -58,6 +59,7 @@ PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "neutreno_lambda": st.floats(0, 1),
     "pid_gains": st.lists(st.floats(0, 1), min_size=2, max_size=4),
     "learn_feedback": st.booleans(),
+    "robust_threshold": st.floats(0.1, 4),
     "sinkhorn_iterations": st.integers(1, 5),
 }  # fmt: skip
 STOCK = {
@@ -85,7 +87,7 @@ def configurations(draw: Any) -> tuple[str, dict[str, Any], set[str]]:
             fields[name] = draw(st.one_of(anything, st.sampled_from([1, 2, 4, 8, 16])))
         else:
             name = draw(st.sampled_from(FILTER_FIELDS))
-            value = draw(PLAUSIBLE[name] if kind == "plausible" else anything)
+            value = draw(PLAUSIBLE.get(name, anything) if kind == "plausible" else anything)
             if kind == "misspelt":
                 place = draw(st.integers(1, len(name) - 1))
                 name = draw(st.sampled_from([name[:place] + name[place + 1 :], name + "s", name.replace("_", "-")]))

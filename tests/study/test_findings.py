@@ -5,16 +5,32 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from hf_imgproc_attn.cli import main
-from hf_imgproc_attn.study.claims import CLAIMS
-from hf_imgproc_attn.study.findings import LEDGERS, findings, in_words
+from hf_imgproc_attn.errors import UsageError
+from hf_imgproc_attn.models.layer_parameters import bandwidth_scale
+from hf_imgproc_attn.models.layer_positions import LayerPositions
+from hf_imgproc_attn.study.claims import CLAIMS, SUBJECTS
+from hf_imgproc_attn.study.evidence import BEGIN, END, evidence_table
+from hf_imgproc_attn.study.findings import (
+    LEDGERS,
+    Comparison,
+    anchor,
+    findings,
+    in_a_word,
+    in_words,
+    points_to_the_better,
+)
 from hf_imgproc_attn.study.ledger import Ledger
-from hf_imgproc_attn.study.statistics import BETTER, NO_DIFFERENCE, TOO_FEW, WORSE
+from hf_imgproc_attn.study.statistics import BETTER, NO_DIFFERENCE, TOO_FEW, WORSE, compare
 from hf_imgproc_attn.study.study_file import read_study
-from hf_imgproc_attn.study.table import Row, build_tables
+from hf_imgproc_attn.study.table import Row, Table, autoattack_above_pgd, build_tables
+from hf_imgproc_attn.training_support.arguments import ModelArguments
+from hf_imgproc_attn.training_support.model_setup import new_model
 from tests.helpers import ROOT
 
 PAGE = ROOT / "docs" / "what-holds.md"
@@ -27,6 +43,42 @@ def row(verdict: str) -> Row:
 def test_the_page_is_what_the_command_writes(tmp_path: Path) -> None:
     assert main(["findings", str(tmp_path / "page.md"), "--ledgers", str(ROOT / LEDGERS)]) == 0
     assert (tmp_path / "page.md").read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8")
+
+
+def test_the_table_of_evidence_is_what_the_command_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy, words = (
+        tmp_path / "which-filter.md",
+        ["findings", str(tmp_path / "page.md"), "--ledgers", str(ROOT / LEDGERS)],
+    )
+    text = (ROOT / "docs" / "which-filter.md").read_text(encoding="utf-8")
+    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    copy.write_text(f"{text[:begin]}old\n{text[end:]}", encoding="utf-8")
+    assert main([*words, "--evidence", str(copy)]) == 0
+    assert copy.read_text(encoding="utf-8") == text
+    copy.write_text("no marks\n", encoding="utf-8")
+    for page, message in (
+        (copy, "must have the marks"),
+        (tmp_path / "missing.md", "--evidence must be a Markdown file"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main([*words, "--evidence", str(page)])
+        assert caught.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_evidence_is_bold_only_where_a_verdict_is(tmp_path: Path) -> None:
+    lines = evidence_table(ROOT / LEDGERS).splitlines()
+    study = read_study(ROOT / "training" / "configs" / "studies" / "digits.yaml")
+    (table,) = [
+        table
+        for table in build_tables(study, Ledger(ROOT / LEDGERS / "digits").everything(study))
+        if table.family == "clean"
+    ]
+    for entry in table.rows[1:]:
+        cell = next(line for line in lines if line.startswith(f"| `{entry.variant}` |")).split("|")[2]
+        assert entry.difference is not None
+        assert f"{100 * entry.difference.summary.mean:+.2f} [" in cell
+        assert ("**" in cell) == (entry.corrected is not None and entry.corrected < 0.05)
 
 
 def test_claims_name_variants_and_baselines_that_their_studies_have() -> None:
@@ -60,6 +112,17 @@ def test_without_ledgers_the_command_is_refused(tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "page.md").exists()
 
 
+@pytest.mark.parametrize(("field", "value"), [("version", 2), ("split", "validation")])
+def test_the_ledger_of_another_version_is_refused_by_the_page(field: str, value: Any, tmp_path: Path) -> None:
+    name = CLAIMS[0].study
+    header = json.loads((ROOT / LEDGERS / name / "study.json").read_text(encoding="utf-8"))
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "study.json").write_text(json.dumps({**header, field: value}), encoding="utf-8")
+    for make in (findings, evidence_table):
+        with pytest.raises(UsageError, match=f"is of a study with {field} {value!r}"):
+            make(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("verdicts", "words"),
     [
@@ -76,3 +139,94 @@ def test_without_ledgers_the_command_is_refused(tmp_path: Path, capsys: pytest.C
 )
 def test_several_verdicts_in_words(verdicts: list[str], words: str) -> None:
     assert in_words([row(verdict) for verdict in verdicts]) == words
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "words"),
+    [
+        ([], "not tested"),
+        ([TOO_FEW], "too few seeds"),
+        ([BETTER, f"{BETTER}, 1 diverged"], "holds here"),
+        ([WORSE, WORSE], "the opposite"),
+        ([BETTER, WORSE, NO_DIFFERENCE], "depends on the variant"),
+        ([BETTER, NO_DIFFERENCE], "in part"),
+        ([WORSE, TOO_FEW], "not seen, worse in part"),
+        ([NO_DIFFERENCE, TOO_FEW], "not seen"),
+    ],
+)
+def test_several_verdicts_in_a_word(verdicts: list[str], words: str) -> None:
+    assert in_a_word([row(verdict) for verdict in verdicts]) == words
+
+
+@pytest.mark.parametrize(("metric", "better"), [("accuracy", True), ("word_perplexity", False)])
+def test_a_point_to_the_better_is_one_of_the_metric(metric: str, better: bool) -> None:
+    def found(variant: list[float]) -> Comparison:
+        compared = Row("a", None, compare(variant, [0.5, 0.6]), None, NO_DIFFERENCE, 0, None, None)
+        return Comparison(Table("task", "clean", "clean", metric, "test", [compared]), "softmax", compared)
+
+    assert points_to_the_better(found([0.6, 0.7])) is better
+    assert points_to_the_better(found([0.4, 0.5])) is not better
+    assert not points_to_the_better(found([0.5, 0.6]))
+
+
+def test_every_study_of_a_claim_is_explained_and_every_link_of_the_table_leads_to_its_claim() -> None:
+    assert list(dict.fromkeys(claim.study for claim in CLAIMS)) == list(SUBJECTS)
+    text = PAGE.read_text(encoding="utf-8")
+    assert len({anchor(claim.title) for claim in CLAIMS}) == len(CLAIMS)
+    for claim in CLAIMS:
+        link = f"| [{claim.title}](#{anchor(claim.title)}) |"
+        assert (link in text) == (f"\n### {claim.title}\n" in text) == (ROOT / LEDGERS / claim.study).is_dir()
+        assert link in text or f"| {claim.title} |" in text
+    assert anchor("Feedback (NeuTRENO) raises A, B") == "feedback-neutreno-raises-a-b"
+
+
+def test_an_autoattack_weaker_than_pgd_is_named() -> None:
+    def record(auto: float, epsilon: float = 0.125, samples: int = 100) -> dict[str, Any]:
+        values = {"PGD": (0.4, 0.125, 100), "AutoAttack": (auto, epsilon, samples)}
+        return {
+            "measurements": [
+                {
+                    "family": "attack",
+                    "disturbance": name,
+                    "value": value,
+                    "samples": count,
+                    "parameters": {"epsilon": e},
+                }
+                for name, (value, e, count) in values.items()
+            ]
+        }
+
+    assert autoattack_above_pgd({"a": record(0.4), "b": record(0.41)}) == ["b (epsilon 0.125)"]
+    assert autoattack_above_pgd({"a": record(0.3)}) == []
+    assert autoattack_above_pgd({"a": record(0.9, epsilon=0.25), "b": record(0.9, samples=50)}) is None
+
+
+def test_autoattack_fools_as_many_images_as_pgd_in_every_run_of_the_ledgers() -> None:
+    for folder in sorted(path.parent for path in (ROOT / LEDGERS).glob("*/study.json")):
+        study = read_study(ROOT / "training" / "configs" / "studies" / f"{folder.name}.yaml")
+        assert not autoattack_above_pgd(Ledger(folder).everything(study)), folder.name
+
+
+def test_position_logits_start_as_the_page_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their standard deviation over pairs of patches, in the model of the study: 0.21 / h²."""
+    deviations: list[float] = []
+    terms = LayerPositions.terms
+
+    def observed(self: LayerPositions, scalars: Any, vectors: Any, *places: Any, **options: Any) -> Any:
+        scale = bandwidth_scale(scalars.position_log_bandwidth, self.bandwidths, options["like"])
+        deviations.append(float((scale * (vectors[0] @ vectors[1].transpose(-1, -2)))[..., 1:, 1:].std()))
+        return terms(self, scalars, vectors, *places, **options)
+
+    monkeypatch.setattr(LayerPositions, "terms", observed)
+    (task,) = read_study(ROOT / "training" / "configs" / "studies" / "digits_start.yaml").tasks
+    for bandwidth in (None, 8.0, 1.0, 0.5, 0.25):
+        torch.manual_seed(0)
+        start = ModelArguments(preset="bilateral")
+        sizes = {**task.options["config_overrides"], "image_size": 8, "patch_size": 2, "num_channels": 1}
+        model = new_model("image-classification", start, {**sizes, "position_bandwidth": bandwidth})
+        deviations.clear()
+        with torch.no_grad():
+            model(torch.zeros(1, 1, 8, 8))
+        expected = 0.21 / (bandwidth or (4 * 16) ** 0.25) ** 2
+        assert len(deviations) == 4
+        assert sum(deviations) / 4 == pytest.approx(expected, rel=0.15)

@@ -20,6 +20,9 @@ from hf_imgproc_attn.study.statistics import (
     summarise,
     verdict,
 )
+from hf_imgproc_attn.study.study_file import read_study
+from hf_imgproc_attn.study.table import build_tables
+from tests.study.conftest import WriteStudy
 
 VARIANT = [0.951, 0.962, 0.940, 0.971, 0.955]
 BASELINE = [0.930, 0.951, 0.935, 0.944, 0.941]
@@ -117,3 +120,35 @@ def test_verdicts() -> None:
     assert verdict(down, 0.04, higher_is_better=False) == BETTER
     assert verdict(up, 0.05, higher_is_better=True) == NO_DIFFERENCE
     assert verdict(up, None, higher_is_better=True) == TOO_FEW
+
+
+def test_a_table_pairs_by_seed_and_corrects_all_its_comparisons_together(write_study: WriteStudy) -> None:
+    """By hand. twicing: differences of 1, 2, 3 points, t = 2 sqrt(3), p = 0.074; sos: 1, 1.1, 1.2, t = 11 sqrt(3).
+
+    Records lie in another order than the seeds, and one seed of the baseline is missing.
+    """
+    study = read_study(write_study(seeds=4, variants=["softmax", "twicing", "sos"]))
+    softmax = {2: 0.90, 0: 0.50, 1: 0.70}  # seed 3 has not ended
+    twicing = {3: 0.10, 1: 0.72, 0: 0.51, 2: 0.93}
+    sos = {0: 0.51, 2: 0.912, 1: 0.711}
+    records = {
+        f"{name}{seed}": {
+            "task": "digits", "variant": name, "seed": seed, "status": "finished", "measurements": [],
+            "metrics": {"test": {"accuracy": value}}, "parameters": {"total": 1}, "operations": {"step_per_sample": 1},
+        }
+        for name, values in (("twicing", twicing), ("sos", sos), ("softmax", softmax))
+        for seed, value in values.items()
+    }  # fmt: skip
+    (table,) = build_tables(study, records)
+    rows = {row.variant: row for row in table.rows}
+    assert rows["twicing"].difference is not None
+    assert rows["sos"].difference is not None
+    assert rows["twicing"].difference.summary.values == pytest.approx((0.01, 0.02, 0.03), abs=1e-12)
+    assert rows["sos"].difference.summary.values == pytest.approx((0.01, 0.011, 0.012), abs=1e-12)
+    raw = {name: 2 * stats.t.sf(t * math.sqrt(3), 2) for name, t in (("twicing", 2), ("sos", 11))}
+    assert rows["twicing"].difference.p_value == pytest.approx(raw["twicing"], rel=1e-6)
+    assert rows["sos"].corrected == pytest.approx(2 * raw["sos"], rel=1e-6)  # the smallest of two
+    assert rows["twicing"].corrected == pytest.approx(raw["twicing"], rel=1e-6)
+    assert (rows["sos"].verdict, rows["twicing"].verdict) == (BETTER, NO_DIFFERENCE)
+    assert rows["twicing"].summary is not None
+    assert rows["twicing"].summary.count == 4  # the mean has the seed that no pair has

@@ -44,7 +44,9 @@ def run_layers(shape: LayerShape, *, budget: float, say: Callable[[str], None] =
         budget: seconds for all rounds of a direction.
         say: told what is being timed.
     """
-    calls = {STOCK: layer_call(shape, None), **{name: layer_call(shape, name) for name in PRESETS}}
+    refused = BACKBONES[shape.backbone].refused_presets
+    names = [name for name in PRESETS if name not in refused]
+    calls = {STOCK: layer_call(shape, None), **{name: layer_call(shape, name) for name in names}}
     case = f"{shape.backbone} layer ({shape.batch}, {shape.heads}, {shape.length}, {shape.head_dim}) float32"
     for direction in DIRECTIONS:
         say(f"{case}, {direction}")

@@ -12,6 +12,7 @@ traceback and stops nothing else:
     choices         record -> which back-end is fastest on which shape
     report          record -> docs/gpu.md, a paragraph of docs/compatibility.md, the table of back-ends
 
-Parts a to d need nothing but torch, transformers, accelerate and triton; part e also reads Parquet files (pyarrow) of
-JPEG or PNG images (pillow). ``--device cpu`` rehearses all of it on tiny sizes, with Triton in its interpreter.
+All parts need nothing but torch, transformers, accelerate and triton, but for part e, which also reads Parquet files
+(pyarrow) of JPEG or PNG images (pillow). ``--device cpu`` rehearses all of it on tiny sizes, with Triton in its
+interpreter.
 """

@@ -72,10 +72,12 @@ def cases(bench: Bench) -> list[Case]:
         Case(f"{backbone} {name}", partial(compare, bench, backbone, name), limit, about("all modes", backbone, name))
         for name in names
         for backbone in BACKBONES
+        if name not in ROWS[backbone].refused_presets
     ]
     found += [
         Case(f"generation {name}", partial(generate, bench, name), limit, about("generation", GPT2.name, name))
         for name in names
+        if name not in GPT2.refused_presets
     ]
     for what, check, chosen, seconds in (
         ("training", train, _TRAINED, limit),

@@ -32,11 +32,12 @@ class Part:
 PARTS = (
     Part("a", "Whole models against float64", f"{PACKAGE}.part_models", share=0.30, workers=6),
     Part("b", "Back-ends against float64", f"{PACKAGE}.part_backends", share=0.35, workers=6),
+    Part("f", "Filters in other models, attacks and the lens", f"{PACKAGE}.part_any_model", share=0.20, workers=6),
     Part("c", "Times of one filter", f"{PACKAGE}.part_times", share=0.45),
     Part("d", "Training steps and decoding", f"{PACKAGE}.part_steps", share=0.50),
     Part("e", "A small training comparison", f"{PACKAGE}.part_training", share=1.0),
 )
-"""In order of value."""
+"""In order of value; a letter stays with its part, so that an earlier record can be gone on with."""
 
 
 @dataclass(frozen=True)

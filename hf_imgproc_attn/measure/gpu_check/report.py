@@ -242,6 +242,32 @@ def _backends_table(cases: dict[str, Any]) -> list[str]:
     return lines + (["Refused:", "", *(f"- {text}" for text in refused), ""] if refused else [])
 
 
+def _any_model_table(cases: dict[str, Any]) -> list[str]:
+    lines = [
+        "Stock classes with `apply_filter`; relative error of the output / of all gradients against float64, as "
+        "multiples of those of the same model without a filter:",
+        "",
+    ]
+    filtered = _measured(cases, what="filtered model")
+    rows = [
+        [
+            about["model"],
+            about["filter"],
+            *(f"{found['output_multiple']:.1f} / {found['gradients_multiple']:.1f}" for found in values.values()),
+        ]
+        for about, values in filtered
+    ]
+    lines += _table(["model", "filter", *next((list(values) for _, values in filtered), [])], rows)
+    decoded = [f"{about['model']}, {about['cache']}" for about, _ in _measured(cases, what="decoding")]
+    lines += [f"Decoding as without a cache: {'; '.join(decoded)}.", ""] if decoded else []
+    for _, values in _measured(cases, what="attacks"):
+        same = min(values["fgsm_same_as_cpu"], values["pgd_same_as_cpu"])
+        lines += [f"Verdicts of FGSM and PGD that are those of the CPU: {100 * same:.0f} %.", ""]
+    for _, values in _measured(cases, what="measures of heads"):
+        lines += [f"Largest relative error of the lens's measures of heads: {max(values.values()):.1e}.", ""]
+    return lines
+
+
 def _times_table(cases: dict[str, Any]) -> list[str]:
     lines = [
         "bfloat16, × plain SDPA in the same rounds (quartiles); TFLOP/s count the least work of the filter:",
@@ -325,7 +351,14 @@ def _training_table(cases: dict[str, Any]) -> list[str]:
     return lines + _table(["preset", "parameters", "seeds", *columns], rows)
 
 
-_TABLES = {"a": _models_table, "b": _backends_table, "c": _times_table, "d": _steps_table, "e": _training_table}
+_TABLES = {
+    "a": _models_table,
+    "b": _backends_table,
+    "f": _any_model_table,
+    "c": _times_table,
+    "d": _steps_table,
+    "e": _training_table,
+}
 
 
 def _spread(values: list[float]) -> str:

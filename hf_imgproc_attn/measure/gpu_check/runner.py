@@ -68,7 +68,7 @@ def run(
     known = [part.letter for part in parts]
     for letter in letters or ():
         if letter not in known:
-            raise UsageError(f"--parts must be among {','.join(known)}, got {letter!r}")
+            raise UsageError(f"--parts must be among {','.join(sorted(known))}, got {letter!r}")
     chosen = [part for part in parts if letters is None or part.letter in letters]
     record = _Record(output, device, _earlier(output, device))
     if not resume and not retry:
