@@ -7,6 +7,7 @@ import torch
 from . import gpu as _gpu  # noqa: F401  # its back-ends register themselves
 from .models.backend_call import Booster, Content, FilterCall, check_bias, check_options, check_tensors
 from .models.backend_table import run_filter
+from .models.boost_weights import Robust
 from .models.kernel_content import working_dtype
 from .models.kernel_given import BiasPositions, FeaturePositions
 from .models.kernel_position import Positions
@@ -49,7 +50,8 @@ def filter_attention(  # noqa: PLR0913  # in the form of scaled_dot_product_atte
         scale: factor on q.k. None: 1/sqrt(head_dim), of the queries without their features.
         enable_gqa: whether key and value may have fewer heads than the query, a divisor of them.
         boosting: ``"none"``, ``"twicing"`` ((I - (I - A)^k) V, k = 2: (2A - A^2) V; arXiv 2503.00687, eq. 8) or any
-            other key of ``boost_operators.BOOSTING``. A has to be square.
+            other key of ``boost_operators.BOOSTING``, for which A has to be square, or ``"robust"`` (Huber's robust
+            mean of the values, with distances in their units; arXiv 2410.23182).
         boosting_steps: k >= 1; without boosting it means nothing.
         query_features: a, ``[batch or 1, heads or 1, length, c]``, or None. They are not multiplied by ``scale``.
         key_features: b, ``[batch or 1, key heads or 1, key_length, c]``, or None.
@@ -77,7 +79,7 @@ def filter_attention(  # noqa: PLR0913  # in the form of scaled_dot_product_atte
         lengths = f"got {query.shape[2]} queries and {key.shape[2]} keys"
         if is_causal:
             raise ValueError(f"is_causal needs as many queries as keys, {lengths}: use attn_mask")
-        if boosting != "none":
+        if boosting not in ("none", "robust"):
             raise ValueError(
                 f"boosting={boosting!r} applies A to its own output and needs as many queries as keys, {lengths}"
             )
@@ -92,7 +94,8 @@ def filter_attention(  # noqa: PLR0913  # in the form of scaled_dot_product_atte
         content=Content("dot_product", query.shape[-1] ** -0.5 if scale is None else float(scale)),
         visibility=visibility,
         positions=_given_positions(query, key, visibility, query_features, key_features, position_bias),
-        booster=Booster(boosting, boosting_steps),
+        booster=Booster("none" if boosting == "robust" else boosting, boosting_steps),
+        by_weights=Robust.of(boosting_steps) if boosting == "robust" else None,
         dropout=dropout_p,
     )
     return run_filter(call, backend).to(value.dtype)

@@ -298,5 +298,5 @@ def test_positions_by_place_get_no_large_bias_anywhere() -> None:
 def test_exported_lazily(run_python: RunPython) -> None:
     assert hf_imgproc_attn.filter_attention is filter_attention
     code = "import sys, hf_imgproc_attn as p; assert 'torch' not in sys.modules; assert p.filter_attention.__module__"
-    done: subprocess.CompletedProcess[str] = run_python("-c", code)
+    done: subprocess.CompletedProcess[str] = run_python("-c", code, fresh=True)
     assert done.returncode == 0, done.stderr

@@ -16,9 +16,11 @@ from .spec_axes import (
     MAX_BOOSTING_STEPS,
     MAX_SINKHORN_ITERATIONS,
     MIN_BANDWIDTH,
+    MIN_ROBUST_THRESHOLD,
     NORMALISATIONS,
     POSITION_KERNELS,
     RESIDUALS,
+    ROBUST_PENALTIES,
     SEEING_ROW_CONSTANTS,
     STEPPED_BOOSTINGS,
     per_layer,
@@ -110,6 +112,7 @@ def _check_boosting(config: Any, num_layers: int) -> None:
             f"{', '.join(STEPPED_BOOSTINGS)}: leave it at None, got {steps!r}"
         )
     _check_gradient_boosting(config, num_layers)
+    _check_robust(config, boostings)
     layers = config.boosted_layers
     if layers is None:
         return
@@ -148,6 +151,24 @@ def _check_gradient_boosting(config: Any, num_layers: int) -> None:
             f"gradient_boosting_source={source!r} with boosting={config.boosting!r}"
         )
     _check_choice("gradient_boosting_source", source, GRADIENT_BOOSTING_SOURCES)
+
+
+def _check_robust(config: Any, boostings: set[str]) -> None:
+    penalty, threshold = config.robust_penalty, config.robust_threshold
+    for name, value in (("robust_penalty", penalty), ("robust_threshold", threshold)):
+        if value is not None and "robust" not in boostings:
+            raise ValueError(f"{name} needs boosting 'robust', got {name}={value!r} with boosting={config.boosting!r}")
+    if penalty is not None:
+        _check_choice("robust_penalty", penalty, ROBUST_PENALTIES)
+    if threshold is None:
+        return
+    if penalty == "l1":
+        raise ValueError(f"robust_threshold must be None with robust_penalty='l1', which has none, got {threshold!r}")
+    if not _is_finite(threshold) or not MIN_ROBUST_THRESHOLD <= threshold <= MAX_BANDWIDTH:
+        raise ValueError(
+            f"robust_threshold must be a finite number from {MIN_ROBUST_THRESHOLD:g} to {MAX_BANDWIDTH:g}, "
+            f"got {threshold!r}"
+        )
 
 
 def _check_kernels(config: Any, num_layers: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from hf_imgproc_attn import apply_filter, filtered_layers, remove_filter
 from hf_imgproc_attn.models.any_filter import filter_arguments
 from hf_imgproc_attn.models.configuration_imgproc_filtered import ImgProcFilteredConfig
 from tests.any_model.architectures import DECODERS, GROUPED, build, inputs, output
-from tests.helpers import run_command
+from tests.helpers import prepared_python, run_command
 
 ELSEWHERE = """
 import json, sys, torch, transformers
@@ -64,7 +63,7 @@ def test_a_process_without_the_package_loads_it(
     with torch.no_grad():
         torch.save(output(model, given), tmp_path / "saved/wanted.pt")
     torch.save(given, tmp_path / "saved/given.pt")
-    code = [sys.executable, "-I", "-c", ELSEWHERE, str(tmp_path / "saved"), auto_class, type(model).__name__]
+    code = [prepared_python(), "-I", "-c", ELSEWHERE, str(tmp_path / "saved"), auto_class, type(model).__name__]
     done = run_command(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "imgproc_filtered\n"
@@ -98,7 +97,7 @@ def test_a_folder_says_what_it_is_and_is_refused_without_its_code(tmp_path: Path
     assert said["auto_map"]["AutoModelForCausalLM"] == "modeling_imgproc_filtered.ImgProcFilteredForCausalLM"
     code = "import sys; sys.modules['hf_imgproc_attn'] = None\nfrom transformers import AutoModelForCausalLM\n"
     code += f"AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, trust_remote_code=False)"
-    done = run_command([sys.executable, "-I", "-c", code], cwd=tmp_path)
+    done = run_command([prepared_python(), "-I", "-c", code], cwd=tmp_path)
     assert done.returncode != 0
     assert "trust_remote_code" in done.stderr
 
@@ -149,8 +148,10 @@ def test_a_base_of_an_unknown_type_is_refused(tmp_path: Path) -> None:
 
 def test_a_stock_class_does_not_load_it_unfiltered(tmp_path: Path) -> None:
     moved("llama", preset="twicing").save_pretrained(tmp_path)
+    # Its own sizes, not the model's: here smaller ones than its defaults.
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
     with pytest.raises((RuntimeError, ValueError), match="size|mismatch"):
-        LlamaForCausalLM.from_pretrained(tmp_path, num_hidden_layers=3)
+        LlamaForCausalLM.from_pretrained(tmp_path, **sizes)
 
 
 def test_a_stock_class_that_has_its_sizes_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
