@@ -21,6 +21,7 @@ from ..errors import UsageError, require_extras
 from ..shipped_files import shipped_file
 from . import facts
 from .baseline import check_same_recipe, environment_differences
+from .evidence import evidence
 from .filters import check as check_filters
 from .filters import check_lens
 from .results import Measurement, check_results, evaluation_results, measurements, result_rows
@@ -173,6 +174,7 @@ def render_card(
         baseline_not_evaluated=baseline is not None and baseline.robustness is None and run.robustness is not None,
         baseline_name="" if baseline is None else baseline.name,
         baseline_differences=[] if other is None else environment_differences(record, other),
+        evidence=evidence(record, preset),
         curves=bool(record.get("train_loss") or record.get("eval_history")),
         losses=[record["train_loss"][0], record["train_loss"][-1]] if record.get("train_loss") else [],
         predictions=bool(record["arguments"]["data"].get("pictures")) and not example,

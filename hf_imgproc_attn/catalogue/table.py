@@ -205,7 +205,7 @@ def back_ends(preset: str) -> str:
     if spec.normalisation == "sinkhorn":
         return "reference"
     if spec.normalisation != "softmax":
-        return "reference, sdpa, chunked" if spec.normalisation == "sink" else "reference, chunked"
+        return "reference, sdpa, blocked, chunked" if spec.normalisation == "sink" else "reference, blocked, chunked"
     # The Triton kernels know every content kernel, positions by place and twicing.
     by_place = not spec.compares_positions or spec.position_kernel in COORDINATE_KERNELS
     has_kernel = spec.boosting in ("none", "twicing", "differential", *ONE_PASS) and by_place

@@ -11,21 +11,24 @@ import torch
 
 from .backend_blocked_backward import Gradients
 from .backend_blocked_dense import dense_passes
+from .backend_blocked_normalised import WEIGHTS
 from .backend_blocked_passes import Call, Computed, Tensors, forward_passes, recurrence
 from .backend_blocked_plan import Plan, make_plan
 from .backend_call import Booster, Content, FilterCall, without_autocast
 from .backend_sdpa import augment
 from .boost_operators import ONE_PASS
 from .cache_streams import boost_stream
-from .kernel_content import HALF_DTYPES
+from .kernel_content import CONTENT_COLUMNS, HALF_DTYPES
 from .kernel_position import BlockedPositions
 
 
 def refuses(call: FilterCall) -> str | None:
     """Why the blocked passes cannot serve a call, as the rest of a sentence about them, or None if they can."""
     length, key_length = call.query.shape[-2], call.key.shape[-2]
-    if call.own_softmax is not None:
+    if call.content.softcap is not None or call.normalisation.name not in WEIGHTS:
         return call.own_softmax
+    if (call.sinks is not None or call.normalisation.name != "softmax") and _lacks_row_constants(call):
+        return "has columns that lack a number a row, which these weights depend on"
     if call.booster.gain is not None and call.query.dtype in HALF_DTYPES:
         return "hands out its streams in half precision, from which a learned gain is not exact"
     apart = call.streams.keeps_places_apart  # a cache of any kind, which does not hand out earlier rows
@@ -34,6 +37,12 @@ def refuses(call: FilterCall) -> str | None:
     if key_length < length and (call.is_boosted or call.visibility.causal):
         return f"takes the queries for the last tokens, each with a key, got {key_length} keys for {length} queries"
     return None
+
+
+def _lacks_row_constants(call: FilterCall) -> bool:
+    """Whether columns are known up to a number a row: those of Gaussian contents, or of a second term of places."""
+    by_place = [term for term in call.positions if isinstance(term, BlockedPositions)]
+    return len(by_place) > 1 or CONTENT_COLUMNS[call.content.kernel] is not None
 
 
 def run(call: FilterCall, *, block_rows: int | None = None, group_pairs: int | None = None) -> torch.Tensor:
@@ -87,7 +96,8 @@ def _as_products(call: FilterCall) -> tuple[BlockedPositions | None, FilterCall]
     elif visibility.blind is not None:
         query = visibility.clean_queries(query)
     booster = call.booster if call.booster.gain is None else Booster("twicing", 2)
-    return by_place, FilterCall(query, key, value, content, visibility, (), booster, call.dropout, call.streams)
+    products = FilterCall(query, key, value, content, visibility, (), booster, call.dropout, call.streams)
+    return by_place, products._replace(sinks=call.sinks, normalisation=call.normalisation)
 
 
 @torch.compiler.disable  # a generator a block, and a backward of its own: a graph break costs less than tracing it
@@ -109,17 +119,21 @@ def _blocked(
         block_rows=block_rows,
         group_pairs=group_pairs,
     )
+    name = given.normalisation.name
+    is_softmax = given.sinks is None and name == "softmax"
     largest_bias = None if visibility.bias is None else visibility.largest_seen(visibility.bias)
-    call = Call(plan, booster, visibility._replace(bias=None), largest_bias, positions)
+    if largest_bias is not None and not is_softmax:
+        largest_bias = torch.zeros_like(largest_bias)
+    call = Call(plan, booster, visibility._replace(bias=None), largest_bias, positions, name, is_softmax)
     parameters = () if positions is None else positions.parameters()
     past = _past(given, plan, extra) if given.streams.is_cached else None
-    tensors = Tensors(query, key, value, visibility.bias, past, parameters)
+    tensors = Tensors(query, key, value, visibility.bias, past, given.sinks, parameters)
     # Autocast would run the products in half precision.
     with without_autocast(query.device.type):
-        if _is_transformed((*tensors[:5], *parameters)):
+        if _is_transformed((*tensors[:6], *parameters)):
             output, streams = dense_passes(call, tensors)
         else:
-            output, streams = BlockedFilter.apply(*tensors[:5], call, *parameters)
+            output, streams = BlockedFilter.apply(*tensors[:6], call, *parameters)
     return output, [stream.to(value.dtype) for stream in streams.split(width, dim=-1)] if extra else []
 
 
@@ -132,7 +146,7 @@ def _is_transformed(tensors: tuple[torch.Tensor | None, ...]) -> bool:
 
 
 class BlockedFilter(torch.autograd.Function):
-    """``apply(query, key, value, bias, past, call, *parameters)`` -> output, and x_1, x_2, ... of the queries.
+    """``apply(query, key, value, bias, past, sinks, call, *parameters)`` -> output, and x_1, x_2, ... of the queries.
 
     The streams stand side by side; the parameters are those of the position kernel.
     """
@@ -145,29 +159,30 @@ class BlockedFilter(torch.autograd.Function):
         value: torch.Tensor,
         bias: torch.Tensor | None,
         past: torch.Tensor | None,
+        sinks: torch.Tensor | None,
         call: Call,
         *parameters: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        computed = forward_passes(call, Tensors(query, key, value, bias, past, parameters))
+        computed = forward_passes(call, Tensors(query, key, value, bias, past, sinks, parameters))
         ctx.call = call
-        ctx.save_for_backward(query, key, value, bias, past, *computed, *parameters)
+        ctx.save_for_backward(query, key, value, bias, past, sinks, *computed, *parameters)
         ctx.set_materialize_grads(False)
         output = computed.output.to(value.dtype).unflatten(0, (call.plan.batch, call.plan.heads))
         return output, computed.streams
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None, stream_grad: torch.Tensor | None) -> tuple[Any, ...]:
-        query, key, value, bias, past, *rest = ctx.saved_tensors
-        tensors, computed = Tensors(query, key, value, bias, past, tuple(rest[3:])), Computed(*rest[:3])
+        query, key, value, bias, past, sinks, *rest = ctx.saved_tensors
+        tensors, computed = Tensors(query, key, value, bias, past, sinks, tuple(rest[3:])), Computed(*rest[:3])
         needs = ctx.needs_input_grad
         with without_autocast(query.device.type):
             if torch.is_grad_enabled():  # create_graph=True: the gradients are to be differentiated themselves
                 return _differentiable_gradients(ctx.call, tensors, (grad, stream_grad), needs)
-            gradients = Gradients(ctx.call, tensors, computed, needs[3], needs[6:])
+            gradients = Gradients(ctx.call, tensors, computed, (*needs[3:6], *needs[7:]))
             gradients.run(grad, stream_grad)
-        own = (gradients.query, gradients.key, gradients.value, gradients.bias, gradients.past)
+        own = (gradients.query, gradients.key, gradients.value, gradients.bias, gradients.past, gradients.sinks)
         return (
-            *map(_like, own, tensors[:5]),
+            *map(_like, own, tensors[:6]),
             None,
             *map(_like, gradients.parameters(), tensors.parameters),
         )
@@ -187,7 +202,7 @@ def _differentiable_gradients(
     results = dense_passes(call, own)
     used = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
     wanted = [
-        x for x, needed in zip((*own[:5], None, *own.parameters), needs, strict=True) if needed and x is not None
+        x for x, needed in zip((*own[:6], None, *own.parameters), needs, strict=True) if needed and x is not None
     ]
     computed = iter(
         torch.autograd.grad(

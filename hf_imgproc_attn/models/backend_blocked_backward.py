@@ -17,14 +17,12 @@ class Gradients:
         call: what was computed.
         tensors: with what.
         computed: in the forward passes.
-        needs_bias: whether the bias has a gradient.
-        needs_parameters: which parameters of the position kernel have one.
+        needs: whether bias, past streams, sinks and each of the position kernel's parameters have a gradient.
     """
 
-    def __init__(
-        self, call: Call, tensors: Tensors, computed: Computed, needs_bias: bool, needs_parameters: tuple[bool, ...]
-    ) -> None:
-        query, key, value, bias, past, parameters = tensors
+    def __init__(self, call: Call, tensors: Tensors, computed: Computed, needs: tuple[bool, ...]) -> None:
+        query, key, value, bias, past, sinks, _ = tensors
+        needs_bias, _, needs_sinks, *needs_parameters = needs
         call = call._replace(plan=call.plan.backward)
         self.call, self.plan, self.booster, self.computed = call, call.plan, call.booster, computed
         self.width, self.num_streams = value.shape[-1], len(call.booster.streams)
@@ -34,7 +32,8 @@ class Gradients:
         self.key, self.value = (self.inputs.key_heads.total(x, self.like.dtype) for x in (key, value))
         self.bias = self.like.new_zeros(bias.shape) if bias is not None and needs_bias else None
         self.past = None if past is None else self.like.new_empty(past.shape)
-        self.weights = call.weights(bias, parameters, self.like, needs_parameters)
+        self.sinks = self.like.new_zeros(sinks.shape) if sinks is not None and needs_sinks else None
+        self.weights = call.weights(tensors, self.like, tuple(needs_parameters))
         self.blocks = self.plan.blocks()[::-1]
         self.buffer = Buffer(self.like, self.weights.size)
         widest = max(self.width, key.shape[-1]) if len(self.blocks) > 1 else 0
@@ -104,11 +103,13 @@ class Gradients:
             d_matrix.mul_(factors)
         # D; the correction is in g_0, g_1, ... already.
         row_term = row_grads.mul_(self.smoothed[:, rows]).sum(-1, keepdim=True)
-        d_logits = d_matrix.sub_(row_term).mul_(matrix)
+        d_logits = self.weights.logits_grad(d_matrix, matrix, row_term)
         self.d_query[:, rows].baddbmm_(d_logits, inputs.key[:, keys], beta=0.0, alpha=plan.scale)
         self.d_key.add(d_logits, inputs.query[:, rows])
         if self.bias is not None:
             self.weights.add_to_bias(self.bias, d_logits, block)
+        if self.sinks is not None:
+            self.weights.add_to_sinks(self.sinks, row_term, self.row_sums[:, rows])
         self.weights.add_to_positions(d_logits, block)
 
     def _own(self, block: Block) -> slice:

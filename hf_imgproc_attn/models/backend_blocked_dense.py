@@ -10,6 +10,7 @@ from .backend_blocked_passes import Call, Tensors
 from .backend_blocked_plan import Plan
 from .backend_reference import add_terms, filter_matrix
 from .kernel_content import working_dtype
+from .kernel_normalisation import Normalisation
 from .kernel_position import position_logits
 
 
@@ -38,7 +39,8 @@ def _filter_matrix(call: Call, tensors: Tensors) -> torch.Tensor:
     if call.positions is not None:
         terms.append(position_logits(call.positions.with_parameters(*tensors.parameters), query.dtype))
     logits = torch.matmul(query, key.mT) * call.plan.scale
-    return filter_matrix(add_terms(logits, terms, call.visibility), call.visibility)
+    logits = add_terms(logits, terms, call.visibility if call.ignores_row_constants else None)
+    return filter_matrix(logits, call.visibility, tensors.sinks, Normalisation(call.normalisation))
 
 
 def dense_passes(call: Call, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,7 +25,8 @@ logits of 1e4, they sum to 1 within 1e-3 only, and that error times all of dA wo
 key has all the weight and dA = D. The D of the s_m has no such error. The rounding itself is known, and a factor a row
 on all g_m, and so on D, makes it good.
 
-This file computes forward; ``backend_blocked_backward`` is the other direction.
+Weights of other normalisations are in ``backend_blocked_normalised``; a sink is one more key, of value 0, which
+changes nothing but the log-sum-exp. This file computes forward; ``backend_blocked_backward`` is the other direction.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from typing import NamedTuple
 
 import torch
 
+from .backend_blocked_normalised import WEIGHTS
 from .backend_blocked_plan import Group, Plan
 from .backend_blocked_positions import PositionTerm
 from .backend_blocked_weights import KeyHeads, Weights, flat
@@ -81,28 +83,26 @@ class Call(NamedTuple):
     """The largest bias that each query sees, ``[batch or 1, heads or 1, length or 1, 1]``, or None without a bias."""
     positions: BlockedPositions | None = None
     """Of the position kernel, or None; its parameters are inputs of their own."""
+    normalisation: str = "softmax"
+    """A key of ``WEIGHTS``."""
+    ignores_row_constants: bool = True
+    """Whether a number that is added to a whole row of logits changes nothing."""
 
-    def weights(
-        self,
-        bias: torch.Tensor | None,
-        parameters: tuple[torch.Tensor, ...],
-        like: torch.Tensor,
-        needs_grad: tuple[bool, ...] = (),
-    ) -> Weights:
+    def weights(self, tensors: Tensors, like: torch.Tensor, needs_grad: tuple[bool, ...] = ()) -> Weights:
         """The attention weights, block by block.
 
         Args:
-            bias: see :class:`Tensors`.
-            parameters: likewise.
+            tensors: bias, sinks and parameters of the position kernel.
             like: a tensor of the device and dtype to work in.
             needs_grad: which parameters' gradients are wanted; none in the forward pass.
         """
         mask = self.visibility.keys if self.visibility.mask is None else self.visibility.mask
-        terms = None if bias is None or self.largest_bias is None else (bias, self.largest_bias)
+        terms = None if tensors.bias is None or self.largest_bias is None else (tensors.bias, self.largest_bias)
         positions = None
         if self.positions is not None:
-            positions = PositionTerm(self.positions, parameters, self.plan, mask, like, needs_grad)
-        return Weights(self.plan, mask, terms, positions, like)
+            places = self.positions, tensors.parameters
+            positions = PositionTerm(*places, self.plan, mask, like, needs_grad, exact=not self.ignores_row_constants)
+        return WEIGHTS[self.normalisation](self.plan, mask, terms, positions, like, tensors.sinks)
 
 
 class Tensors(NamedTuple):
@@ -113,6 +113,7 @@ class Tensors(NamedTuple):
     value: ``[batch, key_heads, key_length, d]``.
     bias: added to the logits, with four axes, or None.
     past: x_1, x_2, ... of the earlier keys side by side, ``[batch, heads, past, (k - 1) * d]``, or None.
+    sinks: ``[heads]``, the logit of one more key, or None.
     parameters: those of the position kernel.
     """
 
@@ -121,13 +122,14 @@ class Tensors(NamedTuple):
     value: torch.Tensor
     bias: torch.Tensor | None
     past: torch.Tensor | None
+    sinks: torch.Tensor | None
     parameters: tuple[torch.Tensor, ...] = ()
 
     def aliases(self) -> Tensors:
         """The same as nodes of their own in autograd's graph, none of which was made of another."""
         query, key, value = (x.view_as(x) for x in self[:3])
-        bias, past = (None if x is None else x.view_as(x) for x in (self.bias, self.past))
-        return Tensors(query, key, value, bias, past, tuple(x.view_as(x) for x in self.parameters))
+        bias, past, sinks = (None if x is None else x.view_as(x) for x in (self.bias, self.past, self.sinks))
+        return Tensors(query, key, value, bias, past, sinks, tuple(x.view_as(x) for x in self.parameters))
 
 
 class Inputs:
@@ -229,7 +231,7 @@ def forward_passes(call: Call, tensors: Tensors) -> Computed:
     like = tensors.query.new_empty(0, dtype=torch.promote_types(tensors.query.dtype, torch.float32))
     streams = like.new_empty(plan.batch, plan.heads, plan.length, (num_streams - 1) * width)
     output, row_sums = (like.new_empty(plan.batch * plan.heads, plan.length, size) for size in (width, 2))
-    weights = call.weights(tensors.bias, tensors.parameters, like)
+    weights = call.weights(tensors, like)
     blocks, inputs = plan.blocks(), Inputs(call, tensors, streams)
     for group in plan.groups():
         inputs.start(group)

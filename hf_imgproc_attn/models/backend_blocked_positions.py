@@ -27,6 +27,7 @@ class PositionTerm:
         mask: who sees whom besides causality, boolean with four axes, or None.
         like: a tensor of the device and dtype to work in.
         needs_grad: which parameters' gradients are wanted; none in the forward pass.
+        exact: whether a number that is added to a whole row counts.
     """
 
     def __init__(
@@ -37,6 +38,8 @@ class PositionTerm:
         mask: torch.Tensor | None,
         like: torch.Tensor,
         needs_grad: tuple[bool, ...] = (),
+        *,
+        exact: bool = False,
     ) -> None:
         self.kernel: BlockKernel = positions.block_kernel()
         self.coordinates, self.key_coordinates = positions.coordinates, positions.key_coordinates
@@ -49,7 +52,7 @@ class PositionTerm:
         self.dtype = like.dtype
         self._mask, self._is_causal = mask, plan.is_causal
         see_themselves = mask is None and self._are_own_keys(plan.past)
-        self._from_nearest = self.kernel.grows_with_distance and not see_themselves
+        self._from_nearest = self.kernel.grows_with_distance and not (see_themselves or exact)
         masks = mask.shape[0] if mask is not None and self._from_nearest else 1
         self._per_sample = max(self.coordinates.shape[0], self.key_coordinates.shape[0], masks) > 1
         samples, scores = plan.batch if self._per_sample else 1, plan.length * plan.key_length

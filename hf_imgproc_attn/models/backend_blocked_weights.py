@@ -110,7 +110,7 @@ class KeySums:
 
 
 class Weights:
-    """The attention weights of a group, block by block, in buffers that are used again and again.
+    """The attention weights of softmax of a group, block by block, in buffers that are used again and again.
 
     Args:
         plan: what is computed.
@@ -119,7 +119,11 @@ class Weights:
             first: a number a row changes no softmax, and a large one would leave the products no digits. Or None.
         positions: the position kernel's term, or None.
         like: a tensor of the device and dtype to work in.
+        sinks: ``[heads]``, the logit of one more key, whose value is 0, or None.
     """
+
+    unit = LOG2_E
+    """Of the logits: those of a natural exponential, times this."""
 
     def __init__(
         self,
@@ -128,8 +132,10 @@ class Weights:
         bias: tuple[torch.Tensor, torch.Tensor] | None,
         positions: PositionTerm | None,
         like: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         self.plan, self.mask, self.bias, self.positions = plan, mask, bias, positions
+        self.sinks = None if sinks is None else sinks.detach().to(like.dtype) * self.unit
         rows = min(plan.block_rows, plan.length)
         self.size = plan.group_pairs * rows * plan.key_length
         self.buffer = Buffer(like, self.size)
@@ -146,13 +152,13 @@ class Weights:
         rows = block.stop - block.start
         scores = self.buffer.view(self.query.shape[0], rows, block.keys)
         query, key = self.query[:, block.start : block.stop], self.key[:, : block.keys].mT
-        torch.baddbmm(scores, query, key, beta=0.0, alpha=self.plan.scale * LOG2_E, out=scores)
+        torch.baddbmm(scores, query, key, beta=0.0, alpha=self.plan.scale * self.unit, out=scores)
         shaped = scores.view(*self.group.shape, rows, block.keys)
         if self.positions is not None:
-            self.positions.add_(shaped, self.group, block, LOG2_E)
+            self.positions.add_(shaped, self.group, block, self.unit)
         if self.bias is not None:
             bias, largest = (cut(x, self.group, block).to(scores.dtype) for x in self.bias)
-            shaped.add_(bias - largest, alpha=LOG2_E)
+            shaped.add_(bias - largest, alpha=self.unit)
         if self.mask is not None:
             shaped.masked_fill_(~cut(self.mask, self.group, block), float("-inf"))
         if self.future is not None:
@@ -176,7 +182,12 @@ class Weights:
         if self.mask is not None or self.bias is not None:
             empty = largest == float("-inf")
             largest.masked_fill_(empty, 0.0)
+        sinks = None if self.sinks is None else self._sink_logits(self.sinks)
+        if sinks is not None:
+            largest = torch.maximum(largest, sinks)
         total = scores.sub_(largest).exp2_().sum(-1, keepdim=True)
+        if sinks is not None:
+            total.add_(torch.exp2(sinks - largest))
         if empty is not None:
             total.masked_fill_(empty, float("inf"))
         factor, log_sum = total.reciprocal(), total.log2_().add_(largest)
@@ -184,6 +195,11 @@ class Weights:
         if empty is not None:
             correction.masked_fill_(empty, 1.0)
         return scores, factor, torch.cat((log_sum, correction), dim=-1)
+
+    def _sink_logits(self, sinks: torch.Tensor) -> torch.Tensor:
+        """``[heads]`` to those of each pair, ``[pairs, 1, 1]``."""
+        samples, heads = self.group.shape
+        return sinks[self.group.heads].expand(samples, heads).reshape(-1, 1, 1)
 
     def recompute(self, block: Block, row_sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A's block again, without dropout, from what :meth:`compute` found of all rows, ``[pairs, length, 2]``.
@@ -193,6 +209,33 @@ class Weights:
         """
         log_sum, correction = row_sums[:, block.start : block.stop].split(1, dim=-1)
         return self._logits(block).sub_(log_sum).exp2_(), correction
+
+    def logits_grad(self, d_matrix: torch.Tensor, matrix: torch.Tensor, row_term: torch.Tensor) -> torch.Tensor:
+        """The gradient of a block's logits, in the memory of ``d_matrix``.
+
+        Args:
+            d_matrix: dA, with the factor of :meth:`recompute`, ``[pairs, rows, keys]``.
+            matrix: as :meth:`recompute` returned it, of the same block.
+            row_term: D, with the factor too, ``[pairs, rows, 1]``.
+        """
+        return d_matrix.sub_(row_term).mul_(matrix)
+
+    def add_to_sinks(self, total: torch.Tensor, row_term: torch.Tensor, row_sums: torch.Tensor) -> None:
+        """Add a block's share to the gradient of the sinks, ``[heads]``: -D of each row times the sink's weight.
+
+        Args:
+            total: what is added to.
+            row_term: D, with the factor of :meth:`recompute`, ``[pairs, rows, 1]``.
+            row_sums: of the same rows, ``[pairs, rows, 2]``.
+        """
+        if self.sinks is not None:
+            share = (
+                torch.exp2(self._sink_logits(self.sinks) - row_sums[..., :1])
+                .mul_(row_term)
+                .sum((1, 2))
+                .view(self.group.shape)
+            )
+            total[self.group.heads] -= share.sum(0)
 
     def add_to_positions(self, d_logits: torch.Tensor, block: Block) -> None:
         """Add a block's gradient of the logits, which may be overwritten, to those of the position kernel."""

@@ -14,6 +14,7 @@ from torch import nn
 
 from .backend_call import FilterCall, autocast_dtype
 from .backend_flops import register_formulas
+from .backend_sdpa_sinks import SinkAttention, has_fused_sinks
 from .kernel_content import CONTENT_COLUMNS, inside, working_dtype
 from .kernel_position import features_or_bias, position_columns, position_logits
 from .visibility import Visibility
@@ -106,6 +107,12 @@ def run(call: FilterCall) -> torch.Tensor:
     if call.groups > 1:
         value = value.repeat_interleave(call.groups, dim=1)
         key = key if key.shape[1] == query.shape[1] else key.repeat_interleave(call.groups, dim=1)
+    if call.sinks is not None and _hides_by_causality_alone(call, bias, scale):
+        given = query, key, value, call.sinks
+        if has_fused_sinks(given):
+            options = call.sinks, call.visibility.hides_later_keys, scale
+            new_value = call.new_value.to(dtype)
+            return call.boost(lambda rows: SinkAttention.apply(query, key, rows.to(dtype), *options), new_value, value)
     has_sinks = call.sinks is not None
     # Where causality alone hides keys, a sink before them all needs no mask, if a query comes before them all too.
     sees_all_before = call.visibility.hides_later_keys and call.visibility.is_square and call.visibility.mask is None
@@ -125,6 +132,14 @@ def run(call: FilterCall) -> torch.Tensor:
 
     new_value = call.new_value.to(dtype)
     return call.boost(attend, new_value, value)
+
+
+def _hides_by_causality_alone(call: FilterCall, bias: torch.Tensor | None, scale: float) -> bool:
+    """Whether a call with sinks has nothing that a mask would be needed for, and drops nothing out."""
+    seen = call.visibility
+    if bias is not None or seen.bias is not None or seen.mask is not None or seen.keys is not None or call.dropout:
+        return False
+    return not seen.hides_later_keys or (seen.is_square and scale > 0.0)
 
 
 def _with_sinks(

@@ -90,6 +90,9 @@ def _is_one_row(call: FilterCall) -> bool:
 
 
 def _is_plain(call: FilterCall) -> bool:
+    seen = call.visibility
+    if call.sinks is not None and not (seen.mask is None and seen.keys is None):
+        return False  # SDPA would need one more key, which the mask has to show
     as_wide = call.query.shape[-1] == call.value.shape[-1] and not call.has_columns
     return as_wide and not (call.is_boosted or call.dropout)
 
@@ -118,9 +121,9 @@ CHOICES = (
     # One row of weights serves all passes, and no columns have to be put beside every cached key.
     Choice(None, "one query, boosted or with columns", _is_one_row, ("reference",)),
     # Twicing, in units of one SDPA call on the same tensors: forward / forward + backward, float32, head_dim 64.
-    Choice("cpu", "not boosted, values as wide as queries", _is_plain, ("sdpa",)),
     # 4 heads, N = 64: SDPA 2.6 / 2.0, blocked 6.8 / 5.3
     Choice("cpu", "few scores", _has_few_scores, ("sdpa", "reference")),
+    Choice("cpu", "not boosted, values as wide as queries", _is_plain, ("sdpa",)),
     # SDPA would need a dense N x N bias.
     Choice("cpu", "positions by place", lambda call: bool(call.positions) and _sees_places(call), ("blocked",)),
     # N = 2048: SDPA 2.1 / 2.0, blocked 2.5 / 1.9
@@ -144,7 +147,8 @@ def order_elsewhere(device: str, call: FilterCall) -> tuple[str, ...]:
         call: what is to be computed.
     """
     if call.own_softmax is not None and sdpa_refuses(call) is not None:  # no fused call has it
-        return ("reference",) if _has_few_scores(call) else ("chunked", "reference")
+        blocks = ("blocked", "chunked") if device == "cpu" else ("chunked",)
+        return ("reference",) if _has_few_scores(call) else (*blocks, "reference")
     if _sees_places(call) and call.query.shape[:3].numel() * call.key.shape[-2] > LARGE_BIAS:
         return ("blocked", *SAFE)
     if device != "cuda" or not (call.is_boosted or call.has_columns):

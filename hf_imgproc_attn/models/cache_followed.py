@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicLayer
 
-from .cache_layer import FilterDynamicLayer
+from .cache_layer import FilterDynamicLayer, GrowingLayer
 from .cache_streams import RoundStreams
 
 KEPT_WHOLE = ("places", "position_key")
@@ -61,6 +61,7 @@ def _make_followed_class(layer_class: Any) -> Any:
     filter_expected: whether a filter is about to store the rows of the tokens that come next.
     filter_missed: whether tokens have come without a filter.
     """
+    layer_class = GrowingLayer if layer_class is DynamicLayer else layer_class
     methods: dict[str, Any] = {name: _followed(layer_class, name) for name in _FOLLOWED if hasattr(layer_class, name)}
     store = layer_class.update
 
@@ -202,6 +203,8 @@ def _turned(cache: Any, layer_idx: int) -> Any:
         layer = cache.layers[layer_idx] = _copy_of(layer, followed)
     else:
         layer.__class__ = followed
+    if isinstance(layer, GrowingLayer):
+        layer._growing = {}
     return layer
 
 

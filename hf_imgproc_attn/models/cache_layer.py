@@ -22,18 +22,14 @@ from .cache_rows import GrowingRows
 from .spec_axes import FILTER_LAYER_TYPE
 
 
-class FilterDynamicLayer(DynamicLayer):
-    """A growing cache of keys, values and streams of other rows, each ``[batch, heads, length, width]``."""
-
-    _layer_type = FILTER_LAYER_TYPE
+class GrowingLayer(DynamicLayer):
+    """The stock growing cache, which does not copy all keys and values for every token."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.keys: torch.Tensor | None
         self.values: torch.Tensor | None
         self.is_initialized: bool
-        self.streams: dict[str, torch.Tensor] = {}
-        """Further rows by name; see ``cache_streams``."""
         self._growing: dict[str, GrowingRows] = {}
 
     def _append(self, name: str, stored: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
@@ -49,6 +45,24 @@ class FilterDynamicLayer(DynamicLayer):
         values = self._append("values", self.values, value_states)
         self.keys, self.values = keys, values
         return keys, values
+
+    def reset(self) -> None:
+        super().reset()
+        # Transformers 5.17 zeroes keys and values here and keeps their length; a growing cache starts anew.
+        self.keys = self.values = None
+        self.is_initialized = False
+        self._growing = {}
+
+
+class FilterDynamicLayer(GrowingLayer):
+    """A growing cache of keys, values and streams of other rows, each ``[batch, heads, length, width]``."""
+
+    _layer_type = FILTER_LAYER_TYPE
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.streams: dict[str, torch.Tensor] = {}
+        """Further rows by name; see ``cache_streams``."""
 
     def update_stream(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Append the new tokens' rows ``[batch, heads, new, width]`` to a stream and return all of it."""
@@ -72,10 +86,7 @@ class FilterDynamicLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        # Transformers 5.17 zeroes keys and values here and keeps their length; a growing cache starts anew.
-        self.keys = self.values = None
-        self.is_initialized = False
-        self.streams, self._growing = {}, {}
+        self.streams = {}
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)

@@ -62,7 +62,9 @@ SUBJECTS = {
     "digits_start": Subject(
         "Where untied position logits start",
         "The same images and recipe, on the validation split, whose 179 images make steps of 0.56 points; the test "
-        "split was not read. The baseline is `bilateral` with the default bandwidth, (4 head_dim)^(1/4) = 2.83.",
+        "split was not read. The baseline is `bilateral` with the default bandwidth, h = (4 head_dim)^(1/4) = 2.83. "
+        "Before training, position logits vary over pairs of patches with a standard deviation of 0.21 / h²: 0.003 "
+        "with h = 8, 0.026 with the default, 0.21 with 1, 0.84 with 0.5 and 3.4 with 0.25.",
     ),
     "listops": Subject(
         "Long sequences: ListOps, made short",
@@ -142,9 +144,10 @@ CLAIMS = (
         _LARGER,
     ),
     Claim(
-        "Untied position logits should start larger than by default",
+        "Untied position logits should not start as small as they do",
         "A question of this package: a smaller `position_bandwidth` h multiplies the position logits, and their "
-        "gradients, by 2/h².",
+        "gradients, by 2/h². The default is that of stock attention, and changes only with an interval that leaves "
+        "out zero; 0.25 to 1 are worth a try where positions matter. A bandwidth of 8 asks the opposite.",
         "digits_start",
         ("clean",),
         ("bandwidth_quarter", "bandwidth_half", "bandwidth_one", "bandwidth_eight"),

@@ -189,6 +189,7 @@ def as_json(study: Study, tables: list[Table], records: dict[str, dict[str, Any]
             "ended": len(records),
             "diverged": sum(record["status"] == DIVERGED for record in records.values()),
         },
+        "data": {record["task"]: record["data_fingerprint"]["train"] for record in records.values()},
         "autoattack_above_pgd": autoattack_above_pgd(records),
         "tables": [asdict(table) for table in tables],
     }

@@ -18,6 +18,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_imgproc_attn import PRESETS
+from hf_imgproc_attn.cards.evidence import evidence
 from hf_imgproc_attn.cards.rendering import RunResults, load_results
 from hf_imgproc_attn.catalogue.presets import VARIANTS
 from hf_imgproc_attn.catalogue.works import PACKAGE_PAPERS, PAPERS
@@ -405,3 +406,22 @@ def test_a_commit_is_pinned_and_a_tag_may_move(images: RunResults) -> None:
     card = render(images, revision="0123456789" * 4)
     assert "can be moved" not in card
     assert f'revision="{"0123456789" * 4}"' in card
+
+
+def test_the_evidence_of_several_seeds_is_told_for_its_preset_and_its_data(tmp_path: Path) -> None:
+    """Of a report: the clean test split, the same training data, a variant of the preset's name; nothing else."""
+    run = load_results(ROOT / "training" / "results" / "vit_digits_twicing.json").record
+    data = run["data_fingerprint"]["train"]
+    difference = {"summary": {"mean": 0.0125, "values": [0.01, 0.015], "t_interval": {"low": -0.02, "high": 0.045}}}
+    row = {"variant": "twicing", "difference": difference, "verdict": "no difference seen"}
+    table = {"task": "digits", "family": "clean", "split": "test", "metric": "accuracy", "rows": [row]}
+    tables = [table, {**table, "family": "noise"}, {**table, "split": "validation"}, {**table, "task": "other"}]
+    report = {"study": "five", "baseline": "softmax", "data": {"digits": data, "other": {}}, "tables": tables}
+    (tmp_path / "five").mkdir()
+    (tmp_path / "five" / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    (sentence,) = evidence(run, "twicing", tmp_path)
+    assert "With 2 seeds" in sentence
+    assert "`twicing` minus `softmax` is +1.25 points of accuracy (95 % interval -2.00 to +4.50)" in sentence
+    assert sentence.endswith("no difference seen.")
+    assert evidence(run, "sos", tmp_path) == []
+    assert evidence({"task": "image-classification"}, "twicing", tmp_path) == []

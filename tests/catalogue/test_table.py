@@ -20,6 +20,7 @@ from hf_imgproc_attn import (
 from hf_imgproc_attn.catalogue import table
 from hf_imgproc_attn.catalogue.presets import REASONS, VARIANTS
 from hf_imgproc_attn.catalogue.works import PAPERS
+from hf_imgproc_attn.models import backend_sdpa
 from hf_imgproc_attn.models.layer_filter import AttentionFilter
 from tests.helpers import ROOT, RunPython
 from tests.models.helpers import sharpen_
@@ -89,6 +90,7 @@ def test_passes_are_counted_in_a_model(preset: str, monkeypatch: pytest.MonkeyPa
         return attention(*arguments, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    monkeypatch.setattr(backend_sdpa, "has_fused_sinks", lambda tensors: False)  # that call has no public name
     config = ImgProcViTConfig.from_preset(
         preset,
         hidden_size=16,

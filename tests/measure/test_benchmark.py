@@ -51,7 +51,7 @@ def test_quick_run_covers_everything(tmp_path: Path, capsys: pytest.CaptureFixtu
     }
     assert methods == {
         "attention": set(METHODS),
-        "decode": {decoding.STOCK, *decoding.VARIANTS},
+        "decode": {decoding.STOCK, *decoding.VARIANTS, decoding.FILTERED},
         "layers": {"stock", *PRESETS},
         "models": {whole_models.STOCK, *whole_models.VARIANTS},
     }

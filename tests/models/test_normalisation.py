@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hf_imgproc_attn import ImgProcGPT2LMHeadModel, apply_filter, convert
+from hf_imgproc_attn.models.backend_blocked import run as run_blocked
 from hf_imgproc_attn.models.backend_chunked import run as run_chunked
 from hf_imgproc_attn.models.backend_reference import filter_matrix
 from hf_imgproc_attn.models.backend_reference import run as run_reference
@@ -23,6 +24,7 @@ from tests.models.layer_cases import BATCH, HEADS, LENGTH, TIGHT, WIDTH, assert_
 from tests.models.variants import gpt2_config, token_ids, vit_config
 
 ROW_BY_ROW = ("sink", "sigmoid", "softpick")
+IN_BLOCKS: dict[str, Any] = {"chunked": run_chunked, "blocked": run_blocked}
 
 
 def row_by_hand(name: str, logits: list[float], sink: float) -> list[float]:
@@ -90,11 +92,12 @@ def test_back_ends_agree(name: str, position: str, mask: str) -> None:
 
     layer, inputs = build("dot_product", position, "twicing", 2, normalisation=name), tensors(position)
     dense = run(layer, inputs, "eager", **masks()[mask])
-    assert_same(run(layer, inputs, "sdpa", backend="chunked", **masks()[mask]), dense)
+    for backend in ("chunked", "blocked"):
+        assert_same(run(layer, inputs, "sdpa", backend=backend, **masks()[mask]), dense)
     fused = name == "sink" and position == "none"
     if fused:
         assert_same(run(layer, inputs, "sdpa", backend="sdpa", **masks()[mask]), dense)
-    for backend in ("blocked", "flex", "triton") if fused else ("blocked", "sdpa", "flex", "triton"):
+    for backend in ("flex", "triton") if fused else ("sdpa", "flex", "triton"):
         if backend in BACKENDS:
             with pytest.raises(ValueError, match="cannot serve this call"):
                 run(layer, inputs, "sdpa", backend=backend, **masks()[mask])
@@ -117,15 +120,16 @@ def test_blocks_of_rows_are_the_whole(name: str, is_causal: bool) -> None:
         normalisation=Normalisation("softmax" if name == "sink" else name),
     )
     wanted = [*leaves, bias, *([] if sinks is None else [sinks])]
-    results = [run_reference(call), run_chunked(call, block_rows=3)]
-    torch.testing.assert_close(results[1], results[0], **TIGHT)
-    upstream = random(2, 3, 11, 4, seed=9)
-    dense, chunked = (torch.autograd.grad(result, wanted, upstream, retain_graph=True) for result in results)
-    torch.testing.assert_close(chunked, dense, **TIGHT)
+    upstream, exact = random(2, 3, 11, 4, seed=9), run_reference(call)
+    dense = torch.autograd.grad(exact, wanted, upstream)
+    for result in (run_chunked(call, block_rows=3), run_blocked(call, block_rows=3, group_pairs=2)):
+        torch.testing.assert_close(result, exact, **TIGHT)
+        torch.testing.assert_close(torch.autograd.grad(result, wanted, upstream), dense, **TIGHT)
 
 
+@pytest.mark.parametrize("backend", ["chunked", "blocked"])
 @pytest.mark.parametrize("name", ROW_BY_ROW)
-def test_dropout_in_blocks_is_one_mask_for_all_passes(name: str) -> None:
+def test_dropout_in_blocks_is_one_mask_for_all_passes(name: str, backend: str) -> None:
     """The operator that the identity reveals is a polynomial of one matrix, whose kept weights are scaled."""
     query, key = (random(1, 2, 9, 4, seed=seed) for seed in range(2))
     identity = torch.eye(9, dtype=torch.float64).expand(1, 2, 9, 9)
@@ -135,7 +139,7 @@ def test_dropout_in_blocks_is_one_mask_for_all_passes(name: str) -> None:
     def operator(boosting: str, dropout: float) -> torch.Tensor:
         torch.manual_seed(3)
         call = filter_call(query, key, identity, boosting=boosting, boosting_steps=2, dropout=dropout)
-        return run_chunked(call._replace(normalisation=normalisation, sinks=sinks), block_rows=4)
+        return IN_BLOCKS[backend](call._replace(normalisation=normalisation, sinks=sinks), block_rows=4)
 
     dropped, whole = operator("none", 0.5), operator("none", 0.0)
     kept = dropped != 0
@@ -145,7 +149,7 @@ def test_dropout_in_blocks_is_one_mask_for_all_passes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ROW_BY_ROW)
-@pytest.mark.parametrize("backend", ["reference", "chunked", "sdpa"])
+@pytest.mark.parametrize("backend", ["reference", "chunked", "blocked", "sdpa"])
 def test_gradients_are_numerical_ones(name: str, backend: str) -> None:
     if backend == "sdpa" and name != "sink":
         return
@@ -157,9 +161,9 @@ def test_gradients_are_numerical_ones(name: str, backend: str) -> None:
         call = filter_call(query, key, value, is_causal=True)
         normalisation = Normalisation("softmax" if name == "sink" else name)
         call = call._replace(sinks=sinks[0] if sinks else None, normalisation=normalisation)
-        return {"reference": run_reference, "sdpa": run_sdpa, "chunked": lambda c: run_chunked(c, block_rows=3)}[
-            backend
-        ](call)
+        if backend in IN_BLOCKS:
+            return IN_BLOCKS[backend](call, block_rows=3)
+        return {"reference": run_reference, "sdpa": run_sdpa}[backend](call)
 
     # No gradient flows through softpick's largest logit, which counts by epsilon alone.
     assert torch.autograd.gradcheck(filtered, leaves, atol=1e-5)

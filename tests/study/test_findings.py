@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hf_imgproc_attn.cli import main
+from hf_imgproc_attn.models.layer_parameters import bandwidth_scale
+from hf_imgproc_attn.models.layer_positions import LayerPositions
 from hf_imgproc_attn.study.claims import CLAIMS, SUBJECTS
 from hf_imgproc_attn.study.evidence import BEGIN, END, evidence_table
 from hf_imgproc_attn.study.findings import (
@@ -25,6 +28,8 @@ from hf_imgproc_attn.study.ledger import Ledger
 from hf_imgproc_attn.study.statistics import BETTER, NO_DIFFERENCE, TOO_FEW, WORSE, compare
 from hf_imgproc_attn.study.study_file import read_study
 from hf_imgproc_attn.study.table import Row, Table, autoattack_above_pgd, build_tables
+from hf_imgproc_attn.training_support.arguments import ModelArguments
+from hf_imgproc_attn.training_support.model_setup import new_model
 from tests.helpers import ROOT
 
 PAGE = ROOT / "docs" / "what-holds.md"
@@ -188,3 +193,28 @@ def test_autoattack_fools_as_many_images_as_pgd_in_every_run_of_the_ledgers() ->
     for folder in sorted(path.parent for path in (ROOT / LEDGERS).glob("*/study.json")):
         study = read_study(ROOT / "training" / "configs" / "studies" / f"{folder.name}.yaml")
         assert not autoattack_above_pgd(Ledger(folder).everything(study)), folder.name
+
+
+def test_position_logits_start_as_the_page_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their standard deviation over pairs of patches, in the model of the study: 0.21 / h²."""
+    deviations: list[float] = []
+    terms = LayerPositions.terms
+
+    def observed(self: LayerPositions, scalars: Any, vectors: Any, *places: Any, **options: Any) -> Any:
+        scale = bandwidth_scale(scalars.position_log_bandwidth, self.bandwidths, options["like"])
+        deviations.append(float((scale * (vectors[0] @ vectors[1].transpose(-1, -2)))[..., 1:, 1:].std()))
+        return terms(self, scalars, vectors, *places, **options)
+
+    monkeypatch.setattr(LayerPositions, "terms", observed)
+    (task,) = read_study(ROOT / "training" / "configs" / "studies" / "digits_start.yaml").tasks
+    for bandwidth in (None, 8.0, 1.0, 0.5, 0.25):
+        torch.manual_seed(0)
+        start = ModelArguments(preset="bilateral")
+        sizes = {**task.options["config_overrides"], "image_size": 8, "patch_size": 2, "num_channels": 1}
+        model = new_model("image-classification", start, {**sizes, "position_bandwidth": bandwidth})
+        deviations.clear()
+        with torch.no_grad():
+            model(torch.zeros(1, 1, 8, 8))
+        expected = 0.21 / (bandwidth or (4 * 16) ** 0.25) ** 2
+        assert len(deviations) == 4
+        assert sum(deviations) / 4 == pytest.approx(expected, rel=0.15)

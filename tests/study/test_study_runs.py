@@ -368,3 +368,41 @@ def test_texts_are_studied_alike(write_study: WriteStudy, tmp_path: Path) -> Non
     ]
     assert [row.variant for row in tables[0].rows] == ["softmax", "as_costly", "twicing"]
     assert all(row.summary is not None and math.isfinite(row.summary.mean) for row in tables[0].rows)
+
+
+def test_masks_and_sequences_are_studied_alike(write_study: WriteStudy, tmp_path: Path) -> None:
+    few = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "max_train_samples": 8,
+        "max_eval_samples": 4,
+        "use_cpu": True,
+    }
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    listops = {"min_length": 4, "max_length": 24, "max_depth": 3, "max_args": 3}
+    tasks = {
+        "composed": {
+            "task": "semantic-segmentation",
+            "options": {**few, "pictures": 0, "config_overrides": sizes},
+            "measure": {"sigmas": [0.1], "epsilons": ["4/255"]},
+        },
+        "listops": {
+            "task": "sequence-classification",
+            "options": {
+                **few,
+                "dataset_name": "listops_short",
+                "sequence_settings": [f"{name}={value}" for name, value in listops.items()],
+                "config_overrides": {**sizes, "classifier_pooling": "mean"},
+            },
+        },
+    }
+    study = read_study(write_study(tasks=tasks, variants=["bilateral"], baseline="bilateral", seeds=1))
+    said = do(study, tmp_path / "ledger")
+    assert any("composed-bilateral-seed0: test mean iou" in line for line in said)
+    assert any("listops-bilateral-seed0: test accuracy" in line for line in said)
+    tables = build_tables(study, Ledger(tmp_path / "ledger").everything(study))
+    shown = {(table.task, table.condition, table.metric) for table in tables}
+    assert {("composed", "clean", "mean_iou"), ("listops", "clean", "accuracy")} <= shown
+    for condition in ("Gaussian noise, sigma 0.1", "FGSM, epsilon 4/255"):
+        assert ("composed", condition, "mean_iou") in shown
+    assert all(row.summary is not None and 0 <= row.summary.mean <= 1 for table in tables for row in table.rows)

@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
+from ...models.any_filter import apply_filter
 from ...models.cache_streams import CachedStreams
 from ...models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from ...models.layer_filter import AttentionFilter
@@ -25,6 +26,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bilateral": {"position_kernel": "untied", "learn_bandwidths": True},
     "bilateral_gaussian": {"content_kernel": "gaussian", "position_kernel": "gaussian", "learn_bandwidths": True},
 }
+FILTERED = "twicing, apply_filter"
+"""The stock GPT-2 with filters in its layers, which is to cost what a GPT-2 of the package does."""
 
 _ROUNDS_OF_STEPS = 8
 
@@ -47,6 +50,8 @@ def run_decoding(
     for case, make in (("attention alone", attention_step), ("whole model", model_step)):
         say(f"decoding step at {length} tokens, {case}")
         calls = {name: make(length, fields, variant, device) for name, variant in {STOCK: None, **VARIANTS}.items()}
+        if make is model_step:
+            calls[FILTERED] = model_step(length, fields, None, device, preset="twicing")
         for name, spread in interleave(calls, STOCK, budget=budget, device=device).items():
             yield Row("decode", f"{case}, {length} cached tokens", length, name, "step", **spread.fields())
 
@@ -114,6 +119,7 @@ def model_step(
     device: str,
     dtype: torch.dtype = torch.float32,
     compiler: str | None = None,
+    preset: str | None = None,
 ) -> Any:
     """A call that gives the logits of one token after ``length`` cached ones, and forgets it again.
 
@@ -124,6 +130,7 @@ def model_step(
         device: where.
         dtype: of the weights.
         compiler: the back-end of ``torch.compile`` for the step; None runs it as it is.
+        preset: of filters in the layers of the stock model (``variant=None``).
     """
     fields = {**fields, "bos_token_id": 0, "eos_token_id": 0}
     if variant is None:
@@ -131,6 +138,8 @@ def model_step(
     else:
         model = build_on(device, partial(ImgProcGPT2LMHeadModel, ImgProcGPT2Config(**fields, **variant)))
     model = model.eval().to(dtype)
+    if preset is not None:
+        apply_filter(model, preset)
     ids = torch.randint(fields["vocab_size"], (1, length + 1), generator=torch.Generator().manual_seed(0)).to(device)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
