@@ -180,7 +180,6 @@ def _noise(reports: list[Report]) -> Figure:
             _line(gains, [point for point in points if math.isfinite(point[1])], number, label)
         promised = [(layer.index, layer.predicted_gain) for layer in report.layers if layer.predicted_gain is not None]
         if promised:
-            gains.autoscale(False)  # what is promised may be far beyond what is measured
             gains.plot(*zip(*promised, strict=True), color="black", linestyle=":", label="proposition III.1")
         gains.axhline(0.0, color="grey", linewidth=0.8)
         axes.set_ylabel("signal to noise, dB")
@@ -189,14 +188,31 @@ def _noise(reports: list[Report]) -> Figure:
             _depth(each, report)
             if each.get_legend_handles_labels()[0]:
                 each.legend(fontsize=7)
+    # By what is measured alone: what is promised may be far beyond.
+    measured = [0.0, *(gain for report in reports for gain in _gains(report) if math.isfinite(gain))]
+    margin = 0.05 * (max(measured) - min(measured)) or 1.0
+    grid[0, 1].set_ylim(min(measured) - margin, max(measured) + margin)
     return figure
+
+
+def _gains(report: Report) -> list[float]:
+    """Every gain that is drawn, in decibels."""
+    return [
+        layer.noise[after] - layer.noise[before]
+        for layer in report.layers
+        for before, after in STEPS.values()
+        if before in layer.noise and after in layer.noise
+    ]
 
 
 def _kernels(reports: list[Report]) -> Figure:
     """Stacked shares by layer, mean over heads; the exact ones of the first layer stand left of the others."""
-    figure, grid = _figure(1, len(reports), 6.0, 3.8, sharey="row")
+    columns = min(len(reports), 2)
+    figure, grid = _figure(-(-len(reports) // columns), columns, 6.0, 3.4, sharey=True)
     named: dict[str, Any] = {}
-    for axes, report in zip(grid[0], reports, strict=True):
+    for axes in grid.flat[len(reports) :]:
+        axes.set_visible(False)
+    for axes, report in zip(grid.flat, reports, strict=False):
         bars = [
             (f"{layer.index}{mark}", {name: _mean(held, name) for name in held[0]})
             for layer in report.layers
@@ -213,7 +229,8 @@ def _kernels(reports: list[Report]) -> Figure:
         axes.axhline(0.0, color="black", linewidth=0.8)
         axes.set_xticks(range(len(bars)), [label for label, _ in bars], fontsize=7)
         _depth_title(axes, report)
-    grid[0, 0].set_ylabel("share of the logits' variance")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("share of the logits' variance")
     figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=4, fontsize=7)
     return figure
 
@@ -275,7 +292,7 @@ def _complex_plane(axes: Any, report: Report, layer: LayerReport) -> None:
         if points:
             x, y = np.concatenate(points).T
             axes.scatter(x, y, s=7, color=colour, marker=marker, linewidths=0.6, label=label)
-    axes.set_aspect("equal")
+    axes.set_aspect("equal", adjustable="datalim")
     axes.set_title(f"{report.model}\neigenvalues, layer {layer.index}", fontsize=8)
     axes.legend(fontsize=7, loc="upper left")
 

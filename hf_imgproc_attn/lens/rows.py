@@ -55,7 +55,9 @@ def filter_rows(call: FilterCall, scores: int = BLOCK_SCORES) -> Iterator[Rows]:
         scores: the most scores to hold at a time; at least one row is.
     """
     if call.difference is not None:
-        raise ValueError("boosting='differential' has two filters, got a layer of which one is to be looked at")
+        raise ValueError(
+            "boosting='differential' takes a second filter away from A: the lens looks at layers of one filter"
+        )
     batch, heads, length, _ = call.query.shape
     step = max(scores // max(batch * heads * call.key.shape[-2], 1), 1)
     if call.normalisation.name == "sinkhorn":  # columns are normalised too: no row is known without the others

@@ -66,6 +66,17 @@ def test_comparisons_share_their_axes(report: Report) -> None:
     assert axes[0].get_ylim()[1] > 3
 
 
+def test_gains_are_drawn_whole_whatever_is_promised(report: Report) -> None:
+    layers = [replace(layer, predicted_gain=500.0) for layer in report.layers]
+    layers[0].noise = {**layers[0].noise, "filtered": layers[0].noise["values"] - 9.0}
+    gains = _noise([replace(report, layers=layers)]).axes[1]
+    drawn = [y for line in gains.get_lines()[:3] for y in line.get_ydata()]
+    low, high = gains.get_ylim()
+    assert low < min(drawn) == pytest.approx(-9.0)
+    assert max(drawn) < high < 100
+    assert gains.get_xlim()[0] < 0 < 1 < gains.get_xlim()[1]
+
+
 @pytest.fixture(scope="module")
 def pictures(report: Report) -> Pictures:
     return draw_all([report])
