@@ -15,13 +15,24 @@ import pytest
 import torch
 from torch import nn
 
+from hf_imgproc_attn.functional import filter_attention
 from hf_imgproc_attn.models import layer_filter
+from hf_imgproc_attn.models.backend_reference import filter_matrix
+from hf_imgproc_attn.models.backend_table import run_filter
 from hf_imgproc_attn.models.boost_depth import RESIDUAL, LayerState
 from hf_imgproc_attn.models.boost_operators import BOOSTING, NOT_LINEAR, keep_rows
+from hf_imgproc_attn.models.kernel_normalisation import Normalisation
 from hf_imgproc_attn.models.layer_filter import AttentionFilter
 from hf_imgproc_attn.models.layer_tokens import filter_tokens
-from hf_imgproc_attn.models.spec_axes import BOOSTINGS, CONTENT_KERNELS, POSITION_KERNELS, default_steps
-from tests.models.helpers import dense_attention, dense_matrix, layer_inputs, make_filter
+from hf_imgproc_attn.models.spec_axes import (
+    BOOSTINGS,
+    CONTENT_KERNELS,
+    POSITION_KERNELS,
+    TOKEN_BOOSTINGS,
+    default_steps,
+)
+from hf_imgproc_attn.models.visibility import Visibility
+from tests.models.helpers import dense_attention, dense_matrix, filter_call, layer_inputs, make_filter
 
 TIGHT = {"rtol": 0, "atol": 1e-12}
 
@@ -340,9 +351,10 @@ class Layer(nn.Module):
         return filter_tokens(self.filter, hidden_states, projected, inputs)[0]
 
 
+@pytest.mark.sampled("content,position", "content,boosting", "position,boosting")
 @pytest.mark.parametrize(("content", "position", "boosting"), COMBINATIONS)
 def test_7_gradients(content: str, position: str, boosting: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every pair of kernels with every booster against finite differences: inputs and parameters, both back-ends."""
+    """Each pair of kernels and boosters against finite differences: inputs and parameters, both back-ends."""
     heads, width, length = 2, 2, 4
     fields: dict[str, Any] = {}
     if position == "relative_buckets":
@@ -384,6 +396,95 @@ def test_7_gradients(content: str, position: str, boosting: str, monkeypatch: py
             return result
 
         leaves = [leaf.detach().clone().requires_grad_() for leaf in (*inputs, *parameters)]
-        # Only gradient boosting reads the tokens themselves.
-        leaves[0].requires_grad_(boosting == "gradient_boosted")
+        # These read the tokens themselves.
+        reads = boosting in ("gradient_boosted", *TOKEN_BOOSTINGS) or position == "forget"
+        leaves[0].requires_grad_(reads)
         assert torch.autograd.gradcheck(output, leaves, eps=1e-6, atol=1e-6, rtol=1e-5, fast_mode=True)
+
+
+RIVALS: dict[str, dict[str, Any]] = {
+    "cosine": {"content_kernel": "cosine"},
+    "forget": {"position_kernel": "forget"},
+    "headwise": {"gate": "headwise"},
+    "elementwise": {"gate": "elementwise", "boosting": "inversion"},
+    "exclusive": {"boosting": "exclusive"},
+    "dynamic_inversion": {"boosting": "dynamic_inversion"},
+    "differential": {"boosting": "differential"},
+    "value_residual": {"feedback": "value_residual", "boosting": "twicing", "num_layers": 2, "layer_idx": 1},
+    "sink": {"normalisation": "sink", "boosting": "twicing"},
+    "sigmoid": {"normalisation": "sigmoid", "boosting": "twicing"},
+    "softpick": {"normalisation": "softpick", "boosting": "twicing"},
+}
+
+
+@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "blocked", "chunked"])
+def test_7_gradients_of_the_rivals(name: str, backend: str) -> None:
+    """Of each value on each back-end, causal: tokens, projections, values of the first layer, and all parameters."""
+    if backend == "sdpa" and name in ("sigmoid", "softpick"):
+        return  # refused: tests/models/test_normalisation.py
+    heads, width, length = 2, 3, 4
+    layer = Layer(make_filter(**RIVALS[name], heads=heads, head_dim=width, longest_side=4))
+    leaves = [random(1, length, heads * width, seed=9)]
+    leaves += [random(1, heads, length, width, seed=seed) for seed in range(4)]
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in (*leaves, *parameters)]
+
+    def output(hidden_states: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        query, key, value, first, *own = rest
+        state = LayerState(first_value=first) if name == "value_residual" else LayerState()
+        inputs = layer_inputs(length, is_causal=True, backend=backend)._replace(state=state)
+        given = (hidden_states, (query, key, value), inputs)
+        values = dict(zip(names, own, strict=True))
+        result: torch.Tensor = torch.func.functional_call(Rival(layer.filter), values, given)
+        return result
+
+    assert torch.autograd.gradcheck(output, leaves, eps=1e-6, atol=1e-6, rtol=1e-5, fast_mode=True)
+
+
+class Rival(nn.Module):
+    """A filter with everything that happens to its output, given its inputs."""
+
+    def __init__(self, attention_filter: AttentionFilter) -> None:
+        super().__init__()
+        self.filter = attention_filter
+
+    def forward(self, hidden_states: torch.Tensor, projected: Any, inputs: Any) -> torch.Tensor:
+        return filter_tokens(self.filter, hidden_states, projected, inputs)[0]
+
+
+# -- 8. The rivals
+
+
+@torch.no_grad()
+def test_8_sinkhorn_rows_and_columns_sum_to_one_and_twicing_keeps_more() -> None:
+    """Of a symmetric positive kernel: A is symmetric, and twicing makes of an eigenvalue x one in [x, 1]."""
+    points = 0.4 * random(9, 4)
+    logits = -torch.cdist(points, points).square()[None, None]
+    matrix = filter_matrix(logits, Visibility(9, 9), None, Normalisation("sinkhorn", 64))[0, 0]
+    ones = torch.ones(9, dtype=torch.float64)
+    torch.testing.assert_close(matrix.sum(-1), ones, **TIGHT)
+    torch.testing.assert_close(matrix.sum(-2), ones, rtol=0, atol=1e-9)
+    eigenvalues, eigenvectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    assert eigenvalues.min() > 0
+    boosted = boost(matrix, eigenvectors, "twicing", 2)
+    found = (eigenvectors * boosted).sum(0)
+    torch.testing.assert_close(found, 2 * eigenvalues - eigenvalues.square(), rtol=0, atol=1e-9)
+    assert (found >= eigenvalues - 1e-12).all()
+    assert found.max() <= 1 + 1e-9
+
+
+@torch.no_grad()
+def test_8_what_exclusive_attention_returns_is_orthogonal_to_the_own_value() -> None:
+    query, key, value = (random(1, 2, 9, 4, seed=seed) for seed in range(3))
+    output = filter_attention(query, key, value, boosting="exclusive", is_causal=True)
+    assert (output * value).sum(-1).abs().max() < 1e-12
+    assert output[:, :, 1:].norm(dim=-1).min() > 1e-3
+
+
+@torch.no_grad()
+def test_8_inversion_with_one_and_one_is_the_identity() -> None:
+    query, key, value = (random(1, 2, 9, 4, seed=seed) for seed in range(3))
+    gains = torch.ones(2, 2, 1, 1, dtype=torch.float64)
+    found = run_filter(filter_call(query, key, value, boosting="inversion", boosting_gain=gains), "auto")
+    torch.testing.assert_close(found, value, **TIGHT)

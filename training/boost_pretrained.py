@@ -2,11 +2,13 @@
 
     python training/boost_pretrained.py PATH_OR_HUB_NAME --preset twicing --layers -2 -1
     python training/boost_pretrained.py PATH_OR_HUB_NAME --finetune --steps 60
+    python training/boost_pretrained.py PATH_OR_HUB_NAME --quantised
 
 First, for each block, how alike the tokens of a text are (mean cosine between two of them) without and with the
 filter, and how far the filter moves them. Then what comes out: for an encoder the likeness of sentences, for a
 language model its next words. With ``--finetune`` an encoder learns to tell topics of Python's manual apart, stock and
-filtered, on the same batches, with several seeds.
+filtered, on the same batches, with several seeds. With ``--quantised`` a language model reads the texts with a cache
+whose numbers are rounded.
 """
 
 import argparse
@@ -34,6 +36,8 @@ PAIRS = ((0, 1), (3, 4), (0, 2), (0, 3), (4, 5))
 """Two pairs that mean the same, then three that do not."""
 TEXTS, LENGTH = 16, 64
 """Texts that a language model without a tokenizer writes for itself, and their tokens."""
+MOST_READ = 128
+"""Tokens that are read one by one."""
 STOCK = "stock"
 
 
@@ -159,6 +163,22 @@ def next_words(stock: Any, filtered: Any, given: dict[str, "torch.Tensor"]) -> l
     ]
 
 
+def quantised(stock: Any, filtered: Any, given: dict[str, "torch.Tensor"]) -> list[tuple[str, ...]]:
+    """Errors of the logits with a quantised cache, the texts one after another; see ``measure/quantised_cache.py``.
+
+    Raises:
+        UsageError: for a model whose heads cannot be cut into groups.
+    """
+    from hf_imgproc_attn.measure.quantised_cache import GROUP, errors
+
+    text = given["input_ids"][given["attention_mask"].bool()][None, :MOST_READ]
+    print(f"\n{text.shape[1]} tokens, relative error of the logits:")
+    try:
+        return errors(stock, filtered, text)
+    except RuntimeError as error:
+        raise UsageError(f"quantised needs heads of a width that {GROUP} divides: {plain_message(error)}") from error
+
+
 def finetune(name: str, tokenizer: Any, options: argparse.Namespace) -> list[tuple[str, ...]]:
     """Classify paragraphs of Python's manual by topic: test accuracy in percent, stock and filtered.
 
@@ -255,6 +275,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", choices=PRESETS, default="twicing", help="(default: %(default)s)")
     parser.add_argument("--layers", nargs="+", type=int, default=[-2, -1], help="(default: the last two)")
     parser.add_argument("--finetune", action="store_true", help="fine-tune an encoder too, stock and filtered")
+    parser.add_argument("--quantised", action="store_true", help="errors of a language model with a quantised cache")
     parser.add_argument("--variants", nargs="+", choices=PRESETS, default=["twicing", "learned_twicing"])
     for name, default, meaning in (
         ("steps", 60, "of fine-tuning"),
@@ -276,6 +297,8 @@ def _run(argv: Sequence[str] | None) -> None:
     model, tokenizer = load(options.model)
     if options.finetune and (tokenizer is None or model.can_generate()):
         raise UsageError("finetune needs an encoder of texts with its tokenizer; see finetune_real.py for others")
+    if options.quantised and not model.can_generate():
+        raise UsageError("quantised needs a causal language model: an encoder has no cache")
     filtered = put_filter(model, options.preset, options.layers)
     given = given_texts(model, tokenizer)
     print(table(what_moves(model, filtered, given)) + "\n")
@@ -283,6 +306,8 @@ def _run(argv: Sequence[str] | None) -> None:
         print(table(next_words(model, filtered, given)))
     else:
         print(table(sentences((model, filtered), given)))
+    if options.quantised:
+        print("\n" + table(quantised(model, filtered, given)))
     if options.finetune:
         print("\n" + table(finetune(options.model, tokenizer, options)))
 

@@ -379,6 +379,19 @@ def table(outcomes: dict[tuple[str, str], str]) -> str:
     return "\n".join(lines)
 
 
+def summary(outcomes: dict[tuple[str, str], str]) -> str:
+    """The table in a paragraph, as the README has it."""
+    works = {
+        title for title in ARCHITECTURES if all(outcomes[title, column.title] in (YES, NOTHING) for column in COLUMNS)
+    }
+    refused = [title for title in ARCHITECTURES if title not in works]
+    modes = [column.title for column in COLUMNS]
+    return (
+        f"{len(works)} architectures work in all modes that they have ({', '.join(modes)}); refused, with the reason: "
+        f"{', '.join(refused)}."
+    )
+
+
 def read_table(text: str) -> dict[tuple[str, str], str]:
     """What :func:`table` was made of."""
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]

@@ -11,7 +11,7 @@ from torch import nn
 
 from .any_layers import AttentionLayer
 from .layer_grid import trained_grid
-from .spec_axes import NO_FEEDBACK_YET, TOKEN_BOOSTINGS, LayerSpec, layer_schedule
+from .spec_axes import FEEDBACKS, NO_FEEDBACK_YET, TOKEN_BOOSTINGS, LayerSpec, layer_schedule
 from .spec_fields import FILTER_FIELDS, FilterSpecMixin, preset_fields, refuse_near_misses
 from .spec_rules import check_filter_spec
 
@@ -20,7 +20,7 @@ _NEEDS = {
     "untied": "it projects positions, which the model does not",
     "rotary": "it turns queries and keys before the model does its own",
     "additive": "it is what the model does by itself",
-    "forget": "it projects the layer's input",
+    "forget": "it projects the layer's input, which attention functions of Transformers are not given",
     "none": "the model adds its own positions, which cannot be taken out",
 }
 _NOT_FOR_LAYERS = {
@@ -28,7 +28,7 @@ _NOT_FOR_LAYERS = {
     "rotary_base": "rotary positions are the model's own",
     "residual": "it changes the blocks of the model",
     "boosted_layers": "choose layers by layers=",
-    "gate": "it projects the layer's input, and multiplies what the layer itself projects",
+    "gate": "it projects the layer's input, which attention functions of Transformers are not given",
 }
 
 
@@ -68,15 +68,11 @@ class FilterFields(NamedTuple):
         for booster in boostings if isinstance(boostings, list) else [boostings]:
             if booster in ("gradient_boosted", *TOKEN_BOOSTINGS):
                 raise ValueError(
-                    f"boosting={booster!r} is not for layers of another model: it has projections of its own"
+                    f"boosting={booster!r} is not for layers of another model: it has projections of its own, of the "
+                    "layer's input, which attention functions of Transformers are not given"
                 )
-        if wanted.get("feedback") == "value_residual":
-            raise ValueError(
-                "feedback='value_residual' is not for layers of another model: it changes values before they come "
-                "into the cache, which the model fills by itself"
-            )
         if not isinstance(wanted.get("feedback", "none"), str):
-            raise ValueError(f"feedback must be one of none, neutreno, pid, got {wanted['feedback']!r}")
+            raise ValueError(f"feedback must be one of {', '.join(FEEDBACKS)}, got {wanted['feedback']!r}")
         if wanted.get("feedback") in NO_FEEDBACK_YET and not {
             "neutreno_lambda",
             "pid_gains",
@@ -189,6 +185,11 @@ def _check_alike(values: dict[str, Any], layers: Sequence[AttentionLayer]) -> No
 
 def _grid(config: Any) -> tuple[int, int]:
     """Rows and columns of patches."""
+    if getattr(config, "mask_ratio", None) is not None:
+        raise ValueError(
+            f"positions need tokens in the order of the grid of patches, and a model with mask_ratio in its "
+            f"{type(config).__name__} shuffles them"
+        )
     if getattr(config, "image_size", None) is None or getattr(config, "patch_size", None) is None:
         raise ValueError(
             f"positions need the grid of patches, and {type(config).__name__} has no image_size or no patch_size"

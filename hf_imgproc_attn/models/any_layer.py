@@ -12,7 +12,7 @@ from .any_layers import AttentionLayer
 from .backend_call import FilterCall
 from .backend_reference import filter_logits, reference_attention
 from .backend_table import run_filter
-from .boost_depth import LayerState
+from .boost_depth import LayerState, mixed_value
 from .cache_followed import CacheOwner, FollowingStreams
 from .cache_streams import NO_STREAMS, Streams
 from .kernel_content import working_dtype
@@ -22,6 +22,9 @@ from .layer_filter import AttentionFilter
 from .layer_parameters import Scalars
 from .spec_axes import CONVERTED_SINK
 from .visibility import Visibility
+
+FIRST_VALUE = "first.value"
+"""Name of the stream that keeps the values of the first filtered layer, for ``value_residual``."""
 
 
 class ModelLogits(NamedTuple):
@@ -120,11 +123,14 @@ class AppliedFilter(nn.Module):
         if self.filter.scalar_bias.boosting_gain is not None:
             # Boosting that is learned starts where the model is: without it.
             nn.init.zeros_(self.filter.scalar_bias.boosting_gain)
+        if self.filter.scalar_bias.value_residual is not None:
+            nn.init.zeros_(self.filter.scalar_bias.value_residual)
         if self.filter.scalar_bias.sink is not None:
             nn.init.constant_(self.filter.scalar_bias.sink, CONVERTED_SINK)
         self.sides = config.sides
         self.sees_places = self.filter.positions.sees_places
-        keeps_streams = bool(self.filter.stream_names) or self.sees_places
+        mixes_values = self.filter.scalar_bias.value_residual is not None
+        keeps_streams = bool(self.filter.stream_names) or self.sees_places or mixes_values
         self.kind = self.filter.kind if keeps_streams else None
         """What the filter is, where a cache keeps rows for it."""
         fields = config.fields
@@ -168,6 +174,14 @@ class AppliedFilter(nn.Module):
             )
         state = self._state(seat.shared)
         scalars = self.filter.scalar_bias()
+        own_mixed = None
+        if scalars.value_residual is not None and state.first_value is not None:
+            first = state.first_value
+            self._check_first_value(first, new_value)
+            own_mixed = mixed_value(new_value, first, scalars.value_residual)
+            # The values that the model keeps are those of the layer: V_0 is kept beside them.
+            first = streams.append(FIRST_VALUE, first) if streams.is_cached else first
+            value = mixed_value(value, first, scalars.value_residual)
         positions = self._positions(
             scalars, query, visibility, self._coordinates(query, position_ids, seat.cache_layer), streams
         )
@@ -186,6 +200,8 @@ class AppliedFilter(nn.Module):
         if not (self.scales_by_itself or self.filter.has_metric) and logits.scaling is not None:
             content = content._replace(scale=float(logits.scaling))
         call = call._replace(content=content)
+        if own_mixed is not None and call.own_value is not None:
+            call = call._replace(own_value=own_mixed)
         if logits.sinks is not None:
             call = call._replace(sinks=logits.sinks)
         if attentions:
@@ -197,6 +213,13 @@ class AppliedFilter(nn.Module):
             seat.shared.states[self.order + 1] = state
         seat.cache_layer = None  # a model keeps no cache alive
         return output, weights
+
+    def _check_first_value(self, first: torch.Tensor, own: torch.Tensor) -> None:
+        if first.shape != own.shape:
+            raise ValueError(
+                f"feedback='value_residual' mixes values of two layers: {self.layer_name} has values of shape "
+                f"{tuple(own.shape)}, the first filtered layer of its stack {tuple(first.shape)}; choose other layers"
+            )
 
     def _check_logits(self, logits: ModelLogits) -> None:
         normalisation = self.filter.spec.normalisation
@@ -216,7 +239,7 @@ class AppliedFilter(nn.Module):
     @staticmethod
     def _backend(call: FilterCall) -> str:
         """The back-end of a call with cached tokens: one that takes everything about who is seen from the mask."""
-        if call.content.softcap is not None or call.normalisation.name != "softmax":
+        if call.content.softcap is not None or call.normalisation.name != "softmax" or call.by_weights is not None:
             return "auto"
         one_row = call.query.shape[-2] == 1 or (call.dropout and call.is_boosted)
         return "reference" if one_row or (call.sinks is not None and call.has_columns) else "sdpa"

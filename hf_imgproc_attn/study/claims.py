@@ -73,9 +73,9 @@ SUBJECTS = {
         "the validation split so that it neither fails nor is perfect.",
     ),
     "cifar10_small": Subject(
-        "CIFAR-10, 5,000 training images",
-        "A ViT of 0.15M parameters on patches of 8 x 8 pixels, six epochs; accuracy on the first 1,000 test images, "
-        "attacks on the first 200. The recipe was not tuned.",
+        "CIFAR-10, 4,000 training images",
+        "A ViT of 0.15M parameters on patches of 8 x 8 pixels, five epochs; accuracy on 500 test images, "
+        "attacks on 100 of them. The recipe was not tuned.",
     ),
     "wikitext2_small": Subject(
         "Language models: WikiText-2, its first lines",

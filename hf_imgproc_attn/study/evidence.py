@@ -39,7 +39,9 @@ def found_in(ledgers: Path) -> Iterator[Found]:
         study = read_study(shipped_file(f"training/configs/studies/{name}.yaml"))
         if study.baseline != STOCK or study.split != "test":
             continue
-        tables = build_tables(study, Ledger(ledgers / name).everything(study))
+        ledger = Ledger(ledgers / name)
+        ledger.check(study)
+        tables = build_tables(study, ledger.everything(study))
         yield from (Found(name, table, len(study.seeds)) for table in tables if table.family == "clean")
 
 

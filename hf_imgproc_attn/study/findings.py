@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..cards.results import METRICS, PARTS
 from ..errors import UsageError
 from ..output_paths import check_output_file, writing
 from ..shipped_files import shipped_file
 from .claims import CLAIMS, SUBJECTS, UNTESTED, Claim
 from .ledger import HEADER, Ledger
 from .plan import Study
-from .report import NOTHING, explanation, interval, number, p_value
-from .statistics import BETTER, NO_DIFFERENCE, TOO_FEW, WORSE
+from .report import NOTHING, interval, number, p_value
+from .statistics import BETTER, CONFIDENCE, LEVEL, NO_DIFFERENCE, TOO_FEW, WORSE
 from .study_file import read_study
 from .table import LOWER_IS_BETTER, Row, Table, autoattack_above_pgd, build_tables
 
@@ -93,10 +95,15 @@ def findings(ledgers: Path) -> str:
         "## In short",
         "",
         *paragraph(
-            "A comparison is one variant against one baseline under one condition, paired by seed, after correction "
-            "for the number of comparisons. *Points to the better* counts those whose mean difference is on the "
-            "claim's side, whatever its interval: half of them would be by chance."
+            "A comparison is one variant against one baseline under one condition. Differences are paired by seed, "
+            f"their intervals hold {100 * CONFIDENCE:.0f} % (Student's t), and a verdict is *better* or *worse* where "
+            "the p-value of the paired t-test, corrected by Holm's method for all variants under that condition, is "
+            f"below {LEVEL:g}. *Points to the better* counts the comparisons whose mean difference is on the "
+            "claim's side, whatever its interval: half of them would be by chance. Comparisons of one study are not "
+            "independent: the same models stand in all of them."
         ),
+        "",
+        *paragraph(_in_all(chapters)),
         "",
         "| claim | seeds | comparisons | better | worse | no difference seen | points to the better | in a word |",
         "|" + "---|" * 8,
@@ -112,6 +119,20 @@ def findings(ledgers: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _in_all(chapters: Sequence[Chapter]) -> str:
+    """All comparisons of the page in one sentence, with the variants that any difference was seen of."""
+    rows = [entry.row for chapter in chapters for _, found in chapter.claims for entry in found]
+    none = sum(verdict_of(row) == NO_DIFFERENCE for row in rows)
+    seen = {word: Counter(row.variant for row in rows if verdict_of(row) == word) for word in (BETTER, WORSE)}
+    parts = [
+        f"{word} in {counts.total()}"
+        + (f" ({', '.join(f'`{name}` {count}' for name, count in counts.most_common())})" if counts else "")
+        for word, counts in seen.items()
+    ]
+    what = " and ".join(parts)
+    return f"**In all, of {len(rows)} comparisons the variant is {what}; in {none} no difference is seen.**"
+
+
 def _chapter(name: str, ledgers: Path) -> Chapter:
     """What the ledger of a study says of its claims; nothing where it has not been run."""
     claims = [claim for claim in CLAIMS if claim.study == name]
@@ -119,7 +140,9 @@ def _chapter(name: str, ledgers: Path) -> Chapter:
     if not (folder / HEADER).is_file():
         return Chapter(name, None, {}, [(claim, []) for claim in claims])
     study = read_study(shipped_file(f"training/configs/studies/{name}.yaml"))
-    records = Ledger(folder).everything(study)
+    ledger = Ledger(folder)
+    ledger.check(study)
+    records = ledger.everything(study)
     baselines = dict.fromkeys(against for claim in claims for against in claim.against)
     tables = {against: build_tables(replace(study, baseline=against), records) for against in baselines}
     return Chapter(name, study, records, [(claim, _comparisons(tables, claim)) for claim in claims])
@@ -160,7 +183,7 @@ def _chapter_lines(chapter: Chapter) -> list[str]:
     planned = len(study.tasks) * len(study.variant_names) * len(study.seeds)
     lines += paragraph(
         f"Study `{chapter.name}`: {len(chapter.records)} of {planned} runs have ended, {diverged} of them diverged; "
-        f"{len(study.variant_names)} variants, {len(study.seeds)} seeds, {study.split} split. {explanation(study)}"
+        f"{len(study.variant_names)} variants, {len(study.seeds)} seeds, {study.split} split. " + _values(chapter)
     )
     above = autoattack_above_pgd(chapter.records)
     if above is not None:
@@ -168,6 +191,18 @@ def _chapter_lines(chapter: Chapter) -> list[str]:
     for claim, found in chapter.claims:
         lines += _claim_lines(claim, found)
     return lines
+
+
+def _values(chapter: Chapter) -> str:
+    """What the numbers of a chapter are."""
+    metrics = dict.fromkeys(entry.table.metric for _, found in chapter.claims for entry in found)
+    names = [
+        METRICS[metric]
+        + (" in percent" if metric in PARTS else "")
+        + (", lower is better" if metric in LOWER_IS_BETTER else "")
+        for metric in metrics
+    ]
+    return f"Values: {'; '.join(names)}." if names else ""
 
 
 def _on_autoattack(above: Sequence[str]) -> str:

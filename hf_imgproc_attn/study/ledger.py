@@ -48,8 +48,20 @@ class Ledger:
             UsageError: if it holds another study or another version of it, or a run of it means something else now;
                 nothing is changed then.
         """
-        path = self.folder / HEADER
-        header = self._header(study)
+        path, header = self.folder / HEADER, self.check(study)
+        if not path.is_file() or self._read(path) != header:
+            write_json(path, header)
+
+    def check(self, study: Study) -> dict[str, Any]:
+        """Check that the folder is this study's, or nobody's yet; nothing is written.
+
+        Returns:
+            What its header is to say.
+
+        Raises:
+            UsageError: as :meth:`open`.
+        """
+        path, header = self.folder / HEADER, self._header(study)
         if path.is_file():
             earlier = self._read(path)
             for field in ("format", "name", "version", "split"):
@@ -60,11 +72,9 @@ class Ledger:
                     )
             for name, recipe in earlier["tasks"].items():
                 self._same(f"task {name}", recipe, header["tasks"].setdefault(name, recipe))
-            if earlier == header:
-                return
         elif self.folder.is_dir() and self.names():
             raise UsageError(f"ledger {str(self.folder)!r} has runs but no {HEADER} that says of which study")
-        write_json(path, header)
+        return header
 
     def _header(self, study: Study) -> dict[str, Any]:
         tasks = {task.name: json.loads(json.dumps(task.recipe)) for task in study.tasks}

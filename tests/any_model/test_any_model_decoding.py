@@ -26,6 +26,7 @@ FILTERS: dict[str, dict[str, Any]] = {
     "elliptical": {"preset": "elliptical", "boosting": "twicing"},
     "neutreno": {"preset": "neutreno", "neutreno_lambda": 0.3},
     "pid": {"preset": "pidformer", "pid_gains": [0.5, 0.1, 0.1], "boosting": "twicing"},
+    "value residual": {"preset": "value_residual", "boosting": "twicing"},
     "alibi": {"preset": "alibi", "boosting": "twicing"},
     "buckets": {"preset": "t5_bias"},
     "gaussian": {

@@ -81,6 +81,7 @@ OWN: dict[str, dict[str, Any]] = {
     **{name: {"preset": name} for name in ("twicing", "sos", "learned_twicing", "elliptical", "alibi", "t5_bias")},
     "neutreno": {"preset": "neutreno", "neutreno_lambda": 0.3},
     "pidformer": {"preset": "pidformer", "pid_gains": [0.5, 0.1, 0.2]},
+    "value_residual": {"preset": "value_residual"},
     "gaussian": {
         "content_kernel": "gaussian",
         "position_kernel": "gaussian",
@@ -129,13 +130,37 @@ def test_what_a_foreign_model_gets_is_what_our_own_class_computes(name: str, whi
         assert (mine.grad - theirs.grad).abs().max() <= 1e-11 * mine.grad.abs().max()
 
 
-@pytest.mark.parametrize("preset", ["neutreno", "pidformer"])
-def test_feedback_that_is_learned_starts_where_the_model_is(preset: str) -> None:
+@pytest.mark.parametrize(
+    ("preset", "learned"),
+    [("neutreno", "feedback_gains"), ("pidformer", "feedback_gains"), ("value_residual", "value_residual")],
+)
+def test_feedback_that_is_learned_starts_where_the_model_is(preset: str, learned: str) -> None:
+    """At 0, and with a gradient; it has no bounds, as a gain below 0 or above 1 means something too."""
     model = build("llama")
     stock = output(model, inputs("llama"))
     apply_filter(model, preset)
-    assert torch.equal(output(model, inputs("llama")), stock)
-    assert any("feedback_gains" in key for key, _ in model.named_parameters())
+    result = output(model, inputs("llama"))
+    assert torch.equal(result, stock)
+    result.square().sum().backward()
+    gains = [parameter for key, parameter in model.named_parameters() if learned in key]
+    assert gains
+    assert all(gain.grad is not None and bool(gain.grad.any()) for gain in gains)
+    with torch.no_grad():
+        for gain in gains:
+            gain.fill_(-0.5)
+        below = output(model, inputs("llama"))
+        for gain in gains:
+            gain.fill_(1.5)
+        assert (output(model, inputs("llama")) - below).abs().max() > 1e-4
+        assert below.isfinite().all()
+
+
+def test_values_of_layers_that_differ_are_not_mixed() -> None:
+    """Gemma 3n and others share keys and values among some layers only: shapes tell."""
+    model = apply_filter(build("llama"), "value_residual")
+    last = model.model.layers[-1].self_attn.imgproc_filter  # type: ignore[union-attr,index]
+    with pytest.raises(ValueError, match=r"mixes values of two layers: .* has values of shape \(2, 1, 5, 4\)"):
+        last._check_first_value(torch.zeros(2, 2, 5, 4), torch.zeros(2, 1, 5, 4))
 
 
 def test_layers_count_from_either_end_of_a_chosen_stack() -> None:

@@ -39,6 +39,11 @@ def test_the_table_has_every_architecture_and_names_its_command() -> None:
         assert any(outcomes[architecture, title] == YES for architecture in ARCHITECTURES)
 
 
+def test_the_readme_says_in_a_paragraph_what_the_table_says() -> None:
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert support.summary(read_table(MEASURED)) in readme
+
+
 def test_the_table_is_what_is_measured(request: pytest.FixtureRequest) -> None:
     cells = CELLS if request.config.getoption("--full") else list(dict.fromkeys(SAMPLE))
     measured = {(title, column): measure(BY_TITLE[column], title) for title, column in cells}

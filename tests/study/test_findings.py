@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hf_imgproc_attn.cli import main
+from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.models.layer_parameters import bandwidth_scale
 from hf_imgproc_attn.models.layer_positions import LayerPositions
 from hf_imgproc_attn.study.claims import CLAIMS, SUBJECTS
@@ -109,6 +110,17 @@ def test_without_ledgers_the_command_is_refused(tmp_path: Path, capsys: pytest.C
     assert caught.value.code == 2
     assert "ledgers must be a folder with a ledger for each study" in capsys.readouterr().err
     assert not (tmp_path / "page.md").exists()
+
+
+@pytest.mark.parametrize(("field", "value"), [("version", 2), ("split", "validation")])
+def test_the_ledger_of_another_version_is_refused_by_the_page(field: str, value: Any, tmp_path: Path) -> None:
+    name = CLAIMS[0].study
+    header = json.loads((ROOT / LEDGERS / name / "study.json").read_text(encoding="utf-8"))
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "study.json").write_text(json.dumps({**header, field: value}), encoding="utf-8")
+    for make in (findings, evidence_table):
+        with pytest.raises(UsageError, match=f"is of a study with {field} {value!r}"):
+            make(tmp_path)
 
 
 @pytest.mark.parametrize(

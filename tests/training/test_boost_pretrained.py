@@ -121,6 +121,24 @@ def test_wrong_options_are_one_line(
     assert message.replace("\\", "") in line
 
 
+def test_a_quantised_cache_rounds_the_rows_of_the_filter_too(
+    llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(boost_pretrained, "MOST_READ", 24)
+    assert main([str(llama), "--preset", "twicing", "--layers", "0", "--quantised"]) == 0
+    printed = capsys.readouterr().out
+    rows = {row[0].partition(" ")[0]: [float(cell[:-2]) for cell in row[1:]] for row in rows_of(printed, "cache")}
+    assert set(rows) == {"8", "4", "2"}
+    for few, many in (("2", "4"), ("4", "8")):  # fewer bits, larger errors
+        assert all(more > less for more, less in zip(rows[few], rows[many], strict=True))
+    assert rows["2"][1] != rows["2"][2]
+
+
+def test_an_encoder_has_no_cache(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(encoder), "--quantised"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_only_encoders_are_fine_tuned(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(llama), "--finetune"]) == 2
     assert "finetune needs an encoder of texts" in capsys.readouterr().err
