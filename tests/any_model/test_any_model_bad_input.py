@@ -250,6 +250,13 @@ def test_images_of_another_size_have_no_known_places() -> None:
         model(larger, interpolate_pos_encoding=True)
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.75])
+def test_shuffled_patches_have_no_known_places(ratio: float) -> None:
+    """A masked autoencoder shuffles its patches and drops some, or none."""
+    with pytest.raises(ValueError, match="a model with mask_ratio in its ViTMAEConfig shuffles them"):
+        apply_filter(build("vit_mae", mask_ratio=ratio), "alibi")
+
+
 def test_an_image_model_that_does_not_tell_its_special_tokens_asks_for_them() -> None:
     with pytest.raises(ValueError, match="give num_special_tokens"):
         apply_filter(build("beit"), "alibi")

@@ -235,3 +235,42 @@ def test_weights_without_the_filters_numbers_are_refused(tmp_path: Path) -> None
         ValueError, match=f"lack {len(lost) - 1} tensors of the filter .* such as {sorted(lost[1:])[0]}"
     ):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "auto_class", "stacks"),
+    [
+        ("llama", "AutoModel", "model.layers"),
+        ("bart", "AutoModel", ["model.decoder.layers"]),
+        ("bert", "AutoModelForSequenceClassification", "encoder.layer"),
+    ],
+)
+def test_a_chosen_stack_is_found_with_a_head_and_without(
+    name: str, auto_class: str, stacks: Any, tmp_path: Path
+) -> None:
+    """Its name has the name of the bare model before it, or has not."""
+    model = moved(name, preset="learned_twicing", stacks=stacks)
+    model.save_pretrained(tmp_path)
+    loaded = getattr(transformers, auto_class).from_pretrained(tmp_path, dtype=torch.float64)
+    assert len(filtered_layers(loaded)) == len(filtered_layers(model))
+    given = inputs(name)
+    with torch.no_grad():
+        found, wanted = (each.base_model(**given)[0] for each in (loaded, model))
+    assert (found - wanted).abs().max() < 1e-12 * wanted.abs().max()
+    loaded.save_pretrained(tmp_path / "again")
+    again = getattr(transformers, auto_class).from_pretrained(tmp_path / "again")
+    assert filtered_layers(again) == filtered_layers(loaded)
+
+
+def test_a_filter_goes_into_a_model_whose_layers_are_on_disk(tmp_path: Path) -> None:
+    """Between two passes their tensors are nowhere; the filter's numbers are where the layer computes."""
+    model = build("llama")
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    places = {**dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")}
+    places |= {f"model.layers.{i}": "disk" for i in range(3)}
+    options = {"device_map": places, "offload_folder": tmp_path / "offloaded", "dtype": torch.float64}
+    loaded = apply_filter(LlamaForCausalLM.from_pretrained(tmp_path, **options), "twicing")
+    numbers = apply_filter(remove_filter(loaded), "learned_twicing")
+    assert {value.device.type for name, value in numbers.named_parameters() if "imgproc" in name} == {"cpu"}
+    given = inputs("llama")
+    assert torch.equal(output(numbers, given), output(model, given))
