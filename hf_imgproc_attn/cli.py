@@ -160,6 +160,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     denoise.add_argument("--preset", default="nlm", help="nlm or bilateral_gaussian (default: %(default)s)")
     denoise.add_argument(
+        "--normalisation",
+        nargs="+",
+        default=["softmax"],
+        metavar="NAME",
+        help="softmax, sinkhorn, symmetric: one or several, to be compared (default: softmax)",
+    )
+    denoise.add_argument(
         "--noise",
         nargs="+",
         type=float,
@@ -283,6 +290,7 @@ def run_denoise(options: argparse.Namespace) -> int:
     record = run(
         options.images,
         preset=options.preset,
+        normalisations=options.normalisation,
         noise=options.noise,
         output=options.output,
         crop=options.crop,

@@ -142,8 +142,8 @@ def _rows(
             shapes = [*attention.sweep((48, 96), True), *attention.sweep((33,), False)]
         yield from attention.run_attention(shapes, dtype=dtype, device=device, limits=limits, say=say)
     elif suite == "axes":
-        for shape in axes.QUICK if quick else axes.SHAPES:
-            yield from axes.run_axes(shape, budget=limits.budget, say=say)
+        for size in axes.QUICK if quick else axes.SHAPES:
+            yield from axes.run_axes(size, budget=limits.budget, say=say)
     elif suite == "decode":
         sizes = whole_models.GPT2_TINY if quick else {**whole_models.GPT2_SMALL, "n_positions": 1025}
         length = sizes["n_positions"] - 1

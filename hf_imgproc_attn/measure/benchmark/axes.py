@@ -24,8 +24,8 @@ from .attention import DIRECTIONS, Shape
 from .timing import Row, interleave
 
 PLAIN = "plain"
-SHAPES = (Shape(1, 4, 1024), Shape(4, 4, 197, is_causal=False))
-"""Of the table in ``docs/which-filter.md``: GPT-2's and ViT-B's lengths, with fewer heads, one thread's work."""
+SHAPES = (Shape(2, 12, 1024), Shape(16, 12, 197, is_causal=False))
+"""Of the table in ``docs/which-filter.md``: GPT-2, and ViT-B at 224 pixels."""
 QUICK = (Shape(1, 2, 24), Shape(1, 2, 9, is_causal=False))
 
 
@@ -131,7 +131,8 @@ def run_axes(shape: Shape, *, budget: float, say: Callable[[str], None] = print)
     generator = torch.Generator().manual_seed(0)
     sizes = [shape.size] * 5 + [(shape.heads, 1, 1), (*shape.size[:3], 1)]
     leaves = [torch.randn(size, generator=generator).requires_grad_() for size in sizes]
-    tensors = Tensors(*leaves, shape.is_causal)
+    query, key, value, second_query, second_key, scalars, kept = leaves
+    tensors = Tensors(query, key, value, second_query, second_key, scalars, kept, shape.is_causal)
     gradient = torch.randn(shape.size, generator=generator)
     left_out = NEVER_CAUSAL if shape.is_causal else ONLY_CAUSAL
     # With one thread the processor's time is that of the work, whatever else runs on the machine.
