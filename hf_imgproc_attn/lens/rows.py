@@ -35,7 +35,7 @@ class Rows(NamedTuple):
     start, stop: the rows.
     keys: how many keys, from the first on, they may see.
     logits: log K + const_i, ``[batch, heads, rows, keys]``.
-    weights: A, of the same shape; its rows sum to 1, or with a learned sink to less.
+    weights: A, of the same shape; its rows sum to 1, or with sinks, ``sigmoid`` and ``softpick`` to something else.
     allowed: boolean, broadcastable to the same shape, or None where everything is visible.
     """
 
@@ -55,7 +55,10 @@ def filter_rows(call: FilterCall, scores: int = BLOCK_SCORES) -> Iterator[Rows]:
         scores: the most scores to hold at a time; at least one row is.
     """
     if call.difference is not None:
-        raise ValueError("boosting='differential' has two filters, got a layer of which one is to be looked at")
+        raise ValueError(
+            "the lens looks at one filter with weights >= 0, and boosting='differential' has A_1 - lambda A_2, whose "
+            "weights may be below 0, so that entropy and bandwidth mean nothing: choose other layers"
+        )
     batch, heads, length, _ = call.query.shape
     step = max(scores // max(batch * heads * call.key.shape[-2], 1), 1)
     if call.normalisation.name == "sinkhorn":  # columns are normalised too: no row is known without the others
@@ -193,7 +196,13 @@ def some_samples(call: FilterCall, samples: slice) -> FilterCall:
         positions=tuple(_samples_of(term, batch, samples) for term in call.positions),
         streams=NO_STREAMS,
         own_value=cut(call.own_value),
+        booster=call.booster._replace(gain=_gain_of(call.booster.gain, batch, samples)),
     )
+
+
+def _gain_of(gain: torch.Tensor | None, batch: int, samples: slice) -> torch.Tensor | None:
+    """Gains of some samples, where they have some for each: ``[2, batch, heads, length, 1]``."""
+    return gain if gain is None or gain.ndim < 5 or gain.shape[1] != batch else gain[:, samples]
 
 
 def _samples_of(term: Positions, batch: int, samples: slice) -> Positions:

@@ -18,7 +18,7 @@ from skimage.restoration import estimate_sigma
 from hf_imgproc_attn import cli, errors
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.images import denoising, denoising_rules
-from hf_imgproc_attn.images.filters import IMAGE_PRESETS, denoise
+from hf_imgproc_attn.images.filters import IMAGE_NORMALISATIONS, IMAGE_PRESETS, denoise
 from hf_imgproc_attn.images.photographs import load_photograph
 from hf_imgproc_attn.models.spec_fields import PRESETS
 from tests.helpers import ROOT
@@ -308,3 +308,12 @@ def test_normalisations_stand_beside_each_other(
         with pytest.raises(SystemExit, match="2"):
             cli.main(["denoise", "camera", "--normalisation", *wrong])
         assert "normalisation must" in capsys.readouterr().err
+
+
+def test_the_page_shows_the_record_of_the_normalisations() -> None:
+    record = json.loads((ROOT / "docs" / "denoising_normalised.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "images.md").read_text(encoding="utf-8")
+    assert denoising.markdown_table(record) in page
+    assert record["git"]["dirty"] is False
+    assert {row["normalisation"] for row in record["results"]} == set(IMAGE_NORMALISATIONS)
+    assert (ROOT / "docs" / "denoising_normalised.png").stat().st_size < 1_500_000

@@ -410,6 +410,29 @@ def test_filters_with_dependent_rows_are_seen_whole() -> None:
             assert head.received == pytest.approx(wanted.tolist(), rel=1e-9)
 
 
+@pytest.mark.parametrize("normalisation", ["sigmoid", "softpick", "sink"])
+def test_rows_that_do_not_sum_to_one_are_seen_as_they_are(normalisation: str) -> None:
+    """What all rows take from each token, and entropies between 0 and those of uniform weights."""
+    config = tiny_vit_config("softmax", normalisation=normalisation, attn_implementation="eager")
+    model = sharpen_(hf_imgproc_attn.ImgProcViTForImageClassification(config).double().eval())
+    given = {"pixel_values": images().double()}
+    report = inspect_model(model, given, spectra="none", noise=0.0)
+    with torch.no_grad():
+        attentions = model(**given, output_attentions=True).attentions
+    assert (attentions[0].sum(-1) - 1).abs().max() > 1e-2
+    for layer, weights in zip(report.layers, attentions, strict=True):
+        for head in layer.heads:
+            wanted = weights[:, head.head].sum((0, 1)) / weights.shape[0]
+            assert head.received == pytest.approx(wanted.tolist(), rel=1e-9)
+            assert 0 <= head.entropy_share <= 1
+
+
+def test_two_maps_are_refused_with_the_reason() -> None:
+    model = hf_imgproc_attn.ImgProcViTForImageClassification(tiny_vit_config("differential")).eval()
+    with pytest.raises(ValueError, match="one filter with weights >= 0, and boosting='differential' has A_1 - lambda"):
+        inspect_model(model, {"pixel_values": images()}, spectra="none", noise=0.0)
+
+
 def test_activations_that_are_not_finite_are_named() -> None:
     model = build("llama")
     with torch.no_grad():
