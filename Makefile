@@ -89,7 +89,7 @@ results: $(STAMP) ## train and evaluate every preset again for training/results/
 cards: $(STAMP) ## render the cards in model_cards/ from training/results/
 	$(BIN)/python training/make_cards.py --force
 
-lens: $(STAMP) ## make figures, record and table of docs/lens.md again, from real weights (ARGS="--model NAME=FOLDER --force")
+lens: $(STAMP) ## make figures, record and table of docs/lens.md again, from real weights (ARGS="--model NAME=FOLDER,DATA --force")
 	$(BIN)/python -m hf_imgproc_attn.lens.real_models $(ARGS)
 
 space: ## put the lens as a Space into outputs/space, ready for `hf upload NAME outputs/space . --repo-type space`

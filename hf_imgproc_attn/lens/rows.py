@@ -14,6 +14,7 @@ import torch
 from ..models.backend_call import FilterCall
 from ..models.backend_reference import filter_logits, filter_matrix
 from ..models.boost_operators import BOOSTING, keep_rows
+from ..models.boost_weights import ByWeights, LocalLinear, tilted
 from ..models.cache_streams import NO_STREAMS
 from ..models.kernel_content import class_token_logits, working_dtype
 from ..models.kernel_forget import ForgetPositions
@@ -56,8 +57,8 @@ def filter_rows(call: FilterCall, scores: int = BLOCK_SCORES) -> Iterator[Rows]:
     """
     if call.difference is not None:
         raise ValueError(
-            "the lens looks at one filter with weights >= 0, and boosting='differential' has A_1 - lambda A_2, whose "
-            "weights may be below 0, so that entropy and bandwidth mean nothing: choose other layers"
+            "boosting='differential' takes a second filter away from A, so that weights may be below 0, and entropy "
+            "and bandwidth mean nothing: the lens looks at layers of one filter"
         )
     batch, heads, length, _ = call.query.shape
     step = max(scores // max(batch * heads * call.key.shape[-2], 1), 1)
@@ -95,6 +96,7 @@ def rows_of(call: FilterCall, start: int, stop: int) -> FilterCall:
         visibility=_visibility_rows(call.visibility, start, stop, keys),
         positions=positions,
         booster=call.booster._replace(name="none"),
+        by_weights=None,
         dropout=0.0,
         streams=NO_STREAMS,
         own_value=None,
@@ -168,13 +170,33 @@ def apply_filter_by_rows(
 def apply_operator_by_rows(
     call: FilterCall, columns: torch.Tensor, *, transposed: bool = False, scores: int = BLOCK_SCORES
 ) -> torch.Tensor:
-    """What multiplies V, p(A), times columns ``[batch, heads, length, d]``; the transpose of p(A) is p of A's."""
+    """What multiplies V, p(A), times columns ``[batch, heads, length, d]``; the transpose of p(A) is p of A's.
+
+    Of ``robust``, which is no operator, what it makes of the columns; transposed A itself.
+    """
     name, steps, gain = call.booster
+    if call.by_weights is not None:
+        return _by_weights_by_rows(call, call.by_weights, columns, transposed, scores)
 
     def attend(rows: torch.Tensor) -> torch.Tensor:
         return apply_filter_by_rows(call, rows, transposed=transposed, scores=scores)
 
     return BOOSTING[name](attend, keep_rows, columns, columns, steps, None if gain is None else gain.to(columns.dtype))
+
+
+def _by_weights_by_rows(
+    call: FilterCall, by_weights: ByWeights, columns: torch.Tensor, transposed: bool, scores: int
+) -> torch.Tensor:
+    result, key = torch.zeros_like(columns), call.repeated()[0].to(columns.dtype)
+    for rows in filter_rows(call, scores):
+        weights, seen = rows.weights.to(columns.dtype), key[..., : rows.keys, :]
+        mine = by_weights.of_rows(slice(rows.start, rows.stop))
+        if not transposed:
+            result[..., rows.start : rows.stop, :] = mine.apply(weights, columns[..., : rows.keys, :], seen)
+            continue
+        operator = tilted(weights, mine.slope, seen) if isinstance(mine, LocalLinear) else weights
+        result[..., : rows.keys, :] += operator.mT @ columns[..., rows.start : rows.stop, :]
+    return result
 
 
 def some_samples(call: FilterCall, samples: slice) -> FilterCall:
@@ -197,6 +219,7 @@ def some_samples(call: FilterCall, samples: slice) -> FilterCall:
         streams=NO_STREAMS,
         own_value=cut(call.own_value),
         booster=call.booster._replace(gain=_gain_of(call.booster.gain, batch, samples)),
+        by_weights=None if call.by_weights is None else call.by_weights.of_heads(samples, slice(None)),
     )
 
 

@@ -185,6 +185,11 @@ def _check_alike(values: dict[str, Any], layers: Sequence[AttentionLayer]) -> No
 
 def _grid(config: Any) -> tuple[int, int]:
     """Rows and columns of patches."""
+    if getattr(config, "mask_ratio", None) is not None:
+        raise ValueError(
+            f"positions need tokens in the order of the grid of patches, and a model with mask_ratio in its "
+            f"{type(config).__name__} shuffles them"
+        )
     if getattr(config, "image_size", None) is None or getattr(config, "patch_size", None) is None:
         raise ValueError(
             f"positions need the grid of patches, and {type(config).__name__} has no image_size or no patch_size"

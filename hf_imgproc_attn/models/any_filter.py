@@ -171,7 +171,7 @@ def _attach(module: nn.Module, part: AppliedFilter, seat: FilterSeat) -> None:
     tensor = next(module.parameters(), None)
     if tensor is not None:
         # The filter's scalars are never less precise than single.
-        part.to(tensor.device, torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+        part.to(_device_of(module, tensor), torch.float64 if tensor.dtype == torch.float64 else torch.float32)
     part.train(module.training)
     own = copy.copy(module.config)
     own._attn_implementation_internal = IMPLEMENTATION  # type: ignore[union-attr]
@@ -183,6 +183,14 @@ def _attach(module: nn.Module, part: AppliedFilter, seat: FilterSeat) -> None:
     setattr(module, SEAT, seat)
     module.config = own
     setattr(module, PART, part)
+
+
+def _device_of(module: nn.Module, tensor: torch.Tensor) -> Any:
+    """Where a module computes; what Accelerate has offloaded is elsewhere in between, and ``meta`` until then."""
+    hooks = (getattr(each, "_hf_hook", None) for each in module.modules() if tensor.is_meta)
+    every = (each for hook in hooks for each in getattr(hook, "hooks", (hook,)))
+    found = (getattr(each, "execution_device", None) for each in every)
+    return next((device for device in found if device is not None), tensor.device)
 
 
 def _refuse_other_numbers(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -22,6 +22,7 @@ from hf_imgproc_attn.lens.spectrum import dense_spectrum, iterative_spectrum, la
 from hf_imgproc_attn.lens.tokens import measure_tokens
 from hf_imgproc_attn.models.backend_call import Booster, Content, FilterCall
 from hf_imgproc_attn.models.backend_reference import filter_logits, filter_matrix, reference_attention
+from hf_imgproc_attn.models.boost_weights import LocalLinear
 from hf_imgproc_attn.models.kernel_normalisation import Normalisation
 from hf_imgproc_attn.models.kernel_position import ClassTokens, GaussianPositions, UntiedPositions
 from hf_imgproc_attn.models.kernel_relative import AlibiPositions
@@ -74,7 +75,11 @@ def make_call(kind: str) -> FilterCall:
     elif kind == "untied":
         vectors = noise(1, HEADS, LENGTH, WIDTH, seed=5), noise(1, HEADS, LENGTH, WIDTH, seed=6)
         positions = (UntiedPositions(*vectors, per_head, class_tokens),)
-    call = FilterCall(query, key, value, content, visibility, positions, booster)
+    by_weights = None
+    if kind == "local linear":
+        visibility = Visibility(LENGTH, LENGTH, causal=True)
+        by_weights = LocalLinear(noise(BATCH, HEADS, LENGTH, WIDTH, seed=7))
+    call = FilterCall(query, key, value, content, visibility, positions, booster, by_weights=by_weights)
     if kind == "sink":
         return call._replace(sinks=per_head.flatten(), booster=Booster("twicing", 2))
     if kind == "sigmoid":
@@ -87,7 +92,7 @@ def make_call(kind: str) -> FilterCall:
 
 
 KINDS = (
-    *("plain", "causal", "padded", "padded and causal", "gaussian places", "alibi", "untied"),
+    *("local linear", "plain", "causal", "padded", "padded and causal", "gaussian places", "alibi", "untied"),
     *("sink", "sigmoid", "softpick, padded"),
 )
 

@@ -162,7 +162,7 @@ def test_peak_memory_sees_what_is_allocated_and_freed(run_python: RunPython) -> 
         "from hf_imgproc_attn.measure.benchmark.timing import peak_memory\n"
         "print(peak_memory(lambda: torch.ones(64 * 2**18).sum()))\n"
     )
-    result = run_python("-c", code)
+    result = run_python("-c", code, fresh=True)
     assert result.returncode == 0, result.stderr
     # Only Linux tells the peak of a process.
     assert result.stdout == "None\n" if sys.platform != "linux" else 63 <= float(result.stdout) <= 80
