@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+from typing import Any
+
 import torch
 
 from . import gpu as _gpu  # noqa: F401  # its back-ends register themselves
@@ -67,6 +71,18 @@ def filter_attention(  # noqa: PLR0913  # in the form of scaled_dot_product_atte
         ValueError: naming the argument, for wrong shapes, dtypes or values, for a boosted filter whose A is not
             square, and for a back-end that is not there or cannot serve the call.
     """
+    _check_kinds(
+        tensors={"query": query, "key": key, "value": value},
+        optional={
+            "attn_mask": attn_mask,
+            "query_features": query_features,
+            "key_features": key_features,
+            "position_bias": position_bias,
+        },
+        switches={"is_causal": is_causal, "enable_gqa": enable_gqa},
+        numbers={"scale": 1.0 if scale is None else scale, "dropout_p": dropout_p},
+        words={"boosting": boosting, "backend": backend},
+    )
     check_tensors(query, key, value)
     check_options(boosting, boosting_steps, dropout_p)
     if query.shape[1] != key.shape[1] and not enable_gqa:
@@ -99,6 +115,53 @@ def filter_attention(  # noqa: PLR0913  # in the form of scaled_dot_product_atte
         dropout=dropout_p,
     )
     return run_filter(call, backend).to(value.dtype)
+
+
+def _check_kinds(
+    tensors: dict[str, Any],
+    optional: dict[str, Any],
+    switches: dict[str, Any],
+    numbers: dict[str, Any],
+    words: dict[str, Any],
+) -> None:
+    """Refuse arguments of another kind than is meant, each group name -> value; what they may be is checked later.
+
+    A tensor is no number here: as ``scale`` it would lose its gradient without a word.
+
+    Raises:
+        ValueError: naming the argument, its kind and what was got.
+    """
+    device = getattr(tensors["query"], "device", None)
+    for name, value in {**tensors, **optional}.items():
+        if value is None and name in optional:
+            continue
+        if not isinstance(value, torch.Tensor):
+            kind = "a tensor or None" if name in optional else "a tensor"
+            raise ValueError(f"{name} must be {kind}, got {_shown(value)}")
+        if value.device != device:
+            raise ValueError(f"{name} must be on the device of query, {device}, got {value.device}")
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {_shown(value)}")
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, Real) or not _is_finite(value):
+            raise ValueError(f"{name} must be a finite number, got {_shown(value)}")
+    for name, value in words.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{name} must be a string, got {_shown(value)}")
+
+
+def _is_finite(number: Real) -> bool:
+    try:
+        return math.isfinite(float(number))
+    except OverflowError:  # an integer that no float can hold
+        return False
+
+
+def _shown(value: Any) -> str:
+    """A value on one line, cut where it is long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _given_positions(

@@ -281,5 +281,5 @@ def check_bias(bias: torch.Tensor, shape: tuple[int, int, int, int]) -> torch.Te
         ValueError: for a bias that is not of a floating dtype, or a wrong shape.
     """
     if not bias.is_floating_point():
-        raise ValueError(f"position bias must be of a floating dtype, got {bias.dtype}")
-    return four_axes("position bias", bias, shape)
+        raise ValueError(f"position_bias must be of a floating dtype, got {bias.dtype}")
+    return four_axes("position_bias", bias, shape)

@@ -72,6 +72,10 @@ class LocalLinear(NamedTuple):
         """The same for some queries."""
         return LocalLinear(self.slope[..., block, :])
 
+    def of_heads(self, samples: slice, heads: slice) -> LocalLinear:
+        """The same for some samples and heads."""
+        return LocalLinear(self.slope[samples, heads])
+
 
 class Robust(NamedTuple):
     """Robust attention.
@@ -125,6 +129,10 @@ class Robust(NamedTuple):
 
     def of_rows(self, block: slice) -> Robust:
         """The same for some queries."""
+        return self
+
+    def of_heads(self, samples: slice, heads: slice) -> Robust:
+        """The same for some samples and heads."""
         return self
 
 

@@ -27,6 +27,15 @@ from .spec_axes import (
 )
 from .spec_versions import check_version
 
+_SIZES = (
+    "num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "max_position_embeddings", "n_inner",
+    "intermediate_size", "type_vocab_size", "image_size", "patch_size", "num_channels", "encoder_stride",
+)  # fmt: skip
+_DROPOUTS = (
+    "resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout", "hidden_dropout_prob",
+    "attention_probs_dropout_prob", "classifier_dropout",
+)  # fmt: skip
+
 
 def check_filter_spec(config: Any) -> None:
     """Check the filter fields of a configuration against their rules and against each other.
@@ -41,9 +50,8 @@ def check_filter_spec(config: Any) -> None:
     check_version(config.filter_spec_version)
     check_architecture(config, config.must_be)
     num_layers, num_heads = config.num_hidden_layers, config.num_attention_heads
-    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be >= 1, got {getattr(config, name)}")
+    _check_sizes(config)
+    _check_dropout(config)
     if config.hidden_size % num_heads:
         raise ValueError(
             f"num_attention_heads must divide hidden_size, got {num_heads} heads and hidden_size {config.hidden_size}"
@@ -92,6 +100,24 @@ def _is_finite(value: Any) -> bool:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     # An integer may be too large for any float.
     return is_number and abs(value) <= 1e300 and math.isfinite(value)
+
+
+def _check_sizes(config: Any) -> None:
+    """Sizes of the stock model, which PyTorch would refuse by its own words or take as an empty tensor."""
+    for name in _SIZES:
+        value = getattr(config, name, None)
+        for size in value if isinstance(value, (list, tuple)) else [value]:
+            if size is not None and not (_is_int(size) and 1 <= size < 2**31):
+                raise ValueError(f"{name} must be >= 1 and below 2^31, got {value!r}")
+        if isinstance(value, (list, tuple)) and len(value) != 2:
+            raise ValueError(f"{name} must be one number or two, for height and width, got {value!r}")
+
+
+def _check_dropout(config: Any) -> None:
+    for name in _DROPOUTS:
+        value = getattr(config, name, None)
+        if value is not None and not (_is_finite(value) and 0 <= value <= 1):
+            raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

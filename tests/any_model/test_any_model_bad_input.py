@@ -48,7 +48,10 @@ from tests.models.helpers import tiny_gpt2_config
             "num_special_tokens must be an integer >= 0 or None, got 'a'",
         ),
         ({"position_kernel": {}}, r"position_kernel must be one of .*got \{\}"),
-        ({"feedback": ["neutreno"]}, r"feedback must be one of none, neutreno, pid, got \['neutreno'\]"),
+        (
+            {"feedback": ["neutreno"]},
+            r"feedback must be one of none, neutreno, pid, value_residual, got \['neutreno'\]",
+        ),
         ({"preset": "twicing", "boosting_step": 3}, "unknown configuration field boosting_step=3; did you mean"),
         ({"preset": "twicing", "colour": 3}, "fields must be among .*got 'colour'"),
         ({"preset": "twicing", "boosting_steps": 99}, "boosting_steps must be an integer >= 1 and <= 16, got 99"),
