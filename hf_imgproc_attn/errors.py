@@ -40,6 +40,9 @@ class OneLineParser(argparse.ArgumentParser):
         UsageError: for a command line that does not fit.
     """
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})  # half an option may be another one, misspelt
+
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As usual; an option that there is not is refused with the nearest one that there is."""
         words = sys.argv[1:] if args is None else list(args)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+from typing import Any
+
 import torch
 
 from . import gpu as _gpu  # noqa: F401  # its back-ends register themselves
 from .models.backend_call import Booster, Content, FilterCall, check_bias, check_options, check_tensors
 from .models.backend_table import run_filter
+from .models.boost_weights import Robust
 from .models.kernel_content import working_dtype
 from .models.kernel_given import BiasPositions, FeaturePositions
 from .models.kernel_position import Positions
@@ -49,7 +54,8 @@ def filter_attention(  # noqa: PLR0913  # in the form of scaled_dot_product_atte
         scale: factor on q.k. None: 1/sqrt(head_dim), of the queries without their features.
         enable_gqa: whether key and value may have fewer heads than the query, a divisor of them.
         boosting: ``"none"``, ``"twicing"`` ((I - (I - A)^k) V, k = 2: (2A - A^2) V; arXiv 2503.00687, eq. 8) or any
-            other key of ``boost_operators.BOOSTING``. A has to be square.
+            other key of ``boost_operators.BOOSTING``, for which A has to be square, or ``"robust"`` (Huber's robust
+            mean of the values, with distances in their units; arXiv 2410.23182).
         boosting_steps: k >= 1; without boosting it means nothing.
         query_features: a, ``[batch or 1, heads or 1, length, c]``, or None. They are not multiplied by ``scale``.
         key_features: b, ``[batch or 1, key heads or 1, key_length, c]``, or None.
@@ -65,6 +71,18 @@ def filter_attention(  # noqa: PLR0913  # in the form of scaled_dot_product_atte
         ValueError: naming the argument, for wrong shapes, dtypes or values, for a boosted filter whose A is not
             square, and for a back-end that is not there or cannot serve the call.
     """
+    _check_kinds(
+        tensors={"query": query, "key": key, "value": value},
+        optional={
+            "attn_mask": attn_mask,
+            "query_features": query_features,
+            "key_features": key_features,
+            "position_bias": position_bias,
+        },
+        switches={"is_causal": is_causal, "enable_gqa": enable_gqa},
+        numbers={"scale": 1.0 if scale is None else scale, "dropout_p": dropout_p},
+        words={"boosting": boosting, "backend": backend},
+    )
     check_tensors(query, key, value)
     check_options(boosting, boosting_steps, dropout_p)
     if query.shape[1] != key.shape[1] and not enable_gqa:
@@ -77,7 +95,7 @@ def filter_attention(  # noqa: PLR0913  # in the form of scaled_dot_product_atte
         lengths = f"got {query.shape[2]} queries and {key.shape[2]} keys"
         if is_causal:
             raise ValueError(f"is_causal needs as many queries as keys, {lengths}: use attn_mask")
-        if boosting != "none":
+        if boosting not in ("none", "robust"):
             raise ValueError(
                 f"boosting={boosting!r} applies A to its own output and needs as many queries as keys, {lengths}"
             )
@@ -92,10 +110,58 @@ def filter_attention(  # noqa: PLR0913  # in the form of scaled_dot_product_atte
         content=Content("dot_product", query.shape[-1] ** -0.5 if scale is None else float(scale)),
         visibility=visibility,
         positions=_given_positions(query, key, visibility, query_features, key_features, position_bias),
-        booster=Booster(boosting, boosting_steps),
+        booster=Booster("none" if boosting == "robust" else boosting, boosting_steps),
+        by_weights=Robust.of(boosting_steps) if boosting == "robust" else None,
         dropout=dropout_p,
     )
     return run_filter(call, backend).to(value.dtype)
+
+
+def _check_kinds(
+    tensors: dict[str, Any],
+    optional: dict[str, Any],
+    switches: dict[str, Any],
+    numbers: dict[str, Any],
+    words: dict[str, Any],
+) -> None:
+    """Refuse arguments of another kind than is meant, each group name -> value; what they may be is checked later.
+
+    A tensor is no number here: as ``scale`` it would lose its gradient without a word.
+
+    Raises:
+        ValueError: naming the argument, its kind and what was got.
+    """
+    device = getattr(tensors["query"], "device", None)
+    for name, value in {**tensors, **optional}.items():
+        if value is None and name in optional:
+            continue
+        if not isinstance(value, torch.Tensor):
+            kind = "a tensor or None" if name in optional else "a tensor"
+            raise ValueError(f"{name} must be {kind}, got {_shown(value)}")
+        if value.device != device:
+            raise ValueError(f"{name} must be on the device of query, {device}, got {value.device}")
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {_shown(value)}")
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, Real) or not _is_finite(value):
+            raise ValueError(f"{name} must be a finite number, got {_shown(value)}")
+    for name, value in words.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{name} must be a string, got {_shown(value)}")
+
+
+def _is_finite(number: Real) -> bool:
+    try:
+        return math.isfinite(float(number))
+    except OverflowError:  # an integer that no float can hold
+        return False
+
+
+def _shown(value: Any) -> str:
+    """A value on one line, cut where it is long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _given_positions(

@@ -6,6 +6,7 @@ It is set before anything imports transformers or torch, and sub-processes that 
 from __future__ import annotations
 
 import atexit
+import gc
 import itertools
 import os
 import resource
@@ -13,13 +14,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.elementary import pytest_collection_finish, pytest_runtest_makereport  # noqa: F401  # hooks
-from tests.helpers import ROOT, RunPython, pairwise_cover, readable_id, run_command
+from tests.helpers import ROOT, RunPython, each_value_once, pairwise_cover, prepared_python, readable_id, run_command
 
 # The training scripts as modules: they import each other as siblings, as they do when they are run.
 sys.path.insert(0, str(ROOT / "training"))
@@ -44,21 +47,42 @@ resource.setrlimit(resource.RLIMIT_DATA, (_MOST_MEMORY, resource.getrlimit(resou
 
 @pytest.fixture
 def run_python(tmp_path: Path) -> RunPython:
-    """``run_python(*arguments, path=ROOT)``: a fresh interpreter in an empty folder; ``path`` is first on sys.path."""
+    """``run_python(*arguments, path=ROOT)``: an interpreter in an empty folder; ``path`` is first on sys.path.
+
+    It has imported neither Transformers nor this package, but torch; with ``fresh`` it has imported nothing.
+    """
 
     def run(
-        *arguments: str, path: Path = ROOT, cwd: Path | None = None, timeout: float = 300
+        *arguments: str, path: Path = ROOT, cwd: Path | None = None, timeout: float = 300, fresh: bool = False
     ) -> subprocess.CompletedProcess[str]:
         folder = cwd or tmp_path / "cwd"
         folder.mkdir(exist_ok=True)
         return run_command(
-            [sys.executable, *arguments],
+            [sys.executable if fresh else prepared_python(), *arguments],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": str(path)},
             timeout=timeout,
         )
 
     return run
+
+
+@pytest.fixture
+def prepared_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the package starts with this process's interpreter gets a prepared one."""
+    monkeypatch.setattr(sys, "executable", prepared_python())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, None, None]:
+    """What is imported and collected stays to the end: the garbage collector need not look through it ever again."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -75,11 +99,38 @@ def pytest_make_parametrize_id(config: pytest.Config, val: Any, argname: str) ->
     return readable_id(val)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The elementary laws come first, then what is ``long``: begun last, it would run alone at the end."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what only ``--full`` tests; the elementary laws come first, then what is ``long``.
+
+    What is long would run alone at the end, if it began last.
+    """
+    if not config.getoption("--full"):
+        kept = sampled(items, every_test=config.getoption("--blocked"))
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
     items.sort(
         key=lambda item: (item.get_closest_marker("elementary") is None, item.get_closest_marker("long") is None)
     )
+
+
+def sampled(items: list[pytest.Item], every_test: bool) -> set[pytest.Item]:
+    """What is left of tests with the mark ``sampled``, or of every test.
+
+    Each value of each parameter occurs, and each combination of those that a text of the mark names.
+    """
+    kept, grids = set(items), defaultdict(list)
+    for item in items:
+        marker = item.get_closest_marker("sampled")
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec") and (every_test or marker):
+            # Values may have no hash; what stands in a list of values once is the same object in each combination.
+            values = {name: id(value) for name, value in item.callspec.params.items()}
+            groups = [*values, *(marker.args if marker else ())]
+            combinations = [(names, *(values[name] for name in names.split(","))) for names in groups]
+            grids[item.nodeid.partition("[")[0]].append((item, combinations))
+    for cases in grids.values():
+        chosen = each_value_once([combinations for _, combinations in cases])
+        kept -= {item for index, (item, _) in enumerate(cases) if index not in chosen}
+    return kept
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import itertools
+import json
 import os
+import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +43,28 @@ def pairwise_cover(axes: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
         missing -= covered(best)
         rows.append(tuple(values[index] for values, index in zip(axes, best, strict=True)))
     return rows
+
+
+def each_value_once(rows: Sequence[Sequence[Hashable]]) -> set[int]:
+    """The indices of few rows in which each value of a row occurs; pairs of values that were chosen seldom come first.
+
+    A value that may stand at several places of a row must say at which it stands.
+    """
+    values = [frozenset(row) for row in rows]
+    pairs = [list(itertools.combinations(row, 2)) for row in rows]
+    missing, chosen = set(itertools.chain(*rows)), set()
+    uses: Counter[Any] = Counter()
+    while missing:
+        new = [len(missing & row) for row in values]
+        most = max(new)
+        best = min(
+            (index for index, count in enumerate(new) if count == most),
+            key=lambda index: [sum(uses[each] for each in group) for group in (pairs[index], rows[index])],
+        )
+        chosen.add(best)
+        missing -= values[best]
+        uses.update([*pairs[best], *rows[best]])
+    return chosen
 
 
 def readable_id(value: Any) -> str | None:
@@ -111,3 +141,46 @@ def run_command(
             out, error = process.communicate()
             pytest.fail(f"{command} ran for more than {timeout} s\n{out[-3000:]}\n{error[-3000:]}")
     return subprocess.CompletedProcess(command, process.returncode, out, error)
+
+
+@functools.cache
+def prepared_python() -> str:
+    """The path of an interpreter, for command lines, that has what is slow to import already.
+
+    Its processes have never heard of Transformers, of huggingface_hub or of this package, and cost a second where
+    those of ``sys.executable`` cost five. ``tests/prepared/server.py`` forks them; where it cannot, for the options or
+    the environment asked for, a real interpreter does the work. Not for tests of memory, of start-up or of signals.
+    """
+    if not sys.platform.startswith("linux"):
+        return sys.executable
+    code = ROOT / "tests" / "prepared"
+    folder = Path(tempfile.mkdtemp(prefix="hf_imgproc_attn_python_"))
+    settings = {"python": sys.executable, "environment": dict(os.environ)}
+    (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+    file = folder / "python"
+    file.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {code / "client.py"} {folder} "$@"\n', encoding="utf-8")
+    file.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # a process that forks has no other thread
+    # It ends with its standard input, at the latest when this process ends.
+    server = subprocess.Popen(
+        [sys.executable, "-P", code / "server.py", folder / "socket"],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+    def end() -> None:
+        assert server.stdin is not None
+        server.stdin.close()
+        server.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(end)
+    deadline = time.monotonic() + 300
+    while not (folder / "socket").exists():
+        assert server.poll() is None, "the process that forks has ended"
+        assert time.monotonic() < deadline, "the process that forks has not started in 300 s"
+        time.sleep(0.05)
+    return str(file)

@@ -62,7 +62,7 @@ def test_what_needs_no_model_imports_no_model(run_python: RunPython, arguments: 
         f"try:\n    cli.main({list(arguments)!r})\nexcept SystemExit as stop:\n    assert not stop.code\n"
         "assert not {'torch', 'transformers', 'huggingface_hub', 'numpy'} & set(sys.modules)"
     )
-    result = run_python("-c", code)
+    result = run_python("-c", code, fresh=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout
 
@@ -75,7 +75,7 @@ def test_help_is_instant(run_python: RunPython, arguments: tuple[str, ...]) -> N
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        result = run_python(*MODULE, *arguments)
+        result = run_python(*MODULE, *arguments, fresh=True)
         seconds.append(time.perf_counter() - start)
         assert result.returncode == 0, result.stderr
         assert "usage: imgproc-attn" in result.stdout

@@ -33,6 +33,7 @@ KEEPING = {
     "gradient_boosted": (".filter.gradient_boosting.", 3),
     "inversion": ("scalar_bias.inversion_gains", 3),
     "dynamic_inversion": (".filter.token_gains.", 3),
+    "local_linear": (".filter.weight_booster.", 3),
     "gated": (".filter.gate.", 3),
     "value_residual": ("scalar_bias.value_residual", 2),
     "differential": (".filter.", 3),
@@ -51,11 +52,13 @@ def outputs(model: PreTrainedModel) -> torch.Tensor:
     return model(torch.randn(2, 3, 16, 16))[0]
 
 
+@pytest.mark.sampled("preset,classes")
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("stock_spec", STOCK, ids=lambda spec: spec[0].__name__)
-def test_every_tensor_is_accounted_for(stock_spec: tuple, preset: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("classes", [STOCK[:4], STOCK[4:]], ids=["gpt2", "vit"])
+def test_every_tensor_is_accounted_for(classes: list, number: int, preset: str, tmp_path: Path) -> None:
     """mapped + new = the tensors of the variant; used + unused = those of the source; the saved folder loads back."""
-    stock = make_stock(*stock_spec)
+    stock = make_stock(*classes[number % len(classes)])
     if is_refused(stock, preset):
         with pytest.raises(Exception, match="'sinkhorn' scales|'forget' sums"):
             convert(stock, preset)
@@ -78,7 +81,8 @@ def test_every_tensor_is_accounted_for(stock_spec: tuple, preset: str, tmp_path:
         assert report.max_difference < 1e-6
         assert report.unused == report.new == []
     elif preset in KEEPING:
-        assert report.max_difference < 1e-6  # it starts as the stock model
+        # It starts as the stock model; where no fused attention can be called, to the rounding of another kernel.
+        assert report.max_difference < (2e-6 if preset == "local_linear" else 1e-6)
         assert report.unused == []
         kind, layers = KEEPING[preset]
         assert all(kind in name for name in report.new)
@@ -130,7 +134,14 @@ def test_the_function_is_kept_and_what_is_new_learns(stock_spec: tuple, preset: 
     model = convert(stock, preset)
     torch.testing.assert_close(outputs(model), outputs(stock), rtol=1e-5, atol=1e-5)
     outputs(model).square().sum().backward()
-    zeros = ("boosting_gain", "feedback_gains", "value_residual", "token_gains.weight", "gate.projection.weight")
+    zeros = (
+        "boosting_gain",
+        "feedback_gains",
+        "value_residual",
+        "token_gains.weight",
+        "gate.projection.weight",
+        "slope.weight",
+    )
     starts = [p for name, p in model.named_parameters() if name.endswith((*zeros, "inversion_gains"))]
     assert bool(starts) == (preset != "gradient_boosted")
     assert all(parameter.grad.abs().min() > 0 for parameter in starts)

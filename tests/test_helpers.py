@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.helpers import pairwise_cover, readable_id, run_command
+from tests.helpers import RunPython, each_value_once, pairwise_cover, prepared_python, readable_id, run_command
 
 pytest_plugins = ("pytester",)
 
@@ -21,6 +24,15 @@ def test_a_pairwise_cover_has_every_pair_and_few_rows() -> None:
         assert {(row[one], row[other]) for row in rows} == wanted
     assert len(rows) <= 32
     assert rows == pairwise_cover(axes)
+
+
+def test_each_value_occurs_in_few_rows_that_mix_them() -> None:
+    rows = list(itertools.product("abcdefghi", "xyz", [0.5, 1.5]))
+    chosen = [rows[index] for index in sorted(each_value_once(rows))]
+    assert len(chosen) == 9
+    assert [letter for letter, *_ in chosen] == list("abcdefghi")
+    assert Counter(word for _, word, _ in chosen) == {"x": 3, "y": 3, "z": 3}
+    assert len({(word, number) for _, word, number in chosen}) == 6, "all pairs"
 
 
 @pytest.mark.parametrize(
@@ -80,3 +92,47 @@ def test_a_command_that_leaves_a_process_behind_fails_in_time() -> None:
 def test_groups_of_tests_stay_in_one_worker(request: pytest.FixtureRequest) -> None:
     """By their names, in which pytest-xdist finds the group; else what they share is made once in every worker."""
     assert request.node.nodeid.endswith("@together") == bool(getattr(request.config.option, "loadgroup", False))
+
+
+@pytest.mark.parametrize("fresh", [True, False], ids=["real", "prepared"])
+def test_a_prepared_interpreter_does_what_a_real_one_does(run_python: RunPython, tmp_path: Path, fresh: bool) -> None:
+    (tmp_path / "mine.py").write_text("import sys\nprint(__name__, sys.argv, sys.path[0])\n", encoding="utf-8")
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['peft'] = None\n", encoding="utf-8")
+    mine = str(tmp_path / "mine.py")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        done = run_python(*arguments, path=tmp_path, fresh=fresh)
+        return done.returncode, done.stdout, done.stderr
+
+    assert run(mine, "a", "-b") == (0, f"__main__ {[mine, 'a', '-b']} {tmp_path}\n", "")
+    assert run("-m", "mine", "-c") == (0, f"__main__ {[mine, '-c']} {tmp_path / 'cwd'}\n", "")
+    paths = "import sys; print(sys.argv, sys.path[:2])"
+    assert run("-c", paths, "a") == (0, f"['-c', 'a'] {['', str(tmp_path)]}\n", "")
+    paths = f"import sys; print([path for path in sys.path if path in ('', {str(tmp_path)!r})])"
+    assert run("-I", "-c", paths) == (0, "[]\n", "")
+    assert run("-c", "import peft")[2].splitlines()[-1].startswith("ModuleNotFoundError: import of peft halted")
+    assert run("-c", "\n1 / 0")[2].splitlines()[:2] == [
+        "Traceback (most recent call last):",
+        '  File "<string>", line 2, in <module>',
+    ]
+    assert run("-c", "raise SystemExit('no')") == (1, "", "no\n")
+    assert run("-c", "import os; os.kill(os.getpid(), 9)")[0] == -signal.SIGKILL
+    atexit = "import atexit, threading\natexit.register(print, 'last')\n"
+    assert run("-c", f"{atexit}threading.Timer(0.01, print, ['first']).start()\nexit(3)") == (3, "first\nlast\n", "")
+
+
+def test_a_prepared_interpreter_knows_torch_and_nothing_that_reads_the_environment(run_python: RunPython) -> None:
+    code = "import sys; print([name in sys.modules for name in ('torch', 'transformers', 'huggingface_hub')])"
+    assert run_python("-c", code).stdout == "[True, False, False]\n"
+    assert run_python("-W", "error", "-c", code).stdout == "[False, False, False]\n", "options need a real one"
+
+
+def test_a_prepared_interpreter_ends_with_what_started_it(tmp_path: Path) -> None:
+    code = "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)"
+    with pytest.raises(pytest.fail.Exception, match="ran for more than 5 s"):
+        run_command([prepared_python(), "-c", code], cwd=tmp_path, timeout=5)
+    deadline = time.monotonic() + 30
+    pid = int((tmp_path / "pid").read_text(encoding="utf-8"))
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

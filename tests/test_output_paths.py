@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from hf_imgproc_attn.output_paths import (
     write_or_keep,
     writing,
 )
-from tests.helpers import ROOT, run_command
+from tests.helpers import ROOT, prepared_python, run_command
 from tests.training.conftest import TINY_GPT2
 
 TINY = ["--disable_tqdm", "true", "--use_cpu", "--save_strategy", "no", "--eval_strategy", "no", "--max_steps", "1"]
@@ -239,7 +238,7 @@ def test_a_trained_model_that_cannot_be_saved_is_kept_elsewhere(
 )
 @pytest.mark.parametrize("command", ["presets", "variants --markdown"])
 def test_standard_output_that_is_full_or_closed(command: str, shell: str, status: int, error: str) -> None:
-    line = shell.replace("COMMAND", f"{sys.executable} -m hf_imgproc_attn.cli {command}")
+    line = shell.replace("COMMAND", f"{prepared_python()} -m hf_imgproc_attn.cli {command}")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = run_command(["bash", "-c", line], env=environment)
     assert (done.returncode, done.stderr) == (status, error)

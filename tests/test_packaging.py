@@ -118,17 +118,17 @@ def test_sdist_is_complete(distributions: Path) -> None:
 def test_installed_command_runs_away_from_the_checkout(installed: Path, run_python: RunPython, tmp_path: Path) -> None:
     """Help of the command and of a script, then two training steps on the digits, all from the wheel's own files."""
     command = str(installed / "bin" / "imgproc-attn")
-    where = run_python("-c", "import hf_imgproc_attn; print(hf_imgproc_attn.__file__)", path=installed)
+    where = run_python("-c", "import hf_imgproc_attn; print(hf_imgproc_attn.__file__)", path=installed, fresh=True)
     assert Path(where.stdout.strip()).is_relative_to(installed)
-    shown = run_python(command, "--help", path=installed)
+    shown = run_python(command, "--help", path=installed, fresh=True)
     assert shown.returncode == 0, shown.stderr
     assert "train-image" in shown.stdout
-    shown = run_python(command, "train-image", "--help", path=installed)
+    shown = run_python(command, "train-image", "--help", path=installed, fresh=True)
     assert shown.returncode == 0, shown.stderr
     assert "--preset" in shown.stdout
 
     options = ["--preset", "bilateral_twicing", "--max_steps", "2", "--use_cpu", "true", "--output_dir", "run"]
-    trained = run_python(command, "train-image", *options, path=installed)
+    trained = run_python(command, "train-image", *options, path=installed, fresh=True)
     assert trained.returncode == 0, trained.stderr
     saved = json.loads((tmp_path / "cwd" / "run" / "config.json").read_text())
     assert (saved["model_type"], saved["boosting"], saved["position_kernel"]) == ("imgproc_vit", "twicing", "untied")

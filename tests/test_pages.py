@@ -19,7 +19,6 @@ import importlib.metadata
 import json
 import os
 import re
-import sys
 import tomllib
 from collections.abc import Iterator
 from itertools import pairwise
@@ -31,7 +30,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from hf_imgproc_attn.measure.precision import COMMAND as MEASURE_PRECISION
-from tests.helpers import ROOT, RunPython, run_command, site_pages
+from tests.helpers import ROOT, RunPython, prepared_python, run_command, site_pages
 from tests.hub.server import HubServer
 
 README = "README.md"
@@ -201,7 +200,13 @@ def test_commands_and_then_code(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    scripts = Path(sys.executable).parent
+    # The file that an installation makes for the command is run in tests/test_packaging.py.
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    started_by = {"python": "", "imgproc-attn": "-m hf_imgproc_attn.cli", "torchrun": "-m torch.distributed.run"}
+    for name, words in started_by.items():
+        (scripts / name).write_text(f'#!/bin/sh\nexec {prepared_python()} {words} "$@"\n', encoding="utf-8")
+        (scripts / name).chmod(0o755)
     environment = {
         **hub.environment(tmp_path / "home", "hf_you"),
         "PYTHONPATH": readme_path,

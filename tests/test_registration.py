@@ -95,6 +95,7 @@ def test_import_and_presets_need_neither_torch_nor_transformers(run_python: RunP
         "assert 'bilateral_twicing' in hf_imgproc_attn.PRESETS\n"
         "dir(hf_imgproc_attn)\n"
         "print([name for name in ('torch', 'transformers', 'huggingface_hub', 'numpy') if name in sys.modules])",
+        fresh=True,
     )
     assert result.stdout == "[]\n", result.stderr
 

@@ -3,8 +3,9 @@
     python training/demo.py
 
 Trains softmax, bilateral, twicing and bilateral_twicing with the same seed, recipe and number of steps; evaluates on
-clean and on disturbed test data; writes tables and a picture to outputs/demo/report.md; generates text; and loads a
-checkpoint back in a process that does not have this package.
+clean and on disturbed test data; writes tables and a picture to outputs/demo/report.md; generates text; loads a
+checkpoint back in a process that does not have this package; and shows under the lens what the first and the last of
+the variants filter.
 """
 
 import json
@@ -25,9 +26,11 @@ from hf_imgproc_attn.output_paths import check_output_folder
 
 PRESETS = ("softmax", "bilateral", "twicing", "bilateral_twicing")
 PROMPT = 'The "with" statement'
+LOOKS = {"vit_digits": "digits", "gpt2_pydoc": "pydoc"}
+"""Recipe -> what its models are shown under the lens."""
 # Beside the recipe: nothing is evaluated or saved before the end.
 OPTIONS = "--eval_strategy no --save_strategy no --logging_steps 0.2"
-QUICK_OPTIONS = f"{OPTIONS} --max_steps 3 --max_eval_samples 40"
+QUICK_OPTIONS = f"{OPTIONS} --max_steps 3 --max_eval_samples 24"
 
 _MARKER = "demo.json"
 _DIGITS_SHOWN = 8
@@ -116,6 +119,29 @@ def load_in_fresh_process(checkpoint: Path, digits: Path) -> str:
     return done.stdout.strip()
 
 
+def look(folder: Path, quick: bool) -> dict[str, Path]:
+    """What the first and the last preset filter, side by side.
+
+    Args:
+        folder: has the checkpoints, and gets a folder a recipe.
+        quick: the first recipe alone, without pictures of maps, noise and spectra.
+
+    Returns:
+        recipe -> page.
+    """
+    from hf_imgproc_attn.lens.compare import look_at, write
+    from hf_imgproc_attn.lens.run import LensOptions
+
+    options = LensOptions(spectra="none", noise=0.0, measures="summary") if quick else LensOptions()
+    pages = {}
+    for recipe, data in list(LOOKS.items())[: 1 if quick else None]:
+        names = (PRESETS[0], PRESETS[-1])
+        looks = [look_at(str(folder / f"{recipe}_{name}"), name=name, data=data, options=options) for name in names]
+        write(looks, folder / f"lens_{recipe}")
+        pages[recipe] = folder / f"lens_{recipe}" / "lens.html"
+    return pages
+
+
 def draw(table: dict[str, dict[str, float]], path: Path) -> None:
     """Accuracy against the noise level, one line per preset.
 
@@ -151,7 +177,7 @@ def run(output_dir: Path, quick: bool) -> None:
     Raises:
         UsageError: if ``output_dir`` holds something else, or a package is missing.
     """
-    require_extras("train", "robustness", "viz")
+    require_extras("train", "robustness", "viz", "lens")
     import torch
 
     # Models this small gain little from a second thread, and lose much where other programs want the cores too.
@@ -172,12 +198,15 @@ def run(output_dir: Path, quick: bool) -> None:
     save_digits(output_dir / "digits")
     fresh = load_in_fresh_process(output_dir / "vit_digits_bilateral_twicing", output_dir / "digits")
     draw(images, output_dir / "accuracy_against_noise.png")
+    print("\n== the lens", flush=True)
+    pages = look(output_dir, quick)
     seconds = time.perf_counter() - started
 
     image_table, text_table = _markdown(images, "accuracy"), _markdown(texts, "perplexity")
     note = "One seed and short training: the figures show how the variants are compared, not which is better."
     if quick:
         note = "Quick run: a few steps only, a check that everything runs. The figures mean nothing."
+    links = " and ".join(f"[{LOOKS[recipe]}]({page.relative_to(output_dir)})" for recipe, page in pages.items())
     report = f"""# Demonstration
 
 {note} Seed {SEED}; {seconds:.0f} s in all.
@@ -196,6 +225,10 @@ Word swap replaces the given part of the words by AAA. A word is a whitespace-se
 
 {text_table}
 
+## What the models filter
+
+{PRESETS[0]} beside {PRESETS[-1]} under the lens: {links}.
+
 ## Written by the bilateral_twicing model
 
 ```text
@@ -212,6 +245,7 @@ Word swap replaces the given part of the words by AAA. A word is a whitespace-se
     summary = {"seed": SEED, "quick": quick, "seconds": seconds, "digits": images, "text": texts}
     (output_dir / _MARKER).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(f"{fresh}\n\ndigits: test accuracy\n{image_table}\n\nPython's manual: test perplexity\n{text_table}\n")
+    print(*(f"what {recipe} filters: {page}" for recipe, page in pages.items()), sep="\n")
     print(f"written by bilateral_twicing:\n{sample}\n\n{note}\n{seconds:.0f} s; report in {output_dir / 'report.md'}")
 
 

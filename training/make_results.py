@@ -32,6 +32,8 @@ ONE_RECIPE = {
     "inversion": "vit_digits",
     "dynamic_inversion": "vit_digits",
     "exclusive": "vit_digits",
+    "local_linear": "vit_digits",
+    "robust": "vit_digits",
     "gated": "vit_digits",
     "sink": "vit_digits",
     "sigmoid": "vit_digits",

@@ -232,6 +232,31 @@ VARIANTS: dict[str, Variant] = {
         symbols=f"$v_i$ is the value of token $i$ itself; {_STOCK_SYMBOLS}",
         papers=("exclusive",),
     ),
+    "local_linear": Variant(
+        text="A of softmax; u_i = Σ_j a_ij (1 + s̄_i - s_ij) v_j, s_ij = r_iᵀk_j, s̄_i = Σ_j a_ij s_ij, r = W_R z",
+        equation=(
+            r"u_i = \sum_j A_{ij} (1 + \bar s_i - s_{ij}) v_j, \qquad s_{ij} = r_i^\top k_j, \quad "
+            rf"\bar s_i = \sum_j A_{{ij}} s_{{ij}}, \qquad {_STOCK}"
+        ),
+        symbols=(
+            "$r_i = W_R z_i$ is a learned projection of the layer's normalised input $z_i$, one vector per head, from "
+            f"$W_R = 0$, where this is `softmax`; {_STOCK_SYMBOLS}"
+        ),
+        papers=("local_linear", "takeda"),
+    ),
+    "robust": Variant(
+        text="A of softmax; u ← Σ_j w_ij v_j / Σ_j w_ij, w_ij = a_ij min(1, 1/‖v_j - u_i‖), 3 times from u = A V",
+        equation=(
+            r"u_i \leftarrow \frac{\sum_j w_{ij} v_j}{\sum_j w_{ij}}, \quad w_{ij} = A_{ij} "
+            rf"\frac{{\rho'(\lVert v_j - u_i \rVert)}}{{\lVert v_j - u_i \rVert}}, \qquad {_STOCK}"
+        ),
+        symbols=(
+            "$u = A V$ before the first of 3 steps (`boosting_steps`), and $\\rho$ is Huber's penalty, $\\rho'(x)/x = "
+            "\\min(1, 1/x)$ (`robust_threshold` is the distance 1; `robust_penalty`: `huber`, `l1`, `mcp`); nothing "
+            f"is learned; {_STOCK_SYMBOLS}"
+        ),
+        papers=("robust",),
+    ),
     "gated": Variant(
         text="A of softmax; u_i = 2σ(W z_i) ∘ (A V)_i",
         equation=rf"u_i = 2 \sigma(W z_i) \odot (A V)_i, \qquad {_STOCK}",

@@ -19,7 +19,13 @@ from ..models.boost_operators import BOOSTING, ONE_PASS, keep_rows, operator_on_
 from ..models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from ..models.configuration_imgproc_vit import ImgProcViTConfig
 from ..models.layer_filter import AttentionFilter
-from ..models.spec_axes import COORDINATE_KERNELS, FILTER_BACKENDS, is_stock_layer, uses_position_table
+from ..models.spec_axes import (
+    COORDINATE_KERNELS,
+    FILTER_BACKENDS,
+    WEIGHTS_ONE_BY_ONE,
+    is_stock_layer,
+    uses_position_table,
+)
 from ..models.spec_fields import PRESETS
 from .presets import REASONS, VARIANTS
 from .works import PAPERS
@@ -125,6 +131,8 @@ def parameter_terms(preset: str) -> list[Term]:
         terms.append(Term("2HL", lambda s: 2 * s.H * s.L))
     if spec.boosting == "dynamic_inversion":
         terms.append(Term("(2d + 2)HL", lambda s: (2 * s.d + 2) * s.H * s.L))
+    if spec.boosting == "local_linear":
+        terms.append(Term("d²L", lambda s: s.d**2 * s.L))
     if spec.boosting == "differential":
         terms.append(Term("(2d² + 2d + H)L", lambda s: (2 * s.d**2 + 2 * s.d + s.H) * s.L))
     if spec.position_kernel == "forget":
@@ -172,7 +180,8 @@ def cost(preset: str) -> str:
         "rotary": "O(Nd)",
         "forget": "O(NdH)",
     }.get(spec.position_kernel)
-    number, each = passes(preset), "6N²d" if spec.position_kernel == "untied" else "4N²d"
+    each = "6N²d" if spec.position_kernel == "untied" or spec.boosting == "local_linear" else "4N²d"
+    number = passes(preset)
     parts = [f"{number} pass of {each}" if number == 1 else f"{number} passes of {each}"]
     if number > 1 and spec.boosting not in ("gradient_boosted", "differential"):
         # Weights once, then a product with each stream.
@@ -186,6 +195,10 @@ def cost(preset: str) -> str:
         parts.append("O(NdH)")
     if spec.gate == "elementwise":
         parts.append("2Nd² (gate)")
+    if spec.boosting == "local_linear":
+        parts.append("2Nd² (projection)")
+    if spec.boosting == "robust":
+        parts.append(f"{spec.boosting_steps} steps of 4N²d")
     if spec.boosting == "gradient_boosted":
         parts.append("10Nd² (projections, gate)")
     if spec.boosting == "differential":
@@ -206,6 +219,8 @@ def back_ends(preset: str) -> str:
         return "reference"
     if spec.normalisation != "softmax":
         return "reference, sdpa, blocked, chunked" if spec.normalisation == "sink" else "reference, blocked, chunked"
+    if spec.boosting in WEIGHTS_ONE_BY_ONE:
+        return "reference, blocked, chunked"
     # The Triton kernels know every content kernel, positions by place and twicing.
     by_place = not spec.compares_positions or spec.position_kernel in COORDINATE_KERNELS
     has_kernel = spec.boosting in ("none", "twicing", "differential", *ONE_PASS) and by_place

@@ -205,6 +205,40 @@ PAPERS: dict[str, Paper] = {
   year    = {2026}
 }""",
     ),
+    "local_linear": Paper(
+        "Zuo et al. 2026, [Parallax: Parameterized Local Linear Attention for Language Modeling]"
+        "(https://arxiv.org/abs/2605.29157)",
+        """@article{zuo2026parallax,
+  title   = {Parallax: Parameterized Local Linear Attention for Language Modeling},
+  author  = {Zuo, Yifei and Pai, Dhruv and Zeng, Zhichen and Dewulf, Alec and Hu, Shuming and Wang, Zhaoran},
+  journal = {arXiv preprint arXiv:2605.29157},
+  year    = {2026}
+}""",
+    ),
+    "robust": Paper(
+        "Hou et al. 2024, [ProTransformer: Robustify Transformers via Plug-and-Play Paradigm]"
+        "(https://arxiv.org/abs/2410.23182)",
+        """@inproceedings{hou2024protransformer,
+  title     = {ProTransformer: Robustify Transformers via Plug-and-Play Paradigm},
+  author    = {Hou, Zhichao and others},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2024},
+  note      = {arXiv:2410.23182}
+}""",
+    ),
+    "takeda": Paper(
+        "Takeda, Farsiu, Milanfar 2007, [Kernel Regression for Image Processing and Reconstruction]"
+        "(https://doi.org/10.1109/TIP.2006.888330)",
+        """@article{takeda2007kernel,
+  title   = {Kernel Regression for Image Processing and Reconstruction},
+  author  = {Takeda, Hiroyuki and Farsiu, Sina and Milanfar, Peyman},
+  journal = {IEEE Transactions on Image Processing},
+  volume  = {16},
+  number  = {2},
+  pages   = {349--366},
+  year    = {2007}
+}""",
+    ),
     "gated": Paper(
         "Qiu et al. 2025, [Gated Attention for Large Language Models: Non-linearity, Sparsity, and "
         "Attention-Sink-Free](https://arxiv.org/abs/2505.06708)",

@@ -11,12 +11,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .definitions import DEFINITIONS
+from .map_figures import SEQUENTIAL, draw_maps, draw_removed
 from .report import PLACES, LayerReport, Report
 
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000", "#999999")
 """Colours that colour-blind people tell apart (Okabe, Ito 2008)."""
 MARKERS = ("o", "s", "^", "D", "v")
-SEQUENTIAL = "cividis"
 HEAD_MEASURES = (
     "entropy_share",
     "position_bandwidth",
@@ -25,8 +25,6 @@ HEAD_MEASURES = (
     "sink_value_ratio",
     "method_noise",
 )
-MOST_MAPS = 12
-"""Heads of a layer whose maps are drawn."""
 SHOWN_SHARES = (
     "content-content",
     "position-position",
@@ -54,17 +52,21 @@ def draw_all(reports: list[Report]) -> Pictures:
         "spectra": any(head.filter_spectrum for head in heads),
     }
     pictures: Pictures = {panel: {"all": draw_panel(panel, reports)} for panel in DRAWINGS if has[panel]}
-    for panel, draw in (("maps", _maps), ("removed", _removed)):
+    for panel, draw in (("maps", draw_maps), ("removed", draw_removed)):
         views: dict[str, bytes] = {}
         for report in reports:
             for layer in report.layers:
                 figure = draw(report, layer)
                 if figure is not None:
-                    prefix = f"{report.model} " if len(reports) > 1 else ""
-                    views[f"{prefix}layer {layer.index}"] = _png(figure)
+                    views[view_name(report, layer, len(reports))] = _png(figure)
         if views:
             pictures[panel] = views
     return pictures
+
+
+def view_name(report: Report, layer: LayerReport, reports: int) -> str:
+    """How a picture of one layer is called among those of some reports."""
+    return f"{report.model} layer {layer.index}" if reports > 1 else f"layer {layer.index}"
 
 
 def draw_panel(panel: str, reports: list[Report]) -> bytes:
@@ -178,7 +180,6 @@ def _noise(reports: list[Report]) -> Figure:
             _line(gains, [point for point in points if math.isfinite(point[1])], number, label)
         promised = [(layer.index, layer.predicted_gain) for layer in report.layers if layer.predicted_gain is not None]
         if promised:
-            gains.autoscale(False)  # what is promised may be far beyond what is measured
             gains.plot(*zip(*promised, strict=True), color="black", linestyle=":", label="proposition III.1")
         gains.axhline(0.0, color="grey", linewidth=0.8)
         axes.set_ylabel("signal to noise, dB")
@@ -187,14 +188,31 @@ def _noise(reports: list[Report]) -> Figure:
             _depth(each, report)
             if each.get_legend_handles_labels()[0]:
                 each.legend(fontsize=7)
+    # By what is measured alone: what is promised may be far beyond.
+    measured = [0.0, *(gain for report in reports for gain in _gains(report) if math.isfinite(gain))]
+    margin = 0.05 * (max(measured) - min(measured)) or 1.0
+    grid[0, 1].set_ylim(min(measured) - margin, max(measured) + margin)
     return figure
+
+
+def _gains(report: Report) -> list[float]:
+    """Every gain that is drawn, in decibels."""
+    return [
+        layer.noise[after] - layer.noise[before]
+        for layer in report.layers
+        for before, after in STEPS.values()
+        if before in layer.noise and after in layer.noise
+    ]
 
 
 def _kernels(reports: list[Report]) -> Figure:
     """Stacked shares by layer, mean over heads; the exact ones of the first layer stand left of the others."""
-    figure, grid = _figure(1, len(reports), 6.0, 3.8, sharey="row")
+    columns = min(len(reports), 2)
+    figure, grid = _figure(-(-len(reports) // columns), columns, 6.0, 3.4, sharey=True)
     named: dict[str, Any] = {}
-    for axes, report in zip(grid[0], reports, strict=True):
+    for axes in grid.flat[len(reports) :]:
+        axes.set_visible(False)
+    for axes, report in zip(grid.flat, reports, strict=False):
         bars = [
             (f"{layer.index}{mark}", {name: _mean(held, name) for name in held[0]})
             for layer in report.layers
@@ -211,7 +229,8 @@ def _kernels(reports: list[Report]) -> Figure:
         axes.axhline(0.0, color="black", linewidth=0.8)
         axes.set_xticks(range(len(bars)), [label for label, _ in bars], fontsize=7)
         _depth_title(axes, report)
-    grid[0, 0].set_ylabel("share of the logits' variance")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("share of the logits' variance")
     figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=4, fontsize=7)
     return figure
 
@@ -245,6 +264,10 @@ def _spectra(reports: list[Report]) -> Figure:
             _spectral_depth(axes, report, name)
         for axes in below[3:]:
             axes.set_visible(False)
+    for column in grid[1::2].T[:3]:
+        limits = [axes.get_ylim() for axes in column]
+        for axes in column:
+            axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
     return figure
 
 
@@ -262,16 +285,14 @@ def _is_boosted(head: Any) -> bool:
 def _complex_plane(axes: Any, report: Report, layer: LayerReport) -> None:
     angles = np.linspace(0, 2 * np.pi, 200)
     axes.plot(np.cos(angles), np.sin(angles), color="grey", linewidth=0.8)
-    for head in layer.heads:
-        for found, colour, marker, label in (
-            (head.operator_spectrum if _is_boosted(head) else None, OKABE_ITO[1], "x", "p(A)"),
-            (head.filter_spectrum, OKABE_ITO[0], ".", "A"),
-        ):
-            if found is not None:
-                points = np.array(found.eigenvalues)
-                name = label if head is layer.heads[0] else None
-                axes.scatter(points[:, 0], points[:, 1], s=7, color=colour, marker=marker, linewidths=0.6, label=name)
-    axes.set_aspect("equal")
+    boosted = [head.operator_spectrum for head in layer.heads if _is_boosted(head)]
+    plain = [head.filter_spectrum for head in layer.heads]
+    for spectra, colour, marker, label in ((boosted, OKABE_ITO[1], "x", "p(A)"), (plain, OKABE_ITO[0], ".", "A")):
+        points = [np.array(found.eigenvalues) for found in spectra if found is not None]
+        if points:
+            x, y = np.concatenate(points).T
+            axes.scatter(x, y, s=7, color=colour, marker=marker, linewidths=0.6, label=label)
+    axes.set_aspect("equal", adjustable="datalim")
     axes.set_title(f"{report.model}\neigenvalues, layer {layer.index}", fontsize=8)
     axes.legend(fontsize=7, loc="upper left")
 
@@ -292,88 +313,6 @@ def _spectral_depth(axes: Any, report: Report, name: str) -> None:
     axes.set_xlabel("layer (a dot a head)")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=7)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Maps over tokens
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def _maps(report: Report, layer: LayerReport) -> Figure | None:
-    """Kernels x heads: where the chosen token receives from, on the grid of patches or along the text."""
-    if not layer.maps:
-        return None
-    heads = min(len(layer.heads), MOST_MAPS)
-    kernels = list(layer.maps)
-    if report.grid is None:
-        return _text_maps(report, layer, kernels, heads)
-    figure, grid = _figure(len(kernels), heads, 1.25, 1.45)
-    rows, columns = report.grid
-    for row, kernel in zip(grid, kernels, strict=True):
-        for head, axes in enumerate(row):
-            weights = np.array(layer.maps[kernel][head])[report.special :].reshape(rows, columns)
-            most = np.abs(weights).max() or 1.0
-            colours = (
-                {"cmap": "PuOr_r", "vmin": -most, "vmax": most}
-                if weights.min() < -1e-9
-                else {
-                    "cmap": SEQUENTIAL,
-                    "vmin": 0.0,
-                    "vmax": most,
-                }
-            )
-            axes.imshow(weights, **colours)
-            place = report.token - report.special
-            if place >= 0:
-                axes.plot(place % columns, place // columns, marker="+", color="red", markersize=6)
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.set_title(f"head {head}" if kernel == kernels[0] else "", fontsize=7)
-        row[0].set_ylabel(kernel, fontsize=8)
-    return figure
-
-
-def _text_maps(report: Report, layer: LayerReport, kernels: list[str], heads: int) -> Figure:
-    """One strip a kernel, heads below each other, the tokens as text below."""
-    figure, grid = _figure(len(kernels), 1, 11.0, 0.55 + 0.16 * heads, sharex=True)
-    for axes, kernel in zip(grid[:, 0], kernels, strict=True):
-        weights = np.array(layer.maps[kernel][:heads])
-        if weights.min() < -1e-9:
-            most = np.abs(weights).max()
-            image = axes.imshow(weights, cmap="PuOr_r", vmin=-most, vmax=most, aspect="auto")
-        else:
-            image = axes.imshow(weights, cmap=SEQUENTIAL, aspect="auto")
-        axes.axvline(report.token, color="red", linewidth=0.8)
-        axes.set_ylabel(f"{kernel}\nhead", fontsize=7)
-        axes.tick_params(labelsize=6)
-        figure.colorbar(image, ax=axes, pad=0.01)
-    labels = report.labels or [str(i) for i in range(report.length)]
-    if len(labels) <= 128:
-        shown = [label.strip().replace("$", r"\$")[:10] or "·" for label in labels]
-        grid[-1, 0].set_xticks(range(len(shown)), shown, rotation=90, fontsize=6)
-    return figure
-
-
-def _removed(report: Report, layer: LayerReport) -> Figure | None:
-    """Method noise |v - p(A) v| of each token."""
-    if not layer.method_noise_map:
-        return None
-    heads = min(len(layer.heads), MOST_MAPS)
-    values = np.array(layer.method_noise_map[:heads])
-    if report.grid is None:
-        figure, grid = _figure(1, 1, 11.0, 0.9 + 0.16 * heads)
-        image = grid[0, 0].imshow(values, cmap=SEQUENTIAL, aspect="auto")
-        grid[0, 0].set_ylabel("head")
-        grid[0, 0].set_xlabel("token")
-        figure.colorbar(image, ax=grid[0, 0], pad=0.01)
-        return figure
-    figure, grid = _figure(1, heads, 1.25, 1.6)
-    for head, axes in enumerate(grid[0]):
-        axes.imshow(values[head][report.special :].reshape(report.grid), cmap=SEQUENTIAL)
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.set_title(f"head {head}", fontsize=7)
-    return figure
 
 
 DRAWINGS: dict[str, Callable[[list[Report]], Figure]] = {

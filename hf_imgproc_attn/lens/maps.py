@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+import base64
+import importlib.util
+import io
+
 import torch
 
 from ..models.backend_call import FilterCall
 from ..models.backend_reference import filter_logits, filter_matrix
 from .rows import apply_operator_by_rows, filter_rows, position_rows, rows_of, some_samples
 from .shares import mean_effects
+
+PICTURE_SIDE = 96
+"""Pixels of the longer side of the picture in a report."""
+
+
+def small_picture(pixels: torch.Tensor) -> str:
+    """A model's image ``[channels, height, width]``, from its darkest to its brightest number, as PNG in base64.
+
+    Empty where Pillow is not installed, or for an image of NaN.
+    """
+    if importlib.util.find_spec("PIL") is None or not bool(pixels.isfinite().all()):
+        return ""
+    from PIL import Image
+
+    image = pixels.detach().double().cpu()
+    image = image if image.shape[0] in (1, 3) else image.mean(0, keepdim=True)
+    spread = (image.max() - image.min()).clamp(min=1e-12)
+    bytes_of = ((image - image.min()) / spread * 255).round().to(torch.uint8).expand(3, -1, -1).permute(1, 2, 0)
+    picture = Image.fromarray(bytes_of.numpy())
+    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="png")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def filter_maps(

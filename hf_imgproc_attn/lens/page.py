@@ -6,7 +6,7 @@ import base64
 import html
 
 from .definitions import DEFINITIONS
-from .figures import Pictures
+from .figures import Pictures, view_name
 from .report import HEAD_COLUMNS, Report, cell
 
 PANELS: dict[str, tuple[str, str, str]] = {
@@ -26,9 +26,10 @@ PANELS: dict[str, tuple[str, str, str]] = {
     "maps": (
         "Filter maps",
         "What one token (the red mark) receives from where, in every head: by content alone, by position alone, by "
-        "both (product), and through the booster (operator), where the layer has one.",
+        "both (product), and through the booster (operator), where the layer has one. Below a text stands the text "
+        "itself, darker where more is received, mean over heads.",
         "Compare product with its factors: where it equals the position map, the head does not look at content. "
-        "Negative weights of a booster sharpen.",
+        "Negative weights of a booster sharpen: they are orange.",
     ),
     "smoothing": (
         "Over-smoothing",
@@ -84,6 +85,10 @@ table{border-collapse:collapse;font-size:.85rem}
 th,td{border:1px solid var(--line);padding:.15rem .5rem;text-align:right}
 td.text,th.text{text-align:left}
 .wide{overflow-x:auto}
+figure{margin:1rem 0}
+.tokens{line-height:1.9}
+.tokens span{padding:.1rem .15rem;-webkit-print-color-adjust:exact;print-color-adjust:exact}
+.tokens .chosen{outline:2px solid red}
 @media print{nav,select{display:none}.js section.panel:not(.shown),.js .view:not(.shown){display:block}
 section.panel{break-inside:avoid}}
 """
@@ -167,14 +172,42 @@ def _panel(name: str, reports: list[Report], pictures: Pictures) -> str:
     elif name == "definitions":
         body = _definitions()
     else:
-        body = _views(name, pictures[name])
+        body = _views(name, pictures[name], _coloured_texts(reports) if name == "maps" else {})
     return (
         f'<section class="panel" id="{name}" role="tabpanel"><h2>{_text(title)}</h2><p>{_text(shows)}</p>'
         f'<p class="look"><b>Look for:</b> {_text(look)}</p>{body}</section>'
     )
 
 
-def _views(panel: str, views: dict[str, bytes]) -> str:
+MOST_COLOURED = 256
+"""Tokens of a text that are shown in colours."""
+
+
+def _coloured_texts(reports: list[Report]) -> dict[str, str]:
+    """View -> the text in colours, a line a kernel: what the chosen token receives, mean over heads."""
+    found = {}
+    for report in reports:
+        if report.grid is not None or not report.labels or report.length > MOST_COLOURED:
+            continue
+        for layer in report.layers:
+            lines = [_coloured_text(report, kernel, weights) for kernel, weights in layer.maps.items()]
+            found[view_name(report, layer, len(reports))] = "".join(lines)
+    return found
+
+
+def _coloured_text(report: Report, kernel: str, heads: list[list[float]]) -> str:
+    means = [sum(column) / len(heads) for column in zip(*heads, strict=True)]
+    most = max(map(abs, means)) or 1.0
+    tokens = []
+    for index, (label, mean) in enumerate(zip(report.labels, means, strict=False)):
+        colour = "0,114,178" if mean >= 0 else "213,94,0"
+        mark = ' class="chosen"' if index == report.token else ""
+        style = f"background:rgba({colour},{0.6 * abs(mean) / most:.2f})"
+        tokens.append(f'<span{mark} style="{style}" title="{cell(mean)}">{_text(label.strip() or "·")}</span>')
+    return f'<p class="tokens"><b>{_text(kernel)}</b> {" ".join(tokens)}</p>'
+
+
+def _views(panel: str, views: dict[str, bytes], texts: dict[str, str]) -> str:
     parts = []
     if len(views) > 1:
         options = "".join(
@@ -187,7 +220,7 @@ def _views(panel: str, views: dict[str, bytes]) -> str:
         shown = ' class="view"' if len(views) > 1 else ""
         parts.append(
             f'<figure id="{panel}-{number}"{shown}><img alt="{_text(label)}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{_text(view) if len(views) > 1 else ''}</figcaption></figure>"
+            f"<figcaption>{_text(view) if len(views) > 1 else ''}{texts.get(view, '')}</figcaption></figure>"
         )
     return "".join(parts)
 

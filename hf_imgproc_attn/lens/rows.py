@@ -14,6 +14,7 @@ import torch
 from ..models.backend_call import FilterCall
 from ..models.backend_reference import filter_logits, filter_matrix
 from ..models.boost_operators import BOOSTING, keep_rows
+from ..models.boost_weights import ByWeights, LocalLinear, tilted
 from ..models.cache_streams import NO_STREAMS
 from ..models.kernel_content import class_token_logits, working_dtype
 from ..models.kernel_forget import ForgetPositions
@@ -35,7 +36,7 @@ class Rows(NamedTuple):
     start, stop: the rows.
     keys: how many keys, from the first on, they may see.
     logits: log K + const_i, ``[batch, heads, rows, keys]``.
-    weights: A, of the same shape; its rows sum to 1, or with a learned sink to less.
+    weights: A, of the same shape; its rows sum to 1, or with sinks, ``sigmoid`` and ``softpick`` to something else.
     allowed: boolean, broadcastable to the same shape, or None where everything is visible.
     """
 
@@ -55,7 +56,10 @@ def filter_rows(call: FilterCall, scores: int = BLOCK_SCORES) -> Iterator[Rows]:
         scores: the most scores to hold at a time; at least one row is.
     """
     if call.difference is not None:
-        raise ValueError("boosting='differential' has two filters, got a layer of which one is to be looked at")
+        raise ValueError(
+            "boosting='differential' takes a second filter away from A, so that weights may be below 0, and entropy "
+            "and bandwidth mean nothing: the lens looks at layers of one filter"
+        )
     batch, heads, length, _ = call.query.shape
     step = max(scores // max(batch * heads * call.key.shape[-2], 1), 1)
     if call.normalisation.name == "sinkhorn":  # columns are normalised too: no row is known without the others
@@ -92,6 +96,7 @@ def rows_of(call: FilterCall, start: int, stop: int) -> FilterCall:
         visibility=_visibility_rows(call.visibility, start, stop, keys),
         positions=positions,
         booster=call.booster._replace(name="none"),
+        by_weights=None,
         dropout=0.0,
         streams=NO_STREAMS,
         own_value=None,
@@ -165,13 +170,33 @@ def apply_filter_by_rows(
 def apply_operator_by_rows(
     call: FilterCall, columns: torch.Tensor, *, transposed: bool = False, scores: int = BLOCK_SCORES
 ) -> torch.Tensor:
-    """What multiplies V, p(A), times columns ``[batch, heads, length, d]``; the transpose of p(A) is p of A's."""
+    """What multiplies V, p(A), times columns ``[batch, heads, length, d]``; the transpose of p(A) is p of A's.
+
+    Of ``robust``, which is no operator, what it makes of the columns; transposed A itself.
+    """
     name, steps, gain = call.booster
+    if call.by_weights is not None:
+        return _by_weights_by_rows(call, call.by_weights, columns, transposed, scores)
 
     def attend(rows: torch.Tensor) -> torch.Tensor:
         return apply_filter_by_rows(call, rows, transposed=transposed, scores=scores)
 
     return BOOSTING[name](attend, keep_rows, columns, columns, steps, None if gain is None else gain.to(columns.dtype))
+
+
+def _by_weights_by_rows(
+    call: FilterCall, by_weights: ByWeights, columns: torch.Tensor, transposed: bool, scores: int
+) -> torch.Tensor:
+    result, key = torch.zeros_like(columns), call.repeated()[0].to(columns.dtype)
+    for rows in filter_rows(call, scores):
+        weights, seen = rows.weights.to(columns.dtype), key[..., : rows.keys, :]
+        mine = by_weights.of_rows(slice(rows.start, rows.stop))
+        if not transposed:
+            result[..., rows.start : rows.stop, :] = mine.apply(weights, columns[..., : rows.keys, :], seen)
+            continue
+        operator = tilted(weights, mine.slope, seen) if isinstance(mine, LocalLinear) else weights
+        result[..., : rows.keys, :] += operator.mT @ columns[..., rows.start : rows.stop, :]
+    return result
 
 
 def some_samples(call: FilterCall, samples: slice) -> FilterCall:
@@ -193,7 +218,14 @@ def some_samples(call: FilterCall, samples: slice) -> FilterCall:
         positions=tuple(_samples_of(term, batch, samples) for term in call.positions),
         streams=NO_STREAMS,
         own_value=cut(call.own_value),
+        booster=call.booster._replace(gain=_gain_of(call.booster.gain, batch, samples)),
+        by_weights=None if call.by_weights is None else call.by_weights.of_heads(samples, slice(None)),
     )
+
+
+def _gain_of(gain: torch.Tensor | None, batch: int, samples: slice) -> torch.Tensor | None:
+    """Gains of some samples, where they have some for each: ``[2, batch, heads, length, 1]``."""
+    return gain if gain is None or gain.ndim < 5 or gain.shape[1] != batch else gain[:, samples]
 
 
 def _samples_of(term: Positions, batch: int, samples: slice) -> Positions:

@@ -19,7 +19,7 @@ from ..models.backend_call import FilterCall
 from ..models.layer_summary import filter_summary
 from .exact_parts import first_layer_parts
 from .heads import HeadSums, Tokens, measure_heads
-from .maps import filter_maps
+from .maps import filter_maps, small_picture
 from .observation import BlockTokens, NotUnderstoodError, observed, own_filter
 from .report import HeadReport, LayerReport, Report
 from .shares import decompose_by_means, summed_up, variance_shares
@@ -117,6 +117,8 @@ def inspect_model(
         labels=labels or [],
         noise=options.noise,
     )
+    if options.measures == "all" and isinstance(run.pixels, torch.Tensor) and run.pixels.ndim == 4:
+        run.report.picture = small_picture(run.pixels[0])
     run.look()
     if options.noise:
         run.look_at_noise()

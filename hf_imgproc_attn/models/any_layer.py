@@ -239,7 +239,7 @@ class AppliedFilter(nn.Module):
     @staticmethod
     def _backend(call: FilterCall) -> str:
         """The back-end of a call with cached tokens: one that takes everything about who is seen from the mask."""
-        if call.content.softcap is not None or call.normalisation.name != "softmax":
+        if call.content.softcap is not None or call.normalisation.name != "softmax" or call.by_weights is not None:
             return "auto"
         one_row = call.query.shape[-2] == 1 or (call.dropout and call.is_boosted)
         return "reference" if one_row or (call.sinks is not None and call.has_columns) else "sdpa"

@@ -14,9 +14,11 @@ from .backend_blocked_dense import dense_passes
 from .backend_blocked_normalised import WEIGHTS
 from .backend_blocked_passes import Call, Computed, Tensors, forward_passes, recurrence
 from .backend_blocked_plan import Plan, make_plan
+from .backend_blocked_rows import RowsCall, RowsFilter, dense_rows
 from .backend_call import Booster, Content, FilterCall, without_autocast
 from .backend_sdpa import augment
 from .boost_operators import ONE_PASS
+from .boost_weights import ByWeights, LocalLinear
 from .cache_streams import boost_stream
 from .kernel_content import CONTENT_COLUMNS, HALF_DTYPES
 from .kernel_position import BlockedPositions
@@ -25,6 +27,11 @@ from .kernel_position import BlockedPositions
 def refuses(call: FilterCall) -> str | None:
     """Why the blocked passes cannot serve a call, as the rest of a sentence about them, or None if they can."""
     length, key_length = call.query.shape[-2], call.key.shape[-2]
+    by_weights, call = call.by_weights, call._replace(by_weights=None)
+    if by_weights is not None and call.own_softmax is not None:
+        return call.own_softmax
+    if by_weights is not None:
+        return None if key_length >= length else f"takes the queries for the last tokens, got {key_length} keys"
     if call.content.softcap is not None or call.normalisation.name not in WEIGHTS:
         return call.own_softmax
     if (call.sinks is not None or call.normalisation.name != "softmax") and _lacks_row_constants(call):
@@ -66,6 +73,8 @@ def run(call: FilterCall, *, block_rows: int | None = None, group_pairs: int | N
     if call.booster.name in ONE_PASS:
         return call.finish(run(call.plain(), block_rows=block_rows, group_pairs=group_pairs))
     positions, products = _as_products(call)
+    if call.by_weights is not None:
+        return _by_weights(products, positions, call.by_weights, block_rows, group_pairs)
     output, streams = _blocked(products, positions, block_rows, group_pairs)
     if call.streams.is_cached:
         for index, rows in enumerate(streams):
@@ -100,31 +109,68 @@ def _as_products(call: FilterCall) -> tuple[BlockedPositions | None, FilterCall]
     return by_place, products._replace(sinks=call.sinks, normalisation=call.normalisation)
 
 
+@torch.compiler.disable
+def _by_weights(
+    given: FilterCall,
+    positions: BlockedPositions | None,
+    by_weights: ByWeights,
+    block_rows: int | None,
+    group_pairs: int | None,
+) -> torch.Tensor:
+    """A booster that looks at single weights: ``[batch, heads, length, d]`` in the value's dtype."""
+    call = _blocked_call(given, positions, True, block_rows, group_pairs)
+    parameters = () if positions is None else positions.parameters()
+    query, key, value, bias = given.query, given.key, given.value, given.visibility.bias
+    own = query[..., :0]
+    if isinstance(by_weights, LocalLinear):  # columns of the kernels may stand beside the keys
+        own = torch.nn.functional.pad(by_weights.slope, (0, key.shape[-1] - by_weights.slope.shape[-1]))
+    rows_call = RowsCall(call, by_weights)
+    with without_autocast(query.device.type):
+        if _is_transformed((query, key, value, bias, own, *parameters)):
+            return dense_rows(rows_call, Tensors(query, key, value, bias, None, None, parameters), own)
+        output: torch.Tensor = RowsFilter.apply(query, key, value, bias, own, rows_call, *parameters)
+    return output
+
+
+def _blocked_call(
+    given: FilterCall,
+    positions: BlockedPositions | None,
+    one_pass: bool,
+    block_rows: int | None,
+    group_pairs: int | None,
+) -> Call:
+    """What the autograd functions need besides the tensors that have gradients."""
+    visibility = given.visibility
+    plan = make_plan(
+        given.query,
+        given.key,
+        is_causal=visibility.causal,
+        scale=float(given.content.scale),
+        dropout=given.dropout,
+        seed=int(torch.randint(2**62, ())) if given.dropout else 0,
+        one_pass=visibility.causal or one_pass,
+        block_rows=block_rows,
+        group_pairs=group_pairs,
+    )
+    booster = recurrence(given.booster.name, given.booster.steps)
+    name = given.normalisation.name
+    is_softmax = given.sinks is None and name == "softmax"
+    largest_bias = None if visibility.bias is None else visibility.largest_seen(visibility.bias)
+    if largest_bias is not None and not is_softmax:
+        largest_bias = torch.zeros_like(largest_bias)
+    return Call(plan, booster, visibility._replace(bias=None), largest_bias, positions, name, is_softmax)
+
+
 @torch.compiler.disable  # a generator a block, and a backward of its own: a graph break costs less than tracing it
 def _blocked(
     given: FilterCall, positions: BlockedPositions | None, block_rows: int | None, group_pairs: int | None
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The output, and the queries' rows of x_1, x_2, ..., each ``[batch, heads, length, d]`` in the value's dtype."""
     query, key, value, visibility = given.query, given.key, given.value, given.visibility
-    booster = recurrence(given.booster.name, given.booster.steps)
-    extra, width = len(booster.streams) - 1, value.shape[-1]
-    plan = make_plan(
-        query,
-        key,
-        is_causal=visibility.causal,
-        scale=float(given.content.scale),
-        dropout=given.dropout,
-        seed=int(torch.randint(2**62, ())) if given.dropout else 0,
-        one_pass=visibility.causal or not extra,
-        block_rows=block_rows,
-        group_pairs=group_pairs,
-    )
-    name = given.normalisation.name
-    is_softmax = given.sinks is None and name == "softmax"
-    largest_bias = None if visibility.bias is None else visibility.largest_seen(visibility.bias)
-    if largest_bias is not None and not is_softmax:
-        largest_bias = torch.zeros_like(largest_bias)
-    call = Call(plan, booster, visibility._replace(bias=None), largest_bias, positions, name, is_softmax)
+    extra = len(recurrence(given.booster.name, given.booster.steps).streams) - 1
+    width = value.shape[-1]
+    call = _blocked_call(given, positions, not extra, block_rows, group_pairs)
+    plan = call.plan
     parameters = () if positions is None else positions.parameters()
     past = _past(given, plan, extra) if given.streams.is_cached else None
     tensors = Tensors(query, key, value, visibility.bias, past, given.sinks, parameters)

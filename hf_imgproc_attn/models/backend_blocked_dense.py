@@ -32,7 +32,7 @@ def dense_dropout_factors(plan: Plan, like: torch.Tensor) -> torch.Tensor:
     return factors
 
 
-def _filter_matrix(call: Call, tensors: Tensors) -> torch.Tensor:
+def dense_matrix(call: Call, tensors: Tensors) -> torch.Tensor:
     """A, without dropout, in the dtype of query and key."""
     query, key = tensors.query, call.visibility.clean_keys(tensors.key)
     terms = [] if tensors.bias is None else [tensors.bias]
@@ -53,7 +53,7 @@ def dense_passes(call: Call, tensors: Tensors) -> tuple[torch.Tensor, torch.Tens
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     shown = call.visibility.clean_keys
     own = value[:, :, max(plan.past, 0) :]
-    matrix = _filter_matrix(call, tensors._replace(query=query, key=key))
+    matrix = dense_matrix(call, tensors._replace(query=query, key=key))
     if plan.dropout:
         matrix = matrix * dense_dropout_factors(plan, query.new_empty(0))
     smoothed = [torch.matmul(matrix, shown(value))]

@@ -91,6 +91,9 @@ class KeySums:
         """Add A^T g of a block: ``[pairs, rows, keys]`` and ``[pairs, rows, d]``."""
         pairs, width, _ = self.shape
         left, right = (rows.mT, matrix) if self.transposed else (matrix.mT, rows)
+        if self.sums is not None and not self.transposed:  # several products of the only block
+            self.sums.baddbmm_(left, right)
+            return
         if self.sums is not None:
             part = self.scratch.view(pairs, width, matrix.shape[-1])
             self.sums[..., : matrix.shape[-1]] += torch.bmm(left, right, out=part)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .boost_operators import BOOSTING, Attend, keep_rows
+from .boost_weights import ByWeights
 from .cache_streams import NO_STREAMS, Streams, boost_stream
 from .kernel_content import CONTENT_COLUMNS, working_dtype
 from .kernel_normalisation import Normalisation
@@ -72,6 +73,7 @@ class FilterCall(NamedTuple):
         of ``value``. In a cache of fixed size they are not, and nothing but the mask tells which keys are there.
     normalisation: how logits become weights.
     difference: a second map to be taken away, or None.
+    by_weights: a booster that looks at single weights, in place of ``booster``, or None.
     """
 
     query: torch.Tensor
@@ -87,10 +89,13 @@ class FilterCall(NamedTuple):
     own_value: torch.Tensor | None = None
     normalisation: Normalisation = Normalisation()
     difference: Difference | None = None
+    by_weights: ByWeights | None = None
 
     @property
     def own_softmax(self) -> str | None:
         """Why back-ends whose weights are the plain softmax of the logits refuse, or None."""
+        if self.by_weights is not None:
+            return "applies A as a whole, and the booster looks at its weights one by one"
         if self.content.softcap is not None:
             return "knows no logits with a soft cap"
         if self.normalisation.name != "softmax":
@@ -105,7 +110,7 @@ class FilterCall(NamedTuple):
     @property
     def is_boosted(self) -> bool:
         """Whether A is applied more than once."""
-        return self.booster.name != "none"
+        return self.booster.name != "none" or self.by_weights is not None
 
     @property
     def groups(self) -> int:
@@ -261,8 +266,8 @@ def check_options(boosting: str, boosting_steps: int, dropout: float) -> None:
     Raises:
         ValueError: naming the option, its rule and the value.
     """
-    if boosting not in BOOSTING:
-        raise ValueError(f"boosting must be one of {', '.join(BOOSTING)}, got {boosting!r}")
+    if boosting not in (*BOOSTING, "robust"):
+        raise ValueError(f"boosting must be one of {', '.join((*BOOSTING, 'robust'))}, got {boosting!r}")
     if isinstance(boosting_steps, bool) or not isinstance(boosting_steps, int) or boosting_steps < 1:
         raise ValueError(f"boosting_steps must be an integer >= 1, got {boosting_steps!r}")
     if not 0.0 <= dropout < 1.0:
@@ -276,5 +281,5 @@ def check_bias(bias: torch.Tensor, shape: tuple[int, int, int, int]) -> torch.Te
         ValueError: for a bias that is not of a floating dtype, or a wrong shape.
     """
     if not bias.is_floating_point():
-        raise ValueError(f"position bias must be of a floating dtype, got {bias.dtype}")
-    return four_axes("position bias", bias, shape)
+        raise ValueError(f"position_bias must be of a floating dtype, got {bias.dtype}")
+    return four_axes("position_bias", bias, shape)

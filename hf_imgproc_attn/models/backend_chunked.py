@@ -67,6 +67,8 @@ def _smooth(call: FilterCall, rows: torch.Tensor, seed: int) -> torch.Tensor:
             generator = torch.Generator(matrix.device).manual_seed(seed % 2**63)
             kept = torch.empty_like(matrix).bernoulli_(1.0 - call.dropout, generator=generator)
             matrix = matrix * kept / (1.0 - call.dropout)
+        if call.by_weights is not None:
+            return call.by_weights.apply(matrix, rows, call.repeated()[0].to(rows.dtype))
         return torch.matmul(matrix, rows)
 
 
@@ -99,6 +101,8 @@ def _rows_of(call: FilterCall, block: slice, allowed: torch.Tensor | None) -> Fi
     call = call._replace(
         query=query, content=call.content._replace(scale=scale), visibility=visibility, positions=positions
     )
+    if call.by_weights is not None:
+        call = call._replace(by_weights=call.by_weights.of_rows(block))
     return call if allowed is not None or not _is_cut_by_causality(whole) else _without_later_keys(call, seen, block)
 
 

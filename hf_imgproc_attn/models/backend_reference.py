@@ -120,7 +120,7 @@ def reference_attention(
     """
     dtype = call.value.dtype
     compute_dtype = working_dtype(dtype)
-    _, value = call.repeated()
+    key, value = call.repeated()
     # Autocast would run the products in half precision; the reference must be more exact than what it checks.
     with without_autocast(logits.device.type):
         matrix = filter_matrix(logits.to(compute_dtype), call.visibility, call.sinks, call.normalisation)
@@ -132,9 +132,13 @@ def reference_attention(
             matrix = matrix - call.difference.share * other
 
         def attend(rows: torch.Tensor) -> torch.Tensor:
-            return torch.matmul(matrix, rows.to(compute_dtype))
+            rows = rows.to(compute_dtype)
+            if call.by_weights is not None:
+                return call.by_weights.apply(matrix, rows, key.to(compute_dtype))
+            return torch.matmul(matrix, rows)
 
-        if attentions != "operator" or not call.is_boosted or call.booster.name in NOT_LINEAR:
+        is_operator = call.booster.name not in NOT_LINEAR and (call.by_weights is None or call.by_weights.is_linear)
+        if attentions != "operator" or not (call.is_boosted and is_operator):
             returned = None
             if attentions is not None:
                 returned = matrix.to(dtype)

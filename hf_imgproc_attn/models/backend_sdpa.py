@@ -89,6 +89,8 @@ def append_columns(x: torch.Tensor, columns: Sequence[torch.Tensor]) -> torch.Te
 
 def refuses(call: FilterCall) -> str | None:
     """Why SDPA cannot serve a call, as the rest of a sentence about it, or None if it can."""
+    if call.by_weights is not None:
+        return call.own_softmax
     if call.dropout and call.is_boosted:
         return "draws a new dropout mask at every pass, and a booster needs the same one"
     if call.content.softcap is not None or call.normalisation.name != "softmax":

@@ -185,8 +185,8 @@ NOT_LINEAR = ("exclusive",)
 
 
 def operator_on_value(boosting: str) -> str:
-    """The key of :data:`BOOSTING` for a layer's booster; where it has several maps each of them is plain."""
-    return "none" if boosting in ("gradient_boosted", "differential") else boosting
+    """The key of :data:`BOOSTING` for a layer's booster; ``none`` where it has several maps, or changes A itself."""
+    return boosting if boosting in BOOSTING else "none"
 
 
 def extra_streams(boosting: str, steps: int) -> int:

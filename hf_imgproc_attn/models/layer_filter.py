@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .boost_differential import SECOND_KEY, SecondMap
 from .boost_gate import OutputGate, TokenGains
 from .boost_gradient import GradientBoosting
 from .boost_operators import extra_streams, operator_on_value
+from .boost_weights import weight_booster
 from .cache_streams import NO_STREAMS, Streams, boost_stream, keep_apart, round_stream
 from .kernel_content import unit_vectors, working_dtype
 from .kernel_elliptical import elliptical_metric
@@ -118,6 +120,7 @@ class AttentionFilter(nn.Module):
         self.token_gains = None
         if spec.boosting == "dynamic_inversion":
             self.token_gains = TokenGains(config.hidden_size, self.num_heads)
+        self.weight_booster = weight_booster(spec, config, head_dim)
         self.second_map = None
         if spec.boosting == "differential":
             self.second_map = SecondMap(config.hidden_size, self.num_heads, head_dim)
@@ -250,6 +253,7 @@ class AttentionFilter(nn.Module):
             streams=streams,
             dropout=dropout,
             hidden_states=inputs.hidden_states,
+            coordinates=inputs.coordinates,
         )
         if self.second_map is None or scalars.differential is None:
             return call
@@ -282,6 +286,7 @@ class AttentionFilter(nn.Module):
         streams: Streams,
         dropout: float,
         hidden_states: torch.Tensor | None = None,
+        coordinates: torch.Tensor | None = None,
     ) -> FilterCall:
         """The call that a back-end receives, of what is ready for it.
 
@@ -294,6 +299,7 @@ class AttentionFilter(nn.Module):
             streams: the layer's part of a cache.
             dropout: probability on A.
             hidden_states: what was projected, where the booster projects it too.
+            coordinates: of the new tokens, where the position kernel turns by them what is projected.
         """
         query, key, value = projected
         content_kernel = self.spec.content_kernel
@@ -305,11 +311,18 @@ class AttentionFilter(nn.Module):
         if scale is None or scalars.content_log_bandwidth is not None:
             scale = self._content_scale(scalars, query)
         if self.has_metric:
-            metric = self._metric(*moved, visibility, streams)
+            if moved[1] is None:
+                raise ValueError(
+                    f"previous_value must be given for content_kernel='elliptical' in layer {self.layer_idx}, got None"
+                )
+            metric = elliptical_metric(moved[0], moved[1], visibility, streams)
             if metric.shape[1] != query.shape[1]:
                 metric = metric.repeat_interleave(query.shape[1] // metric.shape[1], dim=1)
             scale = metric * scale
         gain = self._gain(scalars, hidden_states, query.dtype) if self._has_gain else None
+        by_weights = None
+        if self.weight_booster is not None:
+            by_weights = self.weight_booster(hidden_states, visibility, partial(self.positions.turn, coordinates))
         return FilterCall(
             query,
             key,
@@ -323,6 +336,7 @@ class AttentionFilter(nn.Module):
             own_value=streams.own_value(value, query.shape[-2]) if streams.is_cached else None,
             sinks=scalars.sink,
             normalisation=self._normalisation,
+            by_weights=by_weights,
         )
 
     def _gain(self, scalars: Scalars, hidden_states: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -372,15 +386,6 @@ class AttentionFilter(nn.Module):
             like=query,
         )
         return query, key, value, terms
-
-    def _metric(
-        self, value: torch.Tensor, previous_value: torch.Tensor | None, visibility: Visibility, streams: Streams
-    ) -> torch.Tensor:
-        if previous_value is None:
-            raise ValueError(
-                f"previous_value must be given for content_kernel='elliptical' in layer {self.layer_idx}, got None"
-            )
-        return elliptical_metric(value, previous_value, visibility, streams)
 
     def _position_vectors(
         self, position_states: torch.Tensor | None, query: torch.Tensor

@@ -84,8 +84,13 @@ class LayerPositions:
         """``rotary``: query and key rotated by their place, and no coordinates: later code no longer needs them."""
         if self.kernel != "rotary" or coordinates is None:
             return query, key, coordinates
-        options: dict[str, Any] = {"base": self._rotary_base, "num_class_tokens": self.num_class_tokens}
-        return rotate(query, coordinates, **options), rotate(key, coordinates, **options), None
+        return self.turn(coordinates, query), self.turn(coordinates, key), None
+
+    def turn(self, coordinates: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+        """``rotary``: rows ``[batch, heads, length, head_dim]`` rotated by their place; else as they are."""
+        if self.kernel != "rotary" or coordinates is None:
+            return rows
+        return rotate(rows, coordinates, base=self._rotary_base, num_class_tokens=self.num_class_tokens)
 
     def terms(
         self,

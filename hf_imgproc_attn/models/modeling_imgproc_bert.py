@@ -18,7 +18,7 @@ from .layer_inputs import LayerInputs
 from .layer_tokens import FilteredAttentionMixin, Projected, filter_residual, project_each
 from .modeling_encoder import TextEncoderMixin
 from .modeling_losses import SummedEncoderLossMixin, classification_loss, token_loss
-from .modeling_shared import FilterPreTrainedMixin, shared_position_projection
+from .modeling_shared import FilterPreTrainedMixin, check_activation, shared_position_projection
 from .spec_axes import is_stock_layer, uses_position_table
 
 
@@ -66,6 +66,7 @@ class ImgProcBertLayer(stock.BertLayer):
     """A stock layer around :class:`ImgProcBertSelfAttention`, with residual scheme and state between layers."""
 
     def __init__(self, config: ImgProcBertConfig, layer_idx: int) -> None:
+        check_activation(config)
         super().__init__(config, layer_idx)
         self.attention.self = ImgProcBertSelfAttention(config, layer_idx)
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .any_attention import PART
-from .any_filter import apply_filter, filter_arguments, is_filtered
+from .any_filter import apply_filter, filter_arguments, is_filtered, stack_names
 from .configuration_imgproc_filtered import ImgProcFilteredConfig
 
 _NOT_GIVEN = frozenset(
@@ -83,7 +83,7 @@ class FilteredModel(PreTrainedModel):
 
         def start(self: Any, own: Any, *args: Any, **kwargs: Any) -> None:
             stock.__init__(self, own, *args, **kwargs)
-            apply_filter(self, **config.filter_arguments)
+            apply_filter(self, **_as_seen_from(self, config.filter_arguments))
 
         made = type(stock.__name__, (stock,), {"__init__": start, "__module__": stock.__module__})
         return made, base
@@ -96,6 +96,19 @@ def _refuse_missing_numbers(missing: Any) -> None:
             f"the weights lack {len(lacking)} tensors of the filter that config.json names, such as {lacking[0]}: "
             "they are not those of this filtered model. For a new filter load the stock model and call apply_filter"
         )
+
+
+def _as_seen_from(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a filter, with the stacks as this class of the model calls them: with a head or bare."""
+    if not arguments.get("stacks"):
+        return arguments
+    known, stacks = list(stack_names(model)), arguments["stacks"]
+
+    def here(name: Any) -> Any:
+        same = [each for each in known if each.endswith(f".{name}") or str(name).endswith(f".{each}")]
+        return same[0] if name not in known and len(same) == 1 else name
+
+    return {**arguments, "stacks": here(stacks) if isinstance(stacks, str) else [here(name) for name in stacks]}
 
 
 def _settle(model: Any) -> None:

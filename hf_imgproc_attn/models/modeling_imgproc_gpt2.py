@@ -27,7 +27,13 @@ from .configuration_imgproc_gpt2 import ImgProcGPT2Config
 from .layer_inputs import LayerInputs
 from .layer_tokens import FilteredAttentionMixin, Projected, filter_residual
 from .modeling_losses import SummedLossMixin, classification_loss, token_loss
-from .modeling_shared import FilterPreTrainedMixin, run_time_choices, shared_position_projection, wanted_attentions
+from .modeling_shared import (
+    FilterPreTrainedMixin,
+    check_activation,
+    run_time_choices,
+    shared_position_projection,
+    wanted_attentions,
+)
 from .modeling_text import TextModelMixin
 from .spec_axes import is_stock_layer, uses_position_table
 from .visibility import check_model_mask, model_visibility, stock_mask
@@ -61,6 +67,7 @@ class ImgProcGPT2Block(GPT2Block):
     """A stock block around :class:`ImgProcGPT2Attention`, with the residual scheme and the state between layers."""
 
     def __init__(self, config: ImgProcGPT2Config, layer_idx: int) -> None:
+        check_activation(config)
         super().__init__(config, layer_idx=layer_idx)
         self.attn = ImgProcGPT2Attention(config, layer_idx)
 

@@ -33,7 +33,7 @@ from .modeling_dense import check_masks, check_whole_patches, feature_map, segme
 from .modeling_encoder import encoder_inputs, run_layers
 from .modeling_losses import classification_loss
 from .modeling_saved_names import RenamedOnLoadingMixin, accept_saved_names
-from .modeling_shared import FilterPreTrainedMixin, shared_position_projection, wanted_attentions
+from .modeling_shared import FilterPreTrainedMixin, check_activation, shared_position_projection, wanted_attentions
 from .modeling_vit_embeddings import NUM_CLASS_TOKENS, ImgProcViTEmbeddings
 from .spec_axes import COORDINATE_KERNELS, is_stock_layer
 
@@ -65,6 +65,7 @@ class ImgProcViTLayer(ViTLayer):
     """A stock layer around :class:`ImgProcViTAttention`, with the residual scheme and the state between layers."""
 
     def __init__(self, config: ImgProcViTConfig, layer_idx: int) -> None:
+        check_activation(config)
         super().__init__(config)
         self.attention = ImgProcViTAttention(config, layer_idx)
 

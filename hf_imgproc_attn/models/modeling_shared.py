@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 from .boost_gradient import ZeroLinear
@@ -39,6 +40,18 @@ def check_attn_implementation(name: str | None, also: tuple[str, ...] = ()) -> N
         raise ValueError(
             f'Specified `attn_implementation="{name}"` is not supported. The only possible arguments are {listed}.'
         )
+
+
+def check_activation(config: Any) -> None:
+    """Refuse the name of an activation function that there is not.
+
+    Raises:
+        ValueError: naming the field and what is allowed.
+    """
+    for field in ("hidden_act", "activation_function"):
+        name = getattr(config, field, None)
+        if isinstance(name, str) and name not in ACT2FN:
+            raise ValueError(f"{field} must be one of {', '.join(sorted(ACT2FN))}, got {name!r}")
 
 
 # Parameters that exist or not, or change their meaning, with the variant.

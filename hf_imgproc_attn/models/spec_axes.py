@@ -16,7 +16,7 @@ CONTENT_KERNELS = ("dot_product", "gaussian", "elliptical", "cosine")
 POSITION_KERNELS = ("additive", "untied", "gaussian", "alibi", "relative_buckets", "rotary", "forget", "none")
 BOOSTINGS = (
     *("none", "twicing", "osher", "learned", "diffusion", "sos", "gradient_boosted"),
-    *("inversion", "dynamic_inversion", "exclusive", "differential"),
+    *("inversion", "dynamic_inversion", "exclusive", "differential", "local_linear", "robust"),
 )
 RESIDUALS = ("standard", "twicing", "sos", "osher")
 NORMALISATIONS = ("softmax", "sink", "sigmoid", "softpick", "sinkhorn")
@@ -32,14 +32,26 @@ ATTENTION_OUTPUTS = ("operator", "filter")
 RUN_TIME_FIELDS = ("filter_backend", "attention_output")
 """Fields of a configuration that are chosen at run time and never saved."""
 
-STEPPED_BOOSTINGS = ("twicing", "osher", "diffusion", "sos", "gradient_boosted")
+STEPPED_BOOSTINGS = ("twicing", "osher", "diffusion", "sos", "gradient_boosted", "robust")
 """Boosters that take a number of steps; of ``gradient_boosted`` they are the rounds, two at least."""
+
+ROBUST_PENALTIES = ("huber", "l1", "mcp")
+"""What ``robust`` makes of a value's distance to its estimate, the default first."""
+
+ROBUST_THRESHOLDS = {"huber": 1.0, "mcp": 4.0}
+"""Default distances from which on values lose weight, or have none; ``l1`` has no such distance."""
+
+MIN_ROBUST_THRESHOLD = 0.02
+"""Smaller ones are hard to tell from ``l1``, and from rounding in single precision."""
 
 GRADIENT_BOOSTING_SOURCES = ("residual", "input")
 """What the later rounds of ``gradient_boosted`` make their keys and values of, the default first."""
 
-TOKEN_BOOSTINGS = ("dynamic_inversion", "differential")
+TOKEN_BOOSTINGS = ("dynamic_inversion", "differential", "local_linear")
 """Boosters with a projection of the layer's input of their own, beside query, key and value."""
+
+WEIGHTS_ONE_BY_ONE = ("local_linear", "robust")
+"""Boosters that look at single weights of A, for which no fused attention can be called."""
 
 SEEING_ROW_CONSTANTS = ("sink", "sigmoid", "softpick")
 """Normalisations that a number added to a whole row of logits changes; their rows sum to less than 1."""
@@ -129,8 +141,8 @@ def per_layer(name: str, value: Any, num_layers: int) -> list[Any]:
 
 
 def default_steps(boosting: str) -> int:
-    """Number of steps or rounds where none is given: 3 for ``sos`` (two are plain diffusion, A^2), else 2."""
-    return 3 if boosting == "sos" else 2
+    """Number of steps or rounds where none is given: 3 for ``sos`` (two are A^2) and ``robust``, else 2."""
+    return 3 if boosting in ("sos", "robust") else 2
 
 
 def layer_schedule(config: Any) -> list[LayerSpec]:

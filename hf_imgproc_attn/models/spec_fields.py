@@ -20,6 +20,8 @@ from .spec_axes import (
     FILTER_BACKENDS,
     GRADIENT_BOOSTING_SOURCES,
     PUBLISHED_NEUTRENO_LAMBDAS,
+    ROBUST_PENALTIES,
+    ROBUST_THRESHOLDS,
     RUN_TIME_FIELDS,
     LayerSpec,
     default_steps,
@@ -50,6 +52,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "inversion": {"boosting": "inversion"},
     "dynamic_inversion": {"boosting": "dynamic_inversion"},
     "exclusive": {"boosting": "exclusive"},
+    "local_linear": {"boosting": "local_linear"},
+    "robust": {"boosting": "robust"},
     "gated": {"gate": "elementwise"},
     "sink": {"normalisation": "sink"},
     "sigmoid": {"normalisation": "sigmoid"},
@@ -76,6 +80,8 @@ FILTER_FIELDS = (
     "boosting_steps",
     "boosted_layers",
     "gradient_boosting_source",
+    "robust_penalty",
+    "robust_threshold",
     "residual",
     "feedback",
     "neutreno_lambda",
@@ -118,15 +124,19 @@ class FilterSpecMixin:
             ``"learned"`` (A + gamma A(I - A), one gamma per head), ``"diffusion"`` (A^steps), ``"sos"``,
             ``"gradient_boosted"``, ``"inversion"`` (alpha A + beta (I - A), one alpha and beta per head),
             ``"dynamic_inversion"`` (the same, per head and token) or ``"exclusive"`` (A V without its projection on
-            the token's own value) or ``"differential"`` (A_1 - lambda A_2, with a second map's own projections); one
-            value, or one per layer.
-        boosting_steps: number of steps, an integer from 1 to 16, or a list with one per layer. None: 3 for ``sos``,
-            else 2, which for ``twicing`` is 2A - A^2. Of ``gradient_boosted`` they are the rounds M >= 2, that is the
-            attentions in a layer.
+            the token's own value), ``"differential"`` (A_1 - lambda A_2, with a second map's own projections),
+            ``"local_linear"`` (first-order kernel regression, with a learned slope per token) or
+            ``"robust"`` (a robust mean of the values in place of their mean); one value, or one per layer.
+        boosting_steps: number of steps, an integer from 1 to 16, or a list with one per layer. None: 3 for ``sos`` and
+            ``robust``, else 2, which for ``twicing`` is 2A - A^2. Of ``gradient_boosted`` they are the rounds M >= 2,
+            that is the attentions in a layer.
         boosted_layers: indices of the layers that are boosted, negative ones count from the end; None: all layers.
         gradient_boosting_source: ``gradient_boosted`` only: what the rounds after the first make their keys and values
             of. ``"residual"``: of z - F, as their queries, which is what the authors' experiments run; ``"input"``: of
             z, the equation of arXiv 2604.03190v1. None: ``"residual"``.
+        robust_penalty: ``robust`` only: ``"huber"``, ``"l1"`` or ``"mcp"``. None: ``"huber"``.
+        robust_threshold: ``robust`` only: the distance of a value from which on ``huber`` weighs it less (None: 1) or
+            ``mcp`` not at all (None: 4); not with ``l1``.
         residual: scheme across depth: ``"standard"`` is x + f(x), ``"twicing"``, ``"sos"``, ``"osher"``.
         feedback: cross-layer feedback on the head output: ``"none"``, ``"neutreno"``, ``"pid"``, or on the values:
             ``"value_residual"``, with one lambda a layer that is always learned.
@@ -160,6 +170,8 @@ class FilterSpecMixin:
     boosting_steps: int | list[int] | None = None
     boosted_layers: list[int] | None = None
     gradient_boosting_source: str | None = None
+    robust_penalty: str | None = None
+    robust_threshold: float | int | None = None
     residual: str = "standard"
     feedback: str = "none"
     neutreno_lambda: float | int | None = None
@@ -319,6 +331,8 @@ def written_out_defaults(config: Any) -> dict[str, Any]:
     return {
         "boosting_steps": default_steps(config.boosting) if isinstance(config.boosting, str) else None,
         "gradient_boosting_source": GRADIENT_BOOSTING_SOURCES[0],
+        "robust_penalty": ROBUST_PENALTIES[0],
+        "robust_threshold": ROBUST_THRESHOLDS.get(config.robust_penalty or ROBUST_PENALTIES[0]),
         "neutreno_lambda": config.default_neutreno_lambda,
         "pid_gains": list(DEFAULT_PID_GAINS),
         "relative_attention_num_buckets": DEFAULT_NUM_BUCKETS,

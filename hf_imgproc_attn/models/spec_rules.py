@@ -16,14 +16,25 @@ from .spec_axes import (
     MAX_BOOSTING_STEPS,
     MAX_SINKHORN_ITERATIONS,
     MIN_BANDWIDTH,
+    MIN_ROBUST_THRESHOLD,
     NORMALISATIONS,
     POSITION_KERNELS,
     RESIDUALS,
+    ROBUST_PENALTIES,
     SEEING_ROW_CONSTANTS,
     STEPPED_BOOSTINGS,
     per_layer,
 )
 from .spec_versions import check_version
+
+_SIZES = (
+    "num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "max_position_embeddings", "n_inner",
+    "intermediate_size", "type_vocab_size", "image_size", "patch_size", "num_channels", "encoder_stride",
+)  # fmt: skip
+_DROPOUTS = (
+    "resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout", "hidden_dropout_prob",
+    "attention_probs_dropout_prob", "classifier_dropout",
+)  # fmt: skip
 
 
 def check_filter_spec(config: Any) -> None:
@@ -39,9 +50,8 @@ def check_filter_spec(config: Any) -> None:
     check_version(config.filter_spec_version)
     check_architecture(config, config.must_be)
     num_layers, num_heads = config.num_hidden_layers, config.num_attention_heads
-    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be >= 1, got {getattr(config, name)}")
+    _check_sizes(config)
+    _check_dropout(config)
     if config.hidden_size % num_heads:
         raise ValueError(
             f"num_attention_heads must divide hidden_size, got {num_heads} heads and hidden_size {config.hidden_size}"
@@ -92,6 +102,24 @@ def _is_finite(value: Any) -> bool:
     return is_number and abs(value) <= 1e300 and math.isfinite(value)
 
 
+def _check_sizes(config: Any) -> None:
+    """Sizes of the stock model, which PyTorch would refuse by its own words or take as an empty tensor."""
+    for name in _SIZES:
+        value = getattr(config, name, None)
+        for size in value if isinstance(value, (list, tuple)) else [value]:
+            if size is not None and not (_is_int(size) and 1 <= size < 2**31):
+                raise ValueError(f"{name} must be >= 1 and below 2^31, got {value!r}")
+        if isinstance(value, (list, tuple)) and len(value) != 2:
+            raise ValueError(f"{name} must be one number or two, for height and width, got {value!r}")
+
+
+def _check_dropout(config: Any) -> None:
+    for name in _DROPOUTS:
+        value = getattr(config, name, None)
+        if value is not None and not (_is_finite(value) and 0 <= value <= 1):
+            raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
+
+
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     for item in value if isinstance(value, list) else [value]:
         if item not in allowed:
@@ -110,6 +138,7 @@ def _check_boosting(config: Any, num_layers: int) -> None:
             f"{', '.join(STEPPED_BOOSTINGS)}: leave it at None, got {steps!r}"
         )
     _check_gradient_boosting(config, num_layers)
+    _check_robust(config, boostings)
     layers = config.boosted_layers
     if layers is None:
         return
@@ -148,6 +177,24 @@ def _check_gradient_boosting(config: Any, num_layers: int) -> None:
             f"gradient_boosting_source={source!r} with boosting={config.boosting!r}"
         )
     _check_choice("gradient_boosting_source", source, GRADIENT_BOOSTING_SOURCES)
+
+
+def _check_robust(config: Any, boostings: set[str]) -> None:
+    penalty, threshold = config.robust_penalty, config.robust_threshold
+    for name, value in (("robust_penalty", penalty), ("robust_threshold", threshold)):
+        if value is not None and "robust" not in boostings:
+            raise ValueError(f"{name} needs boosting 'robust', got {name}={value!r} with boosting={config.boosting!r}")
+    if penalty is not None:
+        _check_choice("robust_penalty", penalty, ROBUST_PENALTIES)
+    if threshold is None:
+        return
+    if penalty == "l1":
+        raise ValueError(f"robust_threshold must be None with robust_penalty='l1', which has none, got {threshold!r}")
+    if not _is_finite(threshold) or not MIN_ROBUST_THRESHOLD <= threshold <= MAX_BANDWIDTH:
+        raise ValueError(
+            f"robust_threshold must be a finite number from {MIN_ROBUST_THRESHOLD:g} to {MAX_BANDWIDTH:g}, "
+            f"got {threshold!r}"
+        )
 
 
 def _check_kernels(config: Any, num_layers: int) -> None:

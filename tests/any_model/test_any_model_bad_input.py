@@ -48,7 +48,10 @@ from tests.models.helpers import tiny_gpt2_config
             "num_special_tokens must be an integer >= 0 or None, got 'a'",
         ),
         ({"position_kernel": {}}, r"position_kernel must be one of .*got \{\}"),
-        ({"feedback": ["neutreno"]}, r"feedback must be one of none, neutreno, pid, got \['neutreno'\]"),
+        (
+            {"feedback": ["neutreno"]},
+            r"feedback must be one of none, neutreno, pid, value_residual, got \['neutreno'\]",
+        ),
         ({"preset": "twicing", "boosting_step": 3}, "unknown configuration field boosting_step=3; did you mean"),
         ({"preset": "twicing", "colour": 3}, "fields must be among .*got 'colour'"),
         ({"preset": "twicing", "boosting_steps": 99}, "boosting_steps must be an integer >= 1 and <= 16, got 99"),
@@ -81,7 +84,6 @@ def test_what_is_no_model_is_refused(call: Any) -> None:
             call(wrong)
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # by PEFT
 def test_layers_with_filters_of_their_own_are_refused() -> None:
     """A second filter in them would never be called."""
     model = ImgProcGPT2LMHeadModel(tiny_gpt2_config("twicing", n_layer=2, boosted_layers=[1]))
@@ -91,6 +93,7 @@ def test_layers_with_filters_of_their_own_are_refused() -> None:
     assert [row["layer"] for row in filtered_layers(model)] == [0]
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # by PEFT
 def test_a_model_that_peft_has_wrapped_is_refused() -> None:
     wrapped = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"]))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="model is a PeftModel, which saves its adapter alone"):
@@ -248,6 +251,13 @@ def test_images_of_another_size_have_no_known_places() -> None:
     larger = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     with pytest.raises(ValueError, match="1 special tokens and 3 x 3 patches, got 17 tokens"):
         model(larger, interpolate_pos_encoding=True)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.75])
+def test_shuffled_patches_have_no_known_places(ratio: float) -> None:
+    """A masked autoencoder shuffles its patches and drops some, or none."""
+    with pytest.raises(ValueError, match="a model with mask_ratio in its ViTMAEConfig shuffles them"):
+        apply_filter(build("vit_mae", mask_ratio=ratio), "alibi")
 
 
 def test_an_image_model_that_does_not_tell_its_special_tokens_asks_for_them() -> None:

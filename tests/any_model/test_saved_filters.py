@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from hf_imgproc_attn import apply_filter, filtered_layers, remove_filter
 from hf_imgproc_attn.models.any_filter import filter_arguments
 from hf_imgproc_attn.models.configuration_imgproc_filtered import ImgProcFilteredConfig
 from tests.any_model.architectures import DECODERS, GROUPED, build, inputs, output
-from tests.helpers import run_command
+from tests.helpers import prepared_python, run_command
 
 ELSEWHERE = """
 import json, sys, torch, transformers
@@ -64,7 +63,7 @@ def test_a_process_without_the_package_loads_it(
     with torch.no_grad():
         torch.save(output(model, given), tmp_path / "saved/wanted.pt")
     torch.save(given, tmp_path / "saved/given.pt")
-    code = [sys.executable, "-I", "-c", ELSEWHERE, str(tmp_path / "saved"), auto_class, type(model).__name__]
+    code = [prepared_python(), "-I", "-c", ELSEWHERE, str(tmp_path / "saved"), auto_class, type(model).__name__]
     done = run_command(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "imgproc_filtered\n"
@@ -98,7 +97,7 @@ def test_a_folder_says_what_it_is_and_is_refused_without_its_code(tmp_path: Path
     assert said["auto_map"]["AutoModelForCausalLM"] == "modeling_imgproc_filtered.ImgProcFilteredForCausalLM"
     code = "import sys; sys.modules['hf_imgproc_attn'] = None\nfrom transformers import AutoModelForCausalLM\n"
     code += f"AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, trust_remote_code=False)"
-    done = run_command([sys.executable, "-I", "-c", code], cwd=tmp_path)
+    done = run_command([prepared_python(), "-I", "-c", code], cwd=tmp_path)
     assert done.returncode != 0
     assert "trust_remote_code" in done.stderr
 
@@ -149,8 +148,10 @@ def test_a_base_of_an_unknown_type_is_refused(tmp_path: Path) -> None:
 
 def test_a_stock_class_does_not_load_it_unfiltered(tmp_path: Path) -> None:
     moved("llama", preset="twicing").save_pretrained(tmp_path)
+    # Its own sizes, not the model's: here smaller ones than its defaults.
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
     with pytest.raises((RuntimeError, ValueError), match="size|mismatch"):
-        LlamaForCausalLM.from_pretrained(tmp_path, num_hidden_layers=3)
+        LlamaForCausalLM.from_pretrained(tmp_path, **sizes)
 
 
 def test_a_stock_class_that_has_its_sizes_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -234,3 +235,42 @@ def test_weights_without_the_filters_numbers_are_refused(tmp_path: Path) -> None
         ValueError, match=f"lack {len(lost) - 1} tensors of the filter .* such as {sorted(lost[1:])[0]}"
     ):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "auto_class", "stacks"),
+    [
+        ("llama", "AutoModel", "model.layers"),
+        ("bart", "AutoModel", ["model.decoder.layers"]),
+        ("bert", "AutoModelForSequenceClassification", "encoder.layer"),
+    ],
+)
+def test_a_chosen_stack_is_found_with_a_head_and_without(
+    name: str, auto_class: str, stacks: Any, tmp_path: Path
+) -> None:
+    """Its name has the name of the bare model before it, or has not."""
+    model = moved(name, preset="learned_twicing", stacks=stacks)
+    model.save_pretrained(tmp_path)
+    loaded = getattr(transformers, auto_class).from_pretrained(tmp_path, dtype=torch.float64)
+    assert len(filtered_layers(loaded)) == len(filtered_layers(model))
+    given = inputs(name)
+    with torch.no_grad():
+        found, wanted = (each.base_model(**given)[0] for each in (loaded, model))
+    assert (found - wanted).abs().max() < 1e-12 * wanted.abs().max()
+    loaded.save_pretrained(tmp_path / "again")
+    again = getattr(transformers, auto_class).from_pretrained(tmp_path / "again")
+    assert filtered_layers(again) == filtered_layers(loaded)
+
+
+def test_a_filter_goes_into_a_model_whose_layers_are_on_disk(tmp_path: Path) -> None:
+    """Between two passes their tensors are nowhere; the filter's numbers are where the layer computes."""
+    model = build("llama")
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    places = {**dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")}
+    places |= {f"model.layers.{i}": "disk" for i in range(3)}
+    options = {"device_map": places, "offload_folder": tmp_path / "offloaded", "dtype": torch.float64}
+    loaded = apply_filter(LlamaForCausalLM.from_pretrained(tmp_path, **options), "twicing")
+    numbers = apply_filter(remove_filter(loaded), "learned_twicing")
+    assert {value.device.type for name, value in numbers.named_parameters() if "imgproc" in name} == {"cpu"}
+    given = inputs("llama")
+    assert torch.equal(output(numbers, given), output(model, given))

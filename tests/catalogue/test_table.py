@@ -22,6 +22,7 @@ from hf_imgproc_attn.catalogue.presets import REASONS, VARIANTS
 from hf_imgproc_attn.catalogue.works import PAPERS
 from hf_imgproc_attn.models import backend_sdpa
 from hf_imgproc_attn.models.layer_filter import AttentionFilter
+from hf_imgproc_attn.models.spec_axes import WEIGHTS_ONE_BY_ONE
 from tests.helpers import ROOT, RunPython
 from tests.models.helpers import sharpen_
 
@@ -103,6 +104,11 @@ def test_passes_are_counted_in_a_model(preset: str, monkeypatch: pytest.MonkeyPa
     config.filter_backend = "sdpa"
     if preset in ("sigmoid", "softpick", "sinkhorn"):
         with pytest.raises(ValueError, match="softmax only, got normalisation"):
+            ImgProcViTModel(config)(torch.zeros(1, 3, 8, 8))
+        return
+    if table.example(preset)[1].spec.boosting in WEIGHTS_ONE_BY_ONE:
+        assert "sdpa" not in table.back_ends(preset)
+        with pytest.raises(ValueError, match="the booster looks at its weights one by one"):
             ImgProcViTModel(config)(torch.zeros(1, 3, 8, 8))
         return
     ImgProcViTModel(config)(torch.zeros(1, 3, 8, 8))

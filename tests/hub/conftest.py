@@ -27,7 +27,7 @@ CopyOfRun = Callable[..., Path]
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+def hub(monkeypatch: pytest.MonkeyPatch, prepared_processes: None, tmp_path: Path) -> Iterator[HubServer]:
     """The server; this process and its children are logged in as ann, who may write. Ends with the server's check."""
     with HubServer() as server:
         server.add_account("ann", token=TOKEN)

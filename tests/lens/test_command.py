@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,8 +16,9 @@ from PIL import Image
 from hf_imgproc_attn.cli import main
 from hf_imgproc_attn.lens import Report
 from hf_imgproc_attn.lens.compare import write
-from hf_imgproc_attn.lens.figures import Pictures, _noise, _png, _smoothing, draw_all
+from hf_imgproc_attn.lens.figures import Pictures, _noise, _png, _smoothing, _spectra, draw_all
 from hf_imgproc_attn.lens.inputs import load_model, show
+from hf_imgproc_attn.lens.map_figures import draw_maps
 
 
 def test_files_of_a_comparison(look: Path) -> None:
@@ -54,6 +57,24 @@ def test_comparisons_share_their_axes(report: Report) -> None:
         assert len(axes) == 2 * columns
         for first, second in zip(axes[:columns], axes[columns:], strict=True):
             assert first.get_ylim() == second.get_ylim()
+    for layer in other.layers:
+        for head in layer.heads:
+            assert head.filter_spectrum is not None
+            head.filter_spectrum.radius += 3
+    axes = [axes for axes in _spectra([report, other]).axes if axes.get_ylabel() == "radius"]
+    assert axes[0].get_ylim() == axes[1].get_ylim()
+    assert axes[0].get_ylim()[1] > 3
+
+
+def test_gains_are_drawn_whole_whatever_is_promised(report: Report) -> None:
+    layers = [replace(layer, predicted_gain=500.0) for layer in report.layers]
+    layers[0].noise = {**layers[0].noise, "filtered": layers[0].noise["values"] - 9.0}
+    gains = _noise([replace(report, layers=layers)]).axes[1]
+    drawn = [y for line in gains.get_lines()[:3] for y in line.get_ydata()]
+    low, high = gains.get_ylim()
+    assert low < min(drawn) == pytest.approx(-9.0)
+    assert max(drawn) < high < 100
+    assert gains.get_xlim()[0] < 0 < 1 < gains.get_xlim()[1]
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +87,27 @@ def test_images_are_drawn_on_their_grid(report: Report, pictures: Pictures) -> N
     assert set(report.layers[0].maps) == {"content", "position", "product"}
     with Image.open(io.BytesIO(pictures["removed"]["layer 1"])) as picture:
         assert picture.size[0] > picture.size[1]
+
+
+def test_maps_lie_over_the_image(report: Report) -> None:
+    """The image first, then the heads, where each has the mark of the chosen patch, in the same place."""
+    layer = report.layers[0]
+    figure = draw_maps(report, layer)
+    assert figure is not None
+    assert [axes.get_ylabel() for axes in figure.axes] == ["content", "position", "product"]
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert labels == ["input", *(f"head {head.head}" for head in layer.heads)]
+    drawn = figure.axes[2].get_images()[0].get_array()
+    side = drawn.shape[1] // len(labels)
+    with Image.open(io.BytesIO(base64.b64decode(report.picture))) as picture:
+        assert picture.size == (12, 20)
+        wanted = np.asarray(picture.resize((side - 3, drawn.shape[0]))) / 255
+    np.testing.assert_allclose(drawn[:, : side - 3], wanted)
+    marks = figure.axes[2].get_lines()[0]
+    assert set(np.diff(marks.get_xdata())) == {side + 1}
+    plain = draw_maps(replace(report, picture=""), layer)
+    assert plain is not None
+    assert plain.axes[0].get_xticklabels()[0].get_text() == "head 0"
 
 
 def test_the_same_numbers_give_the_same_pictures(report: Report, pictures: Pictures) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 import hf_imgproc_attn
@@ -19,6 +20,7 @@ from hf_imgproc_attn.lens.spectrum import Spectrum
 from hf_imgproc_attn.models.any_layers import attention_layers
 from hf_imgproc_attn.models.backend_call import FilterCall
 from hf_imgproc_attn.models.layer_filter import AttentionFilter
+from hf_imgproc_attn.models.spec_fields import PRESETS
 from tests.any_model.architectures import build, inputs, text
 from tests.models.helpers import sharpen_, tiny_gpt2_config, tiny_vit_config
 from tests.models.variants import images, pad, token_ids
@@ -408,6 +410,45 @@ def test_filters_with_dependent_rows_are_seen_whole() -> None:
         for head in layer.heads:
             wanted = weights[:, head.head].sum((0, 1)) / weights.shape[0]
             assert head.received == pytest.approx(wanted.tolist(), rel=1e-9)
+
+
+@pytest.mark.parametrize("normalisation", ["sigmoid", "softpick", "sink"])
+def test_rows_that_do_not_sum_to_one_are_seen_as_they_are(normalisation: str) -> None:
+    """What all rows take from each token, and entropies between 0 and those of uniform weights."""
+    config = tiny_vit_config("softmax", normalisation=normalisation, attn_implementation="eager")
+    model = sharpen_(hf_imgproc_attn.ImgProcViTForImageClassification(config).double().eval())
+    given = {"pixel_values": images().double()}
+    report = inspect_model(model, given, spectra="none", noise=0.0)
+    with torch.no_grad():
+        attentions = model(**given, output_attentions=True).attentions
+    assert (attentions[0].sum(-1) - 1).abs().max() > 1e-2
+    for layer, weights in zip(report.layers, attentions, strict=True):
+        for head in layer.heads:
+            wanted = weights[:, head.head].sum((0, 1)) / weights.shape[0]
+            assert head.received == pytest.approx(wanted.tolist(), rel=1e-9)
+            assert 0 <= head.entropy_share <= 1
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_every_preset_is_shown_or_refused_by_name(preset: str) -> None:
+    """Of images where it goes, else of texts; ``product`` has the model's own weights' form, a row a head."""
+    try:
+        config = tiny_vit_config(preset, num_hidden_layers=2)
+        model: nn.Module = hf_imgproc_attn.ImgProcViTForImageClassification(config)
+        given = {"pixel_values": images()}
+    except StrictDataclassError:  # a filter of texts
+        model = hf_imgproc_attn.ImgProcGPT2LMHeadModel(tiny_gpt2_config(preset, n_layer=2))
+        given = {"input_ids": token_ids(3, 10)}
+    sharpen_(model.eval())
+    if preset == "differential":
+        with pytest.raises(ValueError, match="boosting='differential' takes a second filter away from A"):
+            inspect_model(model, given)
+        return
+    report = inspect_model(model, given, noise=0.0)
+    assert report.skipped == []
+    for layer in report.layers:
+        assert set(layer.maps) >= {"content", "position", "product"}
+        assert all(math.isfinite(head.entropy) and head.operator_spectrum is not None for head in layer.heads)
 
 
 def test_activations_that_are_not_finite_are_named() -> None:

@@ -79,6 +79,23 @@ def test_every_number_of_the_page_is_defined_there_and_in_the_docs(page: str) ->
         assert f'id="{panel}"' in page
 
 
+def test_texts_are_coloured_by_what_the_token_receives(page: str) -> None:
+    """A line a kernel, a span a token; what receives most is darkest, and the chosen token is marked."""
+    lines = re.findall(r'<p class="tokens"><b>(\w+)</b> (.*?)</p>', page)
+    assert [kernel for kernel, _ in lines] == 2 * ["content", "position", "product"] + 2 * [
+        "content", "position", "product", "operator"
+    ]  # fmt: skip
+    for _, line in lines:
+        spans = re.findall(
+            r'<span( class="chosen")? style="background:rgba\(([\d,]+),([\d.]+)\)" title="(.*?)">', line
+        )
+        assert len(spans) == 12
+        assert [bool(mark) for mark, *_ in spans].index(True) == 6
+        strengths = {abs(float(weight)): float(strength) for _, _, strength, weight in spans}
+        assert strengths[max(strengths)] == 0.6
+        assert all(colour == ("213,94,0" if weight.startswith("-") else "0,114,178") for _, colour, _, weight in spans)
+
+
 def test_names_of_models_are_no_markup() -> None:
     from hf_imgproc_attn.lens.page import page as make_page
     from hf_imgproc_attn.lens.report import LayerReport, Report

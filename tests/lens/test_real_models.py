@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from hf_imgproc_attn.errors import UsageError
-from hf_imgproc_attn.lens.real_models import BEGIN, END, PANELS, main, put_into, rendered
+from hf_imgproc_attn.lens.real_models import BEGIN, END, PANELS, accuracy_of, main, put_into, rendered
 from tests.helpers import ROOT
 
 DOCS = ROOT / "docs"
 RECORD: dict[str, Any] = json.loads((DOCS / "lens.json").read_text(encoding="utf-8"))
-GPT2, MINILM, LLAMA = (RECORD[name]["layers"] for name in ("GPT-2 of microbes", "MiniLM", "Llama of stories"))
+GPT2, MINILM, LLAMA, VIT = (
+    RECORD[name]["layers"] for name in ("GPT-2 of microbes", "MiniLM", "Llama of stories", "ViT on CIFAR-10")
+)
 
 
 def gains(layers: list[dict[str, Any]], before: str, after: str) -> list[float]:
@@ -71,6 +73,22 @@ def test_sentences_on_kernels_and_sinks_hold() -> None:
     assert [(round(min(each), 2), round(max(each), 2)) for each in radii] == [(0.13, 0.81), (0.31, 0.56), (0.59, 0.89)]
 
 
+def test_sentences_on_the_vit_hold() -> None:
+    assert RECORD["ViT on CIFAR-10"]["eval_accuracy"] == 0.4724
+    alike = [[layer["tokens"][place]["similarity"] for place in ("values", "filtered")] for layer in VIT]
+    assert [after > before for before, after in alike] == [True, False, True, True, True, True]
+    assert [round(value, 3) for value in alike[1]] == [0.751, 0.749]
+    first, last = VIT[0]["tokens"]["entering"], VIT[-1]["tokens"]["leaving"]
+    assert [round(x, 2) for x in (first["similarity"], last["similarity"])] == [0.54, 0.86]
+    assert round(last["stable_rank"], 1) == 1.1
+    own = [round(gain, 1) for gain in gains(VIT, "values", "filtered")]
+    assert own[0] == 3.2
+    assert (max(own[1:]), min(own[1:])) == (-1.2, -5.7)
+    kernel = [round(100 * layer["shares"]["position kernel"]) for layer in VIT]
+    assert (kernel[0], min(kernel[1:]), max(kernel[1:])) == (76, 92, 99)
+    assert sum(round(layer["largest_radius"], 1) == 1 and layer["largest_operator_radius"] > 2.9 for layer in VIT) == 4
+
+
 def test_page_without_marks_is_refused_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match="must have the marks"):
         put_into(BEGIN, "table")
@@ -79,3 +97,19 @@ def test_page_without_marks_is_refused_before_the_work(tmp_path: Path, capsys: p
     assert main(["--docs", str(tmp_path)]) == 2
     assert "must have the marks" in capsys.readouterr().err
     assert main(["--docs", str(tmp_path / "new")]) == 2
+
+
+@pytest.mark.parametrize("model", ["name", "=folder", "name=", "name=folder,pictures"])
+def test_further_models_have_a_name_and_a_folder(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "lens.md").write_text(f"{BEGIN}{END}", encoding="utf-8")
+    assert main(["--docs", str(tmp_path), "--model", model]) == 2
+    assert "model must be NAME=FOLDER or NAME=FOLDER,DATA" in capsys.readouterr().err
+
+
+def test_accuracy_is_the_last_one_of_the_run(tmp_path: Path) -> None:
+    assert accuracy_of(str(tmp_path)) is None
+    log = [{"eval_accuracy": 0.25}, {"loss": 1.0}, {"eval_accuracy": 0.5}, {"train_loss": 1.5}]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}), encoding="utf-8")
+    assert accuracy_of(str(tmp_path)) == 0.5

@@ -15,6 +15,7 @@ import pytest
 from hf_imgproc_attn.backbones import GPT2, VIT
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.measure.gpu_check import (
+    child,
     part_any_model,
     part_training,
     report,
@@ -27,6 +28,7 @@ from tests.helpers import ROOT, RunPython, run_command, started
 
 # One worker runs the rehearsal for the four tests that look at it.
 rehearsed = pytest.mark.xdist_group("gpu rehearsal")
+quick = pytest.mark.usefixtures("prepared_workers")
 FAULTY = (Part("x", "What goes wrong", "tests.measure.faulty_cases", share=1.0),)
 Record = dict[str, Any]
 # Not on a GPU machine. What hides them is read by every Python that has its folder on its path.
@@ -68,6 +70,12 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Record:
     assert result.stdout.rstrip().endswith("written to deep/gpu.json")
     record: Record = json.loads((folder / "deep" / "gpu.json").read_text(encoding="utf-8"))
     return record
+
+
+@pytest.fixture
+def prepared_workers(prepared_processes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of a real worker needs a real interpreter: Triton's kernels would be others."""
+    monkeypatch.setattr(child, "_environment", lambda device, workers: {**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def cases_of(record: Record, letter: str, **about: Any) -> dict[str, Record]:
@@ -177,6 +185,7 @@ def run_faulty(tmp_path: Path, **options: Any) -> Record:
     return runner.run(parts=FAULTY, **options)
 
 
+@quick
 def test_each_ending_is_recorded_and_stops_nothing_else(tmp_path: Path) -> None:
     record = run_faulty(tmp_path)
     assert json.loads((tmp_path / "found.json").read_text(encoding="utf-8")) == record
@@ -199,6 +208,7 @@ def test_each_ending_is_recorded_and_stops_nothing_else(tmp_path: Path) -> None:
     assert cases["earlier"]["values"]["known"] == ["good", "nan", "waits"]
 
 
+@quick
 def test_resume_keeps_verdicts_and_retry_runs_bad_cases_again(tmp_path: Path) -> None:
     calm(tmp_path)
     first = run_faulty(tmp_path)
@@ -214,6 +224,7 @@ def test_resume_keeps_verdicts_and_retry_runs_bad_cases_again(tmp_path: Path) ->
     assert anew["parts"]["x"]["cases"]["good"]["values"]["runs"] == 2
 
 
+@quick
 def test_killing_the_run_in_the_middle_of_a_part_loses_nothing(tmp_path: Path) -> None:
     data, output = tmp_path / "data", tmp_path / "found.json"
     data.mkdir()
@@ -258,6 +269,7 @@ def _is_alive(pid: int) -> bool:
     return state != "Z"
 
 
+@quick
 def test_what_the_time_does_not_reach_is_named_and_left_for_resume(tmp_path: Path) -> None:
     (calm(tmp_path) / "wait").touch()  # the case that waits uses up what is left
     started = time.monotonic()
@@ -271,6 +283,7 @@ def test_what_the_time_does_not_reach_is_named_and_left_for_resume(tmp_path: Pat
     assert statuses(record)["last"] == "measured"
 
 
+@quick
 def test_a_part_that_cannot_start_does_not_stop_the_next(tmp_path: Path) -> None:
     parts = (Part("w", "Missing", "tests.measure.there_is_no_such_module", share=0.5), *FAULTY)
     record = runner.run(parts=parts, output=tmp_path / "found.json", device="cpu", data=calm(tmp_path))
@@ -279,6 +292,7 @@ def test_a_part_that_cannot_start_does_not_stop_the_next(tmp_path: Path) -> None
     assert statuses(record)["last"] == "measured"
 
 
+@quick
 def test_a_part_run_alone_leaves_the_others_in_the_record(tmp_path: Path) -> None:
     parts = (*FAULTY, Part("y", "The same", FAULTY[0].module, share=1.0))
     options: dict[str, Any] = {"output": tmp_path / "found.json", "device": "cpu", "data": calm(tmp_path)}
@@ -288,6 +302,7 @@ def test_a_part_run_alone_leaves_the_others_in_the_record(tmp_path: Path) -> Non
     assert statuses(second, "x") == statuses(second, "y")
 
 
+@quick
 def test_several_workers_share_a_part(tmp_path: Path) -> None:
     parts = (Part("x", "Shared", FAULTY[0].module, share=1.0, workers=2),)
     (tmp_path / "data").mkdir()
@@ -318,6 +333,7 @@ def test_an_output_that_holds_something_else_is_not_overwritten(tmp_path: Path, 
     assert output.read_text(encoding="utf-8") == content
 
 
+@quick
 def test_results_of_another_machine_are_not_mixed_in(tmp_path: Path) -> None:
     calm(tmp_path)
     run_faulty(tmp_path)

@@ -10,12 +10,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hf_imgproc_attn.models.backend_blocked import run as run_blocked
+from hf_imgproc_attn.models.boost_weights import LocalLinear, Robust
 from hf_imgproc_attn.models.kernel_position import BlockedPositions, GaussianPositions
 from hf_imgproc_attn.models.kernel_relative import AlibiPositions, BucketPositions, bucket_boundaries
-from tests.models.helpers import (
-    blocked_filter,
-    dense_attention,
-)
+from tests.models.helpers import blocked_filter, dense_attention, filter_call
 
 
 class Memory(TorchDispatchMode):
@@ -53,6 +52,14 @@ def some_positions(kernel: str, length: int, repeated: bool) -> BlockedPositions
     return BucketPositions(places, places, table, None, bucket_boundaries(16, 128), True) if kernel != "none" else None
 
 
+def peak_of_weights(length: int, is_causal: bool, by_weights: Any) -> int:
+    leaves = [torch.randn(1, 1, length, 4, requires_grad=True) for _ in range(4)]
+    call = filter_call(*leaves[:3], is_causal=is_causal, dropout=0.1)
+    with Memory() as memory:
+        run_blocked(call._replace(by_weights=by_weights or LocalLinear(leaves[3]))).sum().backward()
+    return memory.peak
+
+
 def peak_memory(length: int, is_causal: bool, kernel: str, repeated: bool) -> int:
     leaves = [torch.randn(1, 1, length, 4, requires_grad=True) for _ in range(3)]
     positions = some_positions(kernel, length, repeated)
@@ -80,6 +87,14 @@ def test_memory_is_linear(kernel: str, repeated: bool, is_causal: bool) -> None:
     torch.manual_seed(0)
     short, long = (peak_memory(length, is_causal, kernel, repeated) for length in (2048, 8192))
     assert long < 8192 * 8192 * 4 / 10
+    assert long < 4.3 * short
+
+
+@pytest.mark.parametrize(("by_weights", "is_causal"), [(None, True), (Robust.of(2, "mcp"), False)])
+def test_memory_of_boosters_that_look_at_single_weights_is_linear(by_weights: Any, is_causal: bool) -> None:
+    torch.manual_seed(0)
+    short, long = (peak_of_weights(length, is_causal, by_weights) for length in (1024, 4096))
+    assert long < 4096 * 4096 * 4 / 2
     assert long < 4.3 * short
 
 

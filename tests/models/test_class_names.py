@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers.models.auto import modeling_auto
 
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2LMHeadModel
 from hf_imgproc_attn.models.modeling_imgproc_vit import ImgProcViTForImageClassification, ImgProcViTModel
-from tests.helpers import run_command
+from tests.helpers import prepared_python, run_command
 from tests.models.helpers import sharpen_
 from tests.models.variants import gpt2_config, images, token_ids, vit_config
 
@@ -79,7 +78,7 @@ def test_a_model_without_the_package_is_trained_with_smoothed_labels_as_stock_gp
     ImgProcGPT2LMHeadModel(gpt2_config("twicing", **sizes)).save_pretrained(tmp_path / "twicing")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     result = run_command(
-        [sys.executable, "-P", "-c", WORKER],
+        [prepared_python(), "-P", "-c", WORKER],
         cwd=tmp_path,
         env={**environment, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
         timeout=300,

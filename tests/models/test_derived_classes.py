@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hf_imgproc_attn.models.modeling_imgproc_vit import ImgProcViTPreTrainedModel
-from tests.helpers import RunPython, run_command
+from tests.helpers import RunPython, prepared_python, run_command
 
 START = """
 import json, logging, sys
@@ -86,7 +85,7 @@ def files_named(config: dict[str, Any]) -> set[str]:
 def elsewhere(folder: Path, home: Path) -> Any:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = run_command(
-        [sys.executable, "-I", "-c", ELSEWHERE, str(folder)],
+        [prepared_python(), "-I", "-c", ELSEWHERE, str(folder)],
         env={**environment, "HF_HOME": str(home)},
         timeout=300,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import accelerate
@@ -16,7 +15,7 @@ from hf_imgproc_attn.models.modeling_imgproc_vit import (
     ImgProcViTEmbeddings,
     ImgProcViTLayer,
 )
-from tests.helpers import ROOT, run_command
+from tests.helpers import ROOT, prepared_python, run_command
 from tests.models.ecosystem_cases import BACKBONES, CLASSES, build, inputs_of, real_logits
 from tests.models.fsdp_worker import FILTERS
 from tests.models.variants import (
@@ -100,7 +99,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 
 def run_sharded(folder: Path) -> None:
     """Start the two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [prepared_python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = run_command(
         [*command, str(Path(__file__).with_name("fsdp_worker.py"))],
         cwd=folder,

@@ -56,6 +56,7 @@ def filters(model: nn.Module) -> list[AttentionFilter]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled("backbone,variant")
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -90,6 +91,7 @@ def test_gradient_checkpointing_changes_nothing(
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled("backbone,variant")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -115,6 +117,7 @@ def test_half_precision_is_near_float64(backbone: str, variant: str, dtype: torc
         assert error / size < (0.25 if dtype == torch.bfloat16 else 0.06), name
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -143,6 +146,7 @@ def halve(model: nn.Module, how: str) -> nn.Module:
     }[how]()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("how", ["half", "bfloat16", "to_dtype", "to_keyword", "to_tensor", "submodules"])
 @pytest.mark.parametrize("variant", WITH_SCALARS)
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -315,6 +319,7 @@ def test_copies_and_models_without_memory(backbone: str) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("backbone", BACKBONES)

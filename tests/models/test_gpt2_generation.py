@@ -81,6 +81,7 @@ def in_pieces(
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled("variant,implementation")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("pieces", [[1] * 13, [13], [5, *[1] * 8], [4, 3, 1, 5], [1, 12], [2, 2, 2, 7]])
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -92,6 +93,7 @@ def test_cached_logits_are_the_uncached_ones(variant: str, pieces: list[int], im
     torch.testing.assert_close(in_pieces(single, pieces, ids), wanted.float(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.sampled("variant,implementation")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("pieces", [[5, *[1] * 8], [4, 3, 1, 5]])
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -118,6 +120,7 @@ def test_cached_logits_with_padding(variant: str, side: str, pieces: list[int], 
         torch.testing.assert_close(got[row, real[row]], alone, rtol=0, atol=1e-10)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_cached_logits_with_custom_positions(variant: str, implementation: str) -> None:
@@ -145,6 +148,7 @@ def test_half_precision_cache_keeps_positions(variant: str) -> None:
         assert (got.double() - wanted).norm() / wanted.norm() < tolerance
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_cached_logits_with_an_encoder(variant: str, implementation: str) -> None:
@@ -205,6 +209,7 @@ GENERATION: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sampled("variant,implementation")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("how", GENERATION)
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -233,6 +238,7 @@ def test_softmax_generates_like_the_stock_model() -> None:
         assert all(torch.equal(left, right) for left, right in zip(got.logits, wanted.logits, strict=True)), how
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("cache", [True, False])
 def test_generation_from_embeddings(variant: str, cache: bool) -> None:
@@ -261,6 +267,7 @@ def test_generation_with_custom_positions(variant: str) -> None:
     assert ((wanted.logits[0] - other.logits[0]).abs().max() > 1e-3) == sees_positions
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("chunk", [1, 4, 9, 50])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_prompts_may_be_read_in_chunks(variant: str, chunk: int) -> None:
@@ -268,6 +275,7 @@ def test_prompts_may_be_read_in_chunks(variant: str, chunk: int) -> None:
     assert_same_generation(generate(model, use_cache=True, prefill_chunk_size=chunk), generate(model, use_cache=False))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rejected_candidates_leave_the_cache(variant: str, implementation: str) -> None:
@@ -327,6 +335,7 @@ def test_stopped_rows_do_not_disturb_the_others(variant: str) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("operation", ["crop", "crop to nothing", "reorder", "repeat", "select", "reset", "copy"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()

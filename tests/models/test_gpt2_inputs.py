@@ -43,6 +43,7 @@ def test_a_token_changes_nothing_before_it(variant: str, implementation: str) ->
         assert difference[position:].min() > 1e-6
 
 
+@pytest.mark.sampled("variant,implementation")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -57,6 +58,7 @@ def test_padding_changes_nothing_for_real_tokens(variant: str, side: str, implem
     torch.testing.assert_close(boolean, model(**inputs).logits)
 
 
+@pytest.mark.sampled("variant,implementation")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", ["boolean", "additive", "infinite", "one_row", "per_head"])
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -243,6 +245,7 @@ def test_untied_embeddings_stay_apart(tmp_path: Any) -> None:
     assert not torch.equal(again.lm_head.weight, again.transformer.wte.weight)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("head", ["lm", "sequence", "token"])
 def test_a_few_steps_lower_the_loss(head: str, variant: str) -> None:
@@ -266,6 +269,7 @@ def test_a_few_steps_lower_the_loss(head: str, variant: str) -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_sequence_classification_reads_the_last_real_token(variant: str, side: str) -> None:

@@ -45,6 +45,7 @@ def recorded(module: torch.nn.Module, what: str) -> Iterator[list[torch.Tensor]]
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled("variant,padding")
 @pytest.mark.parametrize("options", ["default", "unscaled", "inverse_layer", "cross_attention"])
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -155,6 +155,7 @@ def test_bilateral_attention_is_self_attention_without_the_cross_terms(implement
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled("content,position,boosting,steps")
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("content", "position", "boosting", "steps"), CASES)
 def test_sdpa_is_eager(content: str, position: str, boosting: str, steps: int, mask: str) -> None:
@@ -169,6 +170,7 @@ def test_sdpa_is_eager(content: str, position: str, boosting: str, steps: int, m
     assert not dead
 
 
+@pytest.mark.sampled("content,position,boosting")
 @pytest.mark.parametrize("mask", ["none", "keys", "dense", "additive"])
 @pytest.mark.parametrize("classes", [1, 2])
 @pytest.mark.parametrize(("boosting", "steps"), [("none", 2), ("twicing", 3)])
@@ -270,6 +272,7 @@ def test_fewer_key_heads(content: str, position: str, implementation: str) -> No
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled("content,position,boosting,steps")
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize(("boosting", "steps"), [("none", 2), ("twicing", 2), ("twicing", 3)])
 @pytest.mark.parametrize(
@@ -310,6 +313,7 @@ def test_gradcheck(content: str, position: str, boosting: str, steps: int, imple
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled("position,implementation")
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("mask", ["none", "left", "dense"])
 @pytest.mark.parametrize("steps", [2, 3])

@@ -128,6 +128,8 @@ TABLE = {
     "inversion": ("dot_product", "additive", "inversion", 2, "standard", "none", False),
     "dynamic_inversion": ("dot_product", "additive", "dynamic_inversion", 2, "standard", "none", False),
     "exclusive": ("dot_product", "additive", "exclusive", 2, "standard", "none", False),
+    "local_linear": ("dot_product", "additive", "local_linear", 2, "standard", "none", False),
+    "robust": ("dot_product", "additive", "robust", 3, "standard", "none", False),
     "gated": ("dot_product", "additive", "none", 2, "standard", "none", False),
     "qk_norm": ("cosine", "additive", "none", 2, "standard", "none", True),
     "value_residual": ("dot_product", "additive", "none", 2, "standard", "value_residual", False),
@@ -324,8 +326,9 @@ def test_registries_have_the_allowed_keys() -> None:
     """A value that validation lets through has its function, and no function is unreachable."""
     # A cosine is the dot product of vectors that the layer makes.
     assert set(CONTENT_LOGITS) == set(CONTENT_COLUMNS) == set(spec_axes.CONTENT_KERNELS) - {"cosine"}
-    # An alias, and the boosters that have several maps.
-    assert set(BOOSTING) == set(spec_axes.BOOSTINGS) - {"osher", "gradient_boosted", "differential"}
+    # An alias, the boosters that have several maps, and those that look at single weights.
+    others = {"osher", "gradient_boosted", "differential", *spec_axes.WEIGHTS_ONE_BY_ONE}
+    assert set(BOOSTING) == set(spec_axes.BOOSTINGS) - others
     assert set(RESIDUAL) == set(spec_axes.RESIDUALS)
     assert set(FEEDBACK) == set(spec_axes.FEEDBACKS)
     streams = {name: extra_streams(name, 3) for name in (*BOOSTING, "gradient_boosted")}

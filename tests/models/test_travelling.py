@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from hf_imgproc_attn.models.modeling_imgproc_vit import (
     ImgProcViTForSemanticSegmentation,
     ImgProcViTModel,
 )
-from tests.helpers import ROOT, run_command
+from tests.helpers import ROOT, prepared_python, run_command
 from tests.models.helpers import sharpen_
 from tests.models.variants import PRESETS_OF, gpt2_config, made_once, token_ids, vit_config
 
@@ -69,6 +69,21 @@ CASES += [f"vit_{name}_{preset}" for name in ("base", "classifier", "masked") fo
 CASES += ["gpt2_base_mixed", "gpt2_lm_mixed", "vit_base_mixed", "vit_classifier_mixed"]
 # A head on patches adds nothing that depends on the preset.
 CASES += ["vit_segmenter_bilateral", "vit_segmenter_mixed", "vit_backbone_twicing"]
+
+
+def some_cases() -> list[str]:
+    """Every class, and every preset on both backbones, with the classes in turns."""
+    taken = [name for name in CASES if name.endswith("_mixed") or name.startswith(("vit_segmenter", "vit_backbone"))]
+    for backbone, classes in (("gpt2", tuple(GPT2_CLASSES)), ("vit", tuple(VIT_CLASSES)[:3])):
+        for index, preset in enumerate(PRESETS_OF[backbone]):
+            taken.append(f"{backbone}_{classes[index % len(classes)]}_{preset}")
+    return taken
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """All cases with ``--full``."""
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", CASES if metafunc.config.getoption("--full") else some_cases())
 
 
 def build(case: str) -> Any:
@@ -148,7 +163,7 @@ def run(folder: Path, mode: str) -> None:
     elsewhere = folder / f"elsewhere_{mode}"
     elsewhere.mkdir()
     result = run_command(
-        [sys.executable, "-P", str(Path(__file__).with_name("travelling_worker.py")), str(folder), mode],
+        [prepared_python(), "-P", str(Path(__file__).with_name("travelling_worker.py")), str(folder), mode],
         cwd=elsewhere,
         env=environment,
         timeout=600,
@@ -157,22 +172,24 @@ def run(folder: Path, mode: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def travelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, str]]]:
-    """All checkpoints, and what two processes say of them: one without the package, then one with it."""
-    folder = made_once(tmp_path_factory, "travelling", travel)
+def travelled(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> tuple[Path, dict[str, dict[str, str]]]:
+    """The checkpoints, and what two processes say of them: one without the package, then one with it."""
+    cases = CASES if pytestconfig.getoption("--full") else some_cases()
+    folder = made_once(tmp_path_factory, "travelling", partial(travel, cases))
     modes = ("remote", "package")
     return folder, {mode: json.loads((folder / f"report_{mode}.json").read_text()) for mode in modes}
 
 
-def travel(folder: Path) -> None:
+def travel(cases: list[str], folder: Path) -> None:
     """Save every case and send it round."""
-    for case in CASES:
+    for case in cases:
         save(case, folder / "saved" / case)
     for mode in ("remote", "package"):
         run(folder, mode)
 
 
-@pytest.mark.parametrize("case", CASES)
 def test_every_auto_class_is_listed_and_every_file_is_there(case: str, travelled: Any) -> None:
     folder = travelled[0] / "saved" / case
     auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
@@ -182,7 +199,6 @@ def test_every_auto_class_is_listed_and_every_file_is_there(case: str, travelled
 
 
 @pytest.mark.parametrize("mode", ["remote", "package"])
-@pytest.mark.parametrize("case", CASES)
 def test_checkpoints_load_in_other_processes(case: str, mode: str, travelled: Any) -> None:
     """Through every Auto class, with their processors, pipelines, configurations alone, tuned and saved again."""
     report = {name: text for name, text in travelled[1][mode].items() if name.split()[0] == case}
@@ -202,7 +218,6 @@ def test_the_package_was_absent_and_nothing_ran_unasked(travelled: Any) -> None:
     assert report["trust"] == "ok"
 
 
-@pytest.mark.parametrize("case", CASES)
 def test_tuned_folders_travel_on(case: str, travelled: Any) -> None:
     """What a process without the package saved has all files and Auto classes again."""
     folder, original = travelled[0] / "tuned" / case, travelled[0] / "saved" / case
@@ -219,10 +234,10 @@ def test_sharded_checkpoints_are_among_them(travelled: Any) -> None:
         assert len(list((travelled[0] / "saved" / case).glob("*.safetensors"))) > 1
 
 
-@pytest.mark.parametrize("case", ["gpt2_lm_mixed", "vit_classifier_bilateral"])
-def test_saving_twice_writes_the_same(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["gpt2_lm_mixed", "vit_classifier_bilateral"])
+def test_saving_twice_writes_the_same(name: str, tmp_path: Path) -> None:
     """Saving leaves the model's own configuration as it was, but for the list of classes."""
-    model = build(case)
+    model = build(name)
     model.save_pretrained(tmp_path / "first")
     type(model).from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
     for path in sorted((tmp_path / "first").iterdir()):

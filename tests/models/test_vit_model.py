@@ -67,6 +67,7 @@ def recorded(module: torch.nn.Module, what: str) -> Iterator[list[torch.Tensor]]
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("mask", ["none", "flat", "4d"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_eager_equals_sdpa(variant: str, mask: str) -> None:
@@ -354,6 +355,7 @@ def test_a_masked_patch_is_not_seen(variant: str) -> None:
     assert (model(changed).logits - model(pixels).logits).abs().max() > 1e-3
 
 
+@pytest.mark.sampled("variant,implementation")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", ["boolean", "additive", "infinite"])
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -390,6 +392,7 @@ def test_rows_that_see_nothing_give_no_nan(variant: str, implementation: str) ->
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("head", ["classifier", "masked"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_few_steps_lower_the_loss(variant: str, head: str) -> None:

@@ -88,6 +88,12 @@ CUSTOM: dict[str, dict[str, Any]] = {
         "gate": ["elementwise", "headwise", "none"],
         "feedback": "neutreno",
     },
+    "single_weights": {
+        "position_kernel": ["gaussian", "none", "untied"],
+        "boosting": ["local_linear", "robust", "local_linear"],
+        "boosting_steps": [2, 4, 2],
+        "gate": ["none", "headwise", "none"],
+    },
 }
 PRESETS_OF = {
     name: tuple(preset for preset in PRESETS if preset not in row.refused_presets) for name, row in BACKBONES.items()
@@ -97,6 +103,8 @@ RIVALS = (
     "inversion",
     "dynamic_inversion",
     "exclusive",
+    "local_linear",
+    "robust",
     "gated",
     "sink",
     "sigmoid",
@@ -110,7 +118,8 @@ RIVALS = (
 """Presets with one value: files of their own test each, and tests of whole models leave it at layers of ``CUSTOM``."""
 VARIANTS = (*(name for name in PRESETS if name not in RIVALS), *CUSTOM)
 ELLIPTICAL = tuple(name for name in VARIANTS if "elliptical" in {**PRESETS, **CUSTOM}[name].get("content_kernel", ()))
-BOOSTED = tuple(name for name in VARIANTS if "boosting" in {**PRESETS, **CUSTOM}[name] and name != "one_pass")
+FEW_ROWS = ("one_pass", "single_weights")
+BOOSTED = tuple(name for name in VARIANTS if "boosting" in {**PRESETS, **CUSTOM}[name] and name not in FEW_ROWS)
 """Variants that apply A more than once in some layer, for which a cache keeps streams."""
 ALL_STOCK = ("softmax", "nope", "boosted_residual")
 """Variants whose every attention is the stock one."""
@@ -207,6 +216,11 @@ def heads_by_hand(
     rows = maps[:, 0] @ value
     if spec.boosting == "exclusive":
         rows = rows - value * ((rows * value).sum(-1) / value.square().sum(-1)).unsqueeze(-1)
+    if spec.boosting == "robust":  # Huber's, with the default threshold
+        for _ in range(spec.boosting_steps):
+            distances = (value[:, :, None] - rows[:, :, :, None]).norm(dim=-1)
+            weights = maps[:, 0] * torch.where(distances > 1.0, 1.0 / distances, torch.ones_like(distances))
+            rows = weights @ value / weights.sum(-1, keepdim=True)
     output = merged(rows)
     for number in range(1, maps.shape[1]):
         boosting = f"{name}.filter.gradient_boosting" + (f"_further.{number - 2}" if number > 1 else "")

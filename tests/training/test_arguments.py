@@ -89,7 +89,7 @@ def test_help_is_instant_and_imports_no_torch(run_python: RunPython) -> None:
         seconds = []
         for _ in range(3):
             started = time.perf_counter()
-            result = run_python("-c", code)
+            result = run_python("-c", code, fresh=True)
             seconds.append(time.perf_counter() - started)
             assert result.returncode == 0, result.stderr
         assert "--max_train_samples" in result.stdout

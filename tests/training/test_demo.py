@@ -31,6 +31,10 @@ def test_demo_compares_reports_and_loads_in_a_fresh_process(run_python: RunPytho
     assert "ImgProcViTForImageClassification from transformers_modules, without hf_imgproc_attn" in report
     assert "Quick run" in report
     assert (folder / "accuracy_against_noise.png").read_bytes().startswith(b"\x89PNG")
+    page = folder / "lens_vit_digits" / "lens.html"
+    assert "<h1>What softmax, bilateral_twicing filters</h1>" in page.read_text(encoding="utf-8")
+    assert "softmax beside bilateral_twicing under the lens: [digits](lens_vit_digits/lens.html)." in report
+    assert f"what vit_digits filters: {page}" in result.stdout
     assert "| preset " in result.stdout
     values = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
     assert list(values["digits"]) == list(values["text"]) == PRESETS

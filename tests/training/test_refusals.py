@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +24,7 @@ from hf_imgproc_attn.library_fields import configuration_fields, training_fields
 from hf_imgproc_attn.training_support import model_setup
 from hf_imgproc_attn.training_support.arguments import ModelArguments
 from hf_imgproc_attn.training_support.model_setup import check_block_size
-from tests.helpers import ROOT, RunPython, run_command
+from tests.helpers import ROOT, RunPython, prepared_python, run_command
 from tests.training.conftest import TINY_GPT2, TINY_VIT
 
 QUIET = ["--disable_tqdm", "true", "--save_strategy", "no", "--eval_strategy", "no"]
@@ -87,7 +86,7 @@ def test_typos_are_found_before_the_libraries_are_imported(run_python: RunPython
     seconds = []
     for _ in range(3):
         started = time.perf_counter()
-        result = run_python("-c", code)
+        result = run_python("-c", code, fresh=True)
         seconds.append(time.perf_counter() - started)
         assert (result.returncode, result.stdout) == (2, ""), result.stderr
         (line,) = result.stderr.splitlines()
@@ -215,6 +214,9 @@ def test_free_memory_is_known_on_the_cpu() -> None:
     assert 2**20 < free < 2**50
 
 
+SCRIPT = ROOT / "training" / "train_image_classification.py"
+
+
 def torchrun(folder: Path, script: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Start a script in two processes, as ``torchrun --nproc_per_node 2`` does."""
     with socket.socket() as probe:
@@ -222,7 +224,7 @@ def torchrun(folder: Path, script: Path, *words: str) -> subprocess.CompletedPro
         port = probe.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     return run_command(
-        [sys.executable, *launcher, str(script), *words, *QUIET],
+        [prepared_python(), *launcher, str(script), *words, *QUIET],
         env={**os.environ, "PYTHONPATH": f"{ROOT / 'training'}:{ROOT}"},
         cwd=folder,
         timeout=240,
@@ -230,7 +232,7 @@ def torchrun(folder: Path, script: Path, *words: str) -> subprocess.CompletedPro
 
 
 def test_launch_of_processes_that_would_train_alone_is_refused(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, ROOT / "training" / "train_image_classification.py", "--use_cpu", "false")
+    done = torchrun(tmp_path, SCRIPT, "--use_cpu", "false")
     assert done.returncode != 0
     line = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert "2 processes were started (WORLD_SIZE), but on cpu each would train alone into one folder" in line
@@ -262,7 +264,7 @@ def test_trackers_that_cannot_be_used_are_one_line(
         (library / "wandb/sdk/lib/config_util.py").write_text("class ConfigError(Exception): pass\n", encoding="utf-8")
     words = ["--config_overrides", *TINY_VIT, "--max_steps", "1", "--report_to", "wandb"]
     done = run_command(
-        [sys.executable, str(ROOT / "training/train_image_classification.py"), *words, "--output_dir", "run", *QUIET],
+        [prepared_python(), str(SCRIPT), *words, "--output_dir", "run", *QUIET],
         env={**os.environ, "PYTHONPATH": f"{library}:{ROOT}", "HOME": str(tmp_path), **environment},
         cwd=tmp_path,
     )
@@ -303,3 +305,14 @@ def test_two_processes_without_an_accelerator_train_one_model(tmp_path: Path) ->
     first, second = (set((tmp_path / name).read_text(encoding="utf-8").split()) for name in ("rank0", "rank1"))
     assert len(first) == len(second) >= 24
     assert not first & second
+
+
+@pytest.mark.parametrize(("name", "what"), [("cp", "context"), ("sp", "sequence"), ("tp", "tensor")])
+def test_ways_of_sharing_that_filters_do_not_know(
+    name: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a launch file of accelerate asks for them; ``blocked`` would look at each process's own tokens alone."""
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "2")
+    assert train_causal_lm.main(["--output_dir", str(tmp_path / "run"), "--use_cpu"]) == 2
+    error = capsys.readouterr().err
+    assert f"parallelism_config.{name}_size must be 1, got 2: filters know no {what} parallelism" in error

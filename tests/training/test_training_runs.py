@@ -22,7 +22,7 @@ from hf_imgproc_attn import ImgProcGPT2LMHeadModel, ImgProcViTForImageClassifica
 from hf_imgproc_attn.cards.filters import recorded
 from hf_imgproc_attn.records import weights_sha256
 from hf_imgproc_attn.training_support.checkpoints import newest_complete_checkpoint
-from tests.helpers import ROOT, run_command, started
+from tests.helpers import ROOT, prepared_python, run_command, started
 from tests.training.conftest import TINY_GPT2, TINY_VIT, WriteText
 
 IMAGE_SCRIPT = "train_image_classification.py"
@@ -261,7 +261,7 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(tmp_path: Pat
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     two_options = options(script, tmp_path / "two", f"{words} --per_device_train_batch_size 4")
     result = run_command(
-        [sys.executable, *launcher, str(ROOT / "training" / script), *two_options],
+        [prepared_python(), *launcher, str(ROOT / "training" / script), *two_options],
         env=environment(),
         timeout=240,
     )

@@ -8,6 +8,7 @@ process, whatever it is doing: nothing outlives a runner that was killed.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import importlib
 import json
@@ -65,6 +66,7 @@ def main() -> None:
             "cases": [{"name": case.name, "seconds": case.seconds, "about": case.about} for case in cases.values()],
         }
     )
+    gc.freeze()  # what is imported stays: looking through it after every case would take longer than small cases
     while True:
         order = json.loads(orders.get())
         result = measure(cases[order["case"]], order["seconds_left"])
@@ -206,8 +208,6 @@ def _tidy(device: str) -> None:
     Compiled code is found again on disk; but after eight versions of a function ``torch.compile`` would run it as it
     is, without a word.
     """
-    import gc
-
     import torch
 
     if "torch._dynamo" in sys.modules:

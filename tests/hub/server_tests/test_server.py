@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from tests.helpers import ROOT, run_command
+from tests.helpers import ROOT, prepared_python, run_command
 from tests.hub.server import HubServer
 from tests.hub.server_tests.samples import ID, WEIGHTS, outcome
 
@@ -180,7 +179,7 @@ def test_transformers_trains_pushes_and_loads(hub: HubServer, tmp_path: Path) ->
     def work(home: str, *arguments: str) -> dict[str, Any]:
         environment = {**hub.environment(tmp_path / home, token="hf_ann"), "PYTHONPATH": str(ROOT)}
         done = run_command(
-            [sys.executable, "-m", "tests.hub.server_tests.client_worker", *arguments],
+            [prepared_python(), "-m", "tests.hub.server_tests.client_worker", *arguments],
             env=environment,
             timeout=300,
             cwd=tmp_path,

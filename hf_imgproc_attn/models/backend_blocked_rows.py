@@ -1,0 +1,209 @@
+"""Boosters that look at single weights, block by block: every weight computed once in each direction, none kept.
+
+These boosters finish row by row, so that a block of queries with all keys it sees is all that is needed at a time, and
+memory is O(length). ``backend_blocked_rules`` says what each booster makes of a block's weights, and the gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from .backend_blocked_dense import dense_dropout_factors, dense_matrix
+from .backend_blocked_passes import Call, Inputs, Tensors
+from .backend_blocked_plan import Block
+from .backend_blocked_rules import Given, Part, Rule, Sums, rule_of
+from .backend_blocked_weights import Buffer, KeySums, flat
+from .boost_weights import ByWeights, LocalLinear
+
+
+class RowsCall(NamedTuple):
+    """What the autograd function needs besides the tensors that have gradients."""
+
+    call: Call
+    by_weights: ByWeights
+    """Its tensors are inputs of their own."""
+
+    @property
+    def rule(self) -> Rule:
+        """The rule of the booster."""
+        return rule_of(self.by_weights)
+
+
+class RowsFilter(torch.autograd.Function):
+    """``apply(query, key, value, bias, own, call, *parameters)`` -> ``[batch, heads, length, d]``.
+
+    ``own`` are the booster's rows, ``[batch, heads, length, width]``; the parameters are those of the position kernel.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+        own: torch.Tensor,
+        rows_call: RowsCall,
+        *parameters: torch.Tensor,
+    ) -> torch.Tensor:
+        tensors = Tensors(query, key, value, bias, None, None, parameters)
+        output, row_sums, kept = _forward(rows_call, tensors, own)
+        ctx.call = rows_call
+        ctx.save_for_backward(query, key, value, bias, own, row_sums, kept, *parameters)
+        plan = rows_call.call.plan
+        return output.to(value.dtype).unflatten(0, (plan.batch, plan.heads))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        query, key, value, bias, own, row_sums, kept, *parameters = ctx.saved_tensors
+        tensors, needs = Tensors(query, key, value, bias, None, None, tuple(parameters)), ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph=True: the gradients are to be differentiated themselves
+            return _differentiable_gradients(ctx.call, tensors, own, grad, needs)
+        found = _backward(ctx.call, tensors, own, (row_sums, kept), grad, needs)
+        given = (query, key, value, bias, own, None, *parameters)
+        return tuple(
+            None if gradient is None or tensor is None else gradient.to(tensor.dtype)
+            for gradient, tensor in zip(found, given, strict=True)
+        )
+
+
+def _no_streams(call: Call, like: torch.Tensor) -> torch.Tensor:
+    return like.new_empty(call.plan.batch, call.plan.heads, call.plan.length, 0)
+
+
+def _forward(
+    rows_call: RowsCall, tensors: Tensors, own: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The output ``[pairs, length, d]``, what each row of logits sums to ``[pairs, length, 2]``, and what is kept."""
+    call, plan, rule = rows_call.call, rows_call.call.plan, rows_call.rule
+    like = tensors.query.new_empty(0, dtype=torch.promote_types(tensors.query.dtype, torch.float32))
+    width = tensors.value.shape[-1]
+    sizes = (width, 2, rule.kept(width))
+    output, row_sums, kept = (like.new_empty(plan.batch * plan.heads, plan.length, size) for size in sizes)
+    weights, inputs = (
+        call.weights(tensors, like),
+        Inputs(call, tensors, _no_streams(call, like)),
+    )
+    own_rows, buffers = flat(own, like.dtype), [Buffer(like, weights.size) for _ in range(rule.rooms)]
+    for group in plan.groups():
+        inputs.start(group)
+        weights.start(group, inputs.query, inputs.key)
+        for block in plan.blocks():
+            rows = slice(block.start, block.stop)
+            matrix, factor, row_sums[group.pairs, rows] = weights.compute(block)
+            if plan.dropout:
+                matrix.mul_(plan.dropout_factors(group, block, like))
+            mine = (own_rows[group.pairs, rows], kept[group.pairs, rows])
+            output[group.pairs, rows] = rule.forward(
+                _part(inputs, block, (matrix, factor), mine, buffers, not plan.dropout)
+            )
+    return output, row_sums, kept
+
+
+def _part(
+    inputs: Inputs,
+    block: Block,
+    weights: tuple[torch.Tensor, torch.Tensor | None],
+    mine: tuple[torch.Tensor, torch.Tensor],
+    buffers: list[Buffer],
+    is_whole: bool,
+) -> Part:
+    matrix, factor = weights
+    key, value = inputs.key[:, : block.keys], inputs.value[:, : block.keys]
+    return Part(matrix, factor, key, value, *mine, lambda index: buffers[index].view(*matrix.shape), is_whole)
+
+
+def _backward(
+    rows_call: RowsCall,
+    tensors: Tensors,
+    own: torch.Tensor,
+    found: tuple[torch.Tensor, torch.Tensor],
+    grad: torch.Tensor,
+    needs: tuple[bool, ...],
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients in the order of the function's arguments; ``found``: row sums, and what is kept."""
+    row_sums, kept = found
+    call = rows_call.call._replace(plan=rows_call.call.plan.backward)
+    plan, rule = call.plan, rows_call.rule
+    query, key, value, bias = tensors[:4]
+    like = query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
+    inputs = Inputs(call, tensors, _no_streams(call, like))
+    weights = call.weights(tensors, like, needs[6:])
+    buffers = [Buffer(like, weights.size) for _ in range(rule.rooms)]
+    scratch = Buffer(like, plan.group_pairs * plan.key_length * max(value.shape[-1], key.shape[-1]))
+    d_query, d_own = like.new_empty(query.shape), like.new_empty(own.shape)
+    d_key, d_value = (inputs.key_heads.total(x, like.dtype) for x in (key, value))
+    d_bias = like.new_zeros(bias.shape) if bias is not None and needs[3] else None
+    if not plan.groups():
+        d_key.zero_(), d_value.zero_()
+    grads, own_rows = flat(grad, like.dtype), flat(own, like.dtype)
+    for group in plan.groups():
+        inputs.start(group)
+        weights.start(group, inputs.query, inputs.key)
+        pairs, widths = inputs.query.shape[0], (key.shape[-1], key.shape[-1], value.shape[-1])
+        # Of products of unlike scale each has a sum of its own.
+        by_logits, by_rule, by_value = (KeySums(plan, pairs, width, scratch) for width in widths)
+        columns = like.new_zeros(pairs, plan.key_length)
+        for block in plan.blocks()[::-1]:
+            rows = slice(block.start, block.stop)
+            matrix, correction = weights.recompute(block, row_sums[group.pairs])
+            factors = plan.dropout_factors(group, block, like) if plan.dropout else None
+            matrix.mul_(correction)
+            dropped = matrix if factors is None else matrix * factors
+            mine = (own_rows[group.pairs, rows], kept[group.pairs, rows])
+            part = _part(inputs, block, (dropped, None), mine, buffers, not plan.dropout)
+            sums = Sums(by_rule, by_value, columns, d_own.flatten(0, 1)[group.pairs, rows])
+            d_logits = rule.backward(part, Given(grads[group.pairs, rows], matrix), sums)
+            d_query.flatten(0, 1)[group.pairs, rows].baddbmm_(
+                d_logits, inputs.key[:, : block.keys], beta=0.0, alpha=plan.scale
+            )
+            by_logits.add(d_logits, inputs.query[:, rows])
+            if d_bias is not None:
+                weights.add_to_bias(d_bias, d_logits, block)
+            weights.add_to_positions(d_logits, block)
+        all_keys = slice(0, plan.key_length)
+        by_key = by_logits.rows(all_keys).mul_(plan.scale)
+        inputs.key_heads.add(d_key, by_key.add_(by_rule.rows(all_keys)), group)
+        inputs.key_heads.add(
+            d_value, by_value.rows(all_keys).addcmul_(inputs.value, columns.unsqueeze(-1), value=-1.0), group
+        )
+    positions = [] if weights.positions is None else weights.positions.finish(plan)
+    return d_query, d_key, d_value, d_bias, d_own, None, *positions
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Derivatives of derivatives
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def dense_rows(rows_call: RowsCall, tensors: Tensors, own: torch.Tensor) -> torch.Tensor:
+    """The same function written densely, in memory O(length * key_length), for whatever differentiates it."""
+    call = rows_call.call
+    working = torch.promote_types(tensors.query.dtype, torch.float32)
+    query, key, value = (x.to(working) for x in tensors[:3])
+    repeats = call.plan.heads // call.plan.key_heads
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    key, value = call.visibility.clean_keys(key), call.visibility.clean_keys(value)
+    matrix = dense_matrix(call, tensors._replace(query=query, key=key))
+    if call.plan.dropout:
+        matrix = matrix * dense_dropout_factors(call.plan, query.new_empty(0))
+    by_weights = rows_call.by_weights
+    if isinstance(by_weights, LocalLinear):
+        by_weights = LocalLinear(own.to(working))
+    return by_weights.apply(matrix, value, key).to(tensors.value.dtype)
+
+
+def _differentiable_gradients(
+    rows_call: RowsCall, tensors: Tensors, own: torch.Tensor, grad: torch.Tensor, needs: tuple[bool, ...]
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients that have gradients of their own, by autograd through the dense form."""
+    # Where the key was made of the query, say, what flows through the key must not be counted for the query as well.
+    apart, own = tensors.aliases(), own.view_as(own)
+    output = dense_rows(rows_call, apart, own)
+    inputs = (*apart[:4], own, None, *apart.parameters)
+    wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed and x is not None]
+    found = iter(torch.autograd.grad([output], wanted, [grad], create_graph=True, allow_unused=True))
+    return tuple(next(found) if needed else None for needed in needs)
