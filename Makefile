@@ -12,7 +12,7 @@ PYTHON ?= python3 python3.11 python3.12 python3.13 python3.14 python
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-blocked test-full quality docs bench gpu-check rehearse-oldest results cards lens space clean
+.PHONY: help setup demo test test-blocked test-full quality docs bench gpu-check rehearse-oldest test-oldest results cards lens space clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -81,6 +81,18 @@ rehearse-oldest: $(OLDEST)/.installed ## rehearse gpu-check on the CPU with the 
 $(OLDEST)/.installed: constraints-oldest.txt
 	python3.12 -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --requirement constraints-oldest.txt
+	@touch $@
+
+# All else that the tests need comes in the versions of constraints.txt, but for what the oldest versions or Python 3.12
+# need otherwise.
+test-oldest: $(OLDEST)/.tests ## run the tests with the oldest supported versions (downloads gigabytes; ARGS=tests/models for a part)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0 $(ARGS)
+
+$(OLDEST)/.tests: $(OLDEST)/.installed pyproject.toml constraints.txt
+	sed -nE 's/^([A-Za-z0-9_.-]+)==.*/^\1==/p' constraints-oldest.txt > $(OLDEST)/old.txt
+	grep -viE -f $(OLDEST)/old.txt constraints.txt | grep -vE '^(setuptools|nvidia-)' > $(OLDEST)/rest.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt \
+		--constraint $(OLDEST)/rest.txt --editable ".[dev]"
 	@touch $@
 
 results: $(STAMP) ## train and evaluate every preset again for training/results/ (minutes; from a clean checkout)

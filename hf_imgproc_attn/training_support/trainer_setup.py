@@ -126,12 +126,22 @@ def begin_run(task: str, arguments: Arguments[Any], defaults: dict[str, Any], *,
 
 
 def _check_processes(training_args: "TrainingArguments") -> None:
-    """Refuse a launch of several processes that do not know each other: each would train a model of its own.
+    """Refuse a launch of several processes that do not know each other, or cut tokens or heads between them.
 
     Raises:
-        UsageError: if the launcher's number of processes is not the Trainer's.
+        UsageError: if the launcher's number of processes is not the Trainer's, or for another way of sharing the work
+            than by rows of a batch.
     """
     launched = int(os.environ.get("WORLD_SIZE") or 1)
+    # Each process would see a part of the tokens, and the filters would not look at the others' without a word.
+    config = training_args.parallelism_config
+    for name, what in (("cp", "context"), ("sp", "sequence"), ("tp", "tensor")):
+        size = getattr(config, f"{name}_size", None) or os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE")
+        if int(size or 1) > 1:
+            raise UsageError(
+                f"parallelism_config.{name}_size must be 1, got {size}: filters know no {what} parallelism; DDP and "
+                "FSDP2 share the batch (training/launch/)"
+            )
     if launched > 1 and training_args.world_size == 1:
         raise UsageError(
             f"{launched} processes were started (WORLD_SIZE), but on {training_args.device} each would train alone "

@@ -305,3 +305,14 @@ def test_two_processes_without_an_accelerator_train_one_model(tmp_path: Path) ->
     first, second = (set((tmp_path / name).read_text(encoding="utf-8").split()) for name in ("rank0", "rank1"))
     assert len(first) == len(second) >= 24
     assert not first & second
+
+
+@pytest.mark.parametrize(("name", "what"), [("cp", "context"), ("sp", "sequence"), ("tp", "tensor")])
+def test_ways_of_sharing_that_filters_do_not_know(
+    name: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a launch file of accelerate asks for them; ``blocked`` would look at each process's own tokens alone."""
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "2")
+    assert train_causal_lm.main(["--output_dir", str(tmp_path / "run"), "--use_cpu"]) == 2
+    error = capsys.readouterr().err
+    assert f"parallelism_config.{name}_size must be 1, got 2: filters know no {what} parallelism" in error
