@@ -111,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
         "The full run takes the better part of an hour on two cores.",
     )
     benchmark.add_argument(
-        "--suite", nargs="+", metavar="NAME", help="attention, decode, layers, models (default: all)"
+        "--suite", nargs="+", metavar="NAME", help="attention, axes, decode, layers, models (default: all)"
     )
     benchmark.add_argument(
         "--quick", action="store_true", help="tiny shapes and few repetitions: a check, not a result"
@@ -159,6 +159,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="a file, or a photograph of scikit-image: camera, astronaut, coffee...",
     )
     denoise.add_argument("--preset", default="nlm", help="nlm or bilateral_gaussian (default: %(default)s)")
+    denoise.add_argument(
+        "--normalisation",
+        nargs="+",
+        default=["softmax"],
+        metavar="NAME",
+        help="softmax, sinkhorn, symmetric: one or several, to be compared (default: softmax)",
+    )
     denoise.add_argument(
         "--noise",
         nargs="+",
@@ -283,6 +290,7 @@ def run_denoise(options: argparse.Namespace) -> int:
     record = run(
         options.images,
         preset=options.preset,
+        normalisations=options.normalisation,
         noise=options.noise,
         output=options.output,
         crop=options.crop,

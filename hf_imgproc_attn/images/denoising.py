@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import UsageError
+from ..errors import UsageError, did_you_mean
 from ..output_paths import check_new_files, check_output_folder, write_or_keep
 from ..records import git_state, package_versions, write_json
 from .denoising_rules import RULES, estimate_noise, filter_settings
-from .filters import ImageFilter
+from .filters import IMAGE_NORMALISATIONS, ImageFilter
 from .photographs import Photograph, load_photograph, save_photograph
 from .windows import Image
 
@@ -39,12 +39,14 @@ class Comparison(NamedTuple):
     noise: standard deviation of the noise that was added, 0 if none was.
     sigma: that of the noise to be removed: what was added, or an estimate of what was there.
     estimates: ``[height, width]`` or ``[height, width, 3]`` each, by the names in :data:`ESTIMATES`.
+    normalisation: of the filter, one of ``IMAGE_NORMALISATIONS``.
     """
 
     photograph: Photograph
     noise: float
     sigma: float
     estimates: dict[str, Image]
+    normalisation: str = "softmax"
 
     @property
     def clean(self) -> Image | None:
@@ -54,7 +56,8 @@ class Comparison(NamedTuple):
     @property
     def title(self) -> str:
         """Picture and noise, for the figure."""
-        return f"{self.photograph.name}, σ {'=' if self.noise else '≈'} {self.sigma:.3g}"
+        how = "" if self.normalisation == "softmax" else f", {self.normalisation}"
+        return f"{self.photograph.name}, σ {'=' if self.noise else '≈'} {self.sigma:.3g}{how}"
 
 
 def add_noise(image: Image, noise: float, seed: int) -> Image:
@@ -64,7 +67,9 @@ def add_noise(image: Image, noise: float, seed: int) -> Image:
     return noisy
 
 
-def compare(photograph: Photograph, noise: float, preset: str, seed: int) -> Comparison:
+def compare(
+    photograph: Photograph, noise: float, preset: str, seed: int, normalisation: str = "softmax"
+) -> Comparison:
     """Filter one photograph plainly and with each booster; one A, built from the noisy image, serves all.
 
     Args:
@@ -72,6 +77,7 @@ def compare(photograph: Photograph, noise: float, preset: str, seed: int) -> Com
         noise: standard deviation of the noise that is added first; 0: none, its own is estimated.
         preset: a key of :data:`RULES`.
         seed: of the noise.
+        normalisation: one of ``IMAGE_NORMALISATIONS``.
 
     Raises:
         UsageError: for a photograph that is too small, or without noise.
@@ -79,13 +85,14 @@ def compare(photograph: Photograph, noise: float, preset: str, seed: int) -> Com
     noisy = add_noise(photograph.pixels, noise, seed) if noise else photograph.pixels
     sigma = noise or estimate_noise(photograph)
     try:
-        image_filter = ImageFilter(noisy, **filter_settings(preset, sigma, photograph.is_colour))
+        settings = filter_settings(preset, sigma, photograph.is_colour)
+        image_filter = ImageFilter(noisy, **settings, normalisation=normalisation)
     except UsageError:
         raise
     except ValueError as error:
         raise UsageError(f"{photograph.name}: {error}") from error
     filtered = {label: image_filter(boosting=boosting) for label, boosting in BOOSTERS.items()}
-    return Comparison(photograph, noise, sigma, {"noisy": noisy, **filtered})
+    return Comparison(photograph, noise, sigma, {"noisy": noisy, **filtered}, normalisation)
 
 
 def measures(comparison: Comparison) -> dict[str, dict[str, float | None]]:
@@ -114,6 +121,7 @@ def run(
     sources: Sequence[str],
     *,
     preset: str = "nlm",
+    normalisations: Sequence[str] = ("softmax",),
     noise: Sequence[float] = (10, 25, 50),
     output: str | Path,
     crop: int | None = None,
@@ -127,6 +135,7 @@ def run(
     Args:
         sources: see :func:`~hf_imgproc_attn.images.photographs.load_photograph`.
         preset: a key of :data:`RULES`.
+        normalisations: each photograph is filtered with each of these, of ``IMAGE_NORMALISATIONS``.
         noise: standard deviations in grey values of the noise that is added, from 1 to 128; 0: none is added, and
             that of the picture itself is estimated.
         output: a folder, made if missing.
@@ -140,23 +149,24 @@ def run(
         UsageError: naming the argument, the rule and the value; without ``force`` also the files that are there.
     """
     _check_arguments(sources, noise, output, seed)
+    _check_normalisations(normalisations)
     for level in noise:
         filter_settings(preset, level)
     photographs = [load_photograph(source, crop) for source in sources]
     names = [photograph.name for photograph in photographs]
     if len(set(names)) < len(names):
         raise UsageError(f"every image must have a name of its own, got {', '.join(names)}")
-    pictures = _check_pictures(names, noise, sources, Path(output)) if save else []
+    pictures = _check_pictures(names, noise, normalisations, sources, Path(output)) if save else []
     check_new_files([Path(output) / FIGURE, Path(output) / RECORD, *pictures], force)
     from .denoising_figure import save_figure
 
     git = git_state()  # of what runs: files may change meanwhile
     show = show or _to_standard_error
     comparisons, rows = [], []
-    jobs = [(photograph, float(level)) for photograph in photographs for level in noise]
-    for number, (photograph, level) in enumerate(jobs, start=1):
+    jobs = list(itertools.product(photographs, map(float, noise), normalisations))
+    for number, (photograph, level, normalisation) in enumerate(jobs, start=1):
         start = time.perf_counter()
-        comparison = compare(photograph, level, preset, seed)
+        comparison = compare(photograph, level, preset, seed, normalisation)
         comparisons.append(comparison)
         rows.append(_row(comparison))
         show(f"[{number}/{len(jobs)}] {_progress(comparison, rows[-1])} ({time.perf_counter() - start:.0f} s)")
@@ -176,7 +186,8 @@ def run(
         save_figure(comparisons, rows, preset, folder / FIGURE)
         write_json(folder / RECORD, record)
         for comparison in comparisons if save else []:
-            for label, name in picture_names(comparison.photograph.name, comparison.noise).items():
+            about = comparison.photograph.name, comparison.noise, comparison.normalisation
+            for label, name in picture_names(*about).items():
                 save_photograph(comparison.photograph, comparison.estimates[label], folder / name)
 
     write_or_keep(output, write)
@@ -188,9 +199,10 @@ def table_rows(record: dict[str, Any]) -> list[list[str]]:
 
     ``PSNR / SSIM`` of each estimate; where no clean picture is known, the standard deviation of what was removed.
     """
-    rows = [["image", "noise", *ESTIMATES]]
+    several = {row.get("normalisation", "softmax") for row in record["results"]} != {"softmax"}
+    rows = [["image", "noise", *(["normalisation"] if several else []), *ESTIMATES]]
     for row in record["results"]:
-        cells = []
+        cells = [row["normalisation"]] if several else []
         for label in ESTIMATES:
             cell = row["estimates"][label]
             if row["noise"]:
@@ -205,7 +217,7 @@ def table_rows(record: dict[str, Any]) -> list[list[str]]:
 def markdown_table(record: dict[str, Any]) -> str:
     """The same table in Markdown."""
     header, *rows = (f"| {' | '.join(row)} |" for row in table_rows(record))
-    return "\n".join([header, "|---|---|" + "---|" * len(ESTIMATES), *rows])
+    return "\n".join([header, "|" + "---|" * len(table_rows(record)[0]), *rows])
 
 
 def _row(comparison: Comparison) -> dict[str, Any]:
@@ -215,6 +227,7 @@ def _row(comparison: Comparison) -> dict[str, Any]:
         "shape": list(photograph.pixels.shape),
         "depth": photograph.depth,
         "noise": comparison.noise,
+        "normalisation": comparison.normalisation,
         "sigma": round(comparison.sigma, 4),
         "estimates": measures(comparison),
     }
@@ -223,22 +236,25 @@ def _row(comparison: Comparison) -> dict[str, Any]:
 def _progress(comparison: Comparison, row: dict[str, Any]) -> str:
     found = row["estimates"]["filtered"]
     if comparison.noise:
-        return f"{row['image']}, noise {row['noise']:g}: {found['psnr']:.2f} dB"
+        how = "" if comparison.normalisation == "softmax" else f", {comparison.normalisation}"
+        return f"{row['image']}, noise {row['noise']:g}{how}: {found['psnr']:.2f} dB"
     return f"{row['image']}, its own noise {row['sigma']:.2f}: {found['method_noise_std']:.2f} removed"
 
 
-def picture_names(name: str, noise: float) -> dict[str, str]:
+def picture_names(name: str, noise: float, normalisation: str = "softmax") -> dict[str, str]:
     """Estimate -> the file it is saved in: the noisy picture where noise was added, and every filtered one."""
-    level = f"_{noise:g}" if noise else ""
+    level = (f"_{noise:g}" if noise else "") + ("" if normalisation == "softmax" else f"_{normalisation}")
     return {label: f"{name}{level}_{label}.png" for label in ESTIMATES if noise or label != "noisy"}
 
 
-def _check_pictures(names: Sequence[str], noise: Sequence[float], sources: Sequence[str], folder: Path) -> list[Path]:
+def _check_pictures(
+    names: Sequence[str], noise: Sequence[float], normalisations: Sequence[str], sources: Sequence[str], folder: Path
+) -> list[Path]:
     """The files of the pictures; refuses to save one picture over another, or over one that is read."""
     files = []
     taken = {Path(source).resolve() for source in sources} | {(folder / name).resolve() for name in (FIGURE, RECORD)}
-    for name, level in itertools.product(names, noise):
-        for file in picture_names(name, level).values():
+    for about in itertools.product(names, noise, normalisations):
+        for file in picture_names(*about).values():
             if (folder / file).resolve() in taken:
                 raise UsageError(f"save would write {file} over another file: rename the image or change output")
             taken.add((folder / file).resolve())
@@ -261,6 +277,15 @@ def _check_arguments(sources: Sequence[str], noise: Sequence[float], output: str
     if seed < 0:
         raise UsageError(f"seed must be an integer >= 0, got {seed}")
     check_output_folder(output)
+
+
+def _check_normalisations(normalisations: Sequence[str]) -> None:
+    if not normalisations or len(set(normalisations)) < len(normalisations):
+        raise UsageError(f"normalisation must name every value once, got {' '.join(normalisations) or 'none'}")
+    for name in normalisations:
+        if name not in IMAGE_NORMALISATIONS:
+            hint = did_you_mean(name, IMAGE_NORMALISATIONS)
+            raise UsageError(f"normalisation must be one of {', '.join(IMAGE_NORMALISATIONS)}, got {name!r}{hint}")
 
 
 def _to_standard_error(line: str) -> None:

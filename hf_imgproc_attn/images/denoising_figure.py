@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 _DPI = 100
 _PANEL, _GAP, _CAPTION = 160, 8, 22
 _LEFT, _TOP, _BOTTOM = 34, 62, 30
+_LONGEST_TITLE = 20
+"""Letters of a row's title that fit beside it; longer ones are written smaller."""
 _GREYS, _COLOURS = 64, 128
 """Grey levels or colours of the file: more would only store the noise."""
 
@@ -69,7 +71,8 @@ def save_figure(comparisons: Sequence[Comparison], rows: Sequence[dict[str, Any]
     side = min(_PANEL, *(min(comparison.photograph.pixels.shape[:2]) for comparison in comparisons))
     for index, (comparison, panels) in enumerate(zip(comparisons, drawn, strict=True)):
         top = _TOP + index * (_PANEL + _CAPTION + _GAP)
-        write(comparison.title, 16, top + _PANEL / 2, fontsize=10, rotation=90, ha="center")
+        size = 10 if len(comparison.title) <= _LONGEST_TITLE else 8
+        write(comparison.title, 16, top + _PANEL / 2, fontsize=size, rotation=90, ha="center")
         for column, panel in enumerate(panels):
             left = _LEFT + column * (_PANEL + _GAP)
             if panel.image is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,15 @@ from numpy.typing import NDArray
 from ..models.backend_reference import filter_matrix
 from ..models.boost_operators import BOOSTING, keep_rows
 from ..models.kernel_content import gaussian_position_logits
-from ..models.spec_axes import MAX_BANDWIDTH, MAX_BOOSTING_STEPS, MIN_BANDWIDTH, STEPPED_BOOSTINGS, default_steps
+from ..models.spec_axes import (
+    DEFAULT_SINKHORN_ITERATIONS,
+    MAX_BANDWIDTH,
+    MAX_BOOSTING_STEPS,
+    MAX_SINKHORN_ITERATIONS,
+    MIN_BANDWIDTH,
+    STEPPED_BOOSTINGS,
+    default_steps,
+)
 from ..models.spec_fields import PRESETS, preset_fields
 from ..models.visibility import Visibility
 from .windows import Image, Patches, in_windows, is_int, overlap
@@ -36,6 +45,8 @@ IMAGE_PRESETS = tuple(
 """Presets that are filters of images as they stand: nothing in them has to be learned first."""
 
 IMAGE_BOOSTINGS = ("none", *(name for name in STEPPED_BOOSTINGS if name != "gradient_boosted"))
+IMAGE_NORMALISATIONS = ("softmax", "sinkhorn", "symmetric")
+"""How the kernel K becomes the filter A: D^-1 K, K scaled to rows and columns that sum to 1, or D^-1/2 K D^-1/2."""
 MAX_WINDOW_RADIUS = 50
 MAX_GREY_VALUE = 2.0**32
 """The range of 32-bit images: squares of larger differences, over the smallest bandwidth, would leave float32."""
@@ -75,7 +86,9 @@ def disc_window(radius: int) -> Window:
 
 
 class ImageFilter:
-    """A of one image: the row-stochastic filter between each pixel and the keys in its search window.
+    """A of one image: the filter between each pixel and the keys in its search window.
+
+    Rows of A sum to 1, but for the normalisation ``symmetric``.
 
     Args:
         image: the guide that is compared, grey ``[height, width]`` or in colour ``[height, width, 3]``: integers,
@@ -90,6 +103,12 @@ class ImageFilter:
             sigma = (patch_size - 1) / 4, and mirrored at the border.
         window: which keys a pixel sees: True in an array ``[side, side]`` with an odd side around the pixel
             (:func:`square_window`, :func:`disc_window`). Keys outside the image do not exist.
+        normalisation: one of :data:`IMAGE_NORMALISATIONS`. K is symmetric, since both pixels of a pair have the same
+            distance, if the window is; so is A of ``symmetric`` and, in the limit of many iterations, of ``sinkhorn``
+            (Milanfar 2013, Symmetrizing Smoothing Filters). Its spectrum is then real, and where K is positive, in
+            [0, 1]: what theory says of boosting holds. Rows of ``symmetric`` do not sum to 1, so that a flat picture
+            does not stay flat.
+        sinkhorn_iterations: of ``sinkhorn``, each a step over columns and one over rows. None: 3.
 
     The filter keeps A: ``height * width * side²`` numbers (460 MB for 512 x 512 pixels and a side of 21), in float32
     where that holds every value of the image, else in float64.
@@ -110,10 +129,14 @@ class ImageFilter:
         position_bandwidth: float | None = None,
         patch_size: int = 1,
         window: Window,
+        normalisation: str = "softmax",
+        sinkhorn_iterations: int | None = None,
     ) -> None:
         fields = _preset_fields(preset)
         guide = check_image(image)
         self.image, self.window = guide, _check_window(window, guide.shape[:2])
+        self.normalisation = _check_normalisation(normalisation, self.window, sinkhorn_iterations)
+        self._iterations = sinkhorn_iterations or DEFAULT_SINKHORN_ITERATIONS
         _check_bandwidth("content_bandwidth", content_bandwidth)
         has_positions = fields["position_kernel"] != "none"
         if has_positions:
@@ -123,6 +146,9 @@ class ImageFilter:
         self._content_scale = 2.0 / float(content_bandwidth) ** 2
         self._position_scale = 2.0 / float(position_bandwidth) ** 2 if position_bandwidth is not None else None
         self.weights = self._weights(Patches(guide, patch_size))
+        self._row_sums: torch.Tensor | None = None
+        if self.normalisation != "softmax":
+            self._scale_symmetrically_()
 
     def _weights(self, patches: Patches) -> torch.Tensor:
         """A ``[pixels, 1, 1, side²]``, one block of rows after the other."""
@@ -139,8 +165,38 @@ class ImageFilter:
             block = slice(start * width, stop * width)
             logits = weights[block] if position_logits is None else weights[block] + position_logits
             visible = in_windows(inside, side, start, stop).view(-1, 1, 1, keys) & window
-            weights[block] = filter_matrix(logits, Visibility(1, keys, mask=visible))
+            if self.normalisation == "softmax":
+                weights[block] = filter_matrix(logits, Visibility(1, keys, mask=visible))
+            else:  # K; a pixel's weight for itself is 1, the largest
+                weights[block] = logits.exp().masked_fill(~visible, 0.0)
         return weights
+
+    def _scale_symmetrically_(self) -> None:
+        """Make A of K ``[pixels, 1, 1, side²]``, in place: a_ij = r_i k_ij c_j."""
+        ones = torch.ones(self.weights.shape[0], dtype=self.weights.dtype)
+        rows = columns = self._row_sum(ones).rsqrt()
+        if self.normalisation == "sinkhorn":
+            rows = ones
+            for _ in range(self._iterations):
+                columns = self._row_sum(rows).reciprocal()  # K^T = K
+                rows = self._row_sum(columns).reciprocal()
+        for block, seen in self._seen(columns):
+            self.weights[block] *= seen * rows[block].view(-1, 1, 1, 1)
+        if self.normalisation == "symmetric":
+            self._row_sums = self.weights.sum(-1, keepdim=True)
+
+    def _row_sum(self, column: torch.Tensor) -> torch.Tensor:
+        """K times a column ``[pixels]``."""
+        return torch.cat([(self.weights[block] * seen).sum((1, 2, 3)) for block, seen in self._seen(column)])
+
+    def _seen(self, column: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Blocks of pixels, and what each of them sees of ``[pixels]``: ``[block, 1, 1, side²]``."""
+        (height, width), keys = self.image.shape[:2], self.window.size
+        grid, rows = column.view(height, width, 1), max(1, _BLOCK_NUMBERS // (width * keys))
+        for start in range(0, height, rows):
+            stop = min(start + rows, height)
+            seen = in_windows(grid, self.window.shape[0], start, stop).view(-1, 1, 1, keys)
+            yield slice(start * width, stop * width), seen
 
     def _content_logits(self, patches: Patches) -> torch.Tensor:
         """-‖q - k‖²/h_y² of every pixel and the keys in its window, ``[height, width, side²]``, 0 outside the image.
@@ -224,7 +280,8 @@ class ImageFilter:
             # A row of A sums to 1: u_i = v_i + sum_j a_ij (v_j - v_i), whose terms keep the digits of large values.
             own = stream[0, 0, block].view(-1, 1, 1, on_grid.shape[-1])
             seen = in_windows(on_grid, side, start, stop) - own
-            out[0, 0, block] = (own + torch.matmul(self.weights[block], seen))[:, 0, 0]
+            kept = own if self._row_sums is None else own * self._row_sums[block]
+            out[0, 0, block] = (kept + torch.matmul(self.weights[block], seen))[:, 0, 0]
         return out
 
 
@@ -236,6 +293,8 @@ def denoise(
     position_bandwidth: float | None = None,
     patch_size: int = 1,
     window: Window,
+    normalisation: str = "softmax",
+    sinkhorn_iterations: int | None = None,
     boosting: str = "none",
     boosting_steps: int | None = None,
 ) -> Image:
@@ -251,6 +310,8 @@ def denoise(
         position_bandwidth=position_bandwidth,
         patch_size=patch_size,
         window=window,
+        normalisation=normalisation,
+        sinkhorn_iterations=sinkhorn_iterations,
     )
     return image_filter(boosting=boosting, boosting_steps=boosting_steps)
 
@@ -296,6 +357,25 @@ def _check_bandwidth(name: str, value: Any) -> None:
         raise ValueError(
             f"{name} must be a finite number > 0, from {MIN_BANDWIDTH:g} to {MAX_BANDWIDTH:g}, got {value!r}"
         )
+
+
+def _check_normalisation(normalisation: Any, window: Window, iterations: Any) -> str:
+    if normalisation not in IMAGE_NORMALISATIONS:
+        raise ValueError(
+            f"normalisation must be one of {', '.join(IMAGE_NORMALISATIONS)} on images, got {normalisation!r}"
+        )
+    if iterations is not None and normalisation != "sinkhorn":
+        raise ValueError(f"sinkhorn_iterations has no effect with normalisation {normalisation!r}, got {iterations!r}")
+    if iterations is not None and (not is_int(iterations) or not 1 <= iterations <= MAX_SINKHORN_ITERATIONS):
+        raise ValueError(
+            f"sinkhorn_iterations must be an integer from 1 to {MAX_SINKHORN_ITERATIONS}, got {iterations!r}"
+        )
+    if normalisation != "softmax" and not np.array_equal(window, window[::-1, ::-1]):
+        raise ValueError(
+            f"window must be symmetric around its centre with normalisation {normalisation!r}: each pixel of a pair "
+            "has to see the other"
+        )
+    return str(normalisation)
 
 
 def _check_window(window: Any, shape: tuple[int, ...]) -> Window:

@@ -16,7 +16,8 @@ class Definition(NamedTuple):
 DEFINITIONS: dict[str, Definition] = {
     "entropy_share": Definition(
         "entropy / uniform",
-        "mean over rows of −Σⱼ Aᵢⱼ log Aᵢⱼ, divided by log of the number of keys that the row sees",
+        "mean over rows of −Σⱼ Aᵢⱼ log Aᵢⱼ, divided by log of the number of keys that the row sees; a row that does "
+        "not sum to 1 (sinks, sigmoid, softpick) is divided by its sum first",
         "1: the head averages everything; 0: it copies one token",
     ),
     "logit_std": Definition(

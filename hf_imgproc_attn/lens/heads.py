@@ -101,7 +101,7 @@ def measure_heads(call: FilterCall, tokens: Tokens, scores: int = BLOCK_SCORES) 
         sums.add(rows, real, special, tokens)
     count = real.sum().item()
     others = (real & ~special).sum().item()
-    distance = sums.distance / max(sums.placed_rows, 1) if tokens.has_places else sums.distance * torch.nan
+    distance = sums.distance / sums.placed_rows.clamp(min=1) if tokens.has_places else sums.distance * torch.nan
     return HeadSums(
         sums.entropy / count,
         sums.share / sums.choices.clamp(min=1),
@@ -125,13 +125,16 @@ class _Sums:
         self.entropy, self.share, self.variance = zeros(heads), zeros(heads), zeros(heads)
         self.distance, self.sink, self.received = zeros(heads), zeros(heads), zeros(heads, length)
         self.choices = zeros(heads)
-        self.placed_rows = 0
+        self.placed_rows = torch.zeros(heads, dtype=torch.int64, device=device)
 
     def add(self, rows: Rows, real: torch.Tensor, special: torch.Tensor, tokens: Tokens) -> None:
         weights, part = rows.weights, slice(rows.start, rows.stop)
         is_row = real[:, None, part]  # [batch, 1, rows]
         weights = weights.masked_fill(~is_row[..., None], 0.0)
-        entropy = -torch.special.xlogy(weights, weights).sum(-1, dtype=torch.float64)  # [batch, heads, rows]
+        # Of a row divided by its sum, which is not 1 with sinks, sigmoid and softpick; 0 for a row without weight.
+        sums = weights.sum(-1, dtype=torch.float64)  # [batch, heads, rows]
+        entropy = -torch.special.xlogy(weights, weights).sum(-1, dtype=torch.float64)
+        entropy = torch.where(sums > 0, entropy / sums.clamp(min=1e-300) + sums.clamp(min=1e-300).log(), 0.0)
         seen = self._seen(rows)
         has_choice = is_row & (seen > 1)
         self.entropy += entropy.sum((0, 2))
@@ -166,7 +169,7 @@ class _Sums:
         is_placed = is_row & (torch.arange(rows.start, rows.stop, device=weights.device) >= off_grid)
         mean = torch.where(is_placed & (total > 0), moment / total.clamp(min=1e-300), 0.0)
         self.distance += mean.sum((0, 2))
-        self.placed_rows += int(is_placed.sum())
+        self.placed_rows += (is_placed & (total > 0)).sum((0, 2))
 
 
 def _row_variance(rows: Rows, seen: torch.Tensor) -> torch.Tensor:

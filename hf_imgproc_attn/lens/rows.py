@@ -36,7 +36,7 @@ class Rows(NamedTuple):
     start, stop: the rows.
     keys: how many keys, from the first on, they may see.
     logits: log K + const_i, ``[batch, heads, rows, keys]``.
-    weights: A, of the same shape; its rows sum to 1, or with a learned sink to less.
+    weights: A, of the same shape; its rows sum to 1, or with sinks, ``sigmoid`` and ``softpick`` to something else.
     allowed: boolean, broadcastable to the same shape, or None where everything is visible.
     """
 
@@ -57,7 +57,8 @@ def filter_rows(call: FilterCall, scores: int = BLOCK_SCORES) -> Iterator[Rows]:
     """
     if call.difference is not None:
         raise ValueError(
-            "boosting='differential' takes a second filter away from A: the lens looks at layers of one filter"
+            "boosting='differential' takes a second filter away from A, so that weights may be below 0, and entropy "
+            "and bandwidth mean nothing: the lens looks at layers of one filter"
         )
     batch, heads, length, _ = call.query.shape
     step = max(scores // max(batch * heads * call.key.shape[-2], 1), 1)
@@ -217,8 +218,14 @@ def some_samples(call: FilterCall, samples: slice) -> FilterCall:
         positions=tuple(_samples_of(term, batch, samples) for term in call.positions),
         streams=NO_STREAMS,
         own_value=cut(call.own_value),
+        booster=call.booster._replace(gain=_gain_of(call.booster.gain, batch, samples)),
         by_weights=None if call.by_weights is None else call.by_weights.of_heads(samples, slice(None)),
     )
+
+
+def _gain_of(gain: torch.Tensor | None, batch: int, samples: slice) -> torch.Tensor | None:
+    """Gains of some samples, where they have some for each: ``[2, batch, heads, length, 1]``."""
+    return gain if gain is None or gain.ndim < 5 or gain.shape[1] != batch else gain[:, samples]
 
 
 def _samples_of(term: Positions, batch: int, samples: slice) -> Positions:

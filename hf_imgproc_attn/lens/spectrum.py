@@ -171,7 +171,7 @@ def one_head(call: FilterCall, head: int) -> FilterCall:
         content=call.content._replace(scale=scale),
         visibility=visible._replace(**{name: cut(getattr(visible, name)) for name in names}),
         positions=tuple(_head_of(term, heads, head) for term in call.positions),
-        booster=call.booster._replace(gain=None if gain is None else gain[own]),
+        booster=call.booster._replace(gain=None if gain is None else gain[..., own, :, :]),
         sinks=None if call.sinks is None else call.sinks[own],
         by_weights=None if call.by_weights is None else call.by_weights.of_heads(slice(None), own),
     )

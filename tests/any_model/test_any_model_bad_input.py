@@ -48,7 +48,10 @@ from tests.models.helpers import tiny_gpt2_config
             "num_special_tokens must be an integer >= 0 or None, got 'a'",
         ),
         ({"position_kernel": {}}, r"position_kernel must be one of .*got \{\}"),
-        ({"feedback": ["neutreno"]}, r"feedback must be one of none, neutreno, pid, got \['neutreno'\]"),
+        (
+            {"feedback": ["neutreno"]},
+            r"feedback must be one of none, neutreno, pid, value_residual, got \['neutreno'\]",
+        ),
         ({"preset": "twicing", "boosting_step": 3}, "unknown configuration field boosting_step=3; did you mean"),
         ({"preset": "twicing", "colour": 3}, "fields must be among .*got 'colour'"),
         ({"preset": "twicing", "boosting_steps": 99}, "boosting_steps must be an integer >= 1 and <= 16, got 99"),
@@ -81,7 +84,6 @@ def test_what_is_no_model_is_refused(call: Any) -> None:
             call(wrong)
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # by PEFT
 def test_layers_with_filters_of_their_own_are_refused() -> None:
     """A second filter in them would never be called."""
     model = ImgProcGPT2LMHeadModel(tiny_gpt2_config("twicing", n_layer=2, boosted_layers=[1]))
@@ -91,6 +93,7 @@ def test_layers_with_filters_of_their_own_are_refused() -> None:
     assert [row["layer"] for row in filtered_layers(model)] == [0]
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # by PEFT
 def test_a_model_that_peft_has_wrapped_is_refused() -> None:
     wrapped = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"]))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="model is a PeftModel, which saves its adapter alone"):

@@ -18,7 +18,7 @@ from skimage.restoration import estimate_sigma
 from hf_imgproc_attn import cli, errors
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.images import denoising, denoising_rules
-from hf_imgproc_attn.images.filters import IMAGE_PRESETS, denoise
+from hf_imgproc_attn.images.filters import IMAGE_NORMALISATIONS, IMAGE_PRESETS, denoise
 from hf_imgproc_attn.images.photographs import load_photograph
 from hf_imgproc_attn.models.spec_fields import PRESETS
 from tests.helpers import ROOT
@@ -285,3 +285,35 @@ def test_committed_record_and_figure_belong_to_the_documentation() -> None:
     assert record["rule"] == json.loads(json.dumps(denoising.RULES[record["preset"]]._asdict()))
     assert denoising.markdown_table(record) in (ROOT / "docs" / "images.md").read_text(encoding="utf-8")
     assert (ROOT / "docs" / "denoising.png").stat().st_size < 1_500_000
+
+
+def test_normalisations_stand_beside_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row each; softmax is what it is alone."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["denoise", "camera", "--noise", "20", "--crop", "30", "--save"]
+    names = ["softmax", "sinkhorn", "symmetric"]
+    assert cli.main([*arguments, "--normalisation", *names, "--output", "all"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["image", "noise", "normalisation"]
+    assert [line.split()[2] for line in lines[1:4]] == names
+    rows = json.loads(Path("all/denoising.json").read_text(encoding="utf-8"))["results"]
+    assert len({row["estimates"]["filtered"]["psnr"] for row in rows}) == 3
+    assert len({row["estimates"]["noisy"]["psnr"] for row in rows}) == 1
+    assert Path("all/camera_20_symmetric_twicing.png").exists()
+    assert cli.main([*arguments, "--output", "one"]) == 0
+    assert json.loads(Path("one/denoising.json").read_text(encoding="utf-8"))["results"] == rows[:1]
+    for wrong in (["sink"], ["softmax", "softmax"]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["denoise", "camera", "--normalisation", *wrong])
+        assert "normalisation must" in capsys.readouterr().err
+
+
+def test_the_page_shows_the_record_of_the_normalisations() -> None:
+    record = json.loads((ROOT / "docs" / "denoising_normalised.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "images.md").read_text(encoding="utf-8")
+    assert denoising.markdown_table(record) in page
+    assert record["git"]["dirty"] is False
+    assert {row["normalisation"] for row in record["results"]} == set(IMAGE_NORMALISATIONS)
+    assert (ROOT / "docs" / "denoising_normalised.png").stat().st_size < 1_500_000

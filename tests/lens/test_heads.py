@@ -23,6 +23,7 @@ from hf_imgproc_attn.lens.tokens import measure_tokens
 from hf_imgproc_attn.models.backend_call import Booster, Content, FilterCall
 from hf_imgproc_attn.models.backend_reference import filter_logits, filter_matrix, reference_attention
 from hf_imgproc_attn.models.boost_weights import LocalLinear
+from hf_imgproc_attn.models.kernel_normalisation import Normalisation
 from hf_imgproc_attn.models.kernel_position import ClassTokens, GaussianPositions, UntiedPositions
 from hf_imgproc_attn.models.kernel_relative import AlibiPositions
 from hf_imgproc_attn.models.visibility import Visibility, padding_visibility
@@ -78,10 +79,22 @@ def make_call(kind: str) -> FilterCall:
     if kind == "local linear":
         visibility = Visibility(LENGTH, LENGTH, causal=True)
         by_weights = LocalLinear(noise(BATCH, HEADS, LENGTH, WIDTH, seed=7))
-    return FilterCall(query, key, value, content, visibility, positions, booster, by_weights=by_weights)
+    call = FilterCall(query, key, value, content, visibility, positions, booster, by_weights=by_weights)
+    if kind == "sink":
+        return call._replace(sinks=per_head.flatten(), booster=Booster("twicing", 2))
+    if kind == "sigmoid":
+        gains = torch.stack((per_head, 1 - per_head))
+        return call._replace(normalisation=Normalisation("sigmoid"), booster=Booster("inversion", 1, gains))
+    if kind == "softpick, padded":
+        visibility = padding_visibility(REAL[:, None, None, :], LENGTH, causal=False)
+        return call._replace(normalisation=Normalisation("softpick"), visibility=visibility)
+    return call
 
 
-KINDS = ("local linear", "plain", "causal", "padded", "padded and causal", "gaussian places", "alibi", "untied")
+KINDS = (
+    *("local linear", "plain", "causal", "padded", "padded and causal", "gaussian places", "alibi", "untied"),
+    *("sink", "sigmoid", "softpick, padded"),
+)
 
 
 def dense(call: FilterCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -89,7 +102,7 @@ def dense(call: FilterCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     logits = filter_logits(call)
     allowed = call.visibility.allowed(logits.device)
     seen = torch.ones_like(logits, dtype=torch.bool) if allowed is None else allowed.expand_as(logits)
-    return filter_matrix(logits, call.visibility), logits, seen
+    return filter_matrix(logits, call.visibility, call.sinks, call.normalisation), logits, seen
 
 
 @pytest.mark.parametrize("scores", [1, 200, 10**6])
@@ -156,7 +169,8 @@ def by_definition(call: FilterCall, tokens: Tokens, head: int) -> dict[str, floa
                 continue
             (special_values if i in special else other_values).append(float(values[b, i]))
             row = matrices[b, i]
-            entropies.append(-sum(float(a) * math.log(a) for a in row if a > 0))
+            weight = float(row.sum())  # not 1 with sinks, sigmoid and softpick
+            entropies.append(-sum(float(a) / weight * math.log(a / weight) for a in row if a > 0))
             number = int(seen[b, i].sum())
             if number > 1:
                 shares.append(entropies[-1] / math.log(number))
@@ -170,7 +184,8 @@ def by_definition(call: FilterCall, tokens: Tokens, head: int) -> dict[str, floa
                     float(row[j]) * float((places[i] - places[j]).double().square().sum())
                     for j in range(off_grid, LENGTH)
                 )
-                distances.append(moment / total)
+                if total > 0:
+                    distances.append(moment / total)
 
     def mean(numbers: list[float]) -> float:
         return sum(numbers) / len(numbers)

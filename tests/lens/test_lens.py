@@ -412,6 +412,23 @@ def test_filters_with_dependent_rows_are_seen_whole() -> None:
             assert head.received == pytest.approx(wanted.tolist(), rel=1e-9)
 
 
+@pytest.mark.parametrize("normalisation", ["sigmoid", "softpick", "sink"])
+def test_rows_that_do_not_sum_to_one_are_seen_as_they_are(normalisation: str) -> None:
+    """What all rows take from each token, and entropies between 0 and those of uniform weights."""
+    config = tiny_vit_config("softmax", normalisation=normalisation, attn_implementation="eager")
+    model = sharpen_(hf_imgproc_attn.ImgProcViTForImageClassification(config).double().eval())
+    given = {"pixel_values": images().double()}
+    report = inspect_model(model, given, spectra="none", noise=0.0)
+    with torch.no_grad():
+        attentions = model(**given, output_attentions=True).attentions
+    assert (attentions[0].sum(-1) - 1).abs().max() > 1e-2
+    for layer, weights in zip(report.layers, attentions, strict=True):
+        for head in layer.heads:
+            wanted = weights[:, head.head].sum((0, 1)) / weights.shape[0]
+            assert head.received == pytest.approx(wanted.tolist(), rel=1e-9)
+            assert 0 <= head.entropy_share <= 1
+
+
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_every_preset_is_shown_or_refused_by_name(preset: str) -> None:
     """Of images where it goes, else of texts; ``product`` has the model's own weights' form, a row a head."""

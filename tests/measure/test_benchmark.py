@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from hf_imgproc_attn import PRESETS
-from hf_imgproc_attn.measure.benchmark import SUITES, attention, decoding, run, whole_models
+from hf_imgproc_attn.measure.benchmark import SUITES, attention, axes, decoding, run, whole_models
 from hf_imgproc_attn.measure.benchmark.attention import Limits, Shape, run_attention, too_much
 from hf_imgproc_attn.measure.benchmark.methods import FILTERS, METHODS, PLAIN, Method, disagreement, published_vision
 from hf_imgproc_attn.measure.benchmark.report import goals_table, render, slopes
@@ -51,6 +51,7 @@ def test_quick_run_covers_everything(tmp_path: Path, capsys: pytest.CaptureFixtu
     }
     assert methods == {
         "attention": set(METHODS),
+        "axes": set(axes.VALUES),
         "decode": {decoding.STOCK, *decoding.VARIANTS, decoding.FILTERED},
         "layers": {"stock", *PRESETS},
         "models": {whole_models.STOCK, *whole_models.VARIANTS},

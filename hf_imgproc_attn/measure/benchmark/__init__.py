@@ -1,6 +1,7 @@
 """What the filters cost: every path against stock attention, interleaved in one run, as ratios with their spread.
 
-Suites: ``attention`` (plain tensors: back-ends, published algorithms, over lengths), ``decode`` (one token with a
+Suites: ``attention`` (plain tensors: back-ends, published algorithms, over lengths), ``axes`` (one attention with each
+value of the axes; float32 on the CPU), ``decode`` (one token with a
 cache), ``layers`` (the attention module of every preset) and ``models`` (training steps and generation). A path whose
 results are wrong is not timed, and what would take too long or too much memory is skipped; both are named.
 """
@@ -20,12 +21,12 @@ import torch
 from ...errors import UsageError, did_you_mean, require_extras
 from ...output_paths import check_new_files, write_or_keep
 from ...records import device_description, git_state, package_versions, write_json
-from . import attention, decoding, layers, whole_models
+from . import attention, axes, decoding, layers, whole_models
 from .attention import Limits
 from .report import draw, goals_table, render, slope_rows
 from .timing import Row
 
-SUITES = ("attention", "decode", "layers", "models")
+SUITES = ("attention", "axes", "decode", "layers", "models")
 LIMITS = Limits(seconds=20.0, mib=None, budget=40.0)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -140,6 +141,9 @@ def _rows(
         if quick:
             shapes = [*attention.sweep((48, 96), True), *attention.sweep((33,), False)]
         yield from attention.run_attention(shapes, dtype=dtype, device=device, limits=limits, say=say)
+    elif suite == "axes":
+        for size in axes.QUICK if quick else axes.SHAPES:
+            yield from axes.run_axes(size, budget=limits.budget, say=say)
     elif suite == "decode":
         sizes = whole_models.GPT2_TINY if quick else {**whole_models.GPT2_SMALL, "n_positions": 1025}
         length = sizes["n_positions"] - 1
