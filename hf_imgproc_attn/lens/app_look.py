@@ -85,16 +85,14 @@ class Answer(NamedTuple):
 
 @functools.cache
 def usable_presets() -> tuple[str, ...]:
-    """Presets that can be put into the layers of another model, of texts or of images."""
+    """Presets that can be put into the layers of another model."""
     usable = []
     for name in PRESETS:
-        for is_image in (False, True):
-            try:
-                FilterFields.of(name, {}, is_image)
-            except ValueError:
-                continue
-            usable.append(name)
-            break
+        try:
+            FilterFields.of(name, {})
+        except ValueError:
+            continue
+        usable.append(name)
     return tuple(usable)
 
 

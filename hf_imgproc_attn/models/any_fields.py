@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -32,6 +32,8 @@ _NOT_FOR_LAYERS = {
 }
 
 
+_OF_IMAGES = ("image_size", "num_channels", "in_channels", "in_chans")
+"""Fields of the configurations of stacks whose tokens are patches."""
 MAX_SPECIAL_TOKENS = 16
 """More leading tokens than this before the patches are not class or register tokens."""
 
@@ -40,14 +42,12 @@ class FilterFields(NamedTuple):
     """Checked fields of a filter for another model's layers.
 
     values: all fields of ``FilterSpecMixin``.
-    is_image: whether the model's tokens are patches.
     """
 
     values: dict[str, Any]
-    is_image: bool
 
     @classmethod
-    def of(cls, preset: str | None, fields: dict[str, Any], is_image: bool) -> FilterFields:
+    def of(cls, preset: str | None, fields: dict[str, Any]) -> FilterFields:
         """Fields of a preset and those given by name, which win.
 
         Raises:
@@ -83,7 +83,7 @@ class FilterFields(NamedTuple):
         values = {name: wanted.get(name, getattr(FilterSpecMixin, name)) for name in known}
         if values == {name: getattr(FilterSpecMixin, name) for name in known}:
             raise ValueError(f"nothing of the model would change: give a preset or fields, got preset={preset!r}")
-        return cls(values, is_image)
+        return cls(values)
 
     def changed(self) -> dict[str, Any]:
         """The fields that are not as in a stock model."""
@@ -134,9 +134,10 @@ class StackConfig:
         self.num_hidden_layers = len(layers)
         self._set_heads(first)
         self.filter_spec_version = FilterSpecMixin.filter_spec_version
-        self.position_axes = 2 if fields.is_image else 1
+        is_image = sees_patches(model, first)
+        self.position_axes = 2 if is_image else 1
         self.hides_later_tokens = any(bool(getattr(layer.module, "is_causal", False)) for layer in layers)
-        if fields.is_image:
+        if is_image:
             self.default_neutreno_lambda = 0.6
         stock = getattr(first.module, "config", None)
         self.sides: tuple[int, ...] = (getattr(stock, "max_position_embeddings", None) or 2048,)
@@ -146,11 +147,11 @@ class StackConfig:
             check_filter_spec(self)
         _check_alike(fields.values, layers)
         sees_places = any(spec.position_kernel in _POSITIONS for spec in self.layer_specs)
-        if fields.is_image:
+        if is_image:
             self.sides = (1, 1)
             if sees_places:
                 self.sides = _grid(stock)
-                self.num_class_tokens = _special_tokens(model, stock, self.sides, num_special_tokens)
+                self.num_class_tokens = _special_tokens(model, first, self.sides, num_special_tokens)
 
     def _set_heads(self, layer: AttentionLayer) -> None:
         self.num_attention_heads, self.hidden_size = layer.num_heads, layer.num_heads * layer.head_dim
@@ -197,12 +198,30 @@ def _grid(config: Any) -> tuple[int, int]:
     return trained_grid(config)
 
 
-def _special_tokens(model: nn.Module, config: Any, grid: tuple[int, ...], given: int | None) -> int:
+def sees_patches(model: nn.Module, layer: AttentionLayer) -> bool:
+    """Whether a layer's tokens are the patches of an image: a model may have a stack of these and one of texts."""
+    config = getattr(layer.module, "config", None)
+    if any(getattr(config, name, None) is not None for name in _OF_IMAGES):
+        return True
+    names = (getattr(part, "main_input_name", None) for part in _around(model, layer.name))
+    return next((name for name in names if name is not None), "") == "pixel_values"
+
+
+def _around(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The modules around one, from the nearest to the whole model."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, -1, -1):
+        yield model.get_submodule(".".join(parts[:end]))
+
+
+def _special_tokens(model: nn.Module, layer: AttentionLayer, grid: tuple[int, ...], given: int | None) -> int:
     """Leading tokens that are no patches: what a table of positions has beyond the grid, and register tokens."""
     if given is not None:
         return given
+    config = getattr(layer.module, "config", None)
     registers, patches = getattr(config, "num_register_tokens", None), math.prod(grid)
-    for name, table in model.named_parameters():
+    # From near to far: a model of texts and images has a table for each.
+    for name, table in (found for part in _around(model, layer.name) for found in part.named_parameters()):
         if "position" in name and table.ndim in (2, 3) and 0 <= table.shape[-2] - patches <= MAX_SPECIAL_TOKENS:
             return table.shape[-2] - patches + (registers or 0)
     if registers is not None:

@@ -76,7 +76,7 @@ def apply_filter(
         isinstance(num_special_tokens, bool) or not isinstance(num_special_tokens, int) or num_special_tokens < 0
     ):
         raise ValueError(f"num_special_tokens must be an integer >= 0 or None, got {num_special_tokens!r}")
-    wanted = FilterFields.of(preset, fields, is_image=_is_image(model))
+    wanted = FilterFields.of(preset, fields)
     chosen = _chosen(attention_layers(model), layers, stacks, type(model).__name__)
     _refuse_own_filters(chosen, type(model).__name__)
     prepared = []
@@ -158,8 +158,7 @@ def filter_arguments(model: nn.Module) -> dict[str, Any]:
     stacks = list(dict.fromkeys(layer.stack for layer in filtered))
     chosen = _chosen(found, arguments.get("layers"), stacks, type(model).__name__)
     fits = {id(layer.module) for members in chosen for layer in members} == set(parts)
-    is_image = {len(part.sides) == 2 for part in parts.values()} == {_is_image(model)}
-    if not (fits and is_image and all(each == arguments for each in all_arguments)):
+    if not (fits and all(each == arguments for each in all_arguments)):
         raise ValueError(
             f"the parts of this {type(model).__name__} have filters that one apply_filter cannot give the whole: "
             "save it after remove_filter(model) and apply_filter(model, ...), with stacks=... for a part"
@@ -305,10 +304,6 @@ def _integers(layers: Any) -> Any:
         operator.index(index) if hasattr(index, "__index__") and not isinstance(index, (bool, torch.Tensor)) else index
         for index in layers
     ]
-
-
-def _is_image(model: nn.Module) -> bool:
-    return getattr(model, "main_input_name", "") == "pixel_values"
 
 
 def _chosen(

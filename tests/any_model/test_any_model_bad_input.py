@@ -95,7 +95,6 @@ def test_what_is_no_model_is_refused(call: Any) -> None:
             call(wrong)
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # by PEFT
 def test_layers_with_filters_of_their_own_are_refused() -> None:
     """A second filter in them would never be called."""
     model = ImgProcGPT2LMHeadModel(tiny_gpt2_config("twicing", n_layer=2, boosted_layers=[1]))
@@ -105,6 +104,7 @@ def test_layers_with_filters_of_their_own_are_refused() -> None:
     assert [row["layer"] for row in filtered_layers(model)] == [0]
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # by PEFT
 def test_a_model_that_peft_has_wrapped_is_refused() -> None:
     wrapped = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"]))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="model is a PeftModel, which saves its adapter alone"):

@@ -9,6 +9,17 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+    ViTModel,
+)
 
 import hf_imgproc_attn.measure.support  # noqa: F401  # registers the dense formula as an attention function
 from hf_imgproc_attn import (
@@ -23,7 +34,7 @@ from hf_imgproc_attn import (
 )
 from hf_imgproc_attn.models.any_filter import stack_names
 from hf_imgproc_attn.models.any_layers import attention_layers
-from tests.any_model.architectures import EVERYTHING, build, inputs, output, text
+from tests.any_model.architectures import EVERYTHING, IMAGE, build, inputs, output, text
 
 STACKS = {
     "bart": {"model.encoder.layers": 2, "model.decoder.layers": 2},
@@ -256,3 +267,32 @@ def test_half_precision_keeps_the_scalars_in_single() -> None:
     kinds = {parameter.dtype for key, parameter in model.named_parameters() if "scalar_bias" in key}
     assert kinds == {torch.float32}
     assert output(model, inputs("llama")).isfinite().all()
+
+
+def test_each_stack_has_places_of_its_own_kind() -> None:
+    """Patches have two axes and texts one, in one model as in each alone; its tables of positions are told apart."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**sizes, image_size=32, patch_size=4)  # 64 patches, and 77 places of words
+    both = CLIPConfig(text_config={**sizes, "vocab_size": 50}, vision_config=vision.to_dict())
+    torch.manual_seed(0)
+    model = CLIPModel(both).eval()
+    alone = CLIPVisionModel(vision).eval()
+    alone.load_state_dict(
+        {name.removeprefix("vision_model."): x for name, x in model.vision_model.state_dict().items()}
+    )
+    pixels = torch.randn(2, 3, 32, 32)
+    wanted = apply_filter(alone, "alibi", boosting="twicing")(pixels).last_hidden_state
+    apply_filter(model, "alibi", boosting="twicing")
+    assert torch.equal(model.vision_model(pixel_values=pixels).last_hidden_state, wanted)
+    axes = {name.partition(".")[0]: len(part.sides) for name, part in model.named_modules() if hasattr(part, "sides")}
+    assert axes == {"text_model": 1, "vision_model": 2}
+
+
+def test_a_decoder_of_texts_behind_an_encoder_of_images() -> None:
+    encoder = ViTModel(ViTConfig(**IMAGE)).eval()
+    decoder = GPT2LMHeadModel(
+        GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=9, is_decoder=True, add_cross_attention=True)
+    )
+    model = apply_filter(VisionEncoderDecoderModel(encoder=encoder, decoder=decoder), "alibi")
+    axes = {name.partition(".")[0]: len(part.sides) for name, part in model.named_modules() if hasattr(part, "sides")}
+    assert axes == {"encoder": 2, "decoder": 1}
