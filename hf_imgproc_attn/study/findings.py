@@ -17,10 +17,10 @@ from ..shipped_files import shipped_file
 from .claims import CLAIMS, SUBJECTS, UNTESTED, Claim
 from .ledger import HEADER, Ledger
 from .plan import Study
-from .report import NOTHING, interval, number, p_value
+from .report import NOTHING, interval, number, on_autoattack, p_value
 from .statistics import BETTER, CONFIDENCE, LEVEL, NO_DIFFERENCE, TOO_FEW, WORSE
 from .study_file import read_study
-from .table import LOWER_IS_BETTER, Row, Table, autoattack_above_pgd, build_tables
+from .table import LOWER_IS_BETTER, Row, Table, autoattack_gaps, build_tables
 
 LEDGERS = Path("training/results/study")
 WIDTH = 119
@@ -185,9 +185,9 @@ def _chapter_lines(chapter: Chapter) -> list[str]:
         f"Study `{chapter.name}`: {len(chapter.records)} of {planned} runs have ended, {diverged} of them diverged; "
         f"{len(study.variant_names)} variants, {len(study.seeds)} seeds, {study.split} split. " + _values(chapter)
     )
-    above = autoattack_above_pgd(chapter.records)
-    if above is not None:
-        lines += ["", *paragraph(_on_autoattack(above))]
+    gaps = autoattack_gaps(chapter.records)
+    if gaps:
+        lines += ["", *paragraph(on_autoattack(gaps))]
     for claim, found in chapter.claims:
         lines += _claim_lines(claim, found)
     return lines
@@ -203,12 +203,6 @@ def _values(chapter: Chapter) -> str:
         for metric in metrics
     ]
     return f"Values: {'; '.join(names)}." if names else ""
-
-
-def _on_autoattack(above: Sequence[str]) -> str:
-    if above:
-        return f"AutoAttack fools fewer images than PGD does in {', '.join(above)}: there it says too little."
-    return "AutoAttack fools at least as many images as PGD does in every run: no sign that gradients are masked."
 
 
 def _claim_lines(claim: Claim, found: Sequence[Comparison]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,8 @@ def markdown(study: Study, tables: Sequence[Table], content: dict[str, Any]) -> 
         "",
         explanation(study),
     ]
-    above = content["autoattack_above_pgd"]
-    if above:
-        lines += ["", f"AutoAttack fools fewer images than PGD does, and says too little, in: {', '.join(above)}."]
+    if content["autoattack_gaps"]:
+        lines += ["", on_autoattack(content["autoattack_gaps"])]
     for table in tables:
         lines += ["", f"## {heading(table)}", "", *markdown_rows(table)]
     return "\n".join(lines) + "\n"
@@ -83,6 +82,17 @@ def explanation(study: Study) -> str:
         "Holm's method for the number of comparisons in its table; below 0.05 the verdict is better or worse. "
         "Operations: of a training step a sample."
     )
+
+
+def on_autoattack(gaps: Mapping[str, float]) -> str:
+    """What AutoAttack adds to PGD, of :func:`.table.autoattack_gaps`."""
+    largest, below = max(gaps.values()), [name for name, gap in gaps.items() if gap < 0]
+    mean = sum(gaps.values()) / len(gaps)
+    text = (
+        f"AutoAttack, which counts what PGD has fooled, leaves {100 * mean:.1f} points fewer of the images right than "
+        f"PGD on average, {100 * largest:.1f} at most."
+    )
+    return text + (f" It cannot leave more, but does in {', '.join(below)}: look at these records." if below else "")
 
 
 def heading(table: Table) -> str:

@@ -109,12 +109,13 @@ def measured_values(record: dict[str, Any], split: str) -> dict[Key, float]:
     return found
 
 
-def autoattack_above_pgd(records: dict[str, dict[str, Any]]) -> list[str] | None:
-    """The runs in which AutoAttack fools fewer images than PGD, with the largest change; None: none has both.
+def autoattack_gaps(records: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Of every run and largest change with both attacks: what PGD leaves right and AutoAttack does not, in [-1, 1].
 
-    An ensemble that is weaker than one attack says too little of a model: it had too few steps.
+    AutoAttack counts what PGD has fooled, so that no gap is below 0; one that is large says that PGD, which follows
+    gradients, was weak there, as where they are masked.
     """
-    above, measured = [], False
+    gaps = {}
     for name, record in records.items():
         values: dict[tuple[Any, Any], dict[str, float]] = {}
         for result in record["measurements"]:
@@ -123,10 +124,8 @@ def autoattack_above_pgd(records: dict[str, dict[str, Any]]) -> list[str] | None
                 values.setdefault(where, {})[result["disturbance"]] = result["value"]
         for (epsilon, _), found in values.items():
             if {"AutoAttack", "PGD"} <= found.keys():
-                measured = True
-                if found["AutoAttack"] > found["PGD"]:
-                    above.append(f"{name} (epsilon {epsilon:g})")
-    return above if measured else None
+                gaps[f"{name} (epsilon {epsilon:g})"] = found["PGD"] - found["AutoAttack"]
+    return gaps
 
 
 def _table(
@@ -190,6 +189,6 @@ def as_json(study: Study, tables: list[Table], records: dict[str, dict[str, Any]
             "diverged": sum(record["status"] == DIVERGED for record in records.values()),
         },
         "data": {record["task"]: record["data_fingerprint"]["train"] for record in records.values()},
-        "autoattack_above_pgd": autoattack_above_pgd(records),
+        "autoattack_gaps": autoattack_gaps(records),
         "tables": [asdict(table) for table in tables],
     }

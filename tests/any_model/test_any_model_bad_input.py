@@ -59,6 +59,17 @@ from tests.models.helpers import tiny_gpt2_config
         ({"preset": "twicing", "colour": 3}, "fields must be among .*got 'colour'"),
         ({"preset": "twicing", "boosting_steps": 99}, "boosting_steps must be an integer >= 1 and <= 16, got 99"),
         ({"preset": "bilateral"}, "position_kernel must be one of .*got 'untied': it projects positions"),
+        ({"preset": "sinkhorn"}, "it needs attention without a causal mask, got 'sinkhorn'"),
+        ({"preset": "sink", "content_kernel": "gaussian"}, "'sink' cannot be combined with content_kernel 'gaussian'"),
+        ({"preset": "forgetting"}, "got 'forget': it projects the layer's input, which attention functions of"),
+        ({"preset": "gated"}, "gate='elementwise' .* projects the layer's input, which attention functions of"),
+        *(
+            (
+                {"preset": preset},
+                f"boosting='{preset}' .* projections of its own, of the layer's input, which attention",
+            )
+            for preset in ("differential", "dynamic_inversion")
+        ),
         ({"preset": "rope"}, "got 'rotary': it turns queries and keys"),
         ({"preset": "nope"}, "got 'none': the model adds its own positions"),
         ({"position_kernel": "additive"}, "got 'additive': it is what the model does"),
