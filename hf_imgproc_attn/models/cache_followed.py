@@ -258,11 +258,17 @@ def follow_layer(cache: Any, layer_idx: int, kind: str | None, owner: CacheOwner
         The layer.
 
     Raises:
-        ValueError: if the layer holds tokens whose streams are missing, or those of another filter or model.
+        ValueError: if the layer holds tokens whose streams are missing, or those of another filter or model, or none
+            ever, since the model shares those of an earlier layer.
     """
     while len(cache.layers) <= layer_idx:
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[layer_idx]
+    if not hasattr(layer, "get_seq_length"):
+        raise ValueError(
+            f"past_key_values keeps nothing in layer {layer_idx}, which attends to the keys and values of an earlier "
+            "one: it has no place for the rows of a filter; choose other layers, or use_cache=False"
+        )
     if not hasattr(layer, "filter_streams"):
         if kind is not None and layer.is_initialized and layer.get_seq_length() > 0:
             _refuse_tokens(layer_idx, "without the filter")
