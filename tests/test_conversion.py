@@ -141,6 +141,7 @@ def test_the_function_is_kept_and_what_is_new_learns(stock_spec: tuple, preset: 
         "token_gains.weight",
         "gate.projection.weight",
         "slope.weight",
+        "scalar_bias.differential",
     )
     starts = [p for name, p in model.named_parameters() if name.endswith((*zeros, "inversion_gains"))]
     assert bool(starts) == (preset != "gradient_boosted")

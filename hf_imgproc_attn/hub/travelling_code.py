@@ -18,7 +18,7 @@ _LIBRARIES = ("torch", "transformers", "huggingface_hub")
 # What a model may use of the standard library: nothing here opens a file or a connection, or starts a process.
 _STANDARD_LIBRARY = {
     "__future__", "abc", "collections", "contextlib", "copy", "dataclasses", "difflib", "enum", "functools",
-    "itertools", "logging", "math", "numbers", "operator", "os", "re", "sys", "typing", "warnings",
+    "itertools", "logging", "math", "numbers", "operator", "os", "re", "sys", "typing", "warnings", "weakref",
 }  # fmt: skip
 # Modules of the three libraries that read or write files, fetch something, or compile and load native code.
 _FORBIDDEN_MODULES = (

@@ -14,8 +14,11 @@ from transformers import (
     BertModel,
     BloomConfig,
     BloomModel,
+    DynamicCache,
     FalconConfig,
     FalconModel,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     SegformerConfig,
     SegformerModel,
 )
@@ -56,6 +59,17 @@ from tests.models.helpers import tiny_gpt2_config
         ({"preset": "twicing", "colour": 3}, "fields must be among .*got 'colour'"),
         ({"preset": "twicing", "boosting_steps": 99}, "boosting_steps must be an integer >= 1 and <= 16, got 99"),
         ({"preset": "bilateral"}, "position_kernel must be one of .*got 'untied': it projects positions"),
+        ({"preset": "sinkhorn"}, "it needs attention without a causal mask, got 'sinkhorn'"),
+        ({"preset": "sink", "content_kernel": "gaussian"}, "'sink' cannot be combined with content_kernel 'gaussian'"),
+        ({"preset": "forgetting"}, "got 'forget': it projects the layer's input, which attention functions of"),
+        ({"preset": "gated"}, "gate='elementwise' .* projects the layer's input, which attention functions of"),
+        *(
+            (
+                {"preset": preset},
+                f"boosting='{preset}' .* projections of its own, of the layer's input, which attention",
+            )
+            for preset in ("differential", "dynamic_inversion")
+        ),
         ({"preset": "rope"}, "got 'rotary': it turns queries and keys"),
         ({"preset": "nope"}, "got 'none': the model adds its own positions"),
         ({"position_kernel": "additive"}, "got 'additive': it is what the model does"),
@@ -224,6 +238,38 @@ def test_attention_to_another_sequence_is_refused() -> None:
     layer = model.encoder.layer[0].attention.self  # type: ignore[union-attr,index]
     with pytest.raises(ValueError, match="is for self-attention, got encoder_hidden_states"):
         layer(torch.randn(2, 14, 32), encoder_hidden_states=other)
+
+
+def test_layers_that_share_the_keys_of_an_earlier_one_have_no_place_for_rows() -> None:
+    config = Gemma3nTextConfig(
+        vocab_size=50,
+        vocab_size_per_layer_input=50,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        laurel_rank=4,
+        hidden_size_per_layer_input=8,
+        altup_num_inputs=2,
+        activation_sparsity_pattern=[0.0] * 4,
+    )
+    torch.manual_seed(0)
+    model, ids = Gemma3nForCausalLM(config).double().eval(), text()
+    apply_filter(model, "twicing")
+    with torch.no_grad():
+        assert model(ids, use_cache=False).logits.isfinite().all()
+        with pytest.raises(
+            ValueError, match="keeps nothing in layer 2, which attends to the keys and values of an ear"
+        ):
+            model(ids, past_key_values=DynamicCache(config=config))
+        apply_filter(remove_filter(model), "twicing", layers=[0, 1])
+        full, cache = model(ids, use_cache=False).logits, DynamicCache(config=config)
+        found = torch.cat([model(part, past_key_values=cache).logits for part in ids.split([9, 1, 4], 1)], dim=1)
+    assert (found - full).abs().max() < 1e-5 * full.abs().max()  # some of its numbers are in single precision
 
 
 def test_one_layer_alone_cannot_compare_layers() -> None:

@@ -216,6 +216,12 @@ def test_sinkhorn_gradients_are_numerical_ones() -> None:
     assert torch.autograd.gradcheck(filtered, leaves)
 
 
+@pytest.mark.parametrize("iterations", [0, 65, True, 2.5])
+def test_iterations_out_of_range_are_refused_by_name(iterations: Any) -> None:
+    with pytest.raises(Exception, match="sinkhorn_iterations"):
+        vit_config("sinkhorn", sinkhorn_iterations=iterations)
+
+
 def test_sinkhorn_is_refused_where_tokens_are_hidden_by_causality() -> None:
     """By name, of a model, of a call, and of blocks of rows."""
     with pytest.raises(Exception, match="needs attention without a causal mask"):
