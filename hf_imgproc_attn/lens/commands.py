@@ -85,11 +85,11 @@ def run_app(options: argparse.Namespace) -> int:
     """``imgproc-attn app``: serve the app."""
     from ..errors import UsageError, refuse_missing_path, require_extras
 
-    require_extras("lens", "app")
     if options.port is not None and not 1 <= options.port <= 65535:
         raise UsageError(f"port must be an integer from 1 to 65535, got {options.port}")
     for name in options.models:
         refuse_missing_path("MODEL", name)
+    require_extras("lens", "app")
 
     from .app import serve
     from .real_models import packaged_models

@@ -57,6 +57,11 @@ DEFINITIONS: dict[str, Definition] = {
         "|V − p(A) V|² / |V|², p(A) what multiplies the values V (A, or what a booster makes of it)",
         "0: the filter changes nothing; what it removes (Buades 2005)",
     ),
+    "learned": Definition(
+        "its ...",
+        "what the layer's own filter holds: its bandwidths h_y (content) and h_p (position), gains and the like",
+        "compare h_y and h_p with the bandwidths that are measured",
+    ),
     "shares": Definition(
         "shares of the logits' variance",
         "covariance of each term ⟨qᵃ, kᵇ⟩ with the logits within rows, over their variance; query and key are split "

@@ -14,8 +14,11 @@ from transformers import (
     BertModel,
     BloomConfig,
     BloomModel,
+    DynamicCache,
     FalconConfig,
     FalconModel,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     SegformerConfig,
     SegformerModel,
 )
@@ -235,6 +238,38 @@ def test_attention_to_another_sequence_is_refused() -> None:
     layer = model.encoder.layer[0].attention.self  # type: ignore[union-attr,index]
     with pytest.raises(ValueError, match="is for self-attention, got encoder_hidden_states"):
         layer(torch.randn(2, 14, 32), encoder_hidden_states=other)
+
+
+def test_layers_that_share_the_keys_of_an_earlier_one_have_no_place_for_rows() -> None:
+    config = Gemma3nTextConfig(
+        vocab_size=50,
+        vocab_size_per_layer_input=50,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        laurel_rank=4,
+        hidden_size_per_layer_input=8,
+        altup_num_inputs=2,
+        activation_sparsity_pattern=[0.0] * 4,
+    )
+    torch.manual_seed(0)
+    model, ids = Gemma3nForCausalLM(config).double().eval(), text()
+    apply_filter(model, "twicing")
+    with torch.no_grad():
+        assert model(ids, use_cache=False).logits.isfinite().all()
+        with pytest.raises(
+            ValueError, match="keeps nothing in layer 2, which attends to the keys and values of an ear"
+        ):
+            model(ids, past_key_values=DynamicCache(config=config))
+        apply_filter(remove_filter(model), "twicing", layers=[0, 1])
+        full, cache = model(ids, use_cache=False).logits, DynamicCache(config=config)
+        found = torch.cat([model(part, past_key_values=cache).logits for part in ids.split([9, 1, 4], 1)], dim=1)
+    assert (found - full).abs().max() < 1e-5 * full.abs().max()  # some of its numbers are in single precision
 
 
 def test_one_layer_alone_cannot_compare_layers() -> None:
