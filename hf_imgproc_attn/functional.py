@@ -138,6 +138,8 @@ def _check_kinds(
         if not isinstance(value, torch.Tensor):
             kind = "a tensor or None" if name in optional else "a tensor"
             raise ValueError(f"{name} must be {kind}, got {_shown(value)}")
+        if value.is_floating_point() and value.element_size() < 2:  # which PyTorch stores, and cannot compare
+            raise ValueError(f"{name} must be of at least 16 bits a number, got {value.dtype}")
         if value.device != device:
             raise ValueError(f"{name} must be on the device of query, {device}, got {value.device}")
     for name, value in switches.items():

@@ -92,9 +92,28 @@ def _object_of(make: Callable[[Any], Any], layer_class: Any) -> Any:
     return made.__new__(made)
 
 
+def _reorders_halfway(layer_class: Any) -> bool:
+    """Whether a quantised cache layer leaves its quantised rows in their order: Transformers 5.17, for one, does."""
+    return hasattr(layer_class, "_quantize") and not hasattr(layer_class, "_apply_pending_reorder")
+
+
+def _reorder_quantised(self: Any, beam_idx: torch.Tensor) -> None:
+    """Reorder all rows of a quantised cache layer for beam search; what is quantised is quantised once more."""
+    if self.get_seq_length() == 0:
+        return
+    for name, axis in (("keys", "axis_key"), ("values", "axis_value")):
+        stored, recent = f"_quantized_{name}", getattr(self, name)
+        rows = self._dequantize(getattr(self, stored))
+        rows = rows.index_select(0, beam_idx.to(rows.device)).contiguous()
+        setattr(self, stored, self._quantize(rows, axis=getattr(self, axis, 0)))
+        if recent.ndim > 1:  # rows that wait to be quantised; else there are none
+            setattr(self, name, recent.index_select(0, beam_idx.to(recent.device)))
+
+
 def _followed(layer_class: type, name: str) -> Callable[..., Any]:
     """A method of a cache layer that does the same to the layers of the streams."""
-    method = getattr(layer_class, name)
+    halfway = name == "reorder_cache" and _reorders_halfway(layer_class)
+    method = _reorder_quantised if halfway else getattr(layer_class, name)
 
     @functools.wraps(method)
     def follow(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -127,6 +146,8 @@ def _quantised_class(layer_class: Any) -> Any:
         return stored if isinstance(stored, torch.Tensor) and not stored.numel() else dequantise(self, stored)
 
     methods: dict[str, Any] = {"_quantize": _quantize, "_dequantize": _dequantize, "_layer_type": None}
+    if _reorders_halfway(layer_class):
+        methods["reorder_cache"] = _reorder_quantised
     methods["__reduce_ex__"] = _made_anew(_quantised_class, layer_class)
     return type(f"Stream{layer_class.__name__}", (layer_class,), methods)
 

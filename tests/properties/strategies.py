@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +10,8 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
+FULL = False
+"""Set before the tests are collected, by their conftest."""
 NUMBERS = (0, 1, 2, 3, -1, 17, 2**31, 10**400, 0.0, -0.0, 0.5, 1.0, 1e-320, 1e30, 1e308, float("nan"), float("inf"))
 ODD = (
     None,
@@ -69,7 +69,7 @@ anything: st.SearchStrategy[Any] = st.one_of(
 def examples(short: int, full: int) -> Callable[[Any], Any]:
     """The same examples in every run: ``short`` of them, with ``--full`` ``full``."""
     return hypothesis.settings(
-        max_examples=full if "--full" in sys.argv or os.environ.get("HF_IMGPROC_ATTN_FULL") else short,
+        max_examples=full if FULL else short,
         derandomize=True,
         database=None,
         deadline=None,
