@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -149,3 +150,19 @@ def test_floors_of_the_flat_room_are_those_of_contributing() -> None:
     assert len(modules) > 30
     assert {name for name in modules if not name.startswith(tuple(f"{floor}_" for floor in floors))} == set()
     assert [floor for floor in floors if not any(name.startswith(f"{floor}_") for name in modules)] == []
+
+
+def test_costs_of_which_filter_are_those_of_the_record() -> None:
+    """Two numbers for each value that the benchmark times: causal, then not; those that cannot be are a dash."""
+    record = json.loads((ROOT / "docs" / "benchmark_axes.json").read_text(encoding="utf-8"))
+    assert record["git"]["dirty"] is False
+    assert record["threads"] == 1
+    ratios = {
+        (row["method"], row["case"].startswith("causal")): f"{row['ratio']:.2f}"
+        for row in record["rows"]
+        if row["direction"] == "forward + backward"
+    }
+    page = (ROOT / "docs" / "which-filter.md").read_text(encoding="utf-8")
+    for name in {method for method, _ in ratios} - {"plain"}:
+        (line,) = re.findall(rf"^\| \w+ [^|]*`{name}`[^|]*\| ([^|]*)\|", page, re.MULTILINE)
+        assert line.startswith(" / ".join(ratios.get((name, causal), "–") for causal in (True, False))), name

@@ -13,8 +13,8 @@ PANELS: dict[str, tuple[str, str, str]] = {
     "heads": (
         "Heads",
         "Each square is one attention head: a row a layer, a column a head, bright is large.",
-        "Local heads (dark in position bandwidth), for heads that are switched off (bright in weight on "
-        "sinks, dark in the norm of their values), and for heads that only average (entropy near uniform).",
+        "Local heads (dark in position bandwidth), heads that are switched off (bright in weight on sinks, dark "
+        "in the norm of their values), and heads that only average (entropy near uniform).",
     ),
     "kernels": (
         "Kernels",
@@ -89,7 +89,7 @@ figure{margin:1rem 0}
 .tokens{line-height:1.9}
 .tokens span{padding:.1rem .15rem;-webkit-print-color-adjust:exact;print-color-adjust:exact}
 .tokens .chosen{outline:2px solid red}
-@media print{nav,select{display:none}.js section.panel:not(.shown),.js .view:not(.shown){display:block}
+@media print{nav,label{display:none}.js section.panel:not(.shown),.js .view:not(.shown){display:block}
 section.panel{break-inside:avoid}}
 """
 
