@@ -118,6 +118,10 @@ def _check_dropout(config: Any) -> None:
         value = getattr(config, name, None)
         if value is not None and not (_is_finite(value) and 0 <= value <= 1):
             raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
+    for name in ("layer_norm_epsilon", "layer_norm_eps", "initializer_range"):
+        value = getattr(config, name, None)
+        if value is not None and not (_is_finite(value) and value >= 0):
+            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -98,7 +98,7 @@ def configurations(draw: Any) -> tuple[str, dict[str, Any], set[str]]:
 
 def too_large(fields: dict[str, Any]) -> bool:
     """A model that is right and does not fit into a test."""
-    return any(type(value) is int and value > 10_000 for value in fields.values())
+    return any(type(value) is int and value > 1_000 for value in fields.values())
 
 
 def check(case: tuple[str, dict[str, Any], set[str]]) -> None:
