@@ -147,15 +147,16 @@ def _check_kinds(
             raise ValueError(f"{name} must be True or False, got {_shown(value)}")
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, Real) or not _is_finite(value):
-            raise ValueError(f"{name} must be a finite number, got {_shown(value)}")
+            raise ValueError(f"{name} must be a finite number, at most 1e30 in size, got {_shown(value)}")
     for name, value in words.items():
         if not isinstance(value, str):
             raise ValueError(f"{name} must be a string, got {_shown(value)}")
 
 
 def _is_finite(number: Real) -> bool:
+    """Also after it has been multiplied by a constant in float32."""
     try:
-        return math.isfinite(float(number))
+        return math.isfinite(float(number)) and abs(float(number)) <= 1e30
     except OverflowError:  # an integer that no float can hold
         return False
 
