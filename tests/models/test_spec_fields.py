@@ -340,6 +340,6 @@ def test_filter_spec_needs_neither_torch_nor_transformers(run_python: RunPython)
     """Command lines read the presets at no cost."""
     heavy = "print([name for name in ('torch', 'transformers', 'numpy', 'huggingface_hub') if name in sys.modules])"
     result = run_python(
-        "-c", f"import sys\nfrom hf_imgproc_attn.models.spec_fields import PRESETS, preset_fields\n{heavy}"
+        "-c", f"import sys\nfrom hf_imgproc_attn.models.spec_fields import PRESETS, preset_fields\n{heavy}", fresh=True
     )
     assert result.stdout == "[]\n", result.stderr
