@@ -159,10 +159,7 @@ class FilterCall(NamedTuple):
             return attend(self.visibility.clean_keys(rows))
 
         def extend(index: int, rows: torch.Tensor) -> torch.Tensor:
-            if not self.streams.is_cached:
-                return rows
-            # Kept in the precision of the values, whichever back-end made them: a cache of fixed size has but one.
-            return self.streams.append(boost_stream(index + 1), rows.to(self.value.dtype)).to(rows.dtype)
+            return self.streams.append(boost_stream(index + 1), rows)
 
         name, steps, gain = self.booster
         return BOOSTING[name](apply, extend, new_value, value, steps, gain)

@@ -335,7 +335,9 @@ class FollowingStreams:
             whole = name.rpartition(".")[2] in KEPT_WHOLE and hasattr(layer, "_quantize")
             streams[name] = FilterDynamicLayer() if whole else _copy_of(layer.filter_empty)
         stream = streams[name]
-        stored, _ = stream.update(rows, rows[..., :0])
+        # The back-ends of a prompt and of a step may differ in precision; a cache of fixed size has but one.
+        new = rows.to(stream.keys.dtype) if isinstance(stream.keys, torch.Tensor) else rows
+        stored, _ = stream.update(new, new[..., :0])
         stored = stored[..., : self._key_length, :].to(rows.dtype)
         if layer.keys is not None and layer.keys.device != rows.device:
             stream.offload()  # an offloading cache has moved keys and values already

@@ -67,7 +67,9 @@ class FilterDynamicLayer(GrowingLayer):
     def update_stream(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Append the new tokens' rows ``[batch, heads, new, width]`` to a stream and return all of it."""
         stored = self.streams.get(name)
-        stored = None if stored is None else stored.to(rows.device, non_blocking=True)
+        if stored is not None:
+            # The back-ends of a prompt and of a step may differ in precision; what was stored stays as it is.
+            stored, rows = stored.to(rows.device, non_blocking=True), rows.to(stored.dtype)
         stream = self._append(f"stream {name}", stored, rows)
         self.streams[name] = stream
         keys: torch.Tensor | None = self.keys

@@ -112,7 +112,7 @@ class CachedStreams:
     def append(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Append to a stream of the cache's layer."""
         stream: torch.Tensor = self._cache.layers[self._layer_idx].update_stream(name, rows)
-        return stream
+        return stream.to(rows.dtype)
 
     def own_value(self, value: torch.Tensor, length: int) -> torch.Tensor | None:
         """The last rows."""

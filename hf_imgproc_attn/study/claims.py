@@ -204,7 +204,7 @@ UNTESTED = (
         "Recall of pairs among noise",
         "No run of two minutes was found in which softmax learns it: for 200 to 2,700 steps, 16 to 64 tokens, 8 or "
         "16 symbols, learned, rotary and linear positions, it stays where it only knows which values occur "
-        "(validation split, ten tries with one seed). A comparison there would compare nothing. The generator and "
+        "(validation split, eight tries with one seed). A comparison there would compare nothing. The generator and "
         "the recipe are there (`train-recall`).",
     ),
     Untested(

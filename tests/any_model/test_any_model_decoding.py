@@ -410,7 +410,7 @@ def test_continuous_batching_is_refused_before_it_begins() -> None:
 
 
 @pytest.mark.grid(dtype=[torch.bfloat16, torch.float16], which=FILTERS, kind=["dynamic", "plain", "static"])
-def test_half_precision_keeps_its_rows_as_values_are_kept(dtype: torch.dtype, which: str, kind: str) -> None:
+def test_half_precision_keeps_rows_in_one_precision(dtype: torch.dtype, which: str, kind: str) -> None:
     """The back-end of a prompt and that of a step may compute rows in different precision; a cache has one."""
     model = filtered("llama", which).to(dtype)
     cache, given = CACHES[kind](model.config), {"input_ids": text()}
@@ -421,7 +421,8 @@ def test_half_precision_keeps_its_rows_as_values_are_kept(dtype: torch.dtype, wh
         for name, stream in layer.filter_streams.items()
         if name.startswith("boost")
     ]
-    assert set(rows) == ({dtype} if which not in ("neutreno", "buckets") else set())
+    assert (not rows) == (which in ("neutreno", "buckets"))
+    assert len(set(rows)) <= 1, "one precision, that of the first rows"
     with torch.no_grad():
         wanted = filtered("llama", which)(**given, use_cache=False).logits
         whole = model(**given, use_cache=False).logits
