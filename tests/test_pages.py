@@ -41,6 +41,10 @@ INSTALLATION = 'pip install ".[all]"'
 EIGHT_GPUS = (
     "accelerate launch --config_file training/launch/eight_gpus_ddp.yaml training/train_causal_lm.py --preset twicing"
 )
+LENS_OF_REAL_MODELS = (
+    "make lens ARGS=\"--force --model 'Llama of stories=stories260k' "
+    "--model 'ViT on CIFAR-10=outputs/cifar10,photographs'\""
+)
 ELSEWHERE = {
     INSTALLATION: "needs a package index; what it brings is checked here, tests/test_packaging.py installs a wheel",
     "make demo": "sets up an environment of its own; tests/training/test_demo.py runs it with few steps",
@@ -50,6 +54,10 @@ ELSEWHERE = {
     "imgproc-attn study training/configs/studies/smoke.yaml": "takes two minutes; tests/study runs smaller studies",
     MEASURE_PRECISION: "takes minutes; tests/measure/test_precision.py runs it on small tokens",
     "imgproc-attn app openai-community/gpt2 outputs/vit": "serves until it is stopped; tests/lens/test_app.py does it",
+    "imgproc-attn train-image --config training/configs/cifar10_vit.yaml --output_dir outputs/cifar10": (
+        "reads CIFAR-10 from the Hub; tests/training/test_shipped_configs.py reads the file"
+    ),
+    LENS_OF_REAL_MODELS: "needs real weights; tests/lens/test_real_models.py reads the record that it made",
     "imgproc-attn gpu-check": "needs a GPU; tests/measure/test_gpu_check.py rehearses it",
     "imgproc-attn gpu-check --render": "writes into a checkout; tests/measure/test_gpu_report.py runs it",
 }

@@ -87,7 +87,8 @@ def test_a_worker_that_dies_is_replaced_and_its_run_done_again(write_study: Writ
             def then_kill(job: Job, outcome: Outcome) -> None:
                 done(job, outcome)
                 if not killed:
-                    (worker,) = psutil.Process().children()
+                    processes = psutil.Process().children()
+                    (worker,) = (each for each in processes if "hf_imgproc_attn.study.worker" in each.cmdline())
                     killed.append(worker.pid)
                     worker.kill()
 
