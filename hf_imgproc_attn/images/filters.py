@@ -44,7 +44,8 @@ IMAGE_PRESETS = tuple(
 )
 """Presets that are filters of images as they stand: nothing in them has to be learned first."""
 
-IMAGE_BOOSTINGS = ("none", *(name for name in STEPPED_BOOSTINGS if name != "gradient_boosted"))
+IMAGE_BOOSTINGS = ("none", *(name for name in STEPPED_BOOSTINGS if name not in ("gradient_boosted", "robust")))
+"""Those that are powers of one A."""
 IMAGE_NORMALISATIONS = ("softmax", "sinkhorn", "symmetric")
 """How the kernel K becomes the filter A: D^-1 K, K scaled to rows and columns that sum to 1, or D^-1/2 K D^-1/2."""
 MAX_WINDOW_RADIUS = 50
