@@ -231,7 +231,8 @@ def test_resizing_the_vocabulary_keeps_the_old_logits(variant: str, tmp_path: An
     torch.testing.assert_close(got[..., :VOCABULARY], wanted)
     assert got.shape[-1] == model.config.vocab_size == VOCABULARY + 6
     model.save_pretrained(tmp_path)
-    again = ImgProcGPT2LMHeadModel.from_pretrained(tmp_path)
+    implementation = model.config._attn_implementation
+    again = ImgProcGPT2LMHeadModel.from_pretrained(tmp_path, attn_implementation=implementation)
     assert again.lm_head.weight is again.transformer.wte.weight
     torch.testing.assert_close(again(token_ids()).logits, got)
 
