@@ -118,6 +118,7 @@ def truth(length: int, bandwidths: tuple[float, ...], grid: str) -> Truth:
     return Truth(output.detach(), gradients, ((up - down) / 2e-5).square().sum((0, 2, 3)).sqrt())
 
 
+@pytest.mark.sampled("grid,dtype", "length,dtype")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("length", "bandwidths"),

@@ -103,7 +103,7 @@ def test_a_worker_that_dies_is_replaced_and_its_run_done_again(write_study: Writ
 @pytest.mark.long
 def test_ray_does_the_runs_of_a_node_that_was_killed_again(write_study: WriteStudy, tmp_path: Path) -> None:
     """Two nodes of one machine. Ray's own processes end with the group that ``run_command`` starts."""
-    path = write_study(seeds=3)
+    path = write_study(seeds=2)
     ended = run_command(
         [sys.executable, "-m", "tests.study.ray_cluster", str(path), str(tmp_path / "ledger")],
         env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"},
