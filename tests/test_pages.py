@@ -3,7 +3,7 @@
 The conventions, all of them enforced:
 
 - The commands of the bash blocks run first, as they stand, in the order of `PAGES`, by bash, in one empty folder; a
-  command that stands on several pages runs once, and two long trainings end early (`SHORTENED`). Then the python
+  command that stands on several pages runs once, and long ones do less (`SHORTENED`). Then the python
   blocks, in the same folder and all in one fresh process. Those of a page go on from each other; those of README and
   gallery stand alone, so that a reader can copy any of them. A ```text block right after a python block is its output,
   exactly. The few commands that cannot run here stand in `ELSEWHERE`, each with its reason. What ```diff blocks change
@@ -65,8 +65,16 @@ ELSEWHERE = {
 SHORTENED = {
     f"imgproc-attn train-image --preset {preset} --output_dir outputs/{name}": " --max_steps 20"
     for preset, name in (("softmax", "digits-softmax"), ("bilateral_twicing", "digits"))
+} | {
+    "imgproc-attn train-lm --preset twicing --config_overrides boosted_layers=[-2,-1] --max_steps 30 "
+    "--output_dir outputs/text": " --max_eval_samples 400",
+    "imgproc-attn train-lm --preset twicing --max_steps 10 --output_dir outputs/words --push_to_hub --hub_model_id "
+    "you/words": " --max_eval_samples 400",
+    "imgproc-attn train-text-classification --preset bilateral --max_steps 30 --output_dir outputs/topics": (
+        " --max_eval_samples 100"
+    ),
 }
-"""Commands that would train for half a minute, and what is added to them."""
+"""Commands that would take half a minute, and what is added to them."""
 LONGEST = 600
 """Seconds that a single command may take, on a machine that has other work too."""
 MARK = "=== next block ==="
