@@ -181,20 +181,20 @@ WRITE = """(() => {
 
 def test_app_works_in_a_browser(space: str, tmp_path: Path) -> None:
     """A visitor types tokens, looks, and switches the panel; a mistake is said, and no folder may be named."""
-    frame = "document.querySelector('#view iframe').contentDocument"
+    frame = "document.querySelector('#view iframe')?.contentDocument"  # there before what it shows is
 
     async def visit(tab: Tab) -> None:
         await tab.until("document.querySelector('#look') && document.querySelector('#checkpoint input').value")
         await tab.value(WRITE % ("textarea", TOKENS))
-        await asyncio.sleep(0.3)  # the field tells its app a moment later
+        await asyncio.sleep(1)  # the field tells its app a moment later
         await tab.value("document.querySelector('#look').click()")
-        await tab.until(f"document.querySelector('#view iframe') && {frame}.body.dataset.ready")
+        await tab.until(f"{frame}?.body?.dataset.ready")
         assert "7 tokens, the given text, and beside it 15 samples" in await tab.value(f"{frame}.body.innerText")
         assert "entropy / uniform" in await tab.value("document.querySelector('#summary').innerText")
         await tab.value(f"{frame}.querySelector('button[data-panel=maps]').click()")
         assert await tab.value(f"{frame}.querySelector('section.shown').id") == "maps"
         await tab.value(WRITE % ("#checkpoint input", "/etc"))
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(1)
         await tab.value("document.querySelector('#look').click()")
         await tab.until("document.body.innerText.includes('checkpoint must be a Hub name')")
 
