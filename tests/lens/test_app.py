@@ -184,7 +184,7 @@ def test_app_works_in_a_browser(space: str, tmp_path: Path) -> None:
     frame = "document.querySelector('#view iframe')?.contentDocument"  # there before what it shows is
 
     async def visit(tab: Tab) -> None:
-        await tab.until("document.querySelector('#look') && document.querySelector('#checkpoint input').value")
+        await tab.until("document.querySelector('#look') && document.querySelector('#checkpoint input')?.value")
         await tab.value(WRITE % ("textarea", TOKENS))
         await asyncio.sleep(1)  # the field tells its app a moment later
         await tab.value("document.querySelector('#look').click()")
