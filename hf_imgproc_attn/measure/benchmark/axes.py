@@ -16,6 +16,7 @@ from torch import nn
 from ...models.backend_call import Booster, Content, Difference, FilterCall
 from ...models.backend_table import run_filter
 from ...models.boost_depth import mixed_value
+from ...models.boost_weights import LocalLinear, Robust
 from ...models.kernel_content import unit_vectors
 from ...models.kernel_forget import ForgetPositions
 from ...models.kernel_normalisation import Normalisation
@@ -35,7 +36,8 @@ class Tensors(NamedTuple):
     query: ``[batch, heads, length, head_dim]``.
     key: the same.
     value: the same.
-    second_query: of another map, or the values of the first layer, or the logits of a gate, the same.
+    second_query: of another map, or the values of the first layer, or the logits of a gate, or
+        the slopes of ``local_linear``, the same.
     second_key: the same.
     scalars: one a head, ``[heads, 1, 1]``.
     kept: c of ``forget``, ``[batch, heads, length, 1]``.
@@ -100,6 +102,10 @@ def _sink(tensors: Tensors) -> torch.Tensor:
     return run_filter(tensors.call(sinks=tensors.scalars.flatten()), "auto")
 
 
+def _local_linear(tensors: Tensors) -> torch.Tensor:
+    return run_filter(tensors.call(by_weights=LocalLinear(tensors.second_query)), "auto")
+
+
 VALUES: dict[str, Callable[[Tensors], torch.Tensor]] = {
     PLAIN: lambda tensors: nn.functional.scaled_dot_product_attention(*tensors[:3], is_causal=tensors.is_causal),
     "twicing": _changed(booster=Booster("twicing", 2)),
@@ -107,6 +113,8 @@ VALUES: dict[str, Callable[[Tensors], torch.Tensor]] = {
     "dynamic_inversion": _dynamic_inversion,
     "exclusive": _changed(booster=Booster("exclusive", 1)),
     "differential": _differential,
+    "local_linear": _local_linear,
+    "robust": _changed(by_weights=Robust.of(3)),
     "sink": _sink,
     "sigmoid": _changed(normalisation=Normalisation("sigmoid")),
     "softpick": _changed(normalisation=Normalisation("softpick")),
