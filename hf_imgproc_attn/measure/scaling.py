@@ -84,7 +84,9 @@ def tables() -> str:
     state = [["preset", "parameters", "DDP", *(f"FSDP2, {n:,}" for n in DEVICES[1:]), "one unit whole"]]
     for preset, (total, block) in sizes.items():
         sharded = [_size(fsdp_state_bytes(total, n)) for n in DEVICES[1:]]
-        state.append([f"`{preset}`", f"{total:,}", _size(ddp_state_bytes(total)), *sharded, _size(2 * 4 * block)])
+        state.append(
+            [f"`{preset}`", f"{total:,}", _size(ddp_state_bytes(total)), *sharded, _size(fsdp_unit_bytes(block))]
+        )
     sent = [["preset", *(f"{kind}, {n:,}" for kind in ("DDP", "FSDP2") for n in DEVICES[1:])]]
     for preset, (total, _) in sizes.items():
         cells = [_size(function(total, n)) for function in (ddp_sent_bytes, fsdp_sent_bytes) for n in DEVICES[1:]]

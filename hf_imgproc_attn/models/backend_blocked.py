@@ -15,7 +15,7 @@ from .backend_blocked_normalised import WEIGHTS
 from .backend_blocked_passes import Call, Computed, Tensors, forward_passes, recurrence
 from .backend_blocked_plan import Plan, make_plan
 from .backend_blocked_rows import RowsCall, RowsFilter, dense_rows
-from .backend_call import Booster, Content, FilterCall, without_autocast
+from .backend_call import Booster, Content, FilterCall, is_transformed, without_autocast
 from .backend_sdpa import augment
 from .boost_operators import ONE_PASS
 from .boost_weights import ByWeights, LocalLinear
@@ -126,7 +126,7 @@ def _by_weights(
         own = torch.nn.functional.pad(by_weights.slope, (0, key.shape[-1] - by_weights.slope.shape[-1]))
     rows_call = RowsCall(call, by_weights)
     with without_autocast(query.device.type):
-        if _is_transformed((query, key, value, bias, own, *parameters)):
+        if is_transformed((query, key, value, bias, own, *parameters)):
             return dense_rows(rows_call, Tensors(query, key, value, bias, None, None, parameters), own)
         output: torch.Tensor = RowsFilter.apply(query, key, value, bias, own, rows_call, *parameters)
     return output
@@ -176,19 +176,11 @@ def _blocked(
     tensors = Tensors(query, key, value, visibility.bias, past, given.sinks, parameters)
     # Autocast would run the products in half precision.
     with without_autocast(query.device.type):
-        if _is_transformed((*tensors[:6], *parameters)):
+        if is_transformed((*tensors[:6], *parameters)):
             output, streams = dense_passes(call, tensors)
         else:
             output, streams = BlockedFilter.apply(*tensors[:6], call, *parameters)
     return output, [stream.to(value.dtype) for stream in streams.split(width, dim=-1)] if extra else []
-
-
-def _is_transformed(tensors: tuple[torch.Tensor | None, ...]) -> bool:
-    """Whether ``torch.func`` or forward-mode differentiation looks at a call."""
-    if torch._C._are_functorch_transforms_active():
-        return True
-    unpack = torch.autograd.forward_ad.unpack_dual
-    return any(tensor is not None and unpack(tensor).tangent is not None for tensor in tensors)
 
 
 class BlockedFilter(torch.autograd.Function):

@@ -198,6 +198,18 @@ class FilterCall(NamedTuple):
         return streams
 
 
+def is_transformed(tensors: tuple[torch.Tensor | None, ...]) -> bool:
+    """Whether ``torch.func`` or forward-mode differentiation looks at a call; a hand-written backward serves neither.
+
+    Args:
+        tensors: of the call.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
+    unpack = torch.autograd.forward_ad.unpack_dual
+    return any(tensor is not None and unpack(tensor).tangent is not None for tensor in tensors)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Precision under autocast
 # --------------------------------------------------------------------------------------------------------------------

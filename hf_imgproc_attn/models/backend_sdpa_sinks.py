@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .backend_call import is_transformed
 from .kernel_content import working_dtype
 
 
@@ -26,14 +27,13 @@ def has_fused_sinks(tensors: tuple[torch.Tensor, ...]) -> bool:
         tensors: query, key, value, ``[batch, heads, length, d]``, and the sinks.
     """
     query, _, value, _ = tensors
-    if query.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if query.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     if any(tensor.stride(-1) != 1 for tensor in tensors[:3]) or query.dtype == torch.float16:
         return False
     if query.shape[-1] != value.shape[-1] or not query.numel() or not value.numel():
         return False
-    unpack = torch.autograd.forward_ad.unpack_dual
-    return all(unpack(tensor).tangent is None for tensor in tensors)
+    return not is_transformed(tensors)
 
 
 class SinkAttention(torch.autograd.Function):

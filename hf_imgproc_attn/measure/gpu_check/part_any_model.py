@@ -13,7 +13,7 @@ import torch
 
 from ...models.any_filter import apply_filter
 from ..support_models import ARCHITECTURES, DECODERS, IMAGES
-from .part_models import FLOORS, FULL, LARGEST_MULTIPLE, MODES, TINY, Sizes, sharpened
+from .part_models import FLOORS, FULL, LARGEST_MULTIPLE, MODES, TINY, Sizes, greedy, sharpened
 from .parts import Bench, Case, Wrong
 from .tensors import relative_error
 
@@ -165,18 +165,8 @@ def decode(bench: Bench, title: str, kind: str, seconds_left: float) -> dict[str
     values, wrong = {}, []
     for mode in ("float32", "bfloat16"):
         model = build(title, sizes, "twicing").to(bench.device, MODES[mode][0])
-        out = model.generate(
-            prompt.to(bench.device),
-            do_sample=False,
-            min_new_tokens=sizes.new_tokens,
-            max_new_tokens=sizes.new_tokens,
-            pad_token_id=0,
-            cache_implementation=kind,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        got = torch.stack(out.logits, dim=1).double().cpu()
-        truth = build(title, sizes, "twicing").double()(out.sequences.cpu()[:, :-1], use_cache=False).logits
+        got, sequences = greedy(model, prompt, sizes, cache_implementation=kind)
+        truth = build(title, sizes, "twicing").double()(sequences, use_cache=False).logits
         values[mode] = relative_error(got, truth[:, sizes.length - 1 :])
         if not values[mode] <= FLOORS[mode]:
             wrong.append(f"{mode}: relative error of the logits {values[mode]:.2g}, allowed {FLOORS[mode]:.2g}")
@@ -195,19 +185,20 @@ def attack(bench: Bench, seconds_left: float) -> dict[str, Any]:
     sizes = TINY if bench.tiny else FULL
     generator = torch.Generator().manual_seed(4)
     images = torch.rand(8 if bench.tiny else 64, 3, sizes.image, sizes.image, generator=generator)
-    verdicts: dict[str, dict[str, torch.Tensor]] = {}
-    values: dict[str, Any] = {}
-    labels = None
-    for device in ("cpu", bench.device):
-        classifier = PixelClassifier(build("ViT", sizes, "twicing").to(device), ViTImageProcessorPil())
-        if labels is None:  # what the model answers on the CPU: without a change it is always right
-            with torch.no_grad():
-                labels = classifier(images).argmax(-1)
-        values["gradients"] = check_gradients(classifier, images, labels, 32)
-        verdicts[device] = {
+    classifiers = {
+        device: PixelClassifier(build("ViT", sizes, "twicing").to(device), ViTImageProcessorPil())
+        for device in ("cpu", bench.device)
+    }
+    with torch.no_grad():
+        labels = classifiers["cpu"](images).argmax(-1)  # without a change it is always right
+    verdicts = {
+        device: {
             "fgsm": fgsm_withstood(classifier, images, labels, _EPSILON, 32),
             "pgd": pgd_withstood(classifier, images, labels, _EPSILON, 32, steps=_PGD_STEPS),
         }
+        for device, classifier in classifiers.items()
+    }
+    values: dict[str, Any] = {"gradients": check_gradients(classifiers[bench.device], images, labels, 32)}
     for name, found in verdicts[bench.device].items():
         values[name] = float(found.double().mean())
         values[f"{name}_same_as_cpu"] = float((found == verdicts["cpu"][name]).double().mean())

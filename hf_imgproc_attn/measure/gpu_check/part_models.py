@@ -244,6 +244,28 @@ def compare(bench: Bench, backbone: str, preset: str, seconds_left: float) -> di
     return values
 
 
+def greedy(model: Any, prompt: torch.Tensor, sizes: Sizes, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy generation: the logits of every step in float64, and the tokens that they were computed from; on the CPU.
+
+    Args:
+        model: a causal language model, anywhere.
+        prompt: ``[batch, length]`` on the CPU.
+        sizes: how many tokens are new.
+        **options: of ``generate``.
+    """
+    out = model.generate(
+        prompt.to(model.device),
+        do_sample=False,
+        min_new_tokens=sizes.new_tokens,
+        max_new_tokens=sizes.new_tokens,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+    return torch.stack(out.logits, dim=1).double().cpu(), out.sequences.cpu()[:, :-1]
+
+
 def generate(bench: Bench, preset: str, seconds_left: float) -> dict[str, Any]:
     """Greedy generation with a cache and left padding; every step's logits against float64 without a cache."""
     sizes = TINY if bench.tiny else FULL
@@ -254,18 +276,7 @@ def generate(bench: Bench, preset: str, seconds_left: float) -> dict[str, Any]:
     wrong = []
     for mode in ("float32", "bfloat16"):
         model = build(GPT2.name, preset, sizes).eval().to(bench.device, MODES[mode][0])
-        out = model.generate(
-            prompt.to(bench.device),
-            attention_mask=mask.to(bench.device),
-            do_sample=False,
-            min_new_tokens=sizes.new_tokens,
-            max_new_tokens=sizes.new_tokens,
-            pad_token_id=0,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        got = torch.stack(out.logits, dim=1).double().cpu()
-        sequences = out.sequences.cpu()[:, :-1]
+        got, sequences = greedy(model, prompt, sizes, attention_mask=mask.to(bench.device))
         seen = torch.cat((mask, torch.ones(2, sequences.shape[1] - sizes.length, dtype=mask.dtype)), dim=1)
         reference = build(GPT2.name, preset, sizes).eval().double()
         reference.set_attn_implementation("eager")
