@@ -1,9 +1,9 @@
 """Causal twicing with each tile of scores computed once, and the blocks of a head side by side: few heads fill a GPU.
 
 Block b needs W_j of the blocks before it, and only its last tile needs the newest one. So all blocks start at once,
-and each waits, where it must, until the W of its next tile is written. Per head one number in memory says how many blocks
-are finished: a block finishes after the one before it, whose W it has read, so the number tells of every block. It is
-written with a release behind a barrier of the program's threads, and read with an acquire.
+and each waits, where it must, until the W of its next tile is written. Per head one number in memory says how many
+blocks are finished: a block finishes after the one before it, whose W it has read, so the number tells of every block.
+It is written with a release behind a barrier of the program's threads, and read with an acquire.
 
 *No deadlock.* A program takes its number from a counter, and with it its block: all heads' first blocks, then all
 second ones. It waits only for programs that took a smaller number, which therefore run already, in whatever order the
