@@ -5,11 +5,12 @@ kernel, positions by place (Gaussian, ALiBi, relative buckets) inside the kernel
 parameters (:mod:`.triton_positions`), other positions as feature columns, causal or not, padded keys, grouped heads.
 
 *Specialised*, for twicing with two steps and for no boosting, with as many queries as keys, queries, keys and values
-of one width up to 128, no feature columns, dropout or streams. :mod:`.fused` chooses by shape:
+of one width up to 128, no feature columns, dropout or streams. :mod:`.choice` chooses by shape:
 
     module                 for                                   N x N products, forward / backward (plain: 2 / 5)
     triton_short           not causal, N <= 256, width <= 64     3 / 8
     triton_single_pass     causal, heads enough for the device   3 / 7
+    triton_wavefront       causal, few heads; if measured        3 / 7
     triton_general         everything else                       4 / 8, or 11 in a fixed order of additions
 
 Not boosted, ``triton_general`` alone is used, with plain attention's 2 / 5.
@@ -23,7 +24,8 @@ dropout on A with one mask, which its seed gives again in every step and in the 
 compute capability 9.0 (H100), where its products are warp-group instructions and its tiles fit into shared memory.
 
 ``imgproc-attn gpu-check`` measures errors and times on a machine with a CUDA device; what it found stands in
-``docs/gpu.md``. The choice between the algorithms is by the number of products.
+``docs/gpu.md``. The choice between the algorithms is by what was measured on the device (:mod:`.measured`), else by
+the number of products; ``triton_wavefront``, whose programs wait for one another, is never chosen unmeasured.
 
 Importing this package needs neither Triton nor a GPU; the back-ends register themselves in ``models.backend_table``.
 ``refuses`` says why a call cannot be served, ``supports`` why the specialised kernels do not serve it.

@@ -108,7 +108,9 @@ def composed(compiler: Compiler) -> None:
         once = Once(query, key, 0.125, is_causal=masked)
         if masked:
             bias, seed = torch.zeros(2, 2, LENGTH, requires_grad=True), torch.zeros(1, dtype=torch.int64)
-            once = once._replace(key_mask=torch.ones(2, LENGTH, dtype=torch.bool), key_bias=bias, dropout=0.1, seed=seed)
+            once = once._replace(
+                key_mask=torch.ones(2, LENGTH, dtype=torch.bool), key_bias=bias, dropout=0.1, seed=seed
+            )
         else:
             once = once._replace(key_mask=torch.tensor([LENGTH, 7], dtype=torch.int32))
         places = positions(kind, 2, LENGTH)
@@ -130,6 +132,7 @@ def main() -> None:
         ("general", "buckets", "none", 2),
         ("short", "alibi", "twicing", 2),
         ("single_pass", "none", "twicing", 2),
+        ("wavefront", "none", "twicing", 2),
     ):
         compiler.label = f"{algorithm}, {kind}, {boosting}"
         compiler.configuration = 0 if kind == "buckets" else -1

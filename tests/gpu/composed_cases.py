@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from hf_imgproc_attn.gpu import is_specialised, refuses, run
+from hf_imgproc_attn.gpu import is_specialised
+from hf_imgproc_attn.gpu.once import Once, apply_once, once_forward
+from hf_imgproc_attn.gpu.places import position_tensors
 from hf_imgproc_attn.models.backend_call import Booster, Content, FilterCall
 from hf_imgproc_attn.models.backend_reference import filter_logits, filter_matrix
+from hf_imgproc_attn.models.backend_table import BACKENDS
 from hf_imgproc_attn.models.kernel_given import FeaturePositions
 from hf_imgproc_attn.models.kernel_position import ClassTokens, GaussianPositions, Positions, UntiedPositions
 from hf_imgproc_attn.models.kernel_relative import AlibiPositions, BucketPositions, bucket_boundaries
@@ -47,6 +50,8 @@ ALONE: list[tuple[Any, ...]] = [
     ("none", "features", 32, 16, 33, 40, 2, True, False, DROPPED),
     ("diffusion 2", "", 24, 16, 0, 66, 2, True, True, 0.0),
     ("none", "", 256, 256, 3, 7, 2, False, True, 0.0),
+    ("twicing 3", "features", 32, 16, 0, 30, 1, True, True, 0.0, "bfloat16"),
+    ("sos 2", "untied", 16, 24, 5, 19, 2, False, True, 0.0, "float16"),
 ]
 
 
@@ -176,30 +181,97 @@ def exact(case: Case, call: FilterCall, seed: int) -> torch.Tensor:
     return call.boost(lambda rows: matrix @ rows, call.new_value, call.repeated()[1])
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """Errors of output, gradients and stored streams, relative to the largest value of each."""
-    given, grad = leaves_of(case), random(2, HEADS, case.length, case.value_width, seed=8)
-    found, parts = [], []
-    for dtype in (getattr(torch, case.dtype), torch.float64):
-        precise = torch.promote_types(dtype, torch.float32)
-        leaves = [x.to(dtype if at < 3 else precise).requires_grad_() for at, x in enumerate(given)]
-        call = call_of(case, leaves)
-        torch.manual_seed(5)
-        if dtype == torch.float64:
-            out = exact(case, call, int(torch.randint(2**63 - 1, (1,))))
-        else:
-            assert refuses(call) is None, refuses(call)
-            assert not is_specialised(call)
-            out = run(call)
-        gradients = torch.autograd.grad(out, leaves, grad.to(dtype), allow_unused=True)
-        assert all(x is not None for x, y in zip(gradients, leaves, strict=True))
-        parts.append([out, *gradients, *getattr(call.streams, "stored", {}).values()])
-    for mine, right in zip(*parts, strict=True):
-        error = (mine.detach().double() - right.detach()).abs().max() / right.detach().abs().max().clamp(min=0.1)
+def results(case: Case, dtype: torch.dtype, how: str) -> list[torch.Tensor]:
+    """Output, gradients and stored streams, of ``"triton"``, ``"sdpa"`` or the ``"exact"`` filter."""
+    precise = torch.promote_types(dtype, torch.float32)
+    leaves = [x.to(dtype if at < 3 else precise).requires_grad_() for at, x in enumerate(leaves_of(case))]
+    call = call_of(case, leaves)
+    torch.manual_seed(5)
+    if how == "exact":
+        out = exact(case, call, int(torch.randint(2**63 - 1, (1,))))
+    else:
+        assert BACKENDS[how].refuses(call) is None
+        assert not is_specialised(call)
+        out = BACKENDS[how].run(call)
+    grad = random(2, HEADS, case.length, case.value_width, seed=8).to(dtype)
+    streams = getattr(call.streams, "stored", {}).values()
+    return [x.detach() for x in (out, *torch.autograd.grad(out, leaves, grad), *streams)]
+
+
+def errors(case: Case, how: str) -> list[float]:
+    """The largest error over the largest value, of each tensor; infinite where something is not a number."""
+    found = []
+    wanted = results(case, torch.float64, "exact")
+    for mine, right in zip(results(case, getattr(torch, case.dtype), how), wanted, strict=True):
+        error = (mine.double() - right).abs().max() / right.abs().max().clamp(min=0.1)
         found.append(float(error) if error.isfinite() else float("inf"))
-    return {**case._asdict(), "errors": found}
+    return found
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Errors of a case, and in half precision those of the same steps by PyTorch's attention."""
+    found: dict[str, Any] = {**case._asdict(), "errors": errors(case, "triton")}
+    return found if case.dtype == "float32" else {**found, "sdpa_errors": errors(case, "sdpa")}
+
+
+def operator_checks() -> dict[str, str]:
+    """PyTorch's own checks of the operator, with everything that it may be given."""
+    case = Case("none", "gaussian", 16, 24, 3, 9, 1, True, True, DROPPED)
+    leaves = [x.float().requires_grad_() for x in leaves_of(case)]
+    call = call_of(case, leaves)
+    query, key, value = leaves[:3]
+    kind, class_tokens, coordinates, key_coordinates, parameters, lookup = position_tensors(
+        call.positions[0], query, 12
+    )
+    mask, key_bias, seed = call.visibility.keys[:, 0, 0], torch.randn(2, HEADS, 12).requires_grad_(), torch.tensor([3])
+    spans = torch.tensor([[1, 12], [0, 11]], dtype=torch.int32)
+    own = parameters.detach().requires_grad_()
+    given = (query, key, value, mask, spans, key_bias, coordinates, key_coordinates, own, lookup, seed)
+    return torch.library.opcheck(once_forward, (*given, kind, class_tokens, 0.3, True, DROPPED))
+
+
+def lengths() -> float:
+    """The difference between how many keys are visible, and a mask that says so; with positions' nearest keys."""
+    case = Case("none", "gaussian", 16, 16, 0, 40, 2, False, False, 0.0)
+    query, key, value, scale = (x.float() for x in leaves_of(case))
+    once = Once(query, key, 0.3, positions=positions_of(case, [scale])[0])
+    counts = torch.tensor([40, 7], dtype=torch.int32)
+    masked = apply_once(once._replace(key_mask=torch.arange(40) < counts[:, None]), value)
+    return float((apply_once(once._replace(key_mask=counts), value) - masked).abs().max())
+
+
+def refused() -> dict[str, str]:
+    """What the operator says to tensors that it would misread."""
+    query, key, x = torch.zeros(2, 2, 5, 16), torch.zeros(2, 1, 7, 16), torch.zeros(2, 2, 7, 8)
+    found = {}
+    for name, changes, rows in (
+        ("axes", {"key": key[0]}, x),
+        ("shape", {"key": key[..., :8]}, x),
+        ("length", {}, x[:, :, 1:]),
+        ("heads", {"key": torch.zeros(2, 3, 7, 16)}, x),
+        ("width", {}, torch.zeros(2, 2, 7, 264)),
+        ("dtype", {}, x.half()),
+        ("mask", {"key_mask": torch.ones(2, 5, dtype=torch.bool)}, x),
+        ("bias", {"key_bias": torch.zeros(2, 1, 7)}, x),
+        ("dropout", {"dropout": 1.0}, x),
+        ("seed", {"dropout": 0.5}, x),
+    ):
+        try:
+            apply_once(Once(query, key, 0.3)._replace(**changes), rows)
+        except ValueError as error:
+            found[name] = str(error)
+    return found
 
 
 def cases(full: bool) -> list[Case]:
     """A pairwise cover of the short axes, or of the long ones, and cases that no cover needs to have."""
     return [Case(*row) for row in (*pairwise_cover(list((FULL if full else QUICK).values())), *ALONE)]
+
+
+def found(full: bool) -> dict[str, Any]:
+    return {
+        "cases": [measure(case) for case in cases(full)],
+        "operator_checks": operator_checks(),
+        "lengths": lengths(),
+        "refused": refused(),
+    }
