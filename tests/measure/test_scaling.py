@@ -23,7 +23,7 @@ DEVICES = 4
 
 
 def model(preset: str) -> ImgProcGPT2LMHeadModel:
-    size = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 32, "n_positions": 16}
+    size = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 32, "n_positions": 16, "attn_pdrop": 0.0}
     return ImgProcGPT2LMHeadModel(ImgProcGPT2Config.from_preset(preset, **size, bos_token_id=0, eos_token_id=0))
 
 
@@ -107,7 +107,7 @@ def test_traffic_of_shared_tokens(passes: int, four_devices: Any, monkeypatch: p
 
     monkeypatch.setattr(dist, "all_gather", counted)
     fields = {"boosting": "twicing", "boosting_steps": passes} if passes > 1 else {}
-    size = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 32, "n_positions": 16}
+    size = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 32, "n_positions": 16, "attn_pdrop": 0.0}
     network = ImgProcGPT2LMHeadModel(ImgProcGPT2Config(**size, **fields, bos_token_id=0, eos_token_id=0))
     with context_parallel(network), torch.no_grad():
         network(input_ids=torch.zeros(1, 4, dtype=torch.long))
