@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_imgproc_attn.errors import OneLineParser, UsageError, exit_code, plain_message, refuse_missing_path
+from hf_imgproc_attn.markdown_tables import table_text
 from hf_imgproc_attn.models.spec_fields import PRESETS
 
 if TYPE_CHECKING:
@@ -265,8 +266,7 @@ def _interval(values: Sequence[float]) -> str:
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:
     """Rows, the first of them the head, as Markdown."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]])
+    return table_text(rows[0], rows[1:])
 
 
 def _build_parser() -> argparse.ArgumentParser:

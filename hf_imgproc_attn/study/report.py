@@ -8,6 +8,7 @@ from typing import Any
 
 from ..cards.results import METRICS, PARTS
 from ..errors import missing_packages
+from ..markdown_tables import table_lines
 from ..output_paths import writing
 from ..records import write_json
 from .ledger import Ledger
@@ -104,8 +105,7 @@ def heading(table: Table) -> str:
 
 def markdown_rows(table: Table) -> list[str]:
     """A table in Markdown, a line a row."""
-    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *(cells(row, table.metric) for row in table.rows)]
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return table_lines(COLUMNS, (cells(row, table.metric) for row in table.rows))
 
 
 def cells(row: Row, metric: str) -> list[str]:

@@ -43,7 +43,7 @@ def test_preset_is_shown_beside_the_checkpoint_as_it_is(checkpoints: Path) -> No
     assert plain.heads[0].operator_spectrum == plain.heads[0].filter_spectrum
     assert boosted.heads[0].operator_spectrum != boosted.heads[0].filter_spectrum
     assert set(plain.maps) == {"content", "position", "product"}
-    assert "|  | Stories | Stories with twicing |" in found.summary
+    assert "| | Stories | Stories with twicing |" in found.summary
     assert "<h1>What Stories, Stories with twicing filters</h1>" in found.page
     # The checkpoint that is kept in memory has no filter in it.
     again = answer(Question(str(checkpoints / "llama"), text=TOKENS, beside=0, spectra=False, noise=0.0))
