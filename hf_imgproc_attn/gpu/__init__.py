@@ -3,12 +3,13 @@
 Twicing, ``(2A - A^2) V``, and plain ``A V``, without A in memory, forward and backward, with head widths up to 128,
 float16 and bfloat16, causal or not, with an optional mask of padded keys and grouped keys. Position kernels of places
 (Gaussian, ALiBi, relative buckets) are computed inside the kernels, with exact gradients of their parameters, and
-Gaussian contents are inner products with a number for each key (:mod:`.triton_positions`). Three algorithms, of which
-:mod:`.fused` chooses by shape:
+Gaussian contents are inner products with a number for each key (:mod:`.triton_positions`). Four algorithms, of which
+:mod:`.choice` chooses by shape:
 
     module                 for                                   N x N products, forward / backward (plain: 2 / 5)
     triton_short           not causal, N <= 256, width <= 64     3 / 8
     triton_single_pass     causal, heads enough for the device   3 / 7
+    triton_wavefront       causal, few heads; if measured        3 / 7
     triton_general         everything else                       4 / 8, or 11 in a fixed order of additions
 
 Not boosted, ``triton_general`` alone is used, with plain attention's 2 / 5.
@@ -17,7 +18,8 @@ Not boosted, ``triton_general`` alone is used, with plain attention's 2 / 5.
 compute capability 9.0 (H100), where its products are warp-group instructions and its tiles fit into shared memory.
 
 ``imgproc-attn gpu-check`` measures errors and times on a machine with a CUDA device; what it found stands in
-``docs/gpu.md``. The choice between the algorithms is by the number of products.
+``docs/gpu.md``. The choice between the algorithms is by what was measured on the device (:mod:`.measured`), else by
+the number of products; ``triton_wavefront``, whose programs wait for one another, is never chosen unmeasured.
 
 Importing this package needs neither Triton nor a GPU; the back-ends register themselves in ``models.backend_table``.
 ``supports`` says why a call cannot be served.

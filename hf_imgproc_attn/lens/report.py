@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..markdown_tables import table_text
 from ..output_paths import write_or_keep
 from .spectrum import Spectrum
 from .tokens import TokenMeasures
@@ -166,12 +167,6 @@ def cell(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}g}" if abs(value) < 1e4 else f"{value:.1e}"
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 HEAD_COLUMNS = {
     "entropy_share": "entropy / uniform",
     "logit_std": "std of logits",
@@ -221,7 +216,7 @@ def _heads_table(report: Report) -> str:
         for layer in report.layers
         for head in layer.heads
     ]
-    return table(["layer", "head", *HEAD_COLUMNS.values(), *(f"its {name}" for name in learned)], rows)
+    return table_text(["layer", "head", *HEAD_COLUMNS.values(), *(f"its {name}" for name in learned)], rows)
 
 
 def _tokens_table(report: Report) -> str:
@@ -231,7 +226,7 @@ def _tokens_table(report: Report) -> str:
         for place in PLACES
         if place in layer.tokens
     ]
-    return table(["layer", "place", "similarity", "high frequency", "stable rank"], rows)
+    return table_text(["layer", "place", "similarity", "high frequency", "stable rank"], rows)
 
 
 def _noise_table(report: Report) -> str:
@@ -244,7 +239,7 @@ def _noise_table(report: Report) -> str:
         for layer in report.layers
     ]
     titles = [f"{place.replace('_', ' ')}, dB" for place in PLACES]
-    return table(["layer", *titles, "alpha", "beta", "predicted gain, dB"], rows)
+    return table_text(["layer", *titles, "alpha", "beta", "predicted gain, dB"], rows)
 
 
 def _shares_table(report: Report) -> str:
@@ -256,7 +251,7 @@ def _shares_table(report: Report) -> str:
                 means = {name: sum(each[name] for each in held) / len(held) for name in held[0]}
                 text = ", ".join(f"{name} {value:+.2f}" for name, value in means.items() if abs(value) >= 0.005)
                 rows.append([str(layer.index), "exact" if kind == "exact_shares" else "mean effects", text])
-    return table(["layer", "parts", "shares of the variance, mean over heads"], rows)
+    return table_text(["layer", "parts", "shares of the variance, mean over heads"], rows)
 
 
 def _spectra_table(report: Report) -> str:
@@ -267,4 +262,4 @@ def _spectra_table(report: Report) -> str:
                 if found is not None:
                     numbers = [found.effective_rank, found.stable_rank, found.radius, found.gain]
                     rows.append([str(layer.index), str(head.head), name, *(cell(number) for number in numbers)])
-    return table(["layer", "head", "of", "effective rank", "stable rank", "radius", "largest gain"], rows)
+    return table_text(["layer", "head", "of", "effective rank", "stable rank", "radius", "largest gain"], rows)

@@ -7,9 +7,9 @@ is computed again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
+
+from ..markdown_tables import table_text
 
 PRESETS = ("softmax", "bilateral", "bilateral_gaussian", "twicing", "bilateral_twicing", "learned_twicing")
 """The presets of the tables; the others have the passes of one of these."""
@@ -96,7 +96,7 @@ def tables() -> str:
     for tokens in LENGTHS:
         work = [f"{attention_products(tokens, 768, n) / 1e12:,.3g}" for n in (1, 2)]
         length.append([f"{tokens:,}", *work, *(_size(context_received_bytes(tokens, 768, n, 1024)) for n in (1, 2))])
-    return "\n\n".join(_markdown(rows) for rows in (state, sent, length)) + "\n"
+    return "\n\n".join(table_text(head, rows) for head, *rows in (state, sent, length)) + "\n"
 
 
 def _size(count: float) -> str:
@@ -104,11 +104,6 @@ def _size(count: float) -> str:
         if count >= factor:
             return f"{count / factor:.3g} {unit}"
     return f"{count / 1e3:.3g} kB"
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = rows
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body))
 
 
 if __name__ == "__main__":

@@ -105,6 +105,7 @@ def main() -> None:
         ("general", "buckets", "none", 2),
         ("short", "alibi", "twicing", 2),
         ("single_pass", "none", "twicing", 2),
+        ("wavefront", "none", "twicing", 2),
     ):
         compiler.label = f"{algorithm}, {kind}, {boosting}"
         compiler.configuration = 0 if kind == "buckets" else -1

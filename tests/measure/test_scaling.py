@@ -23,7 +23,7 @@ DEVICES = 4
 
 
 def model(preset: str) -> ImgProcGPT2LMHeadModel:
-    size = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 32, "n_positions": 16, "attn_pdrop": 0.0}
+    size = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 32, "n_positions": 16}
     return ImgProcGPT2LMHeadModel(ImgProcGPT2Config.from_preset(preset, **size, bos_token_id=0, eos_token_id=0))
 
 
