@@ -11,7 +11,6 @@ from ..conversion_probe import longest_text
 from ..errors import UsageError
 from .inputs import TEXT_LENGTH, WRITTEN, Shown, load_config, show, tokenizer_of
 
-
 OTHER_INPUT = "not the input of"
 """Beginning of the note of a checkpoint that sees something else than the first one."""
 
