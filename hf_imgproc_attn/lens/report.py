@@ -81,8 +81,8 @@ class Report:
     samples, length: of the input. axes: of the places, 1 or 2. grid: rows and columns of patches, or None. special:
     leading tokens without a place, or the first token of a text. token: whose maps are shown. labels: the first
     sample's tokens as text. picture: the first image, small, as PNG in base64. noise: its standard deviation, as a
-    share of the input's. skipped: what was not measured, and why. seconds: of the model alone, and of the lens on top
-    of it.
+    share of the input's. notes: what a reader must know of the input, in a comparison. skipped: what was not measured,
+    and why. seconds: of the model alone, of the lens on top of it, and of the run with noise.
     """
 
     model: str
@@ -99,6 +99,7 @@ class Report:
     picture: str = ""
     noise: float = 0.0
     layers: list[LayerReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -197,6 +198,7 @@ def markdown(report: Report) -> str:
         parts += ["## What the logits are made of", _shares_table(report)]
     if any(head.filter_spectrum for layer in report.layers for head in layer.heads):
         parts += ["## Spectra", _spectra_table(report)]
+    parts[2:2] = [f"**Note:** {note}." for note in report.notes]
     if report.skipped:
         parts += ["## Not measured", "\n".join(f"- {reason}" for reason in report.skipped)]
     seconds = ", ".join(f"{name} {value:.2f} s" for name, value in report.seconds.items())
