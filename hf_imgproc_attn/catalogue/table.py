@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..backbones import BACKBONES, in_words
+from ..markdown_tables import table_text
 from ..models.boost_operators import BOOSTING, ONE_PASS, keep_rows, operator_on_value
 from ..models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from ..models.configuration_imgproc_vit import ImgProcViTConfig
@@ -296,14 +297,14 @@ def plain_text() -> str:
 
 def markdown_table() -> str:
     """All rows as a Markdown table, formulas as code."""
-    lines = [f"| {' | '.join(COLUMNS.values())} |", "|" + "---|" * len(COLUMNS)]
+    rows = []
     for preset in PRESETS:
         cells = vars(row(preset, markdown=True)).copy()
         for name in ("preset", "equation", "parameters"):
             if cells[name] != "none":
                 cells[name] = f"`{cells[name]}`"
-        lines.append(f"| {' | '.join(cells.values())} |")
-    return "\n".join(lines)
+        rows.append(list(cells.values()))
+    return table_text(list(COLUMNS.values()), rows)
 
 
 def _cite(reference: str, markdown: bool) -> str:

@@ -249,18 +249,22 @@ def _mean(held: list[dict[str, float]], name: str) -> float:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+SPECTRAL_MEASURES = ("radius", "gain", "effective_rank")
+"""Of spectra: drawn by depth."""
+
+
 def _spectra(reports: list[Report]) -> Figure:
     """Eigenvalues of some layers in the complex plane, and radius and gain by depth below."""
-    shown = {report.model: _some_layers(report) for report in reports}
-    columns = max(len(layers) for layers in shown.values())
+    shown = [_some_layers(report) for report in reports]
+    columns = max(len(SPECTRAL_MEASURES), *map(len, shown))
     figure, grid = _figure(2 * len(reports), columns, 3.2, 3.0)
     for number, report in enumerate(reports):
-        for axes, layer in zip(grid[2 * number], shown[report.model], strict=False):
+        for axes, layer in zip(grid[2 * number], shown[number], strict=False):
             _complex_plane(axes, report, layer)
-        for axes in grid[2 * number][len(shown[report.model]) :]:
+        for axes in grid[2 * number][len(shown[number]) :]:
             axes.set_visible(False)
         below = grid[2 * number + 1]
-        for axes, name in zip(below, ("radius", "gain", "effective_rank"), strict=False):
+        for axes, name in zip(below, SPECTRAL_MEASURES, strict=False):
             _spectral_depth(axes, report, name)
         for axes in below[3:]:
             axes.set_visible(False)

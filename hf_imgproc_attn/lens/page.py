@@ -139,6 +139,7 @@ def page(reports: list[Report], pictures: Pictures) -> str:
         "filter, as image processing knows them. This page shows what the filters of a trained model do on real "
         "input.</p>",
         *(f"<p>{_text(_described(report))}</p>" for report in reports),
+        *(f"<p><b>Note.</b> {_text(f'{report.model}: {note}.')}</p>" for report in reports for note in report.notes),
         _skipped(reports),
         f'<nav role="tablist" aria-label="panels">{buttons}</nav>',
         *(_panel(name, reports, pictures) for name in names),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..markdown_tables import table_text
 from ..output_paths import write_or_keep
 from .spectrum import Spectrum
 from .tokens import TokenMeasures
@@ -80,8 +81,8 @@ class Report:
     samples, length: of the input. axes: of the places, 1 or 2. grid: rows and columns of patches, or None. special:
     leading tokens without a place, or the first token of a text. token: whose maps are shown. labels: the first
     sample's tokens as text. picture: the first image, small, as PNG in base64. noise: its standard deviation, as a
-    share of the input's. skipped: what was not measured, and why. seconds: of the model alone, and of the lens on top
-    of it.
+    share of the input's. notes: what a reader must know of the input, in a comparison. skipped: what was not measured,
+    and why. seconds: of the model alone, of the lens on top of it, and of the run with noise.
     """
 
     model: str
@@ -98,6 +99,7 @@ class Report:
     picture: str = ""
     noise: float = 0.0
     layers: list[LayerReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -166,12 +168,6 @@ def cell(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}g}" if abs(value) < 1e4 else f"{value:.1e}"
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 HEAD_COLUMNS = {
     "entropy_share": "entropy / uniform",
     "logit_std": "std of logits",
@@ -202,6 +198,7 @@ def markdown(report: Report) -> str:
         parts += ["## What the logits are made of", _shares_table(report)]
     if any(head.filter_spectrum for layer in report.layers for head in layer.heads):
         parts += ["## Spectra", _spectra_table(report)]
+    parts[2:2] = [f"**Note:** {note}." for note in report.notes]
     if report.skipped:
         parts += ["## Not measured", "\n".join(f"- {reason}" for reason in report.skipped)]
     seconds = ", ".join(f"{name} {value:.2f} s" for name, value in report.seconds.items())
@@ -221,7 +218,7 @@ def _heads_table(report: Report) -> str:
         for layer in report.layers
         for head in layer.heads
     ]
-    return table(["layer", "head", *HEAD_COLUMNS.values(), *(f"its {name}" for name in learned)], rows)
+    return table_text(["layer", "head", *HEAD_COLUMNS.values(), *(f"its {name}" for name in learned)], rows)
 
 
 def _tokens_table(report: Report) -> str:
@@ -231,7 +228,7 @@ def _tokens_table(report: Report) -> str:
         for place in PLACES
         if place in layer.tokens
     ]
-    return table(["layer", "place", "similarity", "high frequency", "stable rank"], rows)
+    return table_text(["layer", "place", "similarity", "high frequency", "stable rank"], rows)
 
 
 def _noise_table(report: Report) -> str:
@@ -244,7 +241,7 @@ def _noise_table(report: Report) -> str:
         for layer in report.layers
     ]
     titles = [f"{place.replace('_', ' ')}, dB" for place in PLACES]
-    return table(["layer", *titles, "alpha", "beta", "predicted gain, dB"], rows)
+    return table_text(["layer", *titles, "alpha", "beta", "predicted gain, dB"], rows)
 
 
 def _shares_table(report: Report) -> str:
@@ -256,7 +253,7 @@ def _shares_table(report: Report) -> str:
                 means = {name: sum(each[name] for each in held) / len(held) for name in held[0]}
                 text = ", ".join(f"{name} {value:+.2f}" for name, value in means.items() if abs(value) >= 0.005)
                 rows.append([str(layer.index), "exact" if kind == "exact_shares" else "mean effects", text])
-    return table(["layer", "parts", "shares of the variance, mean over heads"], rows)
+    return table_text(["layer", "parts", "shares of the variance, mean over heads"], rows)
 
 
 def _spectra_table(report: Report) -> str:
@@ -267,4 +264,4 @@ def _spectra_table(report: Report) -> str:
                 if found is not None:
                     numbers = [found.effective_rank, found.stable_rank, found.radius, found.gain]
                     rows.append([str(layer.index), str(head.head), name, *(cell(number) for number in numbers)])
-    return table(["layer", "head", "of", "effective rank", "stable rank", "radius", "largest gain"], rows)
+    return table_text(["layer", "head", "of", "effective rank", "stable rank", "radius", "largest gain"], rows)

@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import sdpa_mask
 
 from ..errors import plain_message
+from ..markdown_tables import table_lines
 from ..models.any_filter import apply_filter, filtered_layers
 from ..models.any_layers import attention_layers
 from ..models.modeling_imgproc_filtered import own_auto_class
@@ -367,13 +368,14 @@ def table(outcomes: dict[tuple[str, str], str]) -> str:
         outcomes: (title of an architecture, of a column) -> what :func:`measure` found.
     """
     reasons = [outcome for outcome in dict.fromkeys(outcomes.values()) if outcome not in (YES, NOTHING)]
-    lines = [f"| | {' | '.join(column.title for column in COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
+    rows = []
     for group, titles in _GROUPS:
-        lines.append(f"| **{group}** |{' |' * len(COLUMNS)}")
+        rows.append([f"**{group}**"])
         for title in titles:
             found = (outcomes[title, column.title] for column in COLUMNS)
             cells = (each if each in (YES, NOTHING) else f"no ({1 + reasons.index(each)})" for each in found)
-            lines.append(f"| {title} | {' | '.join(cells)} |")
+            rows.append([title, *cells])
+    lines = table_lines(["", *(column.title for column in COLUMNS)], rows)
     lines += ["", *(f"({number}) `{reason}`\n" for number, reason in enumerate(reasons, start=1))]
     lines += [f"- {column.title}: {column.meaning}" for column in COLUMNS]
     return "\n".join(lines)
