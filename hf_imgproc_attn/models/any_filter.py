@@ -25,6 +25,7 @@ from .any_layers import AttentionLayer, attention_layers
 from .cache_layer import check_cache_implementation
 from .layer_filter import AttentionFilter
 from .layer_parameters import FilterScalars
+from .spec_fields import plain
 
 
 class FilteredLayers(list[dict[str, Any]]):
@@ -73,6 +74,7 @@ def apply_filter(
     """
     _check_model(model)
     layers, stacks = _integers(layers), [stacks] if isinstance(stacks, str) else stacks
+    num_special_tokens = plain(num_special_tokens)
     if num_special_tokens is not None and (
         isinstance(num_special_tokens, bool) or not isinstance(num_special_tokens, int) or num_special_tokens < 0
     ):
