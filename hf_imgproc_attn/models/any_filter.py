@@ -108,7 +108,7 @@ def _change_units(model: nn.Module, more: set[str], fewer: set[str]) -> None:
     """Tell what shards a model by the classes that it names (FSDP2) of the filters' numbers, which stay in float32."""
     known = getattr(model, "_no_split_modules", None)
     if known:
-        model._no_split_modules = (set(known) | more) - fewer
+        model._no_split_modules = (set(known) | more) - fewer  # type: ignore[assignment]
 
 
 def _refuse_impossible_caches() -> None:
