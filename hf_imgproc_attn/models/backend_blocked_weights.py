@@ -241,6 +241,12 @@ class Weights:
         """
         return d_matrix.sub_(row_term).mul_(matrix)
 
+    def logits_grad_of(
+        self, d_matrix: torch.Tensor, matrix: torch.Tensor, row_term: torch.Tensor, factor: torch.Tensor
+    ) -> torch.Tensor:
+        """The same where the matrix has the factor of :meth:`recompute`, ``factor``, and the others do not."""
+        return self.logits_grad(d_matrix, matrix, row_term)
+
     def add_to_sinks(self, total: torch.Tensor, row_term: torch.Tensor, row_sums: torch.Tensor) -> None:
         """Add a block's share to the gradient of the sinks, ``[heads]``: -D of each row times the sink's weight.
 
