@@ -6,15 +6,16 @@ memory is O(length). ``backend_blocked_rules`` says what each booster makes of a
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from .backend_blocked_dense import dense_dropout_factors, dense_matrix
 from .backend_blocked_passes import Call, Inputs, Tensors
-from .backend_blocked_plan import Block
-from .backend_blocked_rules import Part, Rule, Sums, rule_of
-from .backend_blocked_weights import Buffer, KeySums, flat
+from .backend_blocked_plan import Block, multiply
+from .backend_blocked_rules import Part, Rule, Sums, WeightsGrad, rule_of
+from .backend_blocked_weights import Buffer, KeySums, Weights, flat
 from .boost_weights import ByWeights, LocalLinear
 
 
@@ -116,7 +117,7 @@ def _part(
     def room(number: int) -> torch.Tensor:
         return buffers[number].view(*matrix.shape)
 
-    return Part(matrix, factor, key, value, *mine, room, call.plan.multiply, is_whole)
+    return Part(matrix, factor, key, value, *mine, room, partial(multiply, by_onednn=call.plan.by_onednn), is_whole)
 
 
 def _backward(
@@ -161,18 +162,9 @@ def _backward(
             part = _part(inputs, block, (dropped, None), mine, buffers, call)
             sums = Sums(by_rule, by_value, columns, d_own.flatten(0, 1)[group.pairs, rows])
             found_grad = rule.backward(part, grads[group.pairs, rows], sums)
-            if part.is_whole:  # softmax takes numbers that rows have in common away again
-                row_term = found_grad.mean - found_grad.shift
-            else:
-                row_term = found_grad.mean
-                found_grad.matrix.add_(found_grad.shift)
-            d_matrix = found_grad.matrix if factors is None else found_grad.matrix.mul_(factors)
-            d_logits = weights.logits_grad_of(d_matrix, matrix, row_term, correction)
-            torch.mul(
-                plan.multiply(d_logits, inputs.key[:, : block.keys]),
-                plan.scale,
-                out=d_query.flatten(0, 1)[group.pairs, rows],
-            )
+            d_logits, row_term = _logits_grad(weights, part, (matrix, factors), found_grad, correction)
+            by_query = multiply(d_logits, inputs.key[:, : block.keys], by_onednn=plan.by_onednn)
+            torch.mul(by_query, plan.scale, out=d_query.flatten(0, 1)[group.pairs, rows])
             by_logits.add(d_logits, inputs.query[:, rows])
             if d_bias is not None:
                 weights.add_to_bias(d_bias, d_logits, block)
@@ -187,6 +179,24 @@ def _backward(
         )
     positions = [] if weights.positions is None else weights.positions.finish(plan)
     return d_query, d_key, d_value, d_bias, d_own, d_sinks, None, *positions
+
+
+def _logits_grad(
+    weights: Weights,
+    part: Part,
+    undropped: tuple[torch.Tensor, torch.Tensor | None],
+    found: WeightsGrad,
+    correction: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of a block's logits, and the sums of A o dA of its rows; ``undropped``: A, and its dropout."""
+    (matrix, factors), (d_matrix, shift, row_term) = undropped, found
+    if part.is_whole:  # softmax takes numbers that rows have in common away again
+        row_term = row_term - shift
+    else:
+        d_matrix.add_(shift)
+    if factors is not None:
+        d_matrix.mul_(factors)
+    return weights.logits_grad_of(d_matrix, matrix, row_term, correction), row_term
 
 
 # --------------------------------------------------------------------------------------------------------------------
