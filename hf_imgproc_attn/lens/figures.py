@@ -142,7 +142,7 @@ def _smoothing(reports: list[Report]) -> Figure:
                     for layer in report.layers
                     if place in layer.tokens
                 ]
-                _line(axes, points, number, place.replace("_", " "))
+                _line(axes, points, number, DEFINITIONS[place].title)
             _depth(axes, report)
             axes.set_ylabel(DEFINITIONS[name].title)
     grid[0, 0].legend(fontsize=7)
@@ -170,7 +170,7 @@ def _noise(reports: list[Report]) -> Figure:
     for (axes, gains), report in zip(grid, reports, strict=True):
         for number, place in enumerate(PLACES):
             points = [(layer.index, layer.noise[place]) for layer in report.layers if place in layer.noise]
-            _line(axes, [point for point in points if math.isfinite(point[1])], number, place.replace("_", " "))
+            _line(axes, [point for point in points if math.isfinite(point[1])], number, DEFINITIONS[place].title)
         for number, (label, (before, after)) in zip((1, 2, 4), STEPS.items(), strict=True):
             points = [
                 (layer.index, layer.noise[after] - layer.noise[before])
@@ -182,7 +182,7 @@ def _noise(reports: list[Report]) -> Figure:
         if promised:
             gains.plot(*zip(*promised, strict=True), color="black", linestyle=":", label="proposition III.1")
         gains.axhline(0.0, color="grey", linewidth=0.8)
-        axes.set_ylabel("signal to noise, dB")
+        axes.set_ylabel(f"{DEFINITIONS['noise'].title}, dB")
         gains.set_ylabel("gain, dB (above 0: removes noise)")
         for each in (axes, gains):
             _depth(each, report)
@@ -230,7 +230,7 @@ def _kernels(reports: list[Report]) -> Figure:
         axes.set_xticks(range(len(bars)), [label for label, _ in bars], fontsize=7)
         _depth_title(axes, report)
     for axes in grid[:, 0]:
-        axes.set_ylabel("share of the logits' variance")
+        axes.set_ylabel(DEFINITIONS["shares"].title)
     figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=4, fontsize=7)
     return figure
 
