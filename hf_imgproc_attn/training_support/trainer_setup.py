@@ -208,7 +208,7 @@ def train_and_save(
 
     main = trainer.is_world_process_zero()
     drop_last = bool(run.training_args.dataloader_drop_last)
-    records.check_same_data(run.record, fingerprints, drop_last)
+    records.check_same_data(run.record, fingerprints, drop_last, _length(trainer.train_dataset))
     if run.resume_from is None:
         for name in ("sessions", "training_seconds"):  # of steps that are trained again
             run.record.pop(name, None)
@@ -274,6 +274,11 @@ def train_and_save(
         if run.training_args.push_to_hub:
             _publish(run.training_args, str(trainer.hub_model_id), run.record["arguments"]["run"]["license"])
     return Result(run.training_args.output_dir, metrics, run.record, trainer)
+
+
+def _length(rows: Any) -> int | None:
+    """How many samples there are; of a stream None."""
+    return len(rows) if hasattr(rows, "__len__") else None
 
 
 def _trained(
