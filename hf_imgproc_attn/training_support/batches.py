@@ -43,14 +43,19 @@ def check_same_steps(before: Batches, now: Batches, samples: int | None, drop_la
     Args:
         before: how they were cut.
         now: how they are to be cut.
-        samples: of the training split; None: of unknown length.
+        samples: of the training split; None: it is a stream, of which each process has its own rows.
         drop_last: whether the incomplete batch of an epoch is dropped.
 
     Raises:
         UsageError: naming the two.
     """
-    if before == now or samples is None:
+    if before == now or (samples is None and before.processes == now.processes):
         return
+    if samples is None:
+        raise UsageError(
+            f"the run was started in {_words(before)}; in {now.processes} processes a stream is shared in another "
+            "order: go on in as many as before"
+        )
     same = before.per_device * before.processes == now.per_device * now.processes and drop_last
     if not same and not (before.comes_out_even(samples, drop_last) and now.comes_out_even(samples, drop_last)):
         raise UsageError(

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 FIRST_ROWS = 1000
 """Of a stream: what tells it from another one."""
+MOST_IDLE = 1000
+"""Passes without a sample: a few short texts make one block only when they were read often."""
 
 
 def check_streaming(args: StreamedDataArguments, training_args: "TrainingArguments", lens_every: int | None) -> None:
@@ -110,12 +112,13 @@ class StreamedSamples(IterableDataset[dict[str, Any]]):
         self._share = training_args.process_index, training_args.world_size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        idle = 0
         for number, rows in enumerate(self._stream.passes(*self._share)):
-            empty = True
+            idle += 1
             for sample in self._samples(rows, number):
-                empty = False
+                idle = 0
                 yield sample
-            if empty:
+            if idle > MOST_IDLE:
                 raise UsageError(
                     f"the train split of data set {self._stream.name!r} has no sample for process {self._share[0]} of "
                     f"{self._share[1]}"

@@ -12,6 +12,7 @@ from transformers.trainer_callback import ExportableState
 
 from .bandwidth_bounds import BandwidthBounds
 from .faults import NotFiniteSteps
+from .streams import StreamedSamples
 
 
 class Processes(TrainerCallback, ExportableState):
@@ -53,6 +54,10 @@ class ScriptTrainer(Trainer):
         return loss
 
     def get_train_dataloader(self) -> DataLoader[Any]:
+        if isinstance(self.train_dataset, StreamedSamples):  # each process has its own: accelerate must not share them
+            pinned = self.args.dataloader_pin_memory
+            batch = self._train_batch_size
+            return DataLoader(self.train_dataset, batch, collate_fn=self.data_collator, pin_memory=pinned)
         return self._patient(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset[Any] | None = None) -> DataLoader[Any]:
