@@ -247,7 +247,7 @@ class TokenizedDataArguments(DataArguments):
 
 
 @dataclass(kw_only=True)
-class TextDataArguments(StreamedDataArguments, TokenizedDataArguments):
+class TextDataArguments(TokenizedDataArguments, StreamedDataArguments):
     """Data of ``train_causal_lm.py``."""
 
     model_type = OF_TASK["causal-lm"].model_type

@@ -280,6 +280,11 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(tmp_path: Pat
     if saving:
         half_way(tmp_path / "one", tmp_path / "from one to two")
         runs.append(options(script, tmp_path / "from one to two", f"{two_words} --resume"))
+    else:  # each process reads its own rows of a stream
+        lines = "\n".join(f"line {number} of them" for number in range(200))
+        (tmp_path / "lines.txt").write_text(lines, encoding="utf-8")
+        stream = f"--dataset_name {tmp_path / 'lines.txt'} --streaming --max_steps 3 --max_eval_samples 5"
+        runs.append(options(script, tmp_path / "stream", stream))
     both = tmp_path / "both.py"
     both.write_text(BOTH.format(module=script.removesuffix(".py"), runs=runs), encoding="utf-8")
     result = run_command(
@@ -300,6 +305,9 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(tmp_path: Pat
         for name, value in one["metrics"][split].items():
             if name in ("accuracy", "perplexity", "word_perplexity"):
                 assert two["metrics"][split][name] == pytest.approx(value, rel=1e-3)
+    if not saving:
+        stream_record = read_record(tmp_path / "stream")
+        assert (stream_record["status"], stream_record["steps"]) == ("finished", 3)
     ours = load_file(tmp_path / "one" / "model.safetensors")
     others = ["two"]
     if saving:  # half of the steps in another number of processes, or in one that accumulates gradients
