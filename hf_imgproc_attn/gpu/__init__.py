@@ -100,6 +100,8 @@ def refuses(call: FilterCall) -> str | None:
         return call.own_softmax
     if call.streams.is_cached and call.is_boosted:
         return NO_STREAMS
+    if call.in_order is not None:
+        return call.in_order
     if call.booster.gain is not None:
         return "knows no learned gain"
     _, rest = call.split_positions()

@@ -17,6 +17,7 @@ from torch import nn
 from .backend_call import Booster, Content, Difference, FilterCall
 from .backend_reference import filter_logits, reference_attention
 from .backend_table import run_filter
+from .boost_delta import rates, token_rates
 from .boost_depth import FEEDBACK, LayerState, feedback_gains, gain_arguments, mixed_value
 from .boost_differential import SECOND_KEY, SecondMap
 from .boost_gate import OutputGate, TokenGains
@@ -72,7 +73,7 @@ class AttentionFilter(nn.Module):
         # Layer 0 has no layer before it to compare its values with.
         self.has_metric = spec.content_kernel == "elliptical" and layer_idx > 0
         self.operator = operator_on_value(spec.boosting)
-        self._has_gain = spec.boosting in ("learned", "inversion", "dynamic_inversion")
+        self._has_gain = spec.boosting in ("learned", "inversion", "dynamic_inversion", "delta")
         self.stream_names = self._stream_names()
         self._feedback_gains = feedback_gains(config)
         self.passes_value = needs_previous_value(config)
@@ -111,19 +112,16 @@ class AttentionFilter(nn.Module):
         self._normalisation = Normalisation(name, config.sinkhorn_iterations or DEFAULT_SINKHORN_ITERATIONS)
         self._has_scalars = any(True for _ in self.scalar_bias.parameters())
         self._sees_positions = spec.position_kernel not in ("additive", "forget", "none")
-        self.forget_gates = None
-        if spec.position_kernel == "forget":
-            self.forget_gates = ForgetGates(config.hidden_size, self.num_heads)
+        forgets = spec.position_kernel == "forget"
+        self.forget_gates = ForgetGates(config.hidden_size, self.num_heads) if forgets else None
         self.position_projection = None
         if spec.position_kernel == "untied" and not config.share_position_projections:
             self.position_projection = PositionProjection(config.hidden_size, self.num_heads, head_dim, layer_norm_eps)
-        self.token_gains = None
-        if spec.boosting == "dynamic_inversion":
-            self.token_gains = TokenGains(config.hidden_size, self.num_heads)
+        is_dynamic, is_differential = spec.boosting == "dynamic_inversion", spec.boosting == "differential"
+        self.token_gains = TokenGains(config.hidden_size, self.num_heads) if is_dynamic else None
+        self.token_rates = token_rates(spec, config)
         self.weight_booster = weight_booster(spec, config, head_dim)
-        self.second_map = None
-        if spec.boosting == "differential":
-            self.second_map = SecondMap(config.hidden_size, self.num_heads, head_dim)
+        self.second_map = SecondMap(config.hidden_size, self.num_heads, head_dim) if is_differential else None
         self.gate = None
         if spec.gate != "none":
             self.gate = OutputGate(spec.gate, config.hidden_size, self.num_heads, head_dim)
@@ -345,6 +343,8 @@ class AttentionFilter(nn.Module):
             return scalars.boosting_gain.to(working_dtype(dtype)).view(-1, 1, 1)
         if scalars.inversion_gains is not None:
             return scalars.inversion_gains.to(working_dtype(dtype)).mT[..., None, None]
+        if scalars.delta is not None:
+            return rates(scalars.delta, self.token_rates, hidden_states, working_dtype(dtype))
         if self.token_gains is None:
             return None
         if hidden_states is None:
