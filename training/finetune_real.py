@@ -18,7 +18,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_imgproc_attn.errors import OneLineParser, UsageError, exit_code, plain_message, refuse_missing_path
+from hf_imgproc_attn.errors import (
+    OneLineParser,
+    UsageError,
+    broken_files,
+    exit_code,
+    plain_message,
+    refuse_missing_path,
+)
+from hf_imgproc_attn.markdown_tables import table_text
 from hf_imgproc_attn.models.spec_fields import PRESETS
 from hf_imgproc_attn.output_paths import check_new_files, write_or_keep
 
@@ -203,12 +211,12 @@ def _interval(values: Sequence[float]) -> list[float]:
 
 def table(record: dict[str, Any]) -> str:
     """The summary as Markdown."""
-    lines = ["| variant | at once | after training | beside the control |", "|---|---|---|---|"]
+    rows = []
     for row in record["rows"]:
         cells = [f"{mean:+.4f} ({low:+.4f} to {high:+.4f})" for mean, low, high in (row["end"], row["beside_control"])]
         last = "–" if row["variant"] == CONTROL else cells[1]
-        lines.append(f"| {row['variant']} | {row['start']:+.4f} | {cells[0]} | {last} |")
-    return "\n".join(lines)
+        rows.append([row["variant"], f"{row['start']:+.4f}", cells[0], last])
+    return table_text(["variant", "at once", "after training", "beside the control"], rows)
 
 
 def _load(name: str) -> Any:
@@ -216,7 +224,7 @@ def _load(name: str) -> Any:
 
     try:
         return AutoModelForCausalLM.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except broken_files() as error:
         raise UsageError(f"model must be a causal language model, got {name!r}: {plain_message(error)}") from error
 
 

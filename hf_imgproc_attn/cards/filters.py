@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..markdown_tables import table_text
 
 if TYPE_CHECKING:
     from ..models.layer_summary import FilterSummary
@@ -87,8 +88,7 @@ def in_markdown(summary: dict[str, Any]) -> str:
         header = ["layer", *(f"`{name}` ({kinds[name]})" for name in shown)]
         layers = dict.fromkeys(row["layer"] for row in rows)
         cells = [[str(layer), *(_heads(rows, layer, name) for name in shown)] for layer in layers]
-        lines = [_line(header), "|" + " --- |" * len(header), *map(_line, cells)]
-        paragraphs.append("One value for each head, in their order.\n\n" + "\n".join(lines))
+        paragraphs.append("One value for each head, in their order.\n\n" + table_text(header, cells))
     else:
         paragraphs.append(NOTHING_LEARNED)
     if constant:
@@ -149,14 +149,14 @@ def lens_in_markdown(history: list[list[Any]]) -> str:
     names = [name for name in LENS if name in last]
     layers = max(len(last[name]) for name in names)
     header = ["layer", *(f"`{name}`" for name in names)]
-    lines = [_line(header), "|" + " --- |" * len(header)]
-    for layer in range(layers):
-        cells = [f"{_at(first, name, layer)} → {_at(last, name, layer)}" for name in names]
-        lines.append(_line([str(layer), *cells]))
+    rows = [
+        [str(layer), *(f"{_at(first, name, layer)} → {_at(last, name, layer)}" for name in names)]
+        for layer in range(layers)
+    ]
     meanings = "; ".join(f"`{name}`: {LENS[name]}" for name in names)
     return (
         f"What the attention did with a few samples, means over heads, before training → after {step} steps.\n\n"
-        + "\n".join(lines)
+        + table_text(header, rows)
         + f"\n\n{meanings}."
     )
 
@@ -188,7 +188,3 @@ def _heads(rows: list[dict[str, Any]], layer: int, name: str) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else "not a number" if math.isnan(value) else "infinite"
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -18,6 +18,7 @@ from ..backbones import FILTERED_MODEL_TYPE, OF_TASK, TASKS
 from ..catalogue.presets import VARIANTS
 from ..catalogue.works import PACKAGE_PAPERS, PAPERS
 from ..errors import UsageError, require_extras
+from ..markdown_tables import cell
 from ..shipped_files import shipped_file
 from . import facts
 from .baseline import check_same_recipe, environment_differences
@@ -181,7 +182,7 @@ def render_card(
         limits=facts.limits(record, rows),
         environment=facts.environment(record, run.robustness),
         citations=[PAPERS[name].bibtex for name in dict.fromkeys([*PACKAGE_PAPERS, *sources])],
-        cell=_cell,
+        cell=cell,
     )
     return str(card).rstrip() + "\n"
 
@@ -257,8 +258,3 @@ def _check_record(file: Path, record: dict[str, Any]) -> None:
         for metric, value in values.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise UsageError(f"{file}: {metric} of the {split} split must be a number, got {value!r}")
-
-
-def _cell(text: object) -> str:
-    """A text inside a Markdown table."""
-    return str(text).replace("|", r"\|").replace("\n", " ")

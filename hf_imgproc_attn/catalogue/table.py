@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 
 from ..backbones import BACKBONES, in_words
-from ..models.boost_operators import BOOSTING, ONE_PASS, SEQUENTIAL, keep_rows, operator_on_value
+from ..markdown_tables import table_text
+from ..models.boost_operators import BOOSTING, SEQUENTIAL, keep_rows, operator_on_value
 from ..models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from ..models.configuration_imgproc_vit import ImgProcViTConfig
 from ..models.layer_filter import AttentionFilter
 from ..models.spec_axes import (
-    COORDINATE_KERNELS,
     FILTER_BACKENDS,
     WEIGHTS_ONE_BY_ONE,
     is_stock_layer,
@@ -229,10 +229,8 @@ def back_ends(preset: str) -> str:
         return "reference, blocked, chunked"
     if spec.boosting in SEQUENTIAL:
         return "reference, sdpa, blocked"
-    # The Triton kernels know every content kernel, positions by place and twicing.
-    by_place = not spec.compares_positions or spec.position_kernel in COORDINATE_KERNELS
-    has_kernel = spec.boosting in ("none", "twicing", "differential", *ONE_PASS) and by_place
-    has_kernel = has_kernel and spec.position_kernel != "forget"
+    # The Triton kernels know what is an inner product or a function of places, but no logits of all pairs.
+    has_kernel = spec.position_kernel != "forget"
     return ", ".join([*names, "triton"] if has_kernel else names)
 
 
@@ -304,14 +302,14 @@ def plain_text() -> str:
 
 def markdown_table() -> str:
     """All rows as a Markdown table, formulas as code."""
-    lines = [f"| {' | '.join(COLUMNS.values())} |", "|" + "---|" * len(COLUMNS)]
+    rows = []
     for preset in PRESETS:
         cells = vars(row(preset, markdown=True)).copy()
         for name in ("preset", "equation", "parameters"):
             if cells[name] != "none":
                 cells[name] = f"`{cells[name]}`"
-        lines.append(f"| {' | '.join(cells.values())} |")
-    return "\n".join(lines)
+        rows.append(list(cells.values()))
+    return table_text(list(COLUMNS.values()), rows)
 
 
 def _cite(reference: str, markdown: bool) -> str:

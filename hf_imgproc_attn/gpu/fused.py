@@ -6,22 +6,20 @@ that compiled models, sharding and activation checkpointing go on working. Impor
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
 import torch
 import triton
-from torch.utils.flop_counter import register_flop_formula
 
-from ..models.backend_flops import product_flops
 from ..models.kernel_position import BlockedPositions
-from . import triton_general, triton_short, triton_single_pass
+from . import triton_general, triton_short, triton_single_pass, triton_wavefront
+from .checks import ALGORITHMS, check_tensors
+from .choice import choose, heads_grid, programs_grid, short_block, slots_of
+from .flops import register_formulas
+from .launching import adjacent, launch, on_device, rows_of
 from .places import PositionTensors, make_places, position_tensors, with_nearest
 from .triton_positions import ONLY_KEYS
-from .triton_tiles import INTERPRETED, Rows
-
-ALGORITHMS = ("auto", "general", "short", "single_pass")
 
 
 def fused_attention(
@@ -60,7 +58,7 @@ def fused_attention(
     Raises:
         ValueError: for shapes, dtypes or an algorithm that the kernels do not do.
     """
-    _check(query, key, value, key_mask)
+    check_tensors(query, key, value, key_mask)
     if boosting not in ("twicing", "none"):
         raise ValueError(f"boosting must be 'twicing' or 'none', got {boosting!r}")
     if key_bias is not None and (key_bias.dtype, key_bias.shape) != (torch.float32, query.shape[:3]):
@@ -77,63 +75,16 @@ def fused_attention(
     return out
 
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_mask: torch.Tensor | None) -> None:
-    """Refuse tensors that the kernels would misread."""
-    fit = key.shape == value.shape and query.dim() == key.dim() == 4
-    if not fit or (query.shape[0], *query.shape[2:]) != (key.shape[0], *key.shape[2:]):
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
-        raise ValueError(
-            "query, key and value must have one shape [batch, heads, length, head_dim], but for fewer heads of key "
-            f"and value, got {shapes}"
-        )
-    if query.shape[1] % max(key.shape[1], 1):
-        raise ValueError(f"heads of query must be a multiple of those of key, got {query.shape[1]}, {key.shape[1]}")
-    if query.shape[-1] > 128:
-        raise ValueError(f"head_dim must be <= 128, got {query.shape[-1]}")
-    if not (query.dtype == key.dtype == value.dtype) or query.dtype not in _DTYPES:
-        names = ", ".join(str(tensor.dtype) for tensor in (query, key, value))
-        raise ValueError(f"query, key and value must be all float16, bfloat16 or float32, got {names}")
-    if query.is_cuda and query.dtype == torch.float32:
-        raise ValueError("on a GPU query, key and value must be float16 or bfloat16, got torch.float32")
-    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (query.shape[0], query.shape[2])):
-        raise ValueError(
-            f"key_mask must be boolean [batch, length] = {(query.shape[0], query.shape[2])}, "
-            f"got {key_mask.dtype} {tuple(key_mask.shape)}"
-        )
-
-
-def _adjacent(tensor: torch.Tensor) -> torch.Tensor:
-    """The kernels walk the last dimension with step 1."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _rows(tensor: torch.Tensor, group: int = 1) -> Rows:
-    batch, head, row = tensor.stride()[:3]
-    return Rows(tensor, batch, head, row, group)
-
-
 def _outputs(query: torch.Tensor, boosted: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """out as the query lies in memory (so that joining heads copies nothing), W and the log-sum-exp contiguous."""
     residual = torch.empty(query.shape if boosted else (0,), dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-    return torch.empty_like(_adjacent(query)), residual, lse
+    return torch.empty_like(adjacent(query)), residual, lse
 
 
-def _on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    if tensor.is_cuda:
-        return torch.cuda.device(tensor.device)
-    if INTERPRETED:
-        return contextlib.nullcontext()
-    raise ValueError(f"the Triton kernels need tensors on a GPU, got {tensor.device}")
-
-
-def _launch(kernel: Any, grid: Any, arguments: dict[str, Any], **own: Any) -> None:
-    """Start a kernel with those of the arguments that it takes."""
-    every = {**arguments, **own}
-    kernel[grid](**{name: every[name] for name in kernel.arg_names if name in every})
+def _flags(query: torch.Tensor) -> torch.Tensor:
+    """What ``triton_wavefront`` counts with: the programs that have started, and each head's finished blocks."""
+    return torch.zeros(1 + heads_grid(query)[0], dtype=torch.int32, device=query.device)
 
 
 def _arguments(
@@ -154,18 +105,20 @@ def _arguments(
     mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
     places = make_places(position, key_bias, key_bias_grad, query.shape[1])
     return {
-        "queries": _rows(query),
-        "keys": _rows(key, group),
-        "values": _rows(value, group),
+        "queries": rows_of(query),
+        "keys": rows_of(key, group),
+        "values": rows_of(value, group),
         "mask_pointer": lse if mask is None else mask,
         "lse_pointer": lse,
         "places": None if places is None else with_nearest(places, position, mask, query.shape[0], is_causal),
         "heads": query.shape[1],
+        "items": query.shape[0] * query.shape[1],
         "length": query.shape[2],
         "scale": scale / math.log(2.0),
         "softmax_scale": scale,
         # Timings are remembered for this, not for each length.
         "length_class": triton.next_power_of_2(query.shape[2]),
+        "items_class": triton.next_power_of_2(query.shape[0] * query.shape[1]),
         "HEAD_DIM": query.shape[3],
         "BLOCK_D": max(16, triton.next_power_of_2(query.shape[3])),
         "CAUSAL": is_causal,
@@ -173,72 +126,6 @@ def _arguments(
         "POSITION": position.kind or (0 if key_bias is None else ONLY_KEYS.value),
         "BOOSTED": boosted,
     }
-
-
-def _short_block(query: torch.Tensor) -> int:
-    """All rows of a head, in one block or two halves of it."""
-    return max(32, triton.next_power_of_2(query.shape[2]))
-
-
-def _heads(query: torch.Tensor) -> tuple[int]:
-    return (query.shape[0] * query.shape[1],)
-
-
-def choose(
-    query: torch.Tensor,
-    is_causal: bool,
-    algorithm: str = "auto",
-    products: tuple[int, int] = (3, 4),
-    boosted: bool = True,
-) -> str:
-    """The algorithm for a call: what is asked for, or the one with the lowest floor that the shape allows.
-
-    All leave the same W and log-sum-exp, so forward and backward may differ.
-
-    Args:
-        query: ``[batch, heads, length, head_dim]``.
-        is_causal: whether the filter is causal.
-        algorithm: one of :data:`ALGORITHMS`.
-        products: N x N products of ``single_pass`` and of ``general``. With one program a head, each round of heads
-            costs a device as much as a full one: ``single_pass`` is chosen where that is still less (*choice*, by
-            floors; not measured).
-        boosted: whether A is applied twice; once, ``general`` has no product too many.
-
-    Raises:
-        ValueError: if the shape does not allow what is asked for.
-    """
-    batch, heads, length, head_dim = query.shape
-    if not boosted:
-        if algorithm not in ("auto", "general"):
-            raise ValueError(f"algorithm={algorithm!r} needs boosting='twicing', got boosting='none'")
-        return "general"
-    short = not is_causal and length <= triton_short.MAX_LENGTH and head_dim <= triton_short.MAX_HEAD_DIM
-    if algorithm == "auto":
-        device = torch.cuda.get_device_properties(query.device) if query.is_cuda else None
-        # Compiled for other generations, the kernels of 256 rows need more registers or shared memory than there are.
-        roomy = device is None or device.major in (9, 10)
-        if short and (roomy or length <= triton_short.MAX_LENGTH // 2):
-            return "short"
-        if not is_causal or device is None or head_dim > triton_single_pass.MAX_HEAD_DIM:
-            return "general"
-        rounds = -(-batch * heads // device.multi_processor_count)
-        single_pass, general = products
-        filled = single_pass * rounds * device.multi_processor_count < general * batch * heads
-        return "single_pass" if filled else "general"
-    if algorithm == "short" and not short:
-        raise ValueError(
-            f"algorithm='short' needs is_causal=False, length <= {triton_short.MAX_LENGTH} and head_dim <= "
-            f"{triton_short.MAX_HEAD_DIM}, got is_causal={is_causal}, length={length}, head_dim={head_dim}"
-        )
-    if algorithm == "single_pass" and not is_causal:
-        raise ValueError("algorithm='single_pass' needs is_causal=True, got is_causal=False")
-    return algorithm
-
-
-def _programs(query: torch.Tensor, block: str) -> Any:
-    """One program a block of rows and head; one dimension, because the others end at 65535."""
-    batch, heads, length, _ = query.shape
-    return lambda meta: (triton.cdiv(length, meta[block]) * batch * heads,)
 
 
 @torch.library.custom_op("hf_imgproc_attn::fused_filter", mutates_args=())
@@ -260,23 +147,26 @@ def fused_forward(
     algorithm: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """out, W = 2V - AV (empty if not boosted), and log2-sum-exp2 of the rows, ``[batch, heads, length]``, float32."""
-    query, key, value = _adjacent(query), _adjacent(key), _adjacent(value)
+    query, key, value = adjacent(query), adjacent(key), adjacent(value)
     out, residual, lse = _outputs(query, boosted)
     if out.numel() == 0:
         return out, residual, lse
     position = PositionTensors(kind, class_tokens, coordinates, key_coordinates, parameters, lookup)
-    with _on_device(query):
+    with on_device(query):
         arguments = _arguments(query, key, value, key_mask, key_bias, None, lse, position, scale, is_causal, boosted)
-        arguments |= {"outputs": _rows(out), "results": _rows(out), "residual_pointer": residual}
-        chosen = choose(query, is_causal, algorithm, products=(3, 4), boosted=boosted)
+        arguments |= {"outputs": rows_of(out), "results": rows_of(out), "residual_pointer": residual}
+        chosen = choose(query, is_causal, algorithm, boosted=boosted)
         if chosen == "short":
-            _launch(triton_short.short_forward_kernel, _heads(query), arguments, HALF=_short_block(query) // 2)
+            launch(triton_short.short_forward_kernel, heads_grid(query), arguments, HALF=short_block(query) // 2)
         elif chosen == "single_pass":
-            _launch(triton_single_pass.single_pass_forward_kernel, _heads(query), arguments)
+            launch(triton_single_pass.single_pass_forward_kernel, heads_grid(query), arguments)
+        elif chosen == "wavefront":
+            arguments["flags_pointer"] = _flags(query)
+            launch(triton_wavefront.wavefront_forward_kernel, programs_grid(query, "BLOCK"), arguments)
         else:
-            _launch(triton_general.smooth_kernel, _programs(query, "BLOCK_M"), arguments)
+            launch(triton_general.smooth_kernel, programs_grid(query, "BLOCK_M"), arguments)
             if boosted:
-                _launch(triton_general.apply_kernel, _programs(query, "BLOCK_M"), arguments)
+                launch(triton_general.apply_kernel, programs_grid(query, "BLOCK_M"), arguments)
     return out, residual, lse
 
 
@@ -329,12 +219,12 @@ def fused_backward(
 
     The last two are empty where there is none. A is computed again from the log-sum-exp.
     """
-    grad, query, key, value, out = (_adjacent(tensor) for tensor in (grad, query, key, value, out))
+    grad, query, key, value, out = (adjacent(tensor) for tensor in (grad, query, key, value, out))
     dq, dk, dv, d_key_bias, d_parameters = _gradients(query, key, value, key_bias, parameters, learns)
     if dq.numel() == 0:
         return dq, dk, dv, d_key_bias, d_parameters.zero_()
-    chosen = choose(query, is_causal, algorithm, products=(7, 11 if deterministic else 8), boosted=boosted)
-    summed = chosen == "single_pass" or (chosen == "general" and not deterministic)
+    chosen = choose(query, is_causal, algorithm, boosted=boosted, backward=True, deterministic=deterministic)
+    summed = chosen in ("single_pass", "wavefront") or (chosen == "general" and not deterministic)
     # A place for each sum, or, where nothing is summed, a stand-in that timing runs may set to 0.
     dq_sum = torch.zeros(query.shape if summed else (1,), dtype=torch.float32, device=query.device)
     grouped = key.shape[1] != query.shape[1]
@@ -342,15 +232,15 @@ def fused_backward(
         torch.empty(query.shape, dtype=torch.float32, device=query.device) if grouped else tensor
         for tensor in (dk, dv)
     )
-    slots = _slots(chosen, query)
-    sums = torch.zeros(_heads(query)[0], slots, d_parameters.shape[-1], dtype=torch.float32, device=query.device)
+    slots = slots_of(chosen, query)
+    sums = torch.zeros(heads_grid(query)[0], slots, d_parameters.shape[-1], dtype=torch.float32, device=query.device)
     position = PositionTensors(kind, class_tokens, coordinates, key_coordinates, parameters, lookup)
-    with _on_device(query):
+    with on_device(query):
         arguments = _arguments(
             query, key, value, key_mask, key_bias, d_key_bias, lse, position, scale, is_causal, boosted
         )
         tensors = {"outputs": out, "grads": grad, "dqs": dq, "dks": dk_heads, "dvs": dv_heads}
-        arguments |= {name: _rows(tensor) for name, tensor in tensors.items()}
+        arguments |= {name: rows_of(tensor) for name, tensor in tensors.items()}
         arguments |= {
             "residual_pointer": residual,
             "negative_h_pointer": torch.empty_like(residual),
@@ -363,12 +253,15 @@ def fused_backward(
             "ADD_DQ": not deterministic,
         }
         if chosen == "short":
-            _launch(triton_short.short_backward_kernel, _heads(query), arguments, BLOCK_N=_short_block(query))
+            launch(triton_short.short_backward_kernel, heads_grid(query), arguments, BLOCK_N=short_block(query))
         elif chosen == "single_pass":
-            _launch(triton_single_pass.single_pass_backward_kernel, _heads(query), arguments)
+            launch(triton_single_pass.single_pass_backward_kernel, heads_grid(query), arguments)
+        elif chosen == "wavefront":
+            arguments["flags_pointer"] = _flags(query)
+            launch(triton_wavefront.wavefront_backward_kernel, programs_grid(query, "BLOCK"), arguments)
         else:
-            _launch(triton_general.residual_gradient_kernel, _programs(query, "BLOCK_N"), arguments)
-            _launch(triton_general.key_value_gradient_kernel, _programs(query, "BLOCK_N"), arguments)
+            launch(triton_general.residual_gradient_kernel, programs_grid(query, "BLOCK_N"), arguments)
+            launch(triton_general.key_value_gradient_kernel, programs_grid(query, "BLOCK_N"), arguments)
     if summed:
         dq.copy_(dq_sum)
     if grouped:
@@ -377,18 +270,6 @@ def fused_backward(
     if learns:
         d_parameters.copy_(sums.unflatten(0, query.shape[:2]).sum((0, 2)))
     return dq, dk, dv, d_key_bias, d_parameters
-
-
-def _slots(chosen: str, query: torch.Tensor) -> int:
-    """Most blocks of keys that a head is cut into, each with sums of its own."""
-    if chosen == "short":
-        return 1
-    if chosen == "single_pass":
-        configs, block = triton_single_pass.single_pass_backward_kernel.configs, "BLOCK"
-    else:
-        configs, block = triton_general.key_value_gradient_kernel.configs, "BLOCK_N"
-    smallest: int = min(config.kwargs[block] for config in configs)
-    return -(-query.shape[2] // smallest)
 
 
 def _gradients(
@@ -431,7 +312,7 @@ def _(
     learns: bool,
     deterministic: bool,
 ) -> Any:
-    return _gradients(_adjacent(query), _adjacent(key), _adjacent(value), key_bias, parameters, learns)
+    return _gradients(adjacent(query), adjacent(key), adjacent(value), key_bias, parameters, learns)
 
 
 _TENSORS, _INPUTS = 9, 15
@@ -456,25 +337,4 @@ def _gradient(ctx: Any, grad: torch.Tensor | None, *unused: Any) -> tuple[torch.
 
 fused_forward.register_autograd(_gradient, setup_context=_save)
 
-
-@register_flop_formula(torch.ops.hf_imgproc_attn.fused_filter)
-def forward_flops(query_shape: Any, key_shape: Any, value_shape: Any, *args: Any, **kwargs: Any) -> int:
-    """The logits and the applications of A, 6 N^2 d if boosted: what is computed twice to save memory is not counted.
-
-    Position kernels need no product.
-    """
-    boosted = args[-2]
-    return product_flops(query_shape, key_shape, query_shape[-1]) + product_flops(
-        query_shape, key_shape, value_shape[-1], 1 + boosted
-    )
-
-
-@register_flop_formula(torch.ops.hf_imgproc_attn.fused_filter_backward)
-def backward_flops(
-    grad_shape: Any, query_shape: Any, key_shape: Any, value_shape: Any, *args: Any, **kwargs: Any
-) -> int:
-    """The logits once more, two gradients of them and, if boosted, four products with values, 14 N^2 d; else two."""
-    boosted = args[-4]
-    return product_flops(query_shape, key_shape, query_shape[-1], 3) + product_flops(
-        query_shape, key_shape, value_shape[-1], 4 if boosted else 2
-    )
+register_formulas(torch.ops.hf_imgproc_attn.fused_filter, torch.ops.hf_imgproc_attn.fused_filter_backward)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import UsageError, did_you_mean
+from ..markdown_tables import table_text
 from ..output_paths import check_new_files, check_output_folder, write_or_keep
 from ..records import git_state, package_versions, write_json
 from .denoising_rules import RULES, estimate_noise, filter_settings
@@ -216,8 +217,8 @@ def table_rows(record: dict[str, Any]) -> list[list[str]]:
 
 def markdown_table(record: dict[str, Any]) -> str:
     """The same table in Markdown."""
-    header, *rows = (f"| {' | '.join(row)} |" for row in table_rows(record))
-    return "\n".join([header, "|" + "---|" * len(table_rows(record)[0]), *rows])
+    head, *rows = table_rows(record)
+    return table_text(head, rows)
 
 
 def _row(comparison: Comparison) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import UsageError, plain_message
+from ..markdown_tables import table_text
 from ..models.any_fields import FilterFields
 from ..models.any_filter import apply_filter
 from ..models.spec_fields import PRESETS
@@ -23,9 +24,9 @@ from .compare import inspected, short_name
 from .definitions import DEFINITIONS
 from .figures import draw_all
 from .inputs import Shown, load_model, show
+from .options import LensOptions
 from .page import page
-from .report import Report, cell, table
-from .run import LensOptions
+from .report import Report, cell
 
 AS_IT_IS = "as it is"
 """The choice of no preset."""
@@ -159,7 +160,7 @@ def summary(reports: list[Report]) -> str:
     columns = [_first_numbers(report) for report in reports]
     rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
     skipped = list(dict.fromkeys(reason for report in reports for reason in report.skipped))
-    lines = [table(["", *(report.model for report in reports)], rows)]
+    lines = [table_text(["", *(report.model for report in reports)], rows)]
     return "\n\n".join([*lines, *(f"Not measured: {reason}." for reason in skipped)])
 
 

@@ -43,7 +43,12 @@ def add_commands(commands: Any) -> None:
         default="dense",
         help="dense (up to 1,024 tokens), iterative (the largest values also beyond) or none (default: %(default)s)",
     )
-    lens.add_argument("--seed", type=int, default=0, help="of noise and drawn texts (default: %(default)s)")
+    lens.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the noise, and of drawn texts, tokens and pixels (default: %(default)s)",
+    )
     lens.add_argument(
         "--output", type=Path, default=Path("outputs/lens"), metavar="DIR", help="(default: %(default)s)"
     )
@@ -63,17 +68,16 @@ def add_commands(commands: Any) -> None:
 
 def run_lens(options: argparse.Namespace) -> int:
     """``imgproc-attn lens``: measure, write, and print the summary."""
-    from ..errors import UsageError, require_extras
+    from ..errors import require_extras
     from ..output_paths import check_new_files, check_output_folder
 
     require_extras("lens")
     check_output_folder(options.output)
     check_new_files([options.output / name for name in FILES], options.force)
-    if len(set(options.models)) < len(options.models):
-        raise UsageError("MODEL must name each checkpoint once")
 
-    from .compare import look, summary, write
+    from .compare import look, refuse_the_same, summary, write
 
+    refuse_the_same(options.models)
     reports = look(options)
     write(reports, options.output)
     print(summary(reports))

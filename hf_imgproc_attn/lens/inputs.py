@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from ..conversion_probe import _pixel_statistics, longest_text, sample_texts
-from ..errors import UsageError, plain_message, refuse_missing_path, require_extras
+from ..errors import UsageError, broken_files, plain_message, refuse_missing_path, require_extras
 from ..images.photographs import PHOTOGRAPHS, load_photograph
 from ..models.layer_grid import sides
 
@@ -26,11 +26,28 @@ WRITTEN = "texts that the model itself wrote"
 
 
 class Shown(NamedTuple):
-    """Inputs by name, what they are in words, and the first sample's tokens as text."""
+    """Inputs by name, what they are in words, the first sample's tokens as text, and what a reader must know of them.
+
+    notes: of a comparison whose models do not see the same.
+    """
 
     inputs: dict[str, torch.Tensor]
     described: str
     labels: list[str]
+    notes: tuple[str, ...] = ()
+
+
+def load_config(checkpoint: str) -> Any:
+    """The configuration of a folder or the Hub.
+
+    Raises:
+        UsageError: for what is no checkpoint.
+    """
+    refuse_missing_path("MODEL", checkpoint)
+    try:
+        return transformers.AutoConfig.from_pretrained(checkpoint)
+    except broken_files() as error:
+        raise UsageError(f"MODEL {checkpoint!r} cannot be loaded: {plain_message(error)}") from error
 
 
 def load_model(checkpoint: str) -> nn.Module:
@@ -39,15 +56,14 @@ def load_model(checkpoint: str) -> nn.Module:
     Raises:
         UsageError: for what is no checkpoint, or one whose layers lack weights.
     """
-    refuse_missing_path("MODEL", checkpoint)
+    config = load_config(checkpoint)
     try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint)
         names = list(getattr(config, "architectures", None) or [""])
         writes = names[0].endswith(("LMHeadModel", "ForCausalLM"))
         door = transformers.AutoModelForCausalLM if writes else transformers.AutoModel
         with _quietly():
             model, found = door.from_pretrained(checkpoint, output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except broken_files() as error:
         raise UsageError(f"MODEL {checkpoint!r} cannot be loaded: {plain_message(error)}") from error
     missing = sorted(name for name in found["missing_keys"] if any(part.isdigit() for part in name.split(".")))
     if missing:
@@ -102,7 +118,7 @@ def show(
     if kind == "pixel_values":
         if text is not None:
             raise UsageError(f"{checkpoint!r} takes images, got a text")
-        return _images(model, checkpoint, files, data, samples)
+        return _images(model, checkpoint, files, data, samples, seed)
     if kind != "input_ids":
         raise UsageError(f"{checkpoint!r} takes {kind or 'other inputs'}: the command shows texts and images only")
     return _texts(model, checkpoint, files if text is None else text, data, samples, length, seed)
@@ -122,7 +138,7 @@ def _texts(
     if length is not None and length > longest:
         raise UsageError(f"length must be at most {longest}, the places of {checkpoint!r}, got {length}")
     length = length or min(TEXT_LENGTH, longest)
-    tokenizer = _tokenizer(checkpoint)
+    tokenizer = tokenizer_of(checkpoint)
     if given:
         ids, described = _given(given, tokenizer, checkpoint, length, samples)
     elif data in ("photographs", "digits"):
@@ -143,13 +159,10 @@ def _texts(
     labels = [str(int(token)) for token in ids[0]]
     if tokenizer is not None:
         labels = [tokenizer.decode([int(token)]) for token in ids[0]]
-    inputs = {"input_ids": ids}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
-    return Shown(inputs, described, labels)
+    return Shown({"input_ids": ids}, described, labels)
 
 
-def _tokenizer(checkpoint: str) -> Any:
+def tokenizer_of(checkpoint: str) -> Any:
     """The tokenizer beside a checkpoint, or None."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
@@ -246,7 +259,7 @@ def _token_rows(name: str, text: str) -> list[list[int]]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _images(model: Any, checkpoint: str, files: Sequence[str], data: str, samples: int) -> Shown:
+def _images(model: Any, checkpoint: str, files: Sequence[str], data: str, samples: int, seed: int) -> Shown:
     config = model.config
     config = getattr(config, "vision_config", config)
     channels = getattr(config, "num_channels", 3)
@@ -256,7 +269,7 @@ def _images(model: Any, checkpoint: str, files: Sequence[str], data: str, sample
     if not files and data in ("pydoc", "own"):
         raise UsageError(f"data={data!r} is for models of texts, and {checkpoint!r} takes images")
     if not files and data == "random":
-        pixels = torch.rand(samples, channels, height, width, generator=torch.Generator().manual_seed(0))
+        pixels = torch.rand(samples, channels, height, width, generator=torch.Generator().manual_seed(seed))
         described = "random pixels"
     elif files:
         pixels = torch.cat([_fitted(load_photograph(file).pixels, channels, height, width) for file in files])[

@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import html
 
-from .definitions import DEFINITIONS
+from .definitions import GROUPS, definition_rows, learned_definitions
 from .figures import Pictures, view_name
-from .report import HEAD_COLUMNS, Report, cell
+from .report import Report, cell, head_table, learned_names
 
 PANELS: dict[str, tuple[str, str, str]] = {
     "heads": (
@@ -19,7 +19,8 @@ PANELS: dict[str, tuple[str, str, str]] = {
     "kernels": (
         "Kernels",
         "What the logits of attention are made of, by layer: how much of their variation comes from comparing content "
-        "with content, position with position, and one with the other.",
+        "with content, position with position, and one with the other. Constant is the mean of all queries: what they "
+        "prefer whatever they are.",
         "A bilateral filter has the first two only. Large cross terms (content-position, position-content) are what "
         "stock attention adds; the residual is context that the words alone do not explain.",
     ),
@@ -35,13 +36,13 @@ PANELS: dict[str, tuple[str, str, str]] = {
         "Over-smoothing",
         "How alike the tokens are at each layer: as they enter a block, as values, after the filter, after the "
         "residual connection, and as they leave.",
-        "The filter averages, so its output is more alike than its values. If similarity rises to 1, or high "
+        "The filter averages, so its output is mostly more alike than its values. If similarity rises to 1, or high "
         "frequency and stable rank fall to their least with depth, tokens lose what tells them apart.",
     ),
     "noise": (
         "Noise",
         "Noise of known size is put into the input; the curves show how much stronger the signal is than the noise at "
-        "each place, and below, what each part of a block gains.",
+        "each place, and on the right, what each part of a block gains.",
         "Above 0 a part removes noise, below it amplifies it. The dotted line is what the paper's proposition "
         "promises.",
     ),
@@ -60,12 +61,12 @@ PANELS: dict[str, tuple[str, str, str]] = {
     "numbers": (
         "Numbers",
         "Every head's numbers in a table.",
-        "Sort by eye; the same numbers, and more, are in lens.json.",
+        "Heads that stand out in their column; the same numbers, and more, are in lens.json.",
     ),
     "definitions": (
         "Definitions",
-        "What every number on this page is.",
-        "The sources are in docs/lens.md.",
+        "What every number and every word beside it is, on this page and in lens.json.",
+        "The rows with the title that you see in a picture or a table; the sources are in docs/lens.md.",
     ),
 }
 """Panel -> title, what it shows, what to look for."""
@@ -117,7 +118,7 @@ document.querySelectorAll('select').forEach(function(s){
 });
 var wanted = location.hash.slice(1);
 open(document.getElementById(wanted) ? wanted : document.querySelector('section.panel').id);
-scrollTo(0, 0);
+addEventListener('load', function(){ scrollTo(0, 0); });
 document.body.dataset.ready = 'yes';
 """
 
@@ -139,6 +140,7 @@ def page(reports: list[Report], pictures: Pictures) -> str:
         "filter, as image processing knows them. This page shows what the filters of a trained model do on real "
         "input.</p>",
         *(f"<p>{_text(_described(report))}</p>" for report in reports),
+        *(f"<p><b>Note.</b> {_text(f'{report.model}: {note}.')}</p>" for report in reports for note in report.notes),
         _skipped(reports),
         f'<nav role="tablist" aria-label="panels">{buttons}</nav>',
         *(_panel(name, reports, pictures) for name in names),
@@ -170,7 +172,7 @@ def _panel(name: str, reports: list[Report], pictures: Pictures) -> str:
     if name == "numbers":
         body = "".join(_numbers(report) for report in reports)
     elif name == "definitions":
-        body = _definitions()
+        body = _definitions(reports)
     else:
         body = _views(name, pictures[name], _coloured_texts(reports) if name == "maps" else {})
     return (
@@ -226,28 +228,21 @@ def _views(panel: str, views: dict[str, bytes], texts: dict[str, str]) -> str:
 
 
 def _numbers(report: Report) -> str:
-    learned = list(dict.fromkeys(name for layer in report.layers for head in layer.heads for name in head.learned))
-    titles = ["layer", "head", *HEAD_COLUMNS.values(), *(f"its {name}" for name in learned)]
+    titles, rows = head_table(report)
     head_row = "".join(f"<th>{_text(title)}</th>" for title in titles)
-    rows = [
-        [
-            str(layer.index),
-            str(head.head),
-            *(cell(getattr(head, name)) for name in HEAD_COLUMNS),
-            *(cell(head.learned.get(name)) for name in learned),
-        ]
-        for layer in report.layers
-        for head in layer.heads
-    ]
     body = "".join("<tr>" + "".join(f"<td>{value}</td>" for value in row) + "</tr>" for row in rows)
     return f'<h3>{_text(report.model)}</h3><div class="wide"><table><tr>{head_row}</tr>{body}</table></div>'
 
 
-def _definitions() -> str:
-    rows = "".join(
-        f'<tr><td class="text">{_text(each.title)}</td><td class="text">{_text(each.formula)}</td>'
-        f'<td class="text">{_text(each.reading)}</td></tr>'
-        for each in DEFINITIONS.values()
-    )
-    titles = "".join(f'<th class="text">{title}</th>' for title in ("number", "what it is", "how to read it"))
-    return f"<table><tr>{titles}</tr>{rows}</table>"
+def _definitions(reports: list[Report]) -> str:
+    learned = learned_definitions(dict.fromkeys(name for report in reports for name in learned_names(report)))
+    groups = {**GROUPS, **({"What its filters hold": learned} if learned else {})}
+    parts = []
+    for group, held in groups.items():
+        titles, rows = definition_rows(held, ("title", "formula", "reading", "name"))
+        head = "".join(f'<th class="text">{title}</th>' for title in titles)
+        body = "".join(
+            "<tr>" + "".join(f'<td class="text">{_text(text)}</td>' for text in row) + "</tr>" for row in rows
+        )
+        parts.append(f"<h3>{_text(group)}</h3><table><tr>{head}</tr>{body}</table>")
+    return "".join(parts)

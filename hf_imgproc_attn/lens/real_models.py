@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OneLineParser, UsageError, exit_code
+from ..markdown_tables import table_text
 from ..output_paths import check_new_files, check_output_folder, write_or_keep
 from .compare import look_at
 from .figures import DRAWINGS, HEAD_MEASURES, draw_panel
 from .inputs import DATA
-from .report import Report, cell, table
-from .run import LensOptions
+from .options import LensOptions
+from .report import Report, cell
 
 PACKAGED = {
     "GPT-2 of microbes": ("mgm", "resources/general_model", "own"),
@@ -139,7 +140,7 @@ def rendered(record: dict[str, Any]) -> str:
         "layers whose filter makes tokens more alike",
     ]
     titles += ["gain of the filter, dB", "gain with the residual, dB"]
-    return table(titles, rows)
+    return table_text(titles, rows)
 
 
 def _span(values: list[float]) -> str:

@@ -21,6 +21,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from ..errors import plain_message
+from ..markdown_tables import table_lines
 from ..models.configuration_imgproc_bert import ImgProcBertConfig
 from ..models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from ..models.configuration_imgproc_vit import ImgProcViTConfig
@@ -275,11 +276,12 @@ def table(outcomes: dict[tuple[str, str], str]) -> str:
         outcomes: (preset, key of a check) -> what :func:`measure` found.
     """
     reasons = list(dict.fromkeys(outcome for outcome in outcomes.values() if outcome != YES))
-    lines = [f"| | {' | '.join(check.title for check in CHECKS)} |", f"|---|{'---|' * len(CHECKS)}"]
+    rows = []
     for preset in PRESETS:
         found = (outcomes[preset, check.key] for check in CHECKS)
         cells = (YES if outcome == YES else f"refused ({1 + reasons.index(outcome)})" for outcome in found)
-        lines.append(f"| `{preset}` | {' | '.join(cells)} |")
+        rows.append([f"`{preset}`", *cells])
+    lines = table_lines(["", *(check.title for check in CHECKS)], rows)
     lines += ["", *(f"({number}) `{reason}`\n" for number, reason in enumerate(reasons, start=1))]
     lines += [f"- {check.title}: {check.meaning}" for check in CHECKS]
     return "\n".join(lines)

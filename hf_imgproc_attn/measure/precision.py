@@ -20,6 +20,7 @@ import torch
 
 from ..backbones import BACKBONES
 from ..errors import UsageError
+from ..markdown_tables import table_lines
 from ..models.boost_depth import LayerState
 from ..models.boost_operators import BOOSTING, ONE_PASS
 from ..models.kernel_content import CONTENT_LOGITS
@@ -243,12 +244,11 @@ def table(data: Data) -> list[str]:
         for dtype, error in plain.items()
     )
     lines += [f"Plain attention's own errors, output / gradients: {yardstick}.", ""]
-    lines += [f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    rows = []
     for row, fields in cases().items():
         errors = measure(fields, data)
-        ratios = " | ".join(errors[column].over(plain[column[0]]) for column in columns)
-        lines.append(f"| {row} | {ratios} |")
-    return [*lines, ""]
+        rows.append([row, *(errors[column].over(plain[column[0]]) for column in columns)])
+    return [*lines, *table_lines(["", *names], rows), ""]
 
 
 def page() -> str:

@@ -23,9 +23,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import sdpa_mask
 
 from ..errors import plain_message
+from ..markdown_tables import table_lines
 from ..models.any_filter import apply_filter, filtered_layers
 from ..models.any_layers import attention_layers
-from ..models.modeling_imgproc_filtered import auto_map
+from ..models.modeling_imgproc_filtered import own_auto_class
 from .page_table import measured, write_table, written_reasons
 from .support_models import (
     ARCHITECTURES,
@@ -277,7 +278,7 @@ def _check_saved(title: str) -> None:
     keep numbers beside their parameters, which loading makes anew.
     """
     model, stock, given = _filtered(title, "learned_twicing"), build(title), inputs(title)
-    auto_class = next(each for each in auto_map(model) if each != "AutoConfig")
+    auto_class = own_auto_class(stock.config, (type(stock),)) or ""
     with tempfile.TemporaryDirectory() as folder:
         stock.save_pretrained(f"{folder}/stock")  # type: ignore[operator]
         model.save_pretrained(f"{folder}/filtered")
@@ -367,13 +368,14 @@ def table(outcomes: dict[tuple[str, str], str]) -> str:
         outcomes: (title of an architecture, of a column) -> what :func:`measure` found.
     """
     reasons = [outcome for outcome in dict.fromkeys(outcomes.values()) if outcome not in (YES, NOTHING)]
-    lines = [f"| | {' | '.join(column.title for column in COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
+    rows = []
     for group, titles in _GROUPS:
-        lines.append(f"| **{group}** |{' |' * len(COLUMNS)}")
+        rows.append([f"**{group}**"])
         for title in titles:
             found = (outcomes[title, column.title] for column in COLUMNS)
             cells = (each if each in (YES, NOTHING) else f"no ({1 + reasons.index(each)})" for each in found)
-            lines.append(f"| {title} | {' | '.join(cells)} |")
+            rows.append([title, *cells])
+    lines = table_lines(["", *(column.title for column in COLUMNS)], rows)
     lines += ["", *(f"({number}) `{reason}`\n" for number, reason in enumerate(reasons, start=1))]
     lines += [f"- {column.title}: {column.meaning}" for column in COLUMNS]
     return "\n".join(lines)

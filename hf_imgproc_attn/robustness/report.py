@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..markdown_tables import table_text
 from .settings import in_grey_levels
 
 Record = dict[str, Any]
@@ -47,9 +48,8 @@ def markdown(record: Record) -> str:
     """The same in Markdown."""
     parts = [f"# Robustness of {record['checkpoint']}"]
     for table in tables(record):
-        header, *rows = ("| " + " | ".join(row) + " |" for row in table.rows)
-        rule = "|---|" + "---:|" * (len(table.rows[0]) - 1)
-        parts += [f"## {table.title}", "\n".join([header, rule, *rows])]
+        head, *rows = table.rows
+        parts += [f"## {table.title}", table_text(head, rows, right=True)]
     return "\n\n".join([*parts, *_remarks(record)]) + "\n"
 
 

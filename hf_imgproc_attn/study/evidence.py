@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..cards.results import METRICS
 from ..errors import UsageError
+from ..markdown_tables import table_text
 from ..measure.gpu_check.report import replace_between
 from ..output_paths import writing
 from ..shipped_files import shipped_file
@@ -53,17 +54,14 @@ def evidence_table(ledgers: Path) -> str:
     """
     columns = list(found_in(ledgers))
     names = dict.fromkeys(row.variant for found in columns for row in found.table.rows if row.variant != STOCK)
-    lines = [
-        f"| variant | {' | '.join(map(_heading, columns))} |",
-        "|" + "---|" * (1 + len(columns)),
-    ]
+    rows = []
     for name in names:
         cells = [
             next((_cell(row, found.table.metric) for row in found.table.rows if row.variant == name), NOTHING)
             for found in columns
         ]
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([f"`{name}`", *cells])
+    return table_text(["variant", *map(_heading, columns)], rows) + "\n"
 
 
 def write_evidence(page: Path, ledgers: Path) -> None:

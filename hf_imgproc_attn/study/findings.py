@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ..cards.results import METRICS, PARTS
 from ..errors import UsageError
+from ..markdown_tables import table_lines
 from ..output_paths import check_output_file, writing
 from ..shipped_files import shipped_file
 from .claims import CLAIMS, SUBJECTS, UNTESTED, Claim
@@ -25,6 +26,20 @@ from .table import LOWER_IS_BETTER, Row, Table, autoattack_gaps, build_tables
 LEDGERS = Path("training/results/study")
 WIDTH = 119
 COMMAND = "imgproc-attn findings docs/what-holds.md"
+
+
+SHORT_COLUMNS = (
+    "claim",
+    "seeds",
+    "comparisons",
+    "better",
+    "worse",
+    "no difference seen",
+    "points to the better",
+    "in a word",
+)
+"""Of the table on top."""
+CLAIM_COLUMNS = ("condition", "variant", "mean", "against", "difference", "its interval", "p (Holm)", "verdict")
 
 
 class Comparison(NamedTuple):
@@ -105,12 +120,12 @@ def findings(ledgers: Path) -> str:
         "",
         *paragraph(_in_all(chapters)),
         "",
-        "| claim | seeds | comparisons | better | worse | no difference seen | points to the better | in a word |",
-        "|" + "---|" * 8,
     ]
+    short = []
     for chapter in chapters:
-        lines.append(f"| **{SUBJECTS[chapter.name].title}** |" + " |" * 7)
-        lines += [_short_row(chapter, claim, found) for claim, found in chapter.claims]
+        short.append([f"**{SUBJECTS[chapter.name].title}**"])
+        short += [_short_row(chapter, claim, found) for claim, found in chapter.claims]
+    lines += table_lines(SHORT_COLUMNS, short)
     for chapter in chapters:
         lines += _chapter_lines(chapter)
     lines += ["", "## What was not tested", ""]
@@ -159,18 +174,17 @@ def _comparisons(tables: dict[str, list[Table]], claim: Claim) -> list[Compariso
     return [comparison for comparison in found if comparison.row.difference is not None]
 
 
-def _short_row(chapter: Chapter, claim: Claim, found: Sequence[Comparison]) -> str:
+def _short_row(chapter: Chapter, claim: Claim, found: Sequence[Comparison]) -> list[str]:
     words = [verdict_of(comparison.row) for comparison in found]
     counts = [words.count(word) for word in (BETTER, WORSE, NO_DIFFERENCE)]
     seeds = {comparison.row.difference.summary.count for comparison in found if comparison.row.difference is not None}
-    cells = [
+    return [
         claim.title if chapter.study is None else f"[{claim.title}](#{anchor(claim.title)})",
         " to ".join(str(count) for count in sorted({min(seeds), max(seeds)})) if seeds else NOTHING,
         *(str(count) for count in (len(found), *counts)),
         str(sum(points_to_the_better(comparison) for comparison in found)),
         in_a_word([comparison.row for comparison in found]),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def _chapter_lines(chapter: Chapter) -> list[str]:
@@ -217,10 +231,7 @@ def _claim_lines(claim: Claim, found: Sequence[Comparison]) -> list[str]:
     ]
     if not found:
         return lines[:-1]
-    lines += [
-        "| condition | variant | mean | against | difference | its interval | p (Holm) | verdict |",
-        "|" + "---|" * 8,
-    ]
+    rows = []
     for table, against, row in found:
         if row.difference is None or row.summary is None:
             continue
@@ -235,8 +246,8 @@ def _claim_lines(claim: Claim, found: Sequence[Comparison]) -> list[str]:
             NOTHING if row.corrected is None else p_value(row.corrected),
             row.verdict,
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        rows.append(cells)
+    return [*lines, *table_lines(CLAIM_COLUMNS, rows)]
 
 
 def anchor(title: str) -> str:

@@ -8,9 +8,11 @@ from typing import Any
 
 from ..cards.results import METRICS, PARTS
 from ..errors import missing_packages
+from ..markdown_tables import table_lines
 from ..output_paths import writing
 from ..records import write_json
 from .ledger import Ledger
+from .measurements import SIMILARITY
 from .plan import Study
 from .statistics import CONFIDENCE, Interval
 from .table import Row, Table, as_json, build_tables
@@ -103,8 +105,7 @@ def heading(table: Table) -> str:
 
 def markdown_rows(table: Table) -> list[str]:
     """A table in Markdown, a line a row."""
-    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *(cells(row, table.metric) for row in table.rows)]
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return table_lines(COLUMNS, (cells(row, table.metric) for row in table.rows))
 
 
 def cells(row: Row, metric: str) -> list[str]:
@@ -130,7 +131,8 @@ def number(value: float, metric: str, *, signed: bool = False) -> str:
     sign = "+" if signed else ""
     if metric in PARTS:
         return f"{100 * value:{sign}.2f}"
-    return f"{value:{sign}.4f}" if metric == "loss" else f"{value:{sign},.2f}"
+    digits = {"loss": 4, SIMILARITY: 4}.get(metric, 2)
+    return f"{value:{sign},.{digits}f}"
 
 
 def interval(ends: Interval, metric: str, *, signed: bool = False) -> str:

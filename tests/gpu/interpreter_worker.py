@@ -20,10 +20,12 @@ from hf_imgproc_attn.gpu.fused import choose, fused_attention, fused_backward, f
 from hf_imgproc_attn.gpu.places import position_tensors
 from hf_imgproc_attn.models.backend_call import Booster, Content, FilterCall
 from hf_imgproc_attn.models.backend_table import BACKENDS
-from hf_imgproc_attn.models.kernel_given import BiasPositions
+from hf_imgproc_attn.models.kernel_given import BiasPositions, FeaturePositions
 from hf_imgproc_attn.models.kernel_position import BlockedPositions, ClassTokens, GaussianPositions
 from hf_imgproc_attn.models.kernel_relative import AlibiPositions, BucketPositions, bucket_boundaries
 from hf_imgproc_attn.models.visibility import attention_visibility
+from tests.gpu import composed_cases, model_cases
+from tests.gpu.schedules import schedules
 
 Tensors = list[torch.Tensor]
 SCALE = 0.3
@@ -65,6 +67,9 @@ CASES = [
     Case("single_pass", 131, 64, True, masked=True, positions="gaussian", batch=1),
     Case("single_pass", 20, 128, True, batch=1),
     Case("single_pass", 70, 16, True, positions="relative_buckets patches", batch=1),
+    Case("wavefront", 131, 32, True, masked=True, positions="gaussian", key_heads=1),
+    Case("wavefront", 70, 128, True, positions="relative_buckets patches", batch=1),
+    Case("wavefront", 40, 16, True, deterministic=True, batch=1),
     Case("general", 70, 32, True, masked=True, dtype="bfloat16", batch=1, positions="gaussian"),
     Case("general", 40, 32, False, masked=True, dtype="float16", batch=1),
     Case("general", 40, 32, False, dtype="float16", positions="relative_buckets patches", boosting="none", batch=1),
@@ -72,6 +77,8 @@ CASES = [
     Case("short", 40, 32, False, masked=True, dtype="float16", positions="gaussian patches", batch=1),
     Case("single_pass", 70, 32, True, masked=True, dtype="bfloat16", batch=1, positions="alibi"),
     Case("single_pass", 40, 32, True, masked=True, dtype="float16", batch=1),
+    Case("wavefront", 70, 32, True, masked=True, dtype="bfloat16", batch=1, positions="alibi"),
+    Case("wavefront", 70, 32, True, dtype="float16", batch=1),
 ]
 
 
@@ -225,7 +232,7 @@ def measure(case: Case) -> dict[str, Any]:
 def causality() -> dict[str, Any]:
     """How far a change of token 40 reaches: largest change of earlier outputs, least change of later ones."""
     found = {}
-    for algorithm in ("general", "single_pass"):
+    for algorithm in ("general", "single_pass", "wavefront"):
         (query, key, value, _), _ = inputs_of(Case(algorithm, 70, 32, True))
         changed = [tensor.clone() for tensor in (query, key, value)]
         for tensor in changed:
@@ -240,7 +247,7 @@ def causality() -> dict[str, Any]:
 def saved_tensors() -> dict[str, float]:
     """Largest difference between algorithms in what they leave for the backward, which may be another's."""
     found = {}
-    for is_causal, others in ((True, ["single_pass"]), (False, ["short"])):
+    for is_causal, others in ((True, ["single_pass", "wavefront"]), (False, ["short"])):
         (query, key, value, _), mask = inputs_of(Case("general", 40, 32, is_causal, masked=True))
         case = Case("general", 40, 32, is_causal, masked=True, positions="gaussian")
         inputs = (query, key, value, mask, None, *position_tensors(positions_of(case, parameters_of(case)), query)[2:])
@@ -319,6 +326,7 @@ def edges() -> dict[str, Any]:
         "algorithm": lambda: fused_attention(query, key, value, algorithm="fast"),
         "short": lambda: fused_attention(query, key, value, is_causal=True, algorithm="short"),
         "single_pass": lambda: fused_attention(query, key, value, algorithm="single_pass"),
+        "wavefront": lambda: fused_attention(query, key, value, algorithm="wavefront"),
         "unboosted": lambda: fused_attention(query, key, value, boosting="none", algorithm="short"),
         "key_bias": lambda: fused_attention(query, key, value, key_bias=torch.zeros(2, 1, 19)),
         "places": lambda: fused_attention(
@@ -402,13 +410,11 @@ def dispatch() -> dict[str, Any]:
     reasons = {
         "mask": refuses(call(square)),
         "float mask": refuses(call(torch.linspace(0, 1, 19).expand(2, 1, 1, 19))),
+        "mask of heads": refuses(call(torch.rand(2, 2, 1, 19) > 0.5)),
         "bias": refuses(call(positions=(BiasPositions(torch.zeros(1, 2, 19, 19)),))),
-        "dropout": refuses(call(dropout=0.1)),
-        "steps": refuses(call(booster=Booster("twicing", 3))),
-        "boosting": refuses(call(booster=Booster("sos"))),
-        "shapes": refuses(call(key=key[:, :, 1:], value=value[:, :, 1:])),
         "dtype": refuses(call(**double)),
-        "width": refuses(call(**dict.fromkeys(("query", "key", "value"), torch.zeros(1, 1, 2, 136)))),
+        "width": refuses(call(**dict.fromkeys(("query", "key", "value"), torch.zeros(1, 1, 2, 264)))),
+        "columns": refuses(call(positions=(FeaturePositions(*(torch.zeros(1, 1, 19, 250),) * 2),))),
     }
     return {"served": served, "reasons": reasons, "contents": contents()}
 
@@ -420,7 +426,10 @@ def main() -> None:
     found = {
         "cases": [measure(case) for case in CASES],
         **{part.__name__: part() for part in (causality, saved_tensors, operator_checks, compiled, edges, dispatch)},
+        **schedules(),
     }
+    found["models"] = model_cases.found()
+    found["composed"] = composed_cases.found("--full" in sys.argv)
     print(json.dumps(found))
 
 

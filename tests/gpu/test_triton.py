@@ -22,9 +22,9 @@ SHARED_MEMORY = 227 * 1024
 """What a block of threads can have on compute capability 9.0, in bytes."""
 
 
-def run_worker(name: str, folder: Path, **environment: str) -> Any:
+def run_worker(name: str, folder: Path, *arguments: str, **environment: str) -> Any:
     result = run_command(
-        [sys.executable, str(Path(__file__).with_name(name))],
+        [sys.executable, str(Path(__file__).with_name(name)), *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(folder), **environment},
         timeout=600,
     )
@@ -32,14 +32,21 @@ def run_worker(name: str, folder: Path, **environment: str) -> Any:
     return json.loads(result.stdout)
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return run_worker("interpreter_worker.py", tmp_path_factory.mktemp("triton"), TRITON_INTERPRET="1")
+def every_case(config: pytest.Config) -> tuple[str, ...]:
+    """The workers run few of the composed cases but under ``--full``."""
+    return ("--full",) if config.getoption("--full") else ()
 
 
 @pytest.fixture(scope="module")
-def without_gpu(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return run_worker("compile_worker.py", tmp_path_factory.mktemp("triton"), TRITON_INTERPRET="0")
+def found(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Any:
+    folder = tmp_path_factory.mktemp("triton")
+    return run_worker("interpreter_worker.py", folder, *every_case(pytestconfig), TRITON_INTERPRET="1")
+
+
+@pytest.fixture(scope="module")
+def without_gpu(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Any:
+    folder = tmp_path_factory.mktemp("triton")
+    return run_worker("compile_worker.py", folder, *every_case(pytestconfig), TRITON_INTERPRET="0")
 
 
 def test_outputs_and_gradients_are_those_of_the_formula(found: Any) -> None:
@@ -49,7 +56,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(found: Any) -> None:
     which do not see themselves, would drown them in noise if their distances were not taken from the nearest key.
     """
     cases = [case for case in found["cases"] if case["dtype"] == "float32"]
-    assert {case["algorithm"] for case in cases} == {"general", "short", "single_pass"}
+    assert {case["algorithm"] for case in cases} == {"general", "short", "single_pass", "wavefront"}
     assert {case["positions"].partition(" ")[0] for case in cases} == {"", "gaussian", "alibi", "relative_buckets"}
     for case in cases:
         assert len(case["errors"]) == 4 + bool(case["positions"]) + ("patches" in case["positions"])
@@ -76,7 +83,7 @@ def test_joining_heads_copies_nothing(found: Any) -> None:
     assert all(case["strides_follow"] for case in found["cases"])
 
 
-@pytest.mark.parametrize("algorithm", ["general", "single_pass"])
+@pytest.mark.parametrize("algorithm", ["general", "single_pass", "wavefront"])
 def test_causal_outputs_do_not_see_later_tokens(found: Any, algorithm: str) -> None:
     earlier, later = found["causality"][algorithm]
     assert earlier == 0.0
@@ -84,8 +91,20 @@ def test_causal_outputs_do_not_see_later_tokens(found: Any, algorithm: str) -> N
 
 
 def test_any_backward_can_follow_any_forward(found: Any) -> None:
-    assert found["saved_tensors"].keys() == {"single_pass", "short"}
+    assert found["saved_tensors"].keys() == {"single_pass", "short", "wavefront"}
     assert max(found["saved_tensors"].values()) < 1e-5
+
+
+def test_programs_of_the_wavefront_wait_for_one_another(found: Any) -> None:
+    """In threads, few and all at once, the first one late, over rows of NaN: as one after another, but for rounding.
+
+    The same programs, told that everything is finished, read the NaN: it is the waiting that makes the result right.
+    """
+    schedules = found["schedules"]
+    assert schedules["programs"] == [8] * 4
+    assert schedules["differences"].keys() == {"1", "8"}
+    assert max(schedules["differences"].values()) < 2e-6
+    assert schedules["without_waiting"] == "inf"
 
 
 def test_operators_pass_the_checks_of_torch_library(found: Any) -> None:
@@ -116,9 +135,10 @@ def test_algorithm_is_chosen_by_shape(found: Any) -> None:
         ("dtype", "must be all float16, bfloat16 or float32, got torch.float64"),
         ("width", "head_dim must be <= 128, got 136"),
         ("mask", "key_mask must be boolean [batch, length] = (2, 19), got torch.float32"),
-        ("algorithm", "algorithm must be one of auto, general, short, single_pass, got 'fast'"),
+        ("algorithm", "algorithm must be one of auto, general, short, single_pass, wavefront, got 'fast'"),
         ("short", "needs is_causal=False, length <= 256 and head_dim <= 64, got is_causal=True"),
         ("single_pass", "needs is_causal=True, got is_causal=False"),
+        ("wavefront", "algorithm='wavefront' needs is_causal=True, got is_causal=False"),
         ("key_bias", "key_bias must be float32 [batch, heads, length] = (2, 2, 19), got torch.float32 (2, 1, 19)"),
         ("places", "positions.coordinates must have shape [2 or 1, 19, axes], got (1, 18, 2)"),
         ("unboosted", "algorithm='short' needs boosting='twicing', got boosting='none'"),
@@ -146,25 +166,89 @@ def test_gaussian_contents_are_served_with_their_gradients(found: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("mask", "takes masks of padded keys only"),
-        ("float mask", "takes masks of padded keys only"),
-        ("bias", "positions by place (gaussian, alibi, relative_buckets), got BiasPositions"),
-        ("dropout", "drops nothing out, got dropout_p=0.1"),
-        ("steps", "does twicing with 2 steps, or no boosting, got boosting='twicing' with 3 steps"),
-        ("boosting", "does twicing with 2 steps, or no boosting, got boosting='sos' with 2 steps"),
-        ("shapes", "needs query, key and value of one shape"),
+        ("mask", "takes masks of padded keys, the same for all heads, only"),
+        ("float mask", "takes masks of padded keys, the same for all heads, only"),
+        ("mask of heads", "takes masks of padded keys, the same for all heads, only"),
+        (
+            "bias",
+            "takes positions as feature columns, or one term by place (gaussian, alibi, relative_buckets), got Bias",
+        ),
         ("dtype", "needs float16 or bfloat16, got torch.float64"),
-        ("width", "needs head_dim <= 128, got 136"),
+        ("width", "needs widths <= 256, columns included, got 264 of queries, 264 of values"),
+        ("columns", "needs widths <= 256, columns included, got 272 of queries, 16 of values"),
     ],
 )
 def test_reasons_for_refusing(found: Any, name: str, reason: str) -> None:
     assert reason in found["dispatch"]["reasons"][name]
 
 
+def test_composed_boosters_are_exact(found: Any) -> None:
+    """Against float64, over pairs of widths, groups, masks, positions, causality, fewer queries, dropout and boosters.
+
+    Outputs, the gradients of queries, keys, values, gains and positions, and the streams that a cache is given.
+    """
+    cases = [case for case in found["composed"]["cases"] if case["dtype"] == "float32"]
+    assert {case["booster"].partition(" ")[0] for case in cases} >= {"none", "twicing", "learned", "sos", "diffusion"}
+    assert not [case for case in cases if max(case["errors"][:4]) > 5e-6]
+    # Of few numbers, which sums over all pairs leave small.
+    assert not [case for case in cases if max(case["errors"][4:], default=0.0) > 2e-5]
+
+
+def test_composed_boosters_round_as_the_steps_of_sdpa_do(found: Any) -> None:
+    cases = [case for case in found["composed"]["cases"] if case["dtype"] != "float32"]
+    assert {case["dtype"] for case in cases} == {"bfloat16", "float16"}
+    for case in cases:
+        for mine, theirs in zip(case["errors"], case["sdpa_errors"], strict=True):
+            assert mine <= 2.0 * theirs + 1e-4, case
+
+
+def test_the_filter_applied_once_is_a_good_operator(found: Any) -> None:
+    assert set(found["composed"]["operator_checks"].values()) == {"SUCCESS"}
+
+
+def test_whole_models_train_and_decode_on_the_kernels(found: Any) -> None:
+    """GPT-2 with columns, kernels by place, three steps, gains: gradients; a padded prompt in chunks by a cache."""
+    models = found["models"]
+    assert len(models["trained"]) > 15
+    assert max(models["trained"]) < 2e-5
+    assert max(models["decoded"]) < 2e-6
+
+
+def test_checkpointed_layers_drop_the_same_weights_again(found: Any) -> None:
+    assert found["models"]["dropped"]["checkpointed"] < 1e-6
+    assert found["models"]["dropped"]["another seed"] > 0.1
+
+
+def test_lengths_say_what_a_mask_says(found: Any) -> None:
+    assert found["composed"]["lengths"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("axes", "must have 4 axes"),
+        ("shape", "key must have the query's batch and width, x the key's batch and length"),
+        ("length", "x the key's batch and length"),
+        ("heads", "both a divisor of the query's heads, got (2, 2, 5, 16), (2, 3, 7, 16)"),
+        ("width", "widths must be <= 256"),
+        ("dtype", "must be all float16, bfloat16 or float32, got torch.float32, torch.float32, torch.float16"),
+        (
+            "mask",
+            "key_mask must be boolean [batch, key_length] = (2, 7) or int32 [batch] = (2,), got torch.bool (2, 5)",
+        ),
+        ("bias", "key_bias must be float32 [batch, heads, key_length] = (2, 2, 7), got torch.float32 (2, 1, 7)"),
+        ("dropout", "dropout must be in [0, 1), got 1.0"),
+        ("seed", "seed must be int64 of shape (1,) where dropout > 0, got None"),
+    ],
+)
+def test_misuse_of_the_filter_applied_once_is_refused(found: Any, name: str, message: str) -> None:
+    assert message in found["composed"]["refused"][name]
+
+
 def test_kernels_compile_for_a_gpu_that_is_not_there(without_gpu: Any) -> None:
     """Every kernel, with its largest blocks: on the fast instructions, and within a device's shared memory."""
     binaries = without_gpu["binaries"]
-    assert len({binary["kernel"] for binary in binaries if binary["products"]}) == 8
+    assert len({binary["kernel"] for binary in binaries if binary["products"]}) == 13
     for binary in binaries:
         assert binary["bytes"] > 0
         assert binary["warp_group_products"] >= binary["products"], binary

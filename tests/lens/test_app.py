@@ -43,7 +43,7 @@ def test_preset_is_shown_beside_the_checkpoint_as_it_is(checkpoints: Path) -> No
     assert plain.heads[0].operator_spectrum == plain.heads[0].filter_spectrum
     assert boosted.heads[0].operator_spectrum != boosted.heads[0].filter_spectrum
     assert set(plain.maps) == {"content", "position", "product"}
-    assert "|  | Stories | Stories with twicing |" in found.summary
+    assert "| | Stories | Stories with twicing |" in found.summary
     assert "<h1>What Stories, Stories with twicing filters</h1>" in found.page
     # The checkpoint that is kept in memory has no filter in it.
     again = answer(Question(str(checkpoints / "llama"), text=TOKENS, beside=0, spectra=False, noise=0.0))
@@ -89,6 +89,28 @@ def test_what_cannot_be_answered_is_said(model: str, fields: dict[str, Any], mes
         answer(Question(name, **fields))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("beside", None, "samples beside it must be an integer from 0 to 31, got nothing"),
+        ("beside", "", "samples beside it must be an integer from 0 to 31, got nothing"),
+        ("beside", 2.5, "samples beside it must be an integer from 0 to 31, got 2.5"),
+        ("noise", None, "noise must be a number from 0 to 1, got nothing"),
+        ("token", "-1", "token must be an integer >= 0 or empty, got -1"),
+    ],
+)
+def test_emptied_fields_of_the_app_are_named(field: str, value: Any, message: str, checkpoints: Path) -> None:
+    import gradio
+
+    from hf_imgproc_attn.lens.app import _look
+
+    held = {"beside": 3, "token": "", "noise": 0.1, field: value}
+    name = str(checkpoints / "llama")
+    given = [name, "as it is", "", None, held["beside"], held["token"], None, held["noise"], False]
+    with pytest.raises(gradio.Error, match=message):
+        _look(given, {}, True)
 
 
 def test_offered_presets_can_be_put_into_a_model() -> None:

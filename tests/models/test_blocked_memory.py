@@ -107,7 +107,9 @@ def test_memory_of_delta_is_linear(backend: str) -> None:
         leaves = [torch.randn(1, 1, length, 4, requires_grad=True) for _ in range(3)]
         with Memory() as memory:
             dropout = 0.1 if backend == "blocked" else 0.0
-            run_filter(filter_call(*leaves, is_causal=True, boosting="delta", dropout=dropout), backend).sum().backward()
+            run_filter(
+                filter_call(*leaves, is_causal=True, boosting="delta", dropout=dropout), backend
+            ).sum().backward()
         peaks.append(memory.peak)
     assert peaks[1] < 4096 * 4096 * 4 / 2
     assert peaks[1] < 4.3 * peaks[0]

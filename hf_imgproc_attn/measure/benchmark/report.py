@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError, require_extras
+from ...markdown_tables import table_text
 from ...output_paths import check_output_file, write_or_keep
 
 FIT_FROM = 1024
@@ -196,7 +197,7 @@ def redraw(path: Path) -> None:
 
 def goals_table(record: dict[str, Any]) -> str:
     """The table of costs of ``docs/speed.md``: what was measured beside what was to be reached."""
-    lines = ["| case | direction | × plain (quartiles) | goal | reached |", "|---|---|---|---|---|"]
+    cells = []
     for case, method, words, direction, goal in GOALS:
         row = next(
             (
@@ -210,8 +211,8 @@ def goals_table(record: dict[str, Any]) -> str:
         reached = (
             "" if row is None else "yes" if row["ratio"] <= goal + 0.005 else f"no, {row['ratio'] / goal - 1:+.0%}"
         )
-        lines.append(f"| {words} | {direction} | {measured} | {goal:.2f} | {reached} |")
-    return "\n".join(lines)
+        cells.append([words, direction, measured, f"{goal:.2f}", reached])
+    return table_text(["case", "direction", "× plain (quartiles)", "goal", "reached"], cells)
 
 
 def _ratio(row: dict[str, Any]) -> str:

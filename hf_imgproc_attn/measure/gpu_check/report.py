@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
+from ...markdown_tables import table_lines
 from .choices import cuda_choices
 from .parts import BAD, MEASURED, PARTS, STATUSES
 
@@ -183,8 +184,7 @@ def _cell(text: str) -> str:
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     if not rows:
         return []
-    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    return [*lines, *(f"| {' | '.join(row)} |" for row in rows), ""]
+    return [*table_lines(header, rows), ""]
 
 
 def _measured(cases: dict[str, Any], **about: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:
