@@ -22,7 +22,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from .boost_gradient import ZeroLinear
 from .spec_axes import LayerSpec
@@ -60,23 +59,16 @@ def token_rates(spec: LayerSpec, config: Any) -> TokenRates | None:
     return TokenRates(config.hidden_size, config.num_attention_heads)
 
 
-def rates(
-    shift: torch.Tensor, by_token: nn.Module | None, hidden_states: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
+def rates(shift: torch.Tensor, by_token: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """beta, ``[heads, 1, 1]`` or ``[batch, heads, length, 1]``.
 
     Args:
         shift: b, ``[heads]``.
-        by_token: w, or None.
-        hidden_states: z, ``[batch, length, hidden_size]``.
+        by_token: w . z_i, ``[batch, heads, length, 1]``, or None.
         dtype: of beta, at least float32.
     """
     logits = shift.to(dtype).view(-1, 1, 1)
-    if by_token is None:
-        return torch.tanh(logits)
-    if hidden_states is None:
-        raise ValueError("inputs.hidden_states must be given for boosting='delta', got None")
-    return torch.tanh(logits + by_token(hidden_states).to(dtype))
+    return torch.tanh(logits if by_token is None else logits + by_token.to(dtype))
 
 
 def own_columns(x: torch.Tensor, places: OwnPlaces) -> torch.Tensor:

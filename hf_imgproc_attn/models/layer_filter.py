@@ -17,7 +17,7 @@ from torch import nn
 from .backend_call import Booster, Content, Difference, FilterCall
 from .backend_reference import filter_logits, reference_attention
 from .backend_table import run_filter
-from .boost_delta import rates, token_rates
+from .boost_delta import token_rates
 from .boost_depth import FEEDBACK, LayerState, feedback_gains, gain_arguments, mixed_value
 from .boost_differential import SECOND_KEY, SecondMap
 from .boost_gate import OutputGate, TokenGains
@@ -30,6 +30,7 @@ from .kernel_elliptical import elliptical_metric
 from .kernel_forget import FORGET_STREAM, ForgetGates
 from .kernel_normalisation import Normalisation
 from .kernel_position import Positions, pack_key, unpack_key
+from .layer_gains import booster_gain
 from .layer_inputs import LayerInputs
 from .layer_parameters import FilterScalars, PositionProjection, Scalars, bandwidth_scale, per_head
 from .layer_positions import LayerPositions
@@ -318,7 +319,7 @@ class AttentionFilter(nn.Module):
             if metric.shape[1] != query.shape[1]:
                 metric = metric.repeat_interleave(query.shape[1] // metric.shape[1], dim=1)
             scale = metric * scale
-        gain = self._gain(scalars, hidden_states, query.dtype) if self._has_gain else None
+        gain = booster_gain(self, scalars, hidden_states, query.dtype) if self._has_gain else None
         by_weights = None
         if self.weight_booster is not None:
             by_weights = self.weight_booster(hidden_states, visibility, partial(self.positions.turn, coordinates))
@@ -337,21 +338,6 @@ class AttentionFilter(nn.Module):
             normalisation=self._normalisation,
             by_weights=by_weights,
         )
-
-    def _gain(self, scalars: Scalars, hidden_states: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-        """The booster's factors beside queries of ``dtype``, as ``boost_operators`` takes them."""
-        if scalars.boosting_gain is not None:
-            return scalars.boosting_gain.to(working_dtype(dtype)).view(-1, 1, 1)
-        if scalars.inversion_gains is not None:
-            return scalars.inversion_gains.to(working_dtype(dtype)).mT[..., None, None]
-        if scalars.delta is not None:
-            return rates(scalars.delta, self.token_rates, hidden_states, working_dtype(dtype))
-        if self.token_gains is None:
-            return None
-        if hidden_states is None:
-            raise ValueError("inputs.hidden_states must be given for boosting='dynamic_inversion', got None")
-        gains: torch.Tensor = self.token_gains(hidden_states)
-        return gains if self.heads is None else self.heads.mine(gains, dim=2)
 
     def _with_positions(
         self,
