@@ -22,6 +22,7 @@ FILTERS: dict[str, dict[str, Any]] = {
     "twicing": {"preset": "twicing"},
     "three steps": {"preset": "twicing", "boosting_steps": 3},
     "sos": {"preset": "sos"},
+    "delta": {"preset": "delta"},
     "learned gain": {"preset": "learned_twicing"},
     "elliptical": {"preset": "elliptical", "boosting": "twicing"},
     "neutreno": {"preset": "neutreno", "neutreno_lambda": 0.3},
@@ -146,7 +147,7 @@ def assert_same(found: Any, wanted: Any) -> None:
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)  # generation hands them out in single precision
 
 
-@pytest.mark.grid(name=TEXT_MODELS, mode=MODES, which=["twicing", "three steps", "alibi", "pid"])
+@pytest.mark.grid(name=TEXT_MODELS, mode=MODES, which=["twicing", "three steps", "alibi", "pid", "delta"])
 def test_generation_gives_the_tokens_of_full_recomputation(name: str, mode: str, which: str) -> None:
     model = filtered(name, which)
     alone = "assistant" in mode or mode == "prompt lookup"  # for one text at a time
@@ -188,9 +189,10 @@ def test_generation_goes_on_with_the_returned_cache(name: str, mode: str) -> Non
     assert_same(second, generate(model, turn, {"use_cache": False}))
 
 
+@pytest.mark.parametrize("which", ["three steps", "delta"])
 @pytest.mark.parametrize("change", ["crop", "reorder", "repeat", "select", "reset", "copy"])
-def test_streams_follow_what_happens_to_the_cache(change: str) -> None:
-    model, ids = filtered("llama", "three steps"), text()
+def test_streams_follow_what_happens_to_the_cache(change: str, which: str) -> None:
+    model, ids = filtered("llama", which), text()
     cache = DynamicCache(config=model.config)
     decode(model, {"input_ids": ids}, cache, [9])
     kept, rest = ids[:, :9], ids[:, 9:]
@@ -219,10 +221,11 @@ def test_streams_follow_what_happens_to_the_cache(change: str) -> None:
     assert (found - full).abs().max() < 1e-12 * full.abs().max()
 
 
+@pytest.mark.parametrize("which", ["three steps", "delta"])
 @pytest.mark.parametrize("used_before", [False, True])
-def test_a_window_that_is_rolled_back_keeps_its_rows(used_before: bool) -> None:
+def test_a_window_that_is_rolled_back_keeps_its_rows(used_before: bool, which: str) -> None:
     """As when an assistant guesses wrong, in a cache that was there before it began."""
-    model, given = filtered("mistral", "three steps"), given_text(False, False)
+    model, given = filtered("mistral", which), given_text(False, False)
     cache = DynamicCache(config=model.config)
     if used_before:
         decode(filtered("mistral", "sos"), given, cache, [4])
