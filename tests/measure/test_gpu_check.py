@@ -124,7 +124,8 @@ def test_rehearsal_covers_every_back_end(rehearsal: Record) -> None:
     methods = {case["about"]["method"] for case in measured}
     # The memory-efficient and cuDNN kernels of SDPA are a GPU's.
     assert methods == {
-        "triton single_pass", "triton general", "triton short", "SDPA flash", "SDPA maths", "sdpa", "blocked", "flex",
+        "triton single_pass", "triton general", "triton short", "triton composed", "triton in chunks",
+        "triton with dropout", "SDPA flash", "SDPA maths", "sdpa", "blocked", "flex",
         "flex, called directly", "flex, several lengths",
     }  # fmt: skip
     assert {case["about"]["filter"] for case in measured} == set(tensors.FILTERS)

@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..benchmark.attention import Shape
 from ..benchmark.timing import interleave, peak_memory
+from .composed import with_dropout
 from .part_backends import SDPA_KERNELS, compiled_flex, forced, triton_algorithm
 from .parts import Bench, Case, Refused, Wrong
 from .tensors import FILTERS, Attend, Inputs, attend, gaussian_features, relative_error
@@ -26,6 +27,8 @@ VIT = Shape(64, 12, 197, 64, is_causal=False)
 SHAPES = (VIT, Shape(8, 12, 2048, 64), Shape(1, 12, 16384, 64), Shape(8, 8, 2048, 128))
 TINY_SHAPES = (Shape(2, 1, 17, 16, is_causal=False), Shape(1, 1, 17, 16))
 TIMED = ("twicing", "bilateral untied", "bilateral gaussian", "twicing, 3 steps")
+_REHEARSED_ON_TRITON = ("twicing", "bilateral untied")
+"""The interpreter takes seconds for a case."""
 DIRECTIONS = ("forward", "forward + backward")
 PLAIN = "plain"
 
@@ -44,13 +47,7 @@ def cases(bench: Bench) -> list[Case]:
     found = [
         Case("SDPA's choice for plain attention", partial(baseline_choice, bench, shapes), about={"what": "choice"})
     ]
-    quick = [
-        (name, backend, shape)
-        for name in TIMED
-        for shape in shapes
-        for backend in ("sdpa", "triton", "blocked")
-        if backend != "triton" or name == "twicing"
-    ]
+    quick = [(name, backend, shape) for name in TIMED for shape in shapes for backend in ("sdpa", "triton", "blocked")]
     slow = [(name, "flex", shape) for name in TIMED for shape in shapes]
 
     def add(name: str, backend: str, shape: Shape, run: Callable[[float], dict[str, Any]], prefix: str = "") -> None:
@@ -63,6 +60,8 @@ def cases(bench: Bench) -> list[Case]:
     for algorithm, shape in _triton_algorithms(bench, shapes):
         run = partial(time_triton, bench, algorithm, shape)
         add("twicing", f"triton {algorithm}", shape, run)
+    name = "twicing, 3 steps"
+    add(name, "triton with dropout", shapes[1], partial(time_dropout, bench, name, shapes[1]))
     for shape in shapes:
         for kernel in ("flash", "memory-efficient", "cuDNN"):
             add(PLAIN, f"SDPA {kernel}", shape, partial(time_kernel, bench, kernel, shape))
@@ -250,6 +249,13 @@ def time_triton(bench: Bench, algorithm: str, shape: Shape, seconds_left: float)
         raise Wrong(f"differs from two SDPA calls by {difference:.2g}, allowed {DISAGREEMENT}", values)
     budget = 0.0 if bench.tiny else 0.4
     return values | time_against_plain(bench, run, inputs, shape, FILTERS["twicing"].products, budget)
+
+
+def time_dropout(bench: Bench, name: str, shape: Shape, seconds_left: float) -> dict[str, Any]:
+    """A filter by the Triton kernels with dropout, one mask for all steps, against plain attention without."""
+    inputs = draw_on(bench, name, shape)
+    budget = 0.0 if bench.tiny else 0.4
+    return time_against_plain(bench, with_dropout(name), inputs, shape, FILTERS[name].products, budget)
 
 
 def time_kernel(bench: Bench, kernel: str, shape: Shape, seconds_left: float) -> dict[str, Any]:
