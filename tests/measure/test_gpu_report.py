@@ -110,6 +110,8 @@ def test_committed_pages_are_what_the_committed_record_says() -> None:
     assert report.paragraph(record).join(report.PARAGRAPH_MARKS) in compatibility
     table = (ROOT / report.TABLE).read_text(encoding="utf-8")
     assert report.table_source(record).join(report.TABLE_MARKS) in table
+    algorithms = (ROOT / report.ALGORITHMS).read_text(encoding="utf-8")
+    assert report.algorithms_source(record).join(report.TABLE_MARKS) in algorithms
 
 
 def test_without_a_record_everything_says_not_measured() -> None:
@@ -159,7 +161,7 @@ def test_a_part_that_was_not_run_says_so() -> None:
 
 
 def test_render_writes_a_checkout(tmp_path: Path) -> None:
-    for name in (report.PAGE, report.COMPATIBILITY, report.TABLE):
+    for name in (report.PAGE, report.COMPATIBILITY, report.TABLE, report.ALGORITHMS):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     found = tmp_path / "gpu.json"
