@@ -7,6 +7,7 @@ in every conversion, on the same model without it.
 from __future__ import annotations
 
 import copy
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import transformers
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from . import filtered
 from .conversion_source import load_config
+from .errors import plain_message
 from .models.any_filter import apply_filter, filtered_layers, is_filtered, remove_filter
 from .models.configuration_imgproc_filtered import FILTERED_MODEL_TYPE
 from .models.modeling_imgproc_filtered import auto_map
@@ -115,8 +117,8 @@ def _load(checkpoint: Any) -> tuple[PreTrainedModel, list[str]]:
         )
     try:
         model, info = getattr(transformers, auto_class).from_pretrained(checkpoint, output_loading_info=True)
-    except SafetensorError as error:
-        raise OSError(f"the weights of {str(checkpoint)!r} cannot be read, the file is damaged: {error}") from error
+    except (SafetensorError, UnpicklingError, EOFError) as error:
+        raise OSError(f"the weights of {str(checkpoint)!r} cannot be read, {plain_message(error)}") from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -84,8 +85,8 @@ def load_source(model_or_path: Any) -> Source:
         if loaded_class._keys_to_ignore_on_load_unexpected and loaded_class is not variant_class:
             loaded_class = _listing_all_tensors(loaded_class)
         model, info = loaded_class.from_pretrained(model_or_path, output_loading_info=True, **options)
-    except SafetensorError as error:
-        raise OSError(f"the weights of {str(model_or_path)!r} cannot be read, the file is damaged: {error}") from error
+    except (SafetensorError, UnpicklingError, EOFError) as error:
+        raise OSError(f"the weights of {str(model_or_path)!r} cannot be read, {plain_message(error)}") from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):  # how the library, and our classes, speak of other shapes
             raise

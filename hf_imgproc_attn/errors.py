@@ -111,14 +111,32 @@ def plain_message(error: BaseException) -> str:
     """The message of an exception on one line, without what a library wraps around it.
 
     The strict dataclasses of Transformers' configurations put the name of an internal validator before the message
-    that it raised, and torch puts the traceback of a data-loader worker before its own.
+    that it raised, and torch puts the traceback of a data-loader worker before its own. Of files of weights that are
+    none, Python's unpickler and torch say how to trust them, or nothing at all.
     """
     if type(error).__name__.startswith("StrictDataclass") and error.__cause__ is not None:
         error = error.__cause__
+    if type(error).__name__ in ("SafetensorError", "UnpicklingError", "EOFError"):
+        return f"the file is damaged, or holds other things than weights ({_first_sentence(error)})"
     text = str(error)
     if "Original Traceback (most recent call last):" in text:
         text = text.strip().splitlines()[-1].partition(": ")[2]
     return " ".join(text.split()) or type(error).__name__
+
+
+def broken_files() -> tuple[type[Exception], ...]:
+    """What libraries raise for a checkpoint whose files are damaged, or are something else."""
+    from pickle import UnpicklingError
+
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    unreadable = (StrictDataclassError, SafetensorError, UnpicklingError, EOFError, ImportError)
+    return (*unreadable, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError)
+
+
+def _first_sentence(error: BaseException) -> str:
+    return re.split(r"(?<=[^.])\.\s|\n", str(error).strip())[0].rstrip(".") or type(error).__name__
 
 
 def disk_problem(error: OSError) -> str | None:

@@ -18,7 +18,14 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hf_imgproc_attn.errors import OneLineParser, UsageError, exit_code, plain_message, refuse_missing_path
+from hf_imgproc_attn.errors import (
+    OneLineParser,
+    UsageError,
+    broken_files,
+    exit_code,
+    plain_message,
+    refuse_missing_path,
+)
 from hf_imgproc_attn.markdown_tables import table_text
 from hf_imgproc_attn.models.spec_fields import PRESETS
 
@@ -57,7 +64,7 @@ def load(name: str) -> tuple[Any, Any]:
             "CausalLM" in architecture or "LMHead" in architecture for architecture in config.architectures or ()
         )
         model = (AutoModelForCausalLM if writes else AutoModel).from_pretrained(name).eval()
-    except (OSError, ValueError, KeyError) as error:
+    except broken_files() as error:
         raise UsageError(f"model must be a model of texts, got {name!r}: {plain_message(error)}") from error
     try:
         return model, AutoTokenizer.from_pretrained(name)

@@ -130,7 +130,7 @@ def look(folder: Path, quick: bool) -> dict[str, Path]:
         recipe -> page.
     """
     from hf_imgproc_attn.lens.compare import look_at, write
-    from hf_imgproc_attn.lens.run import LensOptions
+    from hf_imgproc_attn.lens.options import LensOptions
 
     options = LensOptions(spectra="none", noise=0.0, measures="summary") if quick else LensOptions()
     pages = {}

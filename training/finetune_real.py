@@ -18,7 +18,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_imgproc_attn.errors import OneLineParser, UsageError, exit_code, plain_message, refuse_missing_path
+from hf_imgproc_attn.errors import (
+    OneLineParser,
+    UsageError,
+    broken_files,
+    exit_code,
+    plain_message,
+    refuse_missing_path,
+)
 from hf_imgproc_attn.markdown_tables import table_text
 from hf_imgproc_attn.models.spec_fields import PRESETS
 from hf_imgproc_attn.output_paths import check_new_files, write_or_keep
@@ -217,7 +224,7 @@ def _load(name: str) -> Any:
 
     try:
         return AutoModelForCausalLM.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except broken_files() as error:
         raise UsageError(f"model must be a causal language model, got {name!r}: {plain_message(error)}") from error
 
 

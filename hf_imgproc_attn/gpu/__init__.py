@@ -1,10 +1,11 @@
 """Fused kernels for NVIDIA GPUs, written in Triton: optional, and no part of what a checkpoint takes along.
 
-Twicing, ``(2A - A^2) V``, and plain ``A V``, without A in memory, forward and backward, with head widths up to 128,
-float16 and bfloat16, causal or not, with an optional mask of padded keys and grouped keys. Position kernels of places
-(Gaussian, ALiBi, relative buckets) are computed inside the kernels, with exact gradients of their parameters, and
-Gaussian contents are inner products with a number for each key (:mod:`.triton_positions`). Four algorithms, of which
-:mod:`.choice` chooses by shape:
+A filter and its linear boosters without A in memory, forward and backward, in float16 and bfloat16: every content
+kernel, positions by place (Gaussian, ALiBi, relative buckets) inside the kernels with exact gradients of their
+parameters (:mod:`.triton_positions`), other positions as feature columns, causal or not, padded keys, grouped heads.
+
+*Specialised*, for twicing with two steps and for no boosting, with as many queries as keys, queries, keys and values
+of one width up to 128, no feature columns, dropout or streams. :mod:`.choice` chooses by shape:
 
     module                 for                                   N x N products, forward / backward (plain: 2 / 5)
     triton_short           not causal, N <= 256, width <= 64     3 / 8
@@ -14,6 +15,11 @@ Gaussian contents are inner products with a number for each key (:mod:`.triton_p
 
 Not boosted, ``triton_general`` alone is used, with plain attention's 2 / 5.
 
+*Composed* (:mod:`.composed`), for all other calls: any booster that applies A k times, as k applications of
+:mod:`.triton_once`, 2k / 7k products in a fixed order of additions. Widths up to 256, those of queries and values
+different, fewer queries than keys (a prompt in chunks), streams of a cache given and returned, learned gains, and
+dropout on A with one mask, which its seed gives again in every step and in the backward pass.
+
 *Checked* without a GPU: outputs and gradients against float64 in Triton's interpreter; every kernel compiles for
 compute capability 9.0 (H100), where its products are warp-group instructions and its tiles fit into shared memory.
 
@@ -22,7 +28,7 @@ compute capability 9.0 (H100), where its products are warp-group instructions an
 the number of products; ``triton_wavefront``, whose programs wait for one another, is never chosen unmeasured.
 
 Importing this package needs neither Triton nor a GPU; the back-ends register themselves in ``models.backend_table``.
-``supports`` says why a call cannot be served.
+``refuses`` says why a call cannot be served, ``supports`` why the specialised kernels do not serve it.
 """
 
 from __future__ import annotations
@@ -35,12 +41,27 @@ import torch
 from ..errors import install_hint
 from ..models.backend_call import FilterCall
 from ..models.backend_table import Backend, register
-from . import flex
-from .flex import NO_STREAMS
+from . import composed, flex
 
 _TRITON_IS_THERE = importlib.util.find_spec("triton") is not None
 
 MAX_HEAD_DIM = 128
+"""Of the specialised kernels."""
+
+
+def _cannot_run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
+    """Why no kernel can read the tensors, or None."""
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if not _TRITON_IS_THERE:
+        return f"needs the package triton: {install_hint('kernels')}"
+    if not query.is_cuda and not interpreted:
+        return f"needs tensors on a CUDA device, got {query.device}"
+    if query.is_cuda and torch.cuda.get_device_properties(query.device).major < 8:
+        return "needs a GPU of compute capability 8.0 or newer"
+    dtypes = (torch.float16, torch.bfloat16, *((torch.float32,) if interpreted else ()))
+    if not (query.dtype == key.dtype == value.dtype and query.dtype in dtypes):
+        return f"needs float16 or bfloat16, got {query.dtype}, {key.dtype}, {value.dtype}"
+    return None
 
 
 def supports(
@@ -54,7 +75,7 @@ def supports(
     boosting: str = "twicing",
     steps: int = 2,
 ) -> str | None:
-    """Why the kernels cannot serve a call, as the rest of a sentence about them, or None if they can.
+    """Why the specialised kernels cannot serve a call, as the rest of a sentence about them, or None if they can.
 
     Args:
         query: ``[batch, heads, length, head_dim]``.
@@ -66,13 +87,9 @@ def supports(
         boosting: only ``"twicing"`` and ``"none"`` are served.
         steps: of twicing; only 2 are served.
     """
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
-    if not _TRITON_IS_THERE:
-        return f"needs the package triton: {install_hint('kernels')}"
-    if not query.is_cuda and not interpreted:
-        return f"needs tensors on a CUDA device, got {query.device}"
-    if query.is_cuda and torch.cuda.get_device_properties(query.device).major < 8:
-        return "needs a GPU of compute capability 8.0 or newer"
+    reason = _cannot_run(query, key, value)
+    if reason is not None:
+        return reason
     if boosting != "none" and (boosting != "twicing" or steps != 2):
         return f"does twicing with 2 steps, or no boosting, got boosting={boosting!r} with {steps} steps"
     if key.shape != value.shape or (query.shape[0], *query.shape[2:]) != (key.shape[0], *key.shape[2:]):
@@ -80,9 +97,6 @@ def supports(
         return f"needs query, key and value of one shape, but for heads that share a key, got {shapes}"
     if query.shape[-1] > MAX_HEAD_DIM:
         return f"needs head_dim <= {MAX_HEAD_DIM}, got {query.shape[-1]}"
-    dtypes = (torch.float16, torch.bfloat16, *((torch.float32,) if interpreted else ()))
-    if not (query.dtype == key.dtype == value.dtype and query.dtype in dtypes):
-        return f"needs float16 or bfloat16, got {query.dtype}, {key.dtype}, {value.dtype}"
     if dropout_p > 0.0:
         return f"drops nothing out, got dropout_p={dropout_p}"
     if attn_mask is not None:
@@ -98,55 +112,45 @@ def supports(
 
 def refuses(call: FilterCall) -> str | None:
     """Why the Triton kernels cannot serve a filter's call, as the rest of a sentence about them, or None."""
-    if call.own_softmax is not None:
-        return call.own_softmax
-    if call.streams.is_cached and call.is_boosted:
-        return NO_STREAMS
-    if call.booster.gain is not None:
-        return "knows no learned gain"
+    return composed.refuses(call) or _cannot_run(call.query, call.key, call.value)
+
+
+def is_specialised(call: FilterCall) -> bool:
+    """Whether kernels for the whole booster serve a call that is not refused; else it is composed of applications."""
     _, rest = call.split_positions()
-    if rest.positions:
-        return (
-            "takes inner products and positions by place (gaussian, alibi, relative_buckets), "
-            f"got {type(rest.positions[0]).__name__}"
-        )
-    seen = call.visibility
-    if seen.mask is not None or seen.bias is not None:
-        return "takes masks of padded keys only"
-    return supports(
+    gives_streams = call.streams.is_cached and call.is_boosted
+    if rest.positions or gives_streams or call.booster.gain is not None:
+        return False
+    reason = supports(
         call.query,
         call.key,
         call.value,
-        is_causal=seen.hides_later_keys,
-        attn_mask=seen.keys,
+        is_causal=call.visibility.hides_later_keys,
+        attn_mask=call.visibility.keys,
         dropout_p=call.dropout,
         boosting=call.booster.name,
         steps=call.booster.steps,
     )
+    return reason is None
 
 
 def run(call: FilterCall) -> torch.Tensor:
-    """Serve a call that is not refused: ``[batch, heads, length, head_dim]``."""
+    """Serve a call that is not refused: ``[batch, heads, length, d]``."""
+    if not is_specialised(call):
+        return composed.run(call)
     from .fused import fused_attention
 
     query, scale = call.query, call.content.scale
     by_place, _ = call.split_positions()
-    key, key_bias = call.visibility.clean_keys(call.key), None
-    if call.content.kernel == "gaussian":  # -|q - k|^2 / h^2 but for what a whole row shares
-        squares = key.float().square().sum(-1).repeat_interleave(call.groups, dim=1)
-        key_bias = squares * -0.5 * (scale.float().squeeze(-1) if isinstance(scale, torch.Tensor) else scale)
     if isinstance(scale, torch.Tensor):  # one per head, or a metric
         query, scale = (query * scale).to(query.dtype), 1.0
-    key_mask = call.visibility.keys
-    if key_mask is not None:
-        key_mask = key_mask[:, 0, 0].expand(call.key.shape[0], -1)
     return fused_attention(
         query,
-        key,
+        call.visibility.clean_keys(call.key),
         call.visibility.clean_keys(call.value),
-        key_mask,
+        composed.key_mask(call),
         positions=by_place,
-        key_bias=key_bias,
+        key_bias=composed.key_bias(call),
         boosting=call.booster.name,
         scale=float(scale),
         is_causal=call.visibility.hides_later_keys,

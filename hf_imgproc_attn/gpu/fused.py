@@ -6,7 +6,6 @@ that compiled models, sharding and activation checkpointing go on working. Impor
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
@@ -18,9 +17,9 @@ from . import triton_general, triton_short, triton_single_pass, triton_wavefront
 from .checks import ALGORITHMS, check_tensors
 from .choice import choose, heads_grid, programs_grid, short_block, slots_of
 from .flops import register_formulas
+from .launching import adjacent, launch, on_device, rows_of
 from .places import PositionTensors, make_places, position_tensors, with_nearest
 from .triton_positions import ONLY_KEYS
-from .triton_tiles import INTERPRETED, Rows
 
 
 def fused_attention(
@@ -76,40 +75,16 @@ def fused_attention(
     return out
 
 
-def _adjacent(tensor: torch.Tensor) -> torch.Tensor:
-    """The kernels walk the last dimension with step 1."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _rows(tensor: torch.Tensor, group: int = 1) -> Rows:
-    batch, head, row = tensor.stride()[:3]
-    return Rows(tensor, batch, head, row, group)
-
-
 def _outputs(query: torch.Tensor, boosted: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """out as the query lies in memory (so that joining heads copies nothing), W and the log-sum-exp contiguous."""
     residual = torch.empty(query.shape if boosted else (0,), dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-    return torch.empty_like(_adjacent(query)), residual, lse
-
-
-def _on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    if tensor.is_cuda:
-        return torch.cuda.device(tensor.device)
-    if INTERPRETED:
-        return contextlib.nullcontext()
-    raise ValueError(f"the Triton kernels need tensors on a GPU, got {tensor.device}")
+    return torch.empty_like(adjacent(query)), residual, lse
 
 
 def _flags(query: torch.Tensor) -> torch.Tensor:
     """What ``triton_wavefront`` counts with: the programs that have started, and each head's finished blocks."""
     return torch.zeros(1 + heads_grid(query)[0], dtype=torch.int32, device=query.device)
-
-
-def _launch(kernel: Any, grid: Any, arguments: dict[str, Any], **own: Any) -> None:
-    """Start a kernel with those of the arguments that it takes."""
-    every = {**arguments, **own}
-    kernel[grid](**{name: every[name] for name in kernel.arg_names if name in every})
 
 
 def _arguments(
@@ -130,9 +105,9 @@ def _arguments(
     mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
     places = make_places(position, key_bias, key_bias_grad, query.shape[1])
     return {
-        "queries": _rows(query),
-        "keys": _rows(key, group),
-        "values": _rows(value, group),
+        "queries": rows_of(query),
+        "keys": rows_of(key, group),
+        "values": rows_of(value, group),
         "mask_pointer": lse if mask is None else mask,
         "lse_pointer": lse,
         "places": None if places is None else with_nearest(places, position, mask, query.shape[0], is_causal),
@@ -172,26 +147,26 @@ def fused_forward(
     algorithm: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """out, W = 2V - AV (empty if not boosted), and log2-sum-exp2 of the rows, ``[batch, heads, length]``, float32."""
-    query, key, value = _adjacent(query), _adjacent(key), _adjacent(value)
+    query, key, value = adjacent(query), adjacent(key), adjacent(value)
     out, residual, lse = _outputs(query, boosted)
     if out.numel() == 0:
         return out, residual, lse
     position = PositionTensors(kind, class_tokens, coordinates, key_coordinates, parameters, lookup)
-    with _on_device(query):
+    with on_device(query):
         arguments = _arguments(query, key, value, key_mask, key_bias, None, lse, position, scale, is_causal, boosted)
-        arguments |= {"outputs": _rows(out), "results": _rows(out), "residual_pointer": residual}
+        arguments |= {"outputs": rows_of(out), "results": rows_of(out), "residual_pointer": residual}
         chosen = choose(query, is_causal, algorithm, boosted=boosted)
         if chosen == "short":
-            _launch(triton_short.short_forward_kernel, heads_grid(query), arguments, HALF=short_block(query) // 2)
+            launch(triton_short.short_forward_kernel, heads_grid(query), arguments, HALF=short_block(query) // 2)
         elif chosen == "single_pass":
-            _launch(triton_single_pass.single_pass_forward_kernel, heads_grid(query), arguments)
+            launch(triton_single_pass.single_pass_forward_kernel, heads_grid(query), arguments)
         elif chosen == "wavefront":
             arguments["flags_pointer"] = _flags(query)
-            _launch(triton_wavefront.wavefront_forward_kernel, programs_grid(query, "BLOCK"), arguments)
+            launch(triton_wavefront.wavefront_forward_kernel, programs_grid(query, "BLOCK"), arguments)
         else:
-            _launch(triton_general.smooth_kernel, programs_grid(query, "BLOCK_M"), arguments)
+            launch(triton_general.smooth_kernel, programs_grid(query, "BLOCK_M"), arguments)
             if boosted:
-                _launch(triton_general.apply_kernel, programs_grid(query, "BLOCK_M"), arguments)
+                launch(triton_general.apply_kernel, programs_grid(query, "BLOCK_M"), arguments)
     return out, residual, lse
 
 
@@ -244,7 +219,7 @@ def fused_backward(
 
     The last two are empty where there is none. A is computed again from the log-sum-exp.
     """
-    grad, query, key, value, out = (_adjacent(tensor) for tensor in (grad, query, key, value, out))
+    grad, query, key, value, out = (adjacent(tensor) for tensor in (grad, query, key, value, out))
     dq, dk, dv, d_key_bias, d_parameters = _gradients(query, key, value, key_bias, parameters, learns)
     if dq.numel() == 0:
         return dq, dk, dv, d_key_bias, d_parameters.zero_()
@@ -260,12 +235,12 @@ def fused_backward(
     slots = slots_of(chosen, query)
     sums = torch.zeros(heads_grid(query)[0], slots, d_parameters.shape[-1], dtype=torch.float32, device=query.device)
     position = PositionTensors(kind, class_tokens, coordinates, key_coordinates, parameters, lookup)
-    with _on_device(query):
+    with on_device(query):
         arguments = _arguments(
             query, key, value, key_mask, key_bias, d_key_bias, lse, position, scale, is_causal, boosted
         )
         tensors = {"outputs": out, "grads": grad, "dqs": dq, "dks": dk_heads, "dvs": dv_heads}
-        arguments |= {name: _rows(tensor) for name, tensor in tensors.items()}
+        arguments |= {name: rows_of(tensor) for name, tensor in tensors.items()}
         arguments |= {
             "residual_pointer": residual,
             "negative_h_pointer": torch.empty_like(residual),
@@ -278,15 +253,15 @@ def fused_backward(
             "ADD_DQ": not deterministic,
         }
         if chosen == "short":
-            _launch(triton_short.short_backward_kernel, heads_grid(query), arguments, BLOCK_N=short_block(query))
+            launch(triton_short.short_backward_kernel, heads_grid(query), arguments, BLOCK_N=short_block(query))
         elif chosen == "single_pass":
-            _launch(triton_single_pass.single_pass_backward_kernel, heads_grid(query), arguments)
+            launch(triton_single_pass.single_pass_backward_kernel, heads_grid(query), arguments)
         elif chosen == "wavefront":
             arguments["flags_pointer"] = _flags(query)
-            _launch(triton_wavefront.wavefront_backward_kernel, programs_grid(query, "BLOCK"), arguments)
+            launch(triton_wavefront.wavefront_backward_kernel, programs_grid(query, "BLOCK"), arguments)
         else:
-            _launch(triton_general.residual_gradient_kernel, programs_grid(query, "BLOCK_N"), arguments)
-            _launch(triton_general.key_value_gradient_kernel, programs_grid(query, "BLOCK_N"), arguments)
+            launch(triton_general.residual_gradient_kernel, programs_grid(query, "BLOCK_N"), arguments)
+            launch(triton_general.key_value_gradient_kernel, programs_grid(query, "BLOCK_N"), arguments)
     if summed:
         dq.copy_(dq_sum)
     if grouped:
@@ -337,7 +312,7 @@ def _(
     learns: bool,
     deterministic: bool,
 ) -> Any:
-    return _gradients(_adjacent(query), _adjacent(key), _adjacent(value), key_bias, parameters, learns)
+    return _gradients(adjacent(query), adjacent(key), adjacent(value), key_bias, parameters, learns)
 
 
 _TENSORS, _INPUTS = 9, 15

@@ -23,7 +23,7 @@ class PositionTensors(NamedTuple):
     kind: 0 for none, else the number of its formula.
     class_tokens: leading tokens without a place.
     coordinates: float32 ``[batch or 1, length, axes]``.
-    key_coordinates: likewise, or None where every query stands at the place of its own key.
+    key_coordinates: of all keys, likewise, or None where every query stands at the place of its own key.
     parameters: float32 ``[heads, count]``, differentiable.
     lookup: int32, the bucket of each offset, or None.
     """
@@ -36,12 +36,15 @@ class PositionTensors(NamedTuple):
     lookup: torch.Tensor | None = None
 
 
-def position_tensors(positions: BlockedPositions | None, query: torch.Tensor) -> PositionTensors:
+def position_tensors(
+    positions: BlockedPositions | None, query: torch.Tensor, key_length: int | None = None
+) -> PositionTensors:
     """What the operator takes of a position kernel.
 
     Args:
         positions: what the kernel compares, or None.
         query: ``[batch, heads, length, head_dim]``, for which it must be.
+        key_length: number of keys; None: as many as queries.
 
     Raises:
         ValueError: for a kernel that has no formula in ``triton_positions``, or one of other tokens or heads.
@@ -49,10 +52,13 @@ def position_tensors(positions: BlockedPositions | None, query: torch.Tensor) ->
     if positions is None:
         return PositionTensors()
     batch, heads, length, _ = query.shape
-    for name, places in (("coordinates", positions.coordinates), ("key_coordinates", positions.key_coordinates)):
-        if places.shape[0] not in (1, batch) or places.shape[1] != length:
+    for name, places, tokens in (
+        ("coordinates", positions.coordinates, length),
+        ("key_coordinates", positions.key_coordinates, length if key_length is None else key_length),
+    ):
+        if places.shape[0] not in (1, batch) or places.shape[1] != tokens:
             raise ValueError(
-                f"positions.{name} must have shape [{batch} or 1, {length}, axes], got {tuple(places.shape)}"
+                f"positions.{name} must have shape [{batch} or 1, {tokens}, axes], got {tuple(places.shape)}"
             )
     for parameter in positions.parameters():
         if parameter.shape[0] != heads:
@@ -104,7 +110,7 @@ def make_places(
 
     Args:
         position: what the operator was given.
-        key_bias: float32 ``[batch, heads, length]``, or None.
+        key_bias: float32 ``[batch, heads, key_length]``, or None.
         key_bias_grad: where its gradient goes, or None.
         heads: of the queries.
     """
@@ -113,9 +119,9 @@ def make_places(
     if coordinates is None or parameters is None:
         return None if bias is None else _only_keys(bias, key_bias_grad, heads)
     key_coordinates = coordinates if position.key_coordinates is None else position.key_coordinates
-    length, axes = coordinates.shape[1:]
+    axes = coordinates.shape[2]
     own = parameters.shape[1] - 3 * (position.class_tokens > 0)
-    query_step, key_step = (length * axes if x.shape[0] > 1 else 0 for x in (coordinates, key_coordinates))
+    query_step, key_step = (x.shape[1] * axes if x.shape[0] > 1 else 0 for x in (coordinates, key_coordinates))
     return Places(
         queries=coordinates,
         keys=key_coordinates,
@@ -127,6 +133,7 @@ def make_places(
         key_bias=coordinates if bias is None else bias,
         key_bias_grad=coordinates if key_bias_grad is None else key_bias_grad,
         heads=heads,
+        key_length=key_coordinates.shape[1],
         has_nearest=tl.constexpr(False),
         has_key_bias=tl.constexpr(bias is not None),
         axes=tl.constexpr(axes),
@@ -146,7 +153,7 @@ def with_nearest(
     Args:
         places: what the kernels read.
         position: what the operator was given.
-        key_mask: uint8 ``[batch, length]``, or None where all keys are visible.
+        key_mask: uint8 ``[batch, key_length]``, or None where all keys are visible.
         batch: items of the batch.
         is_causal: whether query i sees keys j <= i only.
     """
@@ -175,4 +182,5 @@ def _only_keys(bias: torch.Tensor, grad: torch.Tensor | None, heads: int) -> Pla
     fields: dict[str, Any] = dict.fromkeys(Places._fields, bias)
     fields |= dict.fromkeys(("axes", "count", "class_tokens", "buckets", "entries", "reach", "has_nearest"), none)
     fields |= {"query_step": 0, "key_step": 0, "key_bias_grad": bias if grad is None else grad, "heads": heads}
+    fields["key_length"] = bias.shape[2]
     return Places(**{**fields, "has_key_bias": tl.constexpr(True)})

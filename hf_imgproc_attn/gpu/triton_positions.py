@@ -34,7 +34,7 @@ class Places(NamedTuple):
     """What is added to the logits, as the kernels take it: a position kernel, a number for each key, or both.
 
     queries: p of the queries, float32 ``[batch or 1, length, axes]``.
-    keys: p of the keys, likewise.
+    keys: p of the keys, float32 ``[batch or 1, key_length, axes]``.
     query_step: elements from one item of the batch to the next, 0 where all share their places.
     key_step: likewise.
     nearest: the largest B that each query sees, float32 ``[batch, length]``, which is taken from all B of its row;
@@ -42,9 +42,10 @@ class Places(NamedTuple):
         notices, and the logits of near keys keep their digits.
     parameters: float32 ``[heads, count]`` in units of log 2: t, and behind it the scalars of class tokens, if any.
     lookup: of buckets: int32, those of the offsets 0, -1, ..., -reach, then those of 0 to reach seen as positive.
-    key_bias: float32 ``[batch, heads, length]`` in units of log 2.
+    key_bias: float32 ``[batch, heads, key_length]`` in units of log 2.
     key_bias_grad: where its gradient goes, likewise.
     heads: of the queries.
+    key_length: number of keys; ``length`` in the functions below is that of the queries, the last of these tokens.
     has_nearest, has_key_bias: whether they are there, as ``tl.constexpr``.
     axes, count, class_tokens, buckets, entries, reach: sizes, as ``tl.constexpr``; buckets are those of one axis, and
         entries those of the table, rounded up to a power of two.
@@ -60,6 +61,7 @@ class Places(NamedTuple):
     key_bias: Any
     key_bias_grad: Any
     heads: int
+    key_length: int
     has_nearest: Any
     has_key_bias: Any
     axes: Any
@@ -85,7 +87,7 @@ def _offset(places, batch, query_rows, key_rows, length, axis: tl.constexpr, TRA
     queries = places.queries + batch * places.query_step + query_rows * places.axes + axis
     keys = places.keys + batch * places.key_step + key_rows * places.axes + axis
     of_queries = tl.load(queries, mask=query_rows < length, other=0.0)
-    of_keys = tl.load(keys, mask=key_rows < length, other=0.0)
+    of_keys = tl.load(keys, mask=key_rows < places.key_length, other=0.0)
     of_queries, of_keys = _pair(of_queries, of_keys, TRANSPOSED)
     return of_keys - of_queries
 
@@ -130,8 +132,8 @@ def add_position(
         return scores
     else:
         if places.has_key_bias:
-            bias = places.key_bias + (batch * places.heads + head) * length + key_rows
-            _, of_keys = _pair(query_rows, tl.load(bias, mask=key_rows < length, other=0.0), TRANSPOSED)
+            bias = places.key_bias + (batch * places.heads + head) * places.key_length + key_rows
+            _, of_keys = _pair(query_rows, tl.load(bias, mask=key_rows < places.key_length, other=0.0), TRANSPOSED)
             scores = scores + of_keys
         return _add_kernel(scores, places, batch, head, query_rows, key_rows, length, POSITION, TRANSPOSED)
 
@@ -213,8 +215,8 @@ def store_gradient(
     """Write the sums of a block of keys: those of parameters into a slot of ``[slots, count]``."""
     if POSITION != NOTHING:  # noqa: SIM102  # the compiler looks at both sides of `and`
         if places.has_key_bias:
-            of_keys = places.key_bias_grad + (batch * places.heads + head) * length + key_rows
-            tl.store(of_keys, of_grid + of_class, mask=key_rows < length)
+            of_keys = places.key_bias_grad + (batch * places.heads + head) * places.key_length + key_rows
+            tl.store(of_keys, of_grid + of_class, mask=key_rows < places.key_length)
     if POSITION != NOTHING and POSITION != ONLY_KEYS and LEARNS:
         own = sums_pointer + slot.to(tl.int64) * places.count
         if POSITION == BUCKETS:
@@ -239,13 +241,14 @@ def nearest_kernel(
     block, batch = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     query_rows = block * BLOCK + tl.arange(0, BLOCK)
     nearest = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
-    end = length
+    past = places.key_length - length
+    end = places.key_length
     if CAUSAL:
-        end = tl.minimum((block + 1) * BLOCK, length)
+        end = tl.minimum((block + 1) * BLOCK + past, places.key_length)
     for start in range(0, end, BLOCK):
         key_rows = start + tl.arange(0, BLOCK)
         compared = _compare(places, batch, query_rows, key_rows, length, POSITION, False)
-        seen = seen_keys(mask_pointer + batch * length, key_rows, length, HAS_MASK)
-        nearest = tl.maximum(nearest, tl.max(hide(compared, query_rows, key_rows, seen, CAUSAL), 1))
+        seen = seen_keys(mask_pointer + batch * places.key_length, key_rows, places.key_length, HAS_MASK)
+        nearest = tl.maximum(nearest, tl.max(hide(compared, query_rows + past, key_rows, seen, CAUSAL), 1))
     nearest = tl.where(nearest == float("-inf"), 0.0, nearest)
     tl.store(nearest_pointer + batch * length + query_rows, nearest, mask=query_rows < length)

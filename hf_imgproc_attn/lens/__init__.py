@@ -11,15 +11,16 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .options import LensOptions
     from .report import HeadReport, LayerReport, Report
-    from .run import LensOptions, inspect_model
+    from .run import inspect_model
 
 __all__ = ["HeadReport", "LayerReport", "LensOptions", "Report", "inspect_model"]
 
 _MODULE_OF = {
     "HeadReport": ".report",
     "LayerReport": ".report",
-    "LensOptions": ".run",
+    "LensOptions": ".options",
     "Report": ".report",
     "inspect_model": ".run",
 }

@@ -115,10 +115,10 @@ def _look(given: Sequence[Any], offered: Mapping[str, str], paths: bool) -> tupl
             preset=preset,
             text=text or "",
             image=image,
-            beside=int(beside),
-            token=_number(token),
+            beside=_number(beside, f"samples beside it must be an integer from 0 to {MOST_BESIDE}"),
+            token=_number(token, "token must be an integer >= 0 or empty") if str(token or "").strip() else None,
             place=None if place is None else (float(place[0]), float(place[1])),
-            noise=float(noise),
+            noise=_share(noise),
             spectra=bool(spectra),
             name=offered.get(checkpoint, ""),
         )
@@ -132,13 +132,18 @@ def _look(given: Sequence[Any], offered: Mapping[str, str], paths: bool) -> tupl
     return found.summary, frame, gradio.File(save(found), visible=True)
 
 
-def _number(token: Any) -> int | None:
-    text = str(token or "").strip()
-    if not text:
-        return None
+def _number(given: Any, rule: str) -> int:
+    """An integer of a field, which a visitor may have emptied."""
+    text = "" if given is None else str(given).strip().removesuffix(".0")
     if not text.isdecimal():
-        raise UsageError(f"token must be an integer >= 0 or empty, got {text!r}")
+        raise UsageError(f"{rule}, got {text or 'nothing'}")
     return int(text)
+
+
+def _share(given: Any) -> float:
+    if isinstance(given, bool) or not isinstance(given, (int, float)):
+        raise UsageError(f"noise must be a number from 0 to 1, got {given or 'nothing'}")
+    return float(given)
 
 
 def is_hub_name(name: str) -> bool:

@@ -24,9 +24,9 @@ from .compare import inspected, short_name
 from .definitions import DEFINITIONS
 from .figures import draw_all
 from .inputs import Shown, load_model, show
+from .options import LensOptions
 from .page import page
 from .report import Report, cell
-from .run import LensOptions
 
 AS_IT_IS = "as it is"
 """The choice of no preset."""

@@ -43,7 +43,12 @@ def add_commands(commands: Any) -> None:
         default="dense",
         help="dense (up to 1,024 tokens), iterative (the largest values also beyond) or none (default: %(default)s)",
     )
-    lens.add_argument("--seed", type=int, default=0, help="of noise and drawn texts (default: %(default)s)")
+    lens.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the noise, and of drawn texts, tokens and pixels (default: %(default)s)",
+    )
     lens.add_argument(
         "--output", type=Path, default=Path("outputs/lens"), metavar="DIR", help="(default: %(default)s)"
     )

@@ -13,9 +13,10 @@ from ..errors import UsageError, plain_message
 from ..output_paths import write_or_keep
 from .figures import draw_all
 from .inputs import WRITTEN, Shown, load_model, show
+from .options import LensOptions
 from .page import page
 from .report import Report, cell
-from .run import LensOptions, inspect_model
+from .run import inspect_model
 
 
 def look(options: argparse.Namespace) -> list[Report]:

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from ..conversion_probe import _pixel_statistics, longest_text, sample_texts
-from ..errors import UsageError, plain_message, refuse_missing_path, require_extras
+from ..errors import UsageError, broken_files, plain_message, refuse_missing_path, require_extras
 from ..images.photographs import PHOTOGRAPHS, load_photograph
 from ..models.layer_grid import sides
 
@@ -47,7 +47,7 @@ def load_model(checkpoint: str) -> nn.Module:
         door = transformers.AutoModelForCausalLM if writes else transformers.AutoModel
         with _quietly():
             model, found = door.from_pretrained(checkpoint, output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except broken_files() as error:
         raise UsageError(f"MODEL {checkpoint!r} cannot be loaded: {plain_message(error)}") from error
     missing = sorted(name for name in found["missing_keys"] if any(part.isdigit() for part in name.split(".")))
     if missing:
@@ -102,7 +102,7 @@ def show(
     if kind == "pixel_values":
         if text is not None:
             raise UsageError(f"{checkpoint!r} takes images, got a text")
-        return _images(model, checkpoint, files, data, samples)
+        return _images(model, checkpoint, files, data, samples, seed)
     if kind != "input_ids":
         raise UsageError(f"{checkpoint!r} takes {kind or 'other inputs'}: the command shows texts and images only")
     return _texts(model, checkpoint, files if text is None else text, data, samples, length, seed)
@@ -246,7 +246,7 @@ def _token_rows(name: str, text: str) -> list[list[int]]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _images(model: Any, checkpoint: str, files: Sequence[str], data: str, samples: int) -> Shown:
+def _images(model: Any, checkpoint: str, files: Sequence[str], data: str, samples: int, seed: int) -> Shown:
     config = model.config
     config = getattr(config, "vision_config", config)
     channels = getattr(config, "num_channels", 3)
@@ -256,7 +256,7 @@ def _images(model: Any, checkpoint: str, files: Sequence[str], data: str, sample
     if not files and data in ("pydoc", "own"):
         raise UsageError(f"data={data!r} is for models of texts, and {checkpoint!r} takes images")
     if not files and data == "random":
-        pixels = torch.rand(samples, channels, height, width, generator=torch.Generator().manual_seed(0))
+        pixels = torch.rand(samples, channels, height, width, generator=torch.Generator().manual_seed(seed))
         described = "random pixels"
     elif files:
         pixels = torch.cat([_fitted(load_photograph(file).pixels, channels, height, width) for file in files])[

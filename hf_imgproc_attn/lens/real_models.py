@@ -21,8 +21,8 @@ from ..output_paths import check_new_files, check_output_folder, write_or_keep
 from .compare import look_at
 from .figures import DRAWINGS, HEAD_MEASURES, draw_panel
 from .inputs import DATA
+from .options import LensOptions
 from .report import Report, cell
-from .run import LensOptions
 
 PACKAGED = {
     "GPT-2 of microbes": ("mgm", "resources/general_model", "own"),

@@ -6,7 +6,8 @@ With X the tokens of one sample, ``[length, width]``, N of them real, x^ = x / |
     high_frequency  |X - 1 mean(X)|_F^2 / |X|_F^2            energy beside constants (Wang 2022, arXiv 2203.05962)
     stable_rank     |X|_F^2 / |X|_2^2                        (Rudelson, Vershynin 2007)
 
-means over the samples. They are 1, 0 and 1 where all tokens have become the same (Dong 2021, arXiv 2103.03404).
+means over the samples of at least two tokens. They are 1, 0 and 1 where all tokens have become the same (Dong 2021,
+arXiv 2103.03404).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 
 class TokenMeasures(NamedTuple):
-    """Of the tokens at one place of a model, means over samples."""
+    """Of the tokens at one place of a model, means over samples; NaN where no sample has two tokens."""
 
     similarity: float
     high_frequency: float
@@ -35,6 +36,8 @@ def measure_tokens(tokens: torch.Tensor, real: torch.Tensor | None = None) -> To
     for sample, x in enumerate(tokens):
         x = (x if real is None else x[real[sample]]).double()
         number = x.shape[0]
+        if number < 2:  # which has no other that it could be compared with
+            continue
         norms = x.norm(dim=-1, keepdim=True)
         summed = (x / norms.clamp(min=torch.finfo(torch.float64).tiny)).sum(0).square().sum()
         energy = x.square().sum()
@@ -42,6 +45,8 @@ def measure_tokens(tokens: torch.Tensor, real: torch.Tensor | None = None) -> To
         small = x if x.shape[0] < x.shape[1] else x.mT  # the smaller Gram matrix
         largest = torch.linalg.eigvalsh(small @ small.mT)[-1]
         found.append(((summed - number) / (number * (number - 1)), 1.0 - smooth / energy, energy / largest))
+    if not found:
+        return TokenMeasures(*[float("nan")] * 3)
     means = torch.tensor([[float(value) for value in row] for row in found], dtype=torch.float64).mean(0).tolist()
     return TokenMeasures(*means)
 

@@ -54,13 +54,12 @@ def attention_products(length: int, width: int, passes: int, causal: bool = True
     return (2 + 2 * passes) * length**2 * width / (2 if causal else 1)
 
 
-def ring_sent_bytes(length: int, width: int, passes: int, devices: int, bytes_each: int = 2) -> float:
-    """What each device would send in one layer forward of a ring over the tokens (context parallelism), a sequence.
+def context_received_bytes(length: int, width: int, passes: int, devices: int, bytes_each: int = 2) -> float:
+    """What each device receives in one layer forward where devices share the tokens (context parallelism), a sequence.
 
-    Every pass moves keys and rows to be filtered once round the ring: (W - 1) / W of N rows of 2 width numbers. No
-    back-end of this package does it: these are the bytes that one would have to move.
+    Keys, values and what each further pass filters: (W - 1) / W of N rows of ``width`` numbers each.
     """
-    return passes * (devices - 1) / devices * length * 2 * width * bytes_each
+    return (1 + passes) * (devices - 1) / devices * length * width * bytes_each
 
 
 def passes(preset: str) -> int:
@@ -92,11 +91,11 @@ def tables() -> str:
         cells = [_size(function(total, n)) for function in (ddp_sent_bytes, fsdp_sent_bytes) for n in DEVICES[1:]]
         sent.append([f"`{preset}`", *cells])
     length = [
-        ["tokens", *(f"{kind}, {n} pass{'es' * (n > 1)}" for kind in ("TFLOP", "ring of 1,024") for n in (1, 2))]
+        ["tokens", *(f"{kind}, {n} pass{'es' * (n > 1)}" for kind in ("TFLOP", "received of 1,024") for n in (1, 2))]
     ]
     for tokens in LENGTHS:
         work = [f"{attention_products(tokens, 768, n) / 1e12:,.3g}" for n in (1, 2)]
-        length.append([f"{tokens:,}", *work, *(_size(ring_sent_bytes(tokens, 768, n, 1024)) for n in (1, 2))])
+        length.append([f"{tokens:,}", *work, *(_size(context_received_bytes(tokens, 768, n, 1024)) for n in (1, 2))])
     return "\n\n".join(table_text(head, rows) for head, *rows in (state, sent, length)) + "\n"
 
 

@@ -13,6 +13,7 @@ from transformers.utils import output_capturing
 from .any_layer import AppliedFilter, FilterSeat, ModelLogits, SharedState
 from .any_layers import unwrapped
 from .cache_followed import follow_layer
+from .layer_heads import share_heads, share_of_module
 from .visibility import Visibility, attention_visibility, padding_visibility
 
 IMPLEMENTATION = "imgproc_filter"
@@ -28,7 +29,7 @@ _HARMLESS = frozenset(
     (
         *("position_ids", "position_embeddings", "sliding_window", "use_cache", "cache_position", "output_attentions"),
         *("output_hidden_states", "return_dict", "num_items_in_batch", "deterministic", "logits_to_keep"),
-        *("token_type_ids", "labels", "is_training"),
+        *("token_type_ids", "labels", "shift_labels", "is_training"),
         *("softcap", "s_aux", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
     )
 )
@@ -77,23 +78,30 @@ def filtered_attention(
     """
     part: AppliedFilter = getattr(module, PART)
     seat: FilterSeat = getattr(module, SEAT)
+    if query.shape[1] != part.filter.num_heads:
+        _share_heads(module, part, query.shape[1])
     for name, extra in kwargs.items():
         if extra is None or extra is False or name in _HARMLESS:
             continue
         reason = _REFUSED.get(name, "it is not known what it does to the logits")
         raise ValueError(f"the filter of {part.layer_name} does not take {name}: {reason}; choose other layers")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    if attention_mask is None and causal and 1 < query.shape[-2] < key.shape[-2]:
+    context = part.filter.context
+    if context is not None:
+        _check_context(part.layer_name, attention_mask, position_bias, kwargs, context.size * context.length)
+        key, value = context.streams().update(key, value)
+    elif attention_mask is None and causal and 1 < query.shape[-2] < key.shape[-2]:
         # As Transformers has it, the first tokens of a cache of fixed size: the places after them are empty.
         key, value = (x[..., : query.shape[-2], :] for x in (key, value))
     asked = seat.stock_config._attn_implementation
     _check_mask(part.layer_name, attention_mask, kwargs.get("sliding_window"), key.shape[-2], asked)
-    if attention_mask is None:
+    if attention_mask is None and context is None:
         starts, places = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
         texts = _packed_texts(part.layer_name, query, starts, places, asked)
         if texts is not None:
             attention_mask = _mask_of_texts(part.layer_name, texts, query, key, causal)
-    visibility = _visibility(seat.shared, attention_mask, query, key, causal)
+    shared = context is not None
+    visibility = context.visibility() if shared else _visibility(seat.shared, attention_mask, query, key, causal)
     output, weights = part(
         seat,
         (query, key, value),
@@ -109,6 +117,34 @@ def filtered_attention(
         attentions=_wants_attentions(seat.stock_config, bool(kwargs.get("output_attentions"))),
     )
     return output.transpose(1, 2).contiguous(), weights
+
+
+def _share_heads(module: nn.Module, part: AppliedFilter, heads: int) -> None:
+    """Before the first call of a layer whose heads several processes share: its filter is that of the heads here."""
+    share = share_of_module(module)
+    if share is None or heads * share.size != part.filter.num_heads:
+        raise ValueError(
+            f"the filter of {part.layer_name} has {part.filter.num_heads} heads and was given queries of {heads}: a "
+            "plan of tensor parallelism may cut them, alike in every process, and nothing else"
+        )
+    share_heads(part.filter, share)
+
+
+def _check_context(name: str, mask: Any, bias: Any, terms: dict[str, Any], length: int) -> None:
+    """Refuse what a model says of its own tokens alone, where several processes share the tokens."""
+    window = terms.get("sliding_window")
+    given = {
+        "attention_mask": mask is not None,
+        "position_bias": bias is not None,
+        "cu_seq_lens_q": terms.get("cu_seq_lens_q") is not None,
+        "sliding_window": isinstance(window, int) and not isinstance(window, bool) and 0 < window < length,
+    }
+    if any(given.values()):
+        raise ValueError(
+            f"the filter of {name} sees tokens of several processes and knows causality and padding there, not "
+            f"{' and '.join(key for key, there in given.items() if there)} of the model: use "
+            "attn_implementation='sdpa', or another model"
+        )
 
 
 def _wants_attentions(config: Any, asked: bool) -> bool:

@@ -157,7 +157,10 @@ class AppliedFilter(nn.Module):
         self._check_logits(logits)
         streams: Streams = NO_STREAMS
         own_value, has_past = None, visibility.length != visibility.key_length
-        if seat.cache_layer is not None:
+        if self.filter.context is not None:
+            streams = self.filter.context.streams()
+            own_value = streams.own_value(value, visibility.length)
+        elif seat.cache_layer is not None:
             streams = following = FollowingStreams(seat.cache_layer, visibility.key_length)
             own_value = following.own_value(value, visibility.length)
         elif has_past:
@@ -207,7 +210,8 @@ class AppliedFilter(nn.Module):
         if attentions:
             output, weights = reference_attention(filter_logits(call), call, "operator")
         else:
-            output, weights = run_filter(call, self._backend(call) if has_past else "auto"), None
+            is_masked = has_past and seat.cache_layer is not None
+            output, weights = run_filter(call, self._backend(call) if is_masked else "auto"), None
         if self.filter.compares_layers:
             output, state = self.filter.hand_on(output, new_value, state)
             seat.shared.states[self.order + 1] = state

@@ -23,6 +23,7 @@ from .backend_reference import run as run_reference
 from .backend_sdpa import refuses as sdpa_refuses
 from .backend_sdpa import run as run_sdpa
 from .boost_operators import ONE_PASS
+from .cache_streams import NO_STREAMS
 from .kernel_content import HALF_DTYPES
 from .kernel_position import BlockedPositions
 
@@ -198,6 +199,8 @@ def run_filter(call: FilterCall, backend: str, option: str = "backend") -> torch
         return (first - call.difference.share * other).to(first.dtype)
     if call.booster.name in ONE_PASS:
         return call.finish(run_filter(call.plain(), backend, option))
+    if call.booster.name != "none" and getattr(call.streams, "applies_apart", False):
+        return _run_apart(call, backend, option)
     if backend == "auto":
         return BACKENDS[choose_backend(call)].run(call)
     if backend not in BACKENDS:
@@ -209,3 +212,20 @@ def run_filter(call: FilterCall, backend: str, option: str = "backend") -> torch
     if reason is not None:
         raise ValueError(f"{option}={backend!r} cannot serve this call: it {reason}")
     return BACKENDS[backend].run(call)
+
+
+def _run_apart(call: FilterCall, backend: str, option: str) -> torch.Tensor:
+    """Likewise, by one call for each application of A: what a step makes of the other tokens is made elsewhere.
+
+    Raises:
+        ValueError: for dropout, whose mask the calls would not share.
+    """
+    if call.dropout:
+        raise ValueError(f"dropout on boosted attention must be 0 where processes share tokens, got {call.dropout}")
+    key, value = call.repeated()
+    plain = call.plain()._replace(key=key, streams=NO_STREAMS, own_value=None)
+
+    def attend(rows: torch.Tensor) -> torch.Tensor:
+        return run_filter(plain._replace(value=rows), backend, option)
+
+    return call.boost(attend, call.new_value, value).to(call.value.dtype)

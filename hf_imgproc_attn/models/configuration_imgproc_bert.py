@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import BertConfig
 
 from .configuration_peft import tell_peft
+from .spec_axes import HEADS
 from .spec_fields import FilterSpecMixin
 
 _DECODER = "this is an encoder, whose tokens see those before and after them"
@@ -26,6 +27,13 @@ class ImgProcBertConfig(FilterSpecMixin, BertConfig):
     """
 
     model_type = "imgproc_bert"
+    base_model_tp_plan = {
+        "encoder.layer.*.attention.self": HEADS,
+        **{f"encoder.layer.*.attention.self.{name}": "colwise" for name in ("query", "key", "value")},
+        "encoder.layer.*.attention.output.dense": "rowwise",
+        "encoder.layer.*.intermediate.dense": "colwise",
+        "encoder.layer.*.output.dense": "rowwise",
+    }
     classifier_pooling: Literal["cls", "mean"] = "cls"
     needs_positions = True
     must_be = {

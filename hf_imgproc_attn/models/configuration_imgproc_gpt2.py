@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import GPT2Config
 
 from .configuration_peft import tell_peft
-from .spec_axes import FILTER_LAYER_TYPE, is_stock_layer
+from .spec_axes import CONV_IN, CONV_OUT, CONV_QKV, FILTER_LAYER_TYPE, HEADS, is_stock_layer
 from .spec_fields import FilterSpecMixin
 
 
@@ -21,6 +21,13 @@ class ImgProcGPT2Config(FilterSpecMixin, GPT2Config):
     """
 
     model_type = "imgproc_gpt2"
+    base_model_tp_plan = {
+        "h.*.attn": HEADS,
+        "h.*.attn.c_attn": CONV_QKV,
+        "h.*.attn.c_proj": CONV_IN,
+        "h.*.mlp.c_fc": CONV_OUT,
+        "h.*.mlp.c_proj": CONV_IN,
+    }
     hides_later_tokens = True
 
     @property

@@ -7,7 +7,7 @@ from transformers import ViTConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
 from .configuration_peft import tell_peft
-from .spec_axes import PUBLISHED_NEUTRENO_LAMBDAS
+from .spec_axes import HEADS, PUBLISHED_NEUTRENO_LAMBDAS
 from .spec_fields import FilterSpecMixin
 
 SEGMENTATION_HEADS = ("linear", "upsampling")
@@ -33,6 +33,13 @@ class ImgProcViTConfig(FilterSpecMixin, BackboneConfigMixin, ViTConfig):
     """
 
     model_type = "imgproc_vit"
+    base_model_tp_plan = {
+        "layers.*.attention": HEADS,
+        **{f"layers.*.attention.{name}_proj": "colwise" for name in "qkv"},
+        "layers.*.attention.o_proj": "rowwise",
+        "layers.*.mlp.fc1": "colwise",
+        "layers.*.mlp.fc2": "rowwise",
+    }
     position_axes = 2
     default_neutreno_lambda = PUBLISHED_NEUTRENO_LAMBDAS[2]
 

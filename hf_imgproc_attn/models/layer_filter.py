@@ -53,6 +53,9 @@ class AttentionFilter(nn.Module):
     ``[batch, heads, length, head_dim]``; key and value may have fewer heads (grouped queries).
     """
 
+    heads: Any = None  # a HeadShare, where processes share the heads
+    context: Any = None  # a SharedContext, where they share the tokens
+
     def __init__(
         self,
         spec: LayerSpec,
@@ -121,15 +124,12 @@ class AttentionFilter(nn.Module):
         if spec.boosting == "dynamic_inversion":
             self.token_gains = TokenGains(config.hidden_size, self.num_heads)
         self.weight_booster = weight_booster(spec, config, head_dim)
-        self.second_map = None
-        if spec.boosting == "differential":
-            self.second_map = SecondMap(config.hidden_size, self.num_heads, head_dim)
-        self.gate = None
-        if spec.gate != "none":
-            self.gate = OutputGate(spec.gate, config.hidden_size, self.num_heads, head_dim)
+        hidden, heads = config.hidden_size, self.num_heads
+        self.second_map = SecondMap(hidden, heads, head_dim) if spec.boosting == "differential" else None
+        self.gate = None if spec.gate == "none" else OutputGate(spec.gate, hidden, heads, head_dim)
         self.gradient_boosting = None
         if spec.boosting == "gradient_boosted":
-            given = (config.hidden_size, self.num_heads, head_dim, spec.gradient_boosting_source)
+            given = (hidden, heads, head_dim, spec.gradient_boosting_source)
             # The second round has the names of checkpoints from the time when it was the last one.
             self.gradient_boosting = GradientBoosting(*given)
             if spec.boosting_steps > 2:
@@ -350,7 +350,7 @@ class AttentionFilter(nn.Module):
         if hidden_states is None:
             raise ValueError("inputs.hidden_states must be given for boosting='dynamic_inversion', got None")
         gains: torch.Tensor = self.token_gains(hidden_states)
-        return gains
+        return gains if self.heads is None else self.heads.mine(gains, dim=2)
 
     def _with_positions(
         self,
@@ -394,6 +394,7 @@ class AttentionFilter(nn.Module):
         if self.spec.position_kernel != "untied" or position_states is None:
             return None, None
         pair = position_states if self.position_projection is None else self.position_projection(position_states)
+        pair = pair if self.heads is None else self.heads.mine(pair, dim=1)
         pair = nn.functional.pad(pair, (0, 0, self.positions.num_class_tokens, 0))
         position_query, position_key = pair.to(query.dtype).chunk(2, dim=-1)
         return position_query, position_key

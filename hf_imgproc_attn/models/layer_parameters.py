@@ -11,6 +11,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .kernel_content import HALF_DTYPES, working_dtype
+from .layer_heads import HeadShare
 from .spec_axes import MAX_BANDWIDTH, MIN_BANDWIDTH, NEW_VALUE_RESIDUAL
 
 
@@ -150,6 +151,7 @@ class FilterScalars(nn.Module):
         super().__init__()
         half = torch.get_default_dtype() in HALF_DTYPES
         dtype = torch.float32 if half else torch.get_default_dtype()
+        self.heads: HeadShare | None = None
         self._initial_feedback = feedback
         self._initial = {"content_log_bandwidth": content, "position_log_bandwidth": position}
         for name, bandwidths in self._initial.items():
@@ -195,8 +197,11 @@ class FilterScalars(nn.Module):
                 init.copy_(gains, values.to(gains.device).expand_as(gains))
 
     def forward(self) -> Scalars:
-        """The parameters. A call, not an attribute, so that hooks which bring parameters to the device run first."""
-        return Scalars(
+        """The parameters. A call, not an attribute, so that hooks which bring parameters to the device run first.
+
+        Where processes share the heads: those of the heads that are here.
+        """
+        scalars = Scalars(
             self.content_log_bandwidth,
             self.position_log_bandwidth,
             self.class_token,
@@ -208,6 +213,11 @@ class FilterScalars(nn.Module):
             self.value_residual,
             self.differential,
         )
+        if self.heads is None:
+            return scalars
+        share = self.heads
+        # One number for all heads is whole in every process, and its gradient the sum over their heads.
+        return Scalars(*(None if x is None else share.whole(x) if len(x) == 1 else share.mine(x) for x in scalars))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FilterScalars:
         unrounded = {

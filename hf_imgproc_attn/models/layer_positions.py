@@ -50,7 +50,7 @@ class LayerPositions:
             self.bandwidths = gaussian_position_bandwidths(heads, head_dim, longest_side)
         self.has_bandwidth = self.kernel in KERNELS_WITH_BANDWIDTH
         self._rotary_base = float(config.rotary_base or DEFAULT_ROTARY_BASE)
-        self._slopes = alibi_slopes(heads)
+        self.slopes = alibi_slopes(heads)
         # Text has buckets for earlier tokens only. Later tokens, which a caller's mask may show, share the bucket of
         # distance 0.
         self._bidirectional = self.axes > 1
@@ -122,8 +122,8 @@ class LayerPositions:
         if new is None or all_coordinates is None:
             return ()
         if self.kernel == "alibi":
-            slopes = torch.tensor(self._slopes, dtype=new.dtype, device=new.device).view(-1, 1, 1)
-            return (AlibiPositions(new, all_coordinates, slopes, class_tokens, max(self._slopes), causal, contiguous),)
+            slopes = torch.tensor(self.slopes, dtype=new.dtype, device=new.device).view(-1, 1, 1)
+            return (AlibiPositions(new, all_coordinates, slopes, class_tokens, max(self.slopes), causal, contiguous),)
         if scalars.relative_buckets is not None:
             table = scalars.relative_buckets
             return (BucketPositions(new, all_coordinates, table, class_tokens, self._boundaries, self._bidirectional),)

@@ -45,7 +45,9 @@ def filter_tokens(
         ``[batch, rounds, heads, length, key_length]``) or None; the new state.
     """
     cache = inputs.past_key_values
-    streams = NO_STREAMS if cache is None else cache_streams(cache, layer, inputs)
+    streams: Streams = NO_STREAMS if cache is None else cache_streams(cache, layer, inputs)
+    if layer.context is not None:
+        streams, inputs = layer.context.streams(), inputs._replace(visibility=layer.context.visibility())
     value, state = projected[2], inputs.state
     inputs = inputs._replace(hidden_states=hidden_states)
     output, weights = layer(*projected, inputs, streams=streams, dropout=dropout)

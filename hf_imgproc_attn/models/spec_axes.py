@@ -207,3 +207,8 @@ def needs_previous_value(config: Any) -> bool:
 def uses_position_table(config: Any) -> bool:
     """Whether the model has learned position vectors (``additive`` or ``untied`` in any layer)."""
     return any(spec.position_kernel in ("additive", "untied") for spec in layer_schedule(config))
+
+
+HEADS, CONV_QKV, CONV_OUT, CONV_IN = "imgproc_heads", "imgproc_conv1d_qkv", "imgproc_conv1d_out", "imgproc_conv1d_in"
+"""Names of the styles of tensor parallelism that are in ``layer_heads``: an attention module; a ``Conv1D`` of which
+queries, keys and values, or other outputs, or inputs are cut."""

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import UsageError, plain_message
+from ..errors import UsageError, broken_files, plain_message
 from ..training_support.arguments import (
     DataArguments,
     ImageDataArguments,
@@ -72,7 +72,7 @@ def task_of(checkpoint: str) -> str:
 
     try:
         config = AutoConfig.from_pretrained(checkpoint)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except broken_files() as error:
         raise UsageError(f"checkpoint {checkpoint!r} cannot be loaded: {plain_message(error)}") from error
     names = list(config.architectures or ())
     for task, heads in _HEADS.items():
@@ -105,7 +105,7 @@ def load_subject(checkpoint: str, task: str, data: Data, device: str | None, blo
         model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(checkpoint).to(place)
         reader = transformers.AutoImageProcessor if task == IMAGES else transformers.AutoTokenizer
         processor = reader.from_pretrained(checkpoint)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except broken_files() as error:
         raise UsageError(f"checkpoint {checkpoint!r} cannot be loaded: {plain_message(error)}") from error
     arguments = _data_arguments(checkpoint, task, data)
     if task == IMAGES:

@@ -246,7 +246,7 @@ def _measure_further(
             continue
         with ledger.claim(run, done=True) as mine:
             if mine:
-                record |= {"measurements": measured(study, run, folder), "measured": run.task.measure}
+                record |= {"measurements": measured(study, run, folder, record), "measured": run.task.measure}
                 record["measured_later"] = {"versions": package_versions(), "git": git_state()}
                 ledger.write(run, record)
                 say(f"measured further: {run.name}")

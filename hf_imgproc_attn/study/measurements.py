@@ -1,7 +1,8 @@
 """What is measured of a trained model beside the clean data, by the measurements that the package has for its task.
 
 Image classifiers: everything of :class:`hf_imgproc_attn.robustness.settings.ImageSettings` (noise, corruptions, FGSM,
-PGD, SPSA, AutoAttack). Other tasks: what ``training/evaluate_checkpoint.py`` measures of them.
+PGD, SPSA, AutoAttack). Other tasks: what ``training/evaluate_checkpoint.py`` measures of them. Classifiers of images
+and of sequences: how alike tokens become with depth (:mod:`.smoothing`).
 
 The results are those of ``robustness.json``: ``family`` and name of the ``disturbance``, its ``parameters`` and
 ``seed``, ``metric`` and ``value``, and on how many ``samples`` of which ``unit`` and ``split`` it was measured.
@@ -11,12 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..backbones import Task
 from ..errors import UsageError, did_you_mean
-from ..robustness.settings import ImageSettings, check_fractions
+from ..robustness.settings import ImageSettings, check_fractions, check_integer
 
 if TYPE_CHECKING:
     from transformers.image_processing_utils import BaseImageProcessor
@@ -29,6 +31,11 @@ SEED = 0
 """Of noise, random starts and the choice of words: the same for every model, whose inputs are then the same."""
 _OF_IMAGES = tuple(field.name for field in dataclasses.fields(ImageSettings) if field.name != "seed")
 _OF_MASKS, _OF_TEXTS = ("sigmas", "epsilons"), ("fractions",)
+SIMILARITY = "token_similarity"
+"""The setting that asks for :mod:`.smoothing`, of how many samples, and the metric of its results."""
+_SMOOTHED = ("image-classification", "sequence-classification")
+_OF_NOISE, _OF_CORRUPTIONS = ("sigmas",), ("corruptions", "severities", "table", "frost_pictures")
+_FAMILIES = ("clean", "noise", "word swap", "corruption", "attack", "over-smoothing")
 
 
 def check_settings(given: Any, kind: Task, task: str) -> dict[str, Any]:
@@ -37,6 +44,7 @@ def check_settings(given: Any, kind: Task, task: str) -> dict[str, Any]:
     Args:
         given: for images as ``ImageSettings`` has them, ``sigmas`` and ``epsilons`` as numbers or as ``8/255``; for
             segmentation ``sigmas`` and ``epsilons``; else ``fractions`` of words that are swapped, or rates of noise.
+            For classifiers of images and of sequences also ``token_similarity``: of how many samples.
         kind: of the task.
         task: its name, for messages.
 
@@ -48,9 +56,8 @@ def check_settings(given: Any, kind: Task, task: str) -> dict[str, Any]:
     """
     if not isinstance(given, dict):
         raise UsageError(f"measure of task {task} must be a mapping, got {given!r}")
-    known = (
-        _OF_IMAGES if "corruption" in kind.disturbances else _OF_MASKS if "noise" in kind.disturbances else _OF_TEXTS
-    )
+    own = _OF_IMAGES if "corruption" in kind.disturbances else _OF_MASKS if "noise" in kind.disturbances else _OF_TEXTS
+    known = (*own, SIMILARITY) if kind.name in _SMOOTHED else own
     settings: dict[str, Any] = {}
     for name, value in given.items():
         if name not in known:
@@ -60,11 +67,15 @@ def check_settings(given: Any, kind: Task, task: str) -> dict[str, Any]:
         if listed and (not isinstance(value, list) or not value):
             raise UsageError(f"{name} of task {task} must be a list that is not empty, got {value!r}")
         settings[name] = [_number(item, f"{name} of task {task}") for item in value] if listed else value
+    others = {name: value for name, value in settings.items() if name != SIMILARITY}
     try:
-        if known is _OF_IMAGES:
-            ImageSettings(**settings)
-        for name in () if known is _OF_IMAGES else settings:
-            check_fractions(name, settings[name])
+        if own is _OF_IMAGES:
+            ImageSettings(**others)
+        for name in () if own is _OF_IMAGES else others:
+            check_fractions(name, others[name])
+        if SIMILARITY in settings and settings[SIMILARITY] is None:
+            raise UsageError(f"{SIMILARITY} must be an integer >= 1, got None")
+        check_integer(SIMILARITY, settings.get(SIMILARITY), 1)
     except (UsageError, TypeError) as error:
         raise UsageError(f"measure of task {task}: {error}") from error
     return settings
@@ -79,7 +90,13 @@ def _number(value: Any, what: str) -> float:
         raise UsageError(f"{what} must be numbers or fractions such as 8/255, got {value!r}") from None
 
 
-def measure(folder: Path, kind: Task, settings: dict[str, Any], split: str) -> list[dict[str, Any]]:
+def measure(
+    folder: Path,
+    kind: Task,
+    settings: dict[str, Any],
+    split: str,
+    earlier: tuple[dict[str, Any], list[dict[str, Any]]] = ({}, []),
+) -> list[dict[str, Any]]:
     """Measure a finished run on the clean and on the disturbed data of a split.
 
     Args:
@@ -87,12 +104,47 @@ def measure(folder: Path, kind: Task, settings: dict[str, Any], split: str) -> l
         kind: of its task.
         settings: from :func:`check_settings`.
         split: ``test`` or ``validation``.
+        earlier: settings and results of an earlier call for this run. What its settings say alike is not measured
+            again.
 
     Raises:
         UsageError: as ``training/evaluate_checkpoint.py`` does.
     """
+    results, left = _still_valid(kind, settings, *earlier)
+    samples = left.pop(SIMILARITY, None)
+    if left:
+        of_task = _measure_images if "corruption" in kind.disturbances else partial(_measure_others, kind)
+        seen = {result["family"] for result in results}
+        results += [result for result in of_task(folder, left, split) if result["family"] not in seen]
+    if samples is not None:
+        from .smoothing import token_similarity
+
+        results += token_similarity(folder, split, samples)
+    return sorted(results, key=lambda result: _FAMILIES.index(result["family"]))
+
+
+def _still_valid(
+    kind: Task, settings: dict[str, Any], before: dict[str, Any], results: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The earlier results that settings still ask for, and the settings of what is to be measured."""
+    parts: dict[tuple[str, ...], tuple[str, ...]]
     if "corruption" in kind.disturbances:
-        return _measure_images(folder, settings, split)
+        of_attacks = tuple(name for name in _OF_IMAGES if name not in (*_OF_NOISE, *_OF_CORRUPTIONS))
+        parts = {_OF_NOISE: ("noise",), _OF_CORRUPTIONS: ("corruption",), of_attacks: ("attack",)}
+    else:
+        parts = {(*_OF_MASKS, *_OF_TEXTS): ("noise", "attack", "word swap")}
+    parts[SIMILARITY,] = ("over-smoothing",)
+    families, left = {"clean"}, dict[str, Any]()
+    for names, of_part in parts.items():
+        asked = {name: settings[name] for name in names if name in settings}
+        if asked == {name: before[name] for name in names if name in before}:
+            families |= {*of_part}
+        else:
+            left |= asked
+    return [result for result in results if result["family"] in families], left
+
+
+def _measure_others(kind: Task, folder: Path, settings: dict[str, Any], split: str) -> list[dict[str, Any]]:
     from .plan import training_script
 
     script = training_script(dataclasses.replace(kind, script="evaluate_checkpoint"))
@@ -117,7 +169,7 @@ def _measure_images(folder: Path, settings: dict[str, Any], split: str) -> list[
 
     chosen = ImageSettings(**settings, seed=SEED)
     processor = AutoImageProcessor.from_pretrained(folder)
-    dataset = _images(load_record(folder), processor, split)
+    dataset = images_of(load_record(folder), processor, split)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForImageClassification.from_pretrained(folder).to(device)
     results = evaluate_robustness(model, processor, *unit_images(dataset), chosen)["results"]
@@ -125,7 +177,7 @@ def _measure_images(folder: Path, settings: dict[str, Any], split: str) -> list[
     return [{**{name: result[name] for name in fields}, "split": split} for result in results]
 
 
-def _images(record: dict[str, Any], processor: BaseImageProcessor, split: str) -> PixelDataset:
+def images_of(record: dict[str, Any], processor: BaseImageProcessor, split: str) -> PixelDataset:
     """The pixels of a split, as the run had them.
 
     Raises:

@@ -21,7 +21,7 @@ def draw(study: Study, tables: Sequence[Table], path: Path) -> None:
 
     Args:
         study: of the tables.
-        tables: from :func:`.table.build_tables`.
+        tables: from :func:`.table.build_tables`; of corruptions only what all come to is drawn.
         path: a PNG file; replaced.
     """
     import matplotlib
@@ -29,6 +29,7 @@ def draw(study: Study, tables: Sequence[Table], path: Path) -> None:
     matplotlib.use("Agg", force=False)
     import matplotlib.pyplot as plt
 
+    tables = [table for table in tables if table.family != "corruption"]
     across = min(_ACROSS, len(tables))
     down = -(-len(tables) // across)
     names = [name for name in study.variant_names if name != study.baseline]

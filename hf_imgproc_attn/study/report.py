@@ -12,6 +12,7 @@ from ..markdown_tables import table_lines
 from ..output_paths import writing
 from ..records import write_json
 from .ledger import Ledger
+from .measurements import SIMILARITY
 from .plan import Study
 from .statistics import CONFIDENCE, Interval
 from .table import Row, Table, as_json, build_tables
@@ -130,7 +131,8 @@ def number(value: float, metric: str, *, signed: bool = False) -> str:
     sign = "+" if signed else ""
     if metric in PARTS:
         return f"{100 * value:{sign}.2f}"
-    return f"{value:{sign}.4f}" if metric == "loss" else f"{value:{sign},.2f}"
+    digits = {"loss": 4, SIMILARITY: 4}.get(metric, 2)
+    return f"{value:{sign},.{digits}f}"
 
 
 def interval(ends: Interval, metric: str, *, signed: bool = False) -> str:

@@ -71,9 +71,12 @@ def be_quiet() -> None:
     logging.disable_progress_bar()
 
 
-def measured(study: Study, run: Run, folder: Path) -> list[dict[str, Any]]:
-    """What is measured of a finished run beside the clean data."""
-    return measure(folder, run.task.kind, run.task.measure, study.split) if run.task.measure else []
+def measured(study: Study, run: Run, folder: Path, record: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """What is measured of a finished run beside the clean data; what its ``record`` has of it is taken from there."""
+    if not run.task.measure:
+        return []
+    earlier = ({}, []) if record is None else (record["measured"], record["measurements"])
+    return measure(folder, run.task.kind, run.task.measure, study.split, earlier)
 
 
 def words(study: Study, run: Run, folder: Path) -> list[str]:

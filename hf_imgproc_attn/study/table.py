@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 from ..cards.results import Measurement
+from ..robustness.scores import mean_corruption_error, mean_errors
 from .ledger import DIVERGED, FORMAT
-from .measurements import HEADLINES
+from .measurements import HEADLINES, SIMILARITY
 from .plan import Study
 from .statistics import Difference, Summary, compare, holm, summarise, verdict
 
-LOWER_IS_BETTER = ("word_perplexity", "perplexity", "loss")
+CORRUPTION_ERROR = "mean_corruption_error"
+LOWER_IS_BETTER = ("word_perplexity", "perplexity", "loss", SIMILARITY, CORRUPTION_ERROR)
+CORRUPTED = "all corruptions"
+"""Family of what is said of all corruptions together."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +86,11 @@ def build_tables(study: Study, records: dict[str, dict[str, Any]]) -> list[Table
         of_task = [record for record in records.values() if record["task"] == task.name]
         values: dict[Key, dict[str, dict[int, float]]] = {}
         for record in of_task:
-            for key, value in measured_values(record, study.split).items():
+            base = next((other for other in of_task if _is_baseline(other, study, record["seed"])), None)
+            found = measured_values(record, study.split) | _corrupted(record, base, study)
+            for key, value in found.items():
                 values.setdefault(key, {}).setdefault(record["variant"], {})[record["seed"]] = value
-        tables += [_table(study, task.name, key, found, of_task) for key, found in values.items()]
+        tables += [_table(study, task.name, key, of_key, of_task) for key, of_key in values.items()]
     return tables
 
 
@@ -93,6 +100,7 @@ def measured_values(record: dict[str, Any], split: str) -> dict[Key, float]:
         return {}
     metrics = record["metrics"].get(split, {})
     found: dict[Key, float] = {}
+    severities: dict[str, list[float]] = {}
     metric = next((name for name in HEADLINES if metrics.get(name) is not None), None)
     if metric is not None:
         found["clean", "clean", metric] = metrics[metric]
@@ -105,7 +113,26 @@ def measured_values(record: dict[str, Any], split: str) -> dict[Key, float]:
             continue  # of a check of the attack, not of the model
         if measurement.metric == "perplexity" and metric == "word_perplexity":
             continue  # the same number in another unit
+        if measurement.family == "corruption":
+            severities.setdefault(f"{measurement.disturbance}, all severities", []).append(measurement.value)
+            continue
         found[measurement.name, measurement.family, measurement.metric] = measurement.value
+    return found | {(name, "corruption", "accuracy"): fmean(values) for name, values in severities.items()}
+
+
+def _is_baseline(record: dict[str, Any], study: Study, seed: int) -> bool:
+    return record["variant"] == study.baseline and record["seed"] == seed and record["status"] != DIVERGED
+
+
+def _corrupted(record: dict[str, Any], base: dict[str, Any] | None, study: Study) -> dict[Key, float]:
+    """Accuracy and error over all corruptions of a run; the error in percent of that of the same seed's baseline."""
+    if not any(result["family"] == "corruption" for result in record["measurements"]):
+        return {}
+    mean = mean_errors(record["measurements"])["mean"]
+    found: dict[Key, float] = {} if mean is None else {("mean of all corruptions", CORRUPTED, "accuracy"): 1 - mean}
+    error = None if base is None else mean_corruption_error(record["measurements"], base["measurements"])["mce"]
+    if error is not None:
+        found[f"mean corruption error, {study.baseline} = 100", CORRUPTED, CORRUPTION_ERROR] = error
     return found
 
 

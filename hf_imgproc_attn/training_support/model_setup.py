@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from hf_imgproc_attn.backbones import BERT, GPT2, OF_TASK, TASKS, VIT, Backbone, Head
-from hf_imgproc_attn.errors import UsageError, plain_message
+from hf_imgproc_attn.errors import UsageError, broken_files, plain_message
 from hf_imgproc_attn.models.spec_fields import FILTER_FIELDS, PRESETS
 from hf_imgproc_attn.training_support.argument_parser import check_override_names
 from hf_imgproc_attn.training_support.arguments import ModelArguments
@@ -432,12 +432,9 @@ def image_processor(name: str | None, config: Any) -> "BaseImageProcessor":
 @contextlib.contextmanager
 def _as_usage_errors(what: str) -> Iterator[None]:
     """Configurations and checkpoints are refused in several ways, by Transformers and by our models: make it one."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
     try:
         yield
     except UsageError:
         raise
-    except (StrictDataclassError, SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except broken_files() as error:
         raise UsageError(f"{what}: {plain_message(error)}") from error

@@ -139,8 +139,8 @@ def _check_processes(training_args: "TrainingArguments") -> None:
         size = getattr(config, f"{name}_size", None) or os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE")
         if int(size or 1) > 1:
             raise UsageError(
-                f"parallelism_config.{name}_size must be 1, got {size}: filters know no {what} parallelism; DDP and "
-                "FSDP2 share the batch (training/launch/)"
+                f"parallelism_config.{name}_size must be 1, got {size}: this script knows no {what} parallelism; "
+                "DDP and FSDP2 share the batch (training/launch/); for heads and tokens see docs/scaling.md"
             )
     if launched > 1 and training_args.world_size == 1:
         raise UsageError(

@@ -45,9 +45,9 @@ class Compiler:
         self.launch = jit.JITFunction.run
 
     def tuned(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        self.compile(
-            kernel.fn, *args, grid=grid, warmup=True, **kwargs, **kernel.configs[self.configuration].all_kwargs()
-        )
+        kernel.nargs = {}
+        configuration = kernel.prune_configs(kwargs)[self.configuration]
+        self.compile(kernel.fn, *args, grid=grid, warmup=True, **kwargs, **configuration.all_kwargs())
 
     def compile(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         binary = self.launch(kernel, *args, grid=grid, warmup=True, **kwargs)
@@ -92,14 +92,41 @@ def refusals() -> list[str]:
     return found
 
 
+def composed(compiler: Compiler) -> None:
+    """The filter applied once: two widths, fewer queries than keys, masks and lengths, dropout, positions."""
+    from hf_imgproc_attn.gpu.once import Once, apply_once
+
+    for width, value_width, kind, masked, configuration in (
+        (128, 64, "gaussian", True, 0),
+        (256, 256, "none", False, -1),
+    ):
+        compiler.label, compiler.configuration = f"once, {kind}, {width}, {value_width}", configuration
+        query, key, x = (
+            torch.zeros(2, heads, length, size, dtype=torch.bfloat16, requires_grad=True)
+            for heads, length, size in ((2, 100, width), (1, LENGTH, width), (1, LENGTH, value_width))
+        )
+        once = Once(query, key, 0.125, is_causal=masked)
+        if masked:
+            bias, seed = torch.zeros(2, 2, LENGTH, requires_grad=True), torch.zeros(1, dtype=torch.int64)
+            once = once._replace(
+                key_mask=torch.ones(2, LENGTH, dtype=torch.bool), key_bias=bias, dropout=0.1, seed=seed
+            )
+        else:
+            once = once._replace(key_mask=torch.tensor([LENGTH, 7], dtype=torch.int32))
+        places = positions(kind, 2, LENGTH)
+        if places is not None:
+            places = places._replace(coordinates=places.coordinates[:, LENGTH - 100 :])
+        apply_once(once._replace(positions=places), x).sum().backward()
+
+
 def main() -> None:
     compiler, refused = Compiler(), refusals()
-    from hf_imgproc_attn.gpu import fused
+    from hf_imgproc_attn.gpu import fused, launching
 
     driver.set_active(NoDevice())
     autotuner.Autotuner.run = lambda kernel, *args, **kwargs: compiler.tuned(kernel, *args, **kwargs)
     jit.JITFunction.run = lambda kernel, *args, **kwargs: compiler.compile(kernel, *args, **kwargs)
-    fused.INTERPRETED = True  # tensors of the CPU stand in for a GPU's
+    launching.INTERPRETED = True  # tensors of the CPU stand in for a GPU's
     for algorithm, kind, boosting, key_heads in (
         ("general", "gaussian", "twicing", 1),
         ("general", "buckets", "none", 2),
@@ -120,6 +147,7 @@ def main() -> None:
             options["key_bias"] = torch.zeros(1, 2, length, requires_grad=True)
         out = fused.fused_attention(query, key, value, mask, positions=positions(kind, 2, length), **options)
         out.sum().backward()
+    composed(compiler)
     print(json.dumps({"refused": refused, "binaries": compiler.found}))
 
 

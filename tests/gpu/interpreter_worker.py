@@ -20,10 +20,11 @@ from hf_imgproc_attn.gpu.fused import choose, fused_attention, fused_backward, f
 from hf_imgproc_attn.gpu.places import position_tensors
 from hf_imgproc_attn.models.backend_call import Booster, Content, FilterCall
 from hf_imgproc_attn.models.backend_table import BACKENDS
-from hf_imgproc_attn.models.kernel_given import BiasPositions
+from hf_imgproc_attn.models.kernel_given import BiasPositions, FeaturePositions
 from hf_imgproc_attn.models.kernel_position import BlockedPositions, ClassTokens, GaussianPositions
 from hf_imgproc_attn.models.kernel_relative import AlibiPositions, BucketPositions, bucket_boundaries
 from hf_imgproc_attn.models.visibility import attention_visibility
+from tests.gpu import composed_cases
 from tests.gpu.schedules import schedules
 
 Tensors = list[torch.Tensor]
@@ -409,13 +410,11 @@ def dispatch() -> dict[str, Any]:
     reasons = {
         "mask": refuses(call(square)),
         "float mask": refuses(call(torch.linspace(0, 1, 19).expand(2, 1, 1, 19))),
+        "mask of heads": refuses(call(torch.rand(2, 2, 1, 19) > 0.5)),
         "bias": refuses(call(positions=(BiasPositions(torch.zeros(1, 2, 19, 19)),))),
-        "dropout": refuses(call(dropout=0.1)),
-        "steps": refuses(call(booster=Booster("twicing", 3))),
-        "boosting": refuses(call(booster=Booster("sos"))),
-        "shapes": refuses(call(key=key[:, :, 1:], value=value[:, :, 1:])),
         "dtype": refuses(call(**double)),
-        "width": refuses(call(**dict.fromkeys(("query", "key", "value"), torch.zeros(1, 1, 2, 136)))),
+        "width": refuses(call(**dict.fromkeys(("query", "key", "value"), torch.zeros(1, 1, 2, 264)))),
+        "columns": refuses(call(positions=(FeaturePositions(*(torch.zeros(1, 1, 19, 250),) * 2),))),
     }
     return {"served": served, "reasons": reasons, "contents": contents()}
 
@@ -429,6 +428,7 @@ def main() -> None:
         **{part.__name__: part() for part in (causality, saved_tensors, operator_checks, compiled, edges, dispatch)},
         **schedules(),
     }
+    found["composed"] = composed_cases.found("--full" in sys.argv)
     print(json.dumps(found))
 
 

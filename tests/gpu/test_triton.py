@@ -22,9 +22,9 @@ SHARED_MEMORY = 227 * 1024
 """What a block of threads can have on compute capability 9.0, in bytes."""
 
 
-def run_worker(name: str, folder: Path, **environment: str) -> Any:
+def run_worker(name: str, folder: Path, *arguments: str, **environment: str) -> Any:
     result = run_command(
-        [sys.executable, str(Path(__file__).with_name(name))],
+        [sys.executable, str(Path(__file__).with_name(name)), *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(folder), **environment},
         timeout=600,
     )
@@ -33,8 +33,9 @@ def run_worker(name: str, folder: Path, **environment: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return run_worker("interpreter_worker.py", tmp_path_factory.mktemp("triton"), TRITON_INTERPRET="1")
+def found(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Any:
+    full = ("--full",) if pytestconfig.getoption("--full") else ()
+    return run_worker("interpreter_worker.py", tmp_path_factory.mktemp("triton"), *full, TRITON_INTERPRET="1")
 
 
 @pytest.fixture(scope="module")
@@ -159,25 +160,74 @@ def test_gaussian_contents_are_served_with_their_gradients(found: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("mask", "takes masks of padded keys only"),
-        ("float mask", "takes masks of padded keys only"),
-        ("bias", "positions by place (gaussian, alibi, relative_buckets), got BiasPositions"),
-        ("dropout", "drops nothing out, got dropout_p=0.1"),
-        ("steps", "does twicing with 2 steps, or no boosting, got boosting='twicing' with 3 steps"),
-        ("boosting", "does twicing with 2 steps, or no boosting, got boosting='sos' with 2 steps"),
-        ("shapes", "needs query, key and value of one shape"),
+        ("mask", "takes masks of padded keys, the same for all heads, only"),
+        ("float mask", "takes masks of padded keys, the same for all heads, only"),
+        ("mask of heads", "takes masks of padded keys, the same for all heads, only"),
+        (
+            "bias",
+            "takes positions as feature columns, or one term by place (gaussian, alibi, relative_buckets), got Bias",
+        ),
         ("dtype", "needs float16 or bfloat16, got torch.float64"),
-        ("width", "needs head_dim <= 128, got 136"),
+        ("width", "needs widths <= 256, columns included, got 264 of queries, 264 of values"),
+        ("columns", "needs widths <= 256, columns included, got 272 of queries, 16 of values"),
     ],
 )
 def test_reasons_for_refusing(found: Any, name: str, reason: str) -> None:
     assert reason in found["dispatch"]["reasons"][name]
 
 
+def test_composed_boosters_are_exact(found: Any) -> None:
+    """Against float64, over pairs of widths, groups, masks, positions, causality, fewer queries, dropout and boosters.
+
+    Outputs, the gradients of queries, keys, values, gains and positions, and the streams that a cache is given.
+    """
+    cases = [case for case in found["composed"]["cases"] if case["dtype"] == "float32"]
+    assert {case["booster"].partition(" ")[0] for case in cases} >= {"none", "twicing", "learned", "sos", "diffusion"}
+    assert not [case for case in cases if max(case["errors"]) > 5e-6]
+
+
+def test_composed_boosters_round_as_the_steps_of_sdpa_do(found: Any) -> None:
+    cases = [case for case in found["composed"]["cases"] if case["dtype"] != "float32"]
+    assert {case["dtype"] for case in cases} == {"bfloat16", "float16"}
+    for case in cases:
+        for mine, theirs in zip(case["errors"], case["sdpa_errors"], strict=True):
+            assert mine <= 2.0 * theirs + 1e-4, case
+
+
+def test_the_filter_applied_once_is_a_good_operator(found: Any) -> None:
+    assert set(found["composed"]["operator_checks"].values()) == {"SUCCESS"}
+
+
+def test_lengths_say_what_a_mask_says(found: Any) -> None:
+    assert found["composed"]["lengths"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("axes", "must have 4 axes"),
+        ("shape", "key must have the query's batch and width, x the key's batch and length"),
+        ("length", "x the key's batch and length"),
+        ("heads", "both a divisor of the query's heads, got (2, 2, 5, 16), (2, 3, 7, 16)"),
+        ("width", "widths must be <= 256"),
+        ("dtype", "must be all float16, bfloat16 or float32, got torch.float32, torch.float32, torch.float16"),
+        (
+            "mask",
+            "key_mask must be boolean [batch, key_length] = (2, 7) or int32 [batch] = (2,), got torch.bool (2, 5)",
+        ),
+        ("bias", "key_bias must be float32 [batch, heads, key_length] = (2, 2, 7), got torch.float32 (2, 1, 7)"),
+        ("dropout", "dropout must be in [0, 1), got 1.0"),
+        ("seed", "seed must be int64 of shape (1,) where dropout > 0, got None"),
+    ],
+)
+def test_misuse_of_the_filter_applied_once_is_refused(found: Any, name: str, message: str) -> None:
+    assert message in found["composed"]["refused"][name]
+
+
 def test_kernels_compile_for_a_gpu_that_is_not_there(without_gpu: Any) -> None:
     """Every kernel, with its largest blocks: on the fast instructions, and within a device's shared memory."""
     binaries = without_gpu["binaries"]
-    assert len({binary["kernel"] for binary in binaries if binary["products"]}) == 10
+    assert len({binary["kernel"] for binary in binaries if binary["products"]}) == 13
     for binary in binaries:
         assert binary["bytes"] > 0
         assert binary["warp_group_products"] >= binary["products"], binary

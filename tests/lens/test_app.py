@@ -91,6 +91,28 @@ def test_what_cannot_be_answered_is_said(model: str, fields: dict[str, Any], mes
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("beside", None, "samples beside it must be an integer from 0 to 31, got nothing"),
+        ("beside", "", "samples beside it must be an integer from 0 to 31, got nothing"),
+        ("beside", 2.5, "samples beside it must be an integer from 0 to 31, got 2.5"),
+        ("noise", None, "noise must be a number from 0 to 1, got nothing"),
+        ("token", "-1", "token must be an integer >= 0 or empty, got -1"),
+    ],
+)
+def test_emptied_fields_of_the_app_are_named(field: str, value: Any, message: str, checkpoints: Path) -> None:
+    import gradio
+
+    from hf_imgproc_attn.lens.app import _look
+
+    held = {"beside": 3, "token": "", "noise": 0.1, field: value}
+    name = str(checkpoints / "llama")
+    given = [name, "as it is", "", None, held["beside"], held["token"], None, held["noise"], False]
+    with pytest.raises(gradio.Error, match=message):
+        _look(given, {}, True)
+
+
 def test_offered_presets_can_be_put_into_a_model() -> None:
     assert {"twicing", "bilateral_gaussian", "neutreno"} <= set(usable_presets())
     assert not {"softmax", "bilateral", "gradient_boosted"} & set(usable_presets())

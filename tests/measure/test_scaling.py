@@ -15,6 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_imgproc_attn import ImgProcGPT2Config, ImgProcGPT2LMHeadModel, filter_attention
+from hf_imgproc_attn.context_parallel import context_parallel
 from hf_imgproc_attn.measure import scaling
 from tests.helpers import ROOT
 
@@ -91,6 +92,27 @@ def test_operations_of_attention(boosting: str, passes: int) -> None:
     with FlopCounterMode(display=False) as counter:
         filter_attention(query, key, value, boosting=boosting, backend="blocked")
     assert counter.get_total_flops() == scaling.attention_products(32, 16, passes, causal=False)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_traffic_of_shared_tokens(passes: int, four_devices: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one of four processes gathers in a layer of two heads of 8 features, in float32."""
+    moved: list[int] = []
+    gather = dist.all_gather
+
+    def counted(parts: list[torch.Tensor], own: torch.Tensor, **options: Any) -> Any:
+        if own.ndim == 4:
+            moved.append(sum(part.nbytes for part in parts))
+        return gather(parts, own, **options)
+
+    monkeypatch.setattr(dist, "all_gather", counted)
+    fields = {"boosting": "twicing", "boosting_steps": passes} if passes > 1 else {}
+    size = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 32, "n_positions": 16, "attn_pdrop": 0.0}
+    network = ImgProcGPT2LMHeadModel(ImgProcGPT2Config(**size, **fields, bos_token_id=0, eos_token_id=0))
+    with context_parallel(network), torch.no_grad():
+        network(input_ids=torch.zeros(1, 4, dtype=torch.long))
+    received = scaling.context_received_bytes(16, 16, passes, DEVICES, bytes_each=4)
+    assert sum(moved) * (DEVICES - 1) / DEVICES == received
 
 
 def test_the_page_shows_the_tables() -> None:

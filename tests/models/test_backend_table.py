@@ -133,13 +133,13 @@ def test_what_a_backend_cannot_do_is_refused_in_words() -> None:
         choose(layer, "flex")(**options, is_causal=True, past_key_values=cache)
 
 
-def test_kernels_for_plain_products_are_not_given_columns() -> None:
-    """A kernel that would take the tensors as they are and know nothing of positions refuses them, on any device."""
-    for content, position in (("gaussian", "untied"), ("dot_product", "untied")):
-        layer, inputs = build(content, position, "twicing", 2), tensors(position)
-        with pytest.raises(ValueError, match="filter_backend='triton' cannot serve this call: it takes inner"):
-            choose(layer, "triton")(**inputs, implementation="sdpa")
-        choose(layer, "auto")(**inputs, implementation="sdpa")
+def test_kernels_are_not_given_logits_of_all_pairs() -> None:
+    """A kernel that would take the tensors as they are and know nothing of a bias refuses it, on any device."""
+    layer, inputs = build("dot_product", "none", "twicing", 2), tensors("none")
+    bias = torch.zeros(1, 1, *(inputs["query"].shape[2],) * 2)
+    with pytest.raises(ValueError, match="filter_backend='triton' cannot serve this call: it takes masks of padded"):
+        choose(layer, "triton")(**inputs, implementation="sdpa", attention_mask=bias)
+    choose(layer, "auto")(**inputs, implementation="sdpa", attention_mask=bias)
 
 
 def test_a_backend_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -315,4 +315,4 @@ def test_ways_of_sharing_that_filters_do_not_know(
     monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "2")
     assert train_causal_lm.main(["--output_dir", str(tmp_path / "run"), "--use_cpu"]) == 2
     error = capsys.readouterr().err
-    assert f"parallelism_config.{name}_size must be 1, got 2: filters know no {what} parallelism" in error
+    assert f"parallelism_config.{name}_size must be 1, got 2: this script knows no {what} parallelism" in error
