@@ -2,8 +2,8 @@
 
 At width 128 and great lengths a hand-written flash kernel may do two passes sooner than the kernels of this package do
 one. PyTorch has a switch for the whole process, ``torch.nn.attention.activate_flash_attention_impl``; forward and
-backward must run under the same one, so that nothing here turns it: a user does, with :func:`activate`. The choice looks
-only whether it is on, and whether the table of :mod:`.measured` says that this is fastest on the device.
+backward must run under the same one, so that nothing here turns it: a user does, with :func:`activate`. The choice
+looks only whether it is on, and whether the table of :mod:`.measured` says that this is fastest on the device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def algorithm(implementation: str) -> str:
 
 def installed() -> tuple[str, ...]:
     """The implementations that PyTorch knows and whose package is there."""
-    known = getattr(attention, "list_flash_attention_impls", tuple)()
+    known: list[str] = getattr(attention, "list_flash_attention_impls", list)()
     return tuple(name for name in known if name in PACKAGES and _is_there(PACKAGES[name]))
 
 

@@ -6,8 +6,8 @@ A single token has one row of A, which cannot fill a GPU: the cached keys are cu
     combine     one program a head joins the chunks, adds the new tokens' own keys, and runs the booster: the rows that
                 it adds to the streams need A only among the new tokens
 
-Rows of a chunk's tile are the new tokens of all query heads that share a key head, so that a key is loaded once for its
-group. What is hidden is not read.
+Rows of a chunk's tile are the new tokens of all query heads that share a key head, so that a key is loaded once for
+its group. What is hidden is not read.
 """
 
 import triton
@@ -165,7 +165,7 @@ def _joined(
 ):  # fmt: skip
     """A's product with the cached rows of V (number 0) or of a stream, for the new tokens: all chunks together."""
     joined = tl.zeros([ROWS, BLOCK_V], dtype=tl.float32)
-    for chunk in range(0, chunks):
+    for chunk in range(chunks):
         highest = tl.load(highest_base + chunk * length + rows, mask=rows < length, other=float("-inf"))
         part = sums_base + (chunk * (STREAMS + 1) + number) * length * VALUE_WIDTH
         found = load_rows(part, VALUE_WIDTH, rows, columns, length, VALUE_WIDTH, BLOCK_V)
@@ -198,14 +198,14 @@ def decode_combine_kernel(
     scores = hide(scores, rows, rows, seen, CAUSAL)
     highest_base = highest_pointer + item.to(tl.int64) * chunks * length
     highest = tl.max(scores, 1)
-    for chunk in range(0, chunks):
+    for chunk in range(chunks):
         found = tl.load(highest_base + chunk * length + rows, mask=rows < length, other=float("-inf"))
         highest = tl.maximum(highest, found)
     base = tl.where(highest == float("-inf"), 0.0, highest)
     weights = tl.exp2(scores - base[:, None])
     total = tl.sum(weights, 1)
     total_base = total_pointer + item.to(tl.int64) * chunks * length
-    for chunk in range(0, chunks):
+    for chunk in range(chunks):
         of_chunk = tl.load(highest_base + chunk * length + rows, mask=rows < length, other=float("-inf"))
         part = tl.load(total_base + chunk * length + rows, mask=rows < length, other=0.0)
         total += part * tl.exp2(of_chunk - base)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hf_imgproc_attn.gpu import decode_call
 from hf_imgproc_attn.gpu.decode import Cached, decode_attention
 from hf_imgproc_attn.models.backend_call import Booster, Content, FilterCall
 from hf_imgproc_attn.models.backend_table import BACKENDS
@@ -14,6 +15,7 @@ from hf_imgproc_attn.models.cache_streams import NoStreams
 from hf_imgproc_attn.models.kernel_position import BlockedPositions, GaussianPositions
 from hf_imgproc_attn.models.kernel_relative import AlibiPositions, BucketPositions, bucket_boundaries
 from hf_imgproc_attn.models.visibility import attention_visibility
+from tests.gpu import composed_cases
 
 SCALE = 0.3
 
@@ -136,24 +138,60 @@ def _error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return float(found) if found.isfinite() else float("inf")
 
 
+class HandedOut(composed_cases.GivenStreams):
+    """Streams whose cached rows can be asked for, as those of this package's caches."""
+
+    def past(self, name: str) -> torch.Tensor | None:
+        number = int(name.rpartition(".")[2]) - 1
+        generator = torch.Generator().manual_seed(number)
+        rows = torch.randn(2, composed_cases.HEADS, self.past_rows, self.width, generator=generator)
+        return rows.to(self.dtype) if number < 3 else None
+
+
+def calls() -> list[float]:
+    """Errors of calls of the back-end with a cache: content as a number for each key, feature columns, gains."""
+    found = []
+    for row in (
+        ("twicing 3", "gaussian contents", 16, 24, 70, 2, 1, True, True, 0.0),
+        ("sos 2", "untied", 16, 24, 5, 1, 2, False, True, 0.0),
+        ("learned 2", "alibi", 24, 16, 33, 3, 1, True, True, 0.0),
+    ):
+        case = composed_cases.Case(*row)
+        leaves = composed_cases.leaves_of(case)
+        exact, mine = (
+            composed_cases.call_of(case, [leaf.to(dtype) for leaf in leaves])
+            for dtype in (torch.float64, torch.float32)
+        )
+        mine = mine._replace(streams=HandedOut(case.past, case.value_width, torch.float32))
+        assert decode_call.applies(mine)
+        assert not decode_call.applies(mine._replace(dropout=0.1))
+        assert not decode_call.applies(mine._replace(query=mine.query.clone().requires_grad_()))
+        wanted = composed_cases.exact(case, exact, 0)
+        found.append(_error(BACKENDS["triton"].run(mine), wanted))
+        hidden = torch.zeros(()) if mine.visibility.keys is None else ~mine.visibility.keys[..., -case.length :].mT
+        for name, rows in exact.streams.stored.items():
+            got = mine.streams.stored[name]
+            found.append(_error(got.masked_fill(hidden.bool(), 0.0), rows.masked_fill(hidden.bool(), 0.0)))
+    return found
+
+
 def refusals() -> dict[str, str]:
     """Why calls are refused that the kernels would misread."""
     query, key, stream = torch.zeros(1, 4, 1, 16), torch.zeros(1, 2, 9, 16), torch.zeros(1, 4, 8, 16)
     cached, found = Cached(key, key, [stream]), {}
-    for name, call in {
-        "gradient": lambda: decode_attention(query.clone().requires_grad_(), cached),
-        "booster": lambda: decode_attention(query, cached, boosting="exclusive"),
-        "steps": lambda: decode_attention(query, cached, steps=5),
-        "streams": lambda: decode_attention(query, cached, steps=3),
-        "dtype": lambda: decode_attention(query, Cached(key, key, [stream.half()])),
-        "shape": lambda: decode_attention(query, Cached(key, key, [stream[:, :, 1:]])),
-        "tokens": lambda: decode_attention(torch.zeros(1, 4, 17, 16), Cached(*[torch.zeros(1, 2, 20, 16)] * 2),
-                                           boosting="none"),
-        "width": lambda: decode_attention(torch.zeros(1, 1, 1, 264), Cached(*[torch.zeros(1, 1, 3, 264)] * 2),
-                                          boosting="none"),
-    }.items():  # fmt: skip
+    many, wide = torch.zeros(1, 2, 20, 16), torch.zeros(1, 1, 3, 264)
+    for name, new, given, options in (
+        ("gradient", query.clone().requires_grad_(), cached, {}),
+        ("booster", query, cached, {"boosting": "exclusive"}),
+        ("steps", query, cached, {"steps": 5}),
+        ("streams", query, cached, {"steps": 3}),
+        ("dtype", query, Cached(key, key, [stream.half()]), {}),
+        ("shape", query, Cached(key, key, [stream[:, :, 1:]]), {}),
+        ("tokens", torch.zeros(1, 4, 17, 16), Cached(many, many), {"boosting": "none"}),
+        ("width", wide[:, :, :1], Cached(wide, wide), {"boosting": "none"}),
+    ):
         try:
-            call()
+            decode_attention(new, given, **options)
         except ValueError as error:
             found[name] = str(error)
     return found
@@ -164,6 +202,7 @@ def decoding() -> dict[str, Any]:
     return {
         "decoding": {
             "errors": {str(number): [case.dtype, *measure(case)] for number, case in enumerate(CASES)},
+            "calls": calls(),
             "refused": refusals(),
         }
     }

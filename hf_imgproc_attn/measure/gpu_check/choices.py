@@ -118,7 +118,8 @@ def algorithm_choices(record: dict[str, Any] | None) -> tuple[MeasuredAlgorithms
     cases = [case for letter in "bc" for case in _cases(record, letter)]
     wrong = {case["about"].get("backend") for case in cases if case["status"] in BAD}
     wrong |= {case["about"].get("method") for case in cases if case["status"] in BAD}
-    device, costs = record["environment"]["device"]["name"], {}
+    device = record["environment"]["device"]["name"]
+    costs: dict[tuple[str, bool, bool, int, int, int], dict[str, float]] = {}
     for case in _cases(record, "c"):
         about, backend = case["about"], case["about"].get("backend") or ""
         if case["status"] != MEASURED or about.get("filter") != "twicing" or about["graph"] or backend in wrong:

@@ -33,8 +33,8 @@ def error_cases(bench: Bench) -> list[Case]:
     shape = TINY_SHAPES[0] if bench.tiny else SHAPES[0]
     found = []
     for dtype in ("bfloat16", "float16"):
-        about = {"method": KERNELS, "backend": KERNELS, "filter": "twicing, one token", "shape": list(shape.size)}
-        about |= {"is_causal": True, "dtype": dtype}
+        about: dict[str, Any] = {"method": KERNELS, "backend": KERNELS, "filter": "twicing, one token"}
+        about |= {"shape": list(shape.size), "is_causal": True, "dtype": dtype}
         run = partial(compare, bench, shape, dtype)
         found.append(Case(f"{KERNELS}: twicing, one token after {shape.size}, {dtype}", run, 90.0, about))
     return found
@@ -46,8 +46,8 @@ def time_cases(bench: Bench) -> list[Case]:
     for graph in (False, True):
         for shape in TINY_SHAPES if bench.tiny else SHAPES:
             for backend in (KERNELS, TWO_CALLS):
-                about = {"what": "decoding", "filter": "twicing, one token", "backend": backend, "graph": graph}
-                about |= {"shape": list(shape.size), "is_causal": True}
+                about: dict[str, Any] = {"what": "decoding", "filter": "twicing, one token", "backend": backend}
+                about |= {"shape": list(shape.size), "is_causal": True, "graph": graph}
                 words = f"{'CUDA graph: ' * graph}twicing, one token after {shape.size}, {backend}"
                 found.append(Case(words, partial(time_step, bench, backend, shape, graph), 60.0, about))
     return found

@@ -79,7 +79,7 @@ def _ratios(goal: Goal, direction: str, record: dict[str, Any]) -> Iterator[tupl
 
 
 def decoding_rows(cases: dict[str, Any]) -> list[list[str]]:
-    """Cells of a table of the times of single tokens: method, shape, whether as a CUDA graph, x plain, microseconds."""
+    """Cells of a table of the times of single tokens: method, shape, how, ratio to plain attention, microseconds."""
     rows = []
     for case in cases.values():
         about, values = case["about"], case.get("values")
