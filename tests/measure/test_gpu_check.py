@@ -124,7 +124,8 @@ def test_rehearsal_covers_every_back_end(rehearsal: Record) -> None:
     methods = {case["about"]["method"] for case in measured}
     # The memory-efficient and cuDNN kernels of SDPA are a GPU's.
     assert methods == {
-        "triton single_pass", "triton general", "triton short", "triton wavefront", "triton decode", "SDPA flash", "SDPA maths", "sdpa", "blocked", "flex",
+        "triton single_pass", "triton general", "triton short", "triton wavefront", "triton decode",
+        "SDPA flash", "SDPA maths", "sdpa", "blocked", "flex",
         "flex, called directly", "flex, several lengths",
     }  # fmt: skip
     decoded = [case for case in measured if case["about"]["method"] == "triton decode"]
