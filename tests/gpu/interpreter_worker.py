@@ -26,6 +26,7 @@ from hf_imgproc_attn.models.kernel_relative import AlibiPositions, BucketPositio
 from hf_imgproc_attn.models.visibility import attention_visibility
 from tests.gpu import composed_cases
 from tests.gpu.decode_cases import decoding
+from tests.gpu.hub_cases import hub_kernel
 from tests.gpu.schedules import schedules
 
 Tensors = list[torch.Tensor]
@@ -429,6 +430,7 @@ def main() -> None:
         **{part.__name__: part() for part in (causality, saved_tensors, operator_checks, compiled, edges, dispatch)},
         **schedules(),
         **decoding(),
+        **hub_kernel(),
     }
     found["composed"] = composed_cases.found("--full" in sys.argv)
     print(json.dumps(found))

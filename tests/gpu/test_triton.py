@@ -129,6 +129,12 @@ def test_decoding_refuses_by_name(found: Any, name: str, message: str) -> None:
     assert message in found["decoding"]["refused"][name]
 
 
+def test_kernel_of_the_hub_computes_the_same(found: Any) -> None:
+    """Beside the package, in one process: twicing with its gradients, then a token and its row of the stream."""
+    assert found["hub_kernel"]["differences"] == [0.0] * 6
+    assert found["hub_kernel"]["operator"].startswith("_imgproc_attention_cuda_")
+
+
 def test_operators_pass_the_checks_of_torch_library(found: Any) -> None:
     checks = found["operator_checks"]
     assert {"test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"} <= set(checks)
