@@ -16,7 +16,7 @@ from .models.any_filter import filter_arguments, filtered_layers, is_filtered
 from .models.any_layer import AppliedFilter
 from .models.configuration_imgproc_filtered import FILTERED_MODEL_TYPE
 from .models.layer_summary import FilterSummary, filter_summary
-from .models.modeling_imgproc_filtered import DOORS, stock_class
+from .models.modeling_imgproc_filtered import own_auto_class, stock_class
 from .models.spec_axes import PUBLISHED_NEUTRENO_LAMBDAS
 from .models.spec_fields import FILTER_FIELDS, FilterSpecMixin, preset_in_words
 
@@ -29,14 +29,9 @@ def is_foreign(config: Any) -> bool:
 
 def auto_class_of(config: Any) -> str:
     """The Auto class that loads the model of a configuration, by the architecture named there; else ``AutoModel``."""
-    if config.model_type == FILTERED_MODEL_TYPE:
-        return next((name for name in config.auto_map or {} if name in DOORS), "AutoModel")
-    declared = [getattr(transformers, name, None) for name in config.architectures or []]
-    for name in DOORS:
-        known = getattr(transformers, name)._model_mapping.get(type(config), None)
-        if set(declared) & set(known if isinstance(known, (tuple, list)) else (known,)) - {None}:
-            return name
-    return "AutoModel"
+    base = config.base() if config.model_type == FILTERED_MODEL_TYPE else config
+    declared = [getattr(transformers, name, None) for name in config.architectures or [] if isinstance(name, str)]
+    return own_auto_class(base, declared) or "AutoModel"
 
 
 def knows(auto_class: str, config: Any) -> bool:

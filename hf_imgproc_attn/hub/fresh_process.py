@@ -39,6 +39,15 @@ def probe(config: Any) -> dict[str, Any]:
     return {"input_ids": torch.randint(config.vocab_size, (2, length), generator=generator)}
 
 
+def class_names(auto_class: str, config_class: type) -> list[str]:
+    """The stock classes that an Auto class has for a configuration."""
+    import transformers
+
+    mapping = getattr(getattr(transformers, auto_class), "_model_mapping", {})  # AutoConfig has none
+    found = mapping.get(config_class, None)
+    return [kind.__name__ for kind in (found if isinstance(found, (tuple, list)) else (found,)) if kind is not None]
+
+
 def outputs(name: str, **options: Any) -> tuple[Any, Any]:
     """The logits of a checkpoint on the probe, and the model, through the Auto class that it was saved with.
 
@@ -51,7 +60,8 @@ def outputs(name: str, **options: Any) -> tuple[Any, Any]:
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=True, **options)
     (architecture,) = config.architectures
     if config.model_type == FILTERED:  # its classes are named after the Auto classes
-        auto_class = next((key for key in config.auto_map if key != "AutoConfig"), None)
+        base = type(config.base())
+        auto_class = next((key for key in config.auto_map if architecture in class_names(key, base)), None)
     else:
         auto_class = next((key for key, value in config.auto_map.items() if value.endswith(f".{architecture}")), None)
     if auto_class is None:

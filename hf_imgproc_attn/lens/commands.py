@@ -68,17 +68,16 @@ def add_commands(commands: Any) -> None:
 
 def run_lens(options: argparse.Namespace) -> int:
     """``imgproc-attn lens``: measure, write, and print the summary."""
-    from ..errors import UsageError, require_extras
+    from ..errors import require_extras
     from ..output_paths import check_new_files, check_output_folder
 
     require_extras("lens")
     check_output_folder(options.output)
     check_new_files([options.output / name for name in FILES], options.force)
-    if len(set(options.models)) < len(options.models):
-        raise UsageError("MODEL must name each checkpoint once")
 
-    from .compare import look, summary, write
+    from .compare import look, refuse_the_same, summary, write
 
+    refuse_the_same(options.models)
     reports = look(options)
     write(reports, options.output)
     print(summary(reports))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -12,11 +15,12 @@ from torch import nn
 from ..errors import UsageError, plain_message
 from ..output_paths import write_or_keep
 from .figures import draw_all
-from .inputs import WRITTEN, Shown, load_model, show
+from .inputs import Shown, load_model, show
 from .options import LensOptions
 from .page import page
 from .report import Report, cell
 from .run import inspect_model
+from .same_input import Asked, Seen, common_length, shown_to
 
 
 def look(options: argparse.Namespace) -> list[Report]:
@@ -35,26 +39,15 @@ def look(options: argparse.Namespace) -> list[Report]:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
+    names = own_names(options.models)
+    length = common_length(options.models, options.length)
+    asked = Asked(options.input, options.data, options.samples, length, options.seed)
     reports: list[Report] = []
-    written: dict[int, Shown] = {}
-    for name in options.models:
-        model = load_model(name)
-        # Texts that one model wrote are shown to all that have the same tokens.
-        vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 0)  # type: ignore[union-attr, operator]
-        shown = written.get(vocabulary)
-        if shown is None or options.data not in ("auto", "own"):
-            shown = show(
-                model,
-                name,
-                files=options.input,
-                data=options.data,
-                samples=options.samples,
-                length=options.length,
-                seed=options.seed,
-            )
-        if shown.described == WRITTEN:
-            written[vocabulary] = shown._replace(described=f"texts that {short_name(name)} wrote")
-        reports.append(inspected(model, name, short_name(name), shown, chosen))
+    seen: list[Seen] = []
+    for checkpoint, name in zip(options.models, names, strict=True):
+        model = load_model(checkpoint)
+        shown = shown_to(model, checkpoint, name, asked, seen)
+        reports.append(inspected(model, checkpoint, name, shown, chosen))
     return reports
 
 
@@ -71,17 +64,54 @@ def inspected(model: nn.Module, checkpoint: str, name: str, shown: Shown, option
         UsageError: for what the lens refuses.
     """
     try:
-        return inspect_model(
+        report = inspect_model(
             model, shown.inputs, name=name, data=shown.described, labels=shown.labels, options=options
         )
     except ValueError as error:
         raise UsageError(f"MODEL {checkpoint!r}: {plain_message(error)}") from error
+    report.notes += shown.notes
+    return report
 
 
 def short_name(name: str) -> str:
     """The last part of a path, or the two of a Hub name."""
-    parts = Path(name).parts
-    return name if len(parts) < 3 and not Path(name).is_absolute() else parts[-1]
+    return own_names([name])[0]
+
+
+def own_names(checkpoints: Sequence[str]) -> list[str]:
+    """Names of checkpoints in reports: ends of their paths, as long as it takes to tell them apart.
+
+    Args:
+        checkpoints: folders and Hub names; no two of them are the same.
+    """
+    whole = [Path(os.path.abspath(name)).parts if os.path.exists(name) else Path(name).parts for name in checkpoints]
+    given = [Path(name) for name in checkpoints]
+    kept = [2 if len(path.parts) == 2 and not path.is_absolute() else 1 for path in given]
+    while True:
+        # Also in lower case, which some disks do not tell apart.
+        names = [str(Path(*parts[-count:])) for parts, count in zip(whole, kept, strict=True)]
+        times = Counter(name.lower() for name in names)
+        longer = [
+            times[name.lower()] > 1 and count < len(parts)
+            for name, count, parts in zip(names, kept, whole, strict=True)
+        ]
+        if not any(longer):
+            return names
+        kept = [count + more for count, more in zip(kept, longer, strict=True)]
+
+
+def refuse_the_same(checkpoints: Sequence[str]) -> None:
+    """Refuse a checkpoint that is named twice, however it is written.
+
+    Raises:
+        UsageError: names both.
+    """
+    found: dict[str, str] = {}
+    for name in checkpoints:
+        place = os.path.realpath(name) if os.path.exists(name) else name.rstrip("/")
+        if place in found:
+            raise UsageError(f"MODEL must name each checkpoint once, got {found[place]!r} and {name!r}")
+        found[place] = name
 
 
 def write(reports: list[Report], folder: Path) -> None:
@@ -95,11 +125,14 @@ def _write(reports: list[Report], folder: Path) -> None:
     (folder / "lens.json").write_text(text + "\n", encoding="utf-8")
     (folder / "lens.md").write_text("\n".join(report.to_markdown() for report in reports), encoding="utf-8")
     pictures = draw_all(reports)
+    taken: Counter[str] = Counter()
     for panel, views in pictures.items():
         for view, picture in views.items():
             name = panel if len(views) == 1 else f"{panel}_{view}"
             file_name = re.sub(r"[^\w.-]+", "_", name)  # names of models may hold anything
-            (folder / f"{file_name}.png").write_bytes(picture)
+            taken[file_name.lower()] += 1
+            number = taken[file_name.lower()]
+            (folder / f"{file_name}{f'_{number}' if number > 1 else ''}.png").write_bytes(picture)
     (folder / "lens.html").write_text(page(reports, pictures), encoding="utf-8")
 
 
@@ -117,5 +150,6 @@ def summary(reports: list[Report]) -> str:
             f"  similarity of tokens {cell(ends[0].similarity)} after the first block, {cell(ends[1].similarity)} "
             "after the last"
         )
+        lines += [f"  note: {note}" for note in report.notes]
         lines += [f"  not measured: {reason}" for reason in report.skipped]
     return "\n".join(lines)

@@ -142,7 +142,7 @@ def _smoothing(reports: list[Report]) -> Figure:
                     for layer in report.layers
                     if place in layer.tokens
                 ]
-                _line(axes, points, number, place.replace("_", " "))
+                _line(axes, points, number, DEFINITIONS[place].title)
             _depth(axes, report)
             axes.set_ylabel(DEFINITIONS[name].title)
     grid[0, 0].legend(fontsize=7)
@@ -170,7 +170,7 @@ def _noise(reports: list[Report]) -> Figure:
     for (axes, gains), report in zip(grid, reports, strict=True):
         for number, place in enumerate(PLACES):
             points = [(layer.index, layer.noise[place]) for layer in report.layers if place in layer.noise]
-            _line(axes, [point for point in points if math.isfinite(point[1])], number, place.replace("_", " "))
+            _line(axes, [point for point in points if math.isfinite(point[1])], number, DEFINITIONS[place].title)
         for number, (label, (before, after)) in zip((1, 2, 4), STEPS.items(), strict=True):
             points = [
                 (layer.index, layer.noise[after] - layer.noise[before])
@@ -182,7 +182,7 @@ def _noise(reports: list[Report]) -> Figure:
         if promised:
             gains.plot(*zip(*promised, strict=True), color="black", linestyle=":", label="proposition III.1")
         gains.axhline(0.0, color="grey", linewidth=0.8)
-        axes.set_ylabel("signal to noise, dB")
+        axes.set_ylabel(f"{DEFINITIONS['noise'].title}, dB")
         gains.set_ylabel("gain, dB (above 0: removes noise)")
         for each in (axes, gains):
             _depth(each, report)
@@ -230,7 +230,7 @@ def _kernels(reports: list[Report]) -> Figure:
         axes.set_xticks(range(len(bars)), [label for label, _ in bars], fontsize=7)
         _depth_title(axes, report)
     for axes in grid[:, 0]:
-        axes.set_ylabel("share of the logits' variance")
+        axes.set_ylabel(DEFINITIONS["shares"].title)
     figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=4, fontsize=7)
     return figure
 
@@ -249,18 +249,22 @@ def _mean(held: list[dict[str, float]], name: str) -> float:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+SPECTRAL_MEASURES = ("radius", "gain", "effective_rank")
+"""Of spectra: drawn by depth."""
+
+
 def _spectra(reports: list[Report]) -> Figure:
     """Eigenvalues of some layers in the complex plane, and radius and gain by depth below."""
-    shown = {report.model: _some_layers(report) for report in reports}
-    columns = max(len(layers) for layers in shown.values())
+    shown = [_some_layers(report) for report in reports]
+    columns = max(len(SPECTRAL_MEASURES), *map(len, shown))
     figure, grid = _figure(2 * len(reports), columns, 3.2, 3.0)
     for number, report in enumerate(reports):
-        for axes, layer in zip(grid[2 * number], shown[report.model], strict=False):
+        for axes, layer in zip(grid[2 * number], shown[number], strict=False):
             _complex_plane(axes, report, layer)
-        for axes in grid[2 * number][len(shown[report.model]) :]:
+        for axes in grid[2 * number][len(shown[number]) :]:
             axes.set_visible(False)
         below = grid[2 * number + 1]
-        for axes, name in zip(below, ("radius", "gain", "effective_rank"), strict=False):
+        for axes, name in zip(below, SPECTRAL_MEASURES, strict=False):
             _spectral_depth(axes, report, name)
         for axes in below[3:]:
             axes.set_visible(False)

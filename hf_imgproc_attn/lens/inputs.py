@@ -26,11 +26,28 @@ WRITTEN = "texts that the model itself wrote"
 
 
 class Shown(NamedTuple):
-    """Inputs by name, what they are in words, and the first sample's tokens as text."""
+    """Inputs by name, what they are in words, the first sample's tokens as text, and what a reader must know of them.
+
+    notes: of a comparison whose models do not see the same.
+    """
 
     inputs: dict[str, torch.Tensor]
     described: str
     labels: list[str]
+    notes: tuple[str, ...] = ()
+
+
+def load_config(checkpoint: str) -> Any:
+    """The configuration of a folder or the Hub.
+
+    Raises:
+        UsageError: for what is no checkpoint.
+    """
+    refuse_missing_path("MODEL", checkpoint)
+    try:
+        return transformers.AutoConfig.from_pretrained(checkpoint)
+    except broken_files() as error:
+        raise UsageError(f"MODEL {checkpoint!r} cannot be loaded: {plain_message(error)}") from error
 
 
 def load_model(checkpoint: str) -> nn.Module:
@@ -39,9 +56,8 @@ def load_model(checkpoint: str) -> nn.Module:
     Raises:
         UsageError: for what is no checkpoint, or one whose layers lack weights.
     """
-    refuse_missing_path("MODEL", checkpoint)
+    config = load_config(checkpoint)
     try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint)
         names = list(getattr(config, "architectures", None) or [""])
         writes = names[0].endswith(("LMHeadModel", "ForCausalLM"))
         door = transformers.AutoModelForCausalLM if writes else transformers.AutoModel
@@ -122,7 +138,7 @@ def _texts(
     if length is not None and length > longest:
         raise UsageError(f"length must be at most {longest}, the places of {checkpoint!r}, got {length}")
     length = length or min(TEXT_LENGTH, longest)
-    tokenizer = _tokenizer(checkpoint)
+    tokenizer = tokenizer_of(checkpoint)
     if given:
         ids, described = _given(given, tokenizer, checkpoint, length, samples)
     elif data in ("photographs", "digits"):
@@ -143,13 +159,10 @@ def _texts(
     labels = [str(int(token)) for token in ids[0]]
     if tokenizer is not None:
         labels = [tokenizer.decode([int(token)]) for token in ids[0]]
-    inputs = {"input_ids": ids}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
-    return Shown(inputs, described, labels)
+    return Shown({"input_ids": ids}, described, labels)
 
 
-def _tokenizer(checkpoint: str) -> Any:
+def tokenizer_of(checkpoint: str) -> Any:
     """The tokenizer beside a checkpoint, or None."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)

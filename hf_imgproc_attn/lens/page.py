@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import html
 
-from .definitions import DEFINITIONS
+from .definitions import GROUPS, json_name, learned_definitions
 from .figures import Pictures, view_name
-from .report import HEAD_COLUMNS, Report, cell
+from .report import Report, cell, head_table, learned_names
 
 PANELS: dict[str, tuple[str, str, str]] = {
     "heads": (
@@ -64,8 +64,8 @@ PANELS: dict[str, tuple[str, str, str]] = {
     ),
     "definitions": (
         "Definitions",
-        "What every number on this page is.",
-        "The sources are in docs/lens.md.",
+        "What every number and every word beside it is, on this page and in lens.json.",
+        "The rows with the title that you see in a picture or a table; the sources are in docs/lens.md.",
     ),
 }
 """Panel -> title, what it shows, what to look for."""
@@ -139,6 +139,7 @@ def page(reports: list[Report], pictures: Pictures) -> str:
         "filter, as image processing knows them. This page shows what the filters of a trained model do on real "
         "input.</p>",
         *(f"<p>{_text(_described(report))}</p>" for report in reports),
+        *(f"<p><b>Note.</b> {_text(f'{report.model}: {note}.')}</p>" for report in reports for note in report.notes),
         _skipped(reports),
         f'<nav role="tablist" aria-label="panels">{buttons}</nav>',
         *(_panel(name, reports, pictures) for name in names),
@@ -170,7 +171,7 @@ def _panel(name: str, reports: list[Report], pictures: Pictures) -> str:
     if name == "numbers":
         body = "".join(_numbers(report) for report in reports)
     elif name == "definitions":
-        body = _definitions()
+        body = _definitions(reports)
     else:
         body = _views(name, pictures[name], _coloured_texts(reports) if name == "maps" else {})
     return (
@@ -226,28 +227,27 @@ def _views(panel: str, views: dict[str, bytes], texts: dict[str, str]) -> str:
 
 
 def _numbers(report: Report) -> str:
-    learned = list(dict.fromkeys(name for layer in report.layers for head in layer.heads for name in head.learned))
-    titles = ["layer", "head", *HEAD_COLUMNS.values(), *(f"its {name}" for name in learned)]
+    titles, rows = head_table(report)
     head_row = "".join(f"<th>{_text(title)}</th>" for title in titles)
-    rows = [
-        [
-            str(layer.index),
-            str(head.head),
-            *(cell(getattr(head, name)) for name in HEAD_COLUMNS),
-            *(cell(head.learned.get(name)) for name in learned),
-        ]
-        for layer in report.layers
-        for head in layer.heads
-    ]
     body = "".join("<tr>" + "".join(f"<td>{value}</td>" for value in row) + "</tr>" for row in rows)
     return f'<h3>{_text(report.model)}</h3><div class="wide"><table><tr>{head_row}</tr>{body}</table></div>'
 
 
-def _definitions() -> str:
-    rows = "".join(
-        f'<tr><td class="text">{_text(each.title)}</td><td class="text">{_text(each.formula)}</td>'
-        f'<td class="text">{_text(each.reading)}</td></tr>'
-        for each in DEFINITIONS.values()
-    )
-    titles = "".join(f'<th class="text">{title}</th>' for title in ("number", "what it is", "how to read it"))
-    return f"<table><tr>{titles}</tr>{rows}</table>"
+def _definitions(reports: list[Report]) -> str:
+    learned = learned_definitions(dict.fromkeys(name for report in reports for name in learned_names(report)))
+    groups = {**GROUPS, **({"What its filters hold": learned} if learned else {})}
+    titles = ("on the page", "what it is", "how to read it", "in lens.json")
+    head = "".join(f'<th class="text">{title}</th>' for title in titles)
+    parts = []
+    for group, held in groups.items():
+        rows = "".join(
+            "<tr>"
+            + "".join(
+                f'<td class="text">{_text(text)}</td>'
+                for text in (each.title, each.formula, each.reading, json_name(name))
+            )
+            + "</tr>"
+            for name, each in held.items()
+        )
+        parts.append(f"<h3>{_text(group)}</h3><table><tr>{head}</tr>{rows}</table>")
+    return "".join(parts)

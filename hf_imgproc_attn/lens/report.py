@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..markdown_tables import table_text
 from ..output_paths import write_or_keep
+from .definitions import DEFINITIONS
 from .spectrum import Spectrum
 from .tokens import TokenMeasures
 
@@ -81,8 +83,8 @@ class Report:
     samples, length: of the input. axes: of the places, 1 or 2. grid: rows and columns of patches, or None. special:
     leading tokens without a place, or the first token of a text. token: whose maps are shown. labels: the first
     sample's tokens as text. picture: the first image, small, as PNG in base64. noise: its standard deviation, as a
-    share of the input's. skipped: what was not measured, and why. seconds: of the model alone, and of the lens on top
-    of it.
+    share of the input's. notes: what a reader must know of the input, in a comparison. skipped: what was not measured,
+    and why. seconds: of the model alone, of the lens on top of it, and of the run with noise.
     """
 
     model: str
@@ -99,6 +101,7 @@ class Report:
     picture: str = ""
     noise: float = 0.0
     layers: list[LayerReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -167,45 +170,32 @@ def cell(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}g}" if abs(value) < 1e4 else f"{value:.1e}"
 
 
-HEAD_COLUMNS = {
-    "entropy_share": "entropy / uniform",
-    "logit_std": "std of logits",
-    "content_bandwidth": "content h",
-    "position_bandwidth": "position h",
-    "sink_weight": "weight on sinks",
-    "sink_value_ratio": "norm of their values",
-    "received_most": "most received",
-    "method_noise": "method noise",
-}
-"""Measures of heads in tables, and their titles there."""
+HEAD_COLUMNS = (
+    "entropy_share",
+    "logit_std",
+    "content_bandwidth",
+    "position_bandwidth",
+    "sink_weight",
+    "sink_value_ratio",
+    "received_most",
+    "method_noise",
+)
+"""Measures of heads in tables."""
 
 
-def markdown(report: Report) -> str:
-    """The report as Markdown."""
-    parts = [
-        f"# What {report.model} filters",
-        f"`{report.model_type}`, {report.parameters:,} parameters, {len(report.layers)} layers; {report.samples} "
-        f"samples of {report.length} tokens: {report.data}. Every number is defined in `docs/lens.md`.",
-        "## Heads",
-        _heads_table(report),
-        "## Tokens by depth",
-        _tokens_table(report),
-    ]
-    if any(layer.noise for layer in report.layers):
-        parts += [f"## Noise ({100 * report.noise:g} % of the input)", _noise_table(report)]
-    if any(head.shares or head.exact_shares for layer in report.layers for head in layer.heads):
-        parts += ["## What the logits are made of", _shares_table(report)]
-    if any(head.filter_spectrum for layer in report.layers for head in layer.heads):
-        parts += ["## Spectra", _spectra_table(report)]
-    if report.skipped:
-        parts += ["## Not measured", "\n".join(f"- {reason}" for reason in report.skipped)]
-    seconds = ", ".join(f"{name} {value:.2f} s" for name, value in report.seconds.items())
-    parts.append(f"Cost: {seconds}.")
-    return "\n\n".join(parts) + "\n"
+def titles_of(names: Iterable[str]) -> list[str]:
+    """What numbers are called in tables, as their definitions have it."""
+    return [DEFINITIONS[name].title for name in names]
 
 
-def _heads_table(report: Report) -> str:
-    learned = list(dict.fromkeys(name for layer in report.layers for head in layer.heads for name in head.learned))
+def learned_names(report: Report) -> list[str]:
+    """Names of what the layers' own filters hold."""
+    return list(dict.fromkeys(name for layer in report.layers for head in layer.heads for name in head.learned))
+
+
+def head_table(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Titles and cells of the table of heads."""
+    learned = learned_names(report)
     rows = [
         [
             str(layer.index),
@@ -216,17 +206,42 @@ def _heads_table(report: Report) -> str:
         for layer in report.layers
         for head in layer.heads
     ]
-    return table_text(["layer", "head", *HEAD_COLUMNS.values(), *(f"its {name}" for name in learned)], rows)
+    return [*titles_of(("index", "head", *HEAD_COLUMNS)), *(f"its {name}" for name in learned)], rows
+
+
+def markdown(report: Report) -> str:
+    """The report as Markdown."""
+    parts = [
+        f"# What {report.model} filters",
+        f"`{report.model_type}`, {report.parameters:,} parameters, {len(report.layers)} layers; {report.samples} "
+        f"samples of {report.length} tokens: {report.data}. Every number is defined in `docs/lens.md`.",
+        "## Heads",
+        table_text(*head_table(report)),
+        "## Tokens by depth",
+        _tokens_table(report),
+    ]
+    if any(layer.noise for layer in report.layers):
+        parts += [f"## Noise ({100 * report.noise:g} % of the input)", _noise_table(report)]
+    if any(head.shares or head.exact_shares for layer in report.layers for head in layer.heads):
+        parts += ["## What the logits are made of", _shares_table(report)]
+    if any(head.filter_spectrum for layer in report.layers for head in layer.heads):
+        parts += ["## Spectra", _spectra_table(report)]
+    parts[2:2] = [f"**Note:** {note}." for note in report.notes]
+    if report.skipped:
+        parts += ["## Not measured", "\n".join(f"- {reason}" for reason in report.skipped)]
+    seconds = ", ".join(f"{name} {value:.2f} s" for name, value in report.seconds.items())
+    parts.append(f"Cost: {seconds}.")
+    return "\n\n".join(parts) + "\n"
 
 
 def _tokens_table(report: Report) -> str:
     rows = [
-        [str(layer.index), place.replace("_", " "), *(cell(value) for value in layer.tokens[place])]
+        [str(layer.index), DEFINITIONS[place].title, *(cell(value) for value in layer.tokens[place])]
         for layer in report.layers
         for place in PLACES
         if place in layer.tokens
     ]
-    return table_text(["layer", "place", "similarity", "high frequency", "stable rank"], rows)
+    return table_text(["layer", "place", *titles_of(TokenMeasures._fields)], rows)
 
 
 def _noise_table(report: Report) -> str:
@@ -238,8 +253,8 @@ def _noise_table(report: Report) -> str:
         ]
         for layer in report.layers
     ]
-    titles = [f"{place.replace('_', ' ')}, dB" for place in PLACES]
-    return table_text(["layer", *titles, "alpha", "beta", "predicted gain, dB"], rows)
+    titles = [f"{title}, dB" for title in titles_of(PLACES)]
+    return table_text(["layer", *titles, *titles_of(("alpha", "beta")), "predicted gain, dB"], rows)
 
 
 def _shares_table(report: Report) -> str:
@@ -251,15 +266,19 @@ def _shares_table(report: Report) -> str:
                 means = {name: sum(each[name] for each in held) / len(held) for name in held[0]}
                 text = ", ".join(f"{name} {value:+.2f}" for name, value in means.items() if abs(value) >= 0.005)
                 rows.append([str(layer.index), "exact" if kind == "exact_shares" else "mean effects", text])
-    return table_text(["layer", "parts", "shares of the variance, mean over heads"], rows)
+    return table_text(["layer", "parts", "shares of the logits' variance, mean over heads"], rows)
+
+
+SPECTRAL_COLUMNS = ("effective_rank", "stable_rank", "radius", "gain")
+"""Measures of spectra in tables."""
 
 
 def _spectra_table(report: Report) -> str:
     rows = []
     for layer in report.layers:
         for head in layer.heads:
-            for name, found in (("A", head.filter_spectrum), ("operator", head.operator_spectrum)):
+            for name, found in (("A", head.filter_spectrum), ("p(A)", head.operator_spectrum)):
                 if found is not None:
-                    numbers = [found.effective_rank, found.stable_rank, found.radius, found.gain]
+                    numbers = [getattr(found, measure) for measure in SPECTRAL_COLUMNS]
                     rows.append([str(layer.index), str(head.head), name, *(cell(number) for number in numbers)])
-    return table_text(["layer", "head", "of", "effective rank", "stable rank", "radius", "largest gain"], rows)
+    return table_text(["layer", "head", "of", *titles_of(SPECTRAL_COLUMNS)], rows)

@@ -26,7 +26,7 @@ from ..errors import plain_message
 from ..markdown_tables import table_lines
 from ..models.any_filter import apply_filter, filtered_layers
 from ..models.any_layers import attention_layers
-from ..models.modeling_imgproc_filtered import auto_map
+from ..models.modeling_imgproc_filtered import own_auto_class
 from .page_table import measured, write_table, written_reasons
 from .support_models import (
     ARCHITECTURES,
@@ -278,7 +278,7 @@ def _check_saved(title: str) -> None:
     keep numbers beside their parameters, which loading makes anew.
     """
     model, stock, given = _filtered(title, "learned_twicing"), build(title), inputs(title)
-    auto_class = next(each for each in auto_map(model) if each != "AutoConfig")
+    auto_class = own_auto_class(stock.config, (type(stock),)) or ""
     with tempfile.TemporaryDirectory() as folder:
         stock.save_pretrained(f"{folder}/stock")  # type: ignore[operator]
         model.save_pretrained(f"{folder}/filtered")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from huggingface_hub.dataclasses import type_validator
 from torch import nn
 
 from .any_layers import AttentionLayer
 from .layer_grid import trained_grid
-from .spec_axes import FEEDBACKS, NO_FEEDBACK_YET, TOKEN_BOOSTINGS, LayerSpec, layer_schedule
-from .spec_fields import FILTER_FIELDS, FilterSpecMixin, preset_fields, refuse_near_misses
+from .spec_axes import NO_FEEDBACK_YET, TOKEN_BOOSTINGS, LayerSpec, layer_schedule
+from .spec_fields import FILTER_FIELDS, FilterSpecMixin, plain, preset_fields, refuse_near_misses
 from .spec_rules import check_filter_spec
 
 _POSITIONS = ("gaussian", "alibi", "relative_buckets")
@@ -53,11 +55,12 @@ class FilterFields(NamedTuple):
         Raises:
             ValueError: for an unknown field, one that another model's layers cannot have, or no change at all.
         """
-        known = FILTER_FIELDS
+        known, fields = FILTER_FIELDS, {name: plain(value) for name, value in fields.items()}
         refuse_near_misses({name: value for name, value in fields.items() if name not in known})
         for name in fields:
             if name not in known:
                 raise ValueError(f"fields must be among {', '.join(known)}, got {name!r}")
+        _check_types(fields)
         wanted = {**({} if preset is None else preset_fields(preset)), **fields}
         for name, value in wanted.items():
             default = getattr(FilterSpecMixin, name)
@@ -71,8 +74,6 @@ class FilterFields(NamedTuple):
                     f"boosting={booster!r} is not for layers of another model: it has projections of its own, of the "
                     "layer's input, which attention functions of Transformers are not given"
                 )
-        if not isinstance(wanted.get("feedback", "none"), str):
-            raise ValueError(f"feedback must be one of {', '.join(FEEDBACKS)}, got {wanted['feedback']!r}")
         if wanted.get("feedback") in NO_FEEDBACK_YET and not {
             "neutreno_lambda",
             "pid_gains",
@@ -88,6 +89,19 @@ class FilterFields(NamedTuple):
     def changed(self) -> dict[str, Any]:
         """The fields that are not as in a stock model."""
         return {name: value for name, value in self.values.items() if value != getattr(FilterSpecMixin, name)}
+
+
+_TYPES = {field.name: field.type for field in dataclasses.fields(FilterSpecMixin)}
+
+
+def _check_types(fields: dict[str, Any]) -> None:
+    """Refuse values of types that a field does not have, as the strict dataclasses of our own configurations do."""
+    for name, value in fields.items():
+        try:
+            type_validator(name, value, _TYPES[name])
+        except TypeError as error:
+            kind = getattr(_TYPES[name], "__name__", None) if isinstance(_TYPES[name], type) else _TYPES[name]
+            raise ValueError(f"{name} must be of the type {kind}, got {value!r}") from error
 
 
 def _check_positions(wanted: dict[str, Any]) -> None:

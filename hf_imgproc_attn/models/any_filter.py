@@ -24,6 +24,8 @@ from .any_layer import AppliedFilter, FilterSeat, SharedState
 from .any_layers import AttentionLayer, attention_layers
 from .cache_layer import check_cache_implementation
 from .layer_filter import AttentionFilter
+from .layer_parameters import FilterScalars
+from .spec_fields import plain
 
 
 class FilteredLayers(list[dict[str, Any]]):
@@ -72,6 +74,7 @@ def apply_filter(
     """
     _check_model(model)
     layers, stacks = _integers(layers), [stacks] if isinstance(stacks, str) else stacks
+    num_special_tokens = plain(num_special_tokens)
     if num_special_tokens is not None and (
         isinstance(num_special_tokens, bool) or not isinstance(num_special_tokens, int) or num_special_tokens < 0
     ):
@@ -97,7 +100,15 @@ def apply_filter(
         _attach(layer.module, part, seat)
     save_with_filters()
     _refuse_impossible_caches()
+    _change_units(model, {FilterScalars.__name__}, set())
     return model
+
+
+def _change_units(model: nn.Module, more: set[str], fewer: set[str]) -> None:
+    """Tell what shards a model by the classes that it names (FSDP2) of the filters' numbers, which stay in float32."""
+    known = getattr(model, "_no_split_modules", None)
+    if known:
+        model._no_split_modules = (set(known) | more) - fewer  # type: ignore[assignment]
 
 
 def _refuse_impossible_caches() -> None:
@@ -224,6 +235,7 @@ def remove_filter(model: nn.Module) -> nn.Module:
         module.config = seat.stock_config
         delattr(module, PART)
         delattr(module, SEAT)
+    _change_units(model, set(), {FilterScalars.__name__})
     return model
 
 

@@ -7,11 +7,12 @@ from transformers import BertConfig
 
 from .configuration_peft import tell_peft
 from .spec_axes import HEADS
-from .spec_fields import FilterSpecMixin
+from .spec_fields import FilterSpecMixin, with_plain_numbers
 
 _DECODER = "this is an encoder, whose tokens see those before and after them"
 
 
+@with_plain_numbers
 @strict
 class ImgProcBertConfig(FilterSpecMixin, BertConfig):
     """The stock ``BertConfig`` and the filter fields of ``FilterSpecMixin``; the defaults are the stock model.

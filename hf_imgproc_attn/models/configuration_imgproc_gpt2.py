@@ -7,9 +7,10 @@ from transformers import GPT2Config
 
 from .configuration_peft import tell_peft
 from .spec_axes import CONV_IN, CONV_OUT, CONV_QKV, FILTER_LAYER_TYPE, HEADS, is_stock_layer
-from .spec_fields import FilterSpecMixin
+from .spec_fields import FilterSpecMixin, with_plain_numbers
 
 
+@with_plain_numbers
 @strict
 class ImgProcGPT2Config(FilterSpecMixin, GPT2Config):
     """The stock ``GPT2Config`` and the filter fields of ``FilterSpecMixin``; the defaults are the stock model.

@@ -8,11 +8,12 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 from .configuration_peft import tell_peft
 from .spec_axes import HEADS, PUBLISHED_NEUTRENO_LAMBDAS
-from .spec_fields import FilterSpecMixin
+from .spec_fields import FilterSpecMixin, with_plain_numbers
 
 SEGMENTATION_HEADS = ("linear", "upsampling")
 
 
+@with_plain_numbers
 @strict
 class ImgProcViTConfig(FilterSpecMixin, BackboneConfigMixin, ViTConfig):
     """The stock ``ViTConfig`` and the filter fields of ``FilterSpecMixin``; the defaults are the stock model.

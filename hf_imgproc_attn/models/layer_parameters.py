@@ -213,6 +213,9 @@ class FilterScalars(nn.Module):
             self.value_residual,
             self.differential,
         )
+        if hasattr(self, "reshard"):
+            # A unit of FSDP2's own, which frees the whole parameters when this returns.
+            scalars = Scalars(*(None if x is None else x.clone() for x in scalars))
         if self.heads is None:
             return scalars
         share = self.heads

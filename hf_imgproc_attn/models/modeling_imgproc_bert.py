@@ -87,7 +87,7 @@ class ImgProcBertPreTrainedModel(FilterPreTrainedMixin, stock.BertPreTrainedMode
 
     config_class = ImgProcBertConfig
     config: ImgProcBertConfig
-    _no_split_modules = ["ImgProcBertEmbeddings", "ImgProcBertLayer"]
+    _no_split_modules = ["ImgProcBertEmbeddings", "ImgProcBertLayer", "FilterScalars"]
     _keep_in_fp32_modules_strict = ["scalar_bias"]
     auto_map = {
         "AutoConfig": "configuration_imgproc_bert.ImgProcBertConfig",

@@ -7,6 +7,7 @@ its filters in place, so that pipelines, PEFT, ``generate`` and quantisers see w
 from __future__ import annotations
 
 import functools
+from collections.abc import Container
 from typing import Any, ClassVar
 
 import transformers
@@ -15,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .any_attention import PART
 from .any_filter import apply_filter, filter_arguments, is_filtered, stack_names
-from .configuration_imgproc_filtered import ImgProcFilteredConfig
+from .configuration_imgproc_filtered import ImgProcFilteredConfig, refusals
 
 _NOT_GIVEN = frozenset(
     ("architectures", "dtype", "id2label", "label2id", "model_type", "transformers_version", "_name_or_path")
@@ -38,7 +39,8 @@ class FilteredModel(PreTrainedModel):
         """Load the stock class with its filters in place; arguments as of any ``from_pretrained``.
 
         Raises:
-            ValueError: if the weights lack the filter's numbers, which would else be those that training starts from.
+            ValueError: if the weights lack the filter's numbers, which would else be those that training starts from,
+                or have those of another filter, which would be left out.
         """
         if not isinstance(config, PreTrainedConfig):
             config = ImgProcFilteredConfig.from_pretrained(args[0] if config is None else config)
@@ -49,7 +51,7 @@ class FilteredModel(PreTrainedModel):
             setattr(base, name, value)
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = filtered.from_pretrained(*args, config=base, output_loading_info=True, **kwargs)
-        _refuse_missing_numbers(info["missing_keys"])
+        _refuse_other_numbers(model, info)
         _settle(model)
         return (model, info) if wants_info else model
 
@@ -89,18 +91,37 @@ class FilteredModel(PreTrainedModel):
         return made, base
 
 
-def _refuse_missing_numbers(missing: Any) -> None:
-    lacking = sorted(name for name in missing if f"{PART}." in name)
+def _refuse_other_numbers(model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Refuse weights whose numbers are not those of the filter in ``config.json``.
+
+    Args:
+        model: with that filter.
+        info: what ``from_pretrained`` says of the weights. Numbers of layers that the model does not have are no
+            error: its class may be for a part of what was saved, such as the encoder.
+    """
+    advice = "they are not those of this filtered model. For a new filter load the stock model and call apply_filter"
+    mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
+    lacking = sorted(name for name in {*info["missing_keys"], *mismatched} if f"{PART}." in name)
     if lacking:
         raise ValueError(
             f"the weights lack {len(lacking)} tensors of the filter that config.json names, such as {lacking[0]}: "
-            "they are not those of this filtered model. For a new filter load the stock model and call apply_filter"
+            f"{advice}"
+        )
+    bare, modules = f"{model.base_model_prefix}.", {name for name, _ in model.named_modules()}
+    owners = {name: name.partition(f".{PART}.")[0] for name in info["unexpected_keys"] if f".{PART}." in name}
+    left = sorted(
+        name for name, owner in owners.items() if modules & {owner, f"{bare}{owner}", owner.removeprefix(bare)}
+    )
+    if left:
+        raise ValueError(
+            f"the weights have {len(left)} tensors of another filter than config.json names, such as {left[0]}: "
+            f"{advice}"
         )
 
 
 def _as_seen_from(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a filter, with the stacks as this class of the model calls them: with a head or bare."""
-    if not arguments.get("stacks"):
+    if not arguments.get("stacks") or not isinstance(arguments["stacks"], (str, list, tuple)):
         return arguments
     known, stacks = list(stack_names(model)), arguments["stacks"]
 
@@ -155,23 +176,36 @@ def stock_class(model: nn.Module) -> type:
     return next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch.distributed"))
 
 
+def own_auto_class(config: PreTrainedConfig, kinds: Container[Any]) -> str | None:
+    """The first Auto class that loads one of some classes for a configuration; None where none does."""
+    for name in DOORS:
+        known = getattr(transformers, name)._model_mapping.get(type(config), None)
+        if any(kind in kinds for kind in (known if isinstance(known, (tuple, list)) else (known,)) if kind):
+            return name
+    return None
+
+
 def auto_map(model: nn.Module) -> dict[str, str]:
-    """For ``config.json``: the Auto classes that know the model's class -> what they load it with.
+    """For ``config.json``: the Auto classes that know the model's type -> what they load it with.
+
+    As of a stock model they are all, whichever class was saved: ``AutoModel`` loads the body of a causal language
+    model, and ``AutoModelForSequenceClassification`` puts a new head on it.
 
     Raises:
-        ValueError: if none does.
+        ValueError: if none loads the model's class.
     """
-    kind, stock = type(model.config), stock_class(model)
-    configuration = f"{ImgProcFilteredConfig.__module__.rpartition('.')[2]}.{ImgProcFilteredConfig.__name__}"
-    entries = {"AutoConfig": configuration}
-    for name, door in DOORS.items():
-        mapping = getattr(transformers, name)._model_mapping
-        known = mapping.get(kind, None)
-        if stock in (known if isinstance(known, (tuple, list)) else (known,)):
-            entries[name] = f"{__name__.rpartition('.')[2]}.{door.__name__}"
-    if len(entries) == 1:
+    stock: Any = stock_class(model)
+    if own_auto_class(model.config, (stock,)) is None:
         raise ValueError(f"no Auto class that filtered models can be loaded with knows {stock.__name__}")
-    return entries
+    configuration = f"{ImgProcFilteredConfig.__module__.rpartition('.')[2]}.{ImgProcFilteredConfig.__name__}"
+    return {
+        "AutoConfig": configuration,
+        **{
+            name: f"{__name__.rpartition('.')[2]}.{door.__name__}"
+            for name, door in DOORS.items()
+            if type(model.config) in getattr(transformers, name)._model_mapping
+        },
+    }
 
 
 class _WithCode(ImgProcFilteredConfig):
@@ -236,11 +270,14 @@ def saved_config(model: Any) -> ImgProcFilteredConfig:
     Raises:
         ValueError: for a model without filters, or with some that cannot be saved together.
     """
+    base = model.config.to_dict()
+    auto_class = own_auto_class(model.config, (stock_class(model),)) or "AutoModel"
     return ImgProcFilteredConfig(
         base_model_type=model.config.model_type,
-        base_config=model.config.to_dict(),
+        base_config=base,
         filter_arguments=filter_arguments(model),
         architectures=[stock_class(model).__name__],
         id2label=model.config.id2label,
         label2id=model.config.label2id,
+        **refusals(base, f"{auto_class}.from_pretrained(..., trust_remote_code=True)"),
     )

@@ -106,7 +106,7 @@ class ImgProcGPT2PreTrainedModel(FilterPreTrainedMixin, GPT2PreTrainedModel):
 
     config_class = ImgProcGPT2Config
     config: ImgProcGPT2Config
-    _no_split_modules = ["ImgProcGPT2Block"]
+    _no_split_modules = ["ImgProcGPT2Block", "FilterScalars"]
     _keep_in_fp32_modules_strict = ["scalar_bias"]
     has_paged_attention = True
     auto_map = {

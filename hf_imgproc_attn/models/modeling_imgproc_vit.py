@@ -94,7 +94,7 @@ class ImgProcViTPreTrainedModel(FilterPreTrainedMixin, ViTPreTrainedModel):
 
     config_class = ImgProcViTConfig
     config: ImgProcViTConfig
-    _no_split_modules = ["ImgProcViTEmbeddings", "ImgProcViTLayer"]
+    _no_split_modules = ["ImgProcViTEmbeddings", "ImgProcViTLayer", "FilterScalars"]
     _keep_in_fp32_modules_strict = ["scalar_bias"]
     auto_map = {
         "AutoConfig": "configuration_imgproc_vit.ImgProcViTConfig",

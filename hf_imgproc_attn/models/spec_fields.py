@@ -281,6 +281,27 @@ class FilterSpecMixin:
         return layer_schedule(self)
 
 
+def plain(value: Any) -> Any:
+    """A value with plain numbers, truth values, texts and lists in place of NumPy's, which JSON does not have."""
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    return value.tolist() if type(value).__module__ == "numpy" and hasattr(value, "tolist") else value
+
+
+def with_plain_numbers(config_class: type[ConfigT]) -> type[ConfigT]:
+    """Decorate a configuration so that its filter fields take what :func:`plain` knows, before types are checked.
+
+    Above ``@strict``, whose checks then see plain values; on construction, loading and assignment.
+    """
+    checked = config_class.__setattr__
+
+    def set_field(self: Any, name: str, value: Any) -> None:
+        checked(self, name, plain(value) if name in FILTER_FIELDS else value)
+
+    config_class.__setattr__ = set_field  # type: ignore[method-assign]
+    return config_class
+
+
 def preset_fields(name: str) -> dict[str, Any]:
     """The configuration fields of a preset, as a new dictionary.
 

@@ -284,6 +284,10 @@ UNTESTED = (
         "need another.",
     ),
     Untested(
+        "AutoAttack on the digits",
+        "Left out for its time; it is measured beside PGD on the photographs, where it would show masked gradients.",
+    ),
+    Untested(
         "The other corruptions of ImageNet-C, frost among them",
         "Each costs time, and frost needs photographs of its authors, which this package does not ship "
         "(`imgproc-attn robustness --frost_pictures`).",

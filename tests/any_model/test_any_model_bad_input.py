@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -26,6 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
 
 from hf_imgproc_attn import ImgProcGPT2LMHeadModel, apply_filter, filtered_layers, remove_filter
+from hf_imgproc_attn.models.any_filter import filter_arguments
 from tests.any_model.architectures import TEXT, build, inputs, output, text
 from tests.models.helpers import tiny_gpt2_config
 
@@ -50,11 +53,13 @@ from tests.models.helpers import tiny_gpt2_config
             {"preset": "twicing", "num_special_tokens": "a"},
             "num_special_tokens must be an integer >= 0 or None, got 'a'",
         ),
-        ({"position_kernel": {}}, r"position_kernel must be one of .*got \{\}"),
-        (
-            {"feedback": ["neutreno"]},
-            r"feedback must be one of none, neutreno, pid, value_residual, got \['neutreno'\]",
-        ),
+        ({"position_kernel": {}}, r"position_kernel must be of the type str \| list\[str\], got \{\}"),
+        ({"feedback": ["neutreno"]}, r"feedback must be of the type str, got \['neutreno'\]"),
+        ({"feedback": "neutral"}, "feedback must be one of none, neutreno, pid, value_residual, got 'neutral'"),
+        ({"feedback": "pid", "pid_gains": 3}, r"pid_gains must be of the type list\[float \| int\] \| None, got 3"),
+        ({"boosting": np.array([1, 2, 3])}, r"boosting must be of the type str \| list\[str\], got \[1, 2, 3\]"),
+        ({"preset": "nlm", "learn_bandwidths": 1}, "learn_bandwidths must be of the type bool, got 1"),
+        ({"preset": "twicing", "boosting_steps": np.float32(2)}, "boosting_steps must be of the type .*, got 2.0"),
         ({"preset": "twicing", "boosting_step": 3}, "unknown configuration field boosting_step=3; did you mean"),
         ({"preset": "twicing", "colour": 3}, "fields must be among .*got 'colour'"),
         ({"preset": "twicing", "boosting_steps": 99}, "boosting_steps must be an integer >= 1 and <= 16, got 99"),
@@ -89,6 +94,26 @@ def test_wrong_arguments_leave_the_model_as_it_was(arguments: dict[str, Any], me
         apply_filter(model, **arguments)
     assert not filtered_layers(model)
     assert model.model.layers[0].self_attn.config is config  # type: ignore[union-attr,index]
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({"preset": "twicing", "boosting_steps": np.int64(3)}, {"boosting": "twicing", "boosting_steps": 3}),
+        ({"boosting": np.str_("sos"), "layers": np.array([0])}, {"boosting": "sos", "layers": [0]}),
+        ({"feedback": "pid", "pid_gains": np.array([1, 2, 3])}, {"feedback": "pid", "pid_gains": [1, 2, 3]}),
+        ({"preset": "qk_norm", "learn_bandwidths": np.True_}, {"content_kernel": "cosine", "learn_bandwidths": True}),
+    ],
+)
+def test_values_of_numpy_are_kept_as_plain_ones(fields: dict[str, Any], kept: dict[str, Any]) -> None:
+    arguments = filter_arguments(apply_filter(build("llama"), **fields))
+    assert json.loads(json.dumps(arguments)) == kept
+    assert [type(arguments[name]) for name in kept] == [type(value) for value in kept.values()]
+
+
+def test_special_tokens_may_be_a_number_of_numpy() -> None:
+    model = apply_filter(build("beit"), "alibi", num_special_tokens=np.int64(1))
+    assert json.loads(json.dumps(filter_arguments(model)))["num_special_tokens"] == 1
 
 
 @pytest.mark.parametrize("call", [lambda model: apply_filter(model, "twicing"), remove_filter, filtered_layers])

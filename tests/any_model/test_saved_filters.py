@@ -10,18 +10,34 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    PreTrainedConfig,
+)
 
 from hf_imgproc_attn import apply_filter, filtered_layers, remove_filter
 from hf_imgproc_attn.models.any_filter import filter_arguments
 from hf_imgproc_attn.models.configuration_imgproc_filtered import ImgProcFilteredConfig
+from hf_imgproc_attn.training_support.tokenizer import train_tokenizer
 from tests.any_model.architectures import DECODERS, GROUPED, build, inputs, output
 from tests.helpers import prepared_python, run_command
 
 ELSEWHERE = """
 import json, sys, torch, transformers
 sys.modules["hf_imgproc_attn"] = None
-folder, auto_class, stock = sys.argv[1:]
+folder, auto_class, stock, *others = sys.argv[1:]
 model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True)
 assert type(model) is getattr(transformers, stock), type(model)
 given = torch.load(f"{folder}/given.pt")
@@ -32,6 +48,14 @@ wanted = torch.load(f"{folder}/wanted.pt")
 assert torch.equal(result, wanted), (result - wanted).abs().max()
 if "CausalLM" in auto_class:
     model.generate(given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=3, pad_token_id=0)
+for other in others:
+    found = getattr(transformers, other).from_pretrained(folder, trust_remote_code=True)
+    numbers, wanted = (dict(each.base_model.named_parameters()) for each in (found, model))
+    assert [name for name in numbers if "imgproc" in name] == [name for name in wanted if "imgproc" in name]
+    assert all(torch.equal(value, wanted[name]) for name, value in numbers.items())
+    if other == "AutoModel":
+        assert torch.equal(found(**given)[0], model.base_model(**given)[0])
+    print(type(found).__name__)
 model.save_pretrained(f"{folder}/again")
 print(json.load(open(f"{folder}/again/config.json"))["model_type"])
 """
@@ -47,28 +71,54 @@ def moved(name: str, **fields: Any) -> Any:
     return model
 
 
+PLACES = {"first": 0, "last": 2}
+
+
+def edit(folder: Path, **fields: Any) -> None:
+    """Change ``config.json``."""
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **fields}), encoding="utf-8")
+
+
 @pytest.mark.parametrize(
-    ("name", "auto_class", "fields"),
+    ("name", "auto_class", "fields", "others"),
     [
-        ("llama", "AutoModelForCausalLM", {"preset": "learned_twicing", "layers": [-1, 0]}),
-        ("dinov2", "AutoModel", {"preset": "alibi", "boosting": "learned"}),
-        ("bart", "AutoModelForSeq2SeqLM", {"preset": "twicing", "stacks": "model.decoder.layers"}),
+        (
+            "llama",
+            "AutoModelForCausalLM",
+            {"preset": "learned_twicing", "layers": [-1, 0]},
+            {"AutoModel": "LlamaModel", "AutoModelForSequenceClassification": "LlamaForSequenceClassification"},
+        ),
+        (
+            "dinov2",
+            "AutoModel",
+            {"preset": "alibi", "boosting": "learned"},
+            {"AutoModelForImageClassification": "Dinov2ForImageClassification"},
+        ),
+        (
+            "bart",
+            "AutoModelForSeq2SeqLM",
+            {"preset": "twicing", "stacks": "model.decoder.layers"},
+            {"AutoModelForQuestionAnswering": "BartForQuestionAnswering"},
+        ),
     ],
 )
 def test_a_process_without_the_package_loads_it(
-    name: str, auto_class: str, fields: dict[str, Any], tmp_path: Path
+    name: str, auto_class: str, fields: dict[str, Any], others: dict[str, str], tmp_path: Path
 ) -> None:
+    """With the Auto class of the class that was saved, and with others that know the type, as of a stock model."""
     model, given = moved(name, **fields), inputs(name, padded=True)
     model.save_pretrained(tmp_path / "saved")
     with torch.no_grad():
         torch.save(output(model, given), tmp_path / "saved/wanted.pt")
     torch.save(given, tmp_path / "saved/given.pt")
     code = [prepared_python(), "-I", "-c", ELSEWHERE, str(tmp_path / "saved"), auto_class, type(model).__name__]
+    code += others
     done = run_command(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "imgproc_filtered\n"
-    assert "newly initialized" not in done.stderr
-    assert "not used" not in done.stderr
+    assert done.stdout.splitlines() == [*others.values(), "imgproc_filtered"]
+    new = {line.split()[0] for line in done.stderr.splitlines() if "| MISSING" in line}
+    assert all(key.startswith(("score.", "classifier.", "qa_outputs.")) for key in new)
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -95,6 +145,12 @@ def test_a_folder_says_what_it_is_and_is_refused_without_its_code(tmp_path: Path
     assert said["filter_arguments"] == {"boosting": "twicing", "layers": [1]}
     assert said["base_model_type"] == "llama"
     assert said["auto_map"]["AutoModelForCausalLM"] == "modeling_imgproc_filtered.ImgProcFilteredForCausalLM"
+    assert set(said["auto_map"]) == {
+        "AutoConfig",
+        "AutoModel",
+        *(f"AutoModelFor{task}" for task in ("CausalLM", "QuestionAnswering")),
+        *(f"AutoModelFor{task}Classification" for task in ("Sequence", "Token")),
+    }
     code = "import sys; sys.modules['hf_imgproc_attn'] = None\nfrom transformers import AutoModelForCausalLM\n"
     code += f"AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, trust_remote_code=False)"
     done = run_command([prepared_python(), "-I", "-c", code], cwd=tmp_path)
@@ -133,35 +189,83 @@ def test_a_configuration_whose_parts_are_no_dictionaries_is_refused(name: str, v
         ImgProcFilteredConfig(**fields)
 
 
-def test_a_base_of_an_unknown_type_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"base_model_type": ["llama"]}, r"base_model_type must be a model type, .* or None, got \['llama'\]"),
+        ({"base_model_type": 7}, "base_model_type must be a model type, .* got 7"),
+        ({"base_model_type": None}, "base_model_type must be a model type that Transformers knows, got None"),
+        ({"base_model_type": "gpt17"}, "base_model_type must be a model type that Transformers knows, got 'gpt17'"),
+        (
+            {"base_model_type": "imgproc_filtered"},
+            "base_model_type must be the type of a model without filters, got 'imgproc_filtered'",
+        ),
+        ({"base_config": {}}, "base_config must hold the configuration of the llama model, got {}"),
+        ({"base_config": None}, "base_config must hold the configuration of the llama model, got {}"),
+        ({"filter_arguments": {"model": "x"}}, "filter_arguments must be among preset, layers, .*, got 'model'"),
+        ({"filter_arguments": {"boosted": "x"}}, "filter_arguments must be among preset, layers, .*, got 'boosted'"),
+        ({"filter_arguments": None}, "nothing of the model would change"),
+        (
+            {"filter_arguments": {"boosting": "twicing", "stacks": 3}},
+            "stacks must be one or more of model.layers, got 3",
+        ),
+        ({"filter_arguments": {"feedback": "pid", "pid_gains": 3}}, r"pid_gains must be of the type list\[.*, got 3"),
+        ({"filter_arguments": {"boosting": 3}}, r"boosting must be of the type str \| list\[str\], got 3"),
+    ],
+)
+def test_a_file_with_a_wrong_value_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """Sizes that the file does not tell would be the largest that the type has."""
     moved("llama", preset="twicing").save_pretrained(tmp_path)
-    said = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
-    said["base_model_type"] = "gpt17"
-    (tmp_path / "config.json").write_text(json.dumps(said), encoding="utf-8")
-    with pytest.raises(ValueError, match="base_model_type must be a model type that Transformers knows, got 'gpt17'"):
+    edit(tmp_path, **fields)
+    with pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path)
-    said["base_model_type"] = "llama"
-    (tmp_path / "config.json").write_text(json.dumps(said), encoding="utf-8")
+
+
+def test_an_auto_class_without_a_class_for_the_base_is_refused(tmp_path: Path) -> None:
+    moved("llama", preset="twicing").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="AutoModelForCTC knows no class for a model of type 'llama'"):
         transformers.AutoModelForCTC.from_pretrained(tmp_path)
 
 
-def test_a_stock_class_does_not_load_it_unfiltered(tmp_path: Path) -> None:
-    moved("llama", preset="twicing").save_pretrained(tmp_path)
-    # Its own sizes, not the model's: here smaller ones than its defaults.
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
-    with pytest.raises((RuntimeError, ValueError), match="size|mismatch"):
-        LlamaForCausalLM.from_pretrained(tmp_path, **sizes)
+STOPS = "the checkpoint is of type imgproc_filtered and has filters, which this class would leave out. Load it with "
 
 
-def test_a_stock_class_that_has_its_sizes_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It finds the tensors and knows nothing of the filters, so the warning is all that there can be."""
+@pytest.mark.parametrize("stock", [LlamaForCausalLM, LlamaModel, LlamaForSequenceClassification])
+@pytest.mark.parametrize(
+    "options", [{}, GROUPED, {"attn_implementation": "eager"}, {"experts_implementation": "eager"}]
+)
+def test_a_stock_class_that_is_asked_by_name_refuses(stock: Any, options: dict[str, Any], tmp_path: Path) -> None:
+    """It would make a model of its default sizes, seven billions of parameters, without the filters."""
     model: Any = moved("llama", preset="learned_twicing")
     model.save_pretrained(tmp_path)
-    sizes = {name: getattr(model.config, name) for name in GROUPED}
-    _, info = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True, **sizes)
-    assert "You are using a model of type `imgproc_filtered` to instantiate a model of type `llama`" in caplog.text
-    assert {name.rpartition(".")[2] for name in info["unexpected_keys"]} == {"boosting_gain"}
+    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    message = STOPS + r"AutoModelForCausalLM.from_pretrained\(..., trust_remote_code=True"
+    with pytest.raises(ValueError, match=message):
+        stock.from_pretrained(tmp_path, **options)
+    config = LlamaConfig.from_pretrained(tmp_path)
+    assert config.vocab_size == model.config.vocab_size  # which PEFT asks for
+    with pytest.raises(ValueError, match=message):
+        stock(config)
+
+
+def test_stock_classes_of_a_models_parts_refuse_too(tmp_path: Path) -> None:
+    parts = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    image = {"image_size": 8, "patch_size": 4}
+    config = CLIPConfig(text_config={**parts, "vocab_size": 50}, vision_config={**parts, **image})
+    apply_filter(CLIPModel(config), "twicing").save_pretrained(tmp_path)
+    for stock in (CLIPModel, CLIPTextModel, CLIPVisionModel):
+        with pytest.raises(ValueError, match=STOPS + r"AutoModel.from_pretrained\("):
+            stock.from_pretrained(tmp_path)
+    assert len(filtered_layers(AutoModel.from_pretrained(tmp_path))) == 2
+
+
+def test_its_tokenizer_loads_without_its_code(tmp_path: Path) -> None:
+    """It is looked for by a configuration of no type, which stops at nothing."""
+    moved("llama", preset="twicing").save_pretrained(tmp_path)
+    train_tokenizer(["a few words"], 260).save_pretrained(tmp_path)
+    config = PreTrainedConfig.from_pretrained(tmp_path)
+    assert config.base_model_type == "llama"
+    assert len(AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)) == 260
 
 
 def test_a_part_of_a_filtered_model_is_saved_with_its_filters(tmp_path: Path) -> None:
@@ -235,6 +339,48 @@ def test_weights_without_the_filters_numbers_are_refused(tmp_path: Path) -> None
         ValueError, match=f"lack {len(lost) - 1} tensors of the filter .* such as {sorted(lost[1:])[0]}"
     ):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"boosting": "twicing", "layers": [-1]}, "have 1 tensors of another filter .* such as {last}.boosting_gain"),
+        ({"boosting": "learned", "layers": [-1, 0]}, "lack 1 tensors of the filter .* such as {first}.boosting_gain"),
+        ({"boosting": "twicing", "layers": [0]}, "have 1 tensors of another filter .* such as {last}.boosting_gain"),
+        ({"boosting": "inversion", "layers": [-1]}, "lack 1 tensors of the filter .* such as {last}.inversion_gains"),
+    ],
+)
+@pytest.mark.parametrize(("auto_class", "bare"), [("AutoModelForCausalLM", ""), ("AutoModel", "model.")])
+def test_numbers_of_another_filter_are_refused(
+    arguments: dict[str, Any], message: str, auto_class: str, bare: str, tmp_path: Path
+) -> None:
+    """The file was edited: what has been learned would be left out."""
+    moved("llama", preset="learned_twicing", layers=[-1]).save_pretrained(tmp_path)
+    edit(tmp_path, filter_arguments=arguments)
+    places = {name: rf"{{}}layers.{i}.self_attn.imgproc_filter.filter.scalar_bias" for name, i in PLACES.items()}
+    # A tensor that is left is named as in the file, one that is missing as in the model.
+    start = "" if bare and message.startswith("lack") else "model."
+    with pytest.raises(ValueError, match=message.format(**{k: v.format(start) for k, v in places.items()})):
+        getattr(transformers, auto_class).from_pretrained(tmp_path)
+
+
+def test_numbers_of_layers_that_a_class_does_not_have_are_no_error(tmp_path: Path) -> None:
+    """T5 tells kinds of words apart by its encoder alone."""
+    model = moved("t5", preset="learned_twicing")
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path)
+    assert [row["stack"] for row in filtered_layers(loaded)] == ["transformer.encoder.block"] * 2
+
+
+def test_numbers_of_another_shape_are_refused_where_new_heads_are_let_pass(tmp_path: Path) -> None:
+    model = moved("llama", preset="learned_twicing", layers=[-1])
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    (gain,) = (name for name in tensors if "imgproc_filter" in name)
+    save_file({**tensors, gain: tensors[gain][:2].clone()}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="the weights lack 1 tensors of the filter that config.json names"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import html
+import itertools
+import json
 import re
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
-from hf_imgproc_attn.lens.definitions import DEFINITIONS
+from hf_imgproc_attn.lens import Report
+from hf_imgproc_attn.lens.definitions import DEFINITIONS, GROUPS, docs_table, learned_definitions
+from hf_imgproc_attn.lens.figures import DRAWINGS, STEPS
+from hf_imgproc_attn.lens.map_figures import draw_maps, draw_removed
 from hf_imgproc_attn.lens.page import PANELS
-from hf_imgproc_attn.lens.report import HEAD_COLUMNS
 from tests.helpers import ROOT, run_command
 from tests.lens.browser import OPTIONS, browser
 
@@ -69,14 +76,101 @@ def test_every_panel_says_what_it_shows_and_what_to_look_for(page: str) -> None:
             assert html.escape(words) in page
 
 
-def test_every_number_of_the_page_is_defined_there_and_in_the_docs(page: str) -> None:
-    assert set(HEAD_COLUMNS) <= set(DEFINITIONS)
+def test_definitions_are_the_same_on_the_page_and_in_the_docs(page: str) -> None:
     docs = (ROOT / "docs" / "lens.md").read_text(encoding="utf-8")
-    for name, definition in DEFINITIONS.items():
-        assert html.escape(definition.title) in page
-        assert f"| `{name}` |" in docs, f"docs/lens.md does not define {name}"
-    for panel in ("numbers", "definitions"):
-        assert f'id="{panel}"' in page
+    for group, held in GROUPS.items():
+        assert docs_table(group) in docs, (
+            f"docs/lens.md does not have: python -m hf_imgproc_attn.lens.definitions {group}"
+        )
+        for each in held.values():
+            assert f'<td class="text">{html.escape(each.title)}</td>' in page
+            assert f'<td class="text">{html.escape(each.formula)}</td>' in page
+    assert len({each.title for each in DEFINITIONS.values()}) == len(DEFINITIONS) == sum(map(len, GROUPS.values()))
+
+
+SCOPES = ("seconds", "learned")
+"""What is below these has a definition as a whole, or elsewhere."""
+
+
+def numbers_of(held: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The names that lead to each number of lens.json."""
+    if isinstance(held, dict):
+        for name, value in held.items():
+            yield from numbers_of(value, (*path, name))
+    elif isinstance(held, list):
+        for value in held:
+            yield from numbers_of(value, path)
+    elif isinstance(held, (int, float)):
+        yield path
+
+
+def test_every_number_of_the_record_is_defined(look: Path) -> None:
+    """Each name on the way to it, beside the lists of layers and heads."""
+    reports = json.loads((look / "lens.json").read_text(encoding="utf-8"))
+    paths = set(numbers_of(reports))
+    assert len(paths) > 70
+    for path in paths:
+        names = [name for name in path if name not in ("layers", "heads", "maps", "tokens")]
+        if path[0] != "layers":
+            names = ["report.noise"] if path == ("noise",) else names[:1] if names[0] in SCOPES else names
+        if "learned" in names:
+            assert set(learned_definitions(names[-1:])) == {names[-1]}
+            names = names[:-1]
+        assert set(names) <= set(DEFINITIONS), path
+
+
+def _words(figure: Figure) -> Iterator[str]:
+    """What stands beside numbers: titles without the model, labels of axes, entries of legends, names of bars."""
+    for legend in figure.legends:
+        yield from (text.get_text() for text in legend.get_texts())
+    for axes in figure.axes:
+        yield from axes.get_title().split("\n")
+        yield axes.get_xlabel()
+        yield from axes.get_ylabel().split("\n")
+        legend = axes.get_legend()
+        yield from () if legend is None else (text.get_text() for text in legend.get_texts())
+        yield from (label.get_text().split("\n")[-1] for label in axes.get_xticklabels() if "\n" in label.get_text())
+
+
+def test_every_word_of_the_pictures_is_defined(report: Report, look: Path) -> None:
+    """Titles of definitions, or steps and units that they explain."""
+    reports = [report, *(Report.from_dict(each) for each in json.loads((look / "lens.json").read_text("utf-8")))]
+    defined = {each.title for each in DEFINITIONS.values()} | {f"{each.title}, dB" for each in DEFINITIONS.values()}
+    explained = {
+        **dict.fromkeys(STEPS, DEFINITIONS["gain, dB"].formula),
+        "gain, dB (above 0: removes noise)": DEFINITIONS["gain, dB"].formula,
+        "proposition III.1": DEFINITIONS["predicted_gain"].formula,
+    }
+    for step in ("filter", "attention with its residual", "whole block"):
+        assert f"({step})" in DEFINITIONS["gain, dB"].formula
+    assert "proposition III.1" in DEFINITIONS["predicted_gain"].formula
+    words: set[str] = set()
+    for draw in DRAWINGS.values():
+        words |= set(_words(draw(reports)))
+    for each in reports:
+        for layer in each.layers:
+            for picture in (draw_maps(each, layer), draw_removed(each, layer)):
+                assert picture is not None
+                words |= set(_words(picture))
+    words -= {"", *(each.model for each in reports)}
+    words = {re.sub(r"^eigenvalues, layer \d+$", "eigenvalues", word) for word in words}
+    assert len(words) > 30
+    assert words - {"layer (a dot a head)", "token"} - set(explained) <= defined
+
+
+def test_every_column_of_tables_is_defined(page: str, look: Path) -> None:
+    titles = {each.title for each in DEFINITIONS.values()}
+    titles |= {f"{title}, dB" for title in titles} | {"of", "place", "parts"}
+    titles |= {f"{DEFINITIONS['shares'].title.replace('share', 'shares', 1)}, mean over heads"}
+    columns = set(re.findall(r"<th>(.*?)</th>", page))
+    markdown = (look / "lens.md").read_text(encoding="utf-8").splitlines()
+    for line, rule in itertools.pairwise(markdown):
+        if rule.startswith("|---"):
+            columns |= set(line.strip("| ").split(" | "))
+    learned = {column.removeprefix("its ") for column in columns if column.startswith("its ")}
+    assert {"h_y", "h_p"} <= learned
+    assert all(f">its {name}</td>" in page for name in learned_definitions(learned))
+    assert {html.unescape(column) for column in columns if not column.startswith("its ")} <= titles
 
 
 def test_texts_are_coloured_by_what_the_token_receives(page: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from hf_imgproc_attn import PRESETS
+from hf_imgproc_attn.cli import main
 from hf_imgproc_attn.measure.benchmark import SUITES, attention, axes, decoding, run, whole_models
 from hf_imgproc_attn.measure.benchmark.attention import Limits, Shape, run_attention, too_much
 from hf_imgproc_attn.measure.benchmark.methods import FILTERS, METHODS, PLAIN, Method, disagreement, published_vision
@@ -44,6 +45,7 @@ def test_quick_run_covers_everything(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert torch.get_num_threads() == threads
     record = json.loads(output.read_text(encoding="utf-8"))
     assert record["quick"] is True
+    assert record["partial"] is False
     assert record["threads"] == 1
     rows = record["rows"]
     methods: dict[str, set[str]] = {
@@ -74,6 +76,36 @@ def test_quick_run_covers_everything(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "twicing, triton"])
 def test_methods_agree_with_their_filter(name: str, is_causal: bool) -> None:
     assert disagreement(name, 67, 16, is_causal, torch.float32, "cpu") is None
+
+
+def test_ctrl_c_keeps_the_finished_rows_and_an_earlier_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, *_ = decoding.run_decoding(8, fields=whole_models.GPT2_TINY, device="cpu", budget=0.0, say=quiet)
+
+    def some(*args: Any, **options: Any) -> Iterator[Row]:
+        yield first
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decoding, "run_decoding", some)
+    output = tmp_path / "costs.json"
+    output.write_text("{}", encoding="utf-8")
+    words = ["benchmark", "--suite", "decode", "--quick", "--threads", "1", "--output", str(output), "--force"]
+    assert main(words) == 130
+    assert output.read_text(encoding="utf-8") == "{}"
+    record = json.loads((tmp_path / "costs.partial.json").read_text(encoding="utf-8"))
+    assert record["partial"] is True
+    assert [row["method"] for row in record["rows"]] == [first.method]
+    assert first.case in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["costs.json", "costs.partial.json"]
+
+    def nothing(*args: Any, **options: Any) -> Iterator[Row]:
+        raise KeyboardInterrupt
+
+    (tmp_path / "costs.partial.json").unlink()
+    monkeypatch.setattr(decoding, "run_decoding", nothing)
+    assert main(words) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["costs.json"]
 
 
 def test_the_dense_filters_differ_from_each_other() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -75,17 +77,61 @@ def compare(backbone: str, variant: str, mesh: Any, rank: int) -> None:
                 raise ValueError(f"{backbone} {variant} {name}: {difference}")
 
 
-def run_half(backbone: str, mesh: Any, rows: slice, policy: bool) -> None:
-    """Forward and backward in bfloat16, by a policy or because the model is."""
-    model, inputs = build(backbone, "mixed"), batch(backbone, rows)
-    if policy:
-        model = shard(model, mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-    else:
-        model = shard(model.bfloat16(), mesh)
-        inputs = {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs.items()}
-    model(**inputs).loss.backward()
+def run_policy(backbone: str, mesh: Any, rows: slice) -> None:
+    """Forward and backward in bfloat16 by a policy."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    model = shard(build(backbone, "mixed"), mesh, mp_policy=policy)
+    model(**batch(backbone, rows)).loss.backward()
     if not all(whole(parameter.grad).isfinite().all() for parameter in model.parameters()):
         raise ValueError(f"{backbone}: gradients are not finite")
+
+
+def compare_half(backbone: str, mesh: Any, rows: slice) -> None:
+    """Weights in bfloat16, and the filters' numbers in float32, a unit of their own."""
+    variant = "learned_twicing" if backbone == "llama" else "mixed"
+    plain, sharded = (build(backbone, variant).bfloat16() for _ in range(2))
+    sharded = shard(sharded, mesh)
+    for model, part in ((plain, slice(None)), (sharded, rows)):
+        inputs = batch(backbone, part).items()
+        model(**{name: x.bfloat16() if x.is_floating_point() else x for name, x in inputs}).loss.backward()
+    wanted = {name: parameter.grad.float() for name, parameter in plain.named_parameters()}
+    scalars = 0
+    for name, parameter in sharded.named_parameters():
+        is_scalar = "scalar_bias" in name
+        scalars += is_scalar
+        if parameter.dtype != (torch.float32 if is_scalar else torch.bfloat16):
+            raise ValueError(f"{backbone} {name} is in {parameter.dtype}")
+        error = (whole(parameter.grad).float() - wanted[name]).norm() / wanted[name].norm()
+        if not error < 0.03:
+            raise ValueError(f"{backbone} {name}: relative error {error}")
+    if not scalars:
+        raise ValueError(f"{backbone} has no numbers in float32")
+
+
+def saved_in_parts(mesh: Any, rank: int) -> None:
+    """Each process writes its share (``torch.distributed.checkpoint``); one reads it into a whole model, and back."""
+    sharded, plain = shard(build("gpt2", "mixed"), mesh), build("gpt2", "mixed")
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.zero_()
+    checkpoint.save({"model": get_model_state_dict(sharded)}, checkpoint_id="parts")
+    state = {"model": plain.state_dict()}
+    checkpoint.load(state, checkpoint_id="parts", no_dist=True)
+    plain.load_state_dict(state["model"])
+    for name, parameter in sharded.named_parameters():
+        if not torch.equal(whole(parameter), plain.get_parameter(name)):
+            raise ValueError(f"{name} is not what was saved")
+    if rank == 0:
+        checkpoint.save({"model": plain.state_dict()}, checkpoint_id="one", no_dist=True)
+    dist.barrier()
+    for parameter in sharded.parameters():
+        torch.nn.init.zeros_(parameter)
+    state = {"model": get_model_state_dict(sharded)}
+    checkpoint.load(state, checkpoint_id="one")
+    set_model_state_dict(sharded, state["model"])
+    for name, parameter in plain.named_parameters():
+        if not torch.equal(whole(sharded.get_parameter(name)), parameter):
+            raise ValueError(f"{name} is not what one process saved")
 
 
 def run_far(mesh: Any) -> None:
@@ -117,10 +163,12 @@ def main() -> None:
     for backbone in ("gpt2", "vit"):
         for variant in VARIANTS:
             report[f"{backbone} {variant}"] = outcome(lambda b=backbone, v=variant: compare(b, v, mesh, rank))
-        report[f"{backbone} policy"] = outcome(lambda b=backbone: run_half(b, mesh, rows, policy=True))
-        report[f"{backbone} half"] = outcome(lambda b=backbone: run_half(b, mesh, rows, policy=False))
+        report[f"{backbone} policy"] = outcome(lambda b=backbone: run_policy(b, mesh, rows))
     for variant in FILTERS:
         report[f"llama {variant}"] = outcome(lambda v=variant: compare("llama", v, mesh, rank))
+    for backbone in ("gpt2", "vit", "llama"):
+        report[f"{backbone} half"] = outcome(lambda b=backbone: compare_half(b, mesh, rows))
+    report["saved in parts"] = outcome(lambda: saved_in_parts(mesh, rank))
     report["gpt2 far"] = outcome(lambda: run_far(mesh))
     Path(f"report_{rank}.json").write_text(json.dumps(report))
     dist.destroy_process_group()

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from huggingface_hub.errors import StrictDataclassError
 
 from hf_imgproc_attn.models import spec_axes, spec_fields
 from hf_imgproc_attn.models.boost_depth import FEEDBACK, RESIDUAL
@@ -343,3 +345,33 @@ def test_filter_spec_needs_neither_torch_nor_transformers(run_python: RunPython)
         "-c", f"import sys\nfrom hf_imgproc_attn.models.spec_fields import PRESETS, preset_fields\n{heavy}", fresh=True
     )
     assert result.stdout == "[]\n", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({"boosting": "twicing", "boosting_steps": np.int64(3)}, {"boosting_steps": 3}),
+        ({"boosting": "twicing", "boosting_steps": np.array([2, 3])}, {"boosting_steps": [2, 3]}),
+        ({"boosting": np.str_("sos"), "boosted_layers": [np.int32(-1)]}, {"boosting": "sos", "boosted_layers": [-1]}),
+        ({"content_kernel": np.array(["gaussian", "dot_product"])}, {"content_kernel": ["gaussian", "dot_product"]}),
+        ({"content_bandwidth": np.float32(0.5)}, {"content_bandwidth": 0.5}),
+        ({"content_bandwidth": [np.float64(1), 2]}, {"content_bandwidth": [1.0, 2]}),
+        ({"position_kernel": "untied", "learn_bandwidths": np.True_}, {"learn_bandwidths": True}),
+        ({"feedback": "pid", "pid_gains": np.array([0.5, 0.25, 0])}, {"pid_gains": [0.5, 0.25, 0.0]}),
+    ],
+)
+def test_values_of_numpy_are_kept_as_plain_ones(fields: dict[str, Any], kept: dict[str, Any]) -> None:
+    config = ImgProcGPT2Config(n_layer=2, n_head=2, n_embd=8, **fields)
+    written = json.loads(config.to_json_string())
+    assert {name: written[name] for name in kept} == kept
+    assert {name: type(getattr(config, name)) for name in kept} == {name: type(value) for name, value in kept.items()}
+    later = ImgProcGPT2Config(n_layer=2, n_head=2, n_embd=8)
+    for name, value in fields.items():
+        setattr(later, name, value)
+    assert later.to_diff_dict() == config.to_diff_dict()
+
+
+@pytest.mark.parametrize("steps", [np.float64(2), np.True_, np.int64(0), np.array(["2"]), np.datetime64("2020")])
+def test_values_of_numpy_are_refused_where_plain_ones_are(steps: Any) -> None:
+    with pytest.raises((StrictDataclassError, ValueError), match="boosting_steps"):
+        ImgProcGPT2Config(boosting="twicing", boosting_steps=steps)

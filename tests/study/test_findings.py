@@ -213,6 +213,17 @@ def test_autoattack_fools_as_many_images_as_pgd_in_every_run_of_the_ledgers() ->
         assert all(gap >= 0 for gap in autoattack_gaps(Ledger(folder).everything(study)).values()), folder.name
 
 
+def test_the_ledgers_hold_sixty_finished_runs_and_their_reports() -> None:
+    """Every report has as many runs as there are records: none was forgotten after a run was added."""
+    finished = 0
+    for folder in sorted(path.parent for path in (ROOT / LEDGERS).glob("*/study.json")):
+        records = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*-seed*.json")]
+        finished += sum(record["status"] == "finished" for record in records)
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        assert report["runs"]["ended"] == len(records), folder.name
+    assert finished >= 60
+
+
 def test_position_logits_start_as_the_page_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their standard deviation over pairs of patches, in the model of the study: 0.21 / h²."""
     deviations: list[float] = []

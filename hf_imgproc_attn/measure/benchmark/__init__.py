@@ -63,6 +63,8 @@ def run(
     Raises:
         UsageError: for an unknown suite or dtype, a device that is not there, or (without ``force``) an output that
             is.
+        KeyboardInterrupt: after Ctrl-C, once what was measured by then is printed and written, marked as ``partial``,
+            to :func:`partial_file`; a record of an earlier call stays.
     """
     for suite in suites:
         if suite not in SUITES:
@@ -82,15 +84,21 @@ def run(
     started = time.perf_counter()
     limits = replace(limits, budget=0.0) if quick else limits
     rows: list[dict[str, Any]] = []
+    interrupt: KeyboardInterrupt | None = None
     try:
         description = device_description(torch.device(device), 1)
         for suite in suites:
             for row in _rows(suite, quick, DTYPES[dtype], device, lengths, limits):
                 rows.append(asdict(row))
+    except KeyboardInterrupt as error:
+        if not rows:
+            raise
+        interrupt = error
     finally:
         torch.set_num_threads(before)
     record: dict[str, Any] = {
         "quick": quick,
+        "partial": interrupt is not None,
         "dtype": dtype,
         "device": description,
         "threads": description["threads"],
@@ -106,12 +114,20 @@ def run(
     if not quick:
         print(f"\n{goals_table(record)}\n")
     if output is not None:
-        path = Path(output)
+        path = Path(output) if interrupt is None else partial_file(output)
         write_or_keep(path, lambda file: write_json(file, record))
-        if "attention" in suites:
+        if "attention" in suites and interrupt is None:
             write_or_keep(path.with_suffix(".png"), lambda file: draw(rows, file))
         print(f"written to {path}")
+    if interrupt is not None:
+        raise interrupt
     return record
+
+
+def partial_file(output: str | Path) -> Path:
+    """Where the record of an interrupted benchmark is: ``costs.json`` -> ``costs.partial.json``; replaced."""
+    path = Path(output)
+    return path.with_name(f"{path.stem}.partial{path.suffix}")
 
 
 def output_files(output: str | Path, suites: Sequence[str]) -> list[Path]:
