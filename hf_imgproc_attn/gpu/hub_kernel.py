@@ -33,7 +33,7 @@ ENTRIES = (
 """Files whose names the kernel offers; those that they import come along."""
 NAMESPACE = "hf_imgproc_attn"
 
-FRONT = '''"""Attention as an image filter: (2A - A^2) V and its relatives without A in memory, in Triton, with gradients.
+FRONT = '''"""Attention as an image filter: (2A - A^2) V and its relatives, in Triton, without A in memory.
 
     fused_attention     twicing, or plain attention, of as many queries as keys
     apply_once          A x for any x, of which every linear booster is composed

@@ -138,6 +138,18 @@ def algorithm_choices(record: dict[str, Any] | None) -> tuple[MeasuredAlgorithms
     )
 
 
+def algorithms_source(record: dict[str, Any] | None) -> str:
+    """The measured algorithms as Python, for ``gpu/measured.py``."""
+    rows = algorithm_choices(record)
+    if not rows:
+        return "MEASURED: tuple[Row, ...] = ()"
+    lines = []
+    for device, is_causal, backward, items, length, head_dim, order in rows:
+        names = ", ".join(f'"{name}"' for name in order)
+        lines.append(f'    ("{device}", {is_causal}, {backward}, {items}, {length}, {head_dim}, ({names})),')
+    return "\n".join(["MEASURED: tuple[Row, ...] = (", *lines, ")"])
+
+
 def _order(costs: dict[str, list[float]]) -> tuple[str, ...]:
     comparable = _comparable(costs)
     return tuple(sorted(comparable, key=lambda backend: (comparable[backend], backend)))

@@ -14,7 +14,7 @@ from typing import Any
 
 from ...errors import UsageError
 from ...markdown_tables import table_lines
-from .choices import algorithm_choices, cuda_choices
+from .choices import algorithms_source, cuda_choices
 from .goals import decoding_rows, goal_lines
 from .parts import BAD, MEASURED, PARTS, STATUSES
 
@@ -143,18 +143,6 @@ def table_source(record: Record | None) -> str:
     for row in rows:
         order = ", ".join(f'"{name}"' for name in row.order)
         lines.append(f'    ("{row.kind}", {row.is_causal}, {row.backward}, {row.length}, {row.head_dim}, ({order})),')
-    return "\n".join(["MEASURED: tuple[Row, ...] = (", *lines, ")"])
-
-
-def algorithms_source(record: Record | None) -> str:
-    """The measured algorithms as Python, for ``gpu/measured.py``."""
-    rows = algorithm_choices(record)
-    if not rows:
-        return "MEASURED: tuple[Row, ...] = ()"
-    lines = []
-    for device, is_causal, backward, items, length, head_dim, order in rows:
-        names = ", ".join(f'"{name}"' for name in order)
-        lines.append(f'    ("{device}", {is_causal}, {backward}, {items}, {length}, {head_dim}, ({names})),')
     return "\n".join(["MEASURED: tuple[Row, ...] = (", *lines, ")"])
 
 
