@@ -16,12 +16,11 @@ import torch
 
 from ..backbones import BACKBONES, in_words
 from ..markdown_tables import table_text
-from ..models.boost_operators import BOOSTING, ONE_PASS, keep_rows, operator_on_value
+from ..models.boost_operators import BOOSTING, keep_rows, operator_on_value
 from ..models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from ..models.configuration_imgproc_vit import ImgProcViTConfig
 from ..models.layer_filter import AttentionFilter
 from ..models.spec_axes import (
-    COORDINATE_KERNELS,
     FILTER_BACKENDS,
     WEIGHTS_ONE_BY_ONE,
     is_stock_layer,
@@ -222,10 +221,8 @@ def back_ends(preset: str) -> str:
         return "reference, sdpa, blocked, chunked" if spec.normalisation == "sink" else "reference, blocked, chunked"
     if spec.boosting in WEIGHTS_ONE_BY_ONE:
         return "reference, blocked, chunked"
-    # The Triton kernels know every content kernel, positions by place and twicing.
-    by_place = not spec.compares_positions or spec.position_kernel in COORDINATE_KERNELS
-    has_kernel = spec.boosting in ("none", "twicing", "differential", *ONE_PASS) and by_place
-    has_kernel = has_kernel and spec.position_kernel != "forget"
+    # The Triton kernels know what is an inner product or a function of places, but no logits of all pairs.
+    has_kernel = spec.position_kernel != "forget"
     return ", ".join([*names, "triton"] if has_kernel else names)
 
 

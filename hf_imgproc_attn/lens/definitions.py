@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from ..cards.filters import MEANINGS
@@ -254,18 +254,37 @@ def learned_definitions(names: Iterable[str]) -> dict[str, Definition]:
     return {name: Definition(f"its {name}", MEANINGS[name].replace("`", "")) for name in names}
 
 
-def json_name(name: str) -> str:
+COLUMNS = {
+    "name": "in lens.json",
+    "title": "on the page",
+    "formula": "what it is",
+    "reading": "how to read it",
+    "source": "source",
+}
+"""Of tables of definitions."""
+
+
+def definition_rows(held: Mapping[str, Definition], columns: Iterable[str]) -> tuple[list[str], list[list[str]]]:
+    """Titles and cells of a table of definitions; a column in which nothing stands is left out.
+
+    Args:
+        held: name in lens.json -> definition.
+        columns: keys of :data:`COLUMNS`.
+    """
+    cells = [{"name": _json_name(name), **each._asdict()} for name, each in held.items()]
+    shown = [column for column in columns if any(row[column] for row in cells)]
+    return [COLUMNS[column] for column in shown], [[row[column] for column in shown] for row in cells]
+
+
+def _json_name(name: str) -> str:
     """How a number is called in lens.json, in words."""
     return f"{name.removeprefix('report.')} (of the report)" if name.startswith("report.") else name
 
 
 def docs_table(group: str) -> str:
     """A group as the docs have it."""
-    rows = [
-        [f"`{json_name(name)}`", each.title, each.formula, each.reading, each.source]
-        for name, each in GROUPS[group].items()
-    ]
-    return table_text(["name", "on the page", "what it is", "how to read it", "source"], rows)
+    head, rows = definition_rows(GROUPS[group], COLUMNS)
+    return table_text(head, ([f"`{name}`", *others] for name, *others in rows))
 
 
 if __name__ == "__main__":

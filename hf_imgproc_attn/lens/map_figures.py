@@ -106,11 +106,19 @@ def _text_maps(report: Report, layer: LayerReport, kernels: list[str], heads: in
         axes.set_ylabel(f"{kernel}\nhead", fontsize=7)
         axes.tick_params(labelsize=6)
         figure.colorbar(image, ax=axes, pad=0.01)
-    labels = report.labels or [str(i) for i in range(report.length)]
-    if len(labels) <= 128:
-        shown = [label.strip().replace("$", r"\$")[:10] or "·" for label in labels]
-        grid[-1, 0].set_xticks(range(len(shown)), shown, rotation=90, fontsize=6)
+    _name_tokens(grid[-1, 0], report)
     return figure
+
+
+MOST_NAMED = 128
+"""Tokens that are named below a picture."""
+
+
+def _name_tokens(axes: Any, report: Report) -> None:
+    labels = report.labels or [str(i) for i in range(report.length)]
+    if len(labels) <= MOST_NAMED:
+        shown = [label.strip().replace("$", r"\$")[:10] or "·" for label in labels]
+        axes.set_xticks(range(len(shown)), shown, rotation=90, fontsize=6)
 
 
 def draw_removed(report: Report, layer: LayerReport) -> Figure | None:
@@ -120,11 +128,12 @@ def draw_removed(report: Report, layer: LayerReport) -> Figure | None:
     heads = min(len(layer.heads), MOST_MAPS)
     values = np.array(layer.method_noise_map[:heads])
     if report.grid is None:
-        figure = Figure(figsize=(11.0, 0.9 + 0.16 * heads), layout="constrained")
+        figure = Figure(figsize=(11.0, 1.1 + 0.16 * heads), layout="constrained")
         grid = figure.subplots(1, 1, squeeze=False)
         image = grid[0, 0].imshow(values, cmap=SEQUENTIAL, aspect="auto")
         grid[0, 0].set_ylabel("head")
         grid[0, 0].set_xlabel("token")
+        _name_tokens(grid[0, 0], report)
         figure.colorbar(image, ax=grid[0, 0], pad=0.01)
         return figure
     return _tiles(report, {"removed": values.tolist()}, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 
-from .definitions import GROUPS, json_name, learned_definitions
+from .definitions import GROUPS, definition_rows, learned_definitions
 from .figures import Pictures, view_name
 from .report import Report, cell, head_table, learned_names
 
@@ -19,7 +19,8 @@ PANELS: dict[str, tuple[str, str, str]] = {
     "kernels": (
         "Kernels",
         "What the logits of attention are made of, by layer: how much of their variation comes from comparing content "
-        "with content, position with position, and one with the other.",
+        "with content, position with position, and one with the other. Constant is the mean of all queries: what they "
+        "prefer whatever they are.",
         "A bilateral filter has the first two only. Large cross terms (content-position, position-content) are what "
         "stock attention adds; the residual is context that the words alone do not explain.",
     ),
@@ -35,13 +36,13 @@ PANELS: dict[str, tuple[str, str, str]] = {
         "Over-smoothing",
         "How alike the tokens are at each layer: as they enter a block, as values, after the filter, after the "
         "residual connection, and as they leave.",
-        "The filter averages, so its output is more alike than its values. If similarity rises to 1, or high "
+        "The filter averages, so its output is mostly more alike than its values. If similarity rises to 1, or high "
         "frequency and stable rank fall to their least with depth, tokens lose what tells them apart.",
     ),
     "noise": (
         "Noise",
         "Noise of known size is put into the input; the curves show how much stronger the signal is than the noise at "
-        "each place, and below, what each part of a block gains.",
+        "each place, and on the right, what each part of a block gains.",
         "Above 0 a part removes noise, below it amplifies it. The dotted line is what the paper's proposition "
         "promises.",
     ),
@@ -60,7 +61,7 @@ PANELS: dict[str, tuple[str, str, str]] = {
     "numbers": (
         "Numbers",
         "Every head's numbers in a table.",
-        "Sort by eye; the same numbers, and more, are in lens.json.",
+        "Heads that stand out in their column; the same numbers, and more, are in lens.json.",
     ),
     "definitions": (
         "Definitions",
@@ -117,7 +118,7 @@ document.querySelectorAll('select').forEach(function(s){
 });
 var wanted = location.hash.slice(1);
 open(document.getElementById(wanted) ? wanted : document.querySelector('section.panel').id);
-scrollTo(0, 0);
+addEventListener('load', function(){ scrollTo(0, 0); });
 document.body.dataset.ready = 'yes';
 """
 
@@ -236,18 +237,12 @@ def _numbers(report: Report) -> str:
 def _definitions(reports: list[Report]) -> str:
     learned = learned_definitions(dict.fromkeys(name for report in reports for name in learned_names(report)))
     groups = {**GROUPS, **({"What its filters hold": learned} if learned else {})}
-    titles = ("on the page", "what it is", "how to read it", "in lens.json")
-    head = "".join(f'<th class="text">{title}</th>' for title in titles)
     parts = []
     for group, held in groups.items():
-        rows = "".join(
-            "<tr>"
-            + "".join(
-                f'<td class="text">{_text(text)}</td>'
-                for text in (each.title, each.formula, each.reading, json_name(name))
-            )
-            + "</tr>"
-            for name, each in held.items()
+        titles, rows = definition_rows(held, ("title", "formula", "reading", "name"))
+        head = "".join(f'<th class="text">{title}</th>' for title in titles)
+        body = "".join(
+            "<tr>" + "".join(f'<td class="text">{_text(text)}</td>' for text in row) + "</tr>" for row in rows
         )
-        parts.append(f"<h3>{_text(group)}</h3><table><tr>{head}</tr>{rows}</table>")
+        parts.append(f"<h3>{_text(group)}</h3><table><tr>{head}</tr>{body}</table>")
     return "".join(parts)

@@ -98,13 +98,13 @@ class Gradients:
                 self.totals[m].add(dropped, smooth_grad)
         if steps.start:
             return
-        d_matrix = torch.bmm(row_grads, self.side_by_side[:, keys].mT, out=self.buffer.view(*matrix.shape))
+        d_matrix = plan.multiply(row_grads, self.side_by_side[:, keys].mT, lambda: self.buffer.view(*matrix.shape))
         if factors is not None:
             d_matrix.mul_(factors)
         # D; the correction is in g_0, g_1, ... already.
         row_term = row_grads.mul_(self.smoothed[:, rows]).sum(-1, keepdim=True)
         d_logits = self.weights.logits_grad(d_matrix, matrix, row_term)
-        self.d_query[:, rows].baddbmm_(d_logits, inputs.key[:, keys], beta=0.0, alpha=plan.scale)
+        torch.mul(plan.multiply(d_logits, inputs.key[:, keys]), plan.scale, out=self.d_query[:, rows])
         self.d_key.add(d_logits, inputs.query[:, rows])
         if self.bias is not None:
             self.weights.add_to_bias(self.bias, d_logits, block)

@@ -26,7 +26,7 @@ class SigmoidWeights(Weights):
 
     def _log_counts(self, block: Block) -> torch.Tensor:
         """log n_i, ``[pairs, rows, 1]``; 0 for rows that see no key."""
-        rows, pairs, like = block.stop - block.start, self.query.shape[0], self.buffer.memory
+        rows, pairs, like = block.stop - block.start, self.query.shape[0], self.buffer.like
         if self.mask is None:
             counts = like.new_full((rows,), float(block.keys))
             if self.plan.is_causal:
@@ -62,7 +62,7 @@ class SoftpickWeights(Weights):
     def _above(self, block: Block, largest: torch.Tensor, exponentials: torch.Tensor) -> torch.Tensor:
         """x in a buffer of its own, from e^(l - m); -e^-m where a key is hidden."""
         if self.second is None:
-            self.second = Buffer(self.buffer.memory, self.size)
+            self.second = Buffer(self.buffer.like, self.size)
         above = self.second.view(*exponentials.shape)
         return torch.sub(exponentials, torch.exp2(-largest), out=above)
 

@@ -251,7 +251,7 @@ def forward_passes(call: Call, tensors: Tensors) -> Computed:
                 for m in steps:
                     if m > steps.start:
                         inputs.copy_to_keys(m, rows)
-                    product = torch.bmm(matrix, inputs.stream(m)[:, : block.keys])
+                    product = plan.multiply(matrix, inputs.stream(m)[:, : block.keys])
                     common = (m, inputs.own_value[:, rows], product, factor)
                     for later in range(m + 1, num_streams):
                         _combine(inputs.own[:, rows, inputs.columns(later)], booster.streams[later], *common)

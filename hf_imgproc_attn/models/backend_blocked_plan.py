@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from .backend_blocked_products import Room, multiply, suits_onednn
+
 BLOCK_ROWS = 128
 """Query rows of a block of causal or long attention."""
 GROUP_SCORES = 2**21
@@ -70,6 +72,7 @@ class Plan(NamedTuple):
         seed: of the dropout masks.
         block_rows: rows of a block.
         group_pairs: (batch, head) pairs of a group.
+        by_onednn: whether products go to oneDNN.
     """
 
     batch: int
@@ -83,6 +86,7 @@ class Plan(NamedTuple):
     seed: int
     block_rows: int
     group_pairs: int
+    by_onednn: bool = False
 
     @property
     def backward(self) -> Plan:
@@ -117,6 +121,10 @@ class Plan(NamedTuple):
                 pairs = slice(b * self.heads + h, (batch.stop - 1) * self.heads + part.stop)
                 groups.append(Group(len(groups), batch, part, pairs))
         return groups
+
+    def multiply(self, left: torch.Tensor, right: torch.Tensor, room: Room | None = None) -> torch.Tensor:
+        """A batched product; see there."""
+        return multiply(left, right, room, by_onednn=self.by_onednn)
 
     def dropout_factors(self, group: Group, block: Block, like: torch.Tensor) -> torch.Tensor:
         """The dropout mask of a block, 0 or 1/(1 - p), ``[pairs, rows, keys]``: the same whenever it is asked for."""
@@ -167,4 +175,6 @@ def make_plan(
         group_pairs = max(most // max(block_rows * key_length, 1), MIN_GROUP_PAIRS)
     group_pairs = max(min(group_pairs, batch * heads), 1)
     sizes = (batch, heads, key.shape[1], length, key_length)
-    return Plan(*sizes, is_causal, scale, dropout, seed, block_rows, group_pairs)
+    like = query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
+    by_onednn = suits_onednn(like, block_rows * key_length * query.shape[-1])
+    return Plan(*sizes, is_causal, scale, dropout, seed, block_rows, group_pairs, by_onednn)

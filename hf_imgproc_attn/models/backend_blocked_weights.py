@@ -13,6 +13,7 @@ import torch
 
 from .backend_blocked_plan import Block, Group, Plan, cut
 from .backend_blocked_positions import PositionTerm
+from .backend_blocked_products import add_product
 
 LOG2_E = math.log2(math.e)
 
@@ -54,14 +55,22 @@ class KeyHeads(NamedTuple):
 
 
 class Buffer:
-    """Memory for one product at a time: a fresh allocation for every block would cost page faults."""
+    """Memory for one product at a time: a fresh allocation for every block would cost page faults.
+
+    Args:
+        like: a tensor of the device and dtype to work in.
+        size: numbers that there is room for, once there is need of it.
+    """
 
     def __init__(self, like: torch.Tensor, size: int) -> None:
-        self.memory = like.new_empty(size)
+        self.like, self.size = like, size
+        self._memory: torch.Tensor | None = None
 
     def view(self, *shape: int) -> torch.Tensor:
         """A contiguous tensor of this shape; its content is what was there before."""
-        return self.memory[: math.prod(shape)].view(shape)
+        if self._memory is None:
+            self._memory = self.like.new_empty(self.size)
+        return self._memory[: math.prod(shape)].view(shape)
 
 
 class KeySums:
@@ -79,7 +88,7 @@ class KeySums:
 
     def __init__(self, plan: Plan, pairs: int, width: int, scratch: Buffer) -> None:
         self.plan, self.shape, self.scratch = plan, (pairs, width, plan.key_length), scratch
-        self.transposed = plan.block_rows < plan.length
+        self.transposed = plan.block_rows < plan.length or plan.by_onednn
         self.given: torch.Tensor | None = None
         self.sums: torch.Tensor | None = None
 
@@ -91,14 +100,18 @@ class KeySums:
         """Add A^T g of a block: ``[pairs, rows, keys]`` and ``[pairs, rows, d]``."""
         pairs, width, _ = self.shape
         left, right = (rows.mT, matrix) if self.transposed else (matrix.mT, rows)
-        if self.sums is not None and not self.transposed:  # several products of the only block
+        if self.sums is None:
+            self.sums = self.plan.multiply(left, right)
+        elif self.plan.by_onednn:
+            add_product(self.sums[..., : matrix.shape[-1]], left, right)
+            return
+        elif not self.transposed:  # several products of the only block
             self.sums.baddbmm_(left, right)
             return
-        if self.sums is not None:
+        else:
             part = self.scratch.view(pairs, width, matrix.shape[-1])
             self.sums[..., : matrix.shape[-1]] += torch.bmm(left, right, out=part)
             return
-        self.sums = torch.bmm(left, right)
         if self.given is not None:
             self.rows(slice(self.plan.past, self.plan.key_length)).add_(self.given)
 
@@ -106,7 +119,7 @@ class KeySums:
         """The sum so far for some keys, ``[pairs, keys, d]``, a view."""
         if self.sums is None:  # no query at all
             pairs, width, length = self.shape
-            self.sums = self.scratch.memory.new_zeros(
+            self.sums = self.scratch.like.new_zeros(
                 (pairs, width, length) if self.transposed else (pairs, length, width)
             )
         return (self.sums.mT if self.transposed else self.sums)[:, keys]
@@ -150,12 +163,17 @@ class Weights:
     def start(self, group: Group, query: torch.Tensor, key: torch.Tensor) -> None:
         """Turn to a group's queries ``[pairs, length, d]`` and keys ``[pairs, key_length, d]``."""
         self.group, self.query, self.key = group, query, key
+        if self.plan.by_onednn:  # whose products have no factor
+            self.query = query * (self.plan.scale * self.unit)
 
     def _logits(self, block: Block) -> torch.Tensor:
         rows = block.stop - block.start
-        scores = self.buffer.view(self.query.shape[0], rows, block.keys)
         query, key = self.query[:, block.start : block.stop], self.key[:, : block.keys].mT
-        torch.baddbmm(scores, query, key, beta=0.0, alpha=self.plan.scale * self.unit, out=scores)
+        if self.plan.by_onednn:
+            scores = self.plan.multiply(query, key, lambda: self.buffer.view(query.shape[0], rows, block.keys))
+        else:
+            scores = self.buffer.view(query.shape[0], rows, block.keys)
+            torch.baddbmm(scores, query, key, beta=0.0, alpha=self.plan.scale * self.unit, out=scores)
         shaped = scores.view(*self.group.shape, rows, block.keys)
         if self.positions is not None:
             self.positions.add_(shaped, self.group, block, self.unit)

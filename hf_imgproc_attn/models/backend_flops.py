@@ -1,7 +1,8 @@
-"""Formulas for torch's FLOP counter, for the fused attention of CPUs, for which torch has none.
+"""Formulas for torch's FLOP counter, for the fused attention of CPUs and oneDNN's products, for which torch has none.
 
 ``torch.utils.flop_counter.FlopCounterMode`` sees every matrix product of the back-ends ``reference`` and ``blocked``.
-The back-end ``sdpa`` calls a fused function, which on a CPU would count as nothing: boosting would look free.
+The back-end ``sdpa`` calls a fused function, which on a CPU would count as nothing: boosting would look free. So would
+the large products of ``blocked`` that ``backend_blocked_products`` hands to oneDNN.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from .backend_blocked_products import onednn_linear
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -53,8 +56,16 @@ def fused_backward_flops(
     )
 
 
+def linear_flops(left: Sequence[int], right: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """A linear layer without bias, ``[rows, inner]`` and ``[columns, inner]``."""
+    return 2 * left[0] * left[1] * right[0]
+
+
 def register_formulas() -> None:
     """Give torch the formulas that it lacks; a version that has them keeps its own."""
-    for operator, formula in ((_FORWARD, fused_forward_flops), (_BACKWARD, fused_backward_flops)):
+    formulas: dict[Any, Any] = {_FORWARD: fused_forward_flops, _BACKWARD: fused_backward_flops}
+    if onednn_linear() is not None:
+        formulas[torch.ops.mkldnn._linear_pointwise] = linear_flops
+    for operator, formula in formulas.items():
         if operator not in flop_registry:
             register_flop_formula(operator)(formula)

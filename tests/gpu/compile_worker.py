@@ -97,10 +97,10 @@ def composed(compiler: Compiler) -> None:
     """The filter applied once: two widths, fewer queries than keys, masks and lengths, dropout, positions."""
     from hf_imgproc_attn.gpu.once import Once, apply_once
 
-    for width, value_width, kind, masked, configuration in (
-        (128, 64, "gaussian", True, 0),
-        (256, 256, "none", False, -1),
-    ):
+    cases = [(256, 64, "gaussian", True, -1)]
+    if "--full" in sys.argv:
+        cases += [(128, 64, "gaussian", True, -1), (256, 256, "none", False, -1), (40, 128, "buckets", False, 0)]
+    for width, value_width, kind, masked, configuration in cases:
         compiler.label, compiler.configuration = f"once, {kind}, {width}, {value_width}", configuration
         query, key, x = (
             torch.zeros(2, heads, length, size, dtype=torch.bfloat16, requires_grad=True)

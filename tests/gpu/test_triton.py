@@ -32,15 +32,21 @@ def run_worker(name: str, folder: Path, *arguments: str, **environment: str) -> 
     return json.loads(result.stdout)
 
 
+def every_case(config: pytest.Config) -> tuple[str, ...]:
+    """The workers run few of the composed cases but under ``--full``."""
+    return ("--full",) if config.getoption("--full") else ()
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Any:
-    full = ("--full",) if pytestconfig.getoption("--full") else ()
-    return run_worker("interpreter_worker.py", tmp_path_factory.mktemp("triton"), *full, TRITON_INTERPRET="1")
+    folder = tmp_path_factory.mktemp("triton")
+    return run_worker("interpreter_worker.py", folder, *every_case(pytestconfig), TRITON_INTERPRET="1")
 
 
 @pytest.fixture(scope="module")
-def without_gpu(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return run_worker("compile_worker.py", tmp_path_factory.mktemp("triton"), TRITON_INTERPRET="0")
+def without_gpu(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Any:
+    folder = tmp_path_factory.mktemp("triton")
+    return run_worker("compile_worker.py", folder, *every_case(pytestconfig), TRITON_INTERPRET="0")
 
 
 def test_outputs_and_gradients_are_those_of_the_formula(found: Any) -> None:
@@ -217,7 +223,9 @@ def test_composed_boosters_are_exact(found: Any) -> None:
     """
     cases = [case for case in found["composed"]["cases"] if case["dtype"] == "float32"]
     assert {case["booster"].partition(" ")[0] for case in cases} >= {"none", "twicing", "learned", "sos", "diffusion"}
-    assert not [case for case in cases if max(case["errors"]) > 5e-6]
+    assert not [case for case in cases if max(case["errors"][:4]) > 5e-6]
+    # Of few numbers, which sums over all pairs leave small.
+    assert not [case for case in cases if max(case["errors"][4:], default=0.0) > 2e-5]
 
 
 def test_composed_boosters_round_as_the_steps_of_sdpa_do(found: Any) -> None:
@@ -230,6 +238,19 @@ def test_composed_boosters_round_as_the_steps_of_sdpa_do(found: Any) -> None:
 
 def test_the_filter_applied_once_is_a_good_operator(found: Any) -> None:
     assert set(found["composed"]["operator_checks"].values()) == {"SUCCESS"}
+
+
+def test_whole_models_train_and_decode_on_the_kernels(found: Any) -> None:
+    """GPT-2 with columns, kernels by place, three steps, gains: gradients; a padded prompt in chunks by a cache."""
+    models = found["models"]
+    assert len(models["trained"]) > 15
+    assert max(models["trained"]) < 2e-5
+    assert max(models["decoded"]) < 2e-6
+
+
+def test_checkpointed_layers_drop_the_same_weights_again(found: Any) -> None:
+    assert found["models"]["dropped"]["checkpointed"] < 1e-6
+    assert found["models"]["dropped"]["another seed"] > 0.1
 
 
 def test_lengths_say_what_a_mask_says(found: Any) -> None:

@@ -19,17 +19,17 @@ from tests.models.variants import gpt2_config, token_ids
 BATCH, HEADS, LENGTH, WIDTH = 2, 3, 64, 16
 ONE_PRODUCT = 2 * BATCH * HEADS * LENGTH**2 * WIDTH
 
-# Products of N x N and N x d, forward and backward: k applications of A after one product for the logits, or one fused
-# attention (2 forward; 5 backward, which makes the logits again) for each application.
+# Products of N x N and N x d, forward and backward: k applications of A after one product for the logits, which the
+# blocks make again, or one fused attention (2 forward; 5 backward, which makes the logits again) for each application.
 PRODUCTS = {
     ("none", 1, "reference"): (2, 4),
-    ("none", 1, "blocked"): (2, 4),
+    ("none", 1, "blocked"): (2, 5),
     ("none", 1, "sdpa"): (2, 5),
     ("twicing", 2, "reference"): (3, 6),
-    ("twicing", 2, "blocked"): (3, 6),
+    ("twicing", 2, "blocked"): (3, 7),
     ("twicing", 2, "sdpa"): (4, 10),
     ("twicing", 3, "reference"): (4, 8),
-    ("twicing", 3, "blocked"): (4, 8),
+    ("twicing", 3, "blocked"): (4, 9),
     ("twicing", 3, "sdpa"): (6, 15),
 }
 
