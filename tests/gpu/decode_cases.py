@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
@@ -15,7 +16,7 @@ from hf_imgproc_attn.models.cache_streams import NoStreams
 from hf_imgproc_attn.models.kernel_position import BlockedPositions, GaussianPositions
 from hf_imgproc_attn.models.kernel_relative import AlibiPositions, BucketPositions, bucket_boundaries
 from hf_imgproc_attn.models.visibility import attention_visibility
-from tests.gpu import composed_cases
+from tests.gpu import composed_cases, model_cases
 
 SCALE = 0.3
 
@@ -141,10 +142,12 @@ def _error(got: torch.Tensor, wanted: torch.Tensor) -> float:
 class HandedOut(composed_cases.GivenStreams):
     """Streams whose cached rows can be asked for, as those of this package's caches."""
 
+    batch = 1
+
     def past(self, name: str) -> torch.Tensor | None:
         number = int(name.rpartition(".")[2]) - 1
         generator = torch.Generator().manual_seed(number)
-        rows = torch.randn(2, composed_cases.HEADS, self.past_rows, self.width, generator=generator)
+        rows = torch.randn(self.batch, composed_cases.HEADS, self.past_rows, self.width, generator=generator)
         return rows.to(self.dtype) if number < 3 else None
 
 
@@ -163,6 +166,7 @@ def calls() -> list[float]:
             for dtype in (torch.float64, torch.float32)
         )
         mine = mine._replace(streams=HandedOut(case.past, case.value_width, torch.float32))
+        mine.streams.batch = case.batch
         assert decode_call.applies(mine)
         assert not decode_call.applies(mine._replace(dropout=0.1))
         assert not decode_call.applies(mine._replace(query=mine.query.clone().requires_grad_()))
@@ -197,12 +201,20 @@ def refusals() -> dict[str, str]:
     return found
 
 
+def in_a_model() -> list[float]:
+    """Errors of a padded GPT-2 that decodes with its cache: its second chunk and its single token come here."""
+    with mock.patch.object(decode_call, "run", wraps=decode_call.run) as run:
+        found = model_cases.decoded()
+    return [*found, float(run.call_count)]
+
+
 def decoding() -> dict[str, Any]:
     """Errors of every case, and refusals."""
     return {
         "decoding": {
             "errors": {str(number): [case.dtype, *measure(case)] for number, case in enumerate(CASES)},
             "calls": calls(),
+            "model": in_a_model(),
             "refused": refusals(),
         }
     }

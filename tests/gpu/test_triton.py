@@ -116,6 +116,9 @@ def test_decoding_is_that_of_all_tokens_at_once(found: Any) -> None:
         assert max(errors) < {"float32": 2e-6, "bfloat16": 1e-2, "float16": 1.5e-3}[dtype]
     assert len(found["decoding"]["calls"]) == 3 + 4
     assert max(found["decoding"]["calls"]) < 2e-6
+    *errors, times = found["decoding"]["model"]
+    assert max(errors) < 2e-6
+    assert times == 2
 
 
 @pytest.mark.parametrize(
