@@ -78,6 +78,10 @@ def decode_attention(
         ValueError: for what the kernels do not do, gradients among it.
     """
     _check(query, cached, boosting, steps, gain)
+    parameters = [] if positions is None else positions.parameters()
+    learned = [x for x in (query, *cached[:2], *cached.streams, *parameters, gain, key_bias) if x is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned):
+        raise ValueError("decoding has no gradient: no tensor may require one, unless under torch.no_grad()")
     place = position_tensors(positions, query, cached.key.shape[2])
     kind, class_tokens, *tensors = place
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -97,9 +101,6 @@ def _check(query: torch.Tensor, cached: Cached, boosting: str, steps: int, gain:
     key, value, streams = cached
     if needed > MOST_STREAMS:
         raise ValueError(f"steps must be <= {MOST_STREAMS + 1}, got {steps}")
-    given = (query, key, value, *streams, *(() if gain is None else (gain,)))
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
-        raise ValueError("decoding has no gradient: no tensor may require one, unless under torch.no_grad()")
     if any(tensor.dtype != query.dtype for tensor in (key, value, *streams)):
         names = ", ".join(str(tensor.dtype) for tensor in (query, key, value, *streams))
         raise ValueError(f"query, keys, values and streams must have one dtype, got {names}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..models.backend_call import Content, FilterCall
@@ -26,6 +28,8 @@ def applies(call: FilterCall) -> bool:
         return False
     if call.dropout > 0.0 or call.booster.name not in LINEAR or tokens * call.groups > 64:
         return False
+    if _wants_gradient(call):  # in whatever is learned, bandwidths among it
+        return False
     needed = extra_streams(call.booster.name, call.booster.steps)
     given = call.past_streams() if needed else []
     if needed > MOST_STREAMS or len(given) < needed:
@@ -33,9 +37,14 @@ def applies(call: FilterCall) -> bool:
     shape = (*call.query.shape[:2], known - tokens, call.value.shape[-1])
     fits = all(rows.shape == shape and rows.dtype == call.query.dtype for rows in given[:needed])
     gain = call.booster.gain
-    tensors = (call.query, call.key, call.value, *given, *(() if gain is None else (gain,)))
-    wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return fits and not wants_gradient and (gain is None or gain.shape == (call.query.shape[1], 1, 1))
+    return fits and not _wants_gradient(tuple(given)) and (gain is None or gain.shape == (call.query.shape[1], 1, 1))
+
+
+def _wants_gradient(part: Any) -> bool:
+    """Whether gradients are on and any tensor of a tuple, or of tuples in it, requires one."""
+    if isinstance(part, tuple):
+        return torch.is_grad_enabled() and any(_wants_gradient(field) for field in part)
+    return isinstance(part, torch.Tensor) and part.requires_grad
 
 
 def run(call: FilterCall) -> torch.Tensor:

@@ -32,6 +32,14 @@ def add_commands(commands: Any) -> None:
         "photographs or digits (default: the first that fits the model)",
     )
     lens.add_argument("--samples", type=int, default=16, help="texts or images (default: %(default)s)")
+    lens.add_argument(
+        "--beside",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --input: so many samples of real data behind it, which let position and content be told apart "
+        "where there is a single image or a short text",
+    )
     lens.add_argument("--length", type=int, metavar="N", help="tokens of a text (default: 64)")
     lens.add_argument("--stack", help="which list of layers, where a model has several (encoder.block, ...)")
     lens.add_argument("--token", type=int, metavar="I", help="whose maps are shown (default: one in the middle)")

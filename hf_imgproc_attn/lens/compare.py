@@ -39,9 +39,11 @@ def look(options: argparse.Namespace) -> list[Report]:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if options.beside < 0:
+        raise UsageError(f"beside must be an integer >= 0, got {options.beside}")
     names = own_names(options.models)
     length = common_length(options.models, options.length)
-    asked = Asked(options.input, options.data, options.samples, length, options.seed)
+    asked = Asked(options.input, options.data, options.samples, length, options.seed, options.beside)
     reports: list[Report] = []
     seen: list[Seen] = []
     for checkpoint, name in zip(options.models, names, strict=True):

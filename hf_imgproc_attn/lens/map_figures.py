@@ -13,8 +13,8 @@ from PIL import Image as Pillow
 
 from .report import LayerReport, Report
 
-SEQUENTIAL, DIVERGING = "cividis", "PuOr_r"
-"""Colours of what is positive, and of what has both signs; colour-blind people read them."""
+SEQUENTIAL, DIVERGING = "cividis", "PuOr"
+"""Colours of what is positive, and of what has both signs (orange is negative); colour-blind people read them."""
 MOST_MAPS = 12
 """Heads of a layer whose maps are drawn."""
 

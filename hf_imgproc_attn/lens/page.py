@@ -7,7 +7,7 @@ import html
 
 from .definitions import GROUPS, definition_rows, learned_definitions
 from .figures import Pictures, view_name
-from .report import Report, cell, head_table, learned_names
+from .report import Report, cell, counted, head_table, kinds_of, learned_names
 
 PANELS: dict[str, tuple[str, str, str]] = {
     "heads": (
@@ -156,8 +156,9 @@ def _text(text: str) -> str:
 def _described(report: Report) -> str:
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items())
     return (
-        f"{report.model}: {report.model_type}, {report.parameters:,} parameters, {len(report.layers)} layers. Shown: "
-        f"{report.samples} samples of {report.length} tokens, {report.data}. Time: {seconds}."
+        f"{report.model}: {report.model_type}, {report.parameters:,} parameters, {len(report.layers)} layers, "
+        f"{kinds_of(report)}. Shown: "
+        f"{counted(report.samples, 'sample')} of {report.length} tokens, {report.data}. Time: {seconds}."
     )
 
 

@@ -193,6 +193,23 @@ def learned_names(report: Report) -> list[str]:
     return list(dict.fromkeys(name for layer in report.layers for head in layer.heads for name in head.learned))
 
 
+def counted(number: int, word: str) -> str:
+    """``1 sample``, ``2 samples``."""
+    return f"{number} {word}{'s' * (number != 1)}"
+
+
+def kinds_of(report: Report) -> str:
+    """The filters of all layers in words; the layers are named where they differ."""
+    layers: dict[str, list[str]] = {}
+    for layer in report.layers:
+        layers.setdefault(layer.kind, []).append(str(layer.index))
+    if len(layers) == 1:
+        return next(iter(layers))
+    return "; ".join(
+        f"{kind} in {'layers' if len(held) > 1 else 'layer'} {', '.join(held)}" for kind, held in layers.items()
+    )
+
+
 def head_table(report: Report) -> tuple[list[str], list[list[str]]]:
     """Titles and cells of the table of heads."""
     learned = learned_names(report)
@@ -213,8 +230,9 @@ def markdown(report: Report) -> str:
     """The report as Markdown."""
     parts = [
         f"# What {report.model} filters",
-        f"`{report.model_type}`, {report.parameters:,} parameters, {len(report.layers)} layers; {report.samples} "
-        f"samples of {report.length} tokens: {report.data}. Every number is defined in `docs/lens.md`.",
+        f"`{report.model_type}`, {report.parameters:,} parameters, {len(report.layers)} layers, "
+        f"{kinds_of(report)}; {counted(report.samples, 'sample')} of {report.length} tokens: "
+        f"{report.data}. Every number is defined in `docs/lens.md`.",
         "## Heads",
         table_text(*head_table(report)),
         "## Tokens by depth",

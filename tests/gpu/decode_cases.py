@@ -169,7 +169,10 @@ def calls() -> list[float]:
         mine.streams.batch = case.batch
         assert decode_call.applies(mine)
         assert not decode_call.applies(mine._replace(dropout=0.1))
-        assert not decode_call.applies(mine._replace(query=mine.query.clone().requires_grad_()))
+        for name in ("query", "value"):
+            assert not decode_call.applies(mine._replace(**{name: getattr(mine, name).clone().requires_grad_()}))
+        learned = Content("gaussian", torch.ones(composed_cases.HEADS, 1, 1, requires_grad=True))
+        assert not decode_call.applies(mine._replace(content=learned))
         wanted = composed_cases.exact(case, exact, 0)
         found.append(_error(BACKENDS["triton"].run(mine), wanted))
         hidden = torch.zeros(()) if mine.visibility.keys is None else ~mine.visibility.keys[..., -case.length :].mT
@@ -183,9 +186,16 @@ def refusals() -> dict[str, str]:
     """Why calls are refused that the kernels would misread."""
     query, key, stream = torch.zeros(1, 4, 1, 16), torch.zeros(1, 2, 9, 16), torch.zeros(1, 4, 8, 16)
     cached, found = Cached(key, key, [stream]), {}
+    places, scale = torch.arange(9.0).view(1, 9, 1), torch.ones(4, 1, 1, requires_grad=True)
     many, wide = torch.zeros(1, 2, 20, 16), torch.zeros(1, 1, 3, 264)
     for name, new, given, options in (
         ("gradient", query.clone().requires_grad_(), cached, {}),
+        (
+            "bandwidth",
+            query,
+            cached,
+            {"positions": GaussianPositions(places[:, 8:], places, scale, None, 1.0, True, True)},
+        ),
         ("booster", query, cached, {"boosting": "exclusive"}),
         ("steps", query, cached, {"steps": 5}),
         ("streams", query, cached, {"steps": 3}),

@@ -125,6 +125,7 @@ def test_decoding_is_that_of_all_tokens_at_once(found: Any) -> None:
     ("name", "message"),
     [
         ("gradient", "decoding has no gradient: no tensor may require one"),
+        ("bandwidth", "decoding has no gradient: no tensor may require one"),
         ("booster", "boosting must be one of none, twicing, learned, diffusion, sos, got 'exclusive'"),
         ("steps", "steps must be <= 4, got 5"),
         ("streams", "2 streams of the cached tokens must fit each other, got (1, 4, 1, 16), (1, 2, 9, 16)"),

@@ -48,7 +48,7 @@ def test_preset_is_shown_beside_the_checkpoint_as_it_is(checkpoints: Path) -> No
     # The checkpoint that is kept in memory has no filter in it.
     again = answer(Question(str(checkpoints / "llama"), text=TOKENS, beside=0, spectra=False, noise=0.0))
     assert again.reports[0].layers[1].kind == "stock attention"
-    assert "Not measured: kernel decomposition by mean effects: it needs at least 2 samples, got 1." in again.summary
+    assert "Not measured: kernel decomposition by mean effects, and maps of position and content" in again.summary
 
 
 @pytest.mark.usefixtures("_undrawn")
@@ -61,7 +61,7 @@ def test_clicked_place_of_an_image_is_its_patch(checkpoints: Path, tmp_path: Pat
     assert report.grid is not None
     rows, columns = report.grid
     assert report.token == report.special + int(0.3 * rows) * columns + columns - 1
-    assert report.data == "the given image, and beside it 1 samples of handwritten digits"
+    assert report.data == "the given image, and beside it 1 sample of handwritten digits"
 
 
 @pytest.mark.parametrize(

@@ -470,7 +470,7 @@ def test_what_is_left_out_is_named() -> None:
     assert report.layers[0].noise == {}
     report = inspect_model(build("llama"), text(batch=1), spectra="none")
     assert report.skipped == [
-        "kernel decomposition by mean effects: it needs at least 2 samples, got 1",
+        "kernel decomposition by mean effects, and maps of position and content: at least 2 samples are needed, got 1",
         "spectra: they were not asked for",
     ]
     assert report.layers[0].heads[0].shares == {}

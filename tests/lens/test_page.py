@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from hf_imgproc_attn.lens import Report
+from hf_imgproc_attn.lens import LayerReport, Report
 from hf_imgproc_attn.lens.definitions import DEFINITIONS, GROUPS, docs_table, learned_definitions
 from hf_imgproc_attn.lens.figures import DRAWINGS, STEPS
 from hf_imgproc_attn.lens.map_figures import draw_maps, draw_removed
 from hf_imgproc_attn.lens.page import PANELS
+from hf_imgproc_attn.lens.report import kinds_of
 from tests.helpers import ROOT, run_command
 from tests.lens.browser import OPTIONS, browser
 
@@ -171,6 +172,17 @@ def test_every_column_of_tables_is_defined(page: str, look: Path) -> None:
     assert {"h_y", "h_p"} <= learned
     assert all(f">its {name}</td>" in page for name in learned_definitions(learned))
     assert {html.unescape(column) for column in columns if not column.startswith("its ")} <= titles
+
+
+def test_filters_of_the_models_are_named(page: str, look: Path) -> None:
+    boosted = "content kernel dot_product, position kernel untied, boosting twicing"
+    for text in (page, (look / "lens.md").read_text(encoding="utf-8")):
+        assert "2 layers, stock attention" in text
+        assert f"2 layers, {boosted}" in text
+    layers = [LayerReport("a", 0, "stock attention"), *(LayerReport("b", i, boosted) for i in (1, 2))]
+    assert kinds_of(Report("m", "x", 1, "d", 1, 2, layers=layers)) == (
+        f"stock attention in layer 0; {boosted} in layers 1, 2"
+    )
 
 
 def test_texts_are_coloured_by_what_the_token_receives(page: str) -> None:

@@ -125,6 +125,7 @@ def test_rehearsal_covers_every_back_end(rehearsal: Record) -> None:
     # The memory-efficient and cuDNN kernels of SDPA are a GPU's.
     assert methods == {
         "triton single_pass", "triton general", "triton short", "triton wavefront", "triton decode",
+        "triton composed", "triton in chunks", "triton with dropout",
         "SDPA flash", "SDPA maths", "sdpa", "blocked", "flex",
         "flex, called directly", "flex, several lengths",
     }  # fmt: skip

@@ -99,6 +99,9 @@ def cases(bench: Bench) -> list[Case]:
                     add(backend, attend(name, backend), name, bidirectional, dtype)
     for name, shape, dtype, algorithm in triton[_FIRST:]:
         add(f"triton {algorithm}", triton_algorithm(algorithm, name), name, shape, dtype, 120.0)
+    from .composed import cases as composed  # it compares as this module does
+
+    found += composed(bench)
     for kernel in SDPA_KERNELS:
         for name in ("bilateral untied", "bilateral gaussian", "additive bias"):
             add(f"SDPA {kernel}", forced(kernel, attend(name, "sdpa")), name, causal, "bfloat16")
@@ -255,7 +258,15 @@ def plain_errors(shape: Shape, dtype: str, device: str) -> list[float]:
 def compare(setting: Setting, run: Attend, backward: bool, seconds_left: float) -> dict[str, Any]:
     """Errors of a method, and as multiples of plain attention's."""
     inputs, truth = _truth(setting.filter, setting.shape)
-    got = results(run, inputs.to(DTYPES[setting.dtype], setting.device), backward)
+    return against_plain(setting, results(run, inputs.to(DTYPES[setting.dtype], setting.device), backward), truth)
+
+
+def against_plain(setting: Setting, got: list[torch.Tensor], truth: list[torch.Tensor]) -> dict[str, Any]:
+    """Errors of what was got, and as multiples of plain attention's.
+
+    Raises:
+        Wrong: for results that are off, or a yardstick that is.
+    """
     yardstick = plain_errors(setting.shape, setting.dtype, setting.device)
     if not all(error <= LARGEST_YARDSTICK[setting.dtype] for error in yardstick):
         allowed = LARGEST_YARDSTICK[setting.dtype]

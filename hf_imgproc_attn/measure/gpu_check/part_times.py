@@ -20,6 +20,7 @@ from ...gpu import flash
 from ..benchmark.attention import Shape
 from ..benchmark.timing import interleave, peak_memory
 from . import decoding
+from .composed import with_dropout
 from .part_backends import SDPA_KERNELS, compiled_flex, forced, triton_algorithm
 from .parts import Bench, Case, Refused, Wrong
 from .tensors import FILTERS, Attend, Inputs, attend, gaussian_features, relative_error
@@ -29,6 +30,8 @@ FEW_HEADS = Shape(1, 12, 2048, 64)
 SHAPES = (VIT, Shape(8, 12, 2048, 64), Shape(1, 12, 16384, 64), Shape(8, 8, 2048, 128))
 TINY_SHAPES = (Shape(2, 1, 17, 16, is_causal=False), Shape(1, 1, 17, 16))
 TIMED = ("twicing", "bilateral untied", "bilateral gaussian", "twicing, 3 steps")
+_REHEARSED_ON_TRITON = ("twicing", "bilateral untied")
+"""The interpreter takes seconds for a case."""
 DIRECTIONS = ("forward", "forward + backward")
 PLAIN = "plain"
 
@@ -47,13 +50,7 @@ def cases(bench: Bench) -> list[Case]:
     found = [
         Case("SDPA's choice for plain attention", partial(baseline_choice, bench, shapes), about={"what": "choice"})
     ]
-    quick = [
-        (name, backend, shape)
-        for name in TIMED
-        for shape in shapes
-        for backend in ("sdpa", "triton", "blocked")
-        if backend != "triton" or name == "twicing"
-    ]
+    quick = [(name, backend, shape) for name in TIMED for shape in shapes for backend in ("sdpa", "triton", "blocked")]
     slow = [(name, "flex", shape) for name in TIMED for shape in shapes]
 
     def add(name: str, backend: str, shape: Shape, run: Callable[[float], dict[str, Any]], prefix: str = "") -> None:
@@ -71,6 +68,8 @@ def cases(bench: Bench) -> list[Case]:
         for shape in shapes[1:]:
             run = partial(time_flash, bench, implementation, shape)
             add("twicing", flash.algorithm(implementation), shape, run)
+    name = "twicing, 3 steps"
+    add(name, "triton with dropout", shapes[1], partial(time_dropout, bench, name, shapes[1]))
     for shape in shapes:
         for kernel in ("flash", "memory-efficient", "cuDNN"):
             add(PLAIN, f"SDPA {kernel}", shape, partial(time_kernel, bench, kernel, shape))
@@ -284,6 +283,13 @@ def time_flash(bench: Bench, implementation: str, shape: Shape, seconds_left: fl
             found[name] *= found["plain_milliseconds"] / plain_milliseconds
         found["plain_milliseconds"] = plain_milliseconds
     return values
+
+
+def time_dropout(bench: Bench, name: str, shape: Shape, seconds_left: float) -> dict[str, Any]:
+    """A filter by the Triton kernels with dropout, one mask for all steps, against plain attention without."""
+    inputs = draw_on(bench, name, shape)
+    budget = 0.0 if bench.tiny else 0.4
+    return time_against_plain(bench, with_dropout(name), inputs, shape, FILTERS[name].products, budget)
 
 
 def time_kernel(bench: Bench, kernel: str, shape: Shape, seconds_left: float) -> dict[str, Any]:
