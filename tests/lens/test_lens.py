@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -369,6 +370,30 @@ def test_report_as_json_and_markdown() -> None:
         assert title in page
 
 
+def test_report_as_page_and_pictures(tmp_path: Path) -> None:
+    report = inspect_model(build("bert", num_hidden_layers=1), text(batch=2, length=6), noise=0.0, name="tiny")
+    page = report.to_html(tmp_path / "lens.html")
+    assert (tmp_path / "lens.html").read_text(encoding="utf-8") == page
+    assert "<h1>What tiny filters</h1>" in page
+    files = report.to_png(tmp_path / "pictures")
+    assert [file.name for file in files] == [
+        *("heads.png", "smoothing.png", "kernels.png", "spectra.png", "maps.png", "removed.png"),
+    ]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+
+
+def test_a_model_without_inputs_sees_real_data() -> None:
+    """What the command shows it; also of a model in training, which stays in it."""
+    model = build("llama", num_hidden_layers=1).train()
+    report = inspect_model(model, spectra="none", noise=0.0)
+    assert (report.samples, report.length, report.data) == (16, 64, "texts that the model itself wrote")
+    assert len(report.labels) == 64
+    assert all(module.training for module in model.modules())
+    assert report.to_dict()["layers"] == inspect_model(model, spectra="none", noise=0.0).to_dict()["layers"]
+    with pytest.raises(ValueError, match="model must be a model, which is loaded already, got 'gpt2'"):
+        inspect_model("gpt2")  # type: ignore[arg-type]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Refusals, and what is left out
 # --------------------------------------------------------------------------------------------------------------------
@@ -470,7 +495,7 @@ def test_what_is_left_out_is_named() -> None:
     assert report.layers[0].noise == {}
     report = inspect_model(build("llama"), text(batch=1), spectra="none")
     assert report.skipped == [
-        "kernel decomposition by mean effects: it needs at least 2 samples, got 1",
+        "kernel decomposition by mean effects, and maps of position and content: at least 2 samples are needed, got 1",
         "spectra: they were not asked for",
     ]
     assert report.layers[0].heads[0].shares == {}
