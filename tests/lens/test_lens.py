@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -367,6 +368,30 @@ def test_report_as_json_and_markdown() -> None:
     assert "nan" not in page
     for title in ("## Heads", "## Tokens by depth", "## Noise (10 % of the input)", "## Spectra"):
         assert title in page
+
+
+def test_report_as_page_and_pictures(tmp_path: Path) -> None:
+    report = inspect_model(build("bert", num_hidden_layers=1), text(batch=2, length=6), noise=0.0, name="tiny")
+    page = report.to_html(tmp_path / "lens.html")
+    assert (tmp_path / "lens.html").read_text(encoding="utf-8") == page
+    assert "<h1>What tiny filters</h1>" in page
+    files = report.to_png(tmp_path / "pictures")
+    assert [file.name for file in files] == [
+        *("heads.png", "smoothing.png", "kernels.png", "spectra.png", "maps.png", "removed.png"),
+    ]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+
+
+def test_a_model_without_inputs_sees_real_data() -> None:
+    """What the command shows it; also of a model in training, which stays in it."""
+    model = build("llama", num_hidden_layers=1).train()
+    report = inspect_model(model, spectra="none", noise=0.0)
+    assert (report.samples, report.length, report.data) == (16, 64, "texts that the model itself wrote")
+    assert len(report.labels) == 64
+    assert all(module.training for module in model.modules())
+    assert report.to_dict()["layers"] == inspect_model(model, spectra="none", noise=0.0).to_dict()["layers"]
+    with pytest.raises(ValueError, match="model must be a model, which is loaded already, got 'gpt2'"):
+        inspect_model("gpt2")  # type: ignore[arg-type]
 
 
 # --------------------------------------------------------------------------------------------------------------------
