@@ -73,7 +73,7 @@ def train(arguments: Arguments[TextDataArguments]) -> "Result":
     fingerprints = {split: {**text.fingerprint, "tokens": len(blocks[split].tokens)} for split, text in texts.items()}
     if stream is not None:
         blocks["train"] = stream.blocks(tokenizer, block_size, run.training_args)
-        fingerprints["train"] = stream.fingerprint
+        fingerprints["train"] = blocks["train"].fingerprint
     return fit(
         run,
         model,

@@ -104,8 +104,10 @@ def run_app(options: argparse.Namespace) -> int:
     require_extras("lens", "app")
 
     from .app import serve
+    from .compare import own_names
     from .real_models import packaged_models
 
     packaged = {name: folder for name, (folder, _) in packaged_models().items()}
-    serve({name: name for name in options.models} or packaged, options.port)
+    named = dict(zip(own_names(options.models), options.models, strict=True))
+    serve(named or packaged, options.port)
     return 0

@@ -199,7 +199,7 @@ class ImageSourceArguments(LabelledDataArguments):
 
 
 @dataclass(kw_only=True)
-class ImageDataArguments(ImageSourceArguments):
+class ImageDataArguments(ImageSourceArguments, StreamedDataArguments):
     """Data of ``train_image_classification.py``."""
 
     model_type = OF_TASK["image-classification"].model_type

@@ -100,6 +100,7 @@ class StreamedSamples(IterableDataset[dict[str, Any]]):
         stream: the rows.
         samples: makes samples of the rows of a pass, whose number it is told.
         training_args: tell which process this is.
+        sha256: over the first rows, by which the stream is known.
     """
 
     def __init__(
@@ -107,8 +108,10 @@ class StreamedSamples(IterableDataset[dict[str, Any]]):
         stream: Stream,
         samples: Callable[[Iterator[dict[str, Any]], int], Iterator[dict[str, Any]]],
         training_args: "TrainingArguments",
+        sha256: str,
     ) -> None:
         self._stream, self._samples = stream, samples
+        self.fingerprint = {"streamed": True, "sha256": sha256}
         self._share = training_args.process_index, training_args.world_size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

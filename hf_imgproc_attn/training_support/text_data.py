@@ -60,11 +60,13 @@ def load_text_splits(args: TextDataArguments) -> dict[str, TextSplit]:
     """Load the text, hold out the end of the training split for validation where there is none, apply the limits.
 
     Returns:
-        ``train`` and, where there are any, ``validation`` and ``test``.
+        ``train`` (not with ``streaming``) and, where there are any, ``validation`` and ``test``.
 
     Raises:
         UsageError: for data that cannot be loaded, a missing or ambiguous column, or an empty split.
     """
+    if args.streaming:
+        return load_text_stream(args, seed=0)[1]
     if args.dataset_name == EMBEDDED_TEXT:
         refuse_config_name(args)
         splits = _manual()
@@ -102,11 +104,6 @@ class StreamedText:
     column: str
     lines: list[str]
 
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """A SHA-256 over the first rows; how many there are is not known."""
-        return {"streamed": True, "sha256": content_fingerprint(line.encode() for line in self.lines[:FIRST_ROWS])}
-
     def blocks(
         self, tokenizer: "PreTrainedTokenizerBase", block_size: int, training_args: "TrainingArguments"
     ) -> StreamedSamples:
@@ -121,7 +118,8 @@ class StreamedText:
             return encoded
 
         blocks = Blocks(line, ids, block_size, tokenizer.eos_token_id, IGNORED_LABEL)
-        return StreamedSamples(self.stream, blocks, training_args)
+        sha256 = content_fingerprint(line.encode() for line in self.lines[:FIRST_ROWS])
+        return StreamedSamples(self.stream, blocks, training_args, sha256)
 
 
 def load_text_stream(args: TextDataArguments, seed: int) -> tuple[StreamedText, dict[str, TextSplit]]:

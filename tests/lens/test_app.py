@@ -146,13 +146,18 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytes
     assert message in capsys.readouterr().err
 
 
-def test_command_offers_the_models_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_offers_the_models_that_it_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     served: list[Any] = []
     stub = SimpleNamespace(serve=lambda *given: served.append(given))
     monkeypatch.setitem(sys.modules, "hf_imgproc_attn.lens.app", stub)
     monkeypatch.setattr("hf_imgproc_attn.errors.missing_packages", lambda extra: [])
     assert main(["app", "owner/name", "--port", "7861"]) == 0
     assert served == [({"owner/name": "owner/name"}, 7861)]
+    folders = [str(tmp_path / name / "best") for name in ("one", "two")]
+    for folder in folders:
+        Path(folder).mkdir(parents=True)
+    assert main(["app", *folders]) == 0
+    assert served[1] == ({"one/best": folders[0], "two/best": folders[1]}, None)
 
 
 def test_space_asks_for_what_the_app_needs() -> None:

@@ -18,7 +18,7 @@ from hf_imgproc_attn.lens import Report
 from hf_imgproc_attn.lens.compare import write
 from hf_imgproc_attn.lens.figures import Pictures, _noise, _png, _smoothing, _spectra, draw_all
 from hf_imgproc_attn.lens.inputs import load_model, show
-from hf_imgproc_attn.lens.map_figures import draw_maps
+from hf_imgproc_attn.lens.map_figures import draw_maps, draw_removed
 
 
 def test_files_of_a_comparison(look: Path) -> None:
@@ -108,6 +108,30 @@ def test_maps_lie_over_the_image(report: Report) -> None:
     plain = draw_maps(replace(report, picture=""), layer)
     assert plain is not None
     assert plain.axes[0].get_xticklabels()[0].get_text() == "head 0"
+
+
+@pytest.mark.parametrize("heads", [12, 13, 30])
+def test_all_heads_are_drawn(heads: int, report: Report) -> None:
+    """Over an image twelve beside each other, each with its number; of texts below each other."""
+    each = [float(index) for index in range(report.length)]
+    layer = replace(
+        report.layers[0],
+        heads=[replace(report.layers[0].heads[0], head=head) for head in range(heads)],
+        maps={"position": [each] * heads, "product": [each] * heads},
+        method_noise_map=[each] * heads,
+    )
+    for draw, kernels in ((draw_maps, 2), (draw_removed, 1)):
+        figure = draw(report, layer)
+        assert figure is not None
+        assert len(figure.axes) == kernels * -(-heads // 12)
+        labels = [label.get_text() for axes in figure.axes for label in axes.get_xticklabels()]
+        times = kernels if heads > 12 else 1
+        assert sorted(label for label in labels if label.startswith("head")) == sorted(
+            times * [f"head {head}" for head in range(heads)]
+        )
+        figure = draw(replace(report, grid=None), layer)
+        assert figure is not None
+        assert figure.axes[0].get_images()[0].get_array().shape == (heads, report.length)
 
 
 def test_negative_weights_are_orange(report: Report) -> None:

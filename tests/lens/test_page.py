@@ -188,9 +188,8 @@ def test_filters_of_the_models_are_named(page: str, look: Path) -> None:
 def test_texts_are_coloured_by_what_the_token_receives(page: str) -> None:
     """A line a kernel, a span a token; what receives most is darkest, and the chosen token is marked."""
     lines = re.findall(r'<p class="tokens"><b>(\w+)</b> (.*?)</p>', page)
-    assert [kernel for kernel, _ in lines] == 2 * ["content", "position", "product"] + 2 * [
-        "content", "position", "product", "operator"
-    ]  # fmt: skip
+    kernels = ["content", "position", "product"]
+    assert [kernel for kernel, _ in lines] == 2 * [*kernels, *kernels, "operator"]
     for _, line in lines:
         spans = re.findall(
             r'<span( class="chosen")? style="background:rgba\(([\d,]+),([\d.]+)\)" title="(.*?)">', line
@@ -200,6 +199,17 @@ def test_texts_are_coloured_by_what_the_token_receives(page: str) -> None:
         strengths = {abs(float(weight)): float(strength) for _, _, strength, weight in spans}
         assert strengths[max(strengths)] == 0.6
         assert all(colour == ("213,94,0" if weight.startswith("-") else "0,114,178") for _, colour, _, weight in spans)
+
+
+def test_models_stand_below_each_other_layer_by_layer(page: str) -> None:
+    """One choice for both: the same layer of each."""
+    section = page[page.index('<section class="panel" id="maps"') :].partition("</section>")[0]
+    assert re.findall(r"<option .*?>(.*?)</option>", section) == ["layer 0", "layer 1"]
+    for number, group in enumerate(re.findall(r'<div id="maps-\d" class="view">(.*?)</div>', section, re.DOTALL)):
+        assert re.findall(r"<figcaption>(.*?)</figcaption>", group) == [
+            f"llama layer {number}",
+            f"gpt2 layer {number}",
+        ]
 
 
 def test_names_of_models_are_no_markup() -> None:
@@ -218,7 +228,7 @@ def test_page_works_in_a_browser(page: str, tmp_path: Path) -> None:
     click = """<script>
     document.querySelector('button[data-panel=maps]').click();
     var select = document.querySelector('#maps select');
-    select.value = 'maps-3'; select.dispatchEvent(new Event('change'));
+    select.value = 'maps-1'; select.dispatchEvent(new Event('change'));
     document.body.dataset.clicked = location.hash;
     </script></body>"""
     file = tmp_path / "page.html"
@@ -231,5 +241,5 @@ def test_page_works_in_a_browser(page: str, tmp_path: Path) -> None:
     assert 'data-ready="yes"' in done.stdout
     assert 'data-clicked="#maps"' in done.stdout
     assert re.findall(r'<section class="panel shown" id="(\w+)"', done.stdout) == ["maps"]
-    assert re.findall(r'<figure id="(maps-\d+)" class="view shown"', done.stdout) == ["maps-3"]
+    assert re.findall(r'<div id="(maps-\d+)" class="view shown"', done.stdout) == ["maps-1"]
     assert re.findall(r'data-panel="(\w+)" aria-selected="true"', done.stdout) == ["maps"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -13,14 +14,18 @@ import datasets
 import pytest
 import torch
 import train_causal_lm
+import train_image_classification
 from safetensors.torch import load_file
 
-from hf_imgproc_attn.training_support.arguments import TextDataArguments
+from hf_imgproc_attn.training_support.arguments import ImageDataArguments, TextDataArguments
 from hf_imgproc_attn.training_support.data_loading import load_splits
+from hf_imgproc_attn.training_support.image_data import load_image_splits
+from hf_imgproc_attn.training_support.image_pixels import build_image_processor, load_pixels
+from hf_imgproc_attn.training_support.image_streams import load_image_stream
 from hf_imgproc_attn.training_support.streams import Stream
 from hf_imgproc_attn.training_support.text_data import TokenBlocks, encode, load_text_splits, load_text_stream
 from hf_imgproc_attn.training_support.tokenizer import train_tokenizer
-from tests.training.conftest import TINY_GPT2
+from tests.training.conftest import TINY_GPT2, TINY_VIT, WriteImages, random_images
 
 LINES = [f"{'word ' * (number % 7 + 1)}{number}" for number in range(60)]
 TINY = ["--config_overrides", *TINY_GPT2, "--block_size", "16", "--tokenizer_vocab_size", "270", "--use_cpu"]
@@ -91,24 +96,80 @@ def test_processes_share_the_rows_of_every_pass(folder: str, buffer: int) -> Non
         assert alone != rows_of(stream._replace(seed=4), 0, 1, 2)
 
 
-@pytest.mark.parametrize("more", ["", "--shuffle_buffer 4 --max_train_samples 9"])
-def test_a_run_goes_on_with_the_very_next_sample(folder: str, tmp_path: Path, more: str) -> None:
-    """Bitwise the uninterrupted run, also over several passes."""
-    words = [*TINY, *QUIET, "--dataset_name", folder, "--streaming", *more.split(), "--evaluate_test", "false"]
-    words += ["--max_steps", "12", "--logging_steps", "1", "--save_strategy", "steps", "--save_steps", "7"]
+def goes_on(script: Any, words: list[str], tmp_path: Path) -> dict[str, Any]:
+    """A run that goes on after its seventh step is bitwise the uninterrupted one, whose record is returned."""
+    words = [*words, *QUIET, "--streaming", "--evaluate_test", "false", "--max_steps", "12", "--logging_steps", "1"]
+    words += ["--save_strategy", "steps", "--save_steps", "7"]
     whole, half = tmp_path / "whole", tmp_path / "half"
-    assert train_causal_lm.main([*words, "--output_dir", str(whole)]) == 0
+    assert script.main([*words, "--output_dir", str(whole)]) == 0
     shutil.copytree(whole, half, ignore=shutil.ignore_patterns("checkpoint-12"))
-    record = json.loads((whole / "run.json").read_text(encoding="utf-8"))
+    record: dict[str, Any] = json.loads((whole / "run.json").read_text(encoding="utf-8"))
     (half / "run.json").write_text(json.dumps({**record, "status": "running"}), encoding="utf-8")
-    assert train_causal_lm.main([*words, "--output_dir", str(half), "--resume"]) == 0
+    assert script.main([*words, "--output_dir", str(half), "--resume"]) == 0
     resumed = json.loads((half / "run.json").read_text(encoding="utf-8"))
     assert resumed["resumed_from"].endswith("checkpoint-7")
     assert resumed["train_loss"] == record["train_loss"]
-    assert resumed["metrics"]["validation"]["loss"] == record["metrics"]["validation"]["loss"]
     ours, theirs = (load_file(run / "model.safetensors") for run in (whole, half))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return record
+
+
+@pytest.mark.parametrize("more", ["", "--shuffle_buffer 4 --max_train_samples 9"])
+def test_a_run_goes_on_with_the_very_next_text(folder: str, tmp_path: Path, more: str) -> None:
+    """Also over several passes."""
+    record = goes_on(train_causal_lm, [*TINY, "--dataset_name", folder, *more.split()], tmp_path)
     assert record["data_fingerprint"]["train"]["streamed"]
+    assert record["metrics"]["validation"]["loss"] > 0
+
+
+def test_a_run_goes_on_with_the_very_next_image(write_images: WriteImages, tmp_path: Path) -> None:
+    """Several passes, each with other crops and another order."""
+    path = str(write_images("images", train=[0, 1, 2, 0, 1] * 4, test=[0, 1, 2]))
+    more = ["--random_crop_padding", "1", "--horizontal_flip", "--shuffle_buffer", "4", "--use_cpu"]
+    record = goes_on(
+        train_image_classification, ["--config_overrides", *TINY_VIT, "--dataset_name", path, *more], tmp_path
+    )
+    assert len({loss for _, loss in record["train_loss"]}) == 12
+
+
+def test_a_stream_has_the_pixels_of_the_whole(write_images: WriteImages) -> None:
+    path = str(write_images("images", train=[0, 1, 2, 0, 1], test=[2, 1]))
+    processor = build_image_processor((8, 8), 3)
+    arguments = ImageDataArguments(dataset_name=path, validation_fraction=0.0)
+    whole = load_pixels(load_image_splits(arguments), processor, arguments, 0)
+    streaming = dataclasses.replace(arguments, streaming=True)
+    images, others = load_image_stream(streaming, 0)
+    streamed = list(itertools.islice(images.pixels(processor, streaming, process()), 7))
+    for index, item in enumerate(streamed):
+        wanted = whole["train"][index % 5]
+        assert torch.equal(item["pixel_values"], wanted["pixel_values"])
+        assert item["labels"] == wanted["labels"]
+    assert others.label_names == ["a", "b", "c"]
+    assert load_pixels(others, processor, streaming, 0)["test"].fingerprint == whole["test"].fingerprint
+    assert list(load_image_splits(streaming).rows) == ["test"]  # what is evaluated later
+    halves = [images.pixels(processor, streaming, process(rank, 2)) for rank in range(2)]
+    taken = [itertools.islice(half, count) for half, count in zip(halves, (3, 2), strict=True)]
+    assert sorted(item["labels"] for half in taken for item in half) == [0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("digits", "streaming must be off for digits, which is in memory"),
+        ("words", "label_column_name must be a column whose classes the data set names (ClassLabel) with streaming"),
+    ],
+)
+def test_images_that_cannot_be_streamed(
+    name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name == "words":
+        rows = {"image": random_images(3), "label": ["a", "b", "a"]}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "words.parquet")
+        name = str(tmp_path / "words.parquet")
+    words = ["--dataset_name", name, "--streaming", "--max_steps", "2", "--output_dir", str(tmp_path / "run")]
+    assert train_image_classification.main([*words, "--use_cpu", *QUIET]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
