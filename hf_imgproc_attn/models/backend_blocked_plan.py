@@ -5,7 +5,7 @@ with the keys they may see.
 
 *Which library multiplies.* torch multiplies matrices of single precision with MKL, which keeps to narrower
 instructions on processors that are not Intel's. oneDNN, which torch is built with as well, takes the widest that there
-are. On an AMD EPYC (Zen 5) with one thread, 128 rows, 1,024 keys and head width 64 it has 190 to 200 GFLOP/s, where MKL
+are. On an AMD EPYC (Zen 5), one thread, 128 rows, 1,024 keys and head width 64, it has 190 to 200 GFLOP/s, where MKL
 has 100. Dense matrices of single precision reach it by one operator, the linear layer that ``torch.compile`` emits on
 CPUs: one matrix at a time, each where its numbers stand side by side. Both work in single precision throughout.
 """
