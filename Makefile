@@ -12,7 +12,7 @@ PYTHON ?= python3 python3.11 python3.12 python3.13 python3.14 python
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-blocked test-full quality docs bench gpu-check rehearse-oldest test-oldest results cards lens space clean
+.PHONY: help setup demo test test-blocked test-full quality docs bench gpu-check rehearse-oldest test-oldest results cards lens space kernel clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -110,6 +110,10 @@ space: ## put the lens as a Space into outputs/space, ready for `hf upload NAME 
 	cp app/* outputs/space
 	cp -r hf_imgproc_attn outputs/space
 	find outputs/space -name __pycache__ -type d -prune -exec rm -rf {} +
+
+kernel: ## put the Triton operators as a kernel of the Hub into outputs/kernel, sources and build
+	rm -rf outputs/kernel
+	$(BIN)/python -m hf_imgproc_attn.gpu.hub_kernel outputs/kernel
 
 clean: ## remove .venv and everything the other targets write
 	rm -rf $(VENV) $(OLDEST) build dist outputs .mypy_cache .pytest_cache .ruff_cache

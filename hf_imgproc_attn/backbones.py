@@ -162,7 +162,7 @@ class Backbone:
         kernel, normalisation = fields.get("position_kernel"), fields.get("normalisation")
         if self.is_causal:
             return normalisation == "sinkhorn"
-        return kernel == "forget" or (self.needs_positions and kernel == "none")
+        return kernel == "forget" or fields.get("boosting") == "delta" or (self.needs_positions and kernel == "none")
 
     @property
     def is_causal(self) -> bool:

@@ -138,6 +138,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     benchmark.add_argument("--force", action="store_true", help="replace an earlier record and plot")
     benchmark.add_argument(
+        "--merge", action="store_true", help="put the rows of --suite into the record that is there; others stay in it"
+    )
+    benchmark.add_argument(
         "--redraw",
         type=Path,
         metavar="FILE",
@@ -260,7 +263,7 @@ def run_benchmark(options: argparse.Namespace) -> int:
         if value is not None and not value > 0:
             _refuse(f"--{name.replace('_', '-')} must be a number > 0, got {value}")
 
-    check_new_files([options.output], options.force)
+    check_new_files([options.output], options.force or options.merge)
     require_extras("viz")  # before the seconds that importing torch takes
 
     from .measure.benchmark import SUITES, run
@@ -276,6 +279,7 @@ def run_benchmark(options: argparse.Namespace) -> int:
         limits=Limits(options.max_seconds, options.max_mib, options.budget),
         output=options.output,
         force=options.force,
+        merge=options.merge,
     )
     return 0
 

@@ -364,5 +364,5 @@ def _advice_in_words(less: Change | None, field_name: str) -> str:
     own = "gradient_boosted, " if field_name == "boosted_layers" else ""
     return (
         "this is a starting point for training; what starts as the source's function: learned_twicing, "
-        f"{own}neutreno, pidformer, inversion, local_linear"
+        f"{own}neutreno, pidformer, inversion, local_linear, delta"
     )

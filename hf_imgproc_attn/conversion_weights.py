@@ -9,8 +9,8 @@ position table leave the rest of it unused, buckets of offsets start at 0, which
 Where a parameter allows it, the variant starts as the source's own function: gamma of ``learned`` at 0 (at 1 where the
 source is twiced, at -1 where it applies A twice), the factors of a feedback at 0 and learned, the attentions of
 ``gradient_boosted`` after the first with values that are 0, alpha and beta of ``inversion`` at 1 and 0, slopes of
-``local_linear`` at 0, a gate with projections that are 0, where it is 1, a sink at a logit of -10, which takes next to
-nothing, lambda of ``value_residual`` at 0, forget gates with a bias of 16.
+``local_linear`` and beta of ``delta`` at 0, a gate with projections that are 0, where it is 1, a sink at a logit of
+-10, which takes next to nothing, lambda of ``value_residual`` at 0, forget gates with a bias of 16.
 
 *Variant to variant*: parameters of the same meaning are kept. A position table can be used again, as vectors that are
 added or compared; where the source has none, or a pair of projections for every layer in place of a shared one, there

@@ -55,7 +55,9 @@ def filter_attention(  # noqa: PLR0913  # in the form of scaled_dot_product_atte
         enable_gqa: whether key and value may have fewer heads than the query, a divisor of them.
         boosting: ``"none"``, ``"twicing"`` ((I - (I - A)^k) V, k = 2: (2A - A^2) V; arXiv 2503.00687, eq. 8) or any
             other key of ``boost_operators.BOOSTING``, for which A has to be square, or ``"robust"`` (Huber's robust
-            mean of the values, with distances in their units; arXiv 2410.23182).
+            mean of the values, with distances in their units; arXiv 2410.23182), or ``"delta"`` with beta = 1, where
+            no query may see a later key: A (I + A')^-1 V, A' the weights over the keys before the query's own
+            (arXiv 2505.19488).
         boosting_steps: k >= 1; without boosting it means nothing.
         query_features: a, ``[batch or 1, heads or 1, length, c]``, or None. They are not multiplied by ``scale``.
         key_features: b, ``[batch or 1, key heads or 1, key_length, c]``, or None.
@@ -103,6 +105,8 @@ def filter_attention(  # noqa: PLR0913  # in the form of scaled_dot_product_atte
     visibility = attention_visibility(
         attn_mask, shape=shape, causal=is_causal, working_dtype=working_dtype(query.dtype), name="attn_mask"
     )
+    if boosting == "delta":
+        _check_causal(visibility)
     call = FilterCall(
         query,
         key,
@@ -115,6 +119,18 @@ def filter_attention(  # noqa: PLR0913  # in the form of scaled_dot_product_atte
         dropout=dropout_p,
     )
     return run_filter(call, backend).to(value.dtype)
+
+
+def _check_causal(visibility: Visibility) -> None:
+    """Refuse masks that show a later key; what a traced graph cannot tell is not looked at."""
+    if visibility.causal:
+        return
+    allowed = None if visibility.mask is None else visibility.allowed(visibility.mask.device)
+    if allowed is None or (not torch.compiler.is_compiling() and bool(allowed.triu(1).any())):
+        raise ValueError(
+            "boosting='delta' corrects each value by those before it: it needs is_causal=True, or an attn_mask that "
+            "hides later keys"
+        )
 
 
 def _check_kinds(

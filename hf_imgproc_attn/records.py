@@ -17,6 +17,8 @@ from typing import Any
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.training_support.argument_parser import command_words
 from hf_imgproc_attn.training_support.arguments import BUILT_IN_DATA, LOCAL_OR_HUB, Arguments
+from hf_imgproc_attn.training_support.batches import OPTIONS as BATCH_OPTIONS
+from hf_imgproc_attn.training_support.batches import Batches, check_same_steps
 
 FILE_NAME = "run.json"
 FORMAT = 1
@@ -46,6 +48,7 @@ _LENGTH = ("max_steps", "num_train_epochs")
 # Set by what the data turn out to be: compared when they are known.
 _KNOWN_LATER = "dataloader_drop_last"
 _EARLIER = "_earlier_trainer"
+_PROCESSES = "_processes"
 _SESSION = ("command", "versions", "git", "device")
 
 _ALWAYS_LOCAL = ("output_dir", "config", "resumed_from", "resume_from_checkpoint")
@@ -89,7 +92,7 @@ def check_output_dir(output_dir: str, record: dict[str, Any], resume: bool) -> N
         _refuse_finished(output_dir, earlier, record)
         record |= {name: earlier[name] for name in ("data_fingerprint", "training_seconds") if name in earlier}
         _keep_licence(earlier, record)
-        record[_EARLIER] = earlier["arguments"]["trainer"]
+        record[_EARLIER] = {**earlier["arguments"]["trainer"], _PROCESSES: _processes(earlier)}
         before = earlier.get("sessions") or [{name: earlier.get(name) for name in _SESSION}]
         record["sessions"] = [*before, {name: record[name] for name in _SESSION}]
     elif folder.is_dir() and any(folder.iterdir()):
@@ -134,18 +137,28 @@ def start_record(task: str, arguments: Arguments[Any], training_args: Any) -> di
     }
 
 
-def check_same_data(record: dict[str, Any], fingerprints: dict[str, Any], drop_last: bool | None = None) -> None:
+def check_same_data(
+    record: dict[str, Any],
+    fingerprints: dict[str, Any],
+    drop_last: bool | None = None,
+    train_samples: int | None = None,
+) -> None:
     """Refuse to resume on other data than the run was started with, or cut into other batches.
 
     Args:
         record: as :func:`check_output_dir` left it.
         fingerprints: split -> fingerprint of the data.
         drop_last: whether the incomplete batch of an epoch is dropped; None: it is not compared.
+        train_samples: of the training split; None: of unknown length.
 
     Raises:
         UsageError: names the split or option that changed.
     """
     earlier_trainer = record.pop(_EARLIER, {})
+    before_cut = Batches.of(earlier_trainer, earlier_trainer.get(_PROCESSES))
+    cut = Batches.of(record["arguments"]["trainer"], _processes(record))
+    if before_cut is not None and cut is not None:
+        check_same_steps(before_cut, cut, train_samples, bool(drop_last))
     before = earlier_trainer.get(_KNOWN_LATER, drop_last)
     if drop_last is not None and before != drop_last:
         raise UsageError(f"the run was started with {_KNOWN_LATER} {before}, it cannot go on with {drop_last}")
@@ -316,13 +329,26 @@ def _difference(earlier: dict[str, Any], record: dict[str, Any]) -> str | None:
         free -= set(_CHOOSES_THE_BEST)
     if not _depends_on_length(started):
         free |= set(_LENGTH)
+    cuts = [Batches.of(entry["arguments"]["trainer"], _processes(entry)) for entry in (earlier, record)]
+    same_batch = None not in cuts and len({cut.samples for cut in cuts if cut is not None}) == 1
+    if same_batch:
+        free |= set(BATCH_OPTIONS)
     for name in sorted(started.keys() & wanted.keys() - free):
         if started[name] != wanted[name]:
             return f"with {name} {started[name]!r} instead of {wanted[name]!r}{_hint(name, started)}"
-    processes, wanted_processes = (entry.get("device", {}).get("processes") for entry in (earlier, record))
-    if None not in (processes, wanted_processes) and processes != wanted_processes:
-        return f"with {processes} processes instead of {wanted_processes}, which change the size of a batch"
+    processes, wanted_processes = _processes(earlier), _processes(record)
+    if None not in (processes, wanted_processes) and processes != wanted_processes and not same_batch:
+        return (
+            f"with {processes} processes instead of {wanted_processes}, which change the size of a batch: keep "
+            f"processes x {' x '.join(BATCH_OPTIONS)}"
+        )
     return None
+
+
+def _processes(record: dict[str, Any]) -> int | None:
+    """In how many processes a session trained, where its record says so."""
+    count: int | None = record.get("device", {}).get("processes")
+    return count
 
 
 def _keep_licence(earlier: dict[str, Any], record: dict[str, Any]) -> None:

@@ -37,6 +37,7 @@ KEEPING = {
     "gated": (".filter.gate.", 3),
     "value_residual": ("scalar_bias.value_residual", 2),
     "differential": (".filter.", 3),
+    "delta": (".filter.", 3),
 }
 """Presets that start as the source's function: what is new in them, and in how many of three layers."""
 
@@ -60,7 +61,7 @@ def test_every_tensor_is_accounted_for(classes: list, number: int, preset: str, 
     """mapped + new = the tensors of the variant; used + unused = those of the source; the saved folder loads back."""
     stock = make_stock(*classes[number % len(classes)])
     if is_refused(stock, preset):
-        with pytest.raises(Exception, match="'sinkhorn' scales|'forget' sums"):
+        with pytest.raises(Exception, match="'sinkhorn' scales|'forget' sums|'delta' corrects"):
             convert(stock, preset)
         return
     stock.save_pretrained(tmp_path / "stock")
@@ -130,6 +131,8 @@ def test_another_residual_scheme_is_warned_of(
 @pytest.mark.parametrize("stock_spec", [STOCK[1], STOCK[5]], ids=["gpt2", "vit"])
 def test_the_function_is_kept_and_what_is_new_learns(stock_spec: tuple, preset: str, implementation: str) -> None:
     stock = make_stock(*stock_spec)
+    if is_refused(stock, preset):
+        return
     stock.set_attn_implementation(implementation)
     model = convert(stock, preset)
     torch.testing.assert_close(outputs(model), outputs(stock), rtol=1e-5, atol=1e-5)
@@ -142,6 +145,8 @@ def test_the_function_is_kept_and_what_is_new_learns(stock_spec: tuple, preset: 
         "gate.projection.weight",
         "slope.weight",
         "scalar_bias.differential",
+        "scalar_bias.delta",
+        "token_rates.weight",
     )
     starts = [p for name, p in model.named_parameters() if name.endswith((*zeros, "inversion_gains"))]
     assert bool(starts) == (preset != "gradient_boosted")

@@ -410,6 +410,7 @@ RIVALS: dict[str, dict[str, Any]] = {
     "exclusive": {"boosting": "exclusive"},
     "dynamic_inversion": {"boosting": "dynamic_inversion"},
     "differential": {"boosting": "differential"},
+    "delta": {"boosting": "delta"},
     "value_residual": {"feedback": "value_residual", "boosting": "twicing", "num_layers": 2, "layer_idx": 1},
     "sink": {"normalisation": "sink", "boosting": "twicing"},
     "sigmoid": {"normalisation": "sigmoid", "boosting": "twicing"},
@@ -421,8 +422,8 @@ RIVALS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("backend", ["reference", "sdpa", "blocked", "chunked"])
 def test_7_gradients_of_the_rivals(name: str, backend: str) -> None:
     """Of each value on each back-end, causal: tokens, projections, values of the first layer, and all parameters."""
-    if backend == "sdpa" and name in ("sigmoid", "softpick"):
-        return  # refused: tests/models/test_normalisation.py
+    if (backend == "sdpa" and name in ("sigmoid", "softpick")) or (backend, name) == ("chunked", "delta"):
+        return  # refused: tests/models/test_normalisation.py, test_boost_delta.py
     heads, width, length = 2, 3, 4
     layer = Layer(make_filter(**RIVALS[name], heads=heads, head_dim=width, longest_side=4))
     leaves = [random(1, length, heads * width, seed=9)]
@@ -488,3 +489,23 @@ def test_8_inversion_with_one_and_one_is_the_identity() -> None:
     gains = torch.ones(2, 2, 1, 1, dtype=torch.float64)
     found = run_filter(filter_call(query, key, value, boosting="inversion", boosting_gain=gains), "auto")
     torch.testing.assert_close(found, value, **TIGHT)
+
+
+@torch.no_grad()
+def test_8_delta_with_beta_1_is_a_times_the_inverse_of_1_plus_a_strictly_before() -> None:
+    """A (I + A')^-1, with the rows of A' renormalised over the keys before; at beta = 0 it is plain attention."""
+    query, key, value = (random(1, 2, 9, 4, seed=seed) for seed in range(3))
+    logits, below = query @ key.mT * 0.5, torch.ones(9, 9, dtype=torch.bool).tril()
+    matrix = logits.masked_fill(~below, -torch.inf).softmax(-1)
+    before = logits.masked_fill(~below.tril(-1), -torch.inf).softmax(-1).nan_to_num()
+    torch.testing.assert_close(before.sum(-1)[..., 1:], torch.ones(1, 2, 8).double(), **TIGHT)
+    own = matrix.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(matrix - torch.diag_embed(own), (1 - own).unsqueeze(-1) * before, **TIGHT)
+    operator = matrix @ torch.linalg.inv(torch.eye(9).double() + before)
+    found = filter_attention(query, key, value, is_causal=True, boosting="delta")
+    torch.testing.assert_close(found, operator @ value, **TIGHT)
+    for backend in ("reference", "sdpa", "blocked"):
+        for beta, wanted in ((1.0, operator), (0.0, matrix)):
+            gain = torch.full((2, 1, 1), beta, dtype=torch.float64)
+            call = filter_call(query, key, value, is_causal=True, boosting="delta", boosting_gain=gain)
+            torch.testing.assert_close(run_filter(call, backend), wanted @ value, **TIGHT)

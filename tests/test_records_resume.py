@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +77,37 @@ def test_another_number_of_processes_is_another_batch(tmp_path: Path) -> None:
     records.write_record(str(tmp_path), {**record, "device": {**record["device"], "processes": 2}})
     with pytest.raises(UsageError, match="with 2 processes instead of 1"):
         records.check_output_dir(str(tmp_path), record_of(tmp_path), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "processes", "samples", "message"),
+    [
+        ("--per_device_train_batch_size 8", 1, 41, None),
+        ("--per_device_train_batch_size 4 --gradient_accumulation_steps 2", 1, 40, None),
+        ("--per_device_train_batch_size 2", 4, 43, None),
+        ("--per_device_train_batch_size 2 --gradient_accumulation_steps 2", 2, None, None),
+        ("--per_device_train_batch_size 2", 4, None, "in 4 processes a stream is shared in another order"),
+        ("--per_device_train_batch_size 4 --gradient_accumulation_steps 2", 1, 44, "in 1 processes x 4 samples x 2"),
+        ("--per_device_train_batch_size 4", 1, 40, "with 2 processes instead of 1, which change the size of a batch"),
+        ("--per_device_train_batch_size 5", 2, 40, "with per_device_train_batch_size 4 instead of 5"),
+    ],
+)
+def test_another_cut_of_the_same_batch(
+    tmp_path: Path, words: str, processes: int, samples: int | None, message: str | None
+) -> None:
+    """A run in two processes of four samples each goes on with steps of the same eight samples, or not at all."""
+    started = record_of(tmp_path, "--per_device_train_batch_size 4")
+    started["arguments"]["trainer"]["dataloader_drop_last"] = True
+    records.write_record(str(tmp_path), {**started, "device": {**started["device"], "processes": 2}})
+    record = record_of(tmp_path, words)
+    record["device"]["processes"] = processes
+    with contextlib.nullcontext() if message is None else pytest.raises(UsageError, match=message):
+        goes_on(tmp_path, record, samples)
+
+
+def goes_on(folder: Path, record: dict[str, Any], samples: int | None) -> None:
+    records.check_output_dir(str(folder), record, resume=True)
+    records.check_same_data(record, {}, True, samples)
 
 
 def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ ONE_RECIPE = {
     "sinkhorn": "vit_digits",
     "forgetting": "gpt2_pydoc",
     "differential": "vit_digits",
+    "delta": "gpt2_pydoc",
 }
 """Presets that are one value of one axis, beside those of the papers that the package is about -> their one recipe."""
 

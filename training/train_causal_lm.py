@@ -8,7 +8,7 @@
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_imgproc_attn.errors import exit_code, require_extras
 from hf_imgproc_attn.training_support.argument_parser import parse_arguments
@@ -43,24 +43,37 @@ def train(arguments: Arguments[TextDataArguments]) -> "Result":
     from hf_imgproc_attn.training_support.fitting import fit
     from hf_imgproc_attn.training_support.metrics import language_model_metrics, token_losses
     from hf_imgproc_attn.training_support.model_setup import build_causal_lm, check_block_size, check_start
-    from hf_imgproc_attn.training_support.text_data import TokenBlocks, encode, load_text_splits
+    from hf_imgproc_attn.training_support.streams import check_streaming
+    from hf_imgproc_attn.training_support.text_data import TokenBlocks, encode, load_text_splits, load_text_stream
     from hf_imgproc_attn.training_support.tokenizer import choose_tokenizer
     from hf_imgproc_attn.training_support.trainer_setup import begin_run
 
     embedded = arguments.data.dataset_name == EMBEDDED_TEXT
     run = begin_run("causal-lm", arguments, TEXT_TRAINER_DEFAULTS, embedded=embedded)
     check_start(arguments.model, arguments.data.model_type)
-    texts = load_text_splits(arguments.data)
-    tokenizer = choose_tokenizer(arguments.data, arguments.model.model_name_or_path, texts["train"].lines)
+    check_streaming(arguments.data, run.training_args, arguments.run.lens_every)
+    stream = None
+    if arguments.data.streaming:
+        stream, texts = load_text_stream(arguments.data, run.training_args.seed)
+        lines, length = stream.lines, sys.maxsize
+    else:
+        texts = load_text_splits(arguments.data)
+        lines = texts["train"].lines
+    tokenizer = choose_tokenizer(arguments.data, arguments.model.model_name_or_path, lines)
     tokens = {split: encode(text, tokenizer, f"tokenising {split}") for split, text in texts.items()}
-    tokens["train"] = tokens["train"][: arguments.data.max_train_tokens]
-    check_block_size(
-        arguments.model, arguments.data.block_size, len(tokens["train"]), len(tokenizer), run.training_args
-    )
+    if stream is None:
+        tokens["train"] = tokens["train"][: arguments.data.max_train_tokens]
+        length = len(tokens["train"])
+    check_block_size(arguments.model, arguments.data.block_size, length, len(tokenizer), run.training_args)
     model, block_size = build_causal_lm(arguments.model, tokenizer, arguments.data.block_size)
-    blocks = {split: TokenBlocks(ids, block_size, tokenizer.pad_token_id) for split, ids in tokens.items()}
+    blocks: dict[str, Any] = {
+        split: TokenBlocks(ids, block_size, tokenizer.pad_token_id) for split, ids in tokens.items()
+    }
     metrics = {split: language_model_metrics(text.num_words) for split, text in texts.items()}
     fingerprints = {split: {**text.fingerprint, "tokens": len(blocks[split].tokens)} for split, text in texts.items()}
+    if stream is not None:
+        blocks["train"] = stream.blocks(tokenizer, block_size, run.training_args)
+        fingerprints["train"] = blocks["train"].fingerprint
     return fit(
         run,
         model,

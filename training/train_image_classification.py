@@ -8,7 +8,7 @@
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_imgproc_attn.errors import exit_code, require_extras
 from hf_imgproc_attn.training_support.argument_parser import parse_arguments
@@ -41,17 +41,27 @@ def train(arguments: Arguments[ImageDataArguments]) -> "Result":
     from hf_imgproc_attn.training_support.fitting import fit
     from hf_imgproc_attn.training_support.image_data import load_image_splits
     from hf_imgproc_attn.training_support.image_pixels import EpochCallback, NormalizingCollator, load_pixels
+    from hf_imgproc_attn.training_support.image_streams import load_image_stream
     from hf_imgproc_attn.training_support.metrics import classification_metrics
     from hf_imgproc_attn.training_support.model_setup import build_image_classifier, check_start
+    from hf_imgproc_attn.training_support.streams import check_streaming
     from hf_imgproc_attn.training_support.trainer_setup import adapt_to_data, begin_run
 
     embedded = arguments.data.dataset_name == EMBEDDED_IMAGES
     run = begin_run("image-classification", arguments, IMAGE_TRAINER_DEFAULTS, embedded=embedded)
     check_start(arguments.model, arguments.data.model_type)
-    splits = load_image_splits(arguments.data)
-    adapt_to_data(run, len(splits.rows["train"]), "validation" in splits.rows)  # before images are decoded
+    check_streaming(arguments.data, run.training_args, arguments.run.lens_every)
+    stream, seed = None, run.training_args.seed
+    if arguments.data.streaming:
+        stream, splits = load_image_stream(arguments.data, seed)
+    else:
+        splits = load_image_splits(arguments.data)
+    samples = None if stream is not None else len(splits.rows["train"])
+    adapt_to_data(run, samples, "validation" in splits.rows)  # before images are decoded
     model, processor = build_image_classifier(arguments.model, splits.label_names, splits.image_size)
-    pixels = load_pixels(splits, processor, arguments.data, run.training_args.seed)
+    pixels: dict[str, Any] = dict(load_pixels(splits, processor, arguments.data, seed))
+    if stream is not None:
+        pixels["train"] = stream.pixels(processor, arguments.data, run.training_args)
     fingerprints = {split: dataset.fingerprint for split, dataset in pixels.items()}
     return fit(
         run,
@@ -61,7 +71,7 @@ def train(arguments: Arguments[ImageDataArguments]) -> "Result":
         fingerprints,
         data_collator=NormalizingCollator(processor),
         processing_class=processor,
-        callbacks=[EpochCallback(pixels["train"])],
+        callbacks=[] if stream is not None else [EpochCallback(pixels["train"])],
     )
 
 

@@ -6,13 +6,18 @@ import re
 from typing import Any
 
 from ..errors import UsageError
+from ..models.spec_fields import FILTER_FIELDS
 
 # Where a run is kept and computed, which is no part of its recipe.
+_OF_THE_FILTER = ("preset", "boosted_layers", "filter_stacks", "peft_filter")
+"""Options of the model that say which filter it has and where, as overrides of filter fields do: what a baseline is
+compared in, and without a filter cannot have."""
+
 _PLACES = re.compile(r"output_dir|run_name|use_cpu|push_to_hub|hub_\w+")
 
 
 def check_same_recipe(record: dict[str, Any], other: dict[str, Any]) -> None:
-    """Refuse a baseline that differs in anything but its preset and where it is kept.
+    """Refuse a baseline that differs in anything but its filter and where it is kept.
 
     Raises:
         UsageError: names the first difference.
@@ -44,11 +49,22 @@ def _recipe(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     arguments = record["arguments"]
     return {
         "": {name: record.get(name) for name in ("task", "seed", "steps", "local_paths")},
-        "model option ": {name: value for name, value in arguments["model"].items() if name != "preset"},
+        "model option ": _without_filter(arguments["model"]),
         "data option ": arguments["data"],
         "trainer option ": arguments["trainer"],
         "fingerprint of split ": record.get("data_fingerprint", {}),
     }
+
+
+def _without_filter(options: dict[str, Any]) -> dict[str, Any]:
+    """The model options of a run but for those of its filter."""
+    kept = {name: value for name, value in options.items() if name not in _OF_THE_FILTER}
+    if isinstance(kept.get("config_overrides"), list):
+        overrides = kept["config_overrides"]
+        kept["config_overrides"] = [
+            word for word in overrides if str(word).partition("=")[0].strip() not in FILTER_FIELDS
+        ]
+    return kept
 
 
 def _environment(record: dict[str, Any]) -> dict[str, Any]:

@@ -320,7 +320,7 @@ def limits(record: dict[str, Any], rows: Sequence[Measurement]) -> list[str]:
             break
     name = record["arguments"]["data"]["dataset_name"]
     counts = record.get("data_fingerprint", {}).get("train", {})
-    size = f" ({counts['rows']:,} training {TASKS[record['task']].rows})" if counts else ""
+    size = f" ({counts['rows']:,} training {TASKS[record['task']].rows})" if "rows" in counts else ""
     if record["task"] == OF_PIXELS:
         side = record["arguments"]["data"].get("image_size") or record["model_config"].get("image_size")
         texts.append(

@@ -353,5 +353,19 @@ VARIANTS: dict[str, Variant] = {
         ),
         papers=("differential",),
     ),
+    "delta": Variant(
+        text="A, A' of softmax, over j ≤ i, j < i; u_i = v_i - β_i Σ_(j<i) a'_ij u_j; U = A u, β_i = tanh(b + wᵀz_i)",
+        equation=(
+            r"U = A u, \qquad u_i = v_i - \beta_i \sum_{j<i} A'_{ij} u_j, \qquad \beta_i = \tanh(b + w^\top z_i), "
+            rf"\qquad {_STOCK}"
+        ),
+        symbols=(
+            "$A'$ has the weights of the same logits over the keys before the query's own, $z_i$ is the layer's "
+            "normalised input, $w$ and $b$ are learned, one of each per head and layer, from 0, where this is "
+            "`softmax` (differs from the layer in flash-linear-attention, whose $\\beta$ has no bounds, and whose "
+            f"$A'$ compares keys with keys); {_STOCK_SYMBOLS}"
+        ),
+        papers=("delta",),
+    ),
 }
 """Every preset of ``spec_fields``, in its order."""

@@ -16,7 +16,7 @@ import torch
 
 from ..backbones import BACKBONES, in_words
 from ..markdown_tables import table_text
-from ..models.boost_operators import BOOSTING, keep_rows, operator_on_value
+from ..models.boost_operators import BOOSTING, SEQUENTIAL, keep_rows, operator_on_value
 from ..models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from ..models.configuration_imgproc_vit import ImgProcViTConfig
 from ..models.layer_filter import AttentionFilter
@@ -135,6 +135,8 @@ def parameter_terms(preset: str) -> list[Term]:
         terms.append(Term("d²L", lambda s: s.d**2 * s.L))
     if spec.boosting == "differential":
         terms.append(Term("(2d² + 2d + H)L", lambda s: (2 * s.d**2 + 2 * s.d + s.H) * s.L))
+    if spec.boosting == "delta":
+        terms.append(Term("(d + 1)HL", lambda s: (s.d + 1) * s.H * s.L))
     if spec.position_kernel == "forget":
         terms.append(Term("(d + 1)HL", lambda s: (s.d + 1) * s.H * s.L))
     if spec.feedback == "value_residual":
@@ -158,6 +160,8 @@ def parameters(preset: str) -> str:
 def passes(preset: str) -> int:
     """How often a boosted layer applies A, counted while its booster runs."""
     spec = example(preset)[0].layer_specs[1]
+    if spec.boosting in SEQUENTIAL:
+        return 1
     calls = []
 
     def attend(stream: Any) -> Any:
@@ -197,6 +201,8 @@ def cost(preset: str) -> str:
         parts.append("2Nd² (gate)")
     if spec.boosting == "local_linear":
         parts.append("2Nd² (projection)")
+    if spec.boosting == "delta":  # solves in blocks of a fixed size; fused calls take wider values, and one more pass
+        parts += ["O(Nd²)", "O(NdH)"]
     if spec.boosting == "robust":
         parts.append(f"{spec.boosting_steps} steps of 4N²d")
     if spec.boosting == "gradient_boosted":
@@ -221,6 +227,8 @@ def back_ends(preset: str) -> str:
         return "reference, sdpa, blocked, chunked" if spec.normalisation == "sink" else "reference, blocked, chunked"
     if spec.boosting in WEIGHTS_ONE_BY_ONE:
         return "reference, blocked, chunked"
+    if spec.boosting in SEQUENTIAL:
+        return "reference, sdpa, blocked"
     # The Triton kernels know what is an inner product or a function of places, but no logits of all pairs.
     has_kernel = spec.position_kernel != "forget"
     return ", ".join([*names, "triton"] if has_kernel else names)

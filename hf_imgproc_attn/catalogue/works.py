@@ -342,6 +342,16 @@ PAPERS: dict[str, Paper] = {
   note      = {arXiv:2410.05258}
 }""",
     ),
+    "delta": Paper(
+        "Zhong, Xu, Ao, Shi 2025, [Understanding Transformer from the Perspective of Associative Memory]"
+        "(https://arxiv.org/abs/2505.19488)",
+        """@article{zhong2025understanding,
+  title   = {Understanding Transformer from the Perspective of Associative Memory},
+  author  = {Zhong, Shu and Xu, Mingyu and Ao, Tenglong and Shi, Guang},
+  journal = {arXiv preprint arXiv:2505.19488},
+  year    = {2025}
+}""",
+    ),
     "gradient_boosting": Paper(
         "Sargolzaei 2026, [Gradient Boosting within a Single Attention Layer](https://arxiv.org/abs/2604.03190)",
         """@article{sargolzaei2026gradient,

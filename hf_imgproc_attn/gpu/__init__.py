@@ -40,8 +40,9 @@ import torch
 
 from ..errors import install_hint
 from ..models.backend_call import FilterCall
+from ..models.backend_sdpa import run as run_sdpa
 from ..models.backend_table import Backend, register
-from . import composed, flex
+from . import composed, decode_call, flash, flex
 
 _TRITON_IS_THERE = importlib.util.find_spec("triton") is not None
 
@@ -136,6 +137,10 @@ def is_specialised(call: FilterCall) -> bool:
 
 def run(call: FilterCall) -> torch.Tensor:
     """Serve a call that is not refused: ``[batch, heads, length, d]``."""
+    if flash.wins(call):
+        return run_sdpa(call)
+    if decode_call.applies(call):
+        return decode_call.run(call)
     if not is_specialised(call):
         return composed.run(call)
     from .fused import fused_attention

@@ -8,6 +8,7 @@ import torch
 import triton
 
 from . import triton_general, triton_short, triton_single_pass, triton_wavefront
+from .checks import ALGORITHMS
 from .measured import measured_order
 
 FORWARD_PRODUCTS = {"single_pass": 3, "general": 4}
@@ -52,7 +53,8 @@ def choose(
     device = torch.cuda.get_device_properties(query.device) if query.is_cuda else None
     if device is not None:
         for name in measured_order(device.name, query.shape, is_causal=is_causal, backward=backward):
-            if _allows(query, is_causal, name) and not (name == "wavefront" and backward and deterministic):
+            is_unfit = name == "wavefront" and backward and deterministic
+            if name in ALGORITHMS and _allows(query, is_causal, name) and not is_unfit:
                 return name
     # Compiled for other generations, the kernels of 256 rows need more registers or shared memory than there are.
     roomy = device is None or device.major in (9, 10)

@@ -26,6 +26,8 @@ def refuses(call: FilterCall) -> str | None:
     """Why the kernels cannot serve a call, whatever its device and dtype, or None."""
     if call.own_softmax is not None:
         return call.own_softmax
+    if call.in_order is not None:
+        return call.in_order
     _, rest = call.split_positions()
     for term in rest.positions:
         if isinstance(term, BlockedPositions) or features_or_bias(term, call.query.dtype) != "features":

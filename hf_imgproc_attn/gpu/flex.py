@@ -34,6 +34,8 @@ def refuses(call: FilterCall) -> str | None:
     """Why FlexAttention cannot serve a call, as the rest of a sentence about it, or None if it can."""
     if call.own_softmax is not None:
         return call.own_softmax
+    if call.in_order is not None:
+        return call.in_order
     if call.streams.is_cached and call.is_boosted:
         return NO_STREAMS
     if call.dropout > 0.0:

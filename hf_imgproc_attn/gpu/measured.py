@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 Row = tuple[str, bool, bool, int, int, int, tuple[str, ...]]
 """The device's name, whether causal, whether it is for gradients, batch times heads, tokens, width of a head, and the
-algorithms, the fastest first."""
+algorithms, the fastest first: those of ``checks.ALGORITHMS``, or ``two_calls`` and the name of a flash
+implementation; see ``flash``."""
 
 # measured: begin
 MEASURED: tuple[Row, ...] = ()

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from ..errors import UsageError, plain_message
@@ -23,7 +22,7 @@ from ..models.spec_fields import PRESETS
 from .compare import inspected, short_name
 from .definitions import DEFINITIONS
 from .figures import draw_all
-from .inputs import Shown, load_model, show
+from .inputs import Shown, load_model, show, with_company
 from .options import LensOptions
 from .page import page
 from .report import Report, cell
@@ -141,18 +140,7 @@ def _shown(model: nn.Module, name: str, question: Question) -> Shown:
     shown = show(model, name, text=given, files=[question.image] if question.image else ())
     if question.image:
         shown = shown._replace(described="the given image")
-    return _with_company(model, name, shown, question.beside)
-
-
-def _with_company(model: nn.Module, name: str, shown: Shown, beside: int) -> Shown:
-    """The given input first, and real data of the same size behind it."""
-    if not beside:
-        return shown
-    ids = shown.inputs.get("input_ids")
-    more = show(model, name, samples=beside, length=None if ids is None else ids.shape[-1])
-    inputs = {name: torch.cat((value, more.inputs[name])) for name, value in shown.inputs.items()}
-    number = len(next(iter(more.inputs.values())))
-    return Shown(inputs, f"{shown.described}, and beside it {number} samples of {more.described}", shown.labels)
+    return with_company(model, name, shown, question.beside)
 
 
 def summary(reports: list[Report]) -> str:

@@ -32,6 +32,14 @@ def add_commands(commands: Any) -> None:
         "photographs or digits (default: the first that fits the model)",
     )
     lens.add_argument("--samples", type=int, default=16, help="texts or images (default: %(default)s)")
+    lens.add_argument(
+        "--beside",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --input: so many samples of real data behind it, which let position and content be told apart "
+        "where there is a single image or a short text",
+    )
     lens.add_argument("--length", type=int, metavar="N", help="tokens of a text (default: 64)")
     lens.add_argument("--stack", help="which list of layers, where a model has several (encoder.block, ...)")
     lens.add_argument("--token", type=int, metavar="I", help="whose maps are shown (default: one in the middle)")
@@ -96,8 +104,10 @@ def run_app(options: argparse.Namespace) -> int:
     require_extras("lens", "app")
 
     from .app import serve
+    from .compare import own_names
     from .real_models import packaged_models
 
     packaged = {name: folder for name, (folder, _) in packaged_models().items()}
-    serve({name: name for name in options.models} or packaged, options.port)
+    named = dict(zip(own_names(options.models), options.models, strict=True))
+    serve(named or packaged, options.port)
     return 0

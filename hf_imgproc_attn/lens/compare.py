@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +13,11 @@ from torch import nn
 
 from ..errors import UsageError, plain_message
 from ..output_paths import write_or_keep
-from .figures import draw_all
+from .figures import draw_all, write_pictures
 from .inputs import Shown, load_model, show
 from .options import LensOptions
 from .page import page
-from .report import Report, cell
+from .report import Report, cell, seconds_in_words
 from .run import inspect_model
 from .same_input import Asked, Seen, common_length, shown_to
 
@@ -39,9 +38,11 @@ def look(options: argparse.Namespace) -> list[Report]:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if options.beside < 0:
+        raise UsageError(f"beside must be an integer >= 0, got {options.beside}")
     names = own_names(options.models)
     length = common_length(options.models, options.length)
-    asked = Asked(options.input, options.data, options.samples, length, options.seed)
+    asked = Asked(options.input, options.data, options.samples, length, options.seed, options.beside)
     reports: list[Report] = []
     seen: list[Seen] = []
     for checkpoint, name in zip(options.models, names, strict=True):
@@ -125,14 +126,7 @@ def _write(reports: list[Report], folder: Path) -> None:
     (folder / "lens.json").write_text(text + "\n", encoding="utf-8")
     (folder / "lens.md").write_text("\n".join(report.to_markdown() for report in reports), encoding="utf-8")
     pictures = draw_all(reports)
-    taken: Counter[str] = Counter()
-    for panel, views in pictures.items():
-        for view, picture in views.items():
-            name = panel if len(views) == 1 else f"{panel}_{view}"
-            file_name = re.sub(r"[^\w.-]+", "_", name)  # names of models may hold anything
-            taken[file_name.lower()] += 1
-            number = taken[file_name.lower()]
-            (folder / f"{file_name}{f'_{number}' if number > 1 else ''}.png").write_bytes(picture)
+    write_pictures(pictures, folder)
     (folder / "lens.html").write_text(page(reports, pictures), encoding="utf-8")
 
 
@@ -148,7 +142,8 @@ def summary(reports: list[Report]) -> str:
             f"{cell(max(report.mean('entropy_share')))}"
             f", weight on sinks up to {cell(max(report.mean('sink_weight')))}\n"
             f"  similarity of tokens {cell(ends[0].similarity)} after the first block, {cell(ends[1].similarity)} "
-            "after the last"
+            "after the last\n"
+            f"  time: {seconds_in_words(report)}"
         )
         lines += [f"  note: {note}" for note in report.notes]
         lines += [f"  not measured: {reason}" for reason in report.skipped]

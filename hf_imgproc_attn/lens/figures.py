@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,6 +70,24 @@ def draw_all(reports: list[Report]) -> Pictures:
 def view_name(report: Report, layer: LayerReport, reports: int) -> str:
     """How a picture of one layer is called among those of some reports."""
     return f"{report.model} layer {layer.index}" if reports > 1 else f"layer {layer.index}"
+
+
+def write_pictures(pictures: Pictures, folder: Path) -> list[Path]:
+    """Write a PNG for each picture, and return the files: the panel's name, and that of the view where it has several.
+
+    Names of models may hold anything, and some disks do not tell capitals apart: no two files have one name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    taken: Counter[str] = Counter()
+    files = []
+    for panel, views in pictures.items():
+        for view, picture in views.items():
+            name = re.sub(r"[^\w.-]+", "_", panel if len(views) == 1 else f"{panel}_{view}")
+            taken[name.lower()] += 1
+            number = taken[name.lower()]
+            files.append(folder / f"{name}{f'_{number}' if number > 1 else ''}.png")
+            files[-1].write_bytes(picture)
+    return files
 
 
 def draw_panel(panel: str, reports: list[Report]) -> bytes:

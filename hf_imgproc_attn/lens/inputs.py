@@ -16,6 +16,7 @@ from ..conversion_probe import _pixel_statistics, longest_text, sample_texts
 from ..errors import UsageError, broken_files, plain_message, refuse_missing_path, require_extras
 from ..images.photographs import PHOTOGRAPHS, load_photograph
 from ..models.layer_grid import sides
+from .report import counted
 
 DATA = ("auto", "pydoc", "own", "random", "photographs", "digits")
 """Names of ``--data``: texts of the manual inside Python, texts that the model itself writes, random tokens,
@@ -122,6 +123,24 @@ def show(
     if kind != "input_ids":
         raise UsageError(f"{checkpoint!r} takes {kind or 'other inputs'}: the command shows texts and images only")
     return _texts(model, checkpoint, files if text is None else text, data, samples, length, seed)
+
+
+def with_company(model: nn.Module, checkpoint: str, shown: Shown, beside: int, seed: int = 0) -> Shown:
+    """What a user gave first, and real data of the same size behind it.
+
+    Args:
+        model, checkpoint, seed: as of :func:`show`.
+        shown: what the user gave.
+        beside: so many samples; they let position and content be told apart.
+    """
+    if not beside:
+        return shown
+    ids = shown.inputs.get("input_ids")
+    more = show(model, checkpoint, samples=beside, length=None if ids is None else ids.shape[-1], seed=seed)
+    inputs = {name: torch.cat((value, more.inputs[name])) for name, value in shown.inputs.items()}
+    number = len(next(iter(more.inputs.values())))
+    described = f"{shown.described}, and beside it {counted(number, 'sample')} of {more.described}"
+    return Shown(inputs, described, shown.labels)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -136,7 +136,8 @@ def add_shares(call: FilterCall, ids: torch.Tensor | None, tokens: Tokens, layer
     if types is not None and tuple(types.shape) != (call.query.shape[0], call.query.shape[-2]):
         types = None
     if call.query.shape[0] < 2:
-        skip("kernel decomposition by mean effects: it needs at least 2 samples, got 1")
+        maps = "" if call.positions else ", and maps of position and content"
+        skip(f"kernel decomposition by mean effects{maps}: at least 2 samples are needed, got 1")
         return
     shares = summed_up(decompose_by_means(call, types, tokens.real))
     for head in layer.heads:
@@ -194,7 +195,16 @@ def kind_of(layer: AttentionLayer) -> str:
     if kernel is None:
         return "stock attention"
     spec = kernel.spec
-    return f"{spec.content_kernel}, {spec.position_kernel}, boosting {spec.boosting}, feedback {spec.feedback}"
+    parts = [f"content kernel {spec.content_kernel}", f"position kernel {spec.position_kernel}"]
+    usual = {
+        "normalisation": "softmax",
+        "boosting": "none",
+        "residual": "standard",
+        "feedback": "none",
+        "gate": "none",
+    }
+    parts += [f"{name} {getattr(spec, name)}" for name, value in usual.items() if getattr(spec, name) != value]
+    return ", ".join(parts)
 
 
 def _grid(module: nn.Module, pixels: torch.Tensor) -> tuple[int, int] | None:

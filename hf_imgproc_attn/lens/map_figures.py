@@ -13,20 +13,19 @@ from PIL import Image as Pillow
 
 from .report import LayerReport, Report
 
-SEQUENTIAL, DIVERGING = "cividis", "PuOr_r"
-"""Colours of what is positive, and of what has both signs; colour-blind people read them."""
-MOST_MAPS = 12
-"""Heads of a layer whose maps are drawn."""
+SEQUENTIAL, DIVERGING = "cividis", "PuOr"
+"""Colours of what is positive, and of what has both signs (orange is negative); colour-blind people read them."""
+TILES = 12
+"""Heads that stand beside each other over an image; further ones stand below them."""
 
 
 def draw_maps(report: Report, layer: LayerReport) -> Figure | None:
     """Kernels x heads: where the chosen token receives from, over the image or along the text."""
     if not layer.maps:
         return None
-    heads = min(len(layer.heads), MOST_MAPS)
     if report.grid is None:
-        return _text_maps(report, layer, list(layer.maps), heads)
-    return _tiles(report, {kernel: weights[:heads] for kernel, weights in layer.maps.items()}, report.token)
+        return _text_maps(report, layer)
+    return _tiles(report, layer.maps, report.token)
 
 
 TILE = 96
@@ -42,27 +41,35 @@ def _tiles(report: Report, maps: dict[str, list[list[float]]], token: int | None
     shape = (rows * factor, columns * factor)
     image = _image_of(report, shape)
     heads = len(next(iter(maps.values())))
-    tiles = heads + (image is not None)
-    width, height = 1.25 * tiles * min(1.0, columns / rows) + 0.35, 1.3 * len(maps) * min(1.0, rows / columns) + 0.25
+    strips = [
+        (name, start, values[start : start + TILES])
+        for name, values in maps.items()
+        for start in range(0, heads, TILES)
+    ]
+    tiles = min(heads, TILES) + (image is not None)
+    width, height = 1.25 * tiles * min(1.0, columns / rows) + 0.35, 1.3 * len(strips) * min(1.0, rows / columns) + 0.25
     figure = Figure(figsize=(width, height))  # laid out by hand, which takes a fraction of the time
-    grid = figure.subplots(len(maps), 1, squeeze=False)[:, 0]
-    figure.subplots_adjust(0.3 / width, 0.05 / height, 1.0 - 0.05 / width, 1.0 - 0.25 / height, hspace=0.04)
-    for axes, (name, values) in zip(grid, maps.items(), strict=True):
+    grid = figure.subplots(len(strips), 1, squeeze=False)[:, 0]
+    space = 0.04 if heads <= TILES else 0.25  # for the numbers of heads above each strip
+    figure.subplots_adjust(0.3 / width, 0.05 / height, 1.0 - 0.05 / width, 1.0 - 0.25 / height, hspace=space)
+    for number, (axes, (name, start, values)) in enumerate(zip(grid, strips, strict=True)):
         pictures = [
             _coloured(np.array(each)[report.special :].reshape(rows, columns), image, shape) for each in values
         ]
+        labels = [f"head {start + head}" for head in range(len(values))]
         if image is not None:
             pictures.insert(0, image)
+            labels.insert(0, "input")
+        missing = [np.ones((*shape, 3))] * (tiles - len(pictures))
         gap = np.ones((shape[0], 4, 3))
-        axes.imshow(np.concatenate([part for each in pictures for part in (each, gap)][:-1], axis=1))
-        starts = np.arange(tiles) * (shape[1] + 4)
+        axes.imshow(np.concatenate([part for each in (*pictures, *missing) for part in (each, gap)][:-1], axis=1))
+        starts = np.arange(len(pictures)) * (shape[1] + 4)
         place = -1 if token is None else token - report.special
         if place >= 0:
             down, across = ((index + 0.5) * factor - 0.5 for index in (place // columns, place % columns))
-            axes.plot(starts + across, [down] * tiles, "+", color="red", markersize=6)
-        is_first = name == next(iter(maps))
-        labels = ["input"] * (image is not None) + [f"head {head}" for head in range(heads)]
-        axes.set_xticks(starts + shape[1] / 2, labels if is_first else [""] * tiles, fontsize=7)
+            axes.plot(starts + across, [down] * len(starts), "+", color="red", markersize=6)
+        is_named = number == 0 or heads > TILES
+        axes.set_xticks(starts + shape[1] / 2, labels if is_named else [""] * len(starts), fontsize=7)
         axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
         axes.set_yticks([])
         axes.spines[:].set_visible(False)
@@ -91,12 +98,13 @@ def _coloured(values: Any, image: Any, shape: tuple[int, int]) -> Any:
     return OVERLAY * colours + (1.0 - OVERLAY) * image.mean(-1, keepdims=True)
 
 
-def _text_maps(report: Report, layer: LayerReport, kernels: list[str], heads: int) -> Figure:
+def _text_maps(report: Report, layer: LayerReport) -> Figure:
     """One strip a kernel, heads below each other, the tokens as text below."""
+    kernels, heads = list(layer.maps), len(layer.heads)
     figure = Figure(figsize=(11.0, len(kernels) * (0.55 + 0.16 * heads)), layout="constrained")
     grid = figure.subplots(len(kernels), 1, squeeze=False, sharex=True)
     for axes, kernel in zip(grid[:, 0], kernels, strict=True):
-        weights = np.array(layer.maps[kernel][:heads])
+        weights = np.array(layer.maps[kernel])
         if weights.min() < -1e-9:
             most = np.abs(weights).max()
             image = axes.imshow(weights, cmap=DIVERGING, vmin=-most, vmax=most, aspect="auto")
@@ -125,10 +133,9 @@ def draw_removed(report: Report, layer: LayerReport) -> Figure | None:
     """Method noise |v - p(A) v| of each token."""
     if not layer.method_noise_map:
         return None
-    heads = min(len(layer.heads), MOST_MAPS)
-    values = np.array(layer.method_noise_map[:heads])
+    values = np.array(layer.method_noise_map)
     if report.grid is None:
-        figure = Figure(figsize=(11.0, 1.1 + 0.16 * heads), layout="constrained")
+        figure = Figure(figsize=(11.0, 1.1 + 0.16 * len(values)), layout="constrained")
         grid = figure.subplots(1, 1, squeeze=False)
         image = grid[0, 0].imshow(values, cmap=SEQUENTIAL, aspect="auto")
         grid[0, 0].set_ylabel("head")

@@ -71,11 +71,9 @@ def observed(
         see_filter: is called for each of them; None: for none.
         see_block: is called for each whose block can be followed; None: for none.
     """
-    modes = [(module, module.training) for module in model.modules()]
     modules = dict(model.named_modules())
     with ExitStack() as stack:
-        stack.callback(_restore_modes, modes)
-        model.eval()
+        stack.enter_context(in_evaluation(model))
         for index, layer in enumerate(layers):
             if see_filter is not None:
                 _watch_filter(stack, index, layer, see_filter)
@@ -85,9 +83,16 @@ def observed(
         yield
 
 
-def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    for module, training in modes:
-        module.training = training
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """While the block runs, the model is in evaluation mode; afterwards each module is in its own."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import html
 
 from .definitions import GROUPS, definition_rows, learned_definitions
 from .figures import Pictures, view_name
-from .report import Report, cell, head_table, learned_names
+from .report import Report, cell, counted, head_table, kinds_of, learned_names, seconds_in_words
 
 PANELS: dict[str, tuple[str, str, str]] = {
     "heads": (
@@ -154,10 +154,11 @@ def _text(text: str) -> str:
 
 
 def _described(report: Report) -> str:
-    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items())
     return (
-        f"{report.model}: {report.model_type}, {report.parameters:,} parameters, {len(report.layers)} layers. Shown: "
-        f"{report.samples} samples of {report.length} tokens, {report.data}. Time: {seconds}."
+        f"{report.model}: {report.model_type}, {report.parameters:,} parameters, {len(report.layers)} layers, "
+        f"{kinds_of(report)}. Shown: "
+        f"{counted(report.samples, 'sample')} of {report.length} tokens, {report.data}. "
+        f"Time: {seconds_in_words(report)}."
     )
 
 
@@ -174,7 +175,8 @@ def _panel(name: str, reports: list[Report], pictures: Pictures) -> str:
     elif name == "definitions":
         body = _definitions(reports)
     else:
-        body = _views(name, pictures[name], _coloured_texts(reports) if name == "maps" else {})
+        views, texts = pictures[name], _coloured_texts(reports) if name == "maps" else {}
+        body = _views(name, views, texts, _groups(reports, views))
     return (
         f'<section class="panel" id="{name}" role="tabpanel"><h2>{_text(title)}</h2><p>{_text(shows)}</p>'
         f'<p class="look"><b>Look for:</b> {_text(look)}</p>{body}</section>'
@@ -209,22 +211,46 @@ def _coloured_text(report: Report, kernel: str, heads: list[list[float]]) -> str
     return f'<p class="tokens"><b>{_text(kernel)}</b> {" ".join(tokens)}</p>'
 
 
-def _views(panel: str, views: dict[str, bytes], texts: dict[str, str]) -> str:
+def _views(panel: str, views: dict[str, bytes], texts: dict[str, str], groups: dict[str, list[str]]) -> str:
+    """The pictures of a panel, one group of them at a time where there are several.
+
+    Args:
+        panel: its name.
+        views: name -> PNG.
+        texts: name of a view -> the text in colours.
+        groups: what a reader chooses among -> the views that are then shown.
+    """
     parts = []
-    if len(views) > 1:
+    several = len(groups) > 1
+    if several:
         options = "".join(
-            f'<option value="{panel}-{number}">{_text(view)}</option>' for number, view in enumerate(views)
+            f'<option value="{panel}-{number}">{_text(group)}</option>' for number, group in enumerate(groups)
         )
         parts.append(f'<p><label>Show <select aria-label="{_text(PANELS[panel][0])}">{options}</select></label></p>')
-    for number, (view, picture) in enumerate(views.items()):
-        data = base64.b64encode(picture).decode("ascii")
-        label = f"{PANELS[panel][0]}, {view}" if len(views) > 1 else PANELS[panel][0]
-        shown = ' class="view"' if len(views) > 1 else ""
-        parts.append(
-            f'<figure id="{panel}-{number}"{shown}><img alt="{_text(label)}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{_text(view) if len(views) > 1 else ''}{texts.get(view, '')}</figcaption></figure>"
-        )
+    for number, members in enumerate(groups.values()):
+        shown = ' class="view"' if several else ""
+        figures = []
+        for view in members:
+            data = base64.b64encode(views[view]).decode("ascii")
+            is_named = len(views) > 1
+            label = f"{PANELS[panel][0]}, {view}" if is_named else PANELS[panel][0]
+            figures.append(
+                f"<figure><figcaption>{_text(view) if is_named else ''}</figcaption>"
+                f'<img alt="{_text(label)}" src="data:image/png;base64,{data}">{texts.get(view, "")}</figure>'
+            )
+        parts.append(f'<div id="{panel}-{number}"{shown}>{"".join(figures)}</div>')
     return "".join(parts)
+
+
+def _groups(reports: list[Report], views: dict[str, bytes]) -> dict[str, list[str]]:
+    """Views of all models by layer, so that models stand below each other; others each by itself."""
+    groups: dict[str, list[str]] = {}
+    for report in reports:
+        for layer in report.layers:
+            view = view_name(report, layer, len(reports))
+            if view in views:
+                groups.setdefault(f"layer {layer.index}", []).append(view)
+    return groups or {view: [view] for view in views}
 
 
 def _numbers(report: Report) -> str:

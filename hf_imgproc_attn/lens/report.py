@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..errors import require_extras
 from ..markdown_tables import table_text
 from ..output_paths import write_or_keep
 from .definitions import DEFINITIONS
@@ -129,6 +130,34 @@ class Report:
             write_or_keep(path, lambda file: file.write_text(text, encoding="utf-8"))
         return text
 
+    def to_html(self, path: str | Path | None = None) -> str:
+        """The page for the browser, also written to ``path`` if there is one.
+
+        Raises:
+            UsageError: if the packages of the extra ``lens``, which draw its pictures, are not installed.
+        """
+        require_extras("lens")
+        from .figures import draw_all
+        from .page import page
+
+        text = page([self], draw_all([self]))
+        if path is not None:
+            write_or_keep(path, lambda file: file.write_text(text, encoding="utf-8"))
+        return text
+
+    def to_png(self, folder: str | Path) -> list[Path]:
+        """Write every picture into a folder, and return the files.
+
+        Raises:
+            UsageError: as of :meth:`to_html`.
+        """
+        require_extras("lens")
+        from .figures import draw_all, write_pictures
+
+        written: list[Path] = []
+        write_or_keep(Path(folder), lambda place: written.extend(write_pictures(draw_all([self]), place)))
+        return written
+
     def mean(self, name: str) -> list[float]:
         """A measure of the heads, its mean in each layer."""
         return [sum(getattr(head, name) for head in layer.heads) / len(layer.heads) for layer in self.layers]
@@ -193,6 +222,28 @@ def learned_names(report: Report) -> list[str]:
     return list(dict.fromkeys(name for layer in report.layers for head in layer.heads for name in head.learned))
 
 
+def counted(number: int, word: str) -> str:
+    """``1 sample``, ``2 samples``."""
+    return f"{number} {word}{'s' * (number != 1)}"
+
+
+def seconds_in_words(report: Report) -> str:
+    """What the look has cost: the model alone, the measuring on top of it, and the run with noise."""
+    return ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items())
+
+
+def kinds_of(report: Report) -> str:
+    """The filters of all layers in words; the layers are named where they differ."""
+    layers: dict[str, list[str]] = {}
+    for layer in report.layers:
+        layers.setdefault(layer.kind, []).append(str(layer.index))
+    if len(layers) == 1:
+        return next(iter(layers))
+    return "; ".join(
+        f"{kind} in {'layers' if len(held) > 1 else 'layer'} {', '.join(held)}" for kind, held in layers.items()
+    )
+
+
 def head_table(report: Report) -> tuple[list[str], list[list[str]]]:
     """Titles and cells of the table of heads."""
     learned = learned_names(report)
@@ -213,8 +264,9 @@ def markdown(report: Report) -> str:
     """The report as Markdown."""
     parts = [
         f"# What {report.model} filters",
-        f"`{report.model_type}`, {report.parameters:,} parameters, {len(report.layers)} layers; {report.samples} "
-        f"samples of {report.length} tokens: {report.data}. Every number is defined in `docs/lens.md`.",
+        f"`{report.model_type}`, {report.parameters:,} parameters, {len(report.layers)} layers, "
+        f"{kinds_of(report)}; {counted(report.samples, 'sample')} of {report.length} tokens: "
+        f"{report.data}. Every number is defined in `docs/lens.md`.",
         "## Heads",
         table_text(*head_table(report)),
         "## Tokens by depth",
@@ -229,8 +281,7 @@ def markdown(report: Report) -> str:
     parts[2:2] = [f"**Note:** {note}." for note in report.notes]
     if report.skipped:
         parts += ["## Not measured", "\n".join(f"- {reason}" for reason in report.skipped)]
-    seconds = ", ".join(f"{name} {value:.2f} s" for name, value in report.seconds.items())
-    parts.append(f"Cost: {seconds}.")
+    parts.append(f"Time: {seconds_in_words(report)}.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..models.backend_call import FilterCall
-from ..models.backend_reference import filter_logits, filter_matrix
+from ..models.backend_call import Booster, FilterCall
+from ..models.backend_reference import delta_system, filter_logits, filter_matrix
+from ..models.boost_delta import DenseDelta
 from ..models.boost_operators import BOOSTING, keep_rows
 from ..models.boost_weights import ByWeights, LocalLinear, tilted
 from ..models.cache_streams import NO_STREAMS
@@ -175,6 +176,8 @@ def apply_operator_by_rows(
     Of ``robust``, which is no operator, what it makes of the columns; transposed A itself.
     """
     name, steps, gain = call.booster
+    if call.is_sequential:
+        return _delta_by_rows(call, columns, transposed, scores)
     if call.by_weights is not None:
         return _by_weights_by_rows(call, call.by_weights, columns, transposed, scores)
 
@@ -182,6 +185,33 @@ def apply_operator_by_rows(
         return apply_filter_by_rows(call, rows, transposed=transposed, scores=scores)
 
     return BOOSTING[name](attend, keep_rows, columns, columns, steps, None if gain is None else gain.to(columns.dtype))
+
+
+def _system(call: FilterCall, rows: slice) -> DenseDelta:
+    """The system of ``delta`` of some rows."""
+    part, gain = rows_of(call, rows.start, rows.stop), call.booster.gain
+    if gain is not None and gain.shape[-2] > 1:
+        gain = gain[..., rows, :]
+    return delta_system(filter_logits(part), part._replace(booster=Booster("delta", 1, gain)), places=rows)
+
+
+def _delta_by_rows(call: FilterCall, columns: torch.Tensor, transposed: bool, scores: int) -> torch.Tensor:
+    """A (I + beta A')^-1 times columns, or its transpose: rows in order, or from the last to the first."""
+    batch, heads, length, _ = call.query.shape
+    step, seen = max(scores // max(batch * heads * call.key.shape[-2], 1), 1), call.visibility
+    blocks = [slice(start, min(start + step, length)) for start in range(0, length, step)]
+    if not transposed:
+        solved = torch.zeros_like(columns)
+        for rows in blocks:
+            solved[..., rows, :] = _system(call, rows).solve(columns[..., rows, :], solved)
+        return apply_filter_by_rows(call, seen.clean_keys(solved), scores=scores)
+    solved = seen.clean_keys(apply_filter_by_rows(call, columns, transposed=True, scores=scores)).clone()
+    for rows in blocks[::-1]:
+        weights = _system(call, rows).weights().to(columns.dtype)
+        own = weights[..., rows].mT
+        solved[..., rows, :] = torch.linalg.solve_triangular(own, solved[..., rows, :], upper=True, unitriangular=True)
+        solved[..., : rows.start, :] -= weights[..., : rows.start].mT @ solved[..., rows, :]
+    return seen.clean_keys(solved)
 
 
 def _by_weights_by_rows(
@@ -218,14 +248,17 @@ def some_samples(call: FilterCall, samples: slice) -> FilterCall:
         positions=tuple(_samples_of(term, batch, samples) for term in call.positions),
         streams=NO_STREAMS,
         own_value=cut(call.own_value),
-        booster=call.booster._replace(gain=_gain_of(call.booster.gain, batch, samples)),
+        booster=call.booster._replace(gain=_gain_of(call, samples)),
         by_weights=None if call.by_weights is None else call.by_weights.of_heads(samples, slice(None)),
     )
 
 
-def _gain_of(gain: torch.Tensor | None, batch: int, samples: slice) -> torch.Tensor | None:
-    """Gains of some samples, where they have some for each: ``[2, batch, heads, length, 1]``."""
-    return gain if gain is None or gain.ndim < 5 or gain.shape[1] != batch else gain[:, samples]
+def _gain_of(call: FilterCall, samples: slice) -> torch.Tensor | None:
+    """Gains of some samples, where they have some for each: ``[2, batch, heads, length, 1]``, of ``delta`` one."""
+    gain, axes = call.booster.gain, 4 if call.is_sequential else 5
+    if gain is None or gain.ndim < axes or gain.shape[-4] != call.query.shape[0]:
+        return gain
+    return gain[..., samples, :, :, :]
 
 
 def _samples_of(term: Positions, batch: int, samples: slice) -> Positions:

@@ -28,7 +28,8 @@ from .layer_measures import (
     tokens_of,
 )
 from .maps import small_picture
-from .observation import BlockTokens, NotUnderstoodError, block_name, first_tensor, observed
+from .missing import missing_numbers
+from .observation import BlockTokens, NotUnderstoodError, block_name, first_tensor, in_evaluation, observed
 from .options import LISTED_LENGTH, LensOptions
 from .report import LayerReport, Report
 from .tokens import gains, measure_tokens, noise_ratio, side_by_side
@@ -37,7 +38,7 @@ from .tokens import gains, measure_tokens, noise_ratio, side_by_side
 @torch.no_grad()
 def inspect_model(
     model: nn.Module,
-    inputs: Mapping[str, Any] | torch.Tensor,
+    inputs: Mapping[str, Any] | torch.Tensor | None = None,
     *,
     name: str | None = None,
     data: str = "the given input",
@@ -51,7 +52,8 @@ def inspect_model(
         model: one of this package's models, or any of Transformers whose attention goes through its interface, with
             filters or without.
         inputs: what the model is called with, by name; or a tensor of token numbers ``[batch, length]`` or of images
-            ``[batch, channels, height, width]``. Two samples or more let position and content be told apart.
+            ``[batch, channels, height, width]``. Two samples or more let position and content be told apart. None: 16
+            samples of real data that is there, as the command shows (``data`` and ``labels`` are those of it).
         name: of the model, for the report.
         data: what the inputs are, in words.
         labels: the first sample's tokens as text.
@@ -63,6 +65,8 @@ def inspect_model(
             do not fit it, a single token, or activations that are not finite (layer and head are named).
     """
     options = LensOptions(**given) if options is None else options
+    if inputs is None:
+        inputs, data, labels = _real_data(model)
     layers = chosen_layers(model, options)
     named = named_inputs(model, inputs, layers)
     run = _Run(model, layers, named, options)
@@ -82,6 +86,18 @@ def inspect_model(
     if options.noise:
         run.look_at_noise()
     return run.report
+
+
+def _real_data(model: nn.Module) -> tuple[dict[str, torch.Tensor], str, list[str]]:
+    from .inputs import show  # imports every backbone
+
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a model, which is loaded already, got {model!r}")
+    place = getattr(getattr(model, "config", None), "name_or_path", "") or f"this {type(model).__name__}"
+    with in_evaluation(model):  # a model may have to write its texts itself
+        shown = show(model, place)
+    device = next(model.parameters()).device
+    return {name: value.to(device) for name, value in shown.inputs.items()}, shown.described, shown.labels
 
 
 class _Run:
@@ -126,6 +142,8 @@ class _Run:
         self.report.layers = [self.seen[index] for index in sorted(self.seen) if self.seen[index].heads]
         if not self.report.layers:
             raise ValueError(f"no self-attention layer of {type(self.model).__name__} has run on these inputs")
+        for reason in missing_numbers(self.report):
+            self._skip(reason)
         self.report.seconds = {"model": total - self.lens_seconds, "lens": self.lens_seconds}
 
     def look_at_noise(self) -> None:

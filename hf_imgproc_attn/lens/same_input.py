@@ -9,20 +9,34 @@ import torch
 
 from ..conversion_probe import longest_text
 from ..errors import UsageError
-from .inputs import TEXT_LENGTH, WRITTEN, Shown, load_config, show, tokenizer_of
+from .inputs import TEXT_LENGTH, WRITTEN, Shown, load_config, show, tokenizer_of, with_company
 
 OTHER_INPUT = "not the input of"
 """Beginning of the note of a checkpoint that sees something else than the first one."""
 
 
 class Asked(NamedTuple):
-    """What the command line asks for: see :func:`.inputs.show`."""
+    """What the command line asks for: see :func:`.inputs.show`, and :func:`.inputs.with_company` for ``beside``."""
 
     files: Sequence[str] = ()
     data: str = "auto"
     samples: int = 16
     length: int | None = None
     seed: int = 0
+    beside: int = 0
+
+    def show(self, model: Any, checkpoint: str) -> Shown:
+        """What a checkpoint is shown by itself."""
+        shown = show(
+            model,
+            checkpoint,
+            files=self.files,
+            data=self.data,
+            samples=self.samples,
+            length=self.length,
+            seed=self.seed,
+        )
+        return with_company(model, checkpoint, shown, self.beside if self.files else 0, self.seed)
 
 
 class Seen(NamedTuple):
@@ -73,7 +87,7 @@ def shown_to(model: Any, checkpoint: str, name: str, asked: Asked, seen: list[Se
     if getattr(model, "main_input_name", "") == "input_ids":
         found = _texts(model, checkpoint, name, asked, seen)
     else:
-        shown = show(model, checkpoint, **asked._asdict())
+        shown = asked.show(model, checkpoint)
         found = Seen(name, _with_note(shown, _other_images(shown, seen), seen), 0, None)
     seen.append(found)
     return found.shown
@@ -97,7 +111,7 @@ def _texts(model: Any, checkpoint: str, name: str, asked: Asked, seen: list[Seen
                 notes.append(f"{without} has no tokenizer: its {vocabulary:,} tokens are taken for those of the other")
             return Seen(name, earlier.shown._replace(notes=tuple(notes)), vocabulary, tokens)
         differences.append(difference)
-    shown = show(model, checkpoint, **asked._asdict())
+    shown = asked.show(model, checkpoint)
     if shown.described == WRITTEN:
         shown = shown._replace(described=f"texts that {name} wrote")
     return Seen(name, _with_note(shown, differences[0] if differences else "", seen), vocabulary, tokens)

@@ -129,6 +129,7 @@ class StackConfig:
     """
 
     default_neutreno_lambda = 0.4
+    sees_layer_input = False
 
     def __init__(
         self,
@@ -151,6 +152,8 @@ class StackConfig:
         is_image = sees_patches(model, first)
         self.position_axes = 2 if is_image else 1
         self.hides_later_tokens = any(bool(getattr(layer.module, "is_causal", False)) for layer in layers)
+        if self.hides_later_tokens and not all(getattr(layer.module, "is_causal", False) for layer in layers):
+            _refuse_delta(fields.values["boosting"])
         if is_image:
             self.default_neutreno_lambda = 0.6
         stock = getattr(first.module, "config", None)
@@ -184,6 +187,15 @@ class StackConfig:
     def layer_specs(self) -> list[LayerSpec]:
         """The axes of each layer."""
         return layer_schedule(self)
+
+
+def _refuse_delta(boosting: Any) -> None:
+    """Refuse ``delta`` where only some of the chosen layers have a causal mask."""
+    if "delta" in (boosting if isinstance(boosting, list) else [boosting]):
+        raise ValueError(
+            "boosting 'delta' needs attention with a causal mask in every chosen layer, and some have none: choose "
+            f"layers, got {boosting!r}"
+        )
 
 
 def _check_alike(values: dict[str, Any], layers: Sequence[AttentionLayer]) -> None:

@@ -245,6 +245,8 @@ class AppliedFilter(nn.Module):
         """The back-end of a call with cached tokens: one that takes everything about who is seen from the mask."""
         if call.content.softcap is not None or call.normalisation.name != "softmax" or call.by_weights is not None:
             return "auto"
+        if call.is_sequential:  # the only one that finds the rows of earlier tokens in a cache of any kind
+            return "reference"
         one_row = call.query.shape[-2] == 1 or (call.dropout and call.is_boosted)
         return "reference" if one_row or (call.sinks is not None and call.has_columns) else "sdpa"
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from .backend_blocked_backward import Gradients
+from .backend_blocked_delta import refuses as delta_refuses
+from .backend_blocked_delta import run as run_delta
 from .backend_blocked_dense import dense_passes
 from .backend_blocked_normalised import WEIGHTS
 from .backend_blocked_passes import Call, Computed, Tensors, forward_passes, recurrence
@@ -27,6 +29,8 @@ from .kernel_position import BlockedPositions
 def refuses(call: FilterCall) -> str | None:
     """Why the blocked passes cannot serve a call, as the rest of a sentence about them, or None if they can."""
     length, key_length = call.query.shape[-2], call.key.shape[-2]
+    if call.is_sequential:
+        return delta_refuses(call)
     by_weights, call = call.by_weights, call._replace(by_weights=None)
     if by_weights is not None and call.own_softmax is not None:
         return call.own_softmax
@@ -73,6 +77,9 @@ def run(call: FilterCall, *, block_rows: int | None = None, group_pairs: int | N
     if call.booster.name in ONE_PASS:
         return call.finish(run(call.plain(), block_rows=block_rows, group_pairs=group_pairs))
     positions, products = _as_products(call)
+    if call.is_sequential:
+        plain = products._replace(booster=Booster())
+        return run_delta(_blocked_call(plain, positions, True, block_rows, group_pairs), products)
     if call.by_weights is not None:
         return _by_weights(products, positions, call.by_weights, block_rows, group_pairs)
     output, streams = _blocked(products, positions, block_rows, group_pairs)
@@ -104,7 +111,8 @@ def _as_products(call: FilterCall) -> tuple[BlockedPositions | None, FilterCall]
             value = value.repeat_interleave(call.groups, dim=1)
     elif visibility.blind is not None:
         query = visibility.clean_queries(query)
-    booster = call.booster if call.booster.gain is None else Booster("twicing", 2)
+    is_learned = call.booster.gain is not None and not call.is_sequential
+    booster = Booster("twicing", 2) if is_learned else call.booster
     products = FilterCall(query, key, value, content, visibility, (), booster, call.dropout, call.streams)
     return by_place, products._replace(sinks=call.sinks, normalisation=call.normalisation)
 

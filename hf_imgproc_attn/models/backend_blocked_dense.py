@@ -32,14 +32,19 @@ def dense_dropout_factors(plan: Plan, like: torch.Tensor) -> torch.Tensor:
     return factors
 
 
-def dense_matrix(call: Call, tensors: Tensors) -> torch.Tensor:
-    """A, without dropout, in the dtype of query and key."""
+def dense_logits(call: Call, tensors: Tensors) -> torch.Tensor:
+    """log K, in the dtype of query and key."""
     query, key = tensors.query, call.visibility.clean_keys(tensors.key)
     terms = [] if tensors.bias is None else [tensors.bias]
     if call.positions is not None:
         terms.append(position_logits(call.positions.with_parameters(*tensors.parameters), query.dtype))
     logits = torch.matmul(query, key.mT) * call.plan.scale
-    logits = add_terms(logits, terms, call.visibility if call.ignores_row_constants else None)
+    return add_terms(logits, terms, call.visibility if call.ignores_row_constants else None)
+
+
+def dense_matrix(call: Call, tensors: Tensors) -> torch.Tensor:
+    """A, without dropout, in the dtype of query and key."""
+    logits = dense_logits(call, tensors)
     return filter_matrix(logits, call.visibility, tensors.sinks, Normalisation(call.normalisation))
 
 

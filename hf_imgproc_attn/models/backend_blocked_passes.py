@@ -88,13 +88,20 @@ class Call(NamedTuple):
     ignores_row_constants: bool = True
     """Whether a number that is added to a whole row of logits changes nothing."""
 
-    def weights(self, tensors: Tensors, like: torch.Tensor, needs_grad: tuple[bool, ...] = ()) -> Weights:
+    def weights(
+        self,
+        tensors: Tensors,
+        like: torch.Tensor,
+        needs_grad: tuple[bool, ...] = (),
+        kind: type[Weights] | None = None,
+    ) -> Weights:
         """The attention weights, block by block.
 
         Args:
             tensors: bias, sinks and parameters of the position kernel.
             like: a tensor of the device and dtype to work in.
             needs_grad: which parameters' gradients are wanted; none in the forward pass.
+            kind: how weights are computed; None: as the normalisation says.
         """
         mask = self.visibility.keys if self.visibility.mask is None else self.visibility.mask
         terms = None if tensors.bias is None or self.largest_bias is None else (tensors.bias, self.largest_bias)
@@ -102,7 +109,7 @@ class Call(NamedTuple):
         if self.positions is not None:
             places = self.positions, tensors.parameters
             positions = PositionTerm(*places, self.plan, mask, like, needs_grad, exact=not self.ignores_row_constants)
-        return WEIGHTS[self.normalisation](self.plan, mask, terms, positions, like, tensors.sinks)
+        return (kind or WEIGHTS[self.normalisation])(self.plan, mask, terms, positions, like, tensors.sinks)
 
 
 class Tensors(NamedTuple):

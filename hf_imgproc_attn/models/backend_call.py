@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .boost_operators import BOOSTING, Attend, keep_rows
+from .boost_operators import BOOSTING, SEQUENTIAL, Attend, keep_rows
 from .boost_weights import ByWeights
 from .cache_streams import NO_STREAMS, Streams, boost_stream
 from .kernel_content import CONTENT_COLUMNS, working_dtype
@@ -32,9 +32,10 @@ class Content(NamedTuple):
 class Booster(NamedTuple):
     """How often, and how, A is applied.
 
-    name: key of ``BOOSTING``.
+    name: key of ``BOOSTING``, or ``"delta"``.
     steps: k >= 1.
-    gain: gamma of ``learned`` or alpha and beta of ``inversion``, as ``boost_operators`` takes them, or None.
+    gain: gamma of ``learned`` or alpha and beta of ``inversion``, as ``boost_operators`` takes them, or beta of
+        ``delta``, ``[heads, 1, 1]`` or ``[batch, heads, length, 1]``, or None.
     """
 
     name: str = "none"
@@ -111,6 +112,23 @@ class FilterCall(NamedTuple):
     def is_boosted(self) -> bool:
         """Whether A is applied more than once."""
         return self.booster.name != "none" or self.by_weights is not None
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether rows are corrected one after the other, by ``delta``: :meth:`boost` is not for it."""
+        return self.booster.name in SEQUENTIAL
+
+    @property
+    def in_order(self) -> str | None:
+        """Why back-ends refuse that compute all rows at the same time, or None."""
+        if not self.is_sequential:
+            return None
+        return f"computes all rows at the same time, and boosting={self.booster.name!r} needs those before for each"
+
+    @property
+    def own_places(self) -> slice | torch.Tensor:
+        """Where the queries' own tokens stand among the keys."""
+        return self.streams.own_places(self.query.shape[-2], self.key.shape[-2])
 
     @property
     def groups(self) -> int:
@@ -275,8 +293,9 @@ def check_options(boosting: str, boosting_steps: int, dropout: float) -> None:
     Raises:
         ValueError: naming the option, its rule and the value.
     """
-    if boosting not in (*BOOSTING, "robust"):
-        raise ValueError(f"boosting must be one of {', '.join((*BOOSTING, 'robust'))}, got {boosting!r}")
+    known = (*BOOSTING, *SEQUENTIAL, "robust")
+    if boosting not in known:
+        raise ValueError(f"boosting must be one of {', '.join(known)}, got {boosting!r}")
     if isinstance(boosting_steps, bool) or not isinstance(boosting_steps, int) or boosting_steps < 1:
         raise ValueError(f"boosting_steps must be an integer >= 1, got {boosting_steps!r}")
     if not 0.0 <= dropout < 1.0:

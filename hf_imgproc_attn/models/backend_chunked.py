@@ -24,7 +24,7 @@ def refuses(call: FilterCall) -> str | None:
     """Why the chunks cannot serve a call, as the rest of a sentence about them, or None if they can."""
     if call.normalisation.name == "sinkhorn":
         return "has some rows of A at a time, and normalisation='sinkhorn' scales all of them together"
-    return None
+    return call.in_order
 
 
 def run(call: FilterCall, *, block_rows: int | None = None) -> torch.Tensor:

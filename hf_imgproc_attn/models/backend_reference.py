@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from .backend_call import FilterCall, without_autocast
+from .boost_delta import DenseDelta, OwnPlaces, hidden_rows, strictly_before
 from .boost_operators import BOOSTING, NOT_LINEAR, ONE_PASS, keep_rows
+from .cache_streams import boost_stream
 from .kernel_content import CONTENT_LOGITS, working_dtype
 from .kernel_normalisation import NORMALISATIONS, Normalisation
 from .kernel_position import position_logits
@@ -124,6 +126,8 @@ def reference_attention(
     # Autocast would run the products in half precision; the reference must be more exact than what it checks.
     with without_autocast(logits.device.type):
         matrix = filter_matrix(logits.to(compute_dtype), call.visibility, call.sinks, call.normalisation)
+        if call.is_sequential:
+            return _delta(logits.to(compute_dtype), matrix, call, attentions)
         matrix = nn.functional.dropout(matrix, p=call.dropout, training=call.dropout > 0.0)
         _, second = call.maps()
         if second is not None and call.difference is not None:
@@ -146,11 +150,7 @@ def reference_attention(
             if call.booster.name in ONE_PASS:
                 return call.finish(attend(call.visibility.clean_keys(value))).to(dtype), returned
             return call.boost(attend, call.new_value.to(compute_dtype), value).to(dtype), returned
-        if not call.visibility.is_square:
-            raise ValueError(
-                "the attention operator of a boosted layer needs every row of A, which a cache does not keep: use "
-                'output_attentions=True with use_cache=False, or config.attention_output = "filter" for the rows of A'
-            )
+        _check_square(call.visibility)
         identity = torch.eye(matrix.shape[-1], dtype=compute_dtype, device=matrix.device).expand_as(matrix)
         name, steps, gain = call.booster
         exact = BOOSTING[name](attend, keep_rows, identity, identity, steps, gain)
@@ -161,6 +161,57 @@ def reference_attention(
             call.boost(attend, call.new_value.to(compute_dtype), value)
         output = torch.matmul(_exact_through(operator, exact), call.visibility.clean_keys(value).to(compute_dtype))
         return output.to(dtype), operator
+
+
+def _check_square(visibility: Visibility) -> None:
+    if not visibility.is_square:
+        raise ValueError(
+            "the attention operator of a boosted layer needs every row of A, which a cache does not keep: use "
+            'output_attentions=True with use_cache=False, or config.attention_output = "filter" for the rows of A'
+        )
+
+
+def delta_system(
+    logits: torch.Tensor, call: FilterCall, kept: torch.Tensor | None = None, places: OwnPlaces | None = None
+) -> DenseDelta:
+    """The system of ``delta``, from log K.
+
+    Args:
+        logits: as :func:`filter_logits` returns them, in at least float32.
+        call: its visibility, sinks, normalisation and booster.
+        kept: what dropout multiplies A with, ``[batch, heads, length, key_length]``, or None.
+        places: of the queries' own tokens; None: as the call says.
+    """
+    places = call.own_places if places is None else places
+    seen = strictly_before(call.visibility, places, logits.device)
+    before = filter_matrix(logits, seen, call.sinks, call.normalisation)
+    before = before if kept is None else before * kept
+    return DenseDelta(before, call.booster.gain, places, hidden_rows(call.visibility, places))
+
+
+def _delta(
+    logits: torch.Tensor, matrix: torch.Tensor, call: FilterCall, attentions: str | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """:func:`reference_attention` of ``delta``, with ``matrix`` A before dropout."""
+    dtype, seen, name = call.value.dtype, call.visibility, boost_stream(1)
+    kept = nn.functional.dropout(torch.ones_like(matrix), p=call.dropout) if call.dropout else None
+    matrix = matrix if kept is None else matrix * kept
+    system = delta_system(logits, call, kept)
+    value = call.new_value
+    rows = system.solve(value, call.streams.earlier(name, value))
+    if attentions != "operator":
+        returned = None if attentions is None else matrix.to(dtype)
+        matrix = matrix if returned is None else _exact_through(returned, matrix)
+        rows = call.streams.append(name, rows) if call.streams.is_cached else rows
+        return torch.matmul(matrix, seen.clean_keys(rows.to(matrix.dtype))).to(dtype), returned
+    _check_square(seen)
+    if call.streams.is_cached:
+        call.streams.append(name, rows)
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
+    exact = torch.matmul(matrix, seen.clean_keys(system.solve(identity)))
+    operator = exact.to(dtype)
+    shown = seen.clean_keys(call.repeated()[1]).to(matrix.dtype)
+    return torch.matmul(_exact_through(operator, exact), shown).to(dtype), operator
 
 
 def _exact_through(rounded: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:

@@ -122,13 +122,13 @@ def run(call: FilterCall) -> torch.Tensor:
     in_front = in_front and call.visibility.keys is None
     mask, sees, is_causal = _mask(call.visibility, bias, dtype, query.device, has_sinks and not in_front)
     if call.sinks is not None:
-        query, key, scale = _with_sinks(query, key, scale, call.sinks, in_front)
+        query, key, scale = with_sinks(query, key, scale, call.sinks, in_front)
     if is_causal and scale <= 0.0:  # fused kernels multiply the -inf of later keys by it
         query, scale = query * scale, 1.0
 
     def attend(rows: torch.Tensor) -> torch.Tensor:
         rows = nn.functional.pad(rows, (0, 0, int(in_front), int(not in_front))) if has_sinks else rows
-        out = _attention(query, key, rows.to(dtype), mask, is_causal, scale, call.dropout)
+        out = fused_call(query, key, rows.to(dtype), mask, is_causal, scale, call.dropout)
         out = out[..., 1:, :] if in_front else out
         return out if sees is None else out.masked_fill(~sees, 0.0)
 
@@ -144,7 +144,7 @@ def _hides_by_causality_alone(call: FilterCall, bias: torch.Tensor | None, scale
     return not seen.hides_later_keys or (seen.is_square and scale > 0.0)
 
 
-def _with_sinks(
+def with_sinks(
     query: torch.Tensor, key: torch.Tensor, scale: float, sinks: torch.Tensor, in_front: bool
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Queries and keys with one more key, whose logit is the sink's, and the factor on products.
@@ -219,7 +219,7 @@ def additive_mask(
     return bias.masked_fill(hidden, float("-inf")).masked_fill(empty, 0.0).to(dtype), ~empty
 
 
-def _attention(
+def fused_call(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -22,6 +22,8 @@ from .backend_measured import SAFE, cuda_order
 from .backend_reference import run as run_reference
 from .backend_sdpa import refuses as sdpa_refuses
 from .backend_sdpa import run as run_sdpa
+from .backend_sdpa_delta import refuses as sdpa_delta_refuses
+from .backend_sdpa_delta import run as run_sdpa_delta
 from .boost_operators import ONE_PASS
 from .cache_streams import NO_STREAMS
 from .kernel_content import HALF_DTYPES
@@ -41,13 +43,22 @@ class Backend(NamedTuple):
     refuses: Refuses
 
 
+def _refuses_fused(call: FilterCall) -> str | None:
+    reason = sdpa_refuses(call)
+    return reason if reason is not None or not call.is_sequential else sdpa_delta_refuses(call)
+
+
+def _run_fused(call: FilterCall) -> torch.Tensor:
+    return run_sdpa_delta(call) if call.is_sequential else run_sdpa(call)
+
+
 def _never(call: FilterCall) -> str | None:
     return None
 
 
 BACKENDS: dict[str, Backend] = {
     "reference": Backend(run_reference, _never),
-    "sdpa": Backend(run_sdpa, sdpa_refuses),
+    "sdpa": Backend(_run_fused, _refuses_fused),
     "blocked": Backend(run_blocked, blocked_refuses),
     "chunked": Backend(run_chunked, chunked_refuses),
 }
@@ -112,6 +123,8 @@ def _takes_several_passes(call: FilterCall) -> bool:
 
 
 CHOICES = (
+    # Fused calls of blocks fix lengths and masks in a traced graph.
+    Choice(None, "delta, traced", lambda call: torch.compiler.is_compiling() and call.is_sequential, ("reference",)),
     # No graph breaks.
     Choice(
         None,

@@ -17,9 +17,10 @@ Others apply A once and finish row by row, at the cost of plain attention:
 input (*choice*: 1 and 0 are added to a projection that starts at zero).
 
 Osher's iterative regularisation (2005) is k-step twicing, since A is fixed and linear: an alias. ``gradient_boosted``
-is no operator on V and has its own file, ``boost_gradient``. ``sos`` smooths *more* than A does: in its
-limit (2I - A)^-1 A an eigenvalue l of A in [0, 1] becomes l / (2 - l), which is at most l. It reaches the limit only
-if the spectral radius of A - I is below 1, as for symmetric positive kernels, not for attention in general.
+is no operator on V, ``delta`` and what looks at single weights of A no functions of how to apply A: they have files of
+their own. ``sos`` smooths *more* than A does: in its limit (2I - A)^-1 A an eigenvalue l of A in [0, 1] becomes
+l / (2 - l), which is at most l. It reaches the limit only if the spectral radius of A - I is below 1, as for symmetric
+positive kernels, not for attention in general.
 
 Every booster is a function of *how to apply A* and of the value, never of A itself, so that A^2 is not formed and the
 same lines serve two ``scaled_dot_product_attention`` calls, a dense A, the operator itself (value = identity) and a
@@ -177,6 +178,9 @@ BOOSTING = {
 }
 """The boosters that are functions of how to apply A; each but ``exclusive`` is linear in V."""
 
+SEQUENTIAL = ("delta",)
+"""Boosters that are linear in V and correct row after row, which is no function of how to apply A; one stream each."""
+
 ONE_PASS = ("inversion", "dynamic_inversion", "exclusive")
 """Boosters that apply A once and finish row by row: any back-end computes A V for them."""
 
@@ -185,8 +189,8 @@ NOT_LINEAR = ("exclusive",)
 
 
 def operator_on_value(boosting: str) -> str:
-    """The key of :data:`BOOSTING` for a layer's booster; ``none`` where it has several maps, or changes A itself."""
-    return boosting if boosting in BOOSTING else "none"
+    """What a call names a layer's booster; ``none`` where it has several maps, or changes A itself."""
+    return boosting if boosting in (*BOOSTING, *SEQUENTIAL) else "none"
 
 
 def extra_streams(boosting: str, steps: int) -> int:
@@ -197,4 +201,4 @@ def extra_streams(boosting: str, steps: int) -> int:
     """
     if boosting in ("twicing", "diffusion", "sos"):
         return steps - 1
-    return {"learned": 1, "gradient_boosted": 2 * (steps - 1)}.get(boosting, 0)
+    return {"learned": 1, "delta": 1, "gradient_boosted": 2 * (steps - 1)}.get(boosting, 0)

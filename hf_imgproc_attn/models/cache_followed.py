@@ -119,7 +119,8 @@ def _followed(layer_class: type, name: str) -> Callable[..., Any]:
     def follow(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = method(self, *args, **kwargs)
         for stream in self.filter_streams.values():
-            getattr(stream, name)(*args, **kwargs)
+            if name != "crop" or stream.is_initialized:  # not that of a filter from before a reset
+                getattr(stream, name)(*args, **kwargs)
         if name == "activate_past_recording":  # holds for streams to come as well
             getattr(self.filter_empty, name)(*args, **kwargs)
         if name == "reset":
@@ -244,6 +245,15 @@ def _copy_of(layer: Any, layer_class: Any = None, **changes: Any) -> Any:
     return made
 
 
+def _trial(layer: Any) -> Any:
+    """A cache layer that stores what comes next without a trace in the layer given."""
+    if layer.is_compileable:  # which writes into its tensors
+        return _copy_of(layer)
+    made = object.__new__(type(layer))
+    made.__dict__.update(layer.__dict__)
+    return made
+
+
 def follow_layer(cache: Any, layer_idx: int, kind: str | None, owner: CacheOwner | None = None) -> Any:
     """Make a layer of a cache keep streams, before the layer's keys are stored.
 
@@ -357,6 +367,28 @@ class FollowingStreams:
             return rows
         places = torch.arange(length, device=value.device) + (layer.get_seq_length() - length)
         return value.index_select(-2, places)
+
+    def earlier(self, name: str, rows: torch.Tensor) -> torch.Tensor | None:
+        """As of the protocol. Most kinds of cache hand out rows only as new ones come in: a copy takes these."""
+        stream = self._layer.filter_streams.get(name)
+        if stream is None or not stream.is_initialized:
+            return None
+        stored: torch.Tensor
+        if isinstance(stream, GrowingLayer):
+            stored = stream.keys  # type: ignore[assignment]  # initialised
+        elif stream.is_compileable and not stream.is_sliding:
+            stored = stream.keys.clone() if torch.is_grad_enabled() else stream.keys
+        else:
+            stored, _ = _trial(stream).update(rows.to(stream.keys.dtype), rows[..., :0])
+        return stored[..., : self._key_length, :].to(rows.device, rows.dtype)
+
+    def own_places(self, length: int, key_length: int) -> slice | torch.Tensor:
+        """As of the protocol."""
+        if key_length == length or not self._layer.is_compileable:
+            return slice(key_length - length, key_length)
+        keys: torch.Tensor = self._layer.keys
+        stop = torch.as_tensor(self._layer.get_seq_length(), device=keys.device).clamp(max=key_length)
+        return torch.arange(length, device=keys.device) + (stop - length)
 
     def past(self, name: str) -> torch.Tensor | None:
         """None: back-ends which need the earlier rows by themselves are not used with them."""

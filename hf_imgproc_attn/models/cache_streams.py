@@ -44,6 +44,17 @@ class Streams(Protocol):
     def past(self, name: str) -> torch.Tensor | None:
         """The cached rows of a stream, or None where there are none yet."""
 
+    def earlier(self, name: str, rows: torch.Tensor) -> torch.Tensor | None:
+        """The earlier keys' rows of a stream, in front of whatever else; None where there are none.
+
+        Args:
+            name: of the stream.
+            rows: of the new tokens, whatever they are, ``[batch, heads, length, width]``; nothing is stored.
+        """
+
+    def own_places(self, length: int, key_length: int) -> slice | torch.Tensor:
+        """Where the new tokens stand among the keys, after these have been stored."""
+
     def of_round(self, number: int) -> Streams:
         """What the filter of gradient boosting's round ``number`` >= 1 sees."""
 
@@ -69,6 +80,14 @@ class NoStreams:
     def past(self, name: str) -> torch.Tensor | None:
         """There is none."""
         return None
+
+    def earlier(self, name: str, rows: torch.Tensor) -> torch.Tensor | None:
+        """The cached rows, of which there are none."""
+        return self.past(name)
+
+    def own_places(self, length: int, key_length: int) -> slice | torch.Tensor:
+        """The last ones."""
+        return slice(key_length - length, key_length)
 
     def of_round(self, number: int) -> NoStreams:
         """The same."""
@@ -124,6 +143,15 @@ class CachedStreams:
         streams: dict[str, torch.Tensor] = getattr(self._cache.layers[self._layer_idx], "streams", {})
         return streams.get(name)
 
+    def earlier(self, name: str, rows: torch.Tensor) -> torch.Tensor | None:
+        """The cached rows."""
+        past = self.past(name)
+        return None if past is None else past.to(rows.device, rows.dtype)
+
+    def own_places(self, length: int, key_length: int) -> slice | torch.Tensor:
+        """The last ones."""
+        return slice(key_length - length, key_length)
+
     def of_round(self, number: int) -> RoundStreams:
         """Streams of the same cache layer."""
         return RoundStreams(self, number)
@@ -160,6 +188,16 @@ class RoundStreams:
         """The cached rows of a stream."""
         past: torch.Tensor | None = self._first.past(round_stream(self._number, name))
         return past
+
+    def earlier(self, name: str, rows: torch.Tensor) -> torch.Tensor | None:
+        """As of the first filter, under a name of its own."""
+        rows_of_all: torch.Tensor | None = self._first.earlier(round_stream(self._number, name), rows)
+        return rows_of_all
+
+    def own_places(self, length: int, key_length: int) -> slice | torch.Tensor:
+        """As of the first filter."""
+        places: slice | torch.Tensor = self._first.own_places(length, key_length)
+        return places
 
     def of_round(self, number: int) -> RoundStreams:
         """Streams of another round."""

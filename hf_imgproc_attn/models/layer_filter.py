@@ -17,6 +17,7 @@ from torch import nn
 from .backend_call import Booster, Content, Difference, FilterCall
 from .backend_reference import filter_logits, reference_attention
 from .backend_table import run_filter
+from .boost_delta import token_rates
 from .boost_depth import FEEDBACK, LayerState, feedback_gains, gain_arguments, mixed_value
 from .boost_differential import SECOND_KEY, SecondMap
 from .boost_gate import OutputGate, TokenGains
@@ -29,6 +30,7 @@ from .kernel_elliptical import elliptical_metric
 from .kernel_forget import FORGET_STREAM, ForgetGates
 from .kernel_normalisation import Normalisation
 from .kernel_position import Positions, pack_key, unpack_key
+from .layer_gains import booster_gain
 from .layer_inputs import LayerInputs
 from .layer_parameters import FilterScalars, PositionProjection, Scalars, bandwidth_scale, per_head
 from .layer_positions import LayerPositions
@@ -75,7 +77,7 @@ class AttentionFilter(nn.Module):
         # Layer 0 has no layer before it to compare its values with.
         self.has_metric = spec.content_kernel == "elliptical" and layer_idx > 0
         self.operator = operator_on_value(spec.boosting)
-        self._has_gain = spec.boosting in ("learned", "inversion", "dynamic_inversion")
+        self._has_gain = spec.boosting in ("learned", "inversion", "dynamic_inversion", "delta")
         self.stream_names = self._stream_names()
         self._feedback_gains = feedback_gains(config)
         self.passes_value = needs_previous_value(config)
@@ -114,17 +116,15 @@ class AttentionFilter(nn.Module):
         self._normalisation = Normalisation(name, config.sinkhorn_iterations or DEFAULT_SINKHORN_ITERATIONS)
         self._has_scalars = any(True for _ in self.scalar_bias.parameters())
         self._sees_positions = spec.position_kernel not in ("additive", "forget", "none")
-        self.forget_gates = None
-        if spec.position_kernel == "forget":
-            self.forget_gates = ForgetGates(config.hidden_size, self.num_heads)
+        forgets = spec.position_kernel == "forget"
+        self.forget_gates = ForgetGates(config.hidden_size, self.num_heads) if forgets else None
         self.position_projection = None
         if spec.position_kernel == "untied" and not config.share_position_projections:
             self.position_projection = PositionProjection(config.hidden_size, self.num_heads, head_dim, layer_norm_eps)
-        self.token_gains = None
-        if spec.boosting == "dynamic_inversion":
-            self.token_gains = TokenGains(config.hidden_size, self.num_heads)
-        self.weight_booster = weight_booster(spec, config, head_dim)
         hidden, heads = config.hidden_size, self.num_heads
+        self.token_gains = TokenGains(hidden, heads) if spec.boosting == "dynamic_inversion" else None
+        self.token_rates = token_rates(spec, config)
+        self.weight_booster = weight_booster(spec, config, head_dim)
         self.second_map = SecondMap(hidden, heads, head_dim) if spec.boosting == "differential" else None
         self.gate = None if spec.gate == "none" else OutputGate(spec.gate, hidden, heads, head_dim)
         self.gradient_boosting = None
@@ -319,7 +319,7 @@ class AttentionFilter(nn.Module):
             if metric.shape[1] != query.shape[1]:
                 metric = metric.repeat_interleave(query.shape[1] // metric.shape[1], dim=1)
             scale = metric * scale
-        gain = self._gain(scalars, hidden_states, query.dtype) if self._has_gain else None
+        gain = booster_gain(self, scalars, hidden_states, query.dtype) if self._has_gain else None
         by_weights = None
         if self.weight_booster is not None:
             by_weights = self.weight_booster(hidden_states, visibility, partial(self.positions.turn, coordinates))
@@ -338,19 +338,6 @@ class AttentionFilter(nn.Module):
             normalisation=self._normalisation,
             by_weights=by_weights,
         )
-
-    def _gain(self, scalars: Scalars, hidden_states: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-        """The booster's factors beside queries of ``dtype``, as ``boost_operators`` takes them."""
-        if scalars.boosting_gain is not None:
-            return scalars.boosting_gain.to(working_dtype(dtype)).view(-1, 1, 1)
-        if scalars.inversion_gains is not None:
-            return scalars.inversion_gains.to(working_dtype(dtype)).mT[..., None, None]
-        if self.token_gains is None:
-            return None
-        if hidden_states is None:
-            raise ValueError("inputs.hidden_states must be given for boosting='dynamic_inversion', got None")
-        gains: torch.Tensor = self.token_gains(hidden_states)
-        return gains if self.heads is None else self.heads.mine(gains, dim=2)
 
     def _with_positions(
         self,

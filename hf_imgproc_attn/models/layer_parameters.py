@@ -90,6 +90,7 @@ class Scalars(NamedTuple):
     sink: logit of the key that takes weight from every row, ``[heads]``.
     value_residual: lambda of ``value_residual``, ``[1]``.
     differential: lambda of ``differential``, ``[heads]``.
+    delta: b of ``delta``, whose beta is tanh(b + w . z), ``[heads]``.
     """
 
     content_log_bandwidth: torch.Tensor | None = None
@@ -102,6 +103,7 @@ class Scalars(NamedTuple):
     sink: torch.Tensor | None = None
     value_residual: torch.Tensor | None = None
     differential: torch.Tensor | None = None
+    delta: torch.Tensor | None = None
 
 
 class FilterScalars(nn.Module):
@@ -119,7 +121,7 @@ class FilterScalars(nn.Module):
         buckets: axes of the grid and buckets of offsets along each, or None. Their logits are initially 0, so that a
             model starts without any notion of position; T5 draws them at random instead (*choice*).
         boosting: whose gains there are: gamma of ``learned``, initially 1: twicing; alpha and beta of ``inversion``,
-            initially 1 and 0: no boosting; lambda of ``differential``, initially 0: the same.
+            initially 1 and 0: no boosting; lambda of ``differential`` and b of ``delta``, initially 0: the same.
         sink: whether there is a sink's logit, initially 0.
         value_residual: whether there is lambda of ``value_residual``, one for all heads, initially 0.5.
         feedback: initial factors of the feedback, the same for every head, or None where they are not learned.
@@ -135,6 +137,7 @@ class FilterScalars(nn.Module):
     sink: nn.Parameter | None
     value_residual: nn.Parameter | None
     differential: nn.Parameter | None
+    delta: nn.Parameter | None
 
     def __init__(
         self,
@@ -166,6 +169,7 @@ class FilterScalars(nn.Module):
             "inversion_gains": (2,) if boosting == "inversion" else None,
             "sink": () if sink else None,
             "differential": () if boosting == "differential" else None,
+            "delta": () if boosting == "delta" else None,
         }
         for name, shape in shapes.items():
             self.register_parameter(
@@ -184,7 +188,7 @@ class FilterScalars(nn.Module):
             if parameter is not None and bandwidths is not None:
                 logs = [math.log(bandwidth) for bandwidth in bandwidths]
                 init.copy_(parameter, torch.tensor(logs, dtype=parameter.dtype, device=parameter.device))
-        for logits in (self.class_token, self.relative_buckets, self.sink, self.differential):
+        for logits in (self.class_token, self.relative_buckets, self.sink, self.differential, self.delta):
             if logits is not None:
                 init.zeros_(logits)
         if self.value_residual is not None:
@@ -212,6 +216,7 @@ class FilterScalars(nn.Module):
             self.sink,
             self.value_residual,
             self.differential,
+            self.delta,
         )
         if hasattr(self, "reshard"):
             # A unit of FSDP2's own, which frees the whole parameters when this returns.

@@ -25,9 +25,9 @@ class FilterSummary(NamedTuple):
         ``h_y``, the content bandwidth, in units of the distance between queries and keys; ``h_p``, the position
         bandwidth, in tokens or patches for ``gaussian``, in units of the projected position vectors for ``untied``;
         ``class_to``, ``class_from``, ``class_within``, logits to, from and within the class token; ``gain``, the
-        booster's gamma; ``alpha``, ``beta``, factors of ``inversion``; ``share``, the second
-        map's; ``sink``, its logit; ``lambda`` or ``P``,
-        ``I``, ``D``, factors of the feedback; ``buckets``, logits of the buckets of offsets, a list for each axis.
+        booster's gamma; ``alpha``, ``beta``, factors of ``inversion``; ``share``, the second map's; ``delta``, beta
+        of ``delta`` where the token's part is 0; ``sink``, its logit; ``lambda`` or ``P``, ``I``, ``D``, factors of
+        the feedback; ``buckets``, logits of the buckets of offsets, a list for each axis.
     learned: the names of those that are trained in some layer; others are as the configuration has them.
     """
 
@@ -84,6 +84,8 @@ def _values(layer: AttentionFilter) -> Iterator[tuple[str, torch.Tensor]]:
         yield from zip(_INVERSION, scalars.inversion_gains.unbind(-1), strict=True)
     if scalars.differential is not None:
         yield "share", scalars.differential
+    if scalars.delta is not None:
+        yield "delta", torch.tanh(scalars.delta)
     if scalars.sink is not None:
         yield "sink", scalars.sink
     if scalars.value_residual is not None:
@@ -116,6 +118,7 @@ def _learned(layer: AttentionFilter) -> set[str]:
         "inversion_gains": _INVERSION,
         "sink": _SINK,
         "differential": ("share",),
+        "delta": ("delta",),
         "value_residual": ("lambda",),
         "feedback_gains": _FEEDBACK.get(layer.spec.feedback, ()),
     }

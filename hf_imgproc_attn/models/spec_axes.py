@@ -17,6 +17,7 @@ POSITION_KERNELS = ("additive", "untied", "gaussian", "alibi", "relative_buckets
 BOOSTINGS = (
     *("none", "twicing", "osher", "learned", "diffusion", "sos", "gradient_boosted"),
     *("inversion", "dynamic_inversion", "exclusive", "differential", "local_linear", "robust"),
+    "delta",
 )
 RESIDUALS = ("standard", "twicing", "sos", "osher")
 NORMALISATIONS = ("softmax", "sink", "sigmoid", "softpick", "sinkhorn")

@@ -63,6 +63,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sinkhorn": {"normalisation": "sinkhorn"},
     "forgetting": {"position_kernel": "forget"},
     "differential": {"boosting": "differential"},
+    "delta": {"boosting": "delta"},
 }
 """Named variants: the fields in which each differs from the stock model."""
 
@@ -125,8 +126,9 @@ class FilterSpecMixin:
             ``"gradient_boosted"``, ``"inversion"`` (alpha A + beta (I - A), one alpha and beta per head),
             ``"dynamic_inversion"`` (the same, per head and token) or ``"exclusive"`` (A V without its projection on
             the token's own value), ``"differential"`` (A_1 - lambda A_2, with a second map's own projections),
-            ``"local_linear"`` (first-order kernel regression, with a learned slope per token) or
-            ``"robust"`` (a robust mean of the values in place of their mean); one value, or one per layer.
+            ``"local_linear"`` (first-order kernel regression, with a learned slope per token),
+            ``"robust"`` (a robust mean of the values in place of their mean) or, in causal models, ``"delta"`` (A on
+            values without what the filter reads of them before, u = v - beta A' u); one value, or one per layer.
         boosting_steps: number of steps, an integer from 1 to 16, or a list with one per layer. None: 3 for ``sos`` and
             ``robust``, else 2, which for ``twicing`` is 2A - A^2. Of ``gradient_boosted`` they are the rounds M >= 2,
             that is the attentions in a layer.
@@ -190,6 +192,8 @@ class FilterSpecMixin:
     """Whether a model without any notion of positions would be blind to the order of its input."""
     hides_later_tokens: ClassVar[bool] = False
     """Whether the model's attention is causal."""
+    sees_layer_input: ClassVar[bool] = True
+    """Whether filters are handed the input of their layer, which some of their parts project."""
     must_be: ClassVar[dict[str, tuple[Any, str]]] = {}
     """Fields of the stock configuration that make another architecture of it: the value that is supported, and why."""
 

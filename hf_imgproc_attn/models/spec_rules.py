@@ -143,6 +143,11 @@ def _check_boosting(config: Any, num_layers: int) -> None:
         )
     _check_gradient_boosting(config, num_layers)
     _check_robust(config, boostings)
+    if "delta" in boostings and not config.hides_later_tokens:
+        raise ValueError(
+            "boosting 'delta' corrects each token's value by those of the tokens before it: it needs attention with a "
+            f"causal mask, got {config.boosting!r}"
+        )
     layers = config.boosted_layers
     if layers is None:
         return

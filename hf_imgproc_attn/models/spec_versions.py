@@ -10,9 +10,9 @@ another default); newer code reads all older versions.
 2: all kernels, boosters, residual schemes and feedbacks; ``boosting_steps`` is None for a booster's own default.
 3: the field ``learn_feedback``.
 4: the field ``gradient_boosting_source``, and ``boosting_steps`` as the rounds of ``gradient_boosted``, which had two.
-5: the boosters ``inversion``, ``dynamic_inversion``, ``exclusive``, ``differential``, ``local_linear`` and ``robust``,
-   the fields ``gate``, ``normalisation``, ``robust_penalty`` and ``robust_threshold``, content ``cosine``, position
-   ``forget``, feedback ``value_residual``.
+5: the boosters ``inversion``, ``dynamic_inversion``, ``exclusive``, ``differential``, ``local_linear``, ``robust`` and
+   ``delta``, the fields ``gate``, ``normalisation``, ``robust_penalty`` and ``robust_threshold``, content ``cosine``,
+   position ``forget``, feedback ``value_residual``.
 """
 
 

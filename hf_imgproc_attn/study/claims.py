@@ -267,10 +267,12 @@ UNTESTED = (
     ),
     Untested(
         "Recall of pairs among noise",
-        "No run of two minutes was found in which softmax learns it: for 200 to 2,700 steps, 16 to 64 tokens, 8 or "
-        "16 symbols, learned, rotary and linear positions, it stays where it only knows which values occur "
-        "(validation split, eight tries with one seed). A comparison there would compare nothing. The generator and "
-        "the recipe are there (`train-recall`).",
+        "No short run was found in which softmax learns it: in eleven tries with one seed, two layers of width 64, it "
+        "stays where it only knows which values occur. Noisy recall: 200 to 2,700 steps, 16 to 64 tokens, 8, 16 or 32 "
+        "symbols, learned, rotary and linear positions. The easiest multi-query recall, four pairs in 16 tokens: the "
+        "training loss is still 1.30 nats after 4,400 steps with 16 symbols, and 1.32 after 1,600 with 64; guessing "
+        "among the four values is 1.39. A comparison there would compare nothing. The generators and the recipe are "
+        "there (`train-recall`).",
     ),
     Untested(
         "A class for every pixel",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..cards.results import METRICS, PARTS
+from ..cards.results import PARTS
 from ..errors import UsageError
 from ..markdown_tables import table_lines
 from ..output_paths import check_output_file, writing
@@ -21,7 +21,7 @@ from .plan import Study
 from .report import NOTHING, interval, number, on_autoattack, p_value
 from .statistics import BETTER, CONFIDENCE, LEVEL, NO_DIFFERENCE, TOO_FEW, WORSE
 from .study_file import read_study
-from .table import LOWER_IS_BETTER, Row, Table, autoattack_gaps, build_tables
+from .table import LOWER_IS_BETTER, NAMES, Row, Table, autoattack_gaps, build_tables
 
 LEDGERS = Path("training/results/study")
 WIDTH = 119
@@ -211,7 +211,7 @@ def _values(chapter: Chapter) -> str:
     """What the numbers of a chapter are."""
     metrics = dict.fromkeys(entry.table.metric for _, found in chapter.claims for entry in found)
     names = [
-        METRICS[metric]
+        NAMES[metric]
         + (" in percent" if metric in PARTS else "")
         + (", lower is better" if metric in LOWER_IS_BETTER else "")
         for metric in metrics

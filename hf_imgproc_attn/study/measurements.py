@@ -11,6 +11,7 @@ The results are those of ``robustness.json``: ``family`` and name of the ``distu
 from __future__ import annotations
 
 import dataclasses
+import math
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,8 @@ HEADLINES = ("accuracy", "mean_iou", "word_perplexity", "perplexity", "loss")
 """The metrics of a split, the most telling one first: that one is shown."""
 SEED = 0
 """Of noise, random starts and the choice of words: the same for every model, whose inputs are then the same."""
+SAME = 0.01
+"""How far the result on clean data may be from the earlier one, as another device computes it."""
 _OF_IMAGES = tuple(field.name for field in dataclasses.fields(ImageSettings) if field.name != "seed")
 _OF_MASKS, _OF_TEXTS = ("sigmas", "epsilons"), ("fractions",)
 SIMILARITY = "token_similarity"
@@ -108,14 +111,16 @@ def measure(
             again.
 
     Raises:
-        UsageError: as ``training/evaluate_checkpoint.py`` does.
+        UsageError: as ``training/evaluate_checkpoint.py`` does, or if the clean data give another result than earlier.
     """
     results, left = _still_valid(kind, settings, *earlier)
     samples = left.pop(SIMILARITY, None)
     if left:
         of_task = _measure_images if "corruption" in kind.disturbances else partial(_measure_others, kind)
-        seen = {result["family"] for result in results}
-        results += [result for result in of_task(folder, left, split) if result["family"] not in seen]
+        seen = {result["family"]: result for result in results}
+        found = of_task(folder, left, split)
+        _check_same_model(folder, seen, found)
+        results += [result for result in found if result["family"] not in seen]
     if samples is not None:
         from .smoothing import token_similarity
 
@@ -142,6 +147,21 @@ def _still_valid(
         else:
             left |= asked
     return [result for result in results if result["family"] in families], left
+
+
+def _check_same_model(folder: Path, before: dict[str, dict[str, Any]], found: list[dict[str, Any]]) -> None:
+    """Refuse to put results of one model beside those of another: a later version may compute it otherwise."""
+    for result in found:
+        earlier = before.get(result["family"])
+        if result["family"] != "clean" or earlier is None or earlier["value"] is None:
+            continue
+        is_alike = math.isclose(earlier["value"], result["value"], rel_tol=SAME, abs_tol=SAME)
+        if earlier["metric"] == result["metric"] and not is_alike:
+            raise UsageError(
+                f"the kept model {folder.name} must give the {result['metric'].replace('_', ' ')} on clean data that "
+                f"its record has ({earlier['value']:.4g}), got {result['value']:.4g}: measurements of the two are "
+                "never mixed; train it again"
+            )
 
 
 def _measure_others(kind: Task, folder: Path, settings: dict[str, Any], split: str) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cards.results import METRICS, PARTS
+from ..cards.results import PARTS
 from ..errors import missing_packages
 from ..markdown_tables import table_lines
 from ..output_paths import writing
@@ -15,7 +15,7 @@ from .ledger import Ledger
 from .measurements import SIMILARITY
 from .plan import Study
 from .statistics import CONFIDENCE, Interval
-from .table import Row, Table, as_json, build_tables
+from .table import NAMES, Row, Table, as_json, build_tables
 
 COLUMNS = (
     "variant", "seeds", "mean", "t interval", "bootstrap", "difference", "its interval", "p (Holm)", "verdict",
@@ -99,7 +99,7 @@ def on_autoattack(gaps: Mapping[str, float]) -> str:
 
 def heading(table: Table) -> str:
     """What a table shows, on one line."""
-    metric = METRICS.get(table.metric, table.metric.replace("_", " "))
+    metric = NAMES.get(table.metric, table.metric.replace("_", " "))
     return f"{table.task}: {metric}, {table.split} split, {table.condition} ({table.comparisons} comparisons)"
 
 

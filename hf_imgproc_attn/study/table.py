@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from ..cards.results import Measurement
+from ..cards.results import METRICS, Measurement
 from ..robustness.scores import mean_corruption_error, mean_errors
 from .ledger import DIVERGED, FORMAT
 from .measurements import HEADLINES, SIMILARITY
@@ -15,6 +15,12 @@ from .statistics import Difference, Summary, compare, holm, summarise, verdict
 
 CORRUPTION_ERROR = "mean_corruption_error"
 LOWER_IS_BETTER = ("word_perplexity", "perplexity", "loss", SIMILARITY, CORRUPTION_ERROR)
+NAMES = {
+    **METRICS,
+    SIMILARITY: "mean cosine of two tokens",
+    CORRUPTION_ERROR: "mean corruption error (baseline 100)",
+}
+"""The metrics of tables, in words."""
 CORRUPTED = "all corruptions"
 """Family of what is said of all corruptions together."""
 

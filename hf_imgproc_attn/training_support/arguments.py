@@ -155,6 +155,32 @@ class DataArguments:
 
 
 @dataclass(kw_only=True)
+class StreamedDataArguments(DataArguments):
+    """Data whose training split may be read as it is needed."""
+
+    streaming: bool = _option(
+        False,
+        "read the training split as it is needed, a part of its rows in each process, instead of all of it first; "
+        "needs max_steps",
+    )
+    shuffle_buffer: int = _option(
+        0, "with streaming: draw the next row from a buffer of so many; 0: in the order of the data"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.shuffle_buffer >= 0, "shuffle_buffer", "an integer >= 0", self.shuffle_buffer)
+        _check(self.streaming or not self.shuffle_buffer, "shuffle_buffer", "0 without streaming", self.shuffle_buffer)
+        held_out = DataArguments.validation_fraction
+        _check(
+            not self.streaming or self.validation_fraction in (0.0, held_out),
+            "validation_fraction",
+            "0 with streaming, since a stream has no end to be held out",
+            self.validation_fraction,
+        )
+
+
+@dataclass(kw_only=True)
 class LabelledDataArguments(DataArguments):
     """Data with a class for each row."""
 
@@ -173,7 +199,7 @@ class ImageSourceArguments(LabelledDataArguments):
 
 
 @dataclass(kw_only=True)
-class ImageDataArguments(ImageSourceArguments):
+class ImageDataArguments(ImageSourceArguments, StreamedDataArguments):
     """Data of ``train_image_classification.py``."""
 
     model_type = OF_TASK["image-classification"].model_type
@@ -221,7 +247,7 @@ class TokenizedDataArguments(DataArguments):
 
 
 @dataclass(kw_only=True)
-class TextDataArguments(TokenizedDataArguments):
+class TextDataArguments(TokenizedDataArguments, StreamedDataArguments):
     """Data of ``train_causal_lm.py``."""
 
     model_type = OF_TASK["causal-lm"].model_type
@@ -236,6 +262,7 @@ class TextDataArguments(TokenizedDataArguments):
         super().__post_init__()
         tokens = self.max_train_tokens
         _check(tokens is None or tokens >= 2, "max_train_tokens", "an integer >= 2", tokens)
+        _check(tokens is None or not self.streaming, "max_train_tokens", "none with streaming", tokens)
         _check(self.block_size is None or self.block_size >= 2, "block_size", "an integer >= 2", self.block_size)
 
 

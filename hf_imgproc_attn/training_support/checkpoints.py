@@ -179,17 +179,21 @@ def incomplete_because(folder: Path) -> str | None:
 
 
 def _missing_random_state(folder: Path) -> str | None:
-    """The first file of random states that is not there: one for each process, of as many as the run's record says."""
+    """The first file of random states that is not there: one for each process, of as many as saved the checkpoint."""
     if (folder / "rng_state.pth").is_file():
         return None
     ranks = {int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(r"rng_state_(\d+)\.pth", path.name))}
     if not ranks:
         return "rng_state.pth"
+    state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     try:
-        record = json.loads((folder.parent / "run.json").read_text(encoding="utf-8"))
-        processes = int(record["device"]["processes"])
-    except (OSError, ValueError, KeyError, TypeError):
-        processes = max(ranks) + 1
+        processes = int(state["stateful_callbacks"]["Processes"]["attributes"]["count"])
+    except (KeyError, TypeError):  # of an older version
+        try:
+            record = json.loads((folder.parent / "run.json").read_text(encoding="utf-8"))
+            processes = int(record["device"]["processes"])
+        except (OSError, ValueError, KeyError, TypeError):
+            processes = max(ranks) + 1
     missing = sorted(set(range(processes)) - ranks)
     return f"rng_state_{missing[0]}.pth" if missing else None
 

@@ -5,7 +5,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.training_support.arguments import DataArguments
@@ -20,7 +20,7 @@ _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 _FILE_FORMATS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet", "txt": "text"}
 
 
-def load_splits(args: DataArguments, embedded: str) -> dict[str, "Dataset"]:
+def load_splits(args: DataArguments, embedded: str, *, streaming: bool = False) -> dict[str, Any]:
     """Load a data set by Hub name or local path.
 
     A path is a folder that ``datasets.load_dataset`` reads (parquet, csv, json, text, image folder), a folder written
@@ -29,9 +29,11 @@ def load_splits(args: DataArguments, embedded: str) -> dict[str, "Dataset"]:
     Args:
         args: the data options.
         embedded: name of the embedded data set, for the message.
+        streaming: whether rows are read as they are needed.
 
     Returns:
-        ``train`` and, where the data set has them, ``validation`` and ``test``; none of them is empty.
+        ``train`` and, where the data set has them, ``validation`` and ``test``: data sets, none of them empty, or
+        streams of rows.
 
     Raises:
         UsageError: if there is nothing to load under that name, no training split, or an empty split.
@@ -52,15 +54,18 @@ def load_splits(args: DataArguments, embedded: str) -> dict[str, "Dataset"]:
             if suffix not in _FILE_FORMATS:
                 raise UsageError(f"dataset_name must be a file of type {', '.join(_FILE_FORMATS)}, got {name!r}")
             options = {"sep": "\t"} if suffix == "tsv" else {}
-            loaded = datasets.load_dataset(_FILE_FORMATS[suffix], data_files={"train": str(path)}, **options)
+            loaded = datasets.load_dataset(
+                _FILE_FORMATS[suffix], data_files={"train": str(path)}, streaming=streaming, **options
+            )
         elif saved:
             loaded = datasets.load_from_disk(str(path))
         else:
             config, revision = args.dataset_config_name, args.dataset_revision
             if revision is not None and revision.startswith("refs/convert/"):
-                loaded = datasets.load_dataset(name, data_dir=config, revision=revision)
+                loaded = datasets.load_dataset(name, data_dir=config, revision=revision, streaming=streaming)
             else:
-                loaded = datasets.load_dataset(str(path) if path.is_dir() else name, config, revision=revision)
+                where = str(path) if path.is_dir() else name
+                loaded = datasets.load_dataset(where, config, revision=revision, streaming=streaming)
     except UsageError:
         raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -73,8 +78,10 @@ def load_splits(args: DataArguments, embedded: str) -> dict[str, "Dataset"]:
             f"dataset_name must be {embedded}, a local path or a Hub data set, got {name!r}, which cannot be loaded: "
             f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
         ) from error
-    if isinstance(loaded, datasets.Dataset):
-        loaded = datasets.DatasetDict(train=loaded)
+    if not isinstance(loaded, dict):
+        loaded = {"train": loaded}
+    if saved and streaming:  # written by save_to_disk
+        loaded = {split: rows.to_iterable_dataset() for split, rows in loaded.items()}
     if "train" not in loaded:
         raise UsageError(f"data set {name!r} has no train split, only {', '.join(loaded)}")
     splits = {"train": loaded["train"]}
@@ -83,7 +90,8 @@ def load_splits(args: DataArguments, embedded: str) -> dict[str, "Dataset"]:
         splits["validation"] = loaded[validation]
     if "test" in loaded:
         splits["test"] = loaded["test"]
-    check_splits(splits, name)
+    if not streaming:
+        check_splits(splits, name)
     return splits
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from hf_imgproc_attn.training_support.adapters import with_adapters
 from hf_imgproc_attn.training_support.lens_log import LensLog
 from hf_imgproc_attn.training_support.trainer import ScriptTrainer
-from hf_imgproc_attn.training_support.trainer_setup import Result, Run, adapt_to_data, train_and_save
+from hf_imgproc_attn.training_support.trainer_setup import Result, Run, adapt_to_data, length_of, train_and_save
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +36,7 @@ def fit(
     Raises:
         UsageError: for options that the data do not allow, or a disk that is full.
     """
-    adapt_to_data(run, len(rows["train"]), "validation" in rows)
+    adapt_to_data(run, length_of(rows["train"]), "validation" in rows)
     trainer = ScriptTrainer(
         model=with_adapters(run, model),
         args=run.training_args,

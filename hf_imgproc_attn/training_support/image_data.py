@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hf_imgproc_attn.errors import UsageError
-from hf_imgproc_attn.training_support.arguments import EMBEDDED_IMAGES, ImageSourceArguments
+from hf_imgproc_attn.training_support.arguments import EMBEDDED_IMAGES, ImageDataArguments, ImageSourceArguments
 from hf_imgproc_attn.training_support.data_loading import (
     choose_column,
     load_splits,
@@ -45,11 +45,17 @@ class ImageSplits:
 def load_image_splits(args: ImageSourceArguments) -> ImageSplits:
     """Load images and labels, hold out a validation split where there is none, and apply the sample limits.
 
+    With ``streaming`` the training split is left out.
+
     The held-out part is stratified by class and always the same; a limit takes a fixed random subset.
 
     Raises:
         UsageError: for data that cannot be loaded, missing or ambiguous columns, empty splits, or missing labels.
     """
+    if isinstance(args, ImageDataArguments) and args.streaming:
+        from hf_imgproc_attn.training_support.image_streams import load_image_stream
+
+        return load_image_stream(args, seed=0)[1]
     if args.dataset_name == EMBEDDED_IMAGES:
         refuse_config_name(args)
     rows = _digits() if args.dataset_name == EMBEDDED_IMAGES else load_splits(args, EMBEDDED_IMAGES)

@@ -88,6 +88,26 @@ def eight_bits(image: "Image.Image | None") -> "Image.Image":
     return Image.fromarray(np.rint(values / 257).astype(np.uint8))
 
 
+def augmented(image: np.ndarray, seed: tuple[int, ...], crop_padding: int, flip: bool) -> np.ndarray:
+    """An image ``[channels, height, width]``, cropped at random and, half of the time, mirrored.
+
+    Args:
+        image: of any type.
+        seed: of the generator that is drawn from.
+        crop_padding: pixels of padding before the crop; 0: no crop.
+        flip: whether it may be mirrored.
+    """
+    generator = np.random.default_rng(seed)
+    if crop_padding:
+        height, width = image.shape[1:]
+        top, left = generator.integers(0, 2 * crop_padding + 1, size=2)
+        edge = (crop_padding, crop_padding)
+        image = np.pad(image, ((0, 0), edge, edge))[:, top : top + height, left : left + width]
+    if flip and generator.random() < 0.5:
+        image = image[:, :, ::-1]
+    return np.ascontiguousarray(image)
+
+
 class PixelDataset(TorchDataset[dict[str, Any]]):
     """One split as 8-bit pixels.
 
@@ -151,15 +171,7 @@ class PixelDataset(TorchDataset[dict[str, Any]]):
         return {"rows": len(self), "sha256": content_fingerprint([self.pixels.tobytes(), self.labels.tobytes()])}
 
     def _augment(self, image: np.ndarray, index: int) -> np.ndarray:
-        generator = np.random.default_rng((self.seed, int(self._epoch), index))
-        if self.crop_padding:
-            height, width = image.shape[1:]
-            top, left = generator.integers(0, 2 * self.crop_padding + 1, size=2)
-            edge = (self.crop_padding, self.crop_padding)
-            image = np.pad(image, ((0, 0), edge, edge))[:, top : top + height, left : left + width]
-        if self.flip and generator.random() < 0.5:
-            image = image[:, :, ::-1]
-        return np.ascontiguousarray(image)
+        return augmented(image, (self.seed, int(self._epoch), index), self.crop_padding, self.flip)
 
     def _decode(self, start: int, stop: int) -> np.ndarray:
         # Stock processors may leave the mode of a file as it is, and clip what has more than 8 bits.

@@ -41,7 +41,7 @@ def label_splits(rows: dict[str, "Dataset"], args: LabelledDataArguments, what: 
     Raises:
         UsageError: for a missing or ambiguous column, missing labels, or a part without rows.
     """
-    label_column = _label_column(rows["train"], args.label_column_name)
+    label_column = label_column_of(rows["train"], args.label_column_name)
     for split in rows:
         require_column(rows[split], label_column, "label_column_name", split)
     label_names, labels = _encode_labels(rows, label_column)
@@ -89,7 +89,12 @@ def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, n
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def _label_column(rows: "Dataset", given: str | None) -> str:
+def label_column_of(rows: "Dataset", given: str | None) -> str:
+    """The column with the labels: the one that was given, else one of class labels, else one that is called so.
+
+    Raises:
+        UsageError: if there is none, or several.
+    """
     import datasets
 
     if require_column(rows, given, "label_column_name", "train") is not None:

@@ -26,11 +26,14 @@ from hf_imgproc_attn.training_support.data_loading import (
     refuse_config_name,
     require_column,
 )
+from hf_imgproc_attn.training_support.streams import FIRST_ROWS, Blocks, Stream, StreamedSamples
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 IGNORED_LABEL = -100
+TOKENIZER_ROWS = 10_000
+"""Of a stream: those that a tokenizer is trained on."""
 
 _CHUNK = 1000
 
@@ -57,11 +60,13 @@ def load_text_splits(args: TextDataArguments) -> dict[str, TextSplit]:
     """Load the text, hold out the end of the training split for validation where there is none, apply the limits.
 
     Returns:
-        ``train`` and, where there are any, ``validation`` and ``test``.
+        ``train`` (not with ``streaming``) and, where there are any, ``validation`` and ``test``.
 
     Raises:
         UsageError: for data that cannot be loaded, a missing or ambiguous column, or an empty split.
     """
+    if args.streaming:
+        return load_text_stream(args, seed=0)[1]
     if args.dataset_name == EMBEDDED_TEXT:
         refuse_config_name(args)
         splits = _manual()
@@ -83,6 +88,70 @@ def load_text_splits(args: TextDataArguments) -> dict[str, TextSplit]:
                 f"the {split} split of data set {args.dataset_name!r} has no text in its {len(lines)} rows"
             )
     return {split: TextSplit(lines) for split, lines in splits.items()}
+
+
+@dataclass
+class StreamedText:
+    """The training split as a stream.
+
+    Attributes:
+        stream: its rows.
+        column: with the texts.
+        lines: those of its first rows, of which a tokenizer may be trained.
+    """
+
+    stream: Stream
+    column: str
+    lines: list[str]
+
+    def blocks(
+        self, tokenizer: "PreTrainedTokenizerBase", block_size: int, training_args: "TrainingArguments"
+    ) -> StreamedSamples:
+        """The blocks of one process, as :class:`TokenBlocks` cuts them, without an end."""
+
+        def line(row: dict[str, Any]) -> str | None:
+            text = row[self.column]
+            return None if text is None else _as_line(text)
+
+        def ids(lines: list[str]) -> list[list[int]]:
+            encoded: list[list[int]] = tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"]
+            return encoded
+
+        blocks = Blocks(line, ids, block_size, tokenizer.eos_token_id, IGNORED_LABEL)
+        sha256 = content_fingerprint(line.encode() for line in self.lines[:FIRST_ROWS])
+        return StreamedSamples(self.stream, blocks, training_args, sha256)
+
+
+def load_text_stream(args: TextDataArguments, seed: int) -> tuple[StreamedText, dict[str, TextSplit]]:
+    """The training split as a stream, and the others in memory, where there are any.
+
+    Args:
+        args: the data options.
+        seed: of the order of rows.
+
+    Raises:
+        UsageError: for data that cannot be loaded, a missing or ambiguous column, or an empty split.
+    """
+    import datasets
+
+    rows = load_splits(args, EMBEDDED_TEXT, streaming=True)
+    stream = Stream(rows.pop("train"), args.dataset_name, seed, args.shuffle_buffer)
+    if args.max_train_samples is not None:
+        stream = stream._replace(rows=stream.rows.take(args.max_train_samples))
+    first = stream.first(TOKENIZER_ROWS)
+    column = text_column(datasets.Dataset.from_list(first[:FIRST_ROWS]), args.text_column_name)
+    lines = [_as_line(row[column]) for row in first if row[column] is not None]
+    if not any(line.strip() for line in lines):
+        raise UsageError(f"the first {len(first)} rows of data set {args.dataset_name!r} have no text")
+    others = {}
+    for split, part in rows.items():
+        taken = list(part if args.max_eval_samples is None else part.take(args.max_eval_samples))
+        if taken:
+            require_column(datasets.Dataset.from_list(taken[:1]), column, "text_column_name", split)
+        others[split] = TextSplit([_as_line(row[column]) for row in taken if row[column] is not None])
+        if not any(line.strip() for line in others[split].lines):
+            raise UsageError(f"the {split} split of data set {args.dataset_name!r} has no text in {len(taken)} rows")
+    return StreamedText(stream, column, lines), others
 
 
 def encode(

@@ -7,10 +7,21 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from .bandwidth_bounds import BandwidthBounds
 from .faults import NotFiniteSteps
+from .streams import StreamedSamples
+
+
+class Processes(TrainerCallback, ExportableState):
+    """Writes into every checkpoint how many processes saved it, so that a part that is missing is missed."""
+
+    def state(self) -> dict[str, Any]:
+        """For ``trainer_state.json``."""
+        count = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        return {"args": {}, "attributes": {"count": count}}
 
 
 class ScriptTrainer(Trainer):
@@ -32,6 +43,7 @@ class ScriptTrainer(Trainer):
         self._use_cache = getattr(model.config, "use_cache", None)
         super().__init__(model=model, **options)
         self.add_callback(BandwidthBounds())
+        self.add_callback(Processes())
         if self._use_cache is None:
             self.restore_configuration()
 
@@ -42,6 +54,10 @@ class ScriptTrainer(Trainer):
         return loss
 
     def get_train_dataloader(self) -> DataLoader[Any]:
+        if isinstance(self.train_dataset, StreamedSamples):  # each process has its own: accelerate must not share them
+            pinned = self.args.dataloader_pin_memory
+            batch = self._train_batch_size
+            return DataLoader(self.train_dataset, batch, collate_fn=self.data_collator, pin_memory=pinned)
         return self._patient(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset[Any] | None = None) -> DataLoader[Any]:

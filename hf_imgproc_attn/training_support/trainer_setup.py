@@ -149,7 +149,7 @@ def _check_processes(training_args: "TrainingArguments") -> None:
         )
 
 
-def adapt_to_data(run: Run, train_samples: int, has_validation: bool) -> None:
+def adapt_to_data(run: Run, train_samples: int | None, has_validation: bool) -> None:
     """Defaults that depend on the data; what the user set stays.
 
     The last, incomplete batch of an epoch is dropped (the order is new in every epoch): several processes would fill
@@ -158,7 +158,7 @@ def adapt_to_data(run: Run, train_samples: int, has_validation: bool) -> None:
 
     Args:
         run: from :func:`begin_run`.
-        train_samples: size of the training split.
+        train_samples: size of the training split; None: it is a stream.
         has_validation: whether there is a validation split.
 
     Raises:
@@ -168,7 +168,7 @@ def adapt_to_data(run: Run, train_samples: int, has_validation: bool) -> None:
 
     args = run.training_args
     if "dataloader_drop_last" not in run.arguments.trainer:
-        args.dataloader_drop_last = train_samples >= args.train_batch_size * args.world_size
+        args.dataloader_drop_last = train_samples is None or train_samples >= args.train_batch_size * args.world_size
     if has_validation:
         return
     if args.load_best_model_at_end or (
@@ -208,7 +208,7 @@ def train_and_save(
 
     main = trainer.is_world_process_zero()
     drop_last = bool(run.training_args.dataloader_drop_last)
-    records.check_same_data(run.record, fingerprints, drop_last)
+    records.check_same_data(run.record, fingerprints, drop_last, length_of(trainer.train_dataset))
     if run.resume_from is None:
         for name in ("sessions", "training_seconds"):  # of steps that are trained again
             run.record.pop(name, None)
@@ -274,6 +274,11 @@ def train_and_save(
         if run.training_args.push_to_hub:
             _publish(run.training_args, str(trainer.hub_model_id), run.record["arguments"]["run"]["license"])
     return Result(run.training_args.output_dir, metrics, run.record, trainer)
+
+
+def length_of(rows: Any) -> int | None:
+    """How many samples there are; of a stream None."""
+    return len(rows) if hasattr(rows, "__len__") else None
 
 
 def _trained(

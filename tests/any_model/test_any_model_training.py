@@ -16,6 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is de
 
 FILTERS: dict[str, dict[str, Any]] = {
     "learned": {"preset": "learned_twicing"},
+    "delta": {"preset": "delta"},
     "neutreno": {"preset": "neutreno"},
     "pid": {"preset": "pidformer", "layers": [-2, -1]},
     "elliptical": {"preset": "elliptical", "boosting": "sos"},

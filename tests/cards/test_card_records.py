@@ -35,6 +35,21 @@ def test_baseline_of_another_recipe_is_refused(
         render(images, baseline=changed(stock, **changes))
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("boosted_layers", "-1"), ("filter_stacks", "model.layers"), ("peft_filter", True), ("preset", "twicing")],
+)
+def test_a_baseline_without_the_filter_is_of_the_same_recipe(
+    images: RunResults, stock: RunResults, option: str, value: Any
+) -> None:
+    """Options that choose the filter, and where it is, are what the two are compared in."""
+    run = changed(images, **{f"arguments__model__{option}": value})
+    assert render(run, baseline=stock)
+    overrides = run.record["arguments"]["model"]["config_overrides"]
+    changes = {"arguments__model__config_overrides": [*overrides, "boosting_steps=3"]}
+    assert render(changed(run, **changes), baseline=stock)
+
+
 def test_where_a_baseline_is_kept_and_ran_is_no_difference_of_recipe(images: RunResults, stock: RunResults) -> None:
     options = {"output_dir": "elsewhere", "hub_model_id": "you/other", "push_to_hub": True, "run_name": "x"}
     places = {f"arguments__trainer__{name}": value for name, value in options.items()}

@@ -57,6 +57,7 @@ class Compiler:
                 "case": self.label,
                 "products": binary.asm["ttir"].count("tt.dot"),
                 "shared_memory": binary.metadata.shared,
+                "warp_products": binary.asm["ptx"].count("mma.sync"),
                 "warp_group_products": binary.asm["ptx"].count("wgmma.mma_async"),
                 "bytes": len(binary.asm["cubin"]),
             }
@@ -119,6 +120,16 @@ def composed(compiler: Compiler) -> None:
         apply_once(once._replace(positions=places), x).sum().backward()
 
 
+def decoding(compiler: Compiler) -> None:
+    """One token of a wide group with three streams: the tiles that need most shared memory."""
+    from hf_imgproc_attn.gpu.decode import Cached, decode_attention
+
+    compiler.label, compiler.configuration = "decoding", 0
+    query, key = torch.zeros(1, 8, 1, 128, dtype=torch.bfloat16), torch.zeros(1, 1, LENGTH, 128, dtype=torch.bfloat16)
+    stream = torch.zeros(1, 8, LENGTH - 1, 128, dtype=torch.bfloat16)
+    decode_attention(query, Cached(key, key, [stream] * 3), steps=4)
+
+
 def main() -> None:
     compiler, refused = Compiler(), refusals()
     from hf_imgproc_attn.gpu import fused, launching
@@ -148,6 +159,7 @@ def main() -> None:
         out = fused.fused_attention(query, key, value, mask, positions=positions(kind, 2, length), **options)
         out.sum().backward()
     composed(compiler)
+    decoding(compiler)
     print(json.dumps({"refused": refused, "binaries": compiler.found}))
 
 

@@ -25,6 +25,8 @@ from hf_imgproc_attn.models.kernel_position import BlockedPositions, ClassTokens
 from hf_imgproc_attn.models.kernel_relative import AlibiPositions, BucketPositions, bucket_boundaries
 from hf_imgproc_attn.models.visibility import attention_visibility
 from tests.gpu import composed_cases, model_cases
+from tests.gpu.decode_cases import decoding
+from tests.gpu.hub_cases import hub_kernel
 from tests.gpu.schedules import schedules
 
 Tensors = list[torch.Tensor]
@@ -427,6 +429,8 @@ def main() -> None:
         "cases": [measure(case) for case in CASES],
         **{part.__name__: part() for part in (causality, saved_tensors, operator_checks, compiled, edges, dispatch)},
         **schedules(),
+        **decoding(),
+        **hub_kernel(),
     }
     found["models"] = model_cases.found()
     found["composed"] = composed_cases.found("--full" in sys.argv)

@@ -107,6 +107,44 @@ def test_programs_of_the_wavefront_wait_for_one_another(found: Any) -> None:
     assert schedules["without_waiting"] == "inf"
 
 
+def test_decoding_is_that_of_all_tokens_at_once(found: Any) -> None:
+    """Output and the streams' new rows, against float64: one token or several, chunks, groups, masks over NaN, places.
+
+    Streams in half precision were rounded once when they were cached, and once more here.
+    """
+    for dtype, *errors in found["decoding"]["errors"].values():
+        assert max(errors) < {"float32": 2e-6, "bfloat16": 1e-2, "float16": 1.5e-3}[dtype]
+    assert len(found["decoding"]["calls"]) == 3 + 4
+    assert max(found["decoding"]["calls"]) < 2e-6
+    *errors, times = found["decoding"]["model"]
+    assert max(errors) < 2e-6
+    assert times == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gradient", "decoding has no gradient: no tensor may require one"),
+        ("bandwidth", "decoding has no gradient: no tensor may require one"),
+        ("booster", "boosting must be one of none, twicing, learned, diffusion, sos, got 'exclusive'"),
+        ("steps", "steps must be <= 4, got 5"),
+        ("streams", "2 streams of the cached tokens must fit each other, got (1, 4, 1, 16), (1, 2, 9, 16)"),
+        ("dtype", "must have one dtype, got torch.float32, torch.float32, torch.float32, torch.float16"),
+        ("shape", "1 streams of the cached tokens must fit each other"),
+        ("tokens", "new tokens must be at most 16"),
+        ("width", "widths at most 256, got (1, 1, 1, 264)"),
+    ],
+)
+def test_decoding_refuses_by_name(found: Any, name: str, message: str) -> None:
+    assert message in found["decoding"]["refused"][name]
+
+
+def test_kernel_of_the_hub_computes_the_same(found: Any) -> None:
+    """Beside the package, in one process: twicing with its gradients, then a token and its row of the stream."""
+    assert found["hub_kernel"]["differences"] == [0.0] * 6
+    assert found["hub_kernel"]["operator"].startswith("_imgproc_attention_cuda_")
+
+
 def test_operators_pass_the_checks_of_torch_library(found: Any) -> None:
     checks = found["operator_checks"]
     assert {"test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"} <= set(checks)
@@ -246,12 +284,16 @@ def test_misuse_of_the_filter_applied_once_is_refused(found: Any, name: str, mes
 
 
 def test_kernels_compile_for_a_gpu_that_is_not_there(without_gpu: Any) -> None:
-    """Every kernel, with its largest blocks: on the fast instructions, and within a device's shared memory."""
+    """Every kernel, with its largest blocks: on the fast instructions, and within a device's shared memory.
+
+    The sixteen rows of decoding are too few for a group of warps.
+    """
     binaries = without_gpu["binaries"]
-    assert len({binary["kernel"] for binary in binaries if binary["products"]}) == 13
+    assert len({binary["kernel"] for binary in binaries if binary["products"]}) == 15
     for binary in binaries:
         assert binary["bytes"] > 0
-        assert binary["warp_group_products"] >= binary["products"], binary
+        instructions = "warp_products" if binary["case"] == "decoding" else "warp_group_products"
+        assert binary[instructions] >= binary["products"], binary
         assert binary["shared_memory"] <= SHARED_MEMORY, binary
 
 

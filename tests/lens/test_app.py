@@ -48,7 +48,7 @@ def test_preset_is_shown_beside_the_checkpoint_as_it_is(checkpoints: Path) -> No
     # The checkpoint that is kept in memory has no filter in it.
     again = answer(Question(str(checkpoints / "llama"), text=TOKENS, beside=0, spectra=False, noise=0.0))
     assert again.reports[0].layers[1].kind == "stock attention"
-    assert "Not measured: kernel decomposition by mean effects: it needs at least 2 samples, got 1." in again.summary
+    assert "Not measured: kernel decomposition by mean effects, and maps of position and content" in again.summary
 
 
 @pytest.mark.usefixtures("_undrawn")
@@ -61,7 +61,7 @@ def test_clicked_place_of_an_image_is_its_patch(checkpoints: Path, tmp_path: Pat
     assert report.grid is not None
     rows, columns = report.grid
     assert report.token == report.special + int(0.3 * rows) * columns + columns - 1
-    assert report.data == "the given image, and beside it 1 samples of handwritten digits"
+    assert report.data == "the given image, and beside it 1 sample of handwritten digits"
 
 
 @pytest.mark.parametrize(
@@ -146,13 +146,18 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytes
     assert message in capsys.readouterr().err
 
 
-def test_command_offers_the_models_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_offers_the_models_that_it_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     served: list[Any] = []
     stub = SimpleNamespace(serve=lambda *given: served.append(given))
     monkeypatch.setitem(sys.modules, "hf_imgproc_attn.lens.app", stub)
     monkeypatch.setattr("hf_imgproc_attn.errors.missing_packages", lambda extra: [])
     assert main(["app", "owner/name", "--port", "7861"]) == 0
     assert served == [({"owner/name": "owner/name"}, 7861)]
+    folders = [str(tmp_path / name / "best") for name in ("one", "two")]
+    for folder in folders:
+        Path(folder).mkdir(parents=True)
+    assert main(["app", *folders]) == 0
+    assert served[1] == ({"one/best": folders[0], "two/best": folders[1]}, None)
 
 
 def test_space_asks_for_what_the_app_needs() -> None:

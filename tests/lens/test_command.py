@@ -18,7 +18,7 @@ from hf_imgproc_attn.lens import Report
 from hf_imgproc_attn.lens.compare import write
 from hf_imgproc_attn.lens.figures import Pictures, _noise, _png, _smoothing, _spectra, draw_all
 from hf_imgproc_attn.lens.inputs import load_model, show
-from hf_imgproc_attn.lens.map_figures import draw_maps
+from hf_imgproc_attn.lens.map_figures import draw_maps, draw_removed
 
 
 def test_files_of_a_comparison(look: Path) -> None:
@@ -110,6 +110,46 @@ def test_maps_lie_over_the_image(report: Report) -> None:
     assert plain.axes[0].get_xticklabels()[0].get_text() == "head 0"
 
 
+@pytest.mark.parametrize("heads", [12, 13, 30])
+def test_all_heads_are_drawn(heads: int, report: Report) -> None:
+    """Over an image twelve beside each other, each with its number; of texts below each other."""
+    each = [float(index) for index in range(report.length)]
+    layer = replace(
+        report.layers[0],
+        heads=[replace(report.layers[0].heads[0], head=head) for head in range(heads)],
+        maps={"position": [each] * heads, "product": [each] * heads},
+        method_noise_map=[each] * heads,
+    )
+    for draw, kernels in ((draw_maps, 2), (draw_removed, 1)):
+        figure = draw(report, layer)
+        assert figure is not None
+        assert len(figure.axes) == kernels * -(-heads // 12)
+        labels = [label.get_text() for axes in figure.axes for label in axes.get_xticklabels()]
+        times = kernels if heads > 12 else 1
+        assert sorted(label for label in labels if label.startswith("head")) == sorted(
+            times * [f"head {head}" for head in range(heads)]
+        )
+        figure = draw(replace(report, grid=None), layer)
+        assert figure is not None
+        assert figure.axes[0].get_images()[0].get_array().shape == (heads, report.length)
+
+
+def test_negative_weights_are_orange(report: Report) -> None:
+    """As the page says, and as the coloured texts have them."""
+    layer = replace(report.layers[0], maps={"operator": [[0.0] * report.special + [-1.0, 1.0] + [0.0] * 13] * 4})
+    assert report.length == report.special + 15
+    for given in (replace(report, picture=""), replace(report, picture="", grid=None)):
+        figure = draw_maps(given, layer)
+        assert figure is not None
+        drawn = figure.axes[0].get_images()[0]
+        pixels = np.asarray(drawn.get_array()) if drawn.get_array().ndim == 3 else drawn.to_rgba(drawn.get_array())
+        step = pixels.shape[1] // (report.grid or [1, 1])[1] // 4 if given.grid is not None else 1
+        first = 0 if given.grid is not None else report.special
+        negative, positive = pixels[0, first, :3], pixels[0, first + step, :3]
+        assert negative[0] > negative[2], "orange has more red than blue"
+        assert positive[2] > positive[0], "purple has more blue than red"
+
+
 def test_the_same_numbers_give_the_same_pictures(report: Report, pictures: Pictures) -> None:
     assert _png(_smoothing([report])) == pictures["smoothing"]["all"]
 
@@ -144,6 +184,22 @@ def test_grey_images_are_digits_and_files_are_taken(checkpoints: Path, tmp_path:
     shown = show(model, name, data="photographs", samples=13)
     assert shown.inputs["pixel_values"].shape == (13, 1, 20, 12)
     assert len({float(image.mean()) for image in shown.inputs["pixel_values"]}) == 13
+
+
+def test_real_data_stand_beside_a_users_file(
+    checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (40, 30), (255, 0, 0)).save(tmp_path / "red.png")
+    arguments = ["--input", str(tmp_path / "red.png"), "--noise", "0", "--spectra", "none"]
+    names = [str(checkpoints / "vit"), *arguments, "--output", str(tmp_path / "new")]
+    assert main(["lens", *names, "--beside", "2"]) == 0
+    (held,) = json.loads((tmp_path / "new" / "lens.json").read_text(encoding="utf-8"))
+    assert (held["samples"], held["data"]) == (3, "red.png, and beside it 2 samples of handwritten digits")
+    assert held["layers"][0]["heads"][0]["shares"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["lens", *names, "--beside", "-1", "--force"])
+    assert "beside must be an integer >= 0, got -1" in capsys.readouterr().err
 
 
 def test_token_numbers_are_taken_from_json(checkpoints: Path, tmp_path: Path) -> None:

@@ -75,6 +75,9 @@ def make_call(kind: str) -> FilterCall:
     elif kind == "untied":
         vectors = noise(1, HEADS, LENGTH, WIDTH, seed=5), noise(1, HEADS, LENGTH, WIDTH, seed=6)
         positions = (UntiedPositions(*vectors, per_head, class_tokens),)
+    elif kind == "delta":
+        visibility = padding_visibility(REAL[:, None, None, :], LENGTH, causal=True)
+        booster = Booster("delta", 1, torch.tanh(noise(BATCH, HEADS, LENGTH, 1, seed=10)))
     by_weights = None
     if kind == "local linear":
         visibility = Visibility(LENGTH, LENGTH, causal=True)
@@ -93,7 +96,7 @@ def make_call(kind: str) -> FilterCall:
 
 KINDS = (
     *("local linear", "plain", "causal", "padded", "padded and causal", "gaussian places", "alibi", "untied"),
-    *("sink", "sigmoid", "softpick, padded"),
+    *("sink", "sigmoid", "softpick, padded", "delta"),
 )
 
 
@@ -128,8 +131,11 @@ def test_operator_by_rows_is_the_dense_one(kind: str) -> None:
     operator = reference_attention(filter_logits(call), call, "operator")[1]
     assert operator is not None
     columns = noise(BATCH, HEADS, LENGTH, 3, seed=9)
-    torch.testing.assert_close(apply_operator_by_rows(call, columns), operator @ columns)
-    torch.testing.assert_close(apply_operator_by_rows(call, columns, transposed=True), operator.mT @ columns)
+    for scores in (200, 2**22):
+        torch.testing.assert_close(apply_operator_by_rows(call, columns, scores=scores), operator @ columns)
+        torch.testing.assert_close(
+            apply_operator_by_rows(call, columns, transposed=True, scores=scores), operator.mT @ columns
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)

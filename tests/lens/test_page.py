@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from hf_imgproc_attn.lens import Report
+from hf_imgproc_attn.lens import LayerReport, Report
 from hf_imgproc_attn.lens.definitions import DEFINITIONS, GROUPS, docs_table, learned_definitions
 from hf_imgproc_attn.lens.figures import DRAWINGS, STEPS
 from hf_imgproc_attn.lens.map_figures import draw_maps, draw_removed
 from hf_imgproc_attn.lens.page import PANELS
+from hf_imgproc_attn.lens.report import kinds_of
 from tests.helpers import ROOT, run_command
 from tests.lens.browser import OPTIONS, browser
 
@@ -173,12 +174,22 @@ def test_every_column_of_tables_is_defined(page: str, look: Path) -> None:
     assert {html.unescape(column) for column in columns if not column.startswith("its ")} <= titles
 
 
+def test_filters_of_the_models_are_named(page: str, look: Path) -> None:
+    boosted = "content kernel dot_product, position kernel untied, boosting twicing"
+    for text in (page, (look / "lens.md").read_text(encoding="utf-8")):
+        assert "2 layers, stock attention" in text
+        assert f"2 layers, {boosted}" in text
+    layers = [LayerReport("a", 0, "stock attention"), *(LayerReport("b", i, boosted) for i in (1, 2))]
+    assert kinds_of(Report("m", "x", 1, "d", 1, 2, layers=layers)) == (
+        f"stock attention in layer 0; {boosted} in layers 1, 2"
+    )
+
+
 def test_texts_are_coloured_by_what_the_token_receives(page: str) -> None:
     """A line a kernel, a span a token; what receives most is darkest, and the chosen token is marked."""
     lines = re.findall(r'<p class="tokens"><b>(\w+)</b> (.*?)</p>', page)
-    assert [kernel for kernel, _ in lines] == 2 * ["content", "position", "product"] + 2 * [
-        "content", "position", "product", "operator"
-    ]  # fmt: skip
+    kernels = ["content", "position", "product"]
+    assert [kernel for kernel, _ in lines] == 2 * [*kernels, *kernels, "operator"]
     for _, line in lines:
         spans = re.findall(
             r'<span( class="chosen")? style="background:rgba\(([\d,]+),([\d.]+)\)" title="(.*?)">', line
@@ -188,6 +199,17 @@ def test_texts_are_coloured_by_what_the_token_receives(page: str) -> None:
         strengths = {abs(float(weight)): float(strength) for _, _, strength, weight in spans}
         assert strengths[max(strengths)] == 0.6
         assert all(colour == ("213,94,0" if weight.startswith("-") else "0,114,178") for _, colour, _, weight in spans)
+
+
+def test_models_stand_below_each_other_layer_by_layer(page: str) -> None:
+    """One choice for both: the same layer of each."""
+    section = page[page.index('<section class="panel" id="maps"') :].partition("</section>")[0]
+    assert re.findall(r"<option .*?>(.*?)</option>", section) == ["layer 0", "layer 1"]
+    for number, group in enumerate(re.findall(r'<div id="maps-\d" class="view">(.*?)</div>', section, re.DOTALL)):
+        assert re.findall(r"<figcaption>(.*?)</figcaption>", group) == [
+            f"llama layer {number}",
+            f"gpt2 layer {number}",
+        ]
 
 
 def test_names_of_models_are_no_markup() -> None:
@@ -206,7 +228,7 @@ def test_page_works_in_a_browser(page: str, tmp_path: Path) -> None:
     click = """<script>
     document.querySelector('button[data-panel=maps]').click();
     var select = document.querySelector('#maps select');
-    select.value = 'maps-3'; select.dispatchEvent(new Event('change'));
+    select.value = 'maps-1'; select.dispatchEvent(new Event('change'));
     document.body.dataset.clicked = location.hash;
     </script></body>"""
     file = tmp_path / "page.html"
@@ -219,5 +241,5 @@ def test_page_works_in_a_browser(page: str, tmp_path: Path) -> None:
     assert 'data-ready="yes"' in done.stdout
     assert 'data-clicked="#maps"' in done.stdout
     assert re.findall(r'<section class="panel shown" id="(\w+)"', done.stdout) == ["maps"]
-    assert re.findall(r'<figure id="(maps-\d+)" class="view shown"', done.stdout) == ["maps-3"]
+    assert re.findall(r'<div id="(maps-\d+)" class="view shown"', done.stdout) == ["maps-1"]
     assert re.findall(r'data-panel="(\w+)" aria-selected="true"', done.stdout) == ["maps"]

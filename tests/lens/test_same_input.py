@@ -53,7 +53,7 @@ def test_checkpoints_with_the_same_last_name(tmp_path: Path, monkeypatch: pytest
     assert sorted(pictures) == ["maps_one_best_layer_0.png", "maps_two_best_layer_0.png"]
     assert len(set(pictures.values())) == 2
     page = Path("new/lens.html").read_text(encoding="utf-8")
-    assert page.count("one/best layer 0</option>") == page.count("two/best layer 0</option>") == 2
+    assert page.count("one/best layer 0</figcaption>") == page.count("two/best layer 0</figcaption>") == 2
 
 
 @pytest.mark.parametrize("again", ["m/gpt2/", "./m/gpt2", "m/../m/gpt2", "link"])

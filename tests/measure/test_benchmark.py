@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,46 @@ def test_ctrl_c_keeps_the_finished_rows_and_an_earlier_record(
     (tmp_path / "costs.partial.json").unlink()
     monkeypatch.setattr(decoding, "run_decoding", nothing)
     assert main(words) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["costs.json"]
+
+
+def test_a_suite_that_is_run_again_goes_into_the_record_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, *_ = decoding.run_decoding(8, fields=whole_models.GPT2_TINY, device="cpu", budget=0.0, say=quiet)
+    monkeypatch.setattr(decoding, "run_decoding", lambda *args, **options: iter([first]))
+    output = tmp_path / "costs.json"
+    words = ["benchmark", "--suite", "decode", "--quick", "--threads", "1", "--output", str(output), "--merge"]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "merge needs a record of a benchmark at output" in capsys.readouterr().err
+    others = [{**asdict(first), "suite": suite} for suite in ("attention", "decode", "models")]
+    before = {
+        "quick": True,
+        "partial": False,
+        "dtype": "float32",
+        "threads": 1,
+        "device": {"name": "old"},
+        "versions": {"torch": "1"},
+        "git": {"revision": "abc"},
+        "seconds": 3.0,
+        "rows": others,
+    }
+    output.write_text(json.dumps({**before, "threads": 2}), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "merge needs a record with threads 1, got 2" in capsys.readouterr().err
+    output.write_text(json.dumps(before), encoding="utf-8")
+    for _ in range(2):  # what is kept says so again when it is kept once more
+        assert main(words) == 0
+        record = json.loads(output.read_text(encoding="utf-8"))
+        assert [row["suite"] for row in record["rows"]] == ["attention", "decode", "models"]
+        assert record["rows"][1] == json.loads(json.dumps(asdict(first)))
+        assert record["versions"]["torch"] == torch.__version__
+        assert [(kept["suites"], kept["git"]) for kept in record["kept"]] == [
+            (["attention"], {"revision": "abc"}),
+            (["models"], {"revision": "abc"}),
+        ]
     assert [path.name for path in tmp_path.iterdir()] == ["costs.json"]
 
 

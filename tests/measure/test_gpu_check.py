@@ -124,9 +124,15 @@ def test_rehearsal_covers_every_back_end(rehearsal: Record) -> None:
     methods = {case["about"]["method"] for case in measured}
     # The memory-efficient and cuDNN kernels of SDPA are a GPU's.
     assert methods == {
-        "triton single_pass", "triton general", "triton short", "SDPA flash", "SDPA maths", "sdpa", "blocked", "flex",
+        "triton single_pass", "triton general", "triton short", "triton wavefront", "triton decode",
+        "triton composed", "triton in chunks", "triton with dropout",
+        "SDPA flash", "SDPA maths", "sdpa", "blocked", "flex",
         "flex, called directly", "flex, several lengths",
     }  # fmt: skip
+    decoded = [case for case in measured if case["about"]["method"] == "triton decode"]
+    assert {case["about"]["dtype"] for case in decoded} == {"bfloat16", "float16"}
+    assert max(case["values"]["multiples"]["output"] for case in decoded) <= 5.0
+    measured = [case for case in measured if case not in decoded]
     assert {case["about"]["filter"] for case in measured} == set(tensors.FILTERS)
     for case in measured:
         parts = {"output"} if case["about"]["backend"].startswith("flex") else {"output", "dQ", "dK", "dV"}

@@ -10,8 +10,16 @@ from typing import Any
 import pytest
 
 from hf_imgproc_attn.errors import UsageError
-from hf_imgproc_attn.measure.gpu_check import report
-from hf_imgproc_attn.measure.gpu_check.choices import KINDS, MeasuredOrder, cuda_choices
+from hf_imgproc_attn.measure.gpu_check import decoding, part_times, report
+from hf_imgproc_attn.measure.gpu_check.choices import (
+    KINDS,
+    MeasuredAlgorithms,
+    MeasuredOrder,
+    algorithm_choices,
+    algorithms_source,
+    cuda_choices,
+)
+from hf_imgproc_attn.measure.gpu_check.goals import GOALS, goal_lines
 from hf_imgproc_attn.models import backend_measured
 from hf_imgproc_attn.models.backend_measured import SAFE, cuda_order
 from tests.helpers import ROOT
@@ -110,6 +118,8 @@ def test_committed_pages_are_what_the_committed_record_says() -> None:
     assert report.paragraph(record).join(report.PARAGRAPH_MARKS) in compatibility
     table = (ROOT / report.TABLE).read_text(encoding="utf-8")
     assert report.table_source(record).join(report.TABLE_MARKS) in table
+    algorithms = (ROOT / report.ALGORITHMS).read_text(encoding="utf-8")
+    assert algorithms_source(record).join(report.TABLE_MARKS) in algorithms
 
 
 def test_without_a_record_everything_says_not_measured() -> None:
@@ -159,7 +169,7 @@ def test_a_part_that_was_not_run_says_so() -> None:
 
 
 def test_render_writes_a_checkout(tmp_path: Path) -> None:
-    for name in (report.PAGE, report.COMPATIBILITY, report.TABLE):
+    for name in (report.PAGE, report.COMPATIBILITY, report.TABLE, report.ALGORITHMS):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     found = tmp_path / "gpu.json"
@@ -216,6 +226,52 @@ def test_what_was_timed_on_some_filters_of_a_kind_only_is_not_compared() -> None
         ("columns", False, ("blocked", "sdpa")),
         ("columns", True, ("sdpa", "blocked")),
     ]
+
+
+def test_algorithms_are_ordered_by_their_own_time_in_each_direction() -> None:
+    """Forward 3 ms against 2; forward + backward 4.4 and 4: 1.4 for the gradients against 2."""
+    record = a_record()
+    record["parts"]["c"] = part(
+        [
+            timed("twicing", "triton general", 1.5, 2.2),
+            timed("twicing", "triton wavefront", 1.0, 2.0),
+            timed("twicing", "triton", 0.1, 0.1),
+            timed("twicing, 3 steps", "triton single_pass", 0.1, 0.1),
+        ]
+    )
+    assert algorithm_choices(record) == (
+        MeasuredAlgorithms("NVIDIA H100", True, False, 96, 2048, 64, ("wavefront", "general")),
+        MeasuredAlgorithms("NVIDIA H100", True, True, 96, 2048, 64, ("general", "wavefront")),
+    )
+    assert '("NVIDIA H100", True, True, 96, 2048, 64, ("general", "wavefront")),' in algorithms_source(record)
+    name, case = timed("twicing", "triton wavefront", 1.0, 1.0, "wrong")
+    record["parts"]["b"]["cases"][name] = {"about": case["about"], "status": "wrong"}
+    assert algorithm_choices(record) == ()  # one is nothing to compare with
+    assert algorithm_choices(None) == ()
+
+
+def test_goals_say_what_was_reached_and_by_what() -> None:
+    record = a_record()
+    about = {"what": "decoding", "filter": "twicing, one token", "backend": "triton decode", "graph": True}
+    about |= {"shape": [1, 12, 4096, 64], "is_causal": True}
+    values = {"milliseconds": 0.01, "plain_milliseconds": 0.007, "ratio": 1.45, "ratio_low": 1.4, "ratio_high": 1.5}
+    record["parts"]["c"]["cases"]["token"] = {"about": about, "status": "measured", "values": values}
+    assert goal_lines(record) == [
+        "twicing, ViT-B's shape, forward: goal 1.15, not measured",
+        "twicing, ViT-B's shape, forward + backward: goal 1.30, not measured",
+        "twicing, causal, 2,048 tokens, width 64, forward: goal 1.30, missed: 1.40 by flex",
+        "twicing, causal, 2,048 tokens, width 64, forward + backward: goal 1.40, missed: 1.50 by flex",
+        "twicing, one token after 4,096: goal 1.50, met: 1.45 by triton decode",
+        "twicing in GPT-2 small, one token after 4,096: goal 1.10, not measured",
+    ]
+    assert "twicing, one token after 4,096: goal 1.50, met: 1.45 by triton decode" in report.summary(record)
+    row = "| triton decode | (1, 12, 4096, 64) | CUDA graph | 1.45 (1.40 to 1.50) | 10 / 7 |"
+    assert row in report.page(record).splitlines()
+
+
+def test_goals_are_of_shapes_that_are_timed() -> None:
+    timed_at = {shape.size for shape in (*part_times.SHAPES, *decoding.SHAPES)}
+    assert {tuple(goal.about["shape"]) for goal in GOALS if "shape" in goal.about} <= timed_at
 
 
 def test_a_rehearsal_and_a_single_back_end_give_no_rows() -> None:

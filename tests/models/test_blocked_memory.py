@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_imgproc_attn.models.backend_blocked import run as run_blocked
+from hf_imgproc_attn.models.backend_table import run_filter
 from hf_imgproc_attn.models.boost_weights import LocalLinear, Robust
 from hf_imgproc_attn.models.kernel_position import BlockedPositions, GaussianPositions
 from hf_imgproc_attn.models.kernel_relative import AlibiPositions, BucketPositions, bucket_boundaries
@@ -96,6 +97,22 @@ def test_memory_of_boosters_that_look_at_single_weights_is_linear(by_weights: An
     short, long = (peak_of_weights(length, is_causal, by_weights) for length in (1024, 4096))
     assert long < 4096 * 4096 * 4 / 2
     assert long < 4.3 * short
+
+
+@pytest.mark.parametrize("backend", ["blocked", "sdpa"])
+def test_memory_of_delta_is_linear(backend: str) -> None:
+    torch.manual_seed(0)
+    peaks = []
+    for length in (1024, 4096):
+        leaves = [torch.randn(1, 1, length, 4, requires_grad=True) for _ in range(3)]
+        with Memory() as memory:
+            dropout = 0.1 if backend == "blocked" else 0.0
+            run_filter(
+                filter_call(*leaves, is_causal=True, boosting="delta", dropout=dropout), backend
+            ).sum().backward()
+        peaks.append(memory.peak)
+    assert peaks[1] < 4096 * 4096 * 4 / 2
+    assert peaks[1] < 4.3 * peaks[0]
 
 
 def test_the_memory_meter_sees_a_matrix() -> None:

@@ -48,6 +48,7 @@ REFUSED_PAIRS: list[tuple[Fields, str]] = [
         "'elliptical' cannot be combined with",
     ),
     ({"position_kernel": "forget", "normalisation": "sinkhorn"}, "needs attention with"),
+    ({"boosting": "delta", "normalisation": "sinkhorn"}, "needs attention with"),
     *(
         ({"content_kernel": "gaussian", "normalisation": name}, f"normalisation '{name}' cannot be combined with")
         for name in SEEING_ROW_CONSTANTS
@@ -193,6 +194,11 @@ def build(backbone: str, fields: Fields, implementation: str) -> Any:
         names = [positions] if isinstance(positions, str) else positions
         plain = ["none" if name == "forget" else name for name in names]
         fields = {**fields, "position_kernel": plain[0] if isinstance(positions, str) else plain}
+    boosters = fields.get("boosting", ())
+    if backbone == "vit" and "delta" in boosters:  # likewise
+        names = [boosters] if isinstance(boosters, str) else boosters
+        other = ["learned" if name == "delta" else name for name in names]
+        fields = {**fields, "boosting": other[0] if isinstance(boosters, str) else other}
     config = config_of(backbone, fields, learn_bandwidths=True, attn_implementation=implementation)
     return sharpen_(model_class(config), std=1.5).double()
 

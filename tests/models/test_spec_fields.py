@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from hf_imgproc_attn.models import spec_axes, spec_fields
 from hf_imgproc_attn.models.boost_depth import FEEDBACK, RESIDUAL
-from hf_imgproc_attn.models.boost_operators import BOOSTING, extra_streams
+from hf_imgproc_attn.models.boost_operators import BOOSTING, SEQUENTIAL, extra_streams
 from hf_imgproc_attn.models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from hf_imgproc_attn.models.configuration_imgproc_vit import ImgProcViTConfig
 from hf_imgproc_attn.models.kernel_content import CONTENT_COLUMNS, CONTENT_LOGITS
@@ -141,6 +141,7 @@ TABLE = {
     "sinkhorn": ("dot_product", "additive", "none", 2, "standard", "none", False),
     "forgetting": ("dot_product", "forget", "none", 2, "standard", "none", False),
     "differential": ("dot_product", "additive", "differential", 2, "standard", "none", False),
+    "delta": ("dot_product", "additive", "delta", 2, "standard", "none", False),
 }
 
 
@@ -148,7 +149,7 @@ TABLE = {
 def test_presets_are_those_of_the_papers(tiny: Callable[..., Any], preset: str) -> None:
     """The named variants, and whether they learn their bandwidths; nothing comes before layer 0."""
     if preset not in presets_of(tiny):
-        with pytest.raises(Exception, match="'sinkhorn' scales|'forget' sums"):
+        with pytest.raises(Exception, match="'sinkhorn' scales|'forget' sums|'delta' corrects"):
             tiny(preset)
         return
     config = tiny(preset)
@@ -328,14 +329,14 @@ def test_registries_have_the_allowed_keys() -> None:
     """A value that validation lets through has its function, and no function is unreachable."""
     # A cosine is the dot product of vectors that the layer makes.
     assert set(CONTENT_LOGITS) == set(CONTENT_COLUMNS) == set(spec_axes.CONTENT_KERNELS) - {"cosine"}
-    # An alias, the boosters that have several maps, and those that look at single weights.
-    others = {"osher", "gradient_boosted", "differential", *spec_axes.WEIGHTS_ONE_BY_ONE}
+    # An alias, the boosters with several maps, the one that needs rows in order, those that look at weights.
+    others = {"osher", "gradient_boosted", "differential", *SEQUENTIAL, *spec_axes.WEIGHTS_ONE_BY_ONE}
     assert set(BOOSTING) == set(spec_axes.BOOSTINGS) - others
     assert set(RESIDUAL) == set(spec_axes.RESIDUALS)
     assert set(FEEDBACK) == set(spec_axes.FEEDBACKS)
-    streams = {name: extra_streams(name, 3) for name in (*BOOSTING, "gradient_boosted")}
+    streams = {name: extra_streams(name, 3) for name in (*BOOSTING, *SEQUENTIAL, "gradient_boosted")}
     streams = {name: count for name, count in streams.items() if count}
-    assert streams == {"twicing": 2, "learned": 1, "diffusion": 2, "sos": 2, "gradient_boosted": 4}
+    assert streams == {"twicing": 2, "learned": 1, "diffusion": 2, "sos": 2, "delta": 1, "gradient_boosted": 4}
 
 
 def test_filter_spec_needs_neither_torch_nor_transformers(run_python: RunPython) -> None:

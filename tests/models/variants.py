@@ -114,6 +114,7 @@ RIVALS = (
     "sinkhorn",
     "forgetting",
     "differential",
+    "delta",
 )
 """Presets with one value: files of their own test each, and tests of whole models leave it at layers of ``CUSTOM``."""
 VARIANTS = (*(name for name in PRESETS if name not in RIVALS), *CUSTOM)

@@ -148,6 +148,15 @@ def test_only_what_is_new_is_measured_again(kept: dict[str, Path], monkeypatch: 
     assert asked == [{"sigmas": [0.3], "attacks": (), "corruptions": ()}]
 
 
+def test_a_model_that_computes_something_else_now_is_not_measured_further(kept: dict[str, Path]) -> None:
+    before = check_settings({"sigmas": [0.1]}, IMAGES, "digits")
+    first = measure(kept["digits"], IMAGES, before, "test")
+    first[0] = {**first[0], "value": first[0]["value"] + 0.05}
+    more = check_settings({"sigmas": [0.1], "corruptions": ["contrast"], "severities": [1]}, IMAGES, "digits")
+    with pytest.raises(UsageError, match=r"digits-softmax-seed0 must give the accuracy on clean data that its record"):
+        measure(kept["digits"], IMAGES, more, "test", (before, first))
+
+
 @pytest.mark.parametrize(
     ("task", "settings", "message"),
     [

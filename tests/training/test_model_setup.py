@@ -77,7 +77,7 @@ def test_scalar_filter_parameters_are_left_out_of_weight_decay(preset: str, tmp_
         assert bool(scalars) == (
             model.config.learn_bandwidths
             or spec.position_kernel == "relative_buckets"
-            or spec.boosting in ("learned", "inversion", "differential")
+            or spec.boosting in ("learned", "inversion", "differential", "delta")
             or spec.normalisation == "sink"
             or spec.feedback == "value_residual"
             or (has_class_token and spec.compares_positions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -243,10 +244,24 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, allowed: int) ->
     assert (record["status"], record["steps"]) == ("finished", 60)
 
 
+BOTH = """
+import {module} as script
+for words in {runs}:
+    assert script.main(words) == 0
+"""
+
+
+def half_way(folder: Path, copy: Path) -> None:
+    """A copy of a run of eight steps as it was after the fourth."""
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("checkpoint-8"))
+    record = {**read_record(copy), "status": "running"}
+    (copy / "run.json").write_text(json.dumps(record), encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("script", "extra"),
     [
-        (IMAGE_SCRIPT, "--random_crop_padding 1 --horizontal_flip"),
+        (IMAGE_SCRIPT, "--random_crop_padding 1 --horizontal_flip --max_train_samples 40"),
         # So few lines that there is a second epoch, and that the filled last block, with fewer tokens, takes part.
         (TEXT_SCRIPT, "--max_train_samples 50"),
     ],
@@ -254,15 +269,27 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, allowed: int) ->
 def test_two_processes_give_the_losses_of_one_with_twice_the_batch(tmp_path: Path, script: str, extra: str) -> None:
     words = f"--preset bilateral_twicing --max_steps 8 --logging_steps 1 --learning_rate 1e-2 {extra}"
     words += " --max_eval_samples 51"
-    one = run_here(script, tmp_path / "one", f"{words} --per_device_train_batch_size 8")
+    saving = " --save_strategy steps --save_steps 4" if script == IMAGE_SCRIPT else ""
+    one = run_here(script, tmp_path / "one", f"{words} --per_device_train_batch_size 8{saving}")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    two_options = options(script, tmp_path / "two", f"{words} --per_device_train_batch_size 4")
+    two_words = f"{words} --per_device_train_batch_size 4{saving}"
+    runs = [options(script, tmp_path / "two", two_words)]
+    if saving:
+        half_way(tmp_path / "one", tmp_path / "from one to two")
+        runs.append(options(script, tmp_path / "from one to two", f"{two_words} --resume"))
+    else:  # each process reads its own rows of a stream
+        lines = "\n".join(f"line {number} of them" for number in range(200))
+        (tmp_path / "lines.txt").write_text(lines, encoding="utf-8")
+        stream = f"--dataset_name {tmp_path / 'lines.txt'} --streaming --max_steps 3 --max_eval_samples 5"
+        runs.append(options(script, tmp_path / "stream", stream))
+    both = tmp_path / "both.py"
+    both.write_text(BOTH.format(module=script.removesuffix(".py"), runs=runs), encoding="utf-8")
     result = run_command(
-        [prepared_python(), *launcher, str(ROOT / "training" / script), *two_options],
-        env=environment(),
+        [prepared_python(), *launcher, str(both)],
+        env={**environment(), "PYTHONPATH": f"{ROOT / 'training'}:{ROOT}"},
         timeout=240,
     )
     assert result.returncode == 0, result.stderr
@@ -272,11 +299,25 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(tmp_path: Pat
     for (_, single), (_, double) in zip(one["train_loss"], two["train_loss"], strict=True):
         assert double == pytest.approx(single, rel=1e-4)
     # Agreement of models that learn, not of models that stand still.
-    assert abs(one["train_loss"][-1][1] - one["train_loss"][0][1]) > 0.05
+    losses = [loss for _, loss in one["train_loss"]]
+    assert max(losses) - min(losses) > 0.05
     for split in ("validation", "test"):
         for name, value in one["metrics"][split].items():
             if name in ("accuracy", "perplexity", "word_perplexity"):
                 assert two["metrics"][split][name] == pytest.approx(value, rel=1e-3)
-    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-3
+    if not saving:
+        stream_record = read_record(tmp_path / "stream")
+        assert (stream_record["status"], stream_record["steps"]) == ("finished", 3)
+    ours = load_file(tmp_path / "one" / "model.safetensors")
+    others = ["two"]
+    if saving:  # half of the steps in another number of processes, or in one that accumulates gradients
+        half_way(tmp_path / "two", tmp_path / "from two to one")
+        accumulated = "--per_device_train_batch_size 4 --gradient_accumulation_steps 2 --resume"
+        run_here(script, tmp_path / "from two to one", f"{words} {accumulated}{saving}")
+        others += ["from one to two", "from two to one"]
+    for other in others:
+        record, theirs = read_record(tmp_path / other), load_file(tmp_path / other / "model.safetensors")
+        for (_, single), (_, same) in zip(one["train_loss"][-4:], record["train_loss"][-4:], strict=True):
+            assert same == pytest.approx(single, rel=1e-4)
+        assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-3
     assert torch.cat([tensor.flatten() for tensor in ours.values()]).abs().max() > 0.1

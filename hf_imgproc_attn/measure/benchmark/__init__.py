@@ -8,13 +8,14 @@ results are wrong is not timed, and what would take too long or too much memory 
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -42,6 +43,7 @@ def run(
     limits: Limits = LIMITS,
     output: str | Path | None = None,
     force: bool = False,
+    merge: bool = False,
 ) -> dict[str, Any]:
     """Run suites, print tables, write JSON and a plot beside it.
 
@@ -56,13 +58,15 @@ def run(
             ``budget`` is the seconds that the rounds of one table may take.
         output: a JSON file; None writes none. The plot of the attention suite has its name with ``.png``.
         force: replace files that are there.
+        merge: put the rows into the record at ``output``, whose other suites stay; ``kept`` then says which, with the
+            versions and the source that they were measured with.
 
     Returns:
         The record: settings, versions, device and ``rows``, one dictionary for each :class:`Row`.
 
     Raises:
-        UsageError: for an unknown suite or dtype, a device that is not there, or (without ``force``) an output that
-            is.
+        UsageError: for an unknown suite or dtype, a device that is not there, (without ``force`` and ``merge``) an
+            output that is, or with ``merge`` one of other settings or none.
         KeyboardInterrupt: after Ctrl-C, once what was measured by then is printed and written, marked as ``partial``,
             to :func:`partial_file`; a record of an earlier call stays.
     """
@@ -78,7 +82,9 @@ def run(
         raise UsageError(f"device must be there, got {device!r}, and torch sees no GPU")
     if output is not None:  # before minutes of work whose results could not be written
         require_extras("viz")
-        check_new_files(output_files(output, suites), force)
+        check_new_files(output_files(output, suites), force or merge)
+    settings = {"quick": quick, "partial": False, "dtype": dtype, "threads": threads or torch.get_num_threads()}
+    earlier = _earlier(output, settings) if merge else None
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     started = time.perf_counter()
@@ -105,10 +111,12 @@ def run(
         "versions": package_versions(),
         "git": git_state(),
         "seconds": round(time.perf_counter() - started, 1),
-        "slopes": slope_rows(rows),
         "rows": rows,
     }
     print(render(rows))
+    if earlier is not None and interrupt is None:
+        _merge(record, earlier)
+    record["slopes"] = slope_rows(record["rows"])
     for item in record["slopes"]:
         print(f"{item['kind']}, {item['method']}, {item['direction']}: {item['value']} grows as N^{item['exponent']}")
     if not quick:
@@ -117,11 +125,43 @@ def run(
         path = Path(output) if interrupt is None else partial_file(output)
         write_or_keep(path, lambda file: write_json(file, record))
         if "attention" in suites and interrupt is None:
-            write_or_keep(path.with_suffix(".png"), lambda file: draw(rows, file))
+            write_or_keep(path.with_suffix(".png"), lambda file: draw(record["rows"], file))
         print(f"written to {path}")
     if interrupt is not None:
         raise interrupt
     return record
+
+
+def _earlier(output: str | Path | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """The record that new rows are put into.
+
+    Raises:
+        UsageError: if there is none, or its settings are others: rows of two kinds would stand in one table.
+    """
+    try:
+        earlier = json.loads(Path(output or "").read_text(encoding="utf-8"))
+        unknown = {row["suite"] for row in earlier["rows"]} - set(SUITES)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"merge needs a record of a benchmark at output, got {str(output)!r}: {error!r}") from error
+    if unknown:
+        raise UsageError(f"merge needs suites among {', '.join(SUITES)}, got {', '.join(sorted(unknown))} in {output}")
+    for name, value in settings.items():
+        if earlier.get(name, False) != value:
+            raise UsageError(f"merge needs a record with {name} {value!r}, got {earlier.get(name)!r} in {output}")
+    return cast(dict[str, Any], earlier)
+
+
+def _merge(record: dict[str, Any], earlier: dict[str, Any]) -> None:
+    """Put the rows of suites that were not run again into a record, and what they were measured with."""
+    again = {row["suite"] for row in record["rows"]}
+    rows = [*(row for row in earlier["rows"] if row["suite"] not in again), *record["rows"]]
+    record["rows"] = sorted(rows, key=lambda row: SUITES.index(row["suite"]))
+    of_suites = {suite: found for found in earlier.get("kept", []) for suite in found["suites"]}
+    kept: list[dict[str, Any]] = []
+    for suite in dict.fromkeys(row["suite"] for row in record["rows"] if row["suite"] not in again):
+        found = of_suites.get(suite, earlier)
+        kept.append({"suites": [suite], **{name: found[name] for name in ("versions", "git", "device", "seconds")}})
+    record["kept"] = kept
 
 
 def partial_file(output: str | Path) -> Path:

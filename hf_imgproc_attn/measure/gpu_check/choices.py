@@ -79,6 +79,77 @@ def cuda_choices(record: dict[str, Any] | None) -> tuple[MeasuredOrder, ...]:
     )
 
 
+ALGORITHMS = "triton ", "two_calls "
+"""How the back-ends are called that are single algorithms of twicing, of which ``gpu/measured.py`` holds a table."""
+
+
+class MeasuredAlgorithms(NamedTuple):
+    """A row of the table of algorithms; the names are those in ``gpu/measured.py``.
+
+    Attributes:
+        device: its name.
+        is_causal: whether query i sees keys j <= i only.
+        backward: whether it is for gradients.
+        items: batch times heads.
+        length: tokens.
+        head_dim: width of a head.
+        order: algorithms, fastest first.
+    """
+
+    device: str
+    is_causal: bool
+    backward: bool
+    items: int
+    length: int
+    head_dim: int
+    order: tuple[str, ...]
+
+
+def algorithm_choices(record: dict[str, Any] | None) -> tuple[MeasuredAlgorithms, ...]:
+    """The table of a record: what twicing costs by each of the kernels' algorithms.
+
+    For gradients it is the time of forward and backward together, less that of forward by the same algorithm.
+
+    Args:
+        record: of ``gpu-check``; None, or one of a rehearsal, gives an empty table.
+    """
+    if record is None or record["environment"]["device"]["type"] != "cuda":
+        return ()
+    cases = [case for letter in "bc" for case in _cases(record, letter)]
+    wrong = {case["about"].get("backend") for case in cases if case["status"] in BAD}
+    wrong |= {case["about"].get("method") for case in cases if case["status"] in BAD}
+    device = record["environment"]["device"]["name"]
+    costs: dict[tuple[str, bool, bool, int, int, int], dict[str, float]] = {}
+    for case in _cases(record, "c"):
+        about, backend = case["about"], case["about"].get("backend") or ""
+        if case["status"] != MEASURED or about.get("filter") != "twicing" or about["graph"] or backend in wrong:
+            continue
+        if not backend.startswith(ALGORITHMS):
+            continue
+        batch, heads, length, head_dim = about["shape"]
+        forward, both = (found["milliseconds"] for found in case["values"]["directions"].values())
+        for backward, cost in ((False, forward), (True, both - forward)):
+            key = (device, about["is_causal"], backward, batch * heads, length, head_dim)
+            costs.setdefault(key, {})[backend.removeprefix("triton ")] = cost
+    return tuple(
+        MeasuredAlgorithms(*key, tuple(sorted(found, key=lambda name: (found[name], name))))
+        for key, found in sorted(costs.items())
+        if len(found) >= 2
+    )
+
+
+def algorithms_source(record: dict[str, Any] | None) -> str:
+    """The measured algorithms as Python, for ``gpu/measured.py``."""
+    rows = algorithm_choices(record)
+    if not rows:
+        return "MEASURED: tuple[Row, ...] = ()"
+    lines = []
+    for device, is_causal, backward, items, length, head_dim, order in rows:
+        names = ", ".join(f'"{name}"' for name in order)
+        lines.append(f'    ("{device}", {is_causal}, {backward}, {items}, {length}, {head_dim}, ({names})),')
+    return "\n".join(["MEASURED: tuple[Row, ...] = (", *lines, ")"])
+
+
 def _order(costs: dict[str, list[float]]) -> tuple[str, ...]:
     comparable = _comparable(costs)
     return tuple(sorted(comparable, key=lambda backend: (comparable[backend], backend)))

@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ...gpu import supports
 from ..benchmark.attention import Shape
+from . import decoding
 from .parts import Bench, Case, Refused, Wrong
 from .tensors import BY_PLACE, FILTERS, Attend, Inputs, attend, by_place, draw, exact, relative_error, results
 
@@ -42,7 +43,7 @@ SDPA_KERNELS = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "maths": SDPBackend.MATH,
 }
-_FIRST = 6
+_FIRST = 8
 """Triton cases that come before all else: those whose kernels part c needs compiled."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -83,6 +84,7 @@ def cases(bench: Bench) -> list[Case]:
     triton = _triton(bench)
     for name, shape, dtype, algorithm in triton[:_FIRST]:
         add(f"triton {algorithm}", triton_algorithm(algorithm, name), name, shape, dtype, 120.0)
+    found += decoding.error_cases(bench)
     for shape in shapes:
         for name in ("plain", "twicing"):
             for kernel in SDPA_KERNELS:
@@ -97,6 +99,9 @@ def cases(bench: Bench) -> list[Case]:
                     add(backend, attend(name, backend), name, bidirectional, dtype)
     for name, shape, dtype, algorithm in triton[_FIRST:]:
         add(f"triton {algorithm}", triton_algorithm(algorithm, name), name, shape, dtype, 120.0)
+    from .composed import cases as composed  # it compares as this module does
+
+    found += composed(bench)
     for kernel in SDPA_KERNELS:
         for name in ("bilateral untied", "bilateral gaussian", "additive bias"):
             add(f"SDPA {kernel}", forced(kernel, attend(name, "sdpa")), name, causal, "bfloat16")
@@ -128,15 +133,19 @@ def _triton(bench: Bench) -> list[tuple[str, Shape, str, str]]:
             ("twicing, Gaussian by place", TINY_CAUSAL, "bfloat16", "single_pass"),
             ("ALiBi by place", TINY_BIDIRECTIONAL, "float16", "general"),
             ("twicing, buckets by place", TINY_BIDIRECTIONAL, "bfloat16", "short"),
+            ("twicing", TINY_CAUSAL, "bfloat16", "wavefront"),
         ]
     return [
         ("twicing", LONG, "bfloat16", "single_pass"),
         ("twicing", BIDIRECTIONAL, "bfloat16", "short"),
+        ("twicing", LONG, "bfloat16", "wavefront"),
         ("twicing", LONG, "bfloat16", "general"),
         ("twicing", LONG_WIDE, "bfloat16", "single_pass"),
+        ("twicing", LONG_WIDE, "bfloat16", "wavefront"),
         ("twicing", LONG_WIDE, "bfloat16", "general"),
         ("twicing", BIDIRECTIONAL, "bfloat16", "general"),
         ("twicing, Gaussian by place", LONG, "bfloat16", "single_pass"),
+        ("twicing, Gaussian by place", LONG, "bfloat16", "wavefront"),
         ("twicing, Gaussian by place", LONG, "bfloat16", "general"),
         ("twicing, Gaussian by place", BIDIRECTIONAL, "bfloat16", "short"),
         ("ALiBi by place", CAUSAL, "float16", "general"),
@@ -145,6 +154,7 @@ def _triton(bench: Bench) -> list[tuple[str, Shape, str, str]]:
         ("twicing, buckets by place", CAUSAL, "float16", "general"),
         ("twicing", CAUSAL, "float16", "single_pass"),
         ("twicing, hidden keys", CAUSAL, "bfloat16", "single_pass"),
+        ("twicing, hidden keys", CAUSAL, "float16", "wavefront"),
         ("twicing, hidden keys", BIDIRECTIONAL, "bfloat16", "short"),
         ("twicing, hidden keys", BIDIRECTIONAL, "float16", "general"),
         ("twicing", Shape(1, 2, 300, 96, is_causal=False), "bfloat16", "general"),
@@ -248,7 +258,15 @@ def plain_errors(shape: Shape, dtype: str, device: str) -> list[float]:
 def compare(setting: Setting, run: Attend, backward: bool, seconds_left: float) -> dict[str, Any]:
     """Errors of a method, and as multiples of plain attention's."""
     inputs, truth = _truth(setting.filter, setting.shape)
-    got = results(run, inputs.to(DTYPES[setting.dtype], setting.device), backward)
+    return against_plain(setting, results(run, inputs.to(DTYPES[setting.dtype], setting.device), backward), truth)
+
+
+def against_plain(setting: Setting, got: list[torch.Tensor], truth: list[torch.Tensor]) -> dict[str, Any]:
+    """Errors of what was got, and as multiples of plain attention's.
+
+    Raises:
+        Wrong: for results that are off, or a yardstick that is.
+    """
     yardstick = plain_errors(setting.shape, setting.dtype, setting.device)
     if not all(error <= LARGEST_YARDSTICK[setting.dtype] for error in yardstick):
         allowed = LARGEST_YARDSTICK[setting.dtype]

@@ -13,19 +13,25 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.attention import sdpa_kernel
+from torch.nn.attention import restore_flash_attention_impl, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from ...gpu import flash
 from ..benchmark.attention import Shape
 from ..benchmark.timing import interleave, peak_memory
+from . import decoding
+from .composed import with_dropout
 from .part_backends import SDPA_KERNELS, compiled_flex, forced, triton_algorithm
 from .parts import Bench, Case, Refused, Wrong
 from .tensors import FILTERS, Attend, Inputs, attend, gaussian_features, relative_error
 
 VIT = Shape(64, 12, 197, 64, is_causal=False)
+FEW_HEADS = Shape(1, 12, 2048, 64)
 SHAPES = (VIT, Shape(8, 12, 2048, 64), Shape(1, 12, 16384, 64), Shape(8, 8, 2048, 128))
 TINY_SHAPES = (Shape(2, 1, 17, 16, is_causal=False), Shape(1, 1, 17, 16))
 TIMED = ("twicing", "bilateral untied", "bilateral gaussian", "twicing, 3 steps")
+_REHEARSED_ON_TRITON = ("twicing", "bilateral untied")
+"""The interpreter takes seconds for a case."""
 DIRECTIONS = ("forward", "forward + backward")
 PLAIN = "plain"
 
@@ -44,13 +50,7 @@ def cases(bench: Bench) -> list[Case]:
     found = [
         Case("SDPA's choice for plain attention", partial(baseline_choice, bench, shapes), about={"what": "choice"})
     ]
-    quick = [
-        (name, backend, shape)
-        for name in TIMED
-        for shape in shapes
-        for backend in ("sdpa", "triton", "blocked")
-        if backend != "triton" or name == "twicing"
-    ]
+    quick = [(name, backend, shape) for name in TIMED for shape in shapes for backend in ("sdpa", "triton", "blocked")]
     slow = [(name, "flex", shape) for name in TIMED for shape in shapes]
 
     def add(name: str, backend: str, shape: Shape, run: Callable[[float], dict[str, Any]], prefix: str = "") -> None:
@@ -60,9 +60,16 @@ def cases(bench: Bench) -> list[Case]:
 
     for name, backend, shape in quick:
         add(name, backend, shape, partial(time_backend, bench, name, backend, shape))
+    found += decoding.time_cases(bench)
     for algorithm, shape in _triton_algorithms(bench, shapes):
         run = partial(time_triton, bench, algorithm, shape)
         add("twicing", f"triton {algorithm}", shape, run)
+    for implementation in () if bench.tiny else flash.installed():
+        for shape in shapes[1:]:
+            run = partial(time_flash, bench, implementation, shape)
+            add("twicing", flash.algorithm(implementation), shape, run)
+    name = "twicing, 3 steps"
+    add(name, "triton with dropout", shapes[1], partial(time_dropout, bench, name, shapes[1]))
     for shape in shapes:
         for kernel in ("flash", "memory-efficient", "cuDNN"):
             add(PLAIN, f"SDPA {kernel}", shape, partial(time_kernel, bench, kernel, shape))
@@ -80,10 +87,12 @@ def cases(bench: Bench) -> list[Case]:
 
 
 def _triton_algorithms(bench: Bench, shapes: tuple[Shape, ...]) -> list[tuple[str, Shape]]:
-    """Algorithms that Triton's kernels do not choose by themselves at these shapes: was the choice right?"""
+    """What the table of ``gpu/measured.py`` is made of: every algorithm at every shape, and causal with few heads."""
     if bench.tiny:
-        return [("single_pass", shapes[1])]
-    return [("single_pass", shapes[1]), ("single_pass", shapes[3]), ("general", shapes[0])]
+        return [("single_pass", shapes[1]), ("wavefront", shapes[1])]
+    causal = ("wavefront", "single_pass", "general")
+    found = [(name, shape) for shape in (shapes[1], FEW_HEADS, shapes[3], shapes[2]) for name in causal]
+    return [*found, ("short", shapes[0]), ("general", shapes[0])]
 
 
 def words(shape: Shape) -> str:
@@ -250,6 +259,37 @@ def time_triton(bench: Bench, algorithm: str, shape: Shape, seconds_left: float)
         raise Wrong(f"differs from two SDPA calls by {difference:.2g}, allowed {DISAGREEMENT}", values)
     budget = 0.0 if bench.tiny else 0.4
     return values | time_against_plain(bench, run, inputs, shape, FILTERS["twicing"].products, budget)
+
+
+def time_flash(bench: Bench, implementation: str, shape: Shape, seconds_left: float) -> dict[str, Any]:
+    """Twicing by two SDPA calls of another flash implementation, in units of plain attention by PyTorch's own.
+
+    The switch between them is the whole process's, so that the two are not timed in the same rounds.
+    """
+    inputs, run = draw_on(bench, "twicing", shape), attend("twicing", "sdpa")
+
+    def timed() -> dict[str, Any]:
+        return time_against_plain(bench, run, inputs, shape, FILTERS["twicing"].products, 0.4)
+
+    usual = timed()
+    flash.activate(implementation)
+    try:
+        values = timed()
+    finally:
+        restore_flash_attention_impl()
+    for direction, found in values["directions"].items():
+        plain_milliseconds = usual["directions"][direction]["plain_milliseconds"]
+        for name in ("ratio", "ratio_low", "ratio_high"):
+            found[name] *= found["plain_milliseconds"] / plain_milliseconds
+        found["plain_milliseconds"] = plain_milliseconds
+    return values
+
+
+def time_dropout(bench: Bench, name: str, shape: Shape, seconds_left: float) -> dict[str, Any]:
+    """A filter by the Triton kernels with dropout, one mask for all steps, against plain attention without."""
+    inputs = draw_on(bench, name, shape)
+    budget = 0.0 if bench.tiny else 0.4
+    return time_against_plain(bench, with_dropout(name), inputs, shape, FILTERS[name].products, budget)
 
 
 def time_kernel(bench: Bench, kernel: str, shape: Shape, seconds_left: float) -> dict[str, Any]:

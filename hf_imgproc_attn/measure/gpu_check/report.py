@@ -14,13 +14,15 @@ from typing import Any
 
 from ...errors import UsageError
 from ...markdown_tables import table_lines
-from .choices import cuda_choices
+from .choices import algorithms_source, cuda_choices
+from .goals import decoding_rows, goal_lines
 from .parts import BAD, MEASURED, PARTS, STATUSES
 
 COMMAND = "imgproc-attn gpu-check"
 ROOT = Path(__file__).resolve().parents[3]
 PAGE, COMPATIBILITY = "docs/gpu.md", "docs/compatibility.md"
 TABLE = "hf_imgproc_attn/models/backend_measured.py"
+ALGORITHMS = "hf_imgproc_attn/gpu/measured.py"
 PARAGRAPH_MARKS = ("<!-- gpu: begin -->\n", "\n<!-- gpu: end -->")
 TABLE_MARKS = ("# measured: begin\n", "\n# measured: end")
 
@@ -28,7 +30,7 @@ Record = dict[str, Any]
 
 
 def render(path: Path, root: Path = ROOT) -> list[Path]:
-    """Write page, paragraph and table of a checkout from a record; what is written is returned.
+    """Write page, paragraph and tables of a checkout from a record; what is written is returned.
 
     Raises:
         UsageError: if the record cannot be read, or is of a rehearsal.
@@ -43,7 +45,8 @@ def render(path: Path, root: Path = ROOT) -> list[Path]:
     (root / PAGE).write_text(page(record), encoding="utf-8")
     replace_between(root / COMPATIBILITY, PARAGRAPH_MARKS, paragraph(record))
     replace_between(root / TABLE, TABLE_MARKS, table_source(record))
-    return [root / name for name in (PAGE, COMPATIBILITY, TABLE)]
+    replace_between(root / ALGORITHMS, TABLE_MARKS, algorithms_source(record))
+    return [root / name for name in (PAGE, COMPATIBILITY, TABLE, ALGORITHMS)]
 
 
 def replace_between(path: Path, marks: tuple[str, str], text: str) -> None:
@@ -71,6 +74,7 @@ def summary(record: Record) -> str:
         f"part {letter}: {_counts(part)}{_not_reached(part)}, {part['seconds']:.0f} s"
         for letter, part in sorted(record["parts"].items())
     ]
+    lines += goal_lines(record)
     return "\n".join(lines)
 
 
@@ -93,6 +97,8 @@ def page(record: Record | None) -> str:
         lines += [f"- {part.title}" for part in PARTS]
         return "\n".join([*lines, ""])
     lines += [_what_was_measured(record), ""]
+    lines += ["What it is to reach, × plain attention or the stock model:", ""]
+    lines += [*(f"- {line}" for line in goal_lines(record)), ""]
     for part in PARTS:
         entry = record["parts"].get(part.letter)
         lines += [f"## {part.title}", ""]
@@ -289,7 +295,7 @@ def _times_table(cases: dict[str, Any]) -> list[str]:
                     f"{both['peak_mib']:,.0f} / {both['plain_peak_mib']:,.0f}",
                 ]
             )
-        elif about.get("graph"):
+        elif about.get("graph") and about.get("what") != "decoding":
             graphs.append(
                 [about["filter"], about["backend"], _shape(about), _ratio(values), f"{values['milliseconds']:.3g}"]
             )
@@ -298,6 +304,10 @@ def _times_table(cases: dict[str, Any]) -> list[str]:
     if graphs:
         lines += ["Forward as a CUDA graph, where nothing has to be launched:", ""]
         lines += _table(["filter", "back-end", "shape", "forward", "ms"], graphs)
+    tokens = decoding_rows(cases)
+    if tokens:
+        lines += ["One token of twicing against a cache, × one plain call:", ""]
+        lines += _table(["method", "shape", "how", "× plain", "µs, itself / plain"], tokens)
     for _, chosen in _measured(cases, what="choice"):
         lines += [f"Plain SDPA chose: {'; '.join(f'{name} at {shape}' for shape, name in chosen.items())}.", ""]
     for _, kernels in _measured(cases, what="kernels"):

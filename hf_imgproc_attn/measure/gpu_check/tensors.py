@@ -35,6 +35,8 @@ class Inputs:
         mask: boolean ``[batch, 1, 1, length]``, True = visible, or None.
         parameter: t of a kernel of places, float32, or None: ``[heads, 1, 1]``, or a table ``[heads, 1, buckets]``.
             Tokens stand at 0, 1, 2, ...
+        kept: boolean ``[batch, heads, length, length]``, the weights that dropout keeps, for :func:`exact`; or None.
+        dropout: probability, of ``kept``.
     """
 
     query: torch.Tensor
@@ -46,6 +48,8 @@ class Inputs:
     bias: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     parameter: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
+    dropout: float = 0.0
 
     def to(self, dtype: torch.dtype, device: str) -> Inputs:
         """Every floating tensor in a dtype, on a device, laid out as a model's projections leave them.
@@ -214,6 +218,8 @@ def exact(name: str, inputs: Inputs) -> torch.Tensor:
         later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
         logits = logits.masked_fill(later, float("-inf"))
     weights = logits.softmax(-1)
+    if inputs.kept is not None:
+        weights = weights * inputs.kept / (1.0 - inputs.dropout)
     output, residual = torch.zeros_like(inputs.value), inputs.value
     for _ in range(FILTERS[name].steps):
         filtered = weights @ residual

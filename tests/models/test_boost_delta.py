@@ -1,0 +1,287 @@
+"""The delta rule: the formula, back-ends, its inverse, caches, where it starts, other models, who refuses it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+
+from hf_imgproc_attn import (
+    ImgProcBertConfig,
+    ImgProcGPT2LMHeadModel,
+    ImgProcViTConfig,
+    apply_filter,
+    convert,
+    filter_attention,
+    filtered_layers,
+    remove_filter,
+)
+from hf_imgproc_attn.models.backend_blocked import run as run_blocked
+from hf_imgproc_attn.models.backend_call import FilterCall
+from hf_imgproc_attn.models.backend_table import run_filter
+from hf_imgproc_attn.models.kernel_normalisation import Normalisation
+from tests.models.helpers import filter_call, make_filter, sharpen_
+from tests.models.layer_cases import BATCH, HEADS, LENGTH, TIGHT, WIDTH, assert_same, masks, random, run, tensors
+from tests.models.variants import gpt2_config, token_ids
+
+EXACT = ("reference", "sdpa", "blocked")
+CAUSAL = {"is_causal": True}
+
+
+def delta(*given: torch.Tensor, rate: torch.Tensor | None = None, **options: Any) -> FilterCall:
+    return filter_call(*given, boosting="delta", boosting_gain=rate, **{**CAUSAL, **options})
+
+
+def by_hand(logits: torch.Tensor, seen: torch.Tensor, value: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
+    """Token by token: what the earlier corrected values say of a token is taken from its own, then A reads them."""
+    output = torch.zeros(*logits.shape[:-1], value.shape[-1], dtype=logits.dtype)
+    for b, h in torch.cartesian_prod(torch.arange(logits.shape[0]), torch.arange(logits.shape[1])).tolist():
+        corrected = torch.zeros_like(value[b, h])
+        for i in range(logits.shape[2]):
+            visible = seen[b, h, i].nonzero().flatten().tolist()
+            before = [j for j in visible if j < i]
+            read = torch.zeros_like(corrected[0])
+            if before:
+                read = torch.softmax(logits[b, h, i, before], 0) @ corrected[before]
+            corrected[i] = value[b, h, i] - rate[b, h, i] * read
+            if visible:
+                output[b, h, i] = torch.softmax(logits[b, h, i, visible], 0) @ corrected[visible]
+    return output
+
+
+@pytest.mark.parametrize("mask", ["causal", "left", "right"])
+@pytest.mark.parametrize("content", ["dot_product", "gaussian", "elliptical"])
+def test_every_back_end_is_the_formula(content: str, mask: str) -> None:
+    """Outputs by hand, and every gradient by the dense form; rows that see no key give 0."""
+    layer = make_filter(content, "none", "delta")
+    inputs = tensors("none") | {"hidden_states": random(BATCH, LENGTH, HEADS * WIDTH, seed=11)}
+    with torch.no_grad():
+        layer.scalar_bias.delta.copy_(torch.tensor([0.3, -0.6, 1.5]))
+        layer.token_rates.weight.copy_(0.3 * random(HEADS, HEADS * WIDTH, seed=12))
+        tokens = layer.token_rates(inputs["hidden_states"]).squeeze(-1)
+        rate = torch.tanh(layer.scalar_bias.delta.view(-1, 1) + tokens)
+    options = masks()[mask]
+    dense = run(layer, inputs, "eager", **options)
+    with torch.no_grad():
+        plain = make_filter(content, "none")
+        plain.load_state_dict(layer.state_dict(), strict=False)
+        given = {name: x for name, x in inputs.items() if name != "hidden_states"}
+        matrix = plain(**given, implementation="eager", need_weights=True, **options)[1]
+        value = inputs["value"].masked_fill(~(matrix > 0).any(-2).unsqueeze(-1), 0.0)
+        torch.testing.assert_close(dense["output"], by_hand(matrix.log(), matrix > 0, value, rate), **TIGHT)
+    for backend in EXACT:
+        assert_same(run(layer, inputs, "sdpa", backend=backend, **options), dense)
+    for backend in ("chunked", "flex"):
+        with pytest.raises(ValueError, match="computes all rows at the same time, and boosting='delta' needs those"):
+            run(layer, inputs, "sdpa", backend=backend, **options)
+
+
+@torch.no_grad()
+def test_the_operator_multiplies_the_values() -> None:
+    layer = make_filter("dot_product", "none", "delta")
+    layer.scalar_bias.delta.copy_(torch.tensor([0.3, -0.6, 1.5]))
+    inputs = tensors("none") | {"hidden_states": random(BATCH, LENGTH, HEADS * WIDTH, seed=11)}
+    for mask in ("causal", "left"):
+        output, operator = layer(**inputs, implementation="eager", need_weights=True, **masks()[mask])
+        torch.testing.assert_close(operator @ inputs["value"], output, **TIGHT)
+        assert not operator.triu(1).any()
+        assert (operator < 0).any()
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("backend", EXACT)
+def test_gradients_are_numerical_ones(backend: str, dropout: float, sinks: bool) -> None:
+    """In blocks of two queries, two of four heads that share keys at a time, and with one dropout mask."""
+    if backend == "sdpa" and dropout:
+        with pytest.raises(ValueError, match="draws a new dropout mask at every pass"):
+            run_filter(delta(*(random(1, 1, 3, 2) for _ in range(3)), dropout=dropout), backend)
+        return
+    shapes = ((4, 5, 2), (2, 5, 2), (2, 5, 2), (4, 5, 1))
+    leaves = [random(1, *shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
+    leaves.append(random(4, seed=8).requires_grad_(sinks))
+    mask = torch.ones(1, 1, 1, 5, dtype=torch.bool)
+    mask[..., 0] = False
+
+    def filtered(*given: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(3)
+        call = delta(*given[:3], rate=given[3], dropout=dropout, attention_mask=mask)
+        call = call._replace(sinks=given[4] if sinks else None)
+        return run_blocked(call, block_rows=2, group_pairs=2) if backend == "blocked" else run_filter(call, backend)
+
+    assert torch.autograd.gradcheck(filtered, leaves, fast_mode=sinks or dropout > 0)
+    if backend == "blocked" and not dropout and not sinks:
+        assert torch.autograd.gradgradcheck(filtered, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "blocked"])
+def test_long_texts_over_several_blocks_are_as_the_dense_form(backend: str) -> None:
+    """Over several blocks of the back-ends' own size, with a bias and padding: outputs and gradients."""
+    length, heads = 150, 2
+    given = [random(2, heads, length, 4, seed=seed) for seed in range(3)]
+    given += [torch.tanh(random(2, heads, length, 1, seed=3)), random(1, heads, length, length, seed=4)]
+    mask = torch.ones(2, 1, 1, length, dtype=torch.bool)
+    mask[0, ..., :70], mask[1, ..., 140:] = False, False
+    results = []
+    for name in ("reference", backend):
+        leaves = [x.clone().requires_grad_() for x in given]
+        call = delta(*leaves[:3], rate=leaves[3], bias=leaves[4], attention_mask=mask)
+        output = run_filter(call, name)
+        (output * random(*output.shape, seed=9)).sum().backward()
+        results.append([output.detach(), *(leaf.grad for leaf in leaves)])
+    for got, wanted in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
+
+
+def test_what_stands_at_padding_has_no_influence() -> None:
+    """NaN in keys, values and queries of padding reaches no gradient; on the right no output either."""
+    leaves = [random(BATCH, HEADS, LENGTH, WIDTH, seed=seed) for seed in range(3)]
+    poisoned = [leaf.clone() for leaf in leaves]
+    for leaf in poisoned:
+        leaf[0, :, :4] = float("nan")
+    results = []
+    for given, backend in ((leaves, "reference"), *((poisoned, name) for name in EXACT)):
+        given = [leaf.clone().requires_grad_() for leaf in given]
+        call = delta(*given, attention_mask=masks()["left"]["attention_mask"])
+        output = run_filter(call, backend)
+        (output * random(*output.shape, seed=9)).sum().backward()
+        results.append([output.detach(), *(leaf.grad for leaf in given)])
+    for other in results[1:]:
+        for got, wanted in zip(other, results[0], strict=True):
+            torch.testing.assert_close(got, wanted, **TIGHT)
+    poisoned = [leaf.clone() for leaf in leaves]
+    for leaf in poisoned:
+        leaf[1, :, -3:] = float("nan")
+    wanted = run_filter(delta(*leaves, attention_mask=masks()["right"]["attention_mask"]), "reference")
+    for backend in EXACT:
+        got = run_filter(delta(*poisoned, attention_mask=masks()["right"]["attention_mask"]), backend)
+        torch.testing.assert_close(got[1, :, :-3], wanted[1, :, :-3], **TIGHT)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("normalisation", ["sigmoid", "softpick"])
+def test_other_normalisations_are_computed_densely(normalisation: str) -> None:
+    """A' has the normalisation's weights over the keys before: their number is one less."""
+    query, key, value = (random(1, 2, 9, 5, seed=seed) for seed in range(3))
+    normalised = Normalisation(normalisation)
+    output = run_filter(delta(query, key, value)._replace(normalisation=normalised), "auto")
+    call = delta(*(x[:, :, :4] for x in (query, key, value)))._replace(normalisation=normalised)
+    torch.testing.assert_close(output[:, :, :4], run_filter(call, "reference"), **TIGHT)
+    call = delta(query, key, value)._replace(normalisation=normalised)
+    for backend in ("sdpa", "blocked"):
+        with pytest.raises(ValueError, match=f"weights of softmax only, got normalisation='{normalisation}'"):
+            run_filter(call, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    """Beside float64, outputs and gradients; fused calls round u once a block."""
+    given = [random(1, 2, 150, 8, seed=seed).to(dtype) for seed in range(3)]
+    results = []
+    for backend, kind in (("reference", torch.float64), *((name, dtype) for name in EXACT)):
+        leaves = [x.to(kind, copy=True).requires_grad_() for x in given]
+        output = run_filter(delta(*leaves), backend)
+        output.backward(random(*output.shape, seed=9).to(dtype).to(kind))
+        results.append([output.detach().double(), *(leaf.grad.double() for leaf in leaves)])
+    for backend, other in zip(EXACT, results[1:], strict=True):
+        for got, wanted in zip(other, results[0], strict=True):
+            limit = {"sdpa": 4.0}.get(backend, 1.5)
+            assert (got - wanted).abs().max() < limit * torch.finfo(dtype).eps * wanted.abs().max()
+
+
+@torch.no_grad()
+def test_it_starts_as_plain_attention() -> None:
+    """In a new model and in a converted one; a cache keeps u."""
+    torch.manual_seed(0)
+    source = ImgProcGPT2LMHeadModel(gpt2_config("softmax")).eval()
+    model, report = convert(source, "delta", return_report=True)
+    assert report.max_difference < 1e-6
+    torch.testing.assert_close(model.eval()(token_ids()).logits, source(token_ids()).logits, rtol=0, atol=1e-6)
+    layer = ImgProcGPT2LMHeadModel(gpt2_config("delta")).transformer.h[1].attn.filter
+    assert layer.stream_names == ("boost.1",)
+    assert not layer.scalar_bias.delta.any()
+    assert not layer.token_rates.weight.any()
+
+
+def test_beta_learns_from_the_start() -> None:
+    torch.manual_seed(0)
+    model = ImgProcGPT2LMHeadModel(gpt2_config("delta"))
+    model(token_ids(), labels=token_ids()).loss.backward()
+    ours = {name: p.grad for name, p in model.named_parameters() if "token_rates" in name or "bias.delta" in name}
+    assert len(ours) == 6
+    assert all(gradient is not None and bool(gradient.any()) for gradient in ours.values())
+
+
+def stock(**fields: Any) -> GPT2LMHeadModel:
+    config = GPT2Config(
+        n_layer=2, n_head=2, n_embd=16, vocab_size=19, n_positions=24, bos_token_id=0, eos_token_id=0, **fields
+    )
+    return sharpen_(GPT2LMHeadModel(config)).double().eval()
+
+
+def turn_on(model: torch.nn.Module) -> None:
+    """Give each head a beta of its own."""
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        if name.endswith("scalar_bias.delta"):
+            parameter.data = torch.tensor([0.9, -0.4]).to(parameter) + 0.1 * number
+
+
+@torch.no_grad()
+def test_it_is_learned_in_any_causal_model_and_decodes_exactly() -> None:
+    """One beta a head, which starts at 0; left padding; taken out again the model is what it was."""
+    model = stock()
+    tokens = torch.randint(1, 19, (2, 8), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    given = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    before = model(tokens, **given).logits
+    apply_filter(model, "delta")
+    assert all(row["parameters"] == 2 for row in filtered_layers(model))
+    torch.testing.assert_close(model(tokens, **given).logits[mask.bool()], before[mask.bool()], rtol=0, atol=1e-10)
+    turn_on(model)
+    whole, cache, steps = model(tokens, **given).logits, None, []
+    assert (whole - before).abs().max() > 1e-2
+    for start, stop in ((0, 5), (5, 6), (6, 8)):
+        step = model(
+            tokens[:, start:stop],
+            attention_mask=mask[:, :stop],
+            position_ids=given["position_ids"][:, start:stop],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = step.past_key_values
+        steps.append(step.logits)
+    torch.testing.assert_close(torch.cat(steps, 1)[mask.bool()], whole[mask.bool()], rtol=0, atol=1e-10)
+    torch.testing.assert_close(whole[:1, 3:], model(tokens[:1, 3:]).logits, rtol=0, atol=1e-10)
+    assert torch.equal(remove_filter(model)(tokens, **given).logits, before)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ImgProcViTConfig.from_preset("delta"),
+        lambda: ImgProcBertConfig.from_preset("delta"),
+        lambda: apply_filter(
+            BertModel(
+                BertConfig(
+                    hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9
+                )
+            ),
+            "delta",
+        ),
+    ],
+)
+def test_models_without_a_causal_mask_refuse_it(make: Any) -> None:
+    with pytest.raises(Exception, match="boosting 'delta' corrects each token's value by those of the tokens before"):
+        make()
+
+
+def test_the_function_refuses_masks_that_show_later_keys() -> None:
+    query, key, value = (random(1, 2, 5, 4, seed=seed) for seed in range(3))
+    for mask in (None, torch.ones(5, 5, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="boosting='delta' corrects each value by those before it"):
+            filter_attention(query, key, value, attn_mask=mask, boosting="delta")
+    below = filter_attention(query, key, value, attn_mask=torch.ones(5, 5).bool().tril(), boosting="delta")
+    torch.testing.assert_close(below, filter_attention(query, key, value, is_causal=True, boosting="delta"), **TIGHT)
