@@ -124,7 +124,7 @@ def _takes_several_passes(call: FilterCall) -> bool:
 
 CHOICES = (
     # Fused calls of blocks fix lengths and masks in a traced graph.
-    Choice(None, "delta, traced", lambda call: call.is_sequential and torch.compiler.is_compiling(), ("reference",)),
+    Choice(None, "delta, traced", lambda call: torch.compiler.is_compiling() and call.is_sequential, ("reference",)),
     # No graph breaks.
     Choice(
         None,

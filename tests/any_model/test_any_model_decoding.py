@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -326,6 +328,16 @@ def test_copies_of_a_model_go_on_with_each_others_cache(kind: str) -> None:
     for filled in (*caches, cache):
         found = decode(copied, {"input_ids": ids[:, 9:]}, filled, [2, 3])
         assert (found - full).abs().max() < 1e-12 * full.abs().max()
+
+
+def test_a_model_keeps_no_cache_alive() -> None:
+    """It would hold the memory of a text that nobody goes on with."""
+    model, cache = filtered("llama", "twicing"), DynamicCache()
+    decode(model, given_text(False, False), cache, [4])
+    layers = [weakref.ref(layer) for layer in cache.layers]
+    del cache
+    gc.collect()
+    assert [layer() for layer in layers] == [None] * 3
 
 
 def test_layers_without_rows_take_any_cache() -> None:

@@ -40,7 +40,7 @@ class Tensors(NamedTuple):
         the slopes of ``local_linear``, the same.
     second_key: the same.
     scalars: one a head, ``[heads, 1, 1]``.
-    kept: c of ``forget``, ``[batch, heads, length, 1]``.
+    kept: c of ``forget``, or logits of ``delta``'s beta, ``[batch, heads, length, 1]``.
     is_causal: whether causality hides keys.
     """
 
@@ -102,6 +102,10 @@ def _sink(tensors: Tensors) -> torch.Tensor:
     return run_filter(tensors.call(sinks=tensors.scalars.flatten()), "auto")
 
 
+def _delta(tensors: Tensors) -> torch.Tensor:
+    return run_filter(tensors.call(booster=Booster("delta", 1, torch.tanh(tensors.kept))), "auto")
+
+
 def _local_linear(tensors: Tensors) -> torch.Tensor:
     return run_filter(tensors.call(by_weights=LocalLinear(tensors.second_query)), "auto")
 
@@ -115,6 +119,7 @@ VALUES: dict[str, Callable[[Tensors], torch.Tensor]] = {
     "differential": _differential,
     "local_linear": _local_linear,
     "robust": _changed(by_weights=Robust.of(3)),
+    "delta": _delta,
     "sink": _sink,
     "sigmoid": _changed(normalisation=Normalisation("sigmoid")),
     "softpick": _changed(normalisation=Normalisation("softpick")),
@@ -125,7 +130,7 @@ VALUES: dict[str, Callable[[Tensors], torch.Tensor]] = {
     "forget": _forget,
 }
 """Value of an axis -> what it computes of :class:`Tensors`."""
-ONLY_CAUSAL, NEVER_CAUSAL = ("forget",), ("sinkhorn",)
+ONLY_CAUSAL, NEVER_CAUSAL = ("forget", "delta"), ("sinkhorn",)
 
 
 def run_axes(shape: Shape, *, budget: float, say: Callable[[str], None] = print) -> Iterator[Row]:
