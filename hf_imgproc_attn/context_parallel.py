@@ -156,6 +156,7 @@ def _filters(model: nn.Module) -> list[AttentionFilter]:
 _REFUSED = {
     "position_kernel": {"forget": "its gates are summed over the tokens before"},
     "normalisation": {"sinkhorn": "it needs every row of A"},
+    "boosting": {"delta": "it corrects each token by those before it, one after another"},
 }
 """Field -> values that look at more than keys, values and places, with the reason."""
 

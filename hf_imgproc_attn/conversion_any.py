@@ -129,5 +129,6 @@ def _load(checkpoint: Any) -> tuple[PreTrainedModel, list[str]]:
 
 
 def _is_bare(config: Any, named: str) -> bool:
-    known = transformers.AutoModel._model_mapping.get(type(config), None)
+    base = config.base() if config.model_type == FILTERED_MODEL_TYPE else config
+    known = transformers.AutoModel._model_mapping.get(type(base), None)
     return named in [kind.__name__ for kind in (known if isinstance(known, (tuple, list)) else (known,)) if kind]

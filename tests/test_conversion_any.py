@@ -111,6 +111,16 @@ def test_a_filter_is_replaced_and_taken_out(llama: Path, tmp_path: Path) -> None
     assert json.loads((tmp_path / "stock/config.json").read_text(encoding="utf-8"))["model_type"] == "llama"
 
 
+@pytest.mark.parametrize("name", ["dinov2", "bert", "bart", "clip"])
+def test_the_filter_of_any_class_is_replaced(name: str, tmp_path: Path) -> None:
+    """Many Auto classes load such a checkpoint; the class that was saved comes back."""
+    source: Any = build(name).float()
+    apply_filter(source, "twicing").save_pretrained(tmp_path)
+    model = convert(tmp_path, "sos")
+    assert type(model) is type(source)
+    assert {row["boosting"] for row in filtered_layers(model)} == {"sos (3)"}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -28,6 +28,7 @@ from .layer_measures import (
     tokens_of,
 )
 from .maps import small_picture
+from .missing import missing_numbers
 from .observation import BlockTokens, NotUnderstoodError, block_name, first_tensor, in_evaluation, observed
 from .options import LISTED_LENGTH, LensOptions
 from .report import LayerReport, Report
@@ -141,6 +142,8 @@ class _Run:
         self.report.layers = [self.seen[index] for index in sorted(self.seen) if self.seen[index].heads]
         if not self.report.layers:
             raise ValueError(f"no self-attention layer of {type(self.model).__name__} has run on these inputs")
+        for reason in missing_numbers(self.report):
+            self._skip(reason)
         self.report.seconds = {"model": total - self.lens_seconds, "lens": self.lens_seconds}
 
     def look_at_noise(self) -> None:

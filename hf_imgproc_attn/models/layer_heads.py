@@ -124,6 +124,7 @@ def share_heads(layer: Any, share: HeadShare) -> None:
 _WHOLE = {
     "forget_gates": "position_kernel 'forget'",
     "second_map": "boosting 'differential'",
+    "token_rates": "boosting 'delta'",
     "gate": "the gate",
     "gradient_boosting": "boosting 'gradient_boosted'",
     "weight_booster": "the projection of its boosting",
@@ -155,6 +156,11 @@ class _Conv1D(TensorParallelLayer):
         self.axis, self.parts = axis, parts
 
     def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
+        if self.parts > 1 and torch.__version__ < "2.13":
+            raise ValueError(
+                "tensor parallelism of GPT-2 cuts queries, keys and values that stand side by side, which needs torch "
+                f"2.13 or newer to put them together again, got {torch.__version__}"
+            )
         whole = module._parameters[param]
         if whole is None:
             return

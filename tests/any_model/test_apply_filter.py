@@ -141,6 +141,31 @@ def test_what_a_foreign_model_gets_is_what_our_own_class_computes(name: str, whi
         assert (mine.grad - theirs.grad).abs().max() <= 1e-11 * mine.grad.abs().max()
 
 
+@pytest.mark.parametrize("which", ["twicing", "sos", "elliptical", "neutreno", "value_residual", "bandwidths"])
+def test_dropout_in_training_is_that_of_our_own_class(which: str) -> None:
+    """One mask on A for all passes of a booster, and none outside training."""
+    dropout = {"attn_pdrop": 0.4, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    stock, given = build("gpt2", **dropout), inputs("gpt2", padded=True)
+    fields = dict(OWN[which])
+    fields = {**PRESETS[fields.pop("preset", "softmax")], **fields}
+    own = ImgProcGPT2LMHeadModel(ImgProcGPT2Config(**{**EVERYTHING["gpt2"][1], **dropout}, **fields)).double()
+    own.load_state_dict(stock.state_dict(), strict=False)
+    apply_filter(stock, **fields)
+    with torch.no_grad():
+        for key, value in (*own.named_parameters(), *stock.named_parameters()):
+            if "value_residual" in key:
+                value.fill_(0.3)
+    results = []
+    for model in (own, stock):
+        torch.manual_seed(0)
+        results.append(output(model.train(), given))
+    visible = given["attention_mask"].bool()
+    assert (results[0] - results[1])[visible].abs().max() < 1e-12 * results[0].abs().max()
+    calm = output(stock.eval(), given)
+    assert (calm - results[1])[visible].abs().max() > 1e-3 * calm.abs().max()
+    assert torch.equal(output(stock, given), calm)
+
+
 @pytest.mark.parametrize(
     ("preset", "learned"),
     [("neutreno", "feedback_gains"), ("pidformer", "feedback_gains"), ("value_residual", "value_residual")],

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from hf_imgproc_attn.cli import main
 from hf_imgproc_attn.errors import UsageError
@@ -26,6 +27,39 @@ FEW_PLACES = {"max_position_embeddings": 8}
 def mask(*real: int) -> torch.Tensor:
     """Padding on the right: so many tokens of each of three samples are real."""
     return torch.arange(8) < torch.tensor(real)[:, None]
+
+
+def test_what_the_lens_refuses() -> None:
+    llama = build("llama")
+    with pytest.raises(ValueError, match="at least 2 tokens, got 1"):
+        inspect_model(llama, torch.tensor([[3]]))
+    with pytest.raises(ValueError, match=r"several stacks: choose stack among encoder.block, decoder.block"):
+        inspect_model(build("t5"), inputs("t5"))
+    with pytest.raises(ValueError, match="stack must be among model.layers, got 'nothing'"):
+        inspect_model(llama, text(), stack="nothing")
+    with pytest.raises(ValueError, match="no self-attention layer that goes through"):
+        inspect_model(nn.Linear(3, 3), text())
+    with pytest.raises(ValueError, match="model must be a model"):
+        inspect_model("a folder", text())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"inputs must have 2 axes as input_ids, got shape \(2, 14, 1\)"):
+        inspect_model(llama, text()[..., None])
+    with pytest.raises(ValueError, match="inputs must be a tensor or what the model is called with"):
+        inspect_model(llama, [1, 2])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="layers must be integers from -3 to 2, got 3"):
+        inspect_model(llama, text(), layers=(3,))
+    with pytest.raises(ValueError, match="token must be below the number of tokens, 14, got 14"):
+        inspect_model(llama, text(), token=14)
+    for field, value in (("noise", -1.0), ("noise", True), ("spectra", "all"), ("token", -1), ("seed", 1.5)):
+        with pytest.raises(ValueError, match=f"{field} must be"):
+            LensOptions(**{field: value})
+
+
+def test_activations_that_are_not_finite_are_named() -> None:
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[2 * 8 + 3] = math.nan
+    with pytest.raises(ValueError, match=r"the query of model.layers.1.self_attn \(layer 1\), head 2, has NaN"):
+        inspect_model(model, text())
 
 
 @pytest.mark.parametrize(
@@ -88,8 +122,45 @@ def test_faults_of_the_lens_itself_keep_their_name(monkeypatch: pytest.MonkeyPat
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Padding
+# What is left out
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_left_out_is_named() -> None:
+    """Swin's windows have no grid of the whole image; a single text cannot be decomposed; spectra can be left out."""
+    report = inspect_model(build("swin"), inputs("swin"), spectra="none")
+    assert "distances and position bandwidths: the grid of patches is not known" in report.skipped
+    assert math.isnan(report.layers[0].heads[0].position_bandwidth)
+    report = inspect_model(build("vit"), torch.zeros(2, 3, 24, 24, dtype=torch.float64), spectra="none")
+    assert report.skipped[-1].startswith("what the noise does: the input is constant")
+    assert report.layers[0].noise == {}
+    report = inspect_model(build("llama"), text(batch=1), spectra="none")
+    assert report.skipped == [
+        "kernel decomposition by mean effects, and maps of position and content: at least 2 samples are needed, got 1",
+        "spectra: they were not asked for",
+    ]
+    assert report.layers[0].heads[0].shares == {}
+
+
+def test_numbers_that_are_not_defined_are_named() -> None:
+    """Values that are all zero, queries that are, and images without a class token."""
+    model = build("bert")
+    with torch.no_grad():
+        for layer, part in ((0, "value"), (2, "query")):
+            projection = getattr(model.encoder.layer[layer].attention.self, part)
+            projection.weight.zero_()
+            projection.bias.zero_()
+    report = inspect_model(model, IDS, options=QUICK)
+    assert report.skipped == [
+        "spectra: they were not asked for",
+        "content bandwidth of some heads in layer 2: it would divide by zero",
+        "norm of the sinks' values of some heads in layer 0: it would divide by zero",
+        "method noise of some heads in layer 0: it would divide by zero",
+        "kernel decomposition of some heads in layer 2: their logits are the same for all keys",
+        "how alike tokens are at some places in layer 0: they are all zero there",
+    ]
+    report = inspect_model(build("siglip"), inputs("siglip"), options=QUICK)
+    assert "weight on sinks, and the norm of their values: there are no class or register tokens" in report.skipped
 
 
 def test_single_tokens_are_left_out_of_what_compares_tokens() -> None:

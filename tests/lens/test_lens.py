@@ -395,33 +395,8 @@ def test_a_model_without_inputs_sees_real_data() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Refusals, and what is left out
+# Filters of every kind
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def test_what_the_lens_refuses() -> None:
-    llama = build("llama")
-    with pytest.raises(ValueError, match="at least 2 tokens, got 1"):
-        inspect_model(llama, torch.tensor([[3]]))
-    with pytest.raises(ValueError, match=r"several stacks: choose stack among encoder.block, decoder.block"):
-        inspect_model(build("t5"), inputs("t5"))
-    with pytest.raises(ValueError, match="stack must be among model.layers, got 'nothing'"):
-        inspect_model(llama, text(), stack="nothing")
-    with pytest.raises(ValueError, match="no self-attention layer that goes through"):
-        inspect_model(nn.Linear(3, 3), text())
-    with pytest.raises(ValueError, match="model must be a model"):
-        inspect_model("a folder", text())  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"inputs must have 2 axes as input_ids, got shape \(2, 14, 1\)"):
-        inspect_model(llama, text()[..., None])
-    with pytest.raises(ValueError, match="inputs must be a tensor or what the model is called with"):
-        inspect_model(llama, [1, 2])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="layers must be integers from -3 to 2, got 3"):
-        inspect_model(llama, text(), layers=(3,))
-    with pytest.raises(ValueError, match="token must be below the number of tokens, 14, got 14"):
-        inspect_model(llama, text(), token=14)
-    for field, value in (("noise", -1.0), ("noise", True), ("spectra", "all"), ("token", -1), ("seed", 1.5)):
-        with pytest.raises(ValueError, match=f"{field} must be"):
-            LensOptions(**{field: value})
 
 
 def test_filters_with_dependent_rows_are_seen_whole() -> None:
@@ -475,30 +450,6 @@ def test_every_preset_is_shown_or_refused_by_name(preset: str) -> None:
     for layer in report.layers:
         assert set(layer.maps) >= {"content", "position", "product"}
         assert all(math.isfinite(head.entropy) and head.operator_spectrum is not None for head in layer.heads)
-
-
-def test_activations_that_are_not_finite_are_named() -> None:
-    model = build("llama")
-    with torch.no_grad():
-        model.model.layers[1].self_attn.q_proj.weight[2 * 8 + 3] = math.nan
-    with pytest.raises(ValueError, match=r"the query of model.layers.1.self_attn \(layer 1\), head 2, has NaN"):
-        inspect_model(model, text())
-
-
-def test_what_is_left_out_is_named() -> None:
-    """Swin's windows have no grid of the whole image; a single text cannot be decomposed; spectra can be left out."""
-    report = inspect_model(build("swin"), inputs("swin"), spectra="none")
-    assert "distances and position bandwidths: the grid of patches is not known" in report.skipped
-    assert math.isnan(report.layers[0].heads[0].position_bandwidth)
-    report = inspect_model(build("vit"), torch.zeros(2, 3, 24, 24, dtype=torch.float64), spectra="none")
-    assert report.skipped[-1].startswith("what the noise does: the input is constant")
-    assert report.layers[0].noise == {}
-    report = inspect_model(build("llama"), text(batch=1), spectra="none")
-    assert report.skipped == [
-        "kernel decomposition by mean effects, and maps of position and content: at least 2 samples are needed, got 1",
-        "spectra: they were not asked for",
-    ]
-    assert report.layers[0].heads[0].shares == {}
 
 
 def test_the_function_has_the_name_of_its_package() -> None:

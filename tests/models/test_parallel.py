@@ -78,6 +78,7 @@ def refused_model(name: str) -> Any:
         ("vit", "context_parallel shares the tokens of texts, ImgProcViTForImageClassification has none"),
         ("llama", "needs a filter in every self-attention layer of LlamaForCausalLM"),
         ("half a llama", "without one: model.layers.1.self_attn"),
+        ("delta", "context_parallel cannot serve boosting='delta' of layer 0: it corrects each token by those before"),
         ("forgetting", "context_parallel cannot serve position_kernel='forget' of layer 0: its gates are summed"),
     ],
 )
