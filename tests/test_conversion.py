@@ -377,6 +377,7 @@ WITHOUT_TABLE = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("stock_spec", [STOCK[1], STOCK[5]], ids=["gpt2", "vit"])
 def test_there_and_back(stock_spec: tuple, preset: str, tmp_path: Path) -> None:

@@ -67,12 +67,26 @@ SHORTENED = {
     for preset, name in (("softmax", "digits-softmax"), ("bilateral_twicing", "digits"))
 } | {
     "imgproc-attn train-lm --preset twicing --config_overrides boosted_layers=[-2,-1] --max_steps 30 "
-    "--output_dir outputs/text": " --max_eval_samples 400",
+    "--output_dir outputs/text": " --max_steps 10 --max_eval_samples 100",
     "imgproc-attn train-lm --preset twicing --max_steps 10 --output_dir outputs/words --push_to_hub --hub_model_id "
-    "you/words": " --max_eval_samples 400",
+    "you/words": " --max_steps 5 --max_eval_samples 100",
     "imgproc-attn train-text-classification --preset bilateral --max_steps 30 --output_dir outputs/topics": (
-        " --max_eval_samples 100"
+        " --max_steps 10 --max_eval_samples 100"
     ),
+    "torchrun --nproc_per_node 2 training/train_image_classification.py --max_steps 40 --output_dir "
+    "outputs/two-processes": " --max_steps 10",
+    "imgproc-attn train-image --model_name_or_path you/digits --num_train_epochs 1 --output_dir outputs/tuned": (
+        " --max_steps 10"
+    ),
+    "imgproc-attn benchmark --quick --output outputs/benchmark.json": " --suite decode",
+    "imgproc-attn robustness outputs/digits --baseline outputs/digits-softmax --severities 1 3 5 --max_samples 100": (
+        " --severities 3 --max_samples 40"
+    ),
+    "imgproc-attn train-segmentation --preset bilateral_twicing --config_overrides segmentation_head=upsampling "
+    "hidden_size=32 num_hidden_layers=2 --max_train_samples 200 --max_eval_samples 50 --max_steps 10 --output_dir "
+    "outputs/segmentation": " --max_steps 4 --max_train_samples 50",
+    "imgproc-attn train-recall --dataset_name noisy_recall --preset twicing --max_steps 20 --max_train_samples 2000 "
+    "--max_eval_samples 100 --output_dir outputs/recall": " --max_steps 5 --max_train_samples 500",
 }
 """Commands that would take half a minute, and what is added to them."""
 LONGEST = 600

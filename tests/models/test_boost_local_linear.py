@@ -79,9 +79,7 @@ def test_the_operator_multiplies_the_values() -> None:
     assert (matrix >= 0).all()
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize(("heads", "key_heads", "causal"), [(2, 2, True), (4, 2, False)])
-@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.grid(**{"heads,key_heads,causal": [(2, 2, True), (4, 2, False)]}, dropout=[0.0, 0.4], backend=EXACT)
 def test_gradients_are_numerical_ones(backend: str, heads: int, key_heads: int, causal: bool, dropout: float) -> None:
     """In blocks of three queries, two of four heads that share keys at a time, and with one dropout mask."""
     shapes = ((heads, 7, 3), (key_heads, 7, 3), (key_heads, 7, 2), (heads, 7, 3))

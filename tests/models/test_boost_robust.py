@@ -64,10 +64,12 @@ def test_every_back_end_is_the_formula(penalty: str, mask: str) -> None:
             run(layer, inputs, "sdpa", backend=backend, **options)
 
 
-@pytest.mark.parametrize("penalty", list(PENALTIES))
-@pytest.mark.parametrize(("heads", "key_heads", "causal"), [(2, 2, True), (4, 2, False)])
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.grid(
+    **{"heads,key_heads,causal": [(2, 2, True), (4, 2, False)]},
+    penalty=list(PENALTIES),
+    dropout=[0.0, 0.4],
+    backend=["reference", "blocked"],
+)
 def test_gradients_are_numerical_ones(
     backend: str, dropout: float, heads: int, key_heads: int, causal: bool, penalty: str
 ) -> None:

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_device_map_auto(backbone: str, variant: str, tmp_path: Path) -> None:

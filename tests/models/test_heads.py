@@ -115,7 +115,7 @@ def test_eight_batches_of_one_have_the_gradient_of_one_batch_of_eight(loss: str,
     wanted = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
     model = copy.deepcopy(model)
     model.zero_grad()
-    for size, steps in ((8, 1), (1, 8), (2, 4)):
+    for size, steps in ((8, 1), (1, 8)):
         found = trained_gradients(model, rows, size, steps, tmp_path)
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():

@@ -166,6 +166,7 @@ def gradient_bound(dtype: torch.dtype, case: str) -> float:
     return FLOAT_GRADIENT_BOUND if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
 
 
+@pytest.mark.sampled("dtype,case")
 @pytest.mark.parametrize("mode", ["inference", "training"])
 @pytest.mark.parametrize("case", list(CASES))
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)

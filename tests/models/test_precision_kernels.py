@@ -81,6 +81,7 @@ def test_elliptical(is_causal: bool, dtype: torch.dtype) -> None:
     assert error.max() <= 2.5, f"a head: {error.tolist()}"
 
 
+@pytest.mark.sampled("size,dtype")
 @pytest.mark.parametrize("position", ["none", "gaussian"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
