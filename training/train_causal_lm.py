@@ -40,9 +40,10 @@ def train(arguments: Arguments[TextDataArguments]) -> "Result":
     # Imported here so that --help does not wait for them.
     from transformers import default_data_collator
 
+    from hf_imgproc_attn.training_support.early_checks import check_model
     from hf_imgproc_attn.training_support.fitting import fit
     from hf_imgproc_attn.training_support.metrics import language_model_metrics, token_losses
-    from hf_imgproc_attn.training_support.model_setup import build_causal_lm, check_block_size, check_start
+    from hf_imgproc_attn.training_support.model_setup import build_causal_lm, check_block_size
     from hf_imgproc_attn.training_support.streams import check_streaming
     from hf_imgproc_attn.training_support.text_data import TokenBlocks, encode, load_text_splits, load_text_stream
     from hf_imgproc_attn.training_support.tokenizer import choose_tokenizer
@@ -50,7 +51,7 @@ def train(arguments: Arguments[TextDataArguments]) -> "Result":
 
     embedded = arguments.data.dataset_name == EMBEDDED_TEXT
     run = begin_run("causal-lm", arguments, TEXT_TRAINER_DEFAULTS, embedded=embedded)
-    check_start(arguments.model, arguments.data.model_type)
+    check_model("causal-lm", arguments)
     check_streaming(arguments.data, run.training_args, arguments.run.lens_every)
     stream = None
     if arguments.data.streaming:

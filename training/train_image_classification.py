@@ -38,18 +38,19 @@ def train(arguments: Arguments[ImageDataArguments]) -> "Result":
     """
     require_extras("train")
     # Imported here so that --help does not wait for them.
+    from hf_imgproc_attn.training_support.early_checks import check_model
     from hf_imgproc_attn.training_support.fitting import fit
     from hf_imgproc_attn.training_support.image_data import load_image_splits
     from hf_imgproc_attn.training_support.image_pixels import EpochCallback, NormalizingCollator, load_pixels
     from hf_imgproc_attn.training_support.image_streams import load_image_stream
     from hf_imgproc_attn.training_support.metrics import classification_metrics
-    from hf_imgproc_attn.training_support.model_setup import build_image_classifier, check_start
+    from hf_imgproc_attn.training_support.model_setup import build_image_classifier
     from hf_imgproc_attn.training_support.streams import check_streaming
     from hf_imgproc_attn.training_support.trainer_setup import adapt_to_data, begin_run
 
     embedded = arguments.data.dataset_name == EMBEDDED_IMAGES
     run = begin_run("image-classification", arguments, IMAGE_TRAINER_DEFAULTS, embedded=embedded)
-    check_start(arguments.model, arguments.data.model_type)
+    check_model("image-classification", arguments)
     check_streaming(arguments.data, run.training_args, arguments.run.lens_every)
     stream, seed = None, run.training_args.seed
     if arguments.data.streaming:

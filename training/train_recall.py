@@ -35,14 +35,15 @@ def train(arguments: Arguments[RecallDataArguments]) -> "Result":
     # Imported here so that --help does not wait for them.
     from transformers import default_data_collator
 
+    from hf_imgproc_attn.training_support.early_checks import check_model
     from hf_imgproc_attn.training_support.fitting import fit
     from hf_imgproc_attn.training_support.metrics import answer_metrics, likeliest_tokens
-    from hf_imgproc_attn.training_support.model_setup import build_causal_lm, check_start
+    from hf_imgproc_attn.training_support.model_setup import build_causal_lm
     from hf_imgproc_attn.training_support.sequence_data import TokenSequences, load_sequences, sequence_tokenizer
     from hf_imgproc_attn.training_support.trainer_setup import begin_run
 
     run = begin_run("recall", arguments, SEQUENCE_TRAINER_DEFAULTS, embedded=False)
-    check_start(arguments.model, arguments.data.model_type)
+    check_model("recall", arguments)
     data = load_sequences(arguments.data)
     tokenizer = sequence_tokenizer(data.vocabulary, for_classifier=False)
     model, tokenizer.model_max_length = build_causal_lm(arguments.model, tokenizer, data.longest)

@@ -33,6 +33,7 @@ def train(arguments: Arguments[MaskDataArguments]) -> "Result":
     """
     require_extras("train")
     # Imported here so that --help does not wait for them.
+    from hf_imgproc_attn.training_support.early_checks import check_model
     from hf_imgproc_attn.training_support.fitting import fit
     from hf_imgproc_attn.training_support.image_pixels import EpochCallback
     from hf_imgproc_attn.training_support.mask_data import load_mask_splits
@@ -40,12 +41,11 @@ def train(arguments: Arguments[MaskDataArguments]) -> "Result":
     from hf_imgproc_attn.training_support.mask_pictures import draw_run
     from hf_imgproc_attn.training_support.mask_pixels import MaskCollator, load_masked_pixels
     from hf_imgproc_attn.training_support.metrics import SegmentationMetrics, count_pixels
-    from hf_imgproc_attn.training_support.model_setup import check_start
     from hf_imgproc_attn.training_support.trainer_setup import adapt_to_data, begin_run
 
     embedded = arguments.data.dataset_name == EMBEDDED_MASKS
     run = begin_run("semantic-segmentation", arguments, MASK_TRAINER_DEFAULTS, embedded=embedded)
-    check_start(arguments.model, arguments.data.model_type)
+    check_model("semantic-segmentation", arguments)
     splits = load_mask_splits(arguments.data)
     adapt_to_data(run, len(splits.rows["train"]), "validation" in splits.rows)  # before images are decoded
     model, processor = build_segmenter(arguments.model, splits, arguments.data)

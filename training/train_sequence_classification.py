@@ -36,14 +36,15 @@ def train(arguments: Arguments[SequenceDataArguments]) -> "Result":
     # Imported here so that --help does not wait for them.
     from transformers import DataCollatorWithPadding
 
+    from hf_imgproc_attn.training_support.early_checks import check_model
     from hf_imgproc_attn.training_support.fitting import fit
     from hf_imgproc_attn.training_support.metrics import classification_metrics
-    from hf_imgproc_attn.training_support.model_setup import build_text_classifier, check_start
+    from hf_imgproc_attn.training_support.model_setup import build_text_classifier
     from hf_imgproc_attn.training_support.sequence_data import TokenSequences, load_sequences, sequence_tokenizer
     from hf_imgproc_attn.training_support.trainer_setup import begin_run
 
     run = begin_run("sequence-classification", arguments, SEQUENCE_TRAINER_DEFAULTS, embedded=False)
-    check_start(arguments.model, arguments.data.model_type)
+    check_model("sequence-classification", arguments)
     data = load_sequences(arguments.data)
     tokenizer = sequence_tokenizer(data.vocabulary, for_classifier=True)
     # The first token is a special one.

@@ -40,16 +40,17 @@ def train(arguments: Arguments[LabelledTextDataArguments]) -> "Result":
     # Imported here so that --help does not wait for them.
     from transformers import DataCollatorWithPadding
 
+    from hf_imgproc_attn.training_support.early_checks import check_model
     from hf_imgproc_attn.training_support.fitting import fit
     from hf_imgproc_attn.training_support.labelled_text import TokenizedTexts, load_labelled_texts
     from hf_imgproc_attn.training_support.metrics import classification_metrics
-    from hf_imgproc_attn.training_support.model_setup import build_text_classifier, check_start
+    from hf_imgproc_attn.training_support.model_setup import build_text_classifier
     from hf_imgproc_attn.training_support.tokenizer import choose_classifier_tokenizer
     from hf_imgproc_attn.training_support.trainer_setup import begin_run
 
     embedded = arguments.data.dataset_name == EMBEDDED_TEXT
     run = begin_run("text-classification", arguments, CLASSIFIER_TRAINER_DEFAULTS, embedded=embedded)
-    check_start(arguments.model, arguments.data.model_type)
+    check_model("text-classification", arguments)
     texts, label_names = load_labelled_texts(arguments.data)
     tokenizer = choose_classifier_tokenizer(arguments.data, arguments.model.model_name_or_path, texts["train"].texts)
     model, max_length = build_text_classifier(arguments.model, tokenizer, label_names, arguments.data.max_length)

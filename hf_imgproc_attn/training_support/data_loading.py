@@ -95,13 +95,17 @@ def load_splits(args: DataArguments, embedded: str, *, streaming: bool = False) 
     return splits
 
 
-def refuse_config_name(args: DataArguments) -> None:
+def refuse_config_name(args: DataArguments, *unused: str) -> None:
     """Data that have no configurations must not be given one, nor a revision.
 
+    Args:
+        args: the data options.
+        *unused: further options that the data have no use for.
+
     Raises:
-        UsageError: if ``dataset_config_name`` or ``dataset_revision`` is set.
+        UsageError: if ``dataset_config_name``, ``dataset_revision`` or one of the further options is set.
     """
-    for option in ("dataset_config_name", "dataset_revision"):
+    for option in ("dataset_config_name", "dataset_revision", *unused):
         value = getattr(args, option)
         if value is not None:
             raise UsageError(f"{option} must be none for data set {args.dataset_name!r}, got {value!r}")

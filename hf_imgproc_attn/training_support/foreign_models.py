@@ -43,6 +43,37 @@ def is_own(found: Any, model_type: str) -> bool:
     return found.model_type in (model_type, OF_MODEL_TYPE[model_type].name)
 
 
+def check_foreign(task: str, args: ModelArguments, found: Any, overrides: dict[str, Any]) -> None:
+    """Put the filter into a model without weights, so that a filter it cannot have is refused at once.
+
+    Args:
+        task: a key of ``TASKS``.
+        args: the model options.
+        found: configuration of the checkpoint.
+        overrides: fields of the filter.
+
+    Raises:
+        UsageError: for options that do not belong to such a model.
+        ValueError: for a filter that the model cannot have.
+    """
+    import copy
+
+    import torch
+    import transformers
+
+    from hf_imgproc_attn import apply_filter
+
+    arguments = _filter_arguments(args, found, overrides)
+    if arguments is None:
+        return
+    with torch.device("meta"):
+        try:
+            model = getattr(transformers, TASKS[task].auto_class).from_config(copy.deepcopy(found))
+        except Exception:  # some models cannot be built without memory: loading the weights will tell
+            return
+        apply_filter(model, **arguments)
+
+
 def start_foreign(
     task: str, args: ModelArguments, found: Any, overrides: dict[str, Any], labels: dict[str, Any]
 ) -> Any:

@@ -64,7 +64,7 @@ def load_labelled_texts(args: LabelledTextDataArguments) -> tuple[dict[str, Labe
             or texts.
     """
     if args.dataset_name == EMBEDDED_TEXT:
-        refuse_config_name(args)
+        refuse_config_name(args, "text_column_name")
         rows = _paragraphs()
     else:
         rows = load_splits(args, EMBEDDED_TEXT)

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from hf_imgproc_attn.backbones import VIT
-from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.training_support.arguments import ModelArguments
+from hf_imgproc_attn.training_support.early_checks import check_whole_patches
 from hf_imgproc_attn.training_support.foreign_models import is_own
 from hf_imgproc_attn.training_support.mask_arguments import MaskDataArguments
 from hf_imgproc_attn.training_support.mask_data import MaskSplits
@@ -59,12 +59,7 @@ def build_segmenter(
         model = start_from(_TASK, args, overrides, labels)
         model.config.semantic_loss_ignore_index = data.ignore_index
     sides = pair(_image_size(model.config, splits) if data.image_size is None else data.image_size)
-    patch = pair(getattr(model.config, "patch_size", 1))
-    if sides[0] % patch[0] or sides[1] % patch[1]:
-        raise UsageError(
-            f"image_size must be a multiple of the patches' {patch[0]} x {patch[1]} pixels, got "
-            f"{' x '.join(map(str, sides))}"
-        )
+    check_whole_patches(sides, model.config)
     # Not every type of model has a size of its own.
     needed = SimpleNamespace(image_size=list(sides), num_channels=model.config.num_channels)
     own = image_processor(args.model_name_or_path, needed)

@@ -43,7 +43,7 @@ def check_start(args: ModelArguments, model_type: str) -> Any:
         if args.filter_stacks is not None:
             raise UsageError(f"filter_stacks must be given with model_name_or_path, got {args.filter_stacks!r}")
         return None
-    with _as_usage_errors(f"model_name_or_path {name!r}"):
+    with as_usage_errors(f"model_name_or_path {name!r}"):
         found = AutoConfig.from_pretrained(name)
     check_type(args, found, model_type)
     return found
@@ -300,7 +300,7 @@ def new_model(task: str, args: ModelArguments, fields: dict[str, Any]) -> Any:
     """
     row = OF_TASK[task]
     model_class = row.our_class(row.head(TASKS[task].auto_class).variant)
-    with _as_usage_errors("config_overrides"):
+    with as_usage_errors("config_overrides"):
         config = row.our_class(row.config).from_preset(args.preset or "softmax", **{**row.new_model, **fields})
         model = model_class(config)
         if args.paired_start:
@@ -352,7 +352,7 @@ def start_from(
     wanted = row.head(TASKS[task].auto_class)
     model_class, stock_class = row.our_class(wanted.variant), row.stock_class(_stock_start(row, wanted))
     config_class, stock_type = row.our_class(row.config), row.name
-    with _as_usage_errors(f"model_name_or_path {name!r}"):
+    with as_usage_errors(f"model_name_or_path {name!r}"):
         found = check_start(args, config_class.model_type)
         if not is_own(found, config_class.model_type):
             return start_foreign(task, args, found, overrides, head)
@@ -364,7 +364,7 @@ def start_from(
             converted = convert(stock, args.preset or "softmax", **overrides)
             return converted if wanted.stock else _with_new_head(converted, model_class)
         if args.preset is not None:
-            _check_preset(args.preset, found)
+            check_preset(args.preset, found)
         config = config_class.from_pretrained(name, **head, **overrides)
         model, report = model_class.from_pretrained(name, config=config, **options)
         _check_loaded(str(name), report["missing_keys"], report["mismatched_keys"], report["unexpected_keys"])
@@ -383,7 +383,7 @@ def _with_new_head(converted: Any, model_class: type[Any]) -> Any:
     return model
 
 
-def _check_preset(preset: str, found: Any) -> None:
+def check_preset(preset: str, found: Any) -> None:
     """A preset given with one of our checkpoints must be its own: training converts nothing but stock checkpoints."""
     wanted = type(found).from_preset(preset)
     for field in sorted({name for fields in PRESETS.values() for name in fields}):
@@ -424,13 +424,13 @@ def image_processor(name: str | None, config: Any) -> "BaseImageProcessor":
     from hf_imgproc_attn.training_support.image_pixels import build_image_processor
 
     if name is not None and has_image_processor(name):
-        with _as_usage_errors(f"the image processor of model_name_or_path {name!r}"):
+        with as_usage_errors(f"the image processor of model_name_or_path {name!r}"):
             return fitting_processor(AutoImageProcessor.from_pretrained(name), getattr(config, "num_channels", 3))
     return build_image_processor(pair(config.image_size), config.num_channels)
 
 
 @contextlib.contextmanager
-def _as_usage_errors(what: str) -> Iterator[None]:
+def as_usage_errors(what: str) -> Iterator[None]:
     """Configurations and checkpoints are refused in several ways, by Transformers and by our models: make it one."""
     try:
         yield

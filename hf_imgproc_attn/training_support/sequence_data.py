@@ -46,7 +46,8 @@ def load_sequences(args: GeneratedDataArguments) -> SequenceData:
     """
     if not args.is_generated and isinstance(args, SequenceDataArguments):
         return pixel_sequences(args)
-    refuse_config_name(args)
+    columns = ("image_column_name", "label_column_name") if isinstance(args, SequenceDataArguments) else ()
+    refuse_config_name(args, *columns)
     task, settings = SEQUENCE_TASKS[args.dataset_name], parse_settings(args.sequence_settings)
     sizes = dict(task.sizes)
     if args.validation_fraction == 0:

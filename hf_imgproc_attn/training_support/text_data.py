@@ -68,7 +68,7 @@ def load_text_splits(args: TextDataArguments) -> dict[str, TextSplit]:
     if args.streaming:
         return load_text_stream(args, seed=0)[1]
     if args.dataset_name == EMBEDDED_TEXT:
-        refuse_config_name(args)
+        refuse_config_name(args, "text_column_name")
         splits = _manual()
     else:
         rows = load_splits(args, EMBEDDED_TEXT)
