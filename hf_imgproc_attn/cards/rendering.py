@@ -133,6 +133,8 @@ def render_card(
         other_rows = measurements(other, baseline.robustness)
     preset = facts.variant_of(record)
     variant = None if preset == "custom" else VARIANTS[preset]
+    if variant is not None and "applied_filter" in record:
+        variant = variant.in_any_model()
     sources = PACKAGE_PAPERS if variant is None else variant.papers
     title = repo_id.rpartition("/")[2]
     card = ModelCard.from_template(

@@ -27,6 +27,13 @@ class Variant(NamedTuple):
     papers: tuple[str, ...]
     limits: tuple[str, ...] = ()
 
+    def in_any_model(self) -> Variant:
+        """The same in the layers of a stock model, which keeps its own positions, and whose gains start at 0."""
+        symbols = self.symbols.replace(", from 1, where this is twicing", ", from 0, where this is the stock model")
+        for words in (_STOCK_SYMBOLS, _NO_TABLE):
+            symbols = symbols.replace(words, "the model's own positions are what they are without the filter")
+        return self._replace(symbols=symbols)
+
 
 REASONS = {
     "continuous batching": "the layers keep rows that its paged cache has no place for",

@@ -169,60 +169,84 @@ def decode_forward(
     out, rows = _outputs(query, value, streams)
     if out.numel() == 0:
         return out, rows
-    batch, heads, length, width = query.shape
-    key_heads, key_length, value_width = key.shape[1], key.shape[2], value.shape[3]
-    group, past = heads // key_heads, key_length - length
-    chunk_length = chunk_of(past, batch * key_heads, query.device)
-    chunks = -(-past // chunk_length)
-    partial = torch.empty(2, batch, heads, chunks, length, dtype=torch.float32, device=query.device)
-    sums = torch.empty(
-        batch, heads, chunks, 1 + len(streams), length, value_width, dtype=torch.float32, device=query.device
-    )
+    batch, heads, length = query.shape[:3]
     mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+    bias = None if key_bias is None else key_bias.contiguous() / math.log(2.0)
     position = PositionTensors(kind, class_tokens, coordinates, key_coordinates, parameters, lookup)
     places = make_places(position, None, None, heads)
-    bias = None if key_bias is None else key_bias.contiguous() / math.log(2.0)
+    sizes = _sizes(query, key, value, len(streams))
     with on_device(query):
         if places is not None:
             places = with_nearest(places, position, mask, batch, is_causal)
-        of_streams = [rows_of(stream) for stream in streams] + [rows_of(value)] * (MOST_STREAMS - len(streams))
-        arguments = {
-            "queries": rows_of(query),
-            "keys": rows_of(key, group),
-            "values": rows_of(value, group),
+        arguments = _tensors(query, key, value, streams, sizes) | sizes
+        arguments |= {
             "outputs": rows_of(out),
-            **{f"stream_{number + 1}": stream for number, stream in enumerate(of_streams)},
-            "mask_pointer": partial if mask is None else mask,
-            "bias_pointer": partial if bias is None else bias,
-            "gain_pointer": torch.ones(heads, device=query.device) if gain is None else gain.float().flatten(),
-            "highest_pointer": partial[0],
-            "total_pointer": partial[1],
-            "sums_pointer": sums,
             "rows_pointer": rows,
+            "mask_pointer": out if mask is None else mask,
+            "bias_pointer": out if bias is None else bias,
+            "gain_pointer": _gain(gain, boosting, out),
             "places": places,
-            "heads": heads,
-            "items": batch * heads,
-            "length": length,
-            "key_length": key_length,
-            "chunks": chunks,
-            "chunk_length": chunk_length,
             "scale": scale / math.log(2.0),
-            "WIDTH": width,
-            "BLOCK_W": max(16, triton.next_power_of_2(width)),
-            "VALUE_WIDTH": value_width,
-            "BLOCK_V": max(16, triton.next_power_of_2(value_width)),
             "HAS_MASK": mask is not None,
             "HAS_BIAS": bias is not None,
             "POSITION": kind,
             "CAUSAL": is_causal,
             "BOOSTER": BOOSTERS[boosting].value,
-            "STREAMS": len(streams),
-            "GROUP": group,
         }
-        rows_a_tile = max(16, triton.next_power_of_2(length * group))
-        launch(triton_decode.decode_chunk_kernel, (batch * key_heads * chunks,), arguments, ROWS=rows_a_tile)
+        programs = batch * key.shape[1] * sizes["chunks"]
+        rows_of_a_tile = max(MOST_QUERIES, triton.next_power_of_2(length * sizes["GROUP"]))
+        launch(triton_decode.decode_chunk_kernel, (programs,), arguments, ROWS=rows_of_a_tile)
         launch(triton_decode.decode_combine_kernel, (batch * heads,), arguments, ROWS=MOST_QUERIES)
     return out, rows
+
+
+def _sizes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, streams: int) -> dict[str, int]:
+    """Numbers that both kernels take."""
+    batch, heads, length, width = query.shape
+    key_heads, key_length, value_width = key.shape[1], key.shape[2], value.shape[3]
+    chunk_length = chunk_of(key_length - length, batch * key_heads, query.device)
+    return {
+        "heads": heads,
+        "items": batch * heads,
+        "length": length,
+        "key_length": key_length,
+        "chunks": -(-(key_length - length) // chunk_length),
+        "chunk_length": chunk_length,
+        "WIDTH": width,
+        "BLOCK_W": max(16, triton.next_power_of_2(width)),
+        "VALUE_WIDTH": value_width,
+        "BLOCK_V": max(16, triton.next_power_of_2(value_width)),
+        "STREAMS": streams,
+        "GROUP": heads // key_heads,
+    }
+
+
+def _tensors(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, streams: list[torch.Tensor], sizes: dict[str, int]
+) -> dict[str, Any]:
+    """What is read, and where a chunk's results go; streams that there are none of are never looked at."""
+    chunks = (sizes["items"], sizes["chunks"])
+    partial = torch.empty(2, *chunks, sizes["length"], dtype=torch.float32, device=query.device)
+    sums_of_each = (1 + len(streams), sizes["length"], sizes["VALUE_WIDTH"])
+    of_streams = [rows_of(stream) for stream in streams] + [rows_of(value)] * (MOST_STREAMS - len(streams))
+    return {
+        "queries": rows_of(query),
+        "keys": rows_of(key, sizes["GROUP"]),
+        "values": rows_of(value, sizes["GROUP"]),
+        **{f"stream_{number + 1}": stream for number, stream in enumerate(of_streams)},
+        "highest_pointer": partial[0],
+        "total_pointer": partial[1],
+        "sums_pointer": torch.empty(*chunks, *sums_of_each, dtype=torch.float32, device=query.device),
+    }
+
+
+def _gain(gain: torch.Tensor | None, boosting: str, unread: torch.Tensor) -> torch.Tensor:
+    """One number a head, or what nobody reads: most boosters have none, and filling one is a launch more."""
+    if boosting != "learned":
+        return unread
+    if gain is None:
+        return torch.ones(unread.shape[1], device=unread.device)
+    return gain.float().flatten()
 
 
 @decode_forward.register_fake

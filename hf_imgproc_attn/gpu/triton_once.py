@@ -79,13 +79,18 @@ class Matrix(NamedTuple):
 
 
 def _fitting(configs: list[Any], named: dict[str, Any], **arguments: Any) -> list[Any]:
-    """The configurations whose tiles fit into shared memory: of rows wider than 128, only tiles of 64 x 64."""
+    """The configurations for the widths: of rows wider than 128, small tiles, which shared memory and registers hold.
+
+    Their sums need the registers of eight warps; on narrow rows these would be idle.
+    """
     wide = max(arguments["matrix"].block_width.value, arguments["BLOCK_W"]) > WIDE
-    fits = [c for c in configs if c.kwargs["BLOCK_M"] * c.kwargs["BLOCK_N"] <= WIDE_TILE or not wide]
-    return fits or configs[:1]
+    tiles = [(config, config.kwargs["BLOCK_M"] * config.kwargs["BLOCK_N"]) for config in configs]
+    if wide:
+        return [config for config, tile in tiles if tile <= 64 * 64]
+    return [config for config, tile in tiles if tile > 64 * 32 or config.num_warps == 4]
 
 
-WIDE, WIDE_TILE = 128, 64 * 64
+WIDE = 128
 _FITS = {"early_config_prune": _fitting}
 
 
@@ -189,6 +194,7 @@ def _forward_range(
 @tuned(
     [
         ({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 2),
+        ({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2),
         ({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3),
         ({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3),
         ({"BLOCK_M": 128, "BLOCK_N": 128}, 8, 2),
@@ -252,6 +258,7 @@ def _query_range(
 @tuned(
     [
         ({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 2),
+        ({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2),
         ({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2),
         ({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2),
     ],
@@ -290,6 +297,7 @@ def query_gradient_kernel(
 @tuned(
     [
         ({"BLOCK_M": 32, "BLOCK_N": 64}, 4, 1),
+        ({"BLOCK_M": 32, "BLOCK_N": 64}, 8, 1),
         ({"BLOCK_M": 32, "BLOCK_N": 64}, 4, 2),
         ({"BLOCK_M": 32, "BLOCK_N": 128}, 8, 2),
         ({"BLOCK_M": 64, "BLOCK_N": 128}, 8, 2),

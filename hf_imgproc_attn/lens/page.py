@@ -270,5 +270,5 @@ def _definitions(reports: list[Report]) -> str:
         body = "".join(
             "<tr>" + "".join(f'<td class="text">{_text(text)}</td>' for text in row) + "</tr>" for row in rows
         )
-        parts.append(f"<h3>{_text(group)}</h3><table><tr>{head}</tr>{body}</table>")
+        parts.append(f'<h3>{_text(group)}</h3><div class="wide"><table><tr>{head}</tr>{body}</table></div>')
     return "".join(parts)

@@ -224,13 +224,13 @@ def test_streams_follow_what_happens_to_the_cache(change: str, which: str) -> No
 
 
 @pytest.mark.parametrize("which", ["three steps", "delta"])
-@pytest.mark.parametrize("used_before", [False, True])
-def test_a_window_that_is_rolled_back_keeps_its_rows(used_before: bool, which: str) -> None:
-    """As when an assistant guesses wrong, in a cache that was there before it began."""
+@pytest.mark.parametrize("used_before", [None, "sos", "twicing"])
+def test_a_window_that_is_rolled_back_keeps_its_rows(used_before: str | None, which: str) -> None:
+    """As when an assistant guesses wrong, in a cache that was there before it began, perhaps with fewer streams."""
     model, given = filtered("mistral", which), given_text(False, False)
     cache = DynamicCache(config=model.config)
     if used_before:
-        decode(filtered("mistral", "sos"), given, cache, [4])
+        decode(filtered("mistral", used_before), given, cache, [4])
         cache.reset()
     else:
         decode(model, given, cache, [4])
@@ -391,6 +391,15 @@ def test_compiled_steps_with_a_static_cache_are_the_graphs_of_the_stock_model(
     # Gemma 3 has layers of both kinds, and takes as long as the other two together.
     for name in ("mistral", "gemma3") if request.config.getoption("--full") else ("mistral",):
         assert count_graphs(filtered(name, "three steps")) == count_graphs(build(name))
+
+
+def test_rows_in_a_quantised_cache_are_quantised_along_the_axis_of_values() -> None:
+    """A cache may quantise keys along another axis, as is best for keys."""
+    cache = Cache(layers=[ExactlyQuantisedLayer(residual_length=2, axis_key=1, axis_value=0) for _ in range(3)])
+    decode(filtered("llama", "twicing"), given_text(False, False), cache, CHUNKS["token by token"])
+    for layer in cache.layers:
+        assert layer._quantized_keys[1] == 1
+        assert {stream._quantized_keys[1] for stream in layer.filter_streams.values()} == {0}
 
 
 def test_quantised_streams_cost_what_quantised_values_do() -> None:

@@ -6,6 +6,7 @@ The operator itself is called, so that arguments are bound and specialised as th
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import Any
 
@@ -57,6 +58,8 @@ class Compiler:
                 "case": self.label,
                 "products": binary.asm["ttir"].count("tt.dot"),
                 "shared_memory": binary.metadata.shared,
+                "acquires": len(re.findall(r"\.global\.gpu\.acquire\.", binary.asm["ptx"])),
+                "releases": len(re.findall(r"\.global\.gpu\.release\.", binary.asm["ptx"])),
                 "warp_products": binary.asm["ptx"].count("mma.sync"),
                 "warp_group_products": binary.asm["ptx"].count("wgmma.mma_async"),
                 "bytes": len(binary.asm["cubin"]),

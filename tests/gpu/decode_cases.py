@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 
 from hf_imgproc_attn.gpu import decode_call
-from hf_imgproc_attn.gpu.decode import Cached, decode_attention
+from hf_imgproc_attn.gpu.decode import Cached, decode_attention, decode_forward
 from hf_imgproc_attn.models.backend_call import Booster, Content, FilterCall
 from hf_imgproc_attn.models.backend_table import BACKENDS
 from hf_imgproc_attn.models.boost_operators import extra_streams
@@ -218,6 +218,15 @@ def in_a_model() -> list[float]:
     return [*found, float(run.call_count)]
 
 
+def operator_checks() -> dict[str, str]:
+    """PyTorch's own checks of the operator, but for gradients, which it has none of."""
+    query, key, stream = torch.zeros(1, 4, 2, 16), torch.zeros(1, 2, 9, 24), torch.zeros(1, 4, 7, 24)
+    mask, bias, none = torch.ones(1, 9, dtype=torch.bool), torch.zeros(1, 4, 9), None
+    given = (query, key[..., :16], key, [stream], torch.ones(4, 1, 1), mask, bias, none, none, none, none)
+    options = (0, 0, SCALE, True, "learned")
+    return torch.library.opcheck(decode_forward, (*given, *options), test_utils=("test_schema", "test_faketensor"))
+
+
 def decoding() -> dict[str, Any]:
     """Errors of every case, and refusals."""
     return {
@@ -225,6 +234,7 @@ def decoding() -> dict[str, Any]:
             "errors": {str(number): [case.dtype, *measure(case)] for number, case in enumerate(CASES)},
             "calls": calls(),
             "model": in_a_model(),
+            "operator": operator_checks(),
             "refused": refusals(),
         }
     }

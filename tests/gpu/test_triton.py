@@ -119,6 +119,7 @@ def test_decoding_is_that_of_all_tokens_at_once(found: Any) -> None:
     *errors, times = found["decoding"]["model"]
     assert max(errors) < 2e-6
     assert times == 2
+    assert set(found["decoding"]["operator"].values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize(
@@ -295,6 +296,14 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(without_gpu: Any) -> None:
         instructions = "warp_products" if binary["case"] == "decoding" else "warp_group_products"
         assert binary[instructions] >= binary["products"], binary
         assert binary["shared_memory"] <= SHARED_MEMORY, binary
+
+
+def test_compiled_programs_of_the_wavefront_read_after_they_have_waited(without_gpu: Any) -> None:
+    """The number of finished blocks is read with an acquire and written with a release, by the whole GPU's order."""
+    found = {binary["kernel"]: binary for binary in without_gpu["binaries"] if "wavefront" in binary["kernel"]}
+    assert found.keys() == {"wavefront_forward_kernel", "wavefront_backward_kernel"}
+    for binary in found.values():
+        assert (binary["acquires"], binary["releases"]) == (2, 1)
 
 
 def test_without_triton_the_package_imports_and_says_so(run_python: RunPython) -> None:

@@ -62,6 +62,8 @@ def test_a_filtered_llama_is_published_and_generates_elsewhere(
     card = files["README.md"].decode()
     assert "A model of the class LlamaForCausalLM with `learned_twicing` self-attention" in card
     assert "In every filtered layer and head" in card
+    assert "from 0, where this is the stock model; the model's own positions are what they are" in card
+    assert "learned positions are added" not in card
     assert "| model.layers | 1 | dot_product | its own | learned | none | 2 |" in card
     assert "| layer | `gain` (learned) |" in card
     assert "license: cc-by-4.0\n" in card

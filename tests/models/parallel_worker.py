@@ -175,8 +175,9 @@ def same_tokens(
         add_gradients(shared)
     loss = part.loss.detach().clone()
     dist.all_reduce(loss)
-    seen = slice(None) if not padded else mask.chunk(2, dim=1)[dist.get_rank()] != 0
-    close("logits", part.logits[seen], whole_output.logits.chunk(2, dim=1)[dist.get_rank()][seen], tolerance)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    seen = slice(None) if not padded else mask.chunk(size, dim=1)[rank] != 0
+    close("logits", part.logits[seen], whole_output.logits.chunk(size, dim=1)[rank][seen], tolerance)
     close("loss", loss, whole_output.loss, 1e-6)  # Transformers computes it in float32
     gradients = dict(shared.named_parameters())
     for name, parameter in plain.named_parameters():
