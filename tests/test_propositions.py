@@ -422,8 +422,8 @@ RIVALS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("backend", ["reference", "sdpa", "blocked", "chunked"])
 def test_7_gradients_of_the_rivals(name: str, backend: str) -> None:
     """Of each value on each back-end, causal: tokens, projections, values of the first layer, and all parameters."""
-    if (backend == "sdpa" and name in ("sigmoid", "softpick")) or (backend, name) == ("chunked", "delta"):
-        return  # refused: tests/models/test_normalisation.py, test_boost_delta.py
+    if backend == "sdpa" and name in ("sigmoid", "softpick"):
+        return  # refused: tests/models/test_normalisation.py
     heads, width, length = 2, 3, 4
     layer = Layer(make_filter(**RIVALS[name], heads=heads, head_dim=width, longest_side=4))
     leaves = [random(1, length, heads * width, seed=9)]
@@ -504,7 +504,7 @@ def test_8_delta_with_beta_1_is_a_times_the_inverse_of_1_plus_a_strictly_before(
     operator = matrix @ torch.linalg.inv(torch.eye(9).double() + before)
     found = filter_attention(query, key, value, is_causal=True, boosting="delta")
     torch.testing.assert_close(found, operator @ value, **TIGHT)
-    for backend in ("reference", "sdpa", "blocked"):
+    for backend in ("reference", "sdpa", "blocked", "chunked"):
         for beta, wanted in ((1.0, operator), (0.0, matrix)):
             gain = torch.full((2, 1, 1), beta, dtype=torch.float64)
             call = filter_call(query, key, value, is_causal=True, boosting="delta", boosting_gain=gain)

@@ -228,7 +228,7 @@ def back_ends(preset: str) -> str:
     if spec.boosting in WEIGHTS_ONE_BY_ONE:
         return "reference, blocked, chunked"
     if spec.boosting in SEQUENTIAL:
-        return "reference, sdpa, blocked"
+        return "reference, sdpa, blocked, chunked"
     # The Triton kernels know what is an inner product or a function of places, but no logits of all pairs.
     has_kernel = spec.position_kernel != "forget"
     return ", ".join([*names, "triton"] if has_kernel else names)

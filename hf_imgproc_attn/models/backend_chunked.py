@@ -11,7 +11,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from .backend_call import FilterCall, without_autocast
-from .backend_reference import filter_logits, filter_matrix
+from .backend_reference import delta_system, filter_logits, filter_matrix
+from .backend_sdpa_delta import refuses as delta_refuses
+from .cache_streams import boost_stream
 from .kernel_content import working_dtype
 from .kernel_position import keys_of_positions, rows_of_positions
 from .visibility import Visibility
@@ -24,7 +26,7 @@ def refuses(call: FilterCall) -> str | None:
     """Why the chunks cannot serve a call, as the rest of a sentence about them, or None if they can."""
     if call.normalisation.name == "sinkhorn":
         return "has some rows of A at a time, and normalisation='sinkhorn' scales all of them together"
-    return call.in_order
+    return delta_refuses(call) if call.is_sequential else None
 
 
 def run(call: FilterCall, *, block_rows: int | None = None) -> torch.Tensor:
@@ -55,7 +57,40 @@ def run(call: FilterCall, *, block_rows: int | None = None) -> torch.Tensor:
         return torch.cat(smooth, dim=-2)
 
     with without_autocast(call.query.device.type):
+        if call.is_sequential:
+            return attend(_corrected(call, blocks, parts, seed)).to(dtype)
         return call.boost(attend, call.new_value.to(compute_dtype), value).to(dtype)
+
+
+def _corrected(call: FilterCall, blocks: list[slice], parts: list[FilterCall], seed: int) -> torch.Tensor:
+    """What ``delta`` applies A to: u of all keys, 0 where nobody sees them, block after block."""
+    value, name = call.new_value, boost_stream(1)
+    past = call.key.shape[-2] - value.shape[-2]
+    earlier = call.streams.earlier(name, value) if past else None
+    known = [] if earlier is None else [earlier]
+    for number, (block, part) in enumerate(zip(blocks, parts, strict=True)):
+        given = (part, block.start + past, value[..., block, :], seed + number, *known)
+        solved = checkpoint(_solved, *given, use_reentrant=False) if len(parts) > 1 else _solved(*given)
+        known.append(solved)
+    every = torch.cat(known, dim=-2) if known else value
+    if call.streams.is_cached:
+        call.streams.append(name, every[..., past:, :])
+    return call.visibility.clean_keys(every)
+
+
+def _solved(call: FilterCall, first: int, value: torch.Tensor, seed: int, *known: torch.Tensor) -> torch.Tensor:
+    """u of the block whose tokens begin at key ``first``; ``known``: those of the keys before."""
+    logits = filter_logits(call)
+    with without_autocast(logits.device.type):
+        kept = _kept(logits, call.dropout, seed) if call.dropout else None
+        system = delta_system(logits, call, kept, slice(first, first + value.shape[-2]))
+        return system.solve(value, torch.cat(known, dim=-2) if known else None)
+
+
+def _kept(matrix: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
+    """What dropout multiplies a block's weights with."""
+    generator = torch.Generator(matrix.device).manual_seed(seed % 2**63)
+    return torch.empty_like(matrix).bernoulli_(1.0 - dropout, generator=generator) / (1.0 - dropout)
 
 
 def _smooth(call: FilterCall, rows: torch.Tensor, seed: int) -> torch.Tensor:
@@ -64,9 +99,7 @@ def _smooth(call: FilterCall, rows: torch.Tensor, seed: int) -> torch.Tensor:
     with without_autocast(logits.device.type):
         matrix = filter_matrix(logits, call.visibility, call.sinks, call.normalisation)
         if call.dropout:
-            generator = torch.Generator(matrix.device).manual_seed(seed % 2**63)
-            kept = torch.empty_like(matrix).bernoulli_(1.0 - call.dropout, generator=generator)
-            matrix = matrix * kept / (1.0 - call.dropout)
+            matrix = matrix * _kept(matrix, call.dropout, seed)
         if call.by_weights is not None:
             return call.by_weights.apply(matrix, rows, call.repeated()[0].to(rows.dtype))
         return torch.matmul(matrix, rows)
@@ -103,6 +136,9 @@ def _rows_of(call: FilterCall, block: slice, allowed: torch.Tensor | None) -> Fi
     )
     if call.by_weights is not None:
         call = call._replace(by_weights=call.by_weights.of_rows(block))
+    gain = call.booster.gain
+    if call.is_sequential and gain is not None and gain.shape[-2] > 1:
+        call = call._replace(booster=call.booster._replace(gain=gain[..., block, :]))
     return call if allowed is not None or not _is_cut_by_causality(whole) else _without_later_keys(call, seen, block)
 
 

@@ -20,13 +20,14 @@ from hf_imgproc_attn import (
 )
 from hf_imgproc_attn.models.backend_blocked import run as run_blocked
 from hf_imgproc_attn.models.backend_call import FilterCall
+from hf_imgproc_attn.models.backend_chunked import run as run_chunked
 from hf_imgproc_attn.models.backend_table import run_filter
 from hf_imgproc_attn.models.kernel_normalisation import Normalisation
 from tests.models.helpers import filter_call, make_filter, sharpen_
 from tests.models.layer_cases import BATCH, HEADS, LENGTH, TIGHT, WIDTH, assert_same, masks, random, run, tensors
 from tests.models.variants import gpt2_config, token_ids
 
-EXACT = ("reference", "sdpa", "blocked")
+EXACT = ("reference", "sdpa", "blocked", "chunked")
 CAUSAL = {"is_causal": True}
 
 
@@ -73,9 +74,8 @@ def test_every_back_end_is_the_formula(content: str, mask: str) -> None:
         torch.testing.assert_close(dense["output"], by_hand(matrix.log(), matrix > 0, value, rate), **TIGHT)
     for backend in EXACT:
         assert_same(run(layer, inputs, "sdpa", backend=backend, **options), dense)
-    for backend in ("chunked", "flex"):
-        with pytest.raises(ValueError, match="computes all rows at the same time, and boosting='delta' needs those"):
-            run(layer, inputs, "sdpa", backend=backend, **options)
+    with pytest.raises(ValueError, match="computes all rows at the same time, and boosting='delta' needs those"):
+        run(layer, inputs, "sdpa", backend="flex", **options)
 
 
 @torch.no_grad()
@@ -109,6 +109,8 @@ def test_gradients_are_numerical_ones(backend: str, dropout: float, sinks: bool)
         torch.manual_seed(3)
         call = delta(*given[:3], rate=given[3], dropout=dropout, attention_mask=mask)
         call = call._replace(sinks=given[4] if sinks else None)
+        if backend == "chunked":
+            return run_chunked(call, block_rows=2)
         return run_blocked(call, block_rows=2, group_pairs=2) if backend == "blocked" else run_filter(call, backend)
 
     assert torch.autograd.gradcheck(filtered, leaves, fast_mode=sinks or dropout > 0)
@@ -116,7 +118,7 @@ def test_gradients_are_numerical_ones(backend: str, dropout: float, sinks: bool)
         assert torch.autograd.gradgradcheck(filtered, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "blocked"])
+@pytest.mark.parametrize("backend", ["sdpa", "blocked", "chunked"])
 def test_long_texts_over_several_blocks_are_as_the_dense_form(backend: str) -> None:
     """Over several blocks of the back-ends' own size, with a bias and padding: outputs and gradients."""
     length, heads = 150, 2
@@ -128,7 +130,7 @@ def test_long_texts_over_several_blocks_are_as_the_dense_form(backend: str) -> N
     for name in ("reference", backend):
         leaves = [x.clone().requires_grad_() for x in given]
         call = delta(*leaves[:3], rate=leaves[3], bias=leaves[4], attention_mask=mask)
-        output = run_filter(call, name)
+        output = run_chunked(call, block_rows=40) if name == "chunked" else run_filter(call, name)
         (output * random(*output.shape, seed=9)).sum().backward()
         results.append([output.detach(), *(leaf.grad for leaf in leaves)])
     for got, wanted in zip(results[1], results[0], strict=True):
@@ -162,7 +164,7 @@ def test_what_stands_at_padding_has_no_influence() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("normalisation", ["sigmoid", "softpick"])
-def test_other_normalisations_are_computed_densely(normalisation: str) -> None:
+def test_other_normalisations_are_computed_by_rows(normalisation: str) -> None:
     """A' has the normalisation's weights over the keys before: their number is one less."""
     query, key, value = (random(1, 2, 9, 5, seed=seed) for seed in range(3))
     normalised = Normalisation(normalisation)
@@ -170,6 +172,7 @@ def test_other_normalisations_are_computed_densely(normalisation: str) -> None:
     call = delta(*(x[:, :, :4] for x in (query, key, value)))._replace(normalisation=normalised)
     torch.testing.assert_close(output[:, :, :4], run_filter(call, "reference"), **TIGHT)
     call = delta(query, key, value)._replace(normalisation=normalised)
+    torch.testing.assert_close(run_chunked(call, block_rows=2), output, **TIGHT)
     for backend in ("sdpa", "blocked"):
         with pytest.raises(ValueError, match=f"weights of softmax only, got normalisation='{normalisation}'"):
             run_filter(call, backend)

@@ -62,8 +62,12 @@ KINDS: dict[str, Callable[[Any], Cache]] = {
 }
 
 
+CACHED = (*VARIANTS, "delta")
+"""``delta`` reads the stream before it stores new rows in it."""
+
+
 @pytest.mark.grid(
-    variant=VARIANTS,
+    variant=CACHED,
     kind=KINDS,
     pieces=[[13], [5, *[1] * 8], [4, 3, 1, 5], [1] * 13],
     padded=[True, False],
@@ -87,7 +91,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.grid(variant=VARIANTS, kind=["static", "quantised", "plain"], mode=MODES)
+@pytest.mark.grid(variant=CACHED, kind=["static", "quantised", "plain"], mode=MODES)
 def test_every_cache_generates_what_none_does(variant: str, kind: str, mode: str) -> None:
     model = build(variant)
     if kind == "static":
@@ -130,8 +134,9 @@ def test_streams_are_quantised_along_the_axis_of_values() -> None:
         assert (layer._quantized_keys[1], layer._quantized_values[1], stream._quantized_keys[1]) == (0, -1, -1)
 
 
-def test_compiled_steps_with_a_static_cache_are_one_graph() -> None:
-    model, ids, counter = build("bilateral_twicing"), token_ids(length=13), CompileCounter()
+@pytest.mark.parametrize("variant", ["bilateral_twicing", "delta"])
+def test_compiled_steps_with_a_static_cache_are_one_graph(variant: str) -> None:
+    model, ids, counter = build(variant), token_ids(length=13), CompileCounter()
     wanted = model(ids, use_cache=False).logits
     cache = StaticCache(config=model.config, max_cache_len=17)
     model(ids[:, :7], past_key_values=cache)
@@ -167,7 +172,11 @@ def test_offloaded_layers_bring_their_streams_back(kind: str) -> None:
             assert all(stored.keys.device.type == "meta" for stored in layer.filter_streams.values())
             keys, _ = layer.update(rows, rows)
             layer.offload()
-            stream = FollowingStreams(layer, keys.shape[-2]).append("boost.1", rows)
+            streams = FollowingStreams(layer, keys.shape[-2])
+            earlier = streams.earlier("boost.1", rows)
+            assert (earlier is None) == (length == 1)
+            assert earlier is None or (earlier.device, earlier.shape[-2] >= length - 1) == (rows.device, True)
+            stream = streams.append("boost.1", rows)
             assert stream.device == keys.device == rows.device
             assert stream.shape == keys.shape == (2, 4, 17 if kind == "static" else length, 5)
             stored = layer.filter_streams["boost.1"]
@@ -209,7 +218,7 @@ def test_the_prompt_of_these_tests_is_padded() -> None:
     assert not prompt()["attention_mask"].all()
 
 
-@pytest.mark.grid(variant=VARIANTS, kind=[None, "plain", "static"], dtype=[torch.bfloat16, torch.float16])
+@pytest.mark.grid(variant=CACHED, kind=[None, "plain", "static"], dtype=[torch.bfloat16, torch.float16])
 def test_half_precision_works_in_every_cache(variant: str, kind: str | None, dtype: torch.dtype) -> None:
     """The back-end of a prompt and that of a step may compute rows in different precision; a cache has one."""
     model, ids = build(variant), token_ids(length=13)
