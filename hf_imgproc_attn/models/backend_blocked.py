@@ -32,14 +32,12 @@ def refuses(call: FilterCall) -> str | None:
     if call.is_sequential:
         return delta_refuses(call)
     by_weights, call = call.by_weights, call._replace(by_weights=None)
-    if by_weights is not None and call.own_softmax is not None:
-        return call.own_softmax
-    if by_weights is not None:
-        return None if key_length >= length else f"takes the queries for the last tokens, got {key_length} keys"
     if call.content.softcap is not None or call.normalisation.name not in WEIGHTS:
         return call.own_softmax
     if (call.sinks is not None or call.normalisation.name != "softmax") and _lacks_row_constants(call):
         return "has columns that lack a number a row, which these weights depend on"
+    if by_weights is not None:
+        return None if key_length >= length else f"takes the queries for the last tokens, got {key_length} keys"
     if call.booster.gain is not None and call.query.dtype in HALF_DTYPES:
         return "hands out its streams in half precision, from which a learned gain is not exact"
     apart = call.streams.keeps_places_apart  # a cache of any kind, which does not hand out earlier rows
@@ -128,15 +126,15 @@ def _by_weights(
     """A booster that looks at single weights: ``[batch, heads, length, d]`` in the value's dtype."""
     call = _blocked_call(given, positions, True, block_rows, group_pairs)
     parameters = () if positions is None else positions.parameters()
-    query, key, value, bias = given.query, given.key, given.value, given.visibility.bias
+    query, key, value, bias, sinks = given.query, given.key, given.value, given.visibility.bias, given.sinks
     own = query[..., :0]
     if isinstance(by_weights, LocalLinear):  # columns of the kernels may stand beside the keys
         own = torch.nn.functional.pad(by_weights.slope, (0, key.shape[-1] - by_weights.slope.shape[-1]))
     rows_call = RowsCall(call, by_weights)
     with without_autocast(query.device.type):
-        if is_transformed((query, key, value, bias, own, *parameters)):
-            return dense_rows(rows_call, Tensors(query, key, value, bias, None, None, parameters), own)
-        output: torch.Tensor = RowsFilter.apply(query, key, value, bias, own, rows_call, *parameters)
+        if is_transformed((query, key, value, bias, own, sinks, *parameters)):
+            return dense_rows(rows_call, Tensors(query, key, value, bias, None, sinks, parameters), own)
+        output: torch.Tensor = RowsFilter.apply(query, key, value, bias, own, sinks, rows_call, *parameters)
     return output
 
 

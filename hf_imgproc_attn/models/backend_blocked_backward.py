@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from .backend_blocked_passes import Call, Computed, Inputs, Tensors, passes_over_blocks
-from .backend_blocked_plan import Block, Group
+from .backend_blocked_plan import Block, Group, multiply
 from .backend_blocked_weights import Buffer, KeySums, flat
 from .kernel_content import working_dtype
 
@@ -98,13 +100,15 @@ class Gradients:
                 self.totals[m].add(dropped, smooth_grad)
         if steps.start:
             return
-        d_matrix = plan.multiply(row_grads, self.side_by_side[:, keys].mT, lambda: self.buffer.view(*matrix.shape))
+        room = partial(self.buffer.view, *matrix.shape)
+        d_matrix = multiply(row_grads, self.side_by_side[:, keys].mT, room, by_onednn=plan.by_onednn)
         if factors is not None:
             d_matrix.mul_(factors)
         # D; the correction is in g_0, g_1, ... already.
         row_term = row_grads.mul_(self.smoothed[:, rows]).sum(-1, keepdim=True)
         d_logits = self.weights.logits_grad(d_matrix, matrix, row_term)
-        torch.mul(plan.multiply(d_logits, inputs.key[:, keys]), plan.scale, out=self.d_query[:, rows])
+        d_query = multiply(d_logits, inputs.key[:, keys], by_onednn=plan.by_onednn)
+        torch.mul(d_query, plan.scale, out=self.d_query[:, rows])
         self.d_key.add(d_logits, inputs.query[:, rows])
         if self.bias is not None:
             self.weights.add_to_bias(self.bias, d_logits, block)

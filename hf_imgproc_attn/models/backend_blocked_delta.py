@@ -211,7 +211,7 @@ def _forward(call: Call, tensors: Tensors, rate: torch.Tensor) -> Known:
                 matrix.mul_(factors)
                 kept = _diagonal(factors, own)
             scaled = factor * rates[group.pairs, part]
-            read = torch.bmm(matrix[:, :, : own.start], inputs.stream(1)[:, : own.start])
+            read = torch.bmm(matrix[:, :, : own.start], inputs.all[:, : own.start])
             system, right = (
                 matrix[:, :, own] * scaled,
                 torch.addcmul(inputs.own_value[:, part], read, scaled, value=-1),
@@ -330,7 +330,7 @@ class Gradients:
         d_share = (shown * solved - alpha * smooth) * grad
         d_own = rest * d_share.sum(-1, keepdim=True)
         row_term = torch.linalg.vecdot(d_smooth, smooth).unsqueeze(-1).addcmul_(correction, d_own)
-        d_matrix = torch.bmm(d_smooth, inputs.stream(1)[:, : block.keys].mT, out=self.buffer.view(*matrix.shape))
+        d_matrix = torch.bmm(d_smooth, inputs.all[:, : block.keys].mT, out=self.buffer.view(*matrix.shape))
         if factors is not None:
             d_matrix.mul_(factors)
         d_logits = self.weights.logits_grad(d_matrix, matrix, row_term)

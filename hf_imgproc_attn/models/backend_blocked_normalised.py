@@ -103,6 +103,12 @@ class SoftpickWeights(Weights):
         torch.ops.aten.threshold_backward.grad_input(d_matrix, matrix, 0.0, grad_input=d_matrix)
         return d_matrix.add_(row_term).mul_(self.exponentials)
 
+    def logits_grad_of(
+        self, d_matrix: torch.Tensor, matrix: torch.Tensor, row_term: torch.Tensor, factor: torch.Tensor
+    ) -> torch.Tensor:
+        """As of the parent."""
+        return self.logits_grad(d_matrix.mul_(factor), matrix, row_term * factor)
+
 
 WEIGHTS: dict[str, type[Weights]] = {"softmax": Weights, "sigmoid": SigmoidWeights, "softpick": SoftpickWeights}
 """Normalisations that are computed block by block."""

@@ -37,7 +37,7 @@ from typing import NamedTuple
 import torch
 
 from .backend_blocked_normalised import WEIGHTS
-from .backend_blocked_plan import Group, Plan
+from .backend_blocked_plan import Group, Plan, multiply
 from .backend_blocked_positions import PositionTerm
 from .backend_blocked_weights import KeyHeads, Weights, flat
 from .boost_operators import BOOSTING, extra_streams
@@ -176,10 +176,6 @@ class Inputs:
         """Where x_1, x_2, ... stand side by side."""
         return slice((stream - 1) * self.width, stream * self.width)
 
-    def stream(self, stream: int) -> torch.Tensor:
-        """x_m of all keys, ``[pairs, key_length, d]``."""
-        return self.all[..., self.columns(stream)] if stream else self.value
-
     def copy_to_keys(self, stream: int, rows: slice) -> None:
         """Make rows of a stream, complete in ``own``, visible to the products."""
         if self.all is self.own:
@@ -211,6 +207,7 @@ def _combine(
         torch.mul(product, factor if weight == 1.0 else factor * weight, out=target)
 
 
+@lru_cache
 def passes_over_blocks(plan: Plan, num_streams: int) -> list[range]:
     """The streams of each pass over the blocks, in order."""
     if plan.is_causal or len(plan.blocks()) == 1:
@@ -258,7 +255,8 @@ def forward_passes(call: Call, tensors: Tensors) -> Computed:
                 for m in steps:
                     if m > steps.start:
                         inputs.copy_to_keys(m, rows)
-                    product = plan.multiply(matrix, inputs.stream(m)[:, : block.keys])
+                    rows_of_keys = inputs.all[..., inputs.columns(m)] if m else inputs.value
+                    product = multiply(matrix, rows_of_keys[:, : block.keys], by_onednn=plan.by_onednn)
                     common = (m, inputs.own_value[:, rows], product, factor)
                     for later in range(m + 1, num_streams):
                         _combine(inputs.own[:, rows, inputs.columns(later)], booster.streams[later], *common)

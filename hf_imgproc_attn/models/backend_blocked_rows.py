@@ -6,15 +6,16 @@ memory is O(length). ``backend_blocked_rules`` says what each booster makes of a
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from .backend_blocked_dense import dense_dropout_factors, dense_matrix
 from .backend_blocked_passes import Call, Inputs, Tensors
-from .backend_blocked_plan import Block
-from .backend_blocked_rules import Given, Part, Rule, Sums, rule_of
-from .backend_blocked_weights import Buffer, KeySums, flat
+from .backend_blocked_plan import Block, multiply
+from .backend_blocked_rules import Part, Rule, Sums, WeightsGrad, rule_of
+from .backend_blocked_weights import Buffer, KeySums, Weights, flat
 from .boost_weights import ByWeights, LocalLinear
 
 
@@ -32,7 +33,7 @@ class RowsCall(NamedTuple):
 
 
 class RowsFilter(torch.autograd.Function):
-    """``apply(query, key, value, bias, own, call, *parameters)`` -> ``[batch, heads, length, d]``.
+    """``apply(query, key, value, bias, own, sinks, call, *parameters)`` -> ``[batch, heads, length, d]``.
 
     ``own`` are the booster's rows, ``[batch, heads, length, width]``; the parameters are those of the position kernel.
     """
@@ -45,24 +46,25 @@ class RowsFilter(torch.autograd.Function):
         value: torch.Tensor,
         bias: torch.Tensor | None,
         own: torch.Tensor,
+        sinks: torch.Tensor | None,
         rows_call: RowsCall,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
-        tensors = Tensors(query, key, value, bias, None, None, parameters)
+        tensors = Tensors(query, key, value, bias, None, sinks, parameters)
         output, row_sums, kept = _forward(rows_call, tensors, own)
         ctx.call = rows_call
-        ctx.save_for_backward(query, key, value, bias, own, row_sums, kept, *parameters)
+        ctx.save_for_backward(query, key, value, bias, own, sinks, row_sums, kept, *parameters)
         plan = rows_call.call.plan
         return output.to(value.dtype).unflatten(0, (plan.batch, plan.heads))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        query, key, value, bias, own, row_sums, kept, *parameters = ctx.saved_tensors
-        tensors, needs = Tensors(query, key, value, bias, None, None, tuple(parameters)), ctx.needs_input_grad
+        query, key, value, bias, own, sinks, row_sums, kept, *parameters = ctx.saved_tensors
+        tensors, needs = Tensors(query, key, value, bias, None, sinks, tuple(parameters)), ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True: the gradients are to be differentiated themselves
             return _differentiable_gradients(ctx.call, tensors, own, grad, needs)
         found = _backward(ctx.call, tensors, own, (row_sums, kept), grad, needs)
-        given = (query, key, value, bias, own, None, *parameters)
+        given = (query, key, value, bias, own, sinks, None, *parameters)
         return tuple(
             None if gradient is None or tensor is None else gradient.to(tensor.dtype)
             for gradient, tensor in zip(found, given, strict=True)
@@ -96,9 +98,7 @@ def _forward(
             if plan.dropout:
                 matrix.mul_(plan.dropout_factors(group, block, like))
             mine = (own_rows[group.pairs, rows], kept[group.pairs, rows])
-            output[group.pairs, rows] = rule.forward(
-                _part(inputs, block, (matrix, factor), mine, buffers, not plan.dropout)
-            )
+            output[group.pairs, rows] = rule.forward(_part(inputs, block, (matrix, factor), mine, buffers, call))
     return output, row_sums, kept
 
 
@@ -108,11 +108,16 @@ def _part(
     weights: tuple[torch.Tensor, torch.Tensor | None],
     mine: tuple[torch.Tensor, torch.Tensor],
     buffers: list[Buffer],
-    is_whole: bool,
+    call: Call,
 ) -> Part:
     matrix, factor = weights
     key, value = inputs.key[:, : block.keys], inputs.value[:, : block.keys]
-    return Part(matrix, factor, key, value, *mine, lambda index: buffers[index].view(*matrix.shape), is_whole)
+    is_whole = call.ignores_row_constants and not call.plan.dropout
+
+    def room(number: int) -> torch.Tensor:
+        return buffers[number].view(*matrix.shape)
+
+    return Part(matrix, factor, key, value, *mine, room, partial(multiply, by_onednn=call.plan.by_onednn), is_whole)
 
 
 def _backward(
@@ -130,12 +135,13 @@ def _backward(
     query, key, value, bias = tensors[:4]
     like = query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
     inputs = Inputs(call, tensors, _no_streams(call, like))
-    weights = call.weights(tensors, like, needs[6:])
+    weights = call.weights(tensors, like, needs[7:])
     buffers = [Buffer(like, weights.size) for _ in range(rule.rooms)]
     scratch = Buffer(like, plan.group_pairs * plan.key_length * max(value.shape[-1], key.shape[-1]))
     d_query, d_own = like.new_empty(query.shape), like.new_empty(own.shape)
     d_key, d_value = (inputs.key_heads.total(x, like.dtype) for x in (key, value))
     d_bias = like.new_zeros(bias.shape) if bias is not None and needs[3] else None
+    d_sinks = like.new_zeros(tensors.sinks.shape) if tensors.sinks is not None and needs[5] else None
     if not plan.groups():
         d_key.zero_(), d_value.zero_()
     grads, own_rows = flat(grad, like.dtype), flat(own, like.dtype)
@@ -153,15 +159,17 @@ def _backward(
             matrix.mul_(correction)
             dropped = matrix if factors is None else matrix * factors
             mine = (own_rows[group.pairs, rows], kept[group.pairs, rows])
-            part = _part(inputs, block, (dropped, None), mine, buffers, not plan.dropout)
+            part = _part(inputs, block, (dropped, None), mine, buffers, call)
             sums = Sums(by_rule, by_value, columns, d_own.flatten(0, 1)[group.pairs, rows])
-            d_logits = rule.backward(part, Given(grads[group.pairs, rows], matrix), sums)
-            d_query.flatten(0, 1)[group.pairs, rows].baddbmm_(
-                d_logits, inputs.key[:, : block.keys], beta=0.0, alpha=plan.scale
-            )
+            found_grad = rule.backward(part, grads[group.pairs, rows], sums)
+            d_logits, row_term = _logits_grad(weights, part, (matrix, factors), found_grad, correction)
+            by_query = multiply(d_logits, inputs.key[:, : block.keys], by_onednn=plan.by_onednn)
+            torch.mul(by_query, plan.scale, out=d_query.flatten(0, 1)[group.pairs, rows])
             by_logits.add(d_logits, inputs.query[:, rows])
             if d_bias is not None:
                 weights.add_to_bias(d_bias, d_logits, block)
+            if d_sinks is not None:
+                weights.add_to_sinks(d_sinks, row_term * correction, row_sums[group.pairs, rows])
             weights.add_to_positions(d_logits, block)
         all_keys = slice(0, plan.key_length)
         by_key = by_logits.rows(all_keys).mul_(plan.scale)
@@ -170,7 +178,25 @@ def _backward(
             d_value, by_value.rows(all_keys).addcmul_(inputs.value, columns.unsqueeze(-1), value=-1.0), group
         )
     positions = [] if weights.positions is None else weights.positions.finish(plan)
-    return d_query, d_key, d_value, d_bias, d_own, None, *positions
+    return d_query, d_key, d_value, d_bias, d_own, d_sinks, None, *positions
+
+
+def _logits_grad(
+    weights: Weights,
+    part: Part,
+    undropped: tuple[torch.Tensor, torch.Tensor | None],
+    found: WeightsGrad,
+    correction: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of a block's logits, and the sums of A o dA of its rows; ``undropped``: A, and its dropout."""
+    (matrix, factors), (d_matrix, shift, row_term) = undropped, found
+    if part.is_whole:  # softmax takes numbers that rows have in common away again
+        row_term = row_term - shift
+    else:
+        d_matrix.add_(shift)
+    if factors is not None:
+        d_matrix.mul_(factors)
+    return weights.logits_grad_of(d_matrix, matrix, row_term, correction), row_term
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -203,7 +229,7 @@ def _differentiable_gradients(
     # Where the key was made of the query, say, what flows through the key must not be counted for the query as well.
     apart, own = tensors.aliases(), own.view_as(own)
     output = dense_rows(rows_call, apart, own)
-    inputs = (*apart[:4], own, None, *apart.parameters)
+    inputs = (*apart[:4], own, apart.sinks, None, *apart.parameters)
     wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed and x is not None]
     found = iter(torch.autograd.grad([output], wanted, [grad], create_graph=True, allow_unused=True))
     return tuple(next(found) if needed else None for needed in needs)

@@ -4,7 +4,7 @@
 c_ij = m_i - s_ij, p_ij = G_i . v_j, e_ij = p_ij - u_i / w_i with u_i = sum_j a'_ij p_ij:
 
     out = (A' o (1 + c)) V,   dV = (A' o (1 + c))^T G,   dS = -A' o e,   dR = dS K,   dK += dS^T R
-    dl  = A' o (1 + c) o e + A' u_i / w_i - A (G_i . out_i)
+    dA' = (1 + c) o e + u_i / w_i
 
 3 products forward and 8 backward, for 2 and 5 of plain attention.
 
@@ -13,13 +13,16 @@ c_ij = m_i - s_ij, p_ij = G_i . v_j, e_ij = p_ij - u_i / w_i with u_i = sum_j a'
     d_ij^2 = |v_j|^2 - 2 v_j . u_i + |u_i|^2,   u' = (A' o F) V / Z,   p_ij = g_i . (v_j - u'_i) / Z_i
     dA' += F o p,   dV += (A' o F)^T g/Z + Q^T u - V (Q^T 1),   g <- Q V - u (Q 1),   q_ij = a'_ij p_ij / d_ij^3
 
-with q_ij = 0 where f does not change. 2 products a step forward, 5 backward. The output w_i u_i is of degree 1 in a
-row of A', so that the softmax's own part needs no sum over keys: sum_k a_ik dL/da_ik = G_i . out_i.
+with q_ij = 0 where f does not change. 2 products a step forward, 5 backward. The output w_i u_i adds u_i . G_i to dA'.
+
+Both outputs are of degree 1 in a row of A', so that what normalised the weights needs no sum over keys to be passed:
+sum_k a'_ik dA'_ik = G_i . out_i. Nothing here asks whether w_i is 1: the weights may be those of any normalisation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -39,7 +42,9 @@ class Part(NamedTuple):
     own: the booster's rows, ``[pairs, rows, width]``.
     kept: what the forward pass keeps of the rows for the backward pass, ``[pairs, rows, kept]``.
     room: memory of the size of ``matrix``, by number.
-    is_whole: whether the rows sum to 1 (after ``factor``), or to 0 where they see no key: there was no dropout.
+    multiply: a batched product, of two factors and what gives it memory.
+    is_whole: whether the rows sum to 1 (after ``factor``), or to 0 where they see no key: weights of softmax, without
+        sinks and dropout.
     """
 
     matrix: torch.Tensor
@@ -49,7 +54,12 @@ class Part(NamedTuple):
     own: torch.Tensor
     kept: torch.Tensor
     room: Callable[[int], torch.Tensor]
+    multiply: Callable[..., torch.Tensor]
     is_whole: bool
+
+    def product(self, left: torch.Tensor, right: torch.Tensor, number: int) -> torch.Tensor:
+        """A product of the matrix's size, in the room of that number or elsewhere."""
+        return self.multiply(left, right, partial(self.room, number))
 
     def mass(self) -> torch.Tensor | float:
         """Sums of the matrix's rows, 1 where there is no weight at all."""
@@ -59,15 +69,17 @@ class Part(NamedTuple):
         return mass.masked_fill_(mass == 0.0, 1.0)
 
 
-class Given(NamedTuple):
-    """What the backward pass of a block starts from.
+class WeightsGrad(NamedTuple):
+    """The gradient of a block of A'.
 
-    grad: of the block's output, ``[pairs, rows, d]``.
-    undropped: A before dropout, ``[pairs, rows, keys]``.
+    matrix: ``[pairs, rows, keys]``, up to a number a row; may be overwritten.
+    shift: that number, ``[pairs, rows, 1]``.
+    mean: sum_k a'_ik dA'_ik, likewise.
     """
 
-    grad: torch.Tensor
-    undropped: torch.Tensor
+    matrix: torch.Tensor
+    shift: torch.Tensor
+    mean: torch.Tensor
 
 
 class Sums(NamedTuple):
@@ -96,38 +108,32 @@ class LocalLinearRule:
 
     def forward(self, part: Part) -> torch.Tensor:
         """The block's rows of the output, ``[pairs, rows, d]``."""
-        matrix, shares, product = part.matrix, part.room(0), part.room(1)
-        torch.bmm(part.own, part.key.mT, out=shares)
-        mean = torch.mul(matrix, shares, out=product).sum(-1, keepdim=True)
+        matrix, shares = part.matrix, part.product(part.own, part.key.mT, 0)
+        mean = torch.mul(matrix, shares, out=part.room(1)).sum(-1, keepdim=True)
         mean = mean.mul_(part.factor) if part.is_whole and part.factor is not None else mean.div_(part.mass())
         weights = torch.sub(mean + 1.0, shares, out=shares).mul_(matrix)
-        out = torch.bmm(weights, part.value)
+        out = part.multiply(weights, part.value)
         if part.factor is not None:
             out.mul_(part.factor)
         part.kept[..., :1], part.kept[..., 1:] = mean, out
         return out
 
-    def backward(self, part: Part, given: Given, sums: Sums) -> torch.Tensor:
-        """The gradient of the logits, ``[pairs, rows, keys]``; the matrices stay as they are."""
-        matrix, grad = part.matrix, given.grad
-        shares, errors, product = part.room(0), part.room(1), part.room(2)
+    def backward(self, part: Part, grad: torch.Tensor, sums: Sums) -> WeightsGrad:
+        """The gradient of the weights, from that of the block's output, ``[pairs, rows, d]``."""
+        matrix, product = part.matrix, part.room(2)
         mean, out = part.kept[..., :1], part.kept[..., 1:]
-        torch.bmm(grad, part.value.mT, out=errors)
+        errors = part.product(grad, part.value.mT, 1)
         average = torch.mul(matrix, errors, out=product).sum(-1, keepdim=True)
         if not part.is_whole:
             average.div_(part.mass())
         errors.sub_(average)
-        torch.bmm(part.own, part.key.mT, out=shares)
-        weights = torch.sub(mean + 1.0, shares, out=shares).mul_(matrix)
-        sums.value.add(weights, grad)
+        shares = part.product(part.own, part.key.mT, 0)
+        tilt = torch.sub(mean + 1.0, shares, out=shares)
+        sums.value.add(torch.mul(tilt, matrix, out=product), grad)
         d_shares = torch.mul(matrix, errors, out=product)
-        sums.own.baddbmm_(d_shares, part.key, beta=0.0, alpha=-1.0)
+        torch.neg(part.multiply(d_shares, part.key), out=sums.own)
         sums.key.add(d_shares, -part.own)
-        whole = (grad * out).sum(-1, keepdim=True)
-        d_logits = weights.mul_(errors)
-        if part.is_whole:
-            return d_logits.addcmul_(matrix, average - whole)
-        return d_logits.addcmul_(matrix, average).addcmul_(given.undropped, whole, value=-1.0)
+        return WeightsGrad(tilt.mul_(errors), average, (grad * out).sum(-1, keepdim=True))
 
 
 class RobustRule:
@@ -146,10 +152,12 @@ class RobustRule:
         """How many numbers a row keeps."""
         return (self.robust.steps + 1) * (width + 1)
 
-    def _near(self, centre: torch.Tensor, part: Part, lengths: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """1/d of all values, with distances below ``inner`` counted as that."""
-        torch.baddbmm(lengths.expand_as(out), centre, part.value.mT, alpha=-2.0, out=out)
-        return out.add_(_squares(centre)).clamp_(min=self.robust.inner**2).pow_(-0.5)
+    def _near(self, centre: torch.Tensor, part: Part, places: torch.Tensor) -> torch.Tensor:
+        """1/d of all values, with distances below ``inner`` counted as that; in the room with the number 0."""
+        squares = part.product(
+            torch.cat((-2.0 * centre, torch.ones_like(centre[..., :1]), _squares(centre)), -1), places, 0
+        )
+        return squares.clamp_(min=self.robust.inner**2).pow_(-0.5)
 
     def _within(self, near: torch.Tensor, part: Part, mass: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """f of ``mcp``: max(1/d - 1/D, 0); 1/d in rows that have next to no value within D."""
@@ -161,72 +169,87 @@ class RobustRule:
 
     def forward(self, part: Part) -> torch.Tensor:
         """The block's rows of the output, ``[pairs, rows, d]``."""
-        matrix, lengths, width = part.matrix, _squares(part.value).mT, part.value.shape[-1]
+        matrix, places, width = part.matrix, _places(part.value), part.value.shape[-1]
         mass = total = matrix.sum(-1, keepdim=True)
-        centre = torch.bmm(matrix, part.value) / mass.masked_fill(mass == 0.0, 1.0)
+        centre = part.multiply(matrix, part.value) / mass.masked_fill(mass == 0.0, 1.0)
         kept = part.kept.unflatten(-1, (-1, width + 1))
         factor = 1.0 if part.factor is None else part.factor
         for step in range(self.robust.steps + 1):
             kept[..., step, :width], kept[..., step, width:] = centre, total * factor
             if step == self.robust.steps:
                 break
-            factors = near = self._near(centre, part, lengths, part.room(0))
+            factors = near = self._near(centre, part, places)
             if self.robust.cutoff is not None:
                 factors = self._within(near, part, mass, part.room(1))
             shares = torch.mul(factors, matrix, out=part.room(1))
             total = shares.sum(-1, keepdim=True)
             lost = total == 0.0
-            centre = torch.where(lost, centre, torch.bmm(shares, part.value) / total.masked_fill(lost, 1.0))
+            centre = torch.where(lost, centre, part.multiply(shares, part.value) / total.masked_fill(lost, 1.0))
         return centre if part.is_whole else centre * kept[..., 0, width:]
 
-    def backward(self, part: Part, given: Given, sums: Sums) -> torch.Tensor:
-        """The gradient of the logits, ``[pairs, rows, keys]``; the matrices stay as they are."""
-        matrix, lengths, width = part.matrix, _squares(part.value).mT, part.value.shape[-1]
-        kept = part.kept.unflatten(-1, (-1, width + 1))
-        mass = kept[..., 0, width:]
-        grad = given.grad if part.is_whole else given.grad * mass
+    def backward(self, part: Part, grad: torch.Tensor, sums: Sums) -> WeightsGrad:
+        """The gradient of the weights, from that of the block's output, ``[pairs, rows, d]``."""
+        matrix, places, width = part.matrix, _places(part.value), part.value.shape[-1]
+        kept, shown = part.kept.unflatten(-1, (-1, width + 1)), _beside_ones(part.value)
+        mass, share = kept[..., 0, width:], (grad * kept[..., -1, :width]).sum(-1, keepdim=True)
+        if not part.is_whole:
+            grad = grad * mass
         d_weights = part.room(3)
         for step in range(self.robust.steps, 0, -1):
             centre, after, total = kept[..., step - 1, :width], kept[..., step, :width], kept[..., step, width:]
             lost = total == 0.0
             each = (grad / total).masked_fill(lost, 0.0)
-            near = self._near(centre, part, lengths, part.room(0))
-            factors = near
+            factors = near = self._near(centre, part, places)
             if self.robust.cutoff is not None:
                 factors = self._within(near, part, mass, part.room(1))
-            pulls = _pulls(each, after, part)
+            pulls = _pulls(each, after, part, shown)
             if step == self.robust.steps:
                 torch.mul(factors, pulls, out=d_weights)
             else:
                 d_weights.addcmul_(factors, pulls)
-            # Where f is constant its weight does not change: a distance below ``inner``, a value beyond D.
-            constant = near >= near.new_full((), self.robust.inner**2).pow(-0.5)
             if self.robust.cutoff is not None:
-                constant = constant.logical_or_(factors == 0.0)
-            sums.value.add(torch.mul(factors, matrix, out=part.room(1)), each)
-            change = pulls.mul_(matrix).mul_(near).mul_(near.square_()).masked_fill_(constant, 0.0)
+                pulls.masked_fill_(factors == 0.0, 0.0)
+            shares = torch.mul(factors, matrix, out=part.room(1))
+            sums.value.add(shares, each)
+            change = self._change(near, pulls, matrix, shares)
             sums.value.add(change, centre)
             sums.columns[:, : change.shape[-1]].add_(change.sum(-2))
-            turned = torch.bmm(change, part.value) - centre * change.sum(-1, keepdim=True)
+            turned = part.multiply(change, part.value) - centre * change.sum(-1, keepdim=True)
             grad = torch.where(lost, grad, 0.0) + turned
         each = (grad / mass).masked_fill(mass == 0.0, 0.0)
-        d_weights.add_(_pulls(each, kept[..., 0, :width], part))
+        d_weights.add_(_pulls(each, kept[..., 0, :width], part, shown))
         sums.value.add(matrix, each)
-        if part.is_whole:
-            return d_weights.mul_(matrix)
-        output_share = (given.grad * kept[..., -1, :width]).sum(-1, keepdim=True)
-        d_weights.add_(output_share).mul_(matrix)
-        return d_weights.addcmul_(given.undropped, output_share * mass, value=-1.0)
+        return WeightsGrad(d_weights, share, share if part.is_whole else share * mass)
+
+    def _change(
+        self, near: torch.Tensor, pulls: torch.Tensor, matrix: torch.Tensor, shares: torch.Tensor
+    ) -> torch.Tensor:
+        """q_ij of all values, in the memory of ``pulls``; that of ``near`` is used up."""
+        # Where f is constant its weight does not change: a distance below ``inner``, beside a value beyond D.
+        constant = float(near.new_full((), self.robust.inner**2).pow(-0.5))
+        torch.ops.aten.hardtanh_backward.grad_input(pulls, near, 0.0, constant, grad_input=pulls)
+        if self.robust.cutoff is None:
+            return pulls.mul_(shares).mul_(near.square_())
+        return pulls.mul_(matrix).mul_(near).mul_(near.square_())
 
 
 def _squares(rows: torch.Tensor) -> torch.Tensor:
     return rows.square().sum(-1, keepdim=True)
 
 
-def _pulls(each: torch.Tensor, centre: torch.Tensor, part: Part) -> torch.Tensor:
+def _beside_ones(value: torch.Tensor) -> torch.Tensor:
+    """Values with a column of ones, turned: ``[pairs, d + 1, keys]``."""
+    return torch.cat((value, torch.ones_like(value[..., :1])), dim=-1).mT
+
+
+def _places(value: torch.Tensor) -> torch.Tensor:
+    """Values with their squares and ones: the product with [-2 u, 1, |u|^2] is |v - u|^2, ``[pairs, d + 2, keys]``."""
+    return torch.cat((value, _squares(value), torch.ones_like(value[..., :1])), dim=-1).mT
+
+
+def _pulls(each: torch.Tensor, centre: torch.Tensor, part: Part, shown: torch.Tensor) -> torch.Tensor:
     """g_i . (v_j - u_i), in the room with the number 2."""
-    pulls = torch.bmm(each, part.value.mT, out=part.room(2))
-    return pulls.sub_((each * centre).sum(-1, keepdim=True))
+    return part.product(torch.cat((each, -(each * centre).sum(-1, keepdim=True)), dim=-1), shown, 2)
 
 
 Rule = LocalLinearRule | RobustRule

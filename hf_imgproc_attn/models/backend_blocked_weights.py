@@ -7,13 +7,13 @@ and L_i the row's base-2 log-sum-exp: the exponential of base 2 takes a third of
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from .backend_blocked_plan import Block, Group, Plan, cut
+from .backend_blocked_plan import Block, Group, Plan, add_product, cut, multiply
 from .backend_blocked_positions import PositionTerm
-from .backend_blocked_products import add_product
 
 LOG2_E = math.log2(math.e)
 
@@ -101,7 +101,7 @@ class KeySums:
         pairs, width, _ = self.shape
         left, right = (rows.mT, matrix) if self.transposed else (matrix.mT, rows)
         if self.sums is None:
-            self.sums = self.plan.multiply(left, right)
+            self.sums = multiply(left, right, by_onednn=self.plan.by_onednn)
         elif self.plan.by_onednn:
             add_product(self.sums[..., : matrix.shape[-1]], left, right)
             return
@@ -170,11 +170,13 @@ class Weights:
         rows = block.stop - block.start
         query, key = self.query[:, block.start : block.stop], self.key[:, : block.keys].mT
         if self.plan.by_onednn:
-            scores = self.plan.multiply(query, key, lambda: self.buffer.view(query.shape[0], rows, block.keys))
+            room = partial(self.buffer.view, query.shape[0], rows, block.keys)
+            scores = multiply(query, key, room, by_onednn=True)
         else:
             scores = self.buffer.view(query.shape[0], rows, block.keys)
             torch.baddbmm(scores, query, key, beta=0.0, alpha=self.plan.scale * self.unit, out=scores)
-        shaped = scores.view(*self.group.shape, rows, block.keys)
+        is_plain = self.positions is None and self.bias is None and self.mask is None
+        shaped = scores if is_plain else scores.view(*self.group.shape, rows, block.keys)
         if self.positions is not None:
             self.positions.add_(shaped, self.group, block, self.unit)
         if self.bias is not None:
@@ -240,6 +242,12 @@ class Weights:
             row_term: D, with the factor too, ``[pairs, rows, 1]``.
         """
         return d_matrix.sub_(row_term).mul_(matrix)
+
+    def logits_grad_of(
+        self, d_matrix: torch.Tensor, matrix: torch.Tensor, row_term: torch.Tensor, factor: torch.Tensor
+    ) -> torch.Tensor:
+        """The same where the matrix has the factor of :meth:`recompute`, ``factor``, and the others do not."""
+        return self.logits_grad(d_matrix, matrix, row_term)
 
     def add_to_sinks(self, total: torch.Tensor, row_term: torch.Tensor, row_sums: torch.Tensor) -> None:
         """Add a block's share to the gradient of the sinks, ``[heads]``: -D of each row times the sink's weight.

@@ -2,7 +2,7 @@
 
 ``torch.utils.flop_counter.FlopCounterMode`` sees every matrix product of the back-ends ``reference`` and ``blocked``.
 The back-end ``sdpa`` calls a fused function, which on a CPU would count as nothing: boosting would look free. So would
-the large products of ``blocked`` that ``backend_blocked_products`` hands to oneDNN.
+the large products of ``blocked`` that ``backend_blocked_plan`` hands to oneDNN.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from .backend_blocked_products import onednn_linear
+from .backend_blocked_plan import onednn_linear
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -14,7 +14,7 @@ import torch
 
 from .backend_blocked import refuses as blocked_refuses
 from .backend_blocked import run as run_blocked
-from .backend_blocked_plan import WHOLE_SCORES
+from .backend_blocked_plan import BLOCK_ROWS, WHOLE_SCORES, suits_onednn
 from .backend_call import FilterCall
 from .backend_chunked import refuses as chunked_refuses
 from .backend_chunked import run as run_chunked
@@ -119,7 +119,10 @@ def _sees_places(call: FilterCall) -> bool:
 
 def _takes_several_passes(call: FilterCall) -> bool:
     scores = call.query.shape[-2] * call.key.shape[-2]
-    return call.is_boosted and not call.visibility.causal and scores > WHOLE_SCORES
+    if not call.is_boosted or call.visibility.causal or scores <= WHOLE_SCORES:
+        return False
+    like = call.query.new_empty(0, dtype=torch.promote_types(call.query.dtype, torch.float32))
+    return not suits_onednn(like, BLOCK_ROWS * call.key.shape[-2] * call.query.shape[-1])
 
 
 CHOICES = (
@@ -140,8 +143,8 @@ CHOICES = (
     Choice("cpu", "not boosted, values as wide as queries", _is_plain, ("sdpa",)),
     # SDPA would need a dense N x N bias.
     Choice("cpu", "positions by place", lambda call: bool(call.positions) and _sees_places(call), ("blocked",)),
-    # N = 2048: SDPA 2.1 / 2.0, blocked 2.5 / 1.9
-    Choice("cpu", "boosted, long, not causal", _takes_several_passes, ("sdpa", "blocked")),
+    # N = 2048: SDPA 2.1 / 2.0, blocked 2.5 / 1.9, by oneDNN 1.7 / 1.4
+    Choice("cpu", "boosted, long, not causal, products not by oneDNN", _takes_several_passes, ("sdpa", "blocked")),
     # Causal N = 1024: SDPA 2.0 / 2.0, blocked 1.5 / 1.3; bidirectional N = 197: SDPA 2.0 / 2.0, blocked 1.7 / 1.6. Not
     # boosted, 64 feature columns beside 64: SDPA with padded values 2.2 / 2.0, blocked 1.5 / 1.4.
     Choice("cpu", "all else", lambda call: True, ("blocked",)),

@@ -163,7 +163,8 @@ def exclusive(
     largest = own.detach().abs().amax(-1, keepdim=True)
     direction = own / largest.masked_fill(largest == 0.0, 1.0)
     length = direction.square().sum(-1, keepdim=True).clamp(min=0.5)  # at least 1 but where the value is 0
-    return (rows - direction * ((rows * direction).sum(-1, keepdim=True) / length)).to(smooth.dtype)
+    share = (rows * direction).sum(-1, keepdim=True) / length
+    return torch.addcmul(rows, direction, share, value=-1.0).to(smooth.dtype)
 
 
 BOOSTING = {

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_imgproc_attn.models import backend_blocked_products as products
+from hf_imgproc_attn.models import backend_blocked_plan as products
 from hf_imgproc_attn.models.backend_blocked import run as run_blocked
-from hf_imgproc_attn.models.backend_blocked_plan import make_plan
 from hf_imgproc_attn.models.backend_flops import register_formulas
 from hf_imgproc_attn.models.backend_reference import run as run_reference
 from tests.models.helpers import filter_call
@@ -86,7 +85,7 @@ def test_it_serves_large_products_of_single_precision_only(monkeypatch: pytest.M
     query = torch.zeros(1, 2, 256, 64)
 
     def chosen(like: torch.Tensor) -> bool:
-        plan = make_plan(like, like, is_causal=True, scale=1.0, dropout=0.0, seed=0, one_pass=True)
+        plan = products.make_plan(like, like, is_causal=True, scale=1.0, dropout=0.0, seed=0, one_pass=True)
         assert plan.backward.by_onednn == plan.by_onednn
         return plan.by_onednn
 
@@ -113,7 +112,9 @@ def test_a_torch_without_the_operator_goes_on(what: str, forgotten: None, monkey
     monkeypatch.setattr(torch.ops, "mkldnn", Operators, raising=False)
     assert products.onednn_linear() is None
     query = torch.zeros(1, 2, 256, 64)
-    assert not make_plan(query, query, is_causal=True, scale=1.0, dropout=0.0, seed=0, one_pass=True).by_onednn
+    assert not products.make_plan(
+        query, query, is_causal=True, scale=1.0, dropout=0.0, seed=0, one_pass=True
+    ).by_onednn
 
 
 def test_its_products_are_counted(small: None) -> None:
