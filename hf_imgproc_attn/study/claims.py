@@ -291,10 +291,6 @@ UNTESTED = (
         "Left out for its time; it is measured beside PGD on the photographs, where it would show masked gradients.",
     ),
     Untested(
-        "WikiText-2 with `bilateral_twicing` and with a larger softmax model",
-        "Left out for time: what `bilateral` gains there may be its parameters. The file of the study has both.",
-    ),
-    Untested(
         "The other corruptions of ImageNet-C, frost among them",
         "Each costs time, and frost needs photographs of its authors, which this package does not ship "
         "(`imgproc-attn robustness --frost_pictures`).",
