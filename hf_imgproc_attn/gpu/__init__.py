@@ -20,8 +20,12 @@ Not boosted, ``triton_general`` alone is used, with plain attention's 2 / 5.
 different, fewer queries than keys (a prompt in chunks), streams of a cache given and returned, learned gains, and
 dropout on A with one mask, which its seed gives again in every step and in the backward pass.
 
+*Decoding* (:mod:`.decode_call`): at most 16 new tokens with cached streams that can be handed out, up to 4 steps, no
+gradient wanted: keys, values and streams are read once, in chunks.
+
 *Checked* without a GPU: outputs and gradients against float64 in Triton's interpreter; every kernel compiles for
-compute capability 9.0 (H100), where its products are warp-group instructions and its tiles fit into shared memory.
+compute capability 9.0 (H100), where its products are warp-group instructions (those of decoding have too few rows) and
+its tiles fit into shared memory.
 
 ``imgproc-attn gpu-check`` measures errors and times on a machine with a CUDA device; what it found stands in
 ``docs/gpu.md``. The choice between the algorithms is by what was measured on the device (:mod:`.measured`), else by

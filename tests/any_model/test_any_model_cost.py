@@ -87,3 +87,10 @@ def test_a_decoding_step_of_a_filtered_gpt2_costs_what_that_of_our_own_does() ->
     assert len(found) <= 1.1 * len(own)
     assert copies == 2 * sizes["n_layer"]
     assert "aten.cat.default" not in found
+
+
+def test_streams_of_one_layer_have_room_of_their_own() -> None:
+    """What they share, each new row of one would copy all rows of the other."""
+    sizes = {**GPT2_TINY, "bos_token_id": 0, "eos_token_id": 0}
+    model = apply_filter(GPT2LMHeadModel(GPT2Config(**sizes)).eval(), "twicing", boosting_steps=3)
+    assert "aten.new_empty.default" not in step(model)

@@ -227,3 +227,12 @@ def test_grouped_keys_are_cached_before_they_are_repeated(
     assert {name: rows.shape[1] for name, rows in kept.streams.items()} == {
         name: 1 if name == "metric" else HEADS for name in layer.stream_names
     }
+
+
+def test_a_stream_keeps_the_precision_of_its_first_rows() -> None:
+    """The back-ends of a prompt and of a step may differ in precision; else every step would copy all rows."""
+    layer = FilterDynamicLayer()
+    layer.update_stream("boost.1", torch.zeros(1, 2, 3, 4, dtype=torch.bfloat16))
+    stream = layer.update_stream("boost.1", torch.full((1, 2, 1, 4), 0.1))
+    assert stream.dtype == torch.bfloat16
+    assert torch.equal(stream[0, 0, 3], torch.full((4,), 0.1, dtype=torch.bfloat16))
