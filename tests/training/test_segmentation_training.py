@@ -314,8 +314,8 @@ def test_data_that_come_as_a_script_are_read_in_the_hubs_own_form(monkeypatch: p
     load_splits(MaskDataArguments(**names, dataset_revision="refs/convert/parquet"), "none")
     load_splits(MaskDataArguments(**names, dataset_revision="v2"), "none")
     assert asked == [
-        (("ann/rooms",), {"data_dir": "parsing", "revision": "refs/convert/parquet"}),
-        (("ann/rooms", "parsing"), {"revision": "v2"}),
+        (("ann/rooms",), {"data_dir": "parsing", "revision": "refs/convert/parquet", "streaming": False}),
+        (("ann/rooms", "parsing"), {"revision": "v2", "streaming": False}),
     ]
 
 
