@@ -37,9 +37,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## train four variants of a small ViT and a small GPT-2, compare, save, load back (minutes on 2 cores)
 	$(BIN)/python training/demo.py
 
-# One thread a worker: with small models two processes use two cores better than two threads do. A worker process that
-# dies ends the run: pytest-xdist would start another one, and then wait for ever for tests that it has lost.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0
+# One thread a worker: with small models two processes use two cores better than two threads do; the third one works
+# while another waits for processes that its test has started. A worker process that dies ends the run: pytest-xdist would start another one, and then wait for ever for tests that it has lost.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadgroup --max-worker-restart 0
 
 test: $(STAMP) ## run the tests (CPU, offline)
 	$(PYTEST)
@@ -86,7 +86,7 @@ $(OLDEST)/.installed: constraints-oldest.txt
 # All else that the tests need comes in the versions of constraints.txt, but for what the oldest versions or Python 3.12
 # need otherwise.
 test-oldest: $(OLDEST)/.tests ## run the tests with the oldest supported versions (downloads gigabytes; ARGS=tests/models for a part)
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0 $(ARGS)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 3 --dist loadgroup --max-worker-restart 0 $(ARGS)
 
 $(OLDEST)/.tests: $(OLDEST)/.installed pyproject.toml constraints.txt
 	sed -nE 's/^([A-Za-z0-9_.-]+)==.*/^\1==/p' constraints-oldest.txt > $(OLDEST)/old.txt

@@ -54,6 +54,17 @@ def test_it_is_the_batched_product(left: bool, right: bool, pairs: int) -> None:
         torch.testing.assert_close(total, exact + 1.0)
 
 
+@pytest.mark.parametrize("with_room", [True, False])
+@pytest.mark.parametrize("columns", [products.LEAST_COLUMNS - 1, 64])
+def test_long_sums_are_no_less_exact(columns: int, with_room: bool) -> None:
+    """Beside the batched product, of averages of many values as attention takes them."""
+    weights, values = torch.randn(2, 64, 5000).softmax(-1), torch.randn(2, 5000, columns)
+    exact, room = weights.double() @ values.double(), torch.full((2, 64, columns), float("nan"))
+    found = products.multiply(weights, values, (lambda: room) if with_room else None, by_onednn=True)
+    errors = [float((got - exact).norm()) for got in (found, torch.bmm(weights, values))]
+    assert errors[0] < 1.8 * errors[1]
+
+
 @pytest.mark.parametrize("group_pairs", [1, 3])
 @pytest.mark.parametrize("block_rows", [8, LENGTH])
 @pytest.mark.parametrize("is_causal", [True, False])

@@ -28,6 +28,9 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"
 )
 
+# One worker waits for the two processes, for all tests that look at them.
+once = pytest.mark.xdist_group("sharded")
+
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -110,6 +113,7 @@ def run_sharded(folder: Path) -> None:
     assert result.returncode == 0, result.stderr[-4000:]
 
 
+@once
 @pytest.mark.parametrize("variant", [*VARIANTS, "policy"])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_fully_sharded_models_give_the_same_gradients(
@@ -119,6 +123,7 @@ def test_fully_sharded_models_give_the_same_gradients(
     assert [report[f"{backbone} {variant}"] for report in sharded] == ["ok", "ok"]
 
 
+@once
 @pytest.mark.parametrize("preset", FILTERS)
 def test_fully_sharded_models_of_another_type_give_the_same_gradients(
     preset: str, sharded: list[dict[str, str]]
@@ -127,6 +132,7 @@ def test_fully_sharded_models_of_another_type_give_the_same_gradients(
     assert [report[f"llama {preset}"] for report in sharded] == ["ok", "ok"]
 
 
+@once
 @pytest.mark.parametrize("backbone", [*BACKBONES, "llama"])
 def test_half_precision_weights_are_sharded_beside_numbers_in_float32(
     backbone: str, sharded: list[dict[str, str]]
@@ -135,10 +141,12 @@ def test_half_precision_weights_are_sharded_beside_numbers_in_float32(
     assert [report[f"{backbone} half"] for report in sharded] == ["ok", "ok"]
 
 
+@once
 def test_parts_that_each_process_saves_are_loaded_whole(sharded: list[dict[str, str]]) -> None:
     """And what one process saves is loaded in parts."""
     assert [report["saved in parts"] for report in sharded] == ["ok", "ok"]
 
 
+@once
 def test_sharding_does_not_round_positions(sharded: list[dict[str, str]]) -> None:
     assert [report["gpt2 far"] for report in sharded] == ["ok", "ok"]

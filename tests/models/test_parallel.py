@@ -22,6 +22,9 @@ from tests.helpers import ROOT, prepared_python, run_command
 from tests.models.parallel_worker import CASES
 from tests.models.variants import gpt2_config, made_once, token_ids, vit_config
 
+# One worker waits for the two processes, for all tests that look at them.
+once = pytest.mark.xdist_group("parallel")
+
 
 @pytest.fixture(scope="module")
 def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
@@ -43,12 +46,14 @@ def run_both(folder: Path, words: list[str]) -> None:
     assert result.returncode == 0, result.stderr[-4000:]
 
 
+@once
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_compute_what_one_does(case: str, reports: list[dict[str, str]]) -> None:
     """Logits, losses and every gradient, to rounding; what cannot be shared is refused in both."""
     assert [report[case] for report in reports] == ["ok", "ok"]
 
 
+@once
 def test_every_other_variant(reports: list[dict[str, str]]) -> None:
     """With ``--full`` all of them; else those that were chosen, and nothing else."""
     assert {name: outcome for report in reports for name, outcome in report.items() if outcome != "ok"} == {}

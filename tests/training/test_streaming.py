@@ -32,6 +32,12 @@ TINY = ["--config_overrides", *TINY_GPT2, "--block_size", "16", "--tokenizer_voc
 QUIET = ["--disable_tqdm", "true", "--eval_strategy", "no", "--per_device_train_batch_size", "4"]
 
 
+@pytest.fixture(autouse=True)
+def _without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` sleeps five seconds after each pass over Parquet files in an order of its own."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+
+
 @pytest.fixture(params=["parquet", "jsonl", "txt", "csv", "saved"])
 def data(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The same lines, in a folder or file of each kind."""
