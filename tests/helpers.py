@@ -19,6 +19,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,22 +27,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def pairwise_cover(axes: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
     """Few combinations in which every pair of values of two axes occurs; the same whenever it is asked for."""
-    missing = {
-        (one, i, other, j)
+    sizes = [len(values) for values in axes]
+    everything = np.array(list(itertools.product(*map(range, sizes))), dtype=int).reshape(-1, len(axes))
+    pairs = [
+        (everything[:, one] * sizes[other] + everything[:, other], np.ones(sizes[one] * sizes[other], dtype=int))
         for one, other in itertools.combinations(range(len(axes)), 2)
-        for i in range(len(axes[one]))
-        for j in range(len(axes[other]))
-    }
-
-    def covered(row: tuple[int, ...]) -> set[tuple[int, int, int, int]]:
-        return {(one, row[one], other, row[other]) for one, other in itertools.combinations(range(len(row)), 2)}
-
-    everything = list(itertools.product(*(range(len(values)) for values in axes)))
+    ]
     rows = []
-    while missing:
-        best = max(everything, key=lambda row: len(covered(row) & missing))
-        missing -= covered(best)
-        rows.append(tuple(values[index] for values, index in zip(axes, best, strict=True)))
+    while any(missing.any() for _, missing in pairs):
+        best = int(np.argmax(sum(missing[of_row] for of_row, missing in pairs)))
+        for of_row, missing in pairs:
+            missing[of_row[best]] = 0
+        rows.append(tuple(values[index] for values, index in zip(axes, everything[best], strict=True)))
     return rows
 
 

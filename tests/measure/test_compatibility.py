@@ -17,7 +17,7 @@ PAGE = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
 MEASURED = PAGE.partition(compatibility.MARKS[0])[2].partition(compatibility.MARKS[1])[0]
 BY_KEY = {check.key: check for check in CHECKS}
 SLOW = {
-    "export gpt2": ("bilateral_twicing", "t5_bias", "gradient_boosted"),
+    "export gpt2": ("bilateral_twicing", "t5_bias"),
     "export vit": ("bilateral_gaussian", "elliptical", "rope"),
 }
 """Seconds each: without ``--full`` these presets, which share no kernel and no booster."""
