@@ -37,9 +37,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## train four variants of a small ViT and a small GPT-2, compare, save, load back (minutes on 2 cores)
 	$(BIN)/python training/demo.py
 
-# One thread a worker: with small models two processes use two cores better than two threads do; the third one works
-# while another waits for processes that its test has started. A worker process that dies ends the run: pytest-xdist would start another one, and then wait for ever for tests that it has lost.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadgroup --max-worker-restart 0
+# One thread a worker: with small models two processes use two cores better than two threads do. A worker process that
+# dies ends the run: pytest-xdist would start another one, and then wait for ever for tests that it has lost.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0
 
 test: $(STAMP) ## run the tests (CPU, offline)
 	$(PYTEST)
