@@ -59,7 +59,7 @@ class Gradients:
         stream_grads = None if stream_grad is None else flat(stream_grad, dtype)
         for group in plan.groups():
             self._start(group, output_grads, stream_grads)
-            for steps in passes_over_blocks(plan, self.num_streams)[::-1]:
+            for steps in passes_over_blocks(plan.is_causal or len(self.blocks) == 1, self.num_streams)[::-1]:
                 for block in self.blocks:
                     self._block(block, steps)
             self._finish()

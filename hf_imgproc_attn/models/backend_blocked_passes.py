@@ -208,11 +208,12 @@ def _combine(
 
 
 @lru_cache
-def passes_over_blocks(plan: Plan, num_streams: int) -> list[range]:
-    """The streams of each pass over the blocks, in order."""
-    if plan.is_causal or len(plan.blocks()) == 1:
-        return [range(num_streams)]
-    return [range(m, m + 1) for m in range(num_streams)]
+def passes_over_blocks(in_one: bool, num_streams: int) -> list[range]:
+    """The streams of each pass over the blocks, in order: all in one pass, or one each.
+
+    One pass does where no row needs a later row's streams: with a causal mask, or in a single block.
+    """
+    return [range(num_streams)] if in_one else [range(m, m + 1) for m in range(num_streams)]
 
 
 class Computed(NamedTuple):
@@ -241,7 +242,7 @@ def forward_passes(call: Call, tensors: Tensors) -> Computed:
         inputs.start(group)
         out, row_sum = output[group.pairs], row_sums[group.pairs]
         weights.start(group, inputs.query, inputs.key)
-        for steps in passes_over_blocks(plan, num_streams):
+        for steps in passes_over_blocks(plan.is_causal or len(blocks) == 1, num_streams):
             if steps.start:
                 inputs.copy_to_keys(steps.start, slice(0, plan.length))
             for block in blocks:
