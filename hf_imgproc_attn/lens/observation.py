@@ -281,8 +281,9 @@ def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 
 class _Step(NamedTuple):
-    """One part of a block that has run: what it was given and returned, and whether the attention is in it."""
+    """One part of a block that has run: its name, what it was given and returned, whether the attention is in it."""
 
+    name: str
     given: torch.Tensor | None
     returned: torch.Tensor | None
     attends: bool
@@ -296,34 +297,45 @@ def _watch_block(stack: ExitStack, index: int, block: nn.Module, attention: nn.M
         steps.clear()
         entering[:] = [first_tensor(args, kwargs)]
 
-    def step_of(attends: bool) -> Callable[..., None]:
+    def step_of(name: str, attends: bool) -> Callable[..., None]:
         def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            steps.append(_Step(first_tensor(args, kwargs), first_tensor(output), attends))
+            # Of parts within parts the outermost counts that is called as a whole.
+            steps[:] = [step for step in steps if not step.name.startswith(f"{name}.")]
+            steps.append(_Step(name, first_tensor(args, kwargs), first_tensor(output), attends))
 
         return after
 
     def end(module: nn.Module, args: Any, output: Any) -> None:
         given, leaving = entering[0], first_tensor(output)
-        middle = None if given is None else _after_residual(given, steps)
+        middle = None if given is None else _after_residual(given, _as_one(steps, holder))
         steps.clear()
         entering.clear()
         if given is not None and middle is not None and leaving is not None and given.shape == leaving.shape:
             see(index, BlockTokens(given, middle, leaving))
 
     stack.callback(block.register_forward_pre_hook(begin, with_kwargs=True).remove)
-    for part in _parts(block):
-        hook = step_of(any(module is attention for module in part.modules()))
-        stack.callback(part.register_forward_hook(hook, with_kwargs=True).remove)
+    lists = (nn.ModuleList, nn.ModuleDict)
+    holder = next(
+        name
+        for name, part in block.named_modules()
+        if part is not block and not isinstance(part, lists) and any(module is attention for module in part.modules())
+    )
+    inside = {module for module in attention.modules() if module is not attention}
+    for name, part in block.named_modules():
+        if part is not block and part not in inside:
+            hook = step_of(name, any(module is attention for module in part.modules()))
+            stack.callback(part.register_forward_hook(hook, with_kwargs=True).remove)
     stack.callback(block.register_forward_hook(end).remove)
 
 
-def _parts(block: nn.Module) -> Iterator[nn.Module]:
-    """The parts of a block that are called: its children, and what stands in its lists."""
-    for child in block.children():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            yield from _parts(child)
-        else:
-            yield child
+def _as_one(steps: list[_Step], holder: str) -> list[_Step]:
+    """The steps, with those of the part that holds the attention as one, also where they are called one by one."""
+    mine = [step for step in steps if f"{step.name}.".startswith(f"{holder}.")]
+    if not mine:
+        return steps
+    start = next(i for i, step in enumerate(steps) if step is mine[0])
+    rest = [step for step in steps[start:] if not f"{step.name}.".startswith(f"{holder}.")]
+    return [*steps[:start], _Step(holder, mine[0].given, mine[-1].returned, attends=True), *rest]
 
 
 def _after_residual(entering: torch.Tensor, steps: list[_Step]) -> torch.Tensor | None:

@@ -20,7 +20,9 @@ from hf_imgproc_attn.lens.observation import BlockTokens, observed
 from hf_imgproc_attn.lens.spectrum import Spectrum
 from hf_imgproc_attn.models.any_layers import attention_layers
 from hf_imgproc_attn.models.backend_call import FilterCall
+from hf_imgproc_attn.models.configuration_imgproc_bert import ImgProcBertConfig
 from hf_imgproc_attn.models.layer_filter import AttentionFilter
+from hf_imgproc_attn.models.modeling_imgproc_bert import ImgProcBertModel
 from hf_imgproc_attn.models.spec_fields import PRESETS
 from tests.any_model.architectures import build, inputs, text
 from tests.models.helpers import sharpen_, tiny_gpt2_config, tiny_vit_config
@@ -194,6 +196,20 @@ def test_tokens_after_the_residual_of_bert_are_normed() -> None:
     norm = model.encoder.layer[0].attention.output.LayerNorm
     middle = seen[0].after_residual
     torch.testing.assert_close(norm((middle - norm.bias) / norm.weight), middle, rtol=1e-6, atol=1e-6)
+
+
+def test_tokens_of_our_bert_are_those_of_the_stock_model() -> None:
+    """Whose layer calls the attention's part as a whole; ours calls what is in it."""
+    stock, seen = build("bert"), ({}, {})
+    own = ImgProcBertModel(ImgProcBertConfig.from_preset("softmax", **stock.config.to_diff_dict())).eval()
+    own.load_state_dict(stock.state_dict())
+    for model, found in zip((stock, own.to(stock.dtype)), seen, strict=True):
+        with torch.no_grad(), observed(model, attention_layers(model), None, found.__setitem__):
+            model(**inputs("bert"))
+    assert seen[0].keys() == seen[1].keys() != set()
+    for index, tokens in seen[0].items():
+        for wanted, got in zip(tokens, seen[1][index], strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------------------------
