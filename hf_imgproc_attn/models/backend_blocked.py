@@ -12,7 +12,7 @@ import torch
 from .backend_blocked_backward import Gradients
 from .backend_blocked_delta import refuses as delta_refuses
 from .backend_blocked_delta import run as run_delta
-from .backend_blocked_dense import dense_passes
+from .backend_blocked_dense import dense_passes, differentiable_gradients
 from .backend_blocked_normalised import WEIGHTS
 from .backend_blocked_passes import Call, Computed, Tensors, forward_passes, recurrence
 from .backend_blocked_plan import Plan, make_plan
@@ -221,7 +221,9 @@ class BlockedFilter(torch.autograd.Function):
         needs = ctx.needs_input_grad
         with without_autocast(query.device.type):
             if torch.is_grad_enabled():  # create_graph=True: the gradients are to be differentiated themselves
-                return _differentiable_gradients(ctx.call, tensors, (grad, stream_grad), needs)
+                apart = tensors.aliases()
+                inputs = (*apart[:6], None, *apart.parameters)
+                return differentiable_gradients(dense_passes(ctx.call, apart), (grad, stream_grad), inputs, needs)
             gradients = Gradients(ctx.call, tensors, computed, (*needs[3:6], *needs[7:]))
             gradients.run(grad, stream_grad)
         own = (gradients.query, gradients.key, gradients.value, gradients.bias, gradients.past, gradients.sinks)
@@ -235,29 +237,6 @@ class BlockedFilter(torch.autograd.Function):
 def _like(gradient: torch.Tensor | None, given: torch.Tensor | None) -> torch.Tensor | None:
     """A gradient in the dtype of what it belongs to."""
     return None if gradient is None or given is None else gradient.to(given.dtype)
-
-
-def _differentiable_gradients(
-    call: Call, tensors: Tensors, grads: tuple[torch.Tensor | None, ...], needs: tuple[bool, ...]
-) -> tuple[torch.Tensor | None, ...]:
-    """Gradients that have gradients of their own, by autograd through the dense form."""
-    # Where the key was made of the query, say, what flows through the key must not be counted for the query as well.
-    own = tensors.aliases()
-    results = dense_passes(call, own)
-    used = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
-    wanted = [
-        x for x, needed in zip((*own[:6], None, *own.parameters), needs, strict=True) if needed and x is not None
-    ]
-    computed = iter(
-        torch.autograd.grad(
-            [result for result, _ in used],
-            wanted,
-            [grad for _, grad in used],
-            create_graph=True,
-            allow_unused=True,
-        )
-    )
-    return tuple(next(computed) if needed else None for needed in needs)
 
 
 def _past(given: FilterCall, plan: Plan, extra: int) -> torch.Tensor | None:

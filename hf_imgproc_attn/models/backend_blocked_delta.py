@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .backend_blocked_dense import dense_dropout_factors, dense_logits
+from .backend_blocked_dense import dense_dropout_factors, dense_logits, differentiable_gradients
 from .backend_blocked_passes import Call, Inputs, Tensors
 from .backend_blocked_plan import Block
 from .backend_blocked_weights import Buffer, KeySums, Weights, flat
@@ -181,7 +181,9 @@ class DeltaFilter(torch.autograd.Function):
         tensors, needs = Tensors(query, key, value, bias, past, sinks, tuple(rest[3:])), ctx.needs_input_grad
         with without_autocast(query.device.type):
             if torch.is_grad_enabled():  # create_graph=True: the gradients are to be differentiated themselves
-                return _differentiable_gradients(ctx.call, tensors, rate, (grad, rows_grad), needs)
+                apart, rate = tensors.aliases(), rate.view_as(rate)
+                inputs = (*apart[:6], rate, None, *apart.parameters)
+                return differentiable_gradients(dense_delta(ctx.call, apart, rate), (grad, rows_grad), inputs, needs)
             # The output is not needed again.
             gradients = Gradients(ctx.call, tensors, rate, Known(rest[1], *rest[:3]), needs)
             gradients.run(grad, rows_grad)
@@ -369,29 +371,3 @@ def dense_delta(call: Call, tensors: Tensors, rate: torch.Tensor) -> tuple[torch
     solved = DenseDelta(before, rate, places, hidden_rows(seen, places)).solve(value[:, :, plan.past :], tensors.past)
     every = solved if tensors.past is None else torch.cat((tensors.past.to(solved.dtype), solved), dim=-2)
     return torch.matmul(matrix, seen.clean_keys(every)).to(dtype), solved
-
-
-def _differentiable_gradients(
-    call: Call,
-    tensors: Tensors,
-    rate: torch.Tensor,
-    grads: tuple[torch.Tensor | None, ...],
-    needs: tuple[bool, ...],
-) -> tuple[torch.Tensor | None, ...]:
-    """Gradients that have gradients of their own, by autograd through the dense form."""
-    # Where the key was made of the query, say, what flows through the key must not be counted for the query as well.
-    apart, rate = tensors.aliases(), rate.view_as(rate)
-    results = dense_delta(call, apart, rate)
-    used = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
-    inputs = (*apart[:6], rate, None, *apart.parameters)
-    wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed and x is not None]
-    found = iter(
-        torch.autograd.grad(
-            [result for result, _ in used],
-            wanted,
-            [grad for _, grad in used],
-            create_graph=True,
-            allow_unused=True,
-        )
-    )
-    return tuple(next(found) if needed else None for needed in needs)

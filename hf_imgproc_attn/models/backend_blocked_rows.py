@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .backend_blocked_dense import dense_dropout_factors, dense_matrix
+from .backend_blocked_dense import dense_dropout_factors, dense_matrix, differentiable_gradients
 from .backend_blocked_passes import Call, Inputs, Tensors
 from .backend_blocked_plan import Block, multiply
 from .backend_blocked_rules import Part, Rule, Sums, WeightsGrad, rule_of
@@ -62,7 +62,9 @@ class RowsFilter(torch.autograd.Function):
         query, key, value, bias, own, sinks, row_sums, kept, *parameters = ctx.saved_tensors
         tensors, needs = Tensors(query, key, value, bias, None, sinks, tuple(parameters)), ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True: the gradients are to be differentiated themselves
-            return _differentiable_gradients(ctx.call, tensors, own, grad, needs)
+            apart, own = tensors.aliases(), own.view_as(own)
+            inputs = (*apart[:4], own, apart.sinks, None, *apart.parameters)
+            return differentiable_gradients([dense_rows(ctx.call, apart, own)], [grad], inputs, needs)
         found = _backward(ctx.call, tensors, own, (row_sums, kept), grad, needs)
         given = (query, key, value, bias, own, sinks, None, *parameters)
         return tuple(
@@ -220,16 +222,3 @@ def dense_rows(rows_call: RowsCall, tensors: Tensors, own: torch.Tensor) -> torc
     if isinstance(by_weights, LocalLinear):
         by_weights = LocalLinear(own.to(working))
     return by_weights.apply(matrix, value, key).to(tensors.value.dtype)
-
-
-def _differentiable_gradients(
-    rows_call: RowsCall, tensors: Tensors, own: torch.Tensor, grad: torch.Tensor, needs: tuple[bool, ...]
-) -> tuple[torch.Tensor | None, ...]:
-    """Gradients that have gradients of their own, by autograd through the dense form."""
-    # Where the key was made of the query, say, what flows through the key must not be counted for the query as well.
-    apart, own = tensors.aliases(), own.view_as(own)
-    output = dense_rows(rows_call, apart, own)
-    inputs = (*apart[:4], own, apart.sinks, None, *apart.parameters)
-    wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed and x is not None]
-    found = iter(torch.autograd.grad([output], wanted, [grad], create_graph=True, allow_unused=True))
-    return tuple(next(found) if needed else None for needed in needs)
