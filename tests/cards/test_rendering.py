@@ -100,7 +100,7 @@ def test_make_cards_writes_and_refuses_in_one_line(tmp_path: Path, capsys: pytes
     assert {path.name for path in output.iterdir()} == {f"{name}.md" for name in names}
     (output / f"{names[0]}.md").write_text("mine", encoding="utf-8")
     assert make_cards.main(["--results", str(results), "--output", str(output)]) == 2
-    assert "more files are there already; --force replaces them" in capsys.readouterr().err
+    assert f"{names[1]}.md' are there already; --force replaces them" in capsys.readouterr().err
     assert (output / f"{names[0]}.md").read_text(encoding="utf-8") == "mine"
     assert make_cards.main(["--results", str(results), "--output", str(output), "--force"]) == 0
     assert (output / f"{names[0]}.md").read_text(encoding="utf-8").startswith("---")
