@@ -63,7 +63,7 @@ def mended(layer_class: Any, name: str) -> Callable[..., Any]:
             self.is_initialized = False
 
         return reset
-    return method  # type: ignore[no-any-return]
+    return method
 
 
 def seen_rows(layer: Any, rows: torch.Tensor, new: int) -> torch.Tensor:
