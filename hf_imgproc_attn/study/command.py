@@ -147,8 +147,7 @@ def _engine(options: argparse.Namespace, study: Study, ledger: Ledger) -> Engine
 
 def _show(study: Study, ledger: Ledger) -> int:
     """Write the report and print its tables."""
-    from .report import plain_text, report_paths, write_report
+    from .report import shown, write_report
 
-    tables = write_report(study, ledger)
-    print(f"\n{plain_text(tables)}\n\n{report_paths(ledger.folder)}" if tables else "no run has ended yet")
+    print(f"\n{shown(study, ledger, write_report(study, ledger))}")
     return 0
