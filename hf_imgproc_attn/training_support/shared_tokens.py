@@ -112,10 +112,8 @@ class SharedTokens:
         Raises:
             UsageError: for a loader that does not deal whole batches to processes.
         """
-        from accelerate.data_loader import BatchSamplerShard
-
-        sampler = loader.batch_sampler
-        if not isinstance(sampler, BatchSamplerShard) or sampler.split_batches:
+        sampler: Any = loader.batch_sampler  # accelerate's BatchSamplerShard
+        if not hasattr(sampler, "process_index") or sampler.split_batches:
             raise UsageError(f"accelerator_config must leave split_batches and dispatch_batches off with {_OPTION}")
         sampler.num_processes, sampler.process_index = self._groups, self._index
         return loader
