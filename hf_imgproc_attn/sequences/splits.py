@@ -130,7 +130,7 @@ def _different(rules: Rules, origin: dict[str, Any]) -> Iterator[tuple[np.ndarra
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 0
 
 
 def check_setting(holds: bool, name: str, rule: str, value: object) -> None:

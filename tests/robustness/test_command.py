@@ -141,6 +141,23 @@ def test_the_record_of_a_baseline_serves_in_its_place(
     assert "was measured on other data" in err
 
 
+def test_the_mean_in_the_figure_is_that_of_the_published_corruptions() -> None:
+    import matplotlib.pyplot as plt
+
+    from hf_imgproc_attn.robustness.report import _severity_panel
+
+    def result(name: str, severity: int, value: float) -> dict[str, Any]:
+        return {"family": "corruption", "disturbance": name, "parameters": {"severity": severity}, "value": value}
+
+    values = {"fog": (0.8, 0.6), "snow": (0.4, 0.2), "gaussian blur": (0.0, 0.0)}
+    results = [result(name, severity, value[severity - 1]) for name, value in values.items() for severity in (1, 2)]
+    figure, axes = plt.subplots()
+    _severity_panel({"results": [{"family": "clean", "value": 1.0}, *results]}, axes)
+    (mean,) = [line for line in axes.lines if str(line.get_label()).startswith("mean")]
+    assert np.asarray(mean.get_ydata()).tolist() == pytest.approx([100, 60, 40])
+    plt.close(figure)
+
+
 def test_labels_in_another_order_are_the_same_classes(data: Path, tmp_path: Path) -> None:
     from transformers import AutoImageProcessor
 
