@@ -190,6 +190,9 @@ def test_wrong_lengths_and_heads() -> None:
         filter_attention(*grouped)
     with pytest.raises(ValueError, match="heads of query must be a multiple of those of key"):
         filter_attention(*inputs(key_heads=3), enable_gqa=True)
+    query, key, value = grouped
+    with pytest.raises(ValueError, match="heads of query must be a multiple of those of key, and neither be empty"):
+        filter_attention(query[:, :0], key, value, enable_gqa=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------

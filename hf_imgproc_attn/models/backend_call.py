@@ -283,8 +283,9 @@ def check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
             "query, key and value must share the batch, key and value their heads and length, query and key their "
             f"width, got {shapes}"
         )
-    if key.shape[2] == 0 or query.shape[1] % max(key.shape[1], 1) or key.shape[1] == 0:
-        raise ValueError(f"heads of query must be a multiple of those of key, and key must not be empty, got {shapes}")
+    heads, key_heads = query.shape[1], key.shape[1]
+    if key.shape[2] == 0 or heads == 0 or key_heads == 0 or heads % key_heads:
+        raise ValueError(f"heads of query must be a multiple of those of key, and neither be empty, got {shapes}")
 
 
 def check_options(boosting: str, boosting_steps: int, dropout: float) -> None:
