@@ -46,11 +46,16 @@ LENS_OF_REAL_MODELS = (
     "make lens ARGS=\"--force --model 'Llama of stories=stories260k' "
     "--model 'ViT on CIFAR-10=outputs/cifar10,photographs'\""
 )
+SHARED_TOKENS = (
+    "torchrun --nproc_per_node 2 training/train_causal_lm.py --preset twicing --context_parallel 2 --block_size 128 "
+    "--max_steps 5 --output_dir outputs/shared-tokens"
+)
 ELSEWHERE = {
     INSTALLATION: "needs a package index; what it brings is checked here, tests/test_packaging.py installs a wheel",
     "make demo": "sets up an environment of its own; tests/training/test_demo.py runs it with few steps",
     "make test": "is what runs this file",
     "make quality": "is what CI runs first",
+    SHARED_TOKENS: "takes half a minute; tests/training/test_sharded_runs.py trains a smaller model so",
     EIGHT_GPUS: "needs eight GPUs; tests/training/test_shipped_configs.py reads the file",
     "imgproc-attn study training/configs/studies/smoke.yaml": "takes two minutes; tests/study runs smaller studies",
     MEASURE_PRECISION: "takes minutes; tests/measure/test_precision.py runs it on small tokens",
