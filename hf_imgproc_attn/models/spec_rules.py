@@ -261,7 +261,7 @@ def _check_normalisation(config: Any, num_layers: int) -> None:
         if content == "gaussian" and normalisation in SEEING_ROW_CONSTANTS:
             raise ValueError(
                 f"normalisation {normalisation!r} cannot be combined with content_kernel 'gaussian' in one layer: its "
-                "logits are known up to a number a row, which only 'softmax' and 'sinkhorn' ignore, got "
+                "logits are known up to a number a row, which 'softmax' ignores and 'sinkhorn' is given, got "
                 f"normalisation={config.normalisation!r} with content_kernel={config.content_kernel!r}"
             )
 
