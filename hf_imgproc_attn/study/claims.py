@@ -271,8 +271,8 @@ CLAIMS = (
     ),
     Claim(
         "Delta, differential and forgetting attention make better language models",
-        "The papers on forgetting (arXiv 2503.02130) and differential attention (2410.05258) report so at other sizes; "
-        "of delta it is a question of this package.",
+        "The papers on forgetting (arXiv 2503.02130) and differential attention (2410.05258) report so at other "
+        "sizes; of delta it is a question of this package.",
         "wikitext2_small",
         ("clean", "word swap"),
         ("delta", "differential", "forgetting"),
