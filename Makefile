@@ -43,16 +43,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --max-
 
 test: $(STAMP) ## run the tests (CPU, offline)
 	$(PYTEST)
-	$(MAKE) --no-print-directory test-blocked
 
-# The tests of whole models once more, on the back-end that real sizes get. Left out: what compares random masks of
-# dropout with those of the dense path.
-test-blocked: $(STAMP) ## run the tests of whole models on the back-end of real sizes (a part of `make test`)
-	$(PYTEST) --blocked \
-		-k "not dropout_draws_one_mask" tests/models/test_gpt2_model.py tests/models/test_gpt2_inputs.py \
-		tests/models/test_gpt2_stock.py tests/models/test_vit_model.py tests/models/test_vit_stock.py \
-		tests/models/test_gpt2_generation.py tests/models/test_layer_state.py tests/models/test_ecosystem.py \
-		tests/models/test_compiled_models.py tests/models/test_devices.py
+# A part of `make test`: the tests with the mark `both_back_ends`.
+test-blocked: $(STAMP) ## run the tests of whole models on the back-end of real sizes alone
+	$(PYTEST) --blocked tests/models
 
 test-full: $(STAMP) ## run the tests with every combination of each grid, not a pairwise cover (half an hour)
 	$(PYTEST) --full

@@ -86,11 +86,7 @@ def pytest_collection() -> Generator[None, None, None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--blocked",
-        action="store_true",
-        help="let the blocked back-end serve every call that it can, as it does at real sizes",
-    )
+    parser.addoption("--blocked", action="store_true", help="run only what the mark `both_back_ends` adds")
     parser.addoption("--full", action="store_true", help="run every combination of a grid, not a pairwise cover of it")
 
 
@@ -100,33 +96,47 @@ def pytest_make_parametrize_id(config: pytest.Config, val: Any, argname: str) ->
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what only ``--full`` tests; the elementary laws come first, then what is ``long``.
+    """Leave out what only ``--full`` tests; the elementary laws come first, then what is ``long`` or a group.
 
-    What is long would run alone at the end, if it began last.
+    What is long would run alone at the end, if it began last. At the end are the tests of models, most of them short.
     """
-    if not config.getoption("--full"):
-        kept = sampled(items, every_test=config.getoption("--blocked"))
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = [item for item in items if item in kept]
+    kept = set(items) if config.getoption("--full") else sampled(items)
+    if config.getoption("--blocked"):
+        kept = {item for item in kept if is_blocked(item)}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
     items.sort(
-        key=lambda item: (item.get_closest_marker("elementary") is None, item.get_closest_marker("long") is None)
+        key=lambda item: (
+            item.get_closest_marker("elementary") is None,
+            not any(item.get_closest_marker(name) for name in ("long", "xdist_group")),
+            item.path.parent.name == "models",
+        )
     )
 
 
-def sampled(items: list[pytest.Item], every_test: bool) -> set[pytest.Item]:
-    """What is left of tests with the mark ``sampled``, or of every test.
+def is_blocked(item: pytest.Item) -> bool:
+    """Whether the mark ``both_back_ends`` runs this test on the back-end of real sizes."""
+    return (
+        isinstance(item, pytest.Function)
+        and hasattr(item, "callspec")
+        and (item.callspec.params.get("_back_end") == "blocked")
+    )
+
+
+def sampled(items: list[pytest.Item]) -> set[pytest.Item]:
+    """What is left without the mark ``full`` of tests with ``sampled``, and of all on the back-end of real sizes.
 
     Each value of each parameter occurs, and each combination of those that a text of the mark names.
     """
-    kept, grids = set(items), defaultdict(list)
+    kept, grids = {item for item in items if item.get_closest_marker("full") is None}, defaultdict(list)
     for item in items:
         marker = item.get_closest_marker("sampled")
-        if isinstance(item, pytest.Function) and hasattr(item, "callspec") and (every_test or marker):
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec") and (marker or is_blocked(item)):
             # Values may have no hash; what stands in a list of values once is the same object in each combination.
             values = {name: id(value) for name, value in item.callspec.params.items()}
             groups = [*values, *(marker.args if marker else ())]
             combinations = [(names, *(values[name] for name in names.split(","))) for names in groups]
-            grids[item.nodeid.partition("[")[0]].append((item, combinations))
+            grids[item.nodeid.partition("[")[0], is_blocked(item)].append((item, combinations))
     for cases in grids.values():
         chosen = each_value_once([combinations for _, combinations in cases])
         kept -= {item for index, (item, _) in enumerate(cases) if index not in chosen}
@@ -134,10 +144,14 @@ def sampled(items: list[pytest.Item], every_test: bool) -> set[pytest.Item]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``@pytest.mark.grid(names=values, ...)``: each pair of values of two axes occurs, or with ``--full`` each row.
+    """What the marks ``grid`` and ``both_back_ends`` make of a test.
 
-    The name of an axis of tuples lists their parts: ``**{"content,position": [...]}``.
+    ``@pytest.mark.grid(names=values, ...)``: each pair of values of two axes occurs, or with ``--full`` each row. The
+    name of an axis of tuples lists their parts: ``**{"content,position": [...]}``.
     """
+    both = metafunc.definition.get_closest_marker("both_back_ends")
+    if both is not None and both.args != (False,):
+        metafunc.parametrize("_back_end", ["auto", "blocked"], indirect=True)
     marker = metafunc.definition.get_closest_marker("grid")
     if marker is None:
         return
@@ -152,12 +166,34 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _back_end_of_real_sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _back_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests have tiny shapes, for which ``auto`` seldom chooses the back-end that real sizes get."""
-    if request.config.getoption("--blocked"):
+    if getattr(request, "param", "auto") == "blocked":
         from hf_imgproc_attn.models import backend_table
 
         traced = [row for row in backend_table.CHOICES if "traced" in row.shapes]
         assert len(traced) == 2
         always = backend_table.Choice(None, "everything, for a test", lambda call: True, ("blocked",))
         monkeypatch.setattr(backend_table, "CHOICES", (*traced, always))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``--dist loadgroup``, the cases of one test function stay together, where the test has no group.
+
+    To hand out each of thousands of cases by itself keeps the workers waiting.
+    """
+    from xdist.scheduler import LoadGroupScheduling
+
+    class ByFunction(LoadGroupScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            scope: str = super()._split_scope(nodeid)
+            return scope if scope != nodeid else nodeid.partition("[")[0]
+
+        def mark_test_complete(self, node: Any, item_index: int, duration: float = 0) -> None:
+            scope = self._split_scope(self.registered_collections[node][item_index])
+            super().mark_test_complete(node, item_index, duration)
+            if all(self.assigned_work[node][scope].values()):  # else it is counted again after each test
+                del self.assigned_work[node][scope]
+
+    return ByFunction(config, log) if config.getoption("dist") == "loadgroup" else None

@@ -13,7 +13,8 @@ from .backend_call import FilterCall
 from .backend_reference import filter_logits, reference_attention
 from .backend_table import run_filter
 from .boost_depth import LayerState, mixed_value
-from .cache_followed import CacheOwner, FollowingStreams
+from .cache_followed import FollowingStreams
+from .cache_owner import CacheOwner
 from .cache_streams import NO_STREAMS, Streams
 from .kernel_content import working_dtype
 from .kernel_given import BiasPositions

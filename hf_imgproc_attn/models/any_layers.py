@@ -16,7 +16,7 @@ INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 """Through this table Transformers' attention modules find the function that computes their attention."""
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads")
-_HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim")
+_HEAD_DIM = ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim")
 
 
 class AttentionLayer(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .boost_exclusive import exclusive_by_parts
-from .boost_operators import BOOSTING, SEQUENTIAL, Attend, keep_rows
+from .boost_operators import BOOSTING, SEQUENTIAL, WITH_FACTORS, Attend, keep_rows
 from .boost_weights import ByWeights
 from .cache_streams import NO_STREAMS, Streams, boost_stream
 from .kernel_content import CONTENT_COLUMNS, working_dtype
@@ -292,8 +292,9 @@ def check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
             "query, key and value must share the batch, key and value their heads and length, query and key their "
             f"width, got {shapes}"
         )
-    if key.shape[2] == 0 or query.shape[1] % max(key.shape[1], 1) or key.shape[1] == 0:
-        raise ValueError(f"heads of query must be a multiple of those of key, and key must not be empty, got {shapes}")
+    heads, key_heads = query.shape[1], key.shape[1]
+    if key.shape[2] == 0 or heads == 0 or key_heads == 0 or heads % key_heads:
+        raise ValueError(f"heads of query must be a multiple of those of key, and neither be empty, got {shapes}")
 
 
 def check_options(boosting: str, boosting_steps: int, dropout: float) -> None:
@@ -302,9 +303,10 @@ def check_options(boosting: str, boosting_steps: int, dropout: float) -> None:
     Raises:
         ValueError: naming the option, its rule and the value.
     """
-    known = (*BOOSTING, *SEQUENTIAL, "robust")
+    known = (*(name for name in BOOSTING if name not in WITH_FACTORS), *SEQUENTIAL, "robust")
     if boosting not in known:
-        raise ValueError(f"boosting must be one of {', '.join(known)}, got {boosting!r}")
+        why = ", whose factors are parameters of a layer" if boosting in WITH_FACTORS else ""
+        raise ValueError(f"boosting must be one of {', '.join(known)}, got {boosting!r}{why}")
     if isinstance(boosting_steps, bool) or not isinstance(boosting_steps, int) or boosting_steps < 1:
         raise ValueError(f"boosting_steps must be an integer >= 1, got {boosting_steps!r}")
     if not 0.0 <= dropout < 1.0:

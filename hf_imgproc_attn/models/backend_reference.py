@@ -14,7 +14,7 @@ from .backend_call import FilterCall, without_autocast
 from .boost_delta import DenseDelta, OwnPlaces, hidden_rows, strictly_before
 from .boost_operators import BOOSTING, NOT_LINEAR, ONE_PASS, keep_rows
 from .cache_streams import boost_stream
-from .kernel_content import CONTENT_LOGITS, working_dtype
+from .kernel_content import CONTENT_LOGITS, row_constants, working_dtype
 from .kernel_normalisation import NORMALISATIONS, Normalisation
 from .kernel_position import position_logits
 from .visibility import Visibility
@@ -34,6 +34,8 @@ def filter_logits(call: FilterCall) -> torch.Tensor:
         logits = CONTENT_LOGITS[call.content.kernel](
             query.to(compute_dtype), key.to(compute_dtype), call.content.scale
         )
+        if call.content.kernel == "gaussian" and not call.ignores_row_constants:
+            logits = logits - row_constants(query.to(compute_dtype), call.content.scale)
         if call.content.softcap is not None:
             logits = call.content.softcap * torch.tanh(logits / call.content.softcap)
         terms += [position_logits(term, compute_dtype) for term in call.positions]

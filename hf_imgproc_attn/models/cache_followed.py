@@ -13,15 +13,15 @@ Places are kept whole everywhere.
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.cache_utils import DynamicLayer
 
 from .cache_layer import FilterDynamicLayer, GrowingLayer
+from .cache_older import RESETS_HALFWAY, attribute_names, mended, reorder_quantised, reorders_halfway, seen_rows
+from .cache_owner import CacheOwner
 from .cache_streams import RoundStreams
 
 KEPT_WHOLE = ("places", "position_key")
@@ -71,7 +71,9 @@ def _make_followed_class(layer_class: Any) -> Any:
         if not self.filter_expected:
             self.filter_missed = True
         self.filter_expected = False
-        return store(self, key_states, value_states, *args, **kwargs)
+        keys, values = store(self, key_states, value_states, *args, **kwargs)
+        new = key_states.shape[-2]
+        return seen_rows(self, keys, new), seen_rows(self, values, new)
 
     methods |= {"update": update, "__reduce_ex__": _made_anew(_followed_class, layer_class)}
     # Transformers registers classes that have a layer type.
@@ -92,35 +94,16 @@ def _object_of(make: Callable[[Any], Any], layer_class: Any) -> Any:
     return made.__new__(made)
 
 
-def _reorders_halfway(layer_class: Any) -> bool:
-    """Whether a quantised cache layer leaves its quantised rows in their order: Transformers 5.17, for one, does."""
-    return hasattr(layer_class, "_quantize") and not hasattr(layer_class, "_apply_pending_reorder")
-
-
-def _reorder_quantised(self: Any, beam_idx: torch.Tensor) -> None:
-    """Reorder all rows of a quantised cache layer for beam search; what is quantised is quantised once more."""
-    if self.get_seq_length() == 0:
-        return
-    for name, axis in (("keys", "axis_key"), ("values", "axis_value")):
-        stored, recent = f"_quantized_{name}", getattr(self, name)
-        rows = self._dequantize(getattr(self, stored))
-        rows = rows.index_select(0, beam_idx.to(rows.device)).contiguous()
-        setattr(self, stored, self._quantize(rows, axis=getattr(self, axis, 0)))
-        if recent.ndim > 1:  # rows that wait to be quantised; else there are none
-            setattr(self, name, recent.index_select(0, beam_idx.to(recent.device)))
-
-
 def _followed(layer_class: type, name: str) -> Callable[..., Any]:
     """A method of a cache layer that does the same to the layers of the streams."""
-    halfway = name == "reorder_cache" and _reorders_halfway(layer_class)
-    method = _reorder_quantised if halfway else getattr(layer_class, name)
+    method = mended(layer_class, name)
 
     @functools.wraps(method)
     def follow(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = method(self, *args, **kwargs)
         for stream in self.filter_streams.values():
             if name != "crop" or stream.is_initialized:  # not that of a filter from before a reset
-                getattr(stream, name)(*args, **kwargs)
+                mended(type(stream), name)(stream, *args, **kwargs)
         if name == "activate_past_recording":  # holds for streams to come as well
             getattr(self.filter_empty, name)(*args, **kwargs)
         if name == "reset":
@@ -147,8 +130,8 @@ def _quantised_class(layer_class: Any) -> Any:
         return stored if isinstance(stored, torch.Tensor) and not stored.numel() else dequantise(self, stored)
 
     methods: dict[str, Any] = {"_quantize": _quantize, "_dequantize": _dequantize, "_layer_type": None}
-    if _reorders_halfway(layer_class):
-        methods["reorder_cache"] = _reorder_quantised
+    if reorders_halfway(layer_class):
+        methods["reorder_cache"] = reorder_quantised
     methods["__reduce_ex__"] = _made_anew(_quantised_class, layer_class)
     return type(f"Stream{layer_class.__name__}", (layer_class,), methods)
 
@@ -163,58 +146,6 @@ def _empty_layer(layer: Any) -> Any:
         if hasattr(empty, "axis_value"):
             empty.axis_key = empty.axis_value
     return empty
-
-
-class CacheOwner:
-    """The layer of a model whose rows a cache layer keeps: another model with the same filter must not go on there.
-
-    A copy of a cache has the same owner. One that is pickled does not know its owner any more, as is the model in
-    another process, where it may go on.
-
-    Args:
-        module: the attention module. A cache keeps no model alive.
-        places: which layers of the stack have the filter.
-    """
-
-    def __init__(self, module: nn.Module, places: tuple[int, ...] = ()) -> None:
-        self._module: Callable[[], nn.Module | None] = weakref.ref(module)
-        self._places = places
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CacheOwner:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _nobody, ()
-
-    def differs_from(self, other: CacheOwner) -> str | None:
-        """How the rows of this layer are not those of another one, in words; None if they may be."""
-        mine, theirs = self._module(), other._module()
-        if mine is None or theirs is None:
-            return None
-        if self._places != other._places:
-            return f"with the filter in layers {_listed(self._places)} (here {_listed(other._places)})"
-        return None if mine is theirs or _same_weights(mine, theirs) else "by another model"
-
-
-def _nobody() -> None:
-    return None
-
-
-def _listed(places: tuple[int, ...]) -> str:
-    return ", ".join(map(str, places))
-
-
-def _same_weights(mine: nn.Module, theirs: nn.Module) -> bool:
-    """Whether two layers are copies of one; tensors that are elsewhere, as when offloaded, are not compared."""
-    first, second = mine.state_dict(), theirs.state_dict()
-    if first.keys() != second.keys():
-        return False
-    return all(
-        tensor.is_meta
-        or second[name].is_meta
-        or (tensor.dtype == second[name].dtype and torch.equal(tensor, second[name].to(tensor.device)))
-        for name, tensor in first.items()
-    )
 
 
 def _turned(cache: Any, layer_idx: int) -> Any:
@@ -236,11 +167,17 @@ def _copy_of(layer: Any, layer_class: Any = None, **changes: Any) -> Any:
     By hand, since compiled code, which may begin with an empty cache, knows no ``copy.deepcopy`` of tensors.
     """
     made = object.__new__(layer_class or type(layer))
-    for name, value in {**layer.__dict__, **changes}.items():
+    known = attribute_names(type(layer)) if torch.compiler.is_compiling() else layer.__dict__
+    for name in known:
+        if not hasattr(layer, name):
+            continue
+        value = getattr(layer, name)
         if isinstance(value, torch.Tensor):
             value = value.clone()
         elif isinstance(value, (dict, list)):
             value = type(value)(value)
+        setattr(made, name, value)
+    for name, value in changes.items():
         setattr(made, name, value)
     return made
 
@@ -290,12 +227,24 @@ def follow_layer(cache: Any, layer_idx: int, kind: str | None, owner: CacheOwner
         if layer.filter_missed:
             _refuse_tokens(layer_idx, "without the filter")
         if kind != layer.filter_kind and layer.get_seq_length() > 0:
-            _refuse_tokens(layer_idx, f"with another filter ({layer.filter_kind}; here {kind})")
+            other = f"with another filter ({layer.filter_kind}; here {kind})"
+            _refuse_tokens(layer_idx, other if layer.filter_kind is not None else "without the filter")
         if layer.filter_owner is not owner:
             _check_owner(layer, layer_idx, owner)
             layer.filter_owner = owner
     layer.filter_kind, layer.filter_expected = kind, True
     return layer
+
+
+def follow_stock_layer(cache: Any, layer_idx: int) -> None:
+    """Before stock attention beside filtered layers uses a cache whose own layers have faults: mend this one."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    if cache is None or not RESETS_HALFWAY:
+        return
+    layers = cache.layers
+    kind = type(layers[layer_idx]) if layer_idx < len(layers) else cache.layer_class_to_replicate
+    if kind is DynamicLayer or hasattr(kind, "_quantize"):
+        follow_layer(cache, layer_idx, None)
 
 
 def _check_owner(layer: Any, layer_idx: int, owner: CacheOwner | None) -> None:
@@ -348,6 +297,7 @@ class FollowingStreams:
         # The back-ends of a prompt and of a step may differ in precision; a cache of fixed size has but one.
         new = rows.to(stream.keys.dtype) if isinstance(stream.keys, torch.Tensor) else rows
         stored, _ = stream.update(new, new[..., :0])
+        stored = seen_rows(stream, stored, new.shape[-2])
         stored = stored[..., : self._key_length, :].to(rows.dtype)
         if layer.keys is not None and layer.keys.device != rows.device:
             stream.offload()  # an offloading cache has moved keys and values already
@@ -380,6 +330,7 @@ class FollowingStreams:
             stored = stream.keys.clone() if torch.is_grad_enabled() else stream.keys
         else:
             stored, _ = _trial(stream).update(rows.to(stream.keys.dtype), rows[..., :0])
+            stored = seen_rows(stream, stored, rows.shape[-2])
         return stored[..., : self._key_length, :].to(rows.device, rows.dtype)
 
     def own_places(self, length: int, key_length: int) -> slice | torch.Tensor:

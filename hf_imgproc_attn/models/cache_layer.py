@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from .cache_older import mended
 from .cache_rows import GrowingRows
 from .spec_axes import FILTER_LAYER_TYPE
 
@@ -46,11 +47,11 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = keys, values
         return keys, values
 
+    def crop(self, tokens_to_remove: int) -> None:
+        mended(DynamicLayer, "crop")(self, tokens_to_remove)
+
     def reset(self) -> None:
-        super().reset()
-        # Transformers 5.17 zeroes keys and values here and keeps their length; a growing cache starts anew.
-        self.keys = self.values = None
-        self.is_initialized = False
+        mended(DynamicLayer, "reset")(self)
         self._growing = {}
 
 

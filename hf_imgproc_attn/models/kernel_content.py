@@ -90,6 +90,11 @@ def gaussian_logits(query: torch.Tensor, key: torch.Tensor, scale: torch.Tensor 
     return (torch.matmul(query, key.transpose(-1, -2)) - half_norm) * scale
 
 
+def row_constants(query: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """|q_i|^2 / h_y^2, ``[batch, heads, length, 1]``, which :func:`gaussian_logits` leave out: no softmax sees it."""
+    return query.square().sum(-1, keepdim=True) * scale / 2
+
+
 def gaussian_content_columns(
     query: torch.Tensor, key: torch.Tensor, scale: torch.Tensor | float
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -76,4 +76,7 @@ class ForgetGates(nn.Linear):
         logits = self(hidden_states)
         kept = nn.functional.logsigmoid(logits.to(working_dtype(logits.dtype))).transpose(1, 2).unsqueeze(-1)
         total = visibility.clean_keys(streams.append(FORGET_STREAM, kept)).cumsum(-2)
-        return ForgetPositions(total[..., visibility.key_length - visibility.length :, :], total)
+        # Of the queries' own tokens: in a cache of fixed size they are not the last ones. A softmax would not notice.
+        places = streams.own_places(visibility.length, visibility.key_length)
+        own = total[..., places, :] if isinstance(places, slice) else total.index_select(-2, places)
+        return ForgetPositions(own, total)

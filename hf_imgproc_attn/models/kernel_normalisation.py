@@ -9,9 +9,9 @@ With l the logits of row i, m its largest (at least 0 for ``softpick``) and n_i 
     sinkhorn  e^l scaled to columns, then rows, that sum to 1, t times  (Sinkformers, arXiv 2110.11773)
 
 ``sink`` is softmax with one more key, whose value is 0, and has its place there: ``FilterCall.sinks``. Only the rows
-of ``softmax`` and ``sinkhorn`` sum to 1, and only these two ignore a number that is added to a whole row of logits.
-``sinkhorn`` compares rows with each other: it needs all of them at once, in memory O(length * key_length), and no
-causal mask.
+of ``softmax`` and ``sinkhorn`` sum to 1. Only ``softmax`` ignores a number that is added to a whole row of logits; the
+first step of ``sinkhorn`` is over columns, which do not. ``sinkhorn`` compares rows with each other: it needs all of
+them at once, in memory O(length * key_length), and no causal mask.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Normalisation(NamedTuple):
     @property
     def ignores_row_constants(self) -> bool:
         """Whether a number that is added to a whole row of logits changes nothing."""
-        return self.name in ("softmax", "sinkhorn")
+        return self.name == "softmax"
 
 
 def sigmoid_weights(

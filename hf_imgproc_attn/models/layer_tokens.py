@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .boost_depth import RESIDUAL, LayerState
-from .cache_followed import FollowingStreams, follow_layer
+from .cache_followed import FollowingStreams, follow_layer, follow_stock_layer
 from .cache_streams import NO_STREAMS, CachedStreams, Streams
 from .layer_filter import AttentionFilter
 from .layer_inputs import LayerInputs
@@ -180,6 +180,7 @@ class FilteredAttentionMixin:
             Output ``[batch, length, hidden_size]``, the attentions (see :func:`filter_tokens`) or None, the new state.
         """
         if self.filter.is_stock:
+            follow_stock_layer(inputs.past_key_values, self.filter.layer_idx)
             attend = self.attend_stock if hidden_states.shape[0] else self._attend_to_nothing
             output, weights = attend(hidden_states, inputs, **kwargs)
             return output, weights, inputs.state

@@ -53,7 +53,7 @@ _FILTERS = ("bilateral", "twicing", "bilateral_twicing")
 _BOOSTED = (*_TWICING, *_BILATERAL, "bilateral_twicing", "neutreno", "sos", "gradient_boosted")
 _RIVALS = (
     "inversion", "dynamic_inversion", "exclusive", "gated", "sink", "softpick", "qk_norm", "value_residual",
-    "local_linear",
+    "local_linear", "differential", "robust", "sigmoid", "sinkhorn",
 )  # fmt: skip
 _LARGER = ("softmax_as_large", "softmax_as_costly")
 
@@ -141,7 +141,8 @@ CLAIMS = (
         "Other changes of softmax attention raise clean accuracy",
         "Presets that change the weights or the values otherwise, each with gains in its own paper: inversion "
         "(arXiv 2507.12006), exclusive (2603.09078), gated (2505.06708), sinks (Miller 2023), softpick (2504.20966), "
-        "normalised queries and keys (2010.04245), value_residual (2410.17897), local_linear (2605.29157).",
+        "normalised queries and keys (2010.04245), value_residual (2410.17897), local_linear (2605.29157), "
+        "differential (2410.05258), robust (2410.23182), sigmoid (2409.04431), sinkhorn (2110.11773).",
         "digits",
         ("clean",),
         _RIVALS,

@@ -141,8 +141,9 @@ def run_study(
         UsageError: for a ledger of another study, data that changed, or a task or variant that cannot be used.
     """
     started = time.monotonic()
-    ledger.open(study)
+    ledger.check(study)
     study, sizes, fingerprints = prepare(study, say)
+    ledger.open(study)  # not before: what a mistake in the study says must not be the ledger's
     there = ledger.everything(study)
     check_data(study, there, fingerprints)
     mine = study.runs[shard[0] - 1 :: shard[1]]
@@ -199,6 +200,7 @@ def prepare(study: Study, say: Say) -> tuple[Study, dict[str, dict[str, Size]], 
                 f"{words}: {size.parameters:,} parameters, {size.compute / 1e6:.2f}M" for words, size in candidates
             )
             say(f"{task.name}: {baseline.name}, with the {match.measure} of {match.like}; candidates: {considered}")
+        prepared.check_different([*study.variants, *baselines[task.name]])
         sizes[task.name] = of_task
         stock = of_task[base.name]
         say(f"{task.name}: parameters, and operations of a training step a sample")

@@ -16,12 +16,22 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import UsageError
+from ..output_paths import writing
 from ..records import write_json
 from .plan import Run, Study, Variant
 
 FORMAT = 1
 HEADER = "study.json"
 FINISHED, DIVERGED = "finished", "diverged"
+_FIELDS: dict[str, type] = {
+    "study": str, "version": int, "identity": dict, "status": str, "metrics": dict, "measured": dict,
+    "measurements": list, "parameters": dict, "operations": dict, "seconds": dict, "data_fingerprint": dict,
+}  # fmt: skip
+"""What tables and further measurements read of a record."""
+_NUMBERS = (
+    ("parameters", "total"), ("operations", "step_per_sample"), ("operations", "training"), ("seconds", "training"),
+    ("seconds", "measuring"),
+)  # fmt: skip
 
 
 class Ledger:
@@ -64,14 +74,19 @@ class Ledger:
         path, header = self.folder / HEADER, self._header(study)
         if path.is_file():
             earlier = self._read(path)
+            if not isinstance(earlier.get("tasks"), dict):
+                raise UsageError(f"{str(path)!r} must say the tasks of the study, got {earlier.get('tasks')!r}")
             for field in ("format", "name", "version", "split"):
                 if earlier.get(field) != header[field]:
                     raise UsageError(
                         f"ledger {str(self.folder)!r} is of a study with {field} {earlier.get(field)!r}, not "
                         f"{header[field]!r}: results of two studies are never mixed; choose another folder"
                     )
+            with_runs = {name.partition("-")[0] for name in self.names()}
             for name, recipe in earlier["tasks"].items():
-                self._same(f"task {name}", recipe, header["tasks"].setdefault(name, recipe))
+                now = header["tasks"].setdefault(name, recipe)
+                if name in with_runs:  # a task that nothing was made of yet may still be mended
+                    self._same(f"task {name}", recipe, now)
         elif self.folder.is_dir() and self.names():
             raise UsageError(f"ledger {str(self.folder)!r} has runs but no {HEADER} that says of which study")
         return header
@@ -102,7 +117,7 @@ class Ledger:
         path = self._file(run)
         if not path.is_file():
             return None
-        record = self._read(path)
+        record = self._record(run)
         self._same(f"run {run.name}", record.get("identity"), json.loads(json.dumps(run.identity)))
         return record
 
@@ -119,10 +134,16 @@ class Ledger:
             for name, seed in [(match.name, seed) for match in study.matched for seed in study.seeds]:
                 run = Run(task, Variant(name, ""), seed)
                 if run.name not in found and self._file(run).is_file():
-                    found[run.name] = record = self._read(self._file(run))
-                    self._same(f"run {run.name}", record["identity"]["recipe"], run.identity["recipe"])
+                    found[run.name] = record = self._record(run)
+                    self._same(f"run {run.name}", record["identity"].get("recipe"), run.identity["recipe"])
         data: dict[str, tuple[str, Any]] = {}
         for run_name, record in found.items():
+            for field, wanted in (("study", study.name), ("version", study.version)):
+                if record[field] != wanted:
+                    raise UsageError(
+                        f"ledger {str(self.folder)!r}: run {run_name} is of a study with {field} {record[field]!r}, "
+                        f"not {wanted!r}: results of two studies are never mixed; remove its file"
+                    )
             name, fingerprint = data.setdefault(record["task"], (run_name, record["data_fingerprint"]))
             if record["data_fingerprint"] != fingerprint:
                 raise UsageError(
@@ -138,7 +159,8 @@ class Ledger:
     @contextlib.contextmanager
     def claim(self, run: Run, *, done: bool = False) -> Iterator[bool]:
         """Whether this process has a run until the block ends: nobody else has it, and it is not ``done``, or is."""
-        self.running.mkdir(parents=True, exist_ok=True)
+        with writing(self.running, "ledger"):
+            self.running.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.running / f"{run.name}.lock", timeout=0):
                 for left in self.folder.glob(f".{run.name}.json.*"):  # of a process that was killed while it wrote
@@ -166,6 +188,18 @@ class Ledger:
     def _file(self, run: Run) -> Path:
         return self.folder / f"{run.name}.json"
 
+    def _record(self, run: Run) -> dict[str, Any]:
+        """The record of a run whose file there is, with all that tables and later measurements read."""
+        path = self._file(run)
+        record = self._read(path)
+        fault = _fault(record, run)
+        if fault is not None:
+            raise UsageError(
+                f"{str(path)!r} in the ledger must be the record of the run {run.name}, but {fault}; remove it to "
+                "repeat it"
+            )
+        return record
+
     def _read(self, path: Path) -> dict[str, Any]:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -176,6 +210,26 @@ class Ledger:
         if not isinstance(content, dict):
             raise UsageError(f"{str(path)!r} in the ledger must hold a mapping")
         return content
+
+
+def _fault(record: dict[str, Any], run: Run) -> str | None:
+    """What is wrong with the record of a run, in words; None if tables and further measurements can read it."""
+    if record.get("format") != FORMAT:
+        return f"its format is {record.get('format')!r}, not {FORMAT}"
+    for name, wanted in (("task", run.task.name), ("variant", run.variant.name), ("seed", run.seed)):
+        if record.get(name) != wanted:
+            return f"its {name} is {record.get(name)!r}"
+    for name, kind in _FIELDS.items():
+        if not isinstance(record.get(name), kind):
+            return f"its {name} is {record.get(name)!r}" if name in record else f"it has no {name}"
+    if record["status"] not in (FINISHED, DIVERGED):
+        return f"its status is {record['status']!r}"
+    lacks = [name for part, name in _NUMBERS if not isinstance(record[part].get(name), int | float)]
+    if lacks:
+        return f"it has no number of {', '.join(lacks)}"
+    if not all(isinstance(result, dict) for result in record["measurements"]):
+        return "its measurements are no mappings"
+    return None
 
 
 def _first_difference(before: Any, now: Any, place: str = "") -> tuple[str, Any, Any] | None:

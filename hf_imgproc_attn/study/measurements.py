@@ -69,6 +69,8 @@ def check_settings(given: Any, kind: Task, task: str) -> dict[str, Any]:
         listed = name in ("sigmas", "epsilons", "fractions")
         if listed and (not isinstance(value, list) or not value):
             raise UsageError(f"{name} of task {task} must be a list that is not empty, got {value!r}")
+        if name in ("corruptions", "severities", "attacks") and not isinstance(value, list):
+            raise UsageError(f"{name} of task {task} must be a list, got {value!r}")
         settings[name] = [_number(item, f"{name} of task {task}") for item in value] if listed else value
     others = {name: value for name, value in settings.items() if name != SIMILARITY}
     try:

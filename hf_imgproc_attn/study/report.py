@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..cards.results import PARTS
@@ -22,6 +21,7 @@ COLUMNS = (
     "parameters", "operations",
 )  # fmt: skip
 NOTHING = "–"
+FILES = ("report.md", "report.tex", "report.json", "report.png")
 
 
 def write_report(study: Study, ledger: Ledger, say: Callable[[str], None] = print) -> list[Table]:
@@ -57,6 +57,13 @@ def write_report(study: Study, ledger: Ledger, say: Callable[[str], None] = prin
     return tables
 
 
+def shown(study: Study, ledger: Ledger, tables: Sequence[Table]) -> str:
+    """The tables for a terminal, or why there are none, and where the files of the report are."""
+    text = plain_text(tables) or without_tables(as_json(study, [], ledger.everything(study))["runs"])
+    names = [name for name in FILES if (ledger.folder / name).is_file()]
+    return f"{text}\n\n{', '.join(names[:-1])} and {names[-1]} are in {ledger.folder}"
+
+
 def markdown(study: Study, tables: Sequence[Table], content: dict[str, Any]) -> str:
     """The report as Markdown."""
     runs = content["runs"]
@@ -70,9 +77,20 @@ def markdown(study: Study, tables: Sequence[Table], content: dict[str, Any]) -> 
     ]
     if content["autoattack_gaps"]:
         lines += ["", on_autoattack(content["autoattack_gaps"])]
+    if not tables:
+        lines += ["", without_tables(runs)]
     for table in tables:
         lines += ["", f"## {heading(table)}", "", *markdown_rows(table)]
     return "\n".join(lines) + "\n"
+
+
+def without_tables(runs: Mapping[str, int]) -> str:
+    """Why there is no table, in words, of the counts of :func:`.table.as_json`."""
+    if runs["ended"] == 0:
+        return "no run has ended yet"
+    if runs["diverged"] == runs["ended"]:
+        return f"all {runs['ended']} runs that have ended have diverged: there is nothing to compare"
+    return f"{runs['ended']} runs have ended, but none of them has a result for this split"
 
 
 def explanation(study: Study) -> str:
@@ -193,8 +211,3 @@ def plain_text(tables: Sequence[Table]) -> str:
         ]
         parts.append("\n".join([heading(table), *lines]))
     return "\n\n".join(parts)
-
-
-def report_paths(folder: Path) -> str:
-    """Where the report is, for the last line of the command."""
-    return f"report.md, report.tex, report.json and report.png are in {folder}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
+import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from ..models.spec_fields import FILTER_FIELDS, preset_fields
 from .plan import Match, StudyTask, Variant, training_script
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _SAMPLES = 2
 _MOST_LAYERS, _MOST_WIDTHS = 32, 64
@@ -53,7 +54,10 @@ class Prepared:
         with tempfile.TemporaryDirectory() as folder:
             words = task.words(baseline, seed)
             words += ["--prepare_only=true", f"--output_dir={Path(folder) / 'none'}", "--save_strategy=no"]
-            result = script.train(script.read_arguments(words))
+            try:
+                result = script.train(script.read_arguments(words))
+            except UsageError as error:
+                raise UsageError(f"task {task.name}: {error}") from error
             batch = next(iter(result.trainer.get_train_dataloader()))
         self.task = task
         self.fingerprints: dict[str, Any] = result.record["data_fingerprint"]
@@ -72,6 +76,22 @@ class Prepared:
         return Size(
             model.num_parameters(), step_operations(model, self._batch) // len(next(iter(self._batch.values())))
         )
+
+    def check_different(self, variants: Sequence[Variant]) -> None:
+        """Refuse variants that are one model under two names: their runs would be the same.
+
+        Raises:
+            UsageError: naming both.
+        """
+        seen: dict[str, str] = {}
+        for variant in variants:
+            fields = json.dumps(self._configuration(variant).to_dict(), sort_keys=True, default=str)
+            other = seen.setdefault(fields, variant.name)
+            if other != variant.name:
+                raise UsageError(
+                    f"task {self.task.name}: {other} and {variant.name} have the same configuration: their runs would "
+                    "be equal; leave one out"
+                )
 
     def match(self, match: Match, target: Size) -> tuple[Variant, list[tuple[str, Size]]]:
         """The wider or deeper baseline that has at least as much as a variant, and no more than it needs.
@@ -119,15 +139,17 @@ class Prepared:
     def _deeper(self, step: int) -> dict[str, Any]:
         return {"num_hidden_layers": min(self._config.num_hidden_layers + step, _MOST_LAYERS)}
 
-    def _model(self, variant: Variant) -> PreTrainedModel:
+    def _configuration(self, variant: Variant) -> PreTrainedConfig:
         config_class = type(self._config)
         given = {name: value for name, value in self._config.to_dict().items() if name not in FILTER_FIELDS}
         overrides = self.task.options.get("config_overrides", {})
         filters = {name: value for name, value in overrides.items() if name in FILTER_FIELDS}
         named = {config_class.attribute_map.get(name, name): value for name, value in variant.fields.items()}
+        return config_class.from_dict({**given, **preset_fields(variant.preset), **filters, **named})
+
+    def _model(self, variant: Variant) -> PreTrainedModel:
         try:
-            config = config_class.from_dict({**given, **preset_fields(variant.preset), **filters, **named})
-            model: PreTrainedModel = self._model_class(copy.deepcopy(config))
+            model: PreTrainedModel = self._model_class(self._configuration(variant))
             # The dense reference: back-ends that compute products twice to save memory would make filters, or softmax,
             # look costlier than they are, depending on which of them a shape gets.
             model.set_attn_implementation("eager")

@@ -11,12 +11,14 @@ from ..backbones import TASKS
 from ..errors import UsageError, did_you_mean
 from ..models.spec_fields import PRESETS
 from ..shipped_files import shipped_file
+from ..yaml_files import read_yaml_mapping
 from .measurements import check_settings
 from .plan import Match, Study, StudyTask, Variant, check_runs, place_data
 
 MEASURES = ("parameters", "compute")
 SPLITS = ("test", "validation")
 _FIELDS = ("name", "version", "baseline", "seeds", "variants", "matched", "tasks", "split", "keep_models")
+_MOST_SEEDS = 10_000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]*")
 # What the study says itself, or what has no place in one.
 _NOT_OPTIONS = {
@@ -47,7 +49,7 @@ def read_study(path: str | Path, places: Sequence[str] = ()) -> Study:
         UsageError: for a file that cannot be read, an unknown or missing field, a wrong value, an unknown preset or
             option, an empty list, or two equal runs.
     """
-    content = _load(Path(path))
+    content = read_yaml_mapping(Path(path), "study")
     try:
         study = _study(content, Path(path).parent)
         study = place_data(study, places)
@@ -55,20 +57,6 @@ def read_study(path: str | Path, places: Sequence[str] = ()) -> Study:
     except UsageError as error:
         raise UsageError(f"study {str(path)!r}: {error}") from error
     return study
-
-
-def _load(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"study must be a readable YAML file, got {str(path)!r} ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"study {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"study {str(path)!r} must hold a mapping with the fields {', '.join(_FIELDS)}")
-    return content
 
 
 def _study(content: dict[str, Any], folder: Path) -> Study:
@@ -81,7 +69,7 @@ def _study(content: dict[str, Any], folder: Path) -> Study:
     names = [variant.name for variant in variants]
     baseline = content.get("baseline", "softmax")
     _check(baseline in names, f"baseline must be one of the variants ({', '.join(names)}), got {baseline!r}")
-    matched = _matched(content.get("matched") or [], names)
+    matched = _matched(_given(content, "matched", []), names)
     split, keep = content.get("split", "test"), content.get("keep_models", False)
     _check(split in SPLITS, f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     _check(isinstance(keep, bool), f"keep_models must be true or false, got {keep!r}")
@@ -99,9 +87,10 @@ def _study(content: dict[str, Any], folder: Path) -> Study:
 
 
 def _seeds(value: Any) -> tuple[int, ...]:
+    rule = f"seeds must be a number of seeds from 1 to {_MOST_SEEDS:,} or a list of different integers >= 0"
     if _is_integer(value, 1):
+        _check(value <= _MOST_SEEDS, f"{rule}, got {value!r}")
         return tuple(range(value))
-    rule = "seeds must be a number of seeds >= 1 or a list of different integers >= 0"
     _check(
         isinstance(value, list) and bool(value) and all(_is_integer(seed, 0) for seed in value),
         f"{rule}, got {value!r}",
@@ -126,9 +115,12 @@ def _variant(entry: Any) -> Variant:
         entry = {"name": entry, "preset": entry}
     _check(isinstance(entry, dict), f"a variant must be the name of a preset or a mapping, got {entry!r}")
     _known(entry, ("name", "preset", "fields"), "field of a variant")
-    preset, fields = entry.get("preset"), entry.get("fields") or {}
+    preset, fields = entry.get("preset"), _given(entry, "fields", {})
     hint = did_you_mean(str(preset), PRESETS)
-    _check(preset in PRESETS, f"preset must be one of {', '.join(PRESETS)}, got {preset!r}{hint}")
+    _check(
+        isinstance(preset, str) and preset in PRESETS,
+        f"preset must be one of {', '.join(PRESETS)}, got {preset!r}{hint}",
+    )
     _check(isinstance(fields, dict), f"fields of a variant must be a mapping, got {fields!r}")
     return Variant(_name(entry.get("name", preset), "name of a variant"), str(preset), dict(fields))
 
@@ -158,9 +150,18 @@ def _tasks(value: Any, folder: Path, split: str) -> tuple[StudyTask, ...]:
     tasks = [_task(name, entry, folder, split) for name, entry in value.items()]
     for index, task in enumerate(tasks):
         for other in tasks[:index]:
-            same = (task.kind, task.options, task.measure) == (other.kind, other.options, other.measure)
-            _check(not same, f"tasks {other.name} and {task.name} are equal: their runs would be the same")
+            _check(
+                not _is_same(task, other),
+                f"tasks {other.name} and {task.name} are equal: their runs would be the same",
+            )
     return tuple(tasks)
+
+
+def _is_same(one: StudyTask, other: StudyTask) -> bool:
+    """Whether two tasks mean the same, however their options are written (``3`` or ``"3"``)."""
+    stock = Variant("softmax", "softmax")
+    words = [sorted(task.words(stock, 0)) for task in (one, other)]
+    return (one.kind, one.measure) == (other.kind, other.measure) and words[0] == words[1]
 
 
 def _task(name: Any, entry: Any, folder: Path, split: str) -> StudyTask:
@@ -168,9 +169,9 @@ def _task(name: Any, entry: Any, folder: Path, split: str) -> StudyTask:
     _check(isinstance(entry, dict), f"task {name} must be a mapping, got {entry!r}")
     _known(entry, ("task", "recipe", "options", "measure"), f"field of task {name}")
     kind = entry.get("task")
-    _check(kind in TASKS, f"task of {name} must be one of {', '.join(TASKS)}, got {kind!r}")
+    _check(isinstance(kind, str) and kind in TASKS, f"task of {name} must be one of {', '.join(TASKS)}, got {kind!r}")
     recipe = _recipe(entry["recipe"], folder, name) if "recipe" in entry else {}
-    given = entry.get("options") or {}
+    given = _given(entry, "options", {})
     _check(isinstance(given, dict), f"options of task {name} must be a mapping, got {given!r}")
     for option in given:
         _check(
@@ -178,13 +179,14 @@ def _task(name: Any, entry: Any, folder: Path, split: str) -> StudyTask:
         )
     overrides = {**_overrides(recipe, name), **_overrides(given, name)}
     options = {**{key: item for key, item in recipe.items() if key not in _NOT_OPTIONS}, **given}
+    options = {key: item for key, item in options.items() if key != "config_overrides"}
     options |= {"config_overrides": overrides} if overrides else {}
-    measure = check_settings(entry.get("measure") or {}, TASKS[str(kind)], name)
+    measure = check_settings(_given(entry, "measure", {}), TASKS[str(kind)], name)
     return StudyTask(name, TASKS[str(kind)], options, measure)
 
 
 def _overrides(options: dict[str, Any], name: str) -> dict[str, Any]:
-    overrides = options.get("config_overrides") or {}
+    overrides = _given(options, "config_overrides", {})
     _check(isinstance(overrides, dict), f"config_overrides of task {name} must be a mapping, got {overrides!r}")
     return dict(overrides)
 
@@ -200,7 +202,7 @@ def _recipe(value: Any, folder: Path, name: str) -> dict[str, Any]:
             raise UsageError(
                 f"recipe of task {name} must be a file beside the study or one of the package's recipes, got {value!r}"
             ) from None
-    return _load(path)
+    return read_yaml_mapping(path, f"recipe of task {name}")
 
 
 def _name(value: Any, what: str) -> str:
@@ -214,6 +216,12 @@ def _known(content: dict[Any, Any], fields: Sequence[str], what: str) -> None:
         if name not in fields:
             hint = did_you_mean(str(name), fields)
             raise UsageError(f"unknown {what} {name!r}: it must be one of {', '.join(fields)}{hint}")
+
+
+def _given(content: dict[str, Any], name: str, default: Any) -> Any:
+    """A field's value; the default where it is left out or has none."""
+    value = content.get(name)
+    return default if value is None else value
 
 
 def _is_integer(value: Any, least: int) -> bool:

@@ -21,6 +21,8 @@ NAMES = {
     CORRUPTION_ERROR: "mean corruption error (baseline 100)",
 }
 """The metrics of tables, in words."""
+NO_PAIR = "no pair"
+"""Instead of a verdict, of a variant whose seeds have no result of the baseline yet, or never will."""
 CORRUPTED = "all corruptions"
 """Family of what is said of all corruptions together."""
 
@@ -185,10 +187,10 @@ def _table(
                 operations=own[0]["operations"]["step_per_sample"] if own else None,
             )
         )
-    return Table(task, condition, family, metric, study.split, _with_verdicts(rows, metric))
+    return Table(task, condition, family, metric, study.split, _with_verdicts(rows, metric, study.baseline))
 
 
-def _with_verdicts(rows: list[Row], metric: str) -> list[Row]:
+def _with_verdicts(rows: list[Row], metric: str, baseline: str) -> list[Row]:
     """Correct the p-values of one table together, and say what each comparison shows."""
     tested = [
         index for index, row in enumerate(rows) if row.difference is not None and row.difference.p_value is not None
@@ -202,8 +204,10 @@ def _with_verdicts(rows: list[Row], metric: str) -> list[Row]:
             words = verdict(row.difference, value, higher_is_better=metric not in LOWER_IS_BETTER)
             words += f", {row.diverged} diverged" if row.diverged else ""
             row = Row(**{**vars(row), "corrected": value, "verdict": words})
-        elif row.diverged:
-            row = Row(**{**vars(row), "verdict": f"{row.diverged} diverged"})
+        else:
+            said = [NO_PAIR] if row.summary is not None and row.variant != baseline else []
+            said += [f"{row.diverged} diverged"] if row.diverged else []
+            row = Row(**{**vars(row), "verdict": ", ".join(said)})
         done.append(row)
     return done
 

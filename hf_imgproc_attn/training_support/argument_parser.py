@@ -26,6 +26,7 @@ from hf_imgproc_attn.training_support.arguments import (
     RunArguments,
 )
 from hf_imgproc_attn.training_support.trainer_arguments import check_trainer_options
+from hf_imgproc_attn.yaml_files import read_yaml_mapping
 
 _LISTS_OF_NUMBERS = ("boosted_layers",)
 """Options whose value is one word with commas, in a YAML file a list."""
@@ -204,15 +205,8 @@ def _pairs(words: list[str]) -> dict[str, list[str] | None]:
 
 def _read_yaml(path: Path, own_names: set[str]) -> tuple[list[str], dict[str, list[str] | None]]:
     """The options of a YAML file: command-line words for our own, name -> words for the rest."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"config must be a readable YAML file, got {str(path)!r} ({error.strerror})") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"config {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+    content = read_yaml_mapping(path, "config")
+    if not all(isinstance(name, str) for name in content):
         raise UsageError(f"config {str(path)!r} must hold a mapping of option names to values")
     own: list[str] = []
     others: dict[str, list[str] | None] = {}

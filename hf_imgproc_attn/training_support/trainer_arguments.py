@@ -2,7 +2,7 @@
 
 import math
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ _REFUSED = {
 
 
 _NONE = ("none", "null")
+_TRUTH = ("yes", "no", "true", "false", "t", "f", "y", "n", "1", "0")
+"""What the library's parser reads as a truth value."""
 _LARGEST_SEED = 2**32 - 1
 # Rule in words, and whether a number follows it; what the library takes without a word, or refuses with a traceback.
 _POSITIVE = ("an integer >= 1", lambda value: value >= 1)
@@ -45,7 +47,8 @@ _NUMBERS: dict[str, type] = {"int": int, "int | None": int, "float": float, "flo
 
 
 def check_trainer_options(arguments: Arguments[Any], known: Mapping[str, str]) -> None:
-    """Check the names of the options that are not the scripts' own, and the values of those that are numbers.
+    """Check the names of the options that are not the scripts' own, and the values of those that are numbers
+    or truth values.
 
     Args:
         arguments: the parsed command line.
@@ -53,7 +56,7 @@ def check_trainer_options(arguments: Arguments[Any], known: Mapping[str, str]) -
 
     Raises:
         UsageError: for an option that is no field (with the nearest name that is), one that the scripts refuse, a
-            word that is no number, or a number out of its range.
+            word that is no number or no truth value where one is due, or a number out of its range.
     """
     own = {field.name for part in (arguments.model, arguments.data, arguments.run) for field in fields(part)}
     for name, given in arguments.trainer.items() if known else ():
@@ -62,13 +65,26 @@ def check_trainer_options(arguments: Arguments[Any], known: Mapping[str, str]) -
             raise UsageError(f"unknown option {name}{hint}")
         if name in _REFUSED:
             raise UsageError(f"{name} is not used by this script: {_REFUSED[name]}")
-        number = _NUMBERS.get(known[name])
-        if number is not None and given is not None and len(given) == 1 and given[0].lower() not in _NONE:
-            try:
-                value = number(given[0])
-            except ValueError:
-                raise UsageError(f"argument --{name}: invalid {number.__name__} value: {given[0]!r}") from None
-            _check_range(name, value)
+        if given is not None:
+            _check_words(name, given, known[name])
+
+
+def _check_words(name: str, given: Sequence[str], annotation: str) -> None:
+    """Check the words of an option that is a number or a truth value; the library knows the rest."""
+    number = _NUMBERS.get(annotation)
+    if number is None and annotation != "bool":
+        return
+    if len(given) > 1 or (number is not None and not given):
+        raise UsageError(f"argument --{name}: expected one value, got {' '.join(given) or 'none'}")
+    word = given[0].lower() if given else "true"  # --use_cpu alone says yes
+    if annotation == "bool" and word not in (*_TRUTH, *_NONE):
+        raise UsageError(f"argument --{name}: must be true or false, got {given[0]!r}")
+    if number is not None and word not in _NONE:
+        try:
+            value = number(word)
+        except ValueError:
+            raise UsageError(f"argument --{name}: invalid {number.__name__} value: {given[0]!r}") from None
+        _check_range(name, value)
 
 
 def _check_range(name: str, value: float) -> None:

@@ -126,6 +126,9 @@ MODES: dict[str, dict[str, Any]] = {
 }
 """Ways to generate: fields of a ``GenerationConfig``, and what the test makes of the name."""
 
+ASSISTANTS_FAIL = not hasattr(Cache, "is_recording_past")
+"""Whether stock models with windows in some of their layers fail as assistants, as in Transformers 5.17."""
+
 TEXT_MODELS = ("gpt2", "llama", "mistral", "gemma3", "qwen3", "gpt_neox", "deepseek_v3", "gemma2", "gpt_oss")
 
 
@@ -162,6 +165,10 @@ def test_generation_gives_the_tokens_of_full_recomputation(name: str, mode: str,
             apply_filter(calls["assistant_model"], "sos")
     if mode == "quantised":
         calls["past_key_values"] = CACHES["quantised"](model.config)
+    if mode == "stock assistant" and ASSISTANTS_FAIL and name in ("gemma2", "gemma3"):
+        with pytest.raises(RuntimeError):
+            generate(build(name), given, {}, **calls)
+        return
     same = {key: value for key, value in MODES[mode].items() if key in ("num_beams", *SAMPLED)}
     wanted = generate(model, given, {"use_cache": False, **same})
     assert_same(generate(model, given, MODES[mode], **calls), wanted)

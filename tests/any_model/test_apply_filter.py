@@ -33,6 +33,7 @@ from hf_imgproc_attn import (
     remove_filter,
 )
 from hf_imgproc_attn.models.any_filter import stack_names
+from hf_imgproc_attn.models.any_layer import AppliedFilter
 from hf_imgproc_attn.models.any_layers import attention_layers
 from tests.any_model.architectures import EVERYTHING, IMAGE, build, inputs, output, text
 
@@ -321,3 +322,19 @@ def test_a_decoder_of_texts_behind_an_encoder_of_images() -> None:
     model = apply_filter(VisionEncoderDecoderModel(encoder=encoder, decoder=decoder), "alibi")
     axes = {name.partition(".")[0]: len(part.sides) for name, part in model.named_modules() if hasattr(part, "sides")}
     assert axes == {"encoder": 2, "decoder": 1}
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "gemma3", "t5", "swin"])
+def test_the_width_of_a_head_is_that_of_its_queries(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which the factor of ``cosine`` and the smallest bandwidth of places are made."""
+    forward, seen = AppliedFilter.forward, set()
+
+    def look(self: AppliedFilter, seat: Any, projected: Any, *rest: Any, **options: Any) -> Any:
+        seen.add((self.filter.head_dim, projected[0].shape[-1]))
+        return forward(self, seat, projected, *rest, **options)
+
+    monkeypatch.setattr(AppliedFilter, "forward", look)
+    with torch.no_grad():
+        apply_filter(build(name), "exclusive")(**inputs(name))
+    assert seen
+    assert all(known == width for known, width in seen), seen

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from hf_imgproc_attn.models.cache_layer import FilterDynamicLayer
+from hf_imgproc_attn.models.cache_layer import FilterDynamicLayer, GrowingLayer
 from hf_imgproc_attn.models.layer_filter import AttentionFilter
 from tests.models.cache_cases import BOOSTERS, TIGHT, Inputs, build, decode, full_pass, new_cache, part, tensors
 
@@ -141,11 +143,20 @@ def test_operations(operation: Operation, content: str, position: str, boosting:
 
 
 def test_positive_crop_is_refused_as_in_the_stock_layer() -> None:
+    """Transformers 5.17 takes it as the length that is left, newer versions refuse it."""
+    stock = DynamicLayer()
+    stock.update(torch.zeros(1, 1, 5, 2), torch.zeros(1, 1, 5, 2))
+    try:
+        stock.crop(3)
+        refuses: Any = contextlib.nullcontext()
+    except ValueError:
+        refuses = pytest.raises(ValueError, match="crop")
     cache = new_cache()
     decode(build("gaussian", "gaussian", "twicing", 2), tensors("gaussian"), [5], cache)
-    with pytest.raises(ValueError, match="crop"):
-        cache.crop(3)
-    assert cache.layers[0].streams["boost.1"].shape[-2] == 5
+    with refuses:
+        cache.layers[0].crop(3)
+    assert cache.layers[0].streams["boost.1"].shape[-2] == stock.get_seq_length()
+    assert cache.layers[0].get_seq_length() == stock.get_seq_length()
 
 
 class Broken(FilterDynamicLayer):
@@ -183,7 +194,7 @@ class RepeatsInAnotherOrder(Broken):
 class CropsTheWrongEnd(Broken):
     def crop(self, tokens_to_remove: int) -> None:
         """Drops the oldest rows."""
-        DynamicLayer.crop(self, tokens_to_remove)
+        GrowingLayer.crop(self, tokens_to_remove)
         self._map_streams(lambda rows: rows[..., -tokens_to_remove:, :])
 
 
@@ -195,11 +206,11 @@ class MixesStreams(Broken):
 
 
 class NoCrop(Broken):
-    crop = DynamicLayer.crop
+    crop = GrowingLayer.crop
 
 
 class NoReset(Broken):
-    reset = DynamicLayer.reset
+    reset = GrowingLayer.reset
 
 
 class NoRepeat(Broken):

@@ -70,6 +70,7 @@ def test_blocks_are_never_split_over_devices(backbone: str, variant: str) -> Non
     assert max(splits) > 1
 
 
+@pytest.mark.both_back_ends
 @pytest.mark.parametrize("variant", ["softmax", "shared", "mixed"])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_offloaded_blocks_give_the_same(backbone: str, variant: str, tmp_path: Path) -> None:

@@ -34,10 +34,13 @@ from tests.models.variants import (
     token_ids,
 )
 
-pytestmark = pytest.mark.filterwarnings(
-    # The newest versions have another name for it, the oldest supported ones do not; PEFT asks by the old one.
-    "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"
-)
+pytestmark = [
+    pytest.mark.both_back_ends,
+    pytest.mark.filterwarnings(
+        # The newest versions have another name for it, the oldest supported ones do not; PEFT asks by the old one.
+        "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"
+    ),
+]
 WITH_SCALARS = ("bilateral", "bilateral_gaussian", "bilateral_twicing", "t5_bias", "mixed", "mixed_kernels", "shared")
 
 
@@ -166,6 +169,7 @@ def test_scalars_stay_in_float32(backbone: str, variant: str, how: str) -> None:
     assert {value.dtype for value in others.values()} <= {torch.bfloat16, torch.float16}
 
 
+@pytest.mark.both_back_ends(False)
 @pytest.mark.parametrize("variant", WITH_SCALARS)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_scalars_stay_in_float32_when_a_model_is_made_or_loaded(backbone: str, variant: str, tmp_path: Path) -> None:
@@ -190,6 +194,7 @@ def test_scalars_stay_in_float32_when_a_model_is_made_or_loaded(backbone: str, v
     assert {half[name].dtype for name in half if "scalar_bias" in name} == {torch.float32}
 
 
+@pytest.mark.both_back_ends(False)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_a_model_made_in_half_precision_starts_where_a_float32_one_does(backbone: str) -> None:
     made = [
@@ -199,6 +204,7 @@ def test_a_model_made_in_half_precision_starts_where_a_float32_one_does(backbone
         assert torch.equal(scalars(made[1])[name], value), name
 
 
+@pytest.mark.both_back_ends(False)
 def test_float64_models_have_float64_scalars(tmp_path: Path) -> None:
     """Otherwise float64 is float32 in disguise; also where a model is loaded in it."""
     for backbone in BACKBONES:
@@ -235,6 +241,7 @@ def documented_scalars(backbone: str, model: Any) -> dict[str, torch.Tensor]:
     return wanted
 
 
+@pytest.mark.both_back_ends(False)
 @pytest.mark.parametrize("variant", WITH_SCALARS)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_scalars_start_where_the_framework_says(backbone: str, variant: str) -> None:
@@ -243,6 +250,7 @@ def test_scalars_start_where_the_framework_says(backbone: str, variant: str) -> 
         torch.testing.assert_close(scalars(model)[name].detach(), value, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.both_back_ends(False)
 @pytest.mark.parametrize("meta", [False, True])
 @pytest.mark.parametrize(
     "variant", ["bilateral", "bilateral_gaussian", "alibi", "t5_bias", "mixed", "mixed_kernels", "shared"]
@@ -286,6 +294,7 @@ def poisoned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.fill_(float("nan")) if tensor.is_floating_point() and tensor.device.type != "meta" else tensor
 
 
+@pytest.mark.both_back_ends(False)
 def test_reset_parameters_undoes_training() -> None:
     module = FilterScalars(3, [1.0, 2.0, 3.0], None, class_token=True)
     with torch.no_grad():

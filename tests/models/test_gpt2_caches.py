@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
-from transformers import Cache, DynamicCache, EncoderDecoderCache, StaticCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache, StaticCache, cache_utils
 from transformers.cache_utils import DynamicSlidingWindowLayer, QuantizedLayer
 
 from hf_imgproc_attn.models.cache_followed import FollowingStreams, follow_layer
@@ -102,15 +102,19 @@ def test_every_cache_generates_what_none_does(variant: str, kind: str, mode: str
     assert_same_generation(generate(model, use_cache=True, **MODES[mode], **options), wanted)
 
 
+FP8: dict[str, Any] = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+
+
 def test_quantised_generation_by_name_is_close() -> None:
     """FP8 is the quantiser that torch brings: what it costs a filter is of the size of what it costs stock layers."""
     errors = {}
+    if not hasattr(cache_utils, "Fp8QuantizedLayer"):  # Transformers 5.17 refuses the name
+        with pytest.raises(ValueError, match="quantization backend `fp8`"):
+            generate(build("twicing"), use_cache=True, **FP8)
+        return
     for variant in ("softmax", "twicing", "bilateral_twicing", "elliptical"):
         model = build(variant).float()
-        logits = [
-            generate(model, use_cache=True, **options).logits[1]
-            for options in ({}, {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}})
-        ]
+        logits = [generate(model, use_cache=True, **options).logits[1] for options in ({}, FP8)]
         errors[variant] = float((logits[1] - logits[0]).norm() / logits[0].norm())
     assert all(0 < error < 0.1 for error in errors.values()), errors
 

@@ -18,6 +18,8 @@ from hf_imgproc_attn.models.spec_axes import uses_position_table
 from tests.models.helpers import GPT2, sharpen_
 from tests.models.variants import BOOSTED, IMPLEMENTATIONS, VARIANTS, VOCABULARY, gpt2_config, pad, token_ids
 
+pytestmark = pytest.mark.both_back_ends
+
 NEW = 7
 
 

@@ -24,6 +24,8 @@ from tests.models.variants import (
     token_ids,
 )
 
+pytestmark = pytest.mark.both_back_ends
+
 # --------------------------------------------------------------------------------------------------------------------
 # Causality, padding, positions
 # --------------------------------------------------------------------------------------------------------------------
@@ -221,6 +223,7 @@ def test_rows_that_see_nothing_give_no_nan(variant: str, implementation: str) ->
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.both_back_ends(False)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_resizing_the_vocabulary_keeps_the_old_logits(variant: str, tmp_path: Any) -> None:
     model = build(variant)

@@ -24,6 +24,8 @@ from tests.models.variants import (
     token_ids,
 )
 
+pytestmark = pytest.mark.both_back_ends
+
 
 @contextmanager
 def recorded(module: torch.nn.Module, what: str) -> Iterator[list[torch.Tensor]]:
@@ -68,6 +70,7 @@ def test_eager_equals_sdpa(variant: str, padding: str, options: str) -> None:
     assert all(gradient.abs().max() > 0 for gradient in sdpa_gradients.values())
 
 
+@pytest.mark.both_back_ends(False)  # the dense path's mask is another one
 @pytest.mark.parametrize("variant", BOOSTED)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_attention_dropout_draws_one_mask_for_all_passes(variant: str, implementation: str) -> None:
@@ -113,6 +116,7 @@ def test_attentions_are_the_operator_that_multiplies_v(variant: str, padding: st
         assert operator.masked_select(hidden_keys).abs().sum() == 0
 
 
+@pytest.mark.both_back_ends(False)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_which_layers_run_the_stock_code(variant: str) -> None:
     stock = [block.attn.filter.is_stock for block in build(variant).transformer.h]

@@ -20,6 +20,8 @@ from tests.models.variants import (
     token_ids,
 )
 
+pytestmark = pytest.mark.both_back_ends
+
 # Filters that are stock attention written in another way: they run our code and must give the stock model's numbers.
 STOCK_IN_DISGUISE: dict[str, dict[str, Any]] = {
     "one_step": {"boosting": "twicing", "boosting_steps": 1},

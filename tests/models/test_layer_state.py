@@ -20,6 +20,8 @@ from hf_imgproc_attn.models.modeling_imgproc_vit import ImgProcViTForImageClassi
 from tests.models.helpers import sharpen_, tiny_gpt2_config, tiny_vit_config
 from tests.models.variants import heads_by_hand, recorded_call
 
+pytestmark = pytest.mark.both_back_ends
+
 TIGHT = {"rtol": 0, "atol": 1e-11}
 Model = torch.nn.Module
 Step = tuple[torch.Tensor, LayerState]

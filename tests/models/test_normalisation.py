@@ -18,6 +18,7 @@ from hf_imgproc_attn.models.backend_sdpa import run as run_sdpa
 from hf_imgproc_attn.models.backend_table import BACKENDS, run_filter
 from hf_imgproc_attn.models.kernel_given import BiasPositions
 from hf_imgproc_attn.models.kernel_normalisation import NORMALISATIONS, Normalisation
+from hf_imgproc_attn.models.kernel_position import position_logits
 from hf_imgproc_attn.models.visibility import Visibility, attention_visibility
 from tests.models.helpers import filter_call, make_filter
 from tests.models.layer_cases import BATCH, HEADS, LENGTH, TIGHT, WIDTH, assert_same, masks, random, run, tensors
@@ -169,6 +170,32 @@ def test_gradients_are_numerical_ones(name: str, backend: str) -> None:
     assert torch.autograd.gradcheck(filtered, leaves, atol=1e-5)
 
 
+@pytest.mark.parametrize("mask", ["none", "causal", "left"])
+@pytest.mark.parametrize("name", ["sink", "sigmoid"])
+def test_gaussian_contents_are_compared_in_full(name: str, mask: str) -> None:
+    """-|q - k|^2 / h^2, of which a softmax needs no |q|^2; who cannot compute it says so."""
+    from tests.models.layer_cases import build
+
+    layer, inputs = build("gaussian", "none", "twicing", 2, normalisation=name), tensors("none")
+    dense = run(layer, inputs, "eager", **masks()[mask])
+    assert_same(run(layer, inputs, "sdpa", backend="chunked", **masks()[mask]), dense)
+    assert_same(run(layer, inputs, "sdpa", backend="auto", **masks()[mask]), dense)
+    for backend in ("sdpa", "blocked"):
+        with pytest.raises(ValueError, match="cannot serve this call"):
+            run(layer, inputs, "sdpa", backend=backend, **masks()[mask])
+    if mask == "causal":
+        return
+    plain = build("gaussian", "none", normalisation=name)
+    _, matrix = plain(**inputs, implementation="eager", need_weights=True, **masks()[mask])
+    scale = 2 * torch.exp(-2 * plain.scalar_bias.content_log_bandwidth.detach())
+    sinks = torch.zeros(HEADS) if plain.scalar_bias.sink is None else plain.scalar_bias.sink.detach()
+    for b, h, i in itertools.product(range(BATCH), range(HEADS), range(LENGTH)):
+        seen = matrix[b, h, i] != 0
+        distances = (inputs["query"][b, h, i] - inputs["key"][b, h]).square().sum(-1)[seen]
+        weights = row_by_hand(name, (-distances * scale[h] / 2).tolist(), float(sinks[h]))
+        torch.testing.assert_close(matrix[b, h, i][seen], torch.tensor(weights, dtype=torch.float64), **TIGHT)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Sinkhorn
 # --------------------------------------------------------------------------------------------------------------------
@@ -192,6 +219,33 @@ def test_sinkhorn_is_doubly_stochastic_and_its_twicing_keeps_more() -> None:
     few = filter_matrix(logits, Visibility(9, 9), None, Normalisation("sinkhorn", 1))[0, 0]
     torch.testing.assert_close(few.sum(-1), ones, **TIGHT)
     assert (few.sum(-2) - ones).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("content", ["dot_product", "gaussian", "cosine"])
+@pytest.mark.parametrize("position", ["untied", "bucket patches", "patches"])
+def test_sinkhorn_gets_each_logit_in_full(content: str, position: str) -> None:
+    """K is exp of all terms, scaled to columns first: a number that is added to a row changes its share of them."""
+    from tests.models.layer_cases import build
+
+    layer, inputs = build(content, position, normalisation="sinkhorn", position_axes=2), tensors(position)
+    query, key, places = inputs["query"], inputs["key"], layer.positions
+    scale = 2 * torch.exp(-2 * layer.scalar_bias.content_log_bandwidth.detach()).view(-1, 1, 1)
+    if content == "gaussian":
+        logits = -torch.cdist(query, key).square() * scale / 2
+    else:
+        length = query.norm(dim=-1, keepdim=True) * key.norm(dim=-1, keepdim=True).mT if content == "cosine" else 1.0
+        logits = query @ key.mT / length * scale
+    vectors = layer._position_vectors(inputs.get("position_states"), query)
+    coordinates = (inputs.get("coordinates"),) * 2
+    terms = places.terms(layer.scalar_bias(), vectors, coordinates, contiguous=False, causal=False, like=query)
+    kernel = (logits + sum(position_logits(term, torch.float64) for term in terms)).exp()
+    for _ in range(3):
+        kernel = kernel / kernel.sum(-2, keepdim=True)
+        kernel = kernel / kernel.sum(-1, keepdim=True)
+    output, matrix = layer(**inputs, implementation="eager", need_weights=True)
+    torch.testing.assert_close(matrix, kernel, **TIGHT)
+    torch.testing.assert_close(output, kernel @ inputs["value"], **TIGHT)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import StaticCache
 
 from hf_imgproc_attn import ImgProcGPT2LMHeadModel, apply_filter, convert
 from hf_imgproc_attn.models.kernel_content import unit_vectors
@@ -145,6 +146,23 @@ def test_forgetting_decodes_exactly_with_padding(more: dict[str, Any]) -> None:
     torch.testing.assert_close(torch.cat(steps, dim=1)[real], whole, rtol=0, atol=1e-11)
     alone = model(token_ids(length=7)[1:, :5]).logits[0]
     torch.testing.assert_close(whole[7:], alone, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("boosting", ["none", "gradient_boosted", "differential"])
+@pytest.mark.parametrize("name", ["softmax", "sink", "sigmoid", "softpick"])
+def test_forgetting_decodes_exactly_in_a_cache_of_fixed_size(name: str, boosting: str) -> None:
+    """Where the own tokens are not the last ones: c_i is that of the token, which only a softmax would not notice."""
+    config = gpt2_config("softmax", position_kernel="forget", normalisation=name, boosting=boosting)
+    model = sharpen_(ImgProcGPT2LMHeadModel(config).double().eval())
+    inputs = pad(token_ids(length=7), row=1, length=5, side="left")
+    real = inputs["attention_mask"].bool()
+    whole, cache, steps = model(**inputs, use_cache=False).logits[real], StaticCache(config, max_cache_len=9), []
+    for start, stop in ((0, 4), (4, 5), (5, 7)):
+        step = {name: tensor[:, start:stop] for name, tensor in inputs.items()}
+        step["attention_mask"] = inputs["attention_mask"][:, :stop]
+        steps.append(model(**step, past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(steps, dim=1)[real], whole, rtol=0, atol=1e-11)
 
 
 @torch.no_grad()

@@ -31,6 +31,8 @@ from tests.models.variants import (
 )
 from tests.models.vit_cases import HEADS, SQUARE, some_patches
 
+pytestmark = pytest.mark.both_back_ends
+
 TOKENS = 16  # 5 x 3 patches and the class token
 
 
@@ -106,6 +108,7 @@ def test_heads_of_another_width_than_the_hidden_size_says(variant: str) -> None:
     torch.testing.assert_close(eager, sdpa, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.both_back_ends(False)  # the dense path's mask is another one
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("variant", BOOSTED)
 def test_attention_dropout_draws_one_mask_for_all_passes(variant: str, implementation: str) -> None:

@@ -18,6 +18,8 @@ from tests.models.variants import (
 )
 from tests.models.vit_cases import HEADS, SQUARE, some_patches
 
+pytestmark = pytest.mark.both_back_ends
+
 STOCK_IN_DISGUISE: dict[str, dict[str, Any]] = {
     "one_step": {"boosting": "twicing", "boosting_steps": 1},
     "learned_bandwidth": {"learn_bandwidths": True},

@@ -102,13 +102,13 @@ def check(command: list[str], folder: Path) -> None:
     assert not list(folder.iterdir()), list(folder.iterdir())
 
 
-@examples(150, 4_000)
+@examples(150, 5_000)
 @hypothesis.given(own_options())
 def test_mistakes_in_own_options_are_one_line(tmp_path_factory: pytest.TempPathFactory, command: list[str]) -> None:
     check(command, empty(tmp_path_factory))
 
 
-@examples(100, 4_000)
+@examples(100, 5_000)
 @hypothesis.given(training_options())
 def test_mistakes_in_training_options_are_one_line(
     tmp_path_factory: pytest.TempPathFactory, command: list[str]

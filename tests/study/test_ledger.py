@@ -19,8 +19,20 @@ from tests.study.conftest import TINY_TASK, WriteStudy
 
 def a_record(run: Run, rows: int = 64, **changes: Any) -> dict[str, Any]:
     return {
+        "format": 1,
+        "study": "tiny",
+        "version": 1,
         "identity": json.loads(json.dumps(run.identity)),
         "task": run.task.name,
+        "variant": run.variant.name,
+        "seed": run.seed,
+        "status": "finished",
+        "metrics": {},
+        "measured": {},
+        "measurements": [],
+        "parameters": {"total": 1},
+        "operations": {"step_per_sample": 1, "training": 1},
+        "seconds": {"training": 1.0, "measuring": 0.0},
         "data_fingerprint": {"train": {"rows": rows}},
         **changes,
     }
@@ -101,6 +113,43 @@ def test_a_damaged_or_nameless_ledger_is_refused(ledger: Ledger, study: Study) -
         ledger.open(study)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 2}, "but its format is 2, not 1; remove it"),
+        ({"seed": 1}, "must be the record of the run digits-softmax-seed0, but its seed is 1"),
+        ({"metrics": None}, "but its metrics is None"),
+        ({"measurements": ["fog"]}, "but its measurements are no mappings"),
+        ({"status": "running"}, "but its status is 'running'"),
+        ({"seconds": {"training": 1.0}}, "but it has no number of measuring"),
+        ({"version": 2}, "run digits-softmax-seed0 is of a study with version 2, not 1: .* never mixed"),
+        ({"study": "another"}, "run digits-softmax-seed0 is of a study with study 'another', not 'tiny'"),
+    ],
+)
+def test_a_record_of_something_else_is_refused(
+    ledger: Ledger, study: Study, changes: dict[str, Any], message: str
+) -> None:
+    ledger.write(study.runs[0], a_record(study.runs[0], **changes))
+    with pytest.raises(UsageError, match=message):
+        ledger.everything(study)
+
+
+def test_a_header_without_tasks_is_refused(ledger: Ledger, study: Study) -> None:
+    path = ledger.folder / "study.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "tasks": None}), encoding="utf-8")
+    with pytest.raises(UsageError, match="must say the tasks of the study, got None"):
+        ledger.check(study)
+
+
+def test_a_task_without_runs_may_be_mended(tmp_path: Path, write_study: WriteStudy) -> None:
+    ledger = Ledger(tmp_path / "ledger")
+    ledger.open(read_study(write_study()))
+    mended = read_study(write_study(tasks={"digits": {**TINY_TASK, "options": {"max_steps": 4}}}))
+    ledger.open(mended)
+    header = json.loads((ledger.folder / "study.json").read_text(encoding="utf-8"))
+    assert header["tasks"]["digits"]["options"] == {"max_steps": 4}
+
+
 def test_a_run_is_claimed_by_one_process_and_once(ledger: Ledger, study: Study, tmp_path: Path) -> None:
     run, other = study.runs[1], Ledger(tmp_path / "ledger")
     with ledger.claim(run) as mine:
@@ -123,6 +172,15 @@ def test_what_a_killed_writer_left_is_no_run_and_goes(ledger: Ledger, study: Stu
     assert run.name not in ledger.everything(study)
     with ledger.claim(run):
         assert not left.exists()
+
+
+def test_a_ledger_that_cannot_be_written_is_one_line(ledger: Ledger, study: Study) -> None:
+    ledger.running.write_text("", encoding="utf-8")  # a file where a folder is to be made
+    with (
+        pytest.raises(UsageError, match="ledger .*running' cannot be written: File exists"),
+        ledger.claim(study.runs[1]),
+    ):
+        pass
 
 
 def test_a_full_disk_leaves_no_half_record(ledger: Ledger, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

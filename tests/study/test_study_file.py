@@ -41,7 +41,7 @@ def with_options(**changes: Any) -> dict[str, Any]:
         ({"variants": ["softmax", 3]}, "must be the name of a preset or a mapping, got 3"),
         ({"variants": ["softmax", {"preset": "twicing", "fields": {"bosting_steps": 3}}]}, "bosting_steps"),
         ({"variants": ["twicing"]}, "baseline must be one of the variants \\(twicing\\), got 'softmax'"),
-        ({"seeds": []}, "seeds must be a number of seeds >= 1 or a list"),
+        ({"seeds": []}, "seeds must be a number of seeds from 1 to 10,000 or a list"),
         ({"seeds": 0}, "seeds must be .* got 0"),
         ({"seeds": [1, 1]}, "two runs would be equal"),
         ({"seeds": [0, -1]}, "seeds must be"),
@@ -49,6 +49,20 @@ def with_options(**changes: Any) -> dict[str, Any]:
         ({"seed": 3}, "unknown field 'seed'.*did you mean seeds?"),
         ({"version": "new"}, "version must be an integer >= 1, got 'new'"),
         ({"name": "a b"}, "name must consist of letters, digits and _, got 'a b'"),
+        ({"seeds": 10**30}, "seeds must be a number of seeds from 1 to 10,000 .*got 10{30}"),
+        ({"variants": [{"name": "a", "preset": []}]}, "preset must be one of .* got \\[\\]"),
+        ({"matched": 0}, "matched must be a list, got 0"),
+        (with_task(task={"image": 1}), "task of digits must be one of .* got {'image': 1}"),
+        (with_task(options=False), "options of task digits must be a mapping, got False"),
+        (with_task(measure=[]), "measure of task digits must be a mapping, got \\[\\]"),
+        (with_task(measure={"corruptions": "fog"}), "corruptions of task digits must be a list, got 'fog'"),
+        (with_options(config_overrides=""), "config_overrides of task digits must be a mapping, got ''"),
+        (with_options(learning_rate=[1, 2]), "argument --learning_rate: expected one value, got 1 2"),
+        (with_options(bf16="maybe"), "argument --bf16: must be true or false, got 'maybe'"),
+        (
+            {"tasks": {"one": TINY_TASK, "two": with_options(max_steps="3")["tasks"]["digits"]}},
+            "tasks one and two are equal",
+        ),
         ({"split": "train"}, "split must be one of test, validation, got 'train'"),
         ({"keep_models": 1}, "keep_models must be true or false, got 1"),
         ({"tasks": {}}, "tasks must be a mapping that is not empty"),
@@ -97,6 +111,21 @@ def test_what_is_no_yaml_mapping_is_refused_in_one_line(
         main(["study", str(path)])
     assert caught.value.code == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("twice", ["seeds: 2", "tasks:", "name: tiny"])
+def test_a_key_that_stands_twice_is_refused(write_study: WriteStudy, twice: str) -> None:
+    path = write_study()
+    path.write_text(f"{path.read_text(encoding='utf-8')}\n{twice}\n", encoding="utf-8")
+    key = twice.partition(":")[0]
+    with pytest.raises(UsageError, match=f"not valid YAML: '{key}' stands twice in one mapping .* line"):
+        read_study(path)
+
+
+def test_an_option_without_a_value_is_the_default(write_study: WriteStudy) -> None:
+    path = write_study(**with_task(options={**TINY_TASK["options"], "config_overrides": None}, measure=None))
+    (task,) = read_study(path).tasks
+    assert (task.options.get("config_overrides"), task.measure) == (None, {})
 
 
 def test_runs_are_variants_times_seeds_times_tasks(write_study: WriteStudy) -> None:
@@ -153,7 +182,19 @@ def test_shard_is_i_of_n() -> None:
             parse_shard(text)
 
 
-@pytest.mark.parametrize("words", [["--jobs", "0"], ["--budget", "-1"], ["--threads", "0"], ["--shard", "3/2"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--jobs", "0"],
+        ["--budget", "-1"],
+        ["--threads", "0"],
+        ["--shard", "3/2"],
+        ["--cpus", "2"],
+        ["--address", "auto"],
+        ["--gpus", "nan", "--engine", "ray"],
+        ["--jobs", "2", "--engine", "ray"],
+    ],
+)
 def test_options_out_of_range_are_refused(
     write_study: WriteStudy, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

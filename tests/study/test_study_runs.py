@@ -22,7 +22,7 @@ from hf_imgproc_attn.study import run as one_run
 from hf_imgproc_attn.study.driver import InThisProcess, prepare, run_study
 from hf_imgproc_attn.study.ledger import Ledger
 from hf_imgproc_attn.study.plan import Study, training_script
-from hf_imgproc_attn.study.report import write_report
+from hf_imgproc_attn.study.report import cells, write_report
 from hf_imgproc_attn.study.study_file import read_study
 from hf_imgproc_attn.study.table import build_tables
 from hf_imgproc_attn.training_support.arguments import ModelArguments
@@ -293,6 +293,50 @@ def test_a_diverged_run_is_marked_counted_and_stopped(write_study: WriteStudy, t
     stock, other = tables[0].rows
     assert (stock.diverged, other.diverged, other.summary, other.verdict) == (0, 2, None, "2 diverged")
     assert "2 of them diverged" in (folder / "report.md").read_text(encoding="utf-8")
+
+
+def test_when_all_have_diverged_the_command_says_so(
+    write_study: WriteStudy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wild = {"name": "wild", "preset": "softmax", "fields": {"initializer_range": 1e30}}
+    path = write_study(variants=[wild], baseline="wild", seeds=1, tasks=with_options(logging_steps=1))
+    do(read_study(path), tmp_path / "ledger")
+    capsys.readouterr()
+    assert main(["study", str(path), "--ledger", str(tmp_path / "ledger"), "--report"]) == 0
+    said = "all 1 runs that have ended have diverged: there is nothing to compare"
+    assert said in capsys.readouterr().out
+    assert said in (tmp_path / "ledger" / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_mistake_that_training_finds_names_the_task_and_binds_nothing(
+    write_study: WriteStudy, tmp_path: Path
+) -> None:
+    folder = tmp_path / "ledger"
+    with pytest.raises(UsageError, match="task digits: argument --lr_scheduler_type.*invalid choice: 'wavy'"):
+        do(read_study(write_study(tasks=with_options(lr_scheduler_type="wavy"))), folder)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("fields", [{"hidden_size": 16}, {"boosting": "none"}])
+def test_one_model_under_two_names_is_refused(write_study: WriteStudy, tmp_path: Path, fields: dict[str, Any]) -> None:
+    twin = {"name": "twin", "preset": "softmax", "fields": fields}
+    with pytest.raises(UsageError, match="softmax and twin have the same configuration: their runs would be equal"):
+        do(read_study(write_study(variants=["softmax", twin])), tmp_path / "ledger")
+
+
+def test_a_matched_baseline_that_is_the_baseline_is_refused(write_study: WriteStudy, tmp_path: Path) -> None:
+    matched = [{"name": "as_large", "like": "twicing", "in": "parameters"}]  # twicing has no parameters
+    with pytest.raises(UsageError, match="softmax and as_large have the same configuration"):
+        do(read_study(write_study(matched=matched)), tmp_path / "ledger")
+
+
+def test_a_variant_without_the_baselines_seeds_is_no_baseline(finished: tuple[Path, Path]) -> None:
+    study = read_study(finished[0])
+    records = Ledger(finished[1]).everything(study)
+    left = {name: record for name, record in records.items() if record["variant"] == "bilateral"}
+    rows = {row.variant: row for row in build_tables(study, left)[0].rows}
+    assert (rows["softmax"].verdict, rows["bilateral"].verdict) == ("", "no pair")
+    assert cells(rows["bilateral"], "accuracy")[8] == "no pair"
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
