@@ -118,6 +118,14 @@ def test_text_is_evaluated_clean_and_with_swapped_words(text_run: Path) -> None:
     assert len({swapped["value"], *values.values()}) == 5
 
 
+def test_a_column_that_an_older_run_ignored_is_ignored(text_run: Path, copy_of: Any) -> None:
+    folder = copy_of(text_run)
+    arguments = json.loads((folder / "run.json").read_text(encoding="utf-8"))["arguments"]
+    arguments["data"]["text_column_name"] = "text"
+    change_record(folder, arguments=arguments)
+    assert evaluate(folder)["results"] == evaluate(text_run)["results"]
+
+
 def test_validation_split_and_limits(image_run: Path, text_run: Path) -> None:
     record = json.loads((image_run / "run.json").read_text(encoding="utf-8"))
     options = {"sigmas": [], "epsilons": []}
