@@ -148,7 +148,8 @@ def _for_card(result: dict[str, Any], split: str) -> dict[str, Any]:
 
 
 def _measure_images(folder: Path, record: dict[str, Any], settings: Settings, device: Any) -> list[dict[str, Any]]:
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
+    from transformers import AutoModelForImageClassification
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from hf_imgproc_attn.robustness.classifier import unit_images
     from hf_imgproc_attn.robustness.images import evaluate_robustness
@@ -181,7 +182,8 @@ def _measure_images(folder: Path, record: dict[str, Any], settings: Settings, de
 
 
 def _measure_masks(folder: Path, record: dict[str, Any], settings: Settings, device: Any) -> list[dict[str, Any]]:
-    from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+    from transformers import AutoModelForSemanticSegmentation
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from hf_imgproc_attn.training_support.mask_data import load_mask_splits
     from hf_imgproc_attn.training_support.mask_evaluation import mask_robustness

@@ -219,7 +219,7 @@ def follow_layer(cache: Any, layer_idx: int, kind: str | None, owner: CacheOwner
     while len(cache.layers) <= layer_idx and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     # Transformers 5.17 leaves such layers out, newer versions put a dummy there.
-    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    layer: Any = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     if not hasattr(layer, "get_seq_length"):
         raise ValueError(
             f"past_key_values keeps nothing in layer {layer_idx}, which attends to the keys and values of an earlier "
