@@ -39,7 +39,7 @@ def image_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def text_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "text"
-    words = ["--preset", "twicing", "--block_size", "32", "--tokenizer_vocab_size", "300", "--max_eval_samples", "70"]
+    words = ["--preset", "twicing", "--block_size", "48", "--tokenizer_vocab_size", "300", "--max_eval_samples", "70"]
     words += ["--config_overrides", *TINY_GPT2, "--output_dir", str(folder), *QUIET]
     assert train_causal_lm.main(words) == 0
     return folder
