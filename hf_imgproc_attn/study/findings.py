@@ -19,13 +19,15 @@ from .claims import CLAIMS, SUBJECTS, UNTESTED, Claim
 from .ledger import HEADER, Ledger
 from .plan import Study
 from .report import NOTHING, interval, number, on_autoattack, p_value
-from .statistics import BETTER, CONFIDENCE, LEVEL, NO_DIFFERENCE, TOO_FEW, WORSE
+from .statistics import BETTER, CONFIDENCE, LEVEL, NO_DIFFERENCE, TOO_FEW, WORSE, Difference, holm
 from .study_file import read_study
 from .table import LOWER_IS_BETTER, NAMES, Row, Table, autoattack_gaps, build_tables
 
 LEDGERS = Path("training/results/study")
 WIDTH = 119
 COMMAND = "imgproc-attn findings docs/what-holds.md"
+MOST_CERTAIN = 3
+"""Differences that are told in plain words on top."""
 
 
 SHORT_COLUMNS = (
@@ -120,6 +122,8 @@ def findings(ledgers: Path) -> str:
         "",
         *paragraph(_in_all(chapters)),
         "",
+        *_most_certain(chapters),
+        "",
     ]
     short = []
     for chapter in chapters:
@@ -146,6 +150,52 @@ def _in_all(chapters: Sequence[Chapter]) -> str:
     ]
     what = " and ".join(parts)
     return f"**In all, of {len(rows)} comparisons the variant is {what}; in {none} no difference is seen.**"
+
+
+def _most_certain(chapters: Sequence[Chapter]) -> list[str]:
+    """The comparisons with the smallest p-values in plain words, one of a study and variant.
+
+    Chosen among all of the page, they are corrected for all of the page too: the table's own correction would not be
+    enough for what was picked because it stands out.
+    """
+    tested = [
+        (difference.p_value, claim, entry, difference)
+        for chapter in chapters
+        for claim, entries in chapter.claims
+        for entry in entries
+        if (difference := entry.row.difference) is not None and difference.p_value is not None
+    ]
+    corrected = holm([p for p, *_ in tested])
+    chosen: dict[tuple[str, str], str] = {}
+    for of_page, (p, claim, entry, difference) in sorted(
+        zip(corrected, tested, strict=True), key=lambda item: item[1][0]
+    ):
+        key = (claim.study, entry.row.variant)
+        if key not in chosen and len(chosen) < MOST_CERTAIN:
+            chosen[key] = _in_plain_words(claim, entry, difference, p, of_page)
+    lines = paragraph(
+        f"The {len(chosen)} most certain differences: the smallest p-values of the page, one of a study and variant. "
+        "They were picked because they stand out, so each is corrected here for all "
+        f"{len(tested)} tests of the page:"
+    )
+    return [*lines, "", *(line for text in chosen.values() for line in paragraph(f"1. {text}", indent="   "))]
+
+
+def _in_plain_words(claim: Claim, entry: Comparison, difference: Difference, p: float, of_page: float) -> str:
+    metric, summary = entry.table.metric, difference.summary
+    side = "better" if points_to_the_better(entry) else "worse"
+    holds = "remains" if of_page < LEVEL else "does not remain below " + f"{LEVEL:g}"
+    return (
+        f"{SUBJECTS[claim.study].title}: `{entry.row.variant}` is {side} than `{entry.against}` under the condition "
+        f"*{entry.table.condition}* by {number(summary.mean, metric, signed=True)} {_unit(metric)}, interval "
+        f"{interval(summary.t_interval, metric, signed=True)}, {summary.count} seeds; p {p:.2g}, which {holds} after "
+        f"correction for the page ({p_value(of_page)}). What else is to be said of it: "
+        f"[{claim.title}](#{anchor(claim.title)})."
+    )
+
+
+def _unit(metric: str) -> str:
+    return "points of " + NAMES[metric] if metric in PARTS else f"({NAMES[metric]})"
 
 
 def _chapter(name: str, ledgers: Path) -> Chapter:

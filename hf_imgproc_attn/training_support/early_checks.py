@@ -17,6 +17,7 @@ from hf_imgproc_attn.training_support.model_setup import (
     pair,
     parse_overrides,
 )
+from hf_imgproc_attn.training_support.shared_tokens import check_shareable
 
 _ANY_PATCHES = 8
 """Patches a side of a model whose images are not known yet."""
@@ -50,13 +51,15 @@ def check_model(task: str, arguments: Arguments[Any]) -> None:
         if found is None:
             fields = {**row.new_model, **_known_sizes(row, arguments.data, overrides), **overrides}
             config = config_class.from_preset(args.preset or "softmax", **fields)
-            model_class(config)
+            model = model_class(config)
         elif is_own(found, row.model_type):
             config = _own_configuration(row, args, found, overrides)
-            model_class(config)
+            model = model_class(config)
         else:
             config = found
-            check_foreign(task, args, found, overrides)
+            model = check_foreign(task, args, found, overrides)
+        if model is not None:
+            check_shareable(model, getattr(arguments.data, "context_parallel", 1))
     size = getattr(arguments.data, "image_size", None)
     if size is not None:
         check_whole_patches(pair(size), config)

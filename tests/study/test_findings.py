@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from hf_imgproc_attn.study.claims import CLAIMS, SUBJECTS
 from hf_imgproc_attn.study.evidence import BEGIN, END, evidence_table
 from hf_imgproc_attn.study.findings import (
     LEDGERS,
+    MOST_CERTAIN,
     Comparison,
     anchor,
     findings,
@@ -103,6 +105,36 @@ def test_the_pages_numbers_follow_the_ledger(tmp_path: Path) -> None:
     line = f"| clean | {changed.variant} | {100 * changed.summary.mean:.2f} |"
     assert line in findings(tmp_path)
     assert line not in before
+
+
+def test_the_most_certain_differences_are_those_of_the_smallest_p_values_corrected_for_the_page() -> None:
+    """Against the page's own rows, read back from its text, and Holm's factor for the first of them."""
+    text = PAGE.read_text(encoding="utf-8")
+    (count,) = re.findall(r"corrected here for all (\d+)\s+tests of the page", text)
+    part = text[text.index("most certain differences") : text.index("| claim | seeds")]
+    told = [" ".join(entry.split()) for entry in part.split("\n1. ")[1:]]
+    assert len(told) == MOST_CERTAIN
+    values = [float(re.findall(r"; p ([0-9.e-]+), which", entry)[0]) for entry in told]
+    assert values == sorted(values)
+    for entry, value in zip(told, values, strict=True):
+        found = re.findall(r"`(\w+)` is (better|worse) than `(\w+)` under the condition \*(.+?)\* by (\S+)", entry)
+        ((variant, side, against, condition, difference),) = found
+        assert re.search(
+            rf"\| {re.escape(condition)} \| {variant} \| \S+ \| {against} \| {re.escape(difference)} \|.*\| {side}",
+            text,
+        )
+        assert ("which remains after" in entry) or float(count) * value >= 0.05
+    assert ("which remains after" in told[0]) == (int(count) * values[0] < 0.05)
+
+
+def test_readme_makes_no_claim_about_accuracy_that_the_ledgers_do_not() -> None:
+    """It has no number of its own on how well a filter does; the page with the ledgers' numbers is linked."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    assert "docs/what-holds.md" in prose
+    assert not re.findall(r"[^.]*\d\s?(?:%|points?\b)[^.]*(?:accura|perplexity|robust)[^.]*", prose)
+    assert not re.findall(r"(?:accuracy|perplexity|robustness)[^.|]{0,60}\d+(?:\.\d+)?\s?(?:%|points?\b)", prose)
+    assert not re.findall(r"(?:more|less|higher|lower|better|worse)\s+(?:accura|perplexity|robust)", prose)
 
 
 def test_without_ledgers_the_command_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
