@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,36 +148,51 @@ def prepared_python() -> str:
     those of ``sys.executable`` cost five. ``tests/prepared/server.py`` forks them; where it cannot, for the options or
     the environment asked for, a real interpreter does the work. Not for tests of memory, of start-up or of signals.
     """
+    python = contextlib.ExitStack()
+    atexit.register(python.close)
+    return python.enter_context(interpreter_that_knows((), {}))
+
+
+@contextlib.contextmanager
+def interpreter_that_knows(modules: Sequence[str], changes: Mapping[str, str]) -> Iterator[str]:
+    """Likewise, of an interpreter whose processes have imported more, in another environment, while the block lasts.
+
+    Args:
+        modules: what is imported beside what is slow, if need be Transformers and this package.
+        changes: of this process's environment. A command in which a variable that these modules read has another value
+            gets a real interpreter.
+    """
     if not sys.platform.startswith("linux"):
-        return sys.executable
+        yield sys.executable
+        return
     code = ROOT / "tests" / "prepared"
     folder = Path(tempfile.mkdtemp(prefix="hf_imgproc_attn_python_"))
-    settings = {"python": sys.executable, "environment": dict(os.environ)}
+    environment = {**os.environ, **changes}
+    settings = {"python": sys.executable, "environment": environment, "knows_more": bool(modules)}
     (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
     file = folder / "python"
     file.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {code / "client.py"} {folder} "$@"\n', encoding="utf-8")
     file.chmod(0o755)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if "PYTHONPATH" not in changes:
+        environment = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
     environment["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # a process that forks has no other thread
     # It ends with its standard input, at the latest when this process ends.
     server = subprocess.Popen(
-        [sys.executable, "-P", code / "server.py", folder / "socket"],
+        [sys.executable, "-P", code / "server.py", folder / "socket", *modules],
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
-
-    def end() -> None:
+    try:
+        deadline = time.monotonic() + 300
+        while not (folder / "socket").exists():
+            assert server.poll() is None, "the process that forks has ended"
+            assert time.monotonic() < deadline, "the process that forks has not started in 300 s"
+            time.sleep(0.05)
+        yield str(file)
+    finally:
         assert server.stdin is not None
         server.stdin.close()
         server.wait(60)
         shutil.rmtree(folder, ignore_errors=True)
-
-    atexit.register(end)
-    deadline = time.monotonic() + 300
-    while not (folder / "socket").exists():
-        assert server.poll() is None, "the process that forks has ended"
-        assert time.monotonic() < deadline, "the process that forks has not started in 300 s"
-        time.sleep(0.05)
-    return str(file)

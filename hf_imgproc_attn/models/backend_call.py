@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .boost_operators import BOOSTING, SEQUENTIAL, Attend, keep_rows
+from .boost_operators import BOOSTING, SEQUENTIAL, WITH_FACTORS, Attend, keep_rows
 from .boost_weights import ByWeights
 from .cache_streams import NO_STREAMS, Streams, boost_stream
 from .kernel_content import CONTENT_COLUMNS, working_dtype
@@ -294,9 +294,10 @@ def check_options(boosting: str, boosting_steps: int, dropout: float) -> None:
     Raises:
         ValueError: naming the option, its rule and the value.
     """
-    known = (*BOOSTING, *SEQUENTIAL, "robust")
+    known = (*(name for name in BOOSTING if name not in WITH_FACTORS), *SEQUENTIAL, "robust")
     if boosting not in known:
-        raise ValueError(f"boosting must be one of {', '.join(known)}, got {boosting!r}")
+        why = ", whose factors are parameters of a layer" if boosting in WITH_FACTORS else ""
+        raise ValueError(f"boosting must be one of {', '.join(known)}, got {boosting!r}{why}")
     if isinstance(boosting_steps, bool) or not isinstance(boosting_steps, int) or boosting_steps < 1:
         raise ValueError(f"boosting_steps must be an integer >= 1, got {boosting_steps!r}")
     if not 0.0 <= dropout < 1.0:

@@ -65,7 +65,7 @@ from tests.models.helpers import tiny_gpt2_config
         ({"preset": "twicing", "boosting_steps": 99}, "boosting_steps must be an integer >= 1 and <= 16, got 99"),
         ({"preset": "bilateral"}, "position_kernel must be one of .*got 'untied': it projects positions"),
         ({"preset": "sinkhorn"}, "it needs attention without a causal mask, got 'sinkhorn'"),
-        ({"preset": "sink", "content_kernel": "gaussian"}, "'sink' cannot be combined with content_kernel 'gaussian'"),
+        ({"preset": "softpick", "content_kernel": "gaussian"}, "'softpick' cannot be combined with"),
         ({"preset": "forgetting"}, "got 'forget': it projects the layer's input, which attention functions of"),
         ({"preset": "gated"}, "gate='elementwise' .* projects the layer's input, which attention functions of"),
         *(
