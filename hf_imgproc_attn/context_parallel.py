@@ -48,7 +48,7 @@ def context_parallel(model: nn.Module, group: Any = None) -> Iterator[None]:
         ValueError: for another model, or a filter that looks at more than keys, values and places. A call in the block
             raises it for caches, positions of its own, dropout on attention weights, or parts of different length.
     """
-    filters = _filters(model)
+    filters = filters_that_share(model)
     causal = any(bool(getattr(layer.module, "is_causal", False)) for layer in attention_layers(model))
     causal = causal or bool(getattr(model.config, "hides_later_tokens", False))
     context = SharedContext(group, causal)
@@ -124,7 +124,7 @@ def add_gradients(model: nn.Module, group: Any = None) -> None:
             dist.all_reduce(parameter.grad, group=group)
 
 
-def _filters(model: nn.Module) -> list[AttentionFilter]:
+def filters_that_share(model: nn.Module) -> list[AttentionFilter]:
     """The filters of a model whose every self-attention layer has one.
 
     Raises:

@@ -54,10 +54,11 @@ def filter_attention(  # noqa: PLR0913  # in the form of scaled_dot_product_atte
         scale: factor on q.k. None: 1/sqrt(head_dim), of the queries without their features.
         enable_gqa: whether key and value may have fewer heads than the query, a divisor of them.
         boosting: ``"none"``, ``"twicing"`` ((I - (I - A)^k) V, k = 2: (2A - A^2) V; arXiv 2503.00687, eq. 8) or any
-            other key of ``boost_operators.BOOSTING``, for which A has to be square, or ``"robust"`` (Huber's robust
-            mean of the values, with distances in their units; arXiv 2410.23182), or ``"delta"`` with beta = 1, where
-            no query may see a later key: A (I + A')^-1 V, A' the weights over the keys before the query's own
-            (arXiv 2505.19488).
+            other key of ``boost_operators.BOOSTING``, for which A has to be square, but for ``"inversion"`` and
+            ``"dynamic_inversion"``, whose factors are parameters of a layer (``"learned"`` has its first one, 1), or
+            ``"robust"`` (Huber's robust mean of the values, with distances in their units; arXiv 2410.23182), or
+            ``"delta"`` with beta = 1, where no query may see a later key: A (I + A')^-1 V, A' the weights over the
+            keys before the query's own (arXiv 2505.19488).
         boosting_steps: k >= 1; without boosting it means nothing.
         query_features: a, ``[batch or 1, heads or 1, length, c]``, or None. They are not multiplied by ``scale``.
         key_features: b, ``[batch or 1, key heads or 1, key_length, c]``, or None.

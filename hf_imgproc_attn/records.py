@@ -49,6 +49,8 @@ _LENGTH = ("max_steps", "num_train_epochs")
 _KNOWN_LATER = "dataloader_drop_last"
 _EARLIER = "_earlier_trainer"
 _PROCESSES = "_processes"
+_SHARED_TOKENS = "context_parallel"
+"""Of a run's data: how they are cut, like the options of a batch; no part of what the run is."""
 _SESSION = ("command", "versions", "git", "device")
 
 _ALWAYS_LOCAL = ("output_dir", "config", "resumed_from", "resume_from_checkpoint")
@@ -321,6 +323,8 @@ def _difference(earlier: dict[str, Any], record: dict[str, Any]) -> str | None:
     before, now = earlier["arguments"], json.loads(json.dumps(record["arguments"], default=str))
     for part in _IDENTITY_PARTS:
         for name, value in now[part].items():
+            if name == _SHARED_TOKENS:
+                continue
             if name in before[part] and before[part][name] != value:  # older versions had fewer options
                 return f"with {name} {before[part][name]!r} instead of {value!r}"
     started, wanted = before["trainer"], now["trainer"]
@@ -346,9 +350,10 @@ def _difference(earlier: dict[str, Any], record: dict[str, Any]) -> str | None:
 
 
 def _processes(record: dict[str, Any]) -> int | None:
-    """In how many processes a session trained, where its record says so."""
+    """Among how many processes, or groups that share tokens, a session dealt its rows, where its record says so."""
     count: int | None = record.get("device", {}).get("processes")
-    return count
+    shared = record["arguments"]["data"].get(_SHARED_TOKENS) or 1
+    return None if count is None else count // shared
 
 
 def _keep_licence(earlier: dict[str, Any], record: dict[str, Any]) -> None:

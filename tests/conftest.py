@@ -96,17 +96,23 @@ def pytest_make_parametrize_id(config: pytest.Config, val: Any, argname: str) ->
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what only ``--full`` tests; the elementary laws come first, then what is ``long``.
+    """Leave out what only ``--full`` tests; the elementary laws come first, then what is ``long`` or a group.
 
-    What is long would run alone at the end, if it began last.
+    What is long would run alone at the end, if it began last. At the end are the tests of models, most of them short.
     """
-    kept = set(items) if config.getoption("--full") else sampled(items)
-    if config.getoption("--blocked"):
+    kept, only_blocked = sampled(items), config.getoption("--blocked")
+    if config.getoption("--full"):  # of the second back-end every combination only where it is asked for
+        kept |= {item for item in items if only_blocked or not is_blocked(item)}
+    if only_blocked:
         kept = {item for item in kept if is_blocked(item)}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
     items.sort(
-        key=lambda item: (item.get_closest_marker("elementary") is None, item.get_closest_marker("long") is None)
+        key=lambda item: (
+            item.get_closest_marker("elementary") is None,
+            not any(item.get_closest_marker(name) for name in ("long", "xdist_group")),
+            item.path.parent.name == "models",
+        )
     )
 
 
@@ -120,11 +126,11 @@ def is_blocked(item: pytest.Item) -> bool:
 
 
 def sampled(items: list[pytest.Item]) -> set[pytest.Item]:
-    """What is left of tests with the mark ``sampled``, and of every test on the back-end of real sizes.
+    """What is left without the mark ``full`` of tests with ``sampled``, and of all on the back-end of real sizes.
 
     Each value of each parameter occurs, and each combination of those that a text of the mark names.
     """
-    kept, grids = set(items), defaultdict(list)
+    kept, grids = {item for item in items if item.get_closest_marker("full") is None}, defaultdict(list)
     for item in items:
         marker = item.get_closest_marker("sampled")
         if isinstance(item, pytest.Function) and hasattr(item, "callspec") and (marker or is_blocked(item)):

@@ -14,8 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +44,24 @@ def pairwise_cover(axes: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
 def each_value_once(rows: Sequence[Sequence[Hashable]]) -> set[int]:
     """The indices of few rows in which each value of a row occurs; pairs of values that were chosen seldom come first.
 
-    A value that may stand at several places of a row must say at which it stands.
+    A value that may stand at several places of a row must say at which it stands. All rows have as many values.
     """
-    values = [frozenset(row) for row in rows]
-    pairs = [list(itertools.combinations(row, 2)) for row in rows]
-    missing, chosen = set(itertools.chain(*rows)), set()
-    uses: Counter[Any] = Counter()
-    while missing:
-        new = [len(missing & row) for row in values]
-        most = max(new)
-        best = min(
-            (index for index, count in enumerate(new) if count == most),
-            key=lambda index: [sum(uses[each] for each in group) for group in (pairs[index], rows[index])],
-        )
+    numbers: dict[Hashable, int] = {}
+    values = np.array([[numbers.setdefault(value, len(numbers)) for value in row] for row in rows], dtype=int)
+    one, other = np.triu_indices(values.shape[1] if rows else 0, 1)
+    pairs = values[:, one] * len(numbers) + values[:, other] if rows else values
+    pairs = np.unique(pairs, return_inverse=True)[1].reshape(pairs.shape)
+    missing, chosen = np.ones(len(numbers), dtype=bool), set()
+    uses, uses_of_pairs = np.zeros(len(numbers), dtype=int), np.zeros(pairs.size, dtype=int)
+    while missing.any():
+        new = missing[values].sum(1)
+        candidates = np.flatnonzero(new == new.max())
+        keys = uses_of_pairs[pairs[candidates]].sum(1), uses[values[candidates]].sum(1)
+        best = int(candidates[np.lexsort((keys[1], keys[0]))[0]])
         chosen.add(best)
-        missing -= values[best]
-        uses.update([*pairs[best], *rows[best]])
+        missing[values[best]] = False
+        uses[values[best]] += 1
+        uses_of_pairs[pairs[best]] += 1
     return chosen
 
 
@@ -148,36 +149,52 @@ def prepared_python() -> str:
     those of ``sys.executable`` cost five. ``tests/prepared/server.py`` forks them; where it cannot, for the options or
     the environment asked for, a real interpreter does the work. Not for tests of memory, of start-up or of signals.
     """
+    python = contextlib.ExitStack()
+    atexit.register(python.close)
+    return python.enter_context(interpreter_that_knows((), {}))
+
+
+@contextlib.contextmanager
+def interpreter_that_knows(modules: Sequence[str], changes: Mapping[str, str]) -> Iterator[str]:
+    """Likewise, of an interpreter whose processes have imported more, in another environment, while the block lasts.
+
+    Args:
+        modules: what is imported beside what is slow, if need be Transformers and this package.
+        changes: of this process's environment. A command in which a variable that these modules read has another value
+            gets what :func:`prepared_python` gives.
+    """
     if not sys.platform.startswith("linux"):
-        return sys.executable
+        yield sys.executable
+        return
     code = ROOT / "tests" / "prepared"
     folder = Path(tempfile.mkdtemp(prefix="hf_imgproc_attn_python_"))
-    settings = {"python": sys.executable, "environment": dict(os.environ)}
+    environment = {**os.environ, **changes}
+    other = prepared_python() if modules else sys.executable
+    settings = {"python": other, "environment": environment, "knows_more": bool(modules)}
     (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
     file = folder / "python"
     file.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {code / "client.py"} {folder} "$@"\n', encoding="utf-8")
     file.chmod(0o755)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if "PYTHONPATH" not in changes:
+        environment = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
     environment["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # a process that forks has no other thread
     # It ends with its standard input, at the latest when this process ends.
     server = subprocess.Popen(
-        [sys.executable, "-P", code / "server.py", folder / "socket"],
+        [sys.executable, "-P", code / "server.py", folder / "socket", *modules],
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
-
-    def end() -> None:
+    try:
+        deadline = time.monotonic() + 300
+        while not (folder / "socket").exists():
+            assert server.poll() is None, "the process that forks has ended"
+            assert time.monotonic() < deadline, "the process that forks has not started in 300 s"
+            time.sleep(0.05)
+        yield str(file)
+    finally:
         assert server.stdin is not None
         server.stdin.close()
         server.wait(60)
         shutil.rmtree(folder, ignore_errors=True)
-
-    atexit.register(end)
-    deadline = time.monotonic() + 300
-    while not (folder / "socket").exists():
-        assert server.poll() is None, "the process that forks has ended"
-        assert time.monotonic() < deadline, "the process that forks has not started in 300 s"
-        time.sleep(0.05)
-    return str(file)

@@ -165,6 +165,8 @@ def test_boosting_with_dropout(backend: str) -> None:
             "must have the same width, got 2 and 3",
         ),
         ({"boosting": "thricing"}, "boosting must be one of none, twicing"),
+        ({"boosting": "inversion"}, "got 'inversion', whose factors are parameters of a layer"),
+        ({"boosting": "dynamic_inversion"}, "got 'dynamic_inversion', whose factors are parameters of a layer"),
         ({"boosting": "twicing", "boosting_steps": 0}, "boosting_steps must be an integer >= 1, got 0"),
         ({"dropout_p": -0.1}, "dropout_p must be in [0, 1), got -0.1"),
         ({"backend": "cuda"}, "backend must be one of auto, reference, sdpa, blocked"),

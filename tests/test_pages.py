@@ -8,7 +8,8 @@ The conventions, all of them enforced:
   gallery stand alone, so that a reader can copy any of them. A ```text block right after a python block is its output,
   exactly. The few commands that cannot run here stand in `ELSEWHERE`, each with its reason. What ```diff blocks change
   is checked in tests/test_recipes.py, ```yaml blocks, which are studies, in tests/study.
-- Only packages that the README's own installation brings can be imported meanwhile.
+- Only packages that the README's own installation brings can be imported meanwhile. The processes are forked from one
+  that has imported `KNOWN` so, with this environment: what takes most of a short command's time.
 - The name of a stock checkpoint stands for a small folder of that name; ``you/…`` is published on, and loaded from, a
   Hub on the loopback.
 """
@@ -30,7 +31,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from hf_imgproc_attn.measure.precision import COMMAND as MEASURE_PRECISION
-from tests.helpers import ROOT, RunPython, prepared_python, run_command, site_pages
+from tests.helpers import ROOT, interpreter_that_knows, run_command, site_pages
 from tests.hub.server import HubServer
 
 README = "README.md"
@@ -45,11 +46,16 @@ LENS_OF_REAL_MODELS = (
     "make lens ARGS=\"--force --model 'Llama of stories=stories260k' "
     "--model 'ViT on CIFAR-10=outputs/cifar10,photographs'\""
 )
+SHARED_TOKENS = (
+    "torchrun --nproc_per_node 2 training/train_causal_lm.py --preset twicing --context_parallel 2 --block_size 128 "
+    "--max_steps 5 --output_dir outputs/shared-tokens"
+)
 ELSEWHERE = {
     INSTALLATION: "needs a package index; what it brings is checked here, tests/test_packaging.py installs a wheel",
     "make demo": "sets up an environment of its own; tests/training/test_demo.py runs it with few steps",
     "make test": "is what runs this file",
     "make quality": "is what CI runs first",
+    SHARED_TOKENS: "takes half a minute; tests/training/test_sharded_runs.py trains a smaller model so",
     EIGHT_GPUS: "needs eight GPUs; tests/training/test_shipped_configs.py reads the file",
     "imgproc-attn study training/configs/studies/smoke.yaml": "takes two minutes; tests/study runs smaller studies",
     MEASURE_PRECISION: "takes minutes; tests/measure/test_precision.py runs it on small tokens",
@@ -91,6 +97,14 @@ SHORTENED = {
 """Commands that would take half a minute, and what is added to them."""
 LONGEST = 600
 """Seconds that a single command may take, on a machine that has other work too."""
+KNOWN = (
+    "transformers.trainer",
+    "transformers.pipelines",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.vit.modeling_vit",
+    "datasets",
+    "hf_imgproc_attn",
+)
 MARK = "=== next block ==="
 STANDING_ALONE = (README, "docs/gallery.md")
 """Pages whose python blocks know nothing of each other."""
@@ -228,45 +242,26 @@ def run(command: str, folder: Path, environment: dict[str, str]) -> None:
 
 
 @pytest.mark.long
-def test_commands_and_then_code(
-    workplace: Path,
-    hub: HubServer,
-    readme_path: str,
-    run_python: RunPython,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # The file that an installation makes for the command is run in tests/test_packaging.py.
+def test_commands_and_then_code(workplace: Path, hub: HubServer, readme_path: str, tmp_path: Path) -> None:
     scripts = tmp_path / "scripts"
-    scripts.mkdir()
-    started_by = {"python": "", "imgproc-attn": "-m hf_imgproc_attn.cli", "torchrun": "-m torch.distributed.run"}
-    for name, words in started_by.items():
-        (scripts / name).write_text(f'#!/bin/sh\nexec {prepared_python()} {words} "$@"\n', encoding="utf-8")
-        (scripts / name).chmod(0o755)
     environment = {
         **hub.environment(tmp_path / "home", "hf_you"),
         "PYTHONPATH": readme_path,
         "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
     }
-    for command in commands():
-        if command not in ELSEWHERE:
-            run(command + SHORTENED.get(command, ""), workplace, environment)
+    with interpreter_that_knows(KNOWN, environment) as python:
+        # The file that an installation makes for the command is run in tests/test_packaging.py.
+        scripts.mkdir()
+        started_by = {"python": "", "imgproc-attn": "-m hf_imgproc_attn.cli", "torchrun": "-m torch.distributed.run"}
+        for name, words in started_by.items():
+            (scripts / name).write_text(f'#!/bin/sh\nexec {python} {words} "$@"\n', encoding="utf-8")
+            (scripts / name).chmod(0o755)
+        for command in commands():
+            if command not in ELSEWHERE:
+                run(command + SHORTENED.get(command, ""), workplace, environment)
+        printed = run_blocks(workplace, python, environment)
     two = json.loads((workplace / "outputs/two-processes/run.json").read_text(encoding="utf-8"))
     assert two["device"]["processes"] == 2
-
-    programs = [block for block in BLOCKS if block.language == "python"]
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    scopes = [f"{block.page}:{block.line}" if block.page in STANDING_ALONE else block.page for block in programs]
-    code = json.dumps(
-        [
-            (str(ROOT / block.page), block.line, block.text, scope)
-            for block, scope in zip(programs, scopes, strict=True)
-        ]
-    )
-    result = run_python("-c", RUNNER, code, cwd=workplace, path=readme_path)
-    assert result.returncode == 0, result.stderr
-    printed = dict(zip(programs, result.stdout.split(f"{MARK}\n")[1:], strict=True))
     shown = {
         before: after.text
         for before, after in pairwise(BLOCKS)
@@ -274,6 +269,21 @@ def test_commands_and_then_code(
     }
     assert shown
     assert {block: printed[block] for block in shown} == shown
+
+
+def run_blocks(folder: Path, python: str, environment: dict[str, str]) -> dict[Block, str]:
+    """What the python blocks print, all in one process."""
+    programs = [block for block in BLOCKS if block.language == "python"]
+    scopes = [f"{block.page}:{block.line}" if block.page in STANDING_ALONE else block.page for block in programs]
+    code = json.dumps(
+        [
+            (str(ROOT / block.page), block.line, block.text, scope)
+            for block, scope in zip(programs, scopes, strict=True)
+        ]
+    )
+    result = run_command([python, "-c", RUNNER, code], cwd=folder, env=environment)
+    assert result.returncode == 0, result.stderr
+    return dict(zip(programs, result.stdout.split(f"{MARK}\n")[1:], strict=True))
 
 
 def test_what_does_not_run_here_is_there() -> None:

@@ -44,6 +44,7 @@ def train(arguments: Arguments[TextDataArguments]) -> "Result":
     from hf_imgproc_attn.training_support.fitting import fit
     from hf_imgproc_attn.training_support.metrics import language_model_metrics, token_losses
     from hf_imgproc_attn.training_support.model_setup import build_causal_lm, check_block_size
+    from hf_imgproc_attn.training_support.shared_tokens import check_even, check_shared_tokens
     from hf_imgproc_attn.training_support.streams import check_streaming
     from hf_imgproc_attn.training_support.text_data import TokenBlocks, encode, load_text_splits, load_text_stream
     from hf_imgproc_attn.training_support.tokenizer import choose_tokenizer
@@ -51,6 +52,7 @@ def train(arguments: Arguments[TextDataArguments]) -> "Result":
 
     embedded = arguments.data.dataset_name == EMBEDDED_TEXT
     run = begin_run("causal-lm", arguments, TEXT_TRAINER_DEFAULTS, embedded=embedded)
+    check_shared_tokens(arguments, run.training_args)
     check_model("causal-lm", arguments)
     check_streaming(arguments.data, run.training_args, arguments.run.lens_every)
     stream = None
@@ -65,8 +67,10 @@ def train(arguments: Arguments[TextDataArguments]) -> "Result":
     if stream is None:
         tokens["train"] = tokens["train"][: arguments.data.max_train_tokens]
         length = len(tokens["train"])
-    check_block_size(arguments.model, arguments.data.block_size, length, len(tokenizer), run.training_args)
+    shared_by = arguments.data.context_parallel
+    check_block_size(arguments.model, arguments.data.block_size, length, len(tokenizer), run.training_args, shared_by)
     model, block_size = build_causal_lm(arguments.model, tokenizer, arguments.data.block_size)
+    check_even(block_size, shared_by)
     blocks: dict[str, Any] = {
         split: TokenBlocks(ids, block_size, tokenizer.pad_token_id) for split, ids in tokens.items()
     }

@@ -77,7 +77,7 @@ def run(call: FilterCall, *, block_rows: int | None = None, group_pairs: int | N
     positions, products = _as_products(call)
     if call.is_sequential:
         plain = products._replace(booster=Booster())
-        return run_delta(_blocked_call(plain, positions, True, block_rows, group_pairs), products)
+        return run_delta(_blocked_call(plain, positions, None, block_rows, group_pairs), products)
     if call.by_weights is not None:
         return _by_weights(products, positions, call.by_weights, block_rows, group_pairs)
     output, streams = _blocked(products, positions, block_rows, group_pairs)
@@ -124,7 +124,7 @@ def _by_weights(
     group_pairs: int | None,
 ) -> torch.Tensor:
     """A booster that looks at single weights: ``[batch, heads, length, d]`` in the value's dtype."""
-    call = _blocked_call(given, positions, True, block_rows, group_pairs)
+    call = _blocked_call(given, positions, None, block_rows, group_pairs)
     parameters = () if positions is None else positions.parameters()
     query, key, value, bias, sinks = given.query, given.key, given.value, given.visibility.bias, given.sinks
     own = query[..., :0]
@@ -141,11 +141,20 @@ def _by_weights(
 def _blocked_call(
     given: FilterCall,
     positions: BlockedPositions | None,
-    one_pass: bool,
+    extra: int | None,
     block_rows: int | None,
     group_pairs: int | None,
 ) -> Call:
-    """What the autograd functions need besides the tensors that have gradients."""
+    """What the autograd functions need besides the tensors that have gradients.
+
+    Args:
+        given: plain inner products, and at most a bias beside them.
+        positions: those that are a function of places.
+        extra: streams x_1, x_2, ... of a booster that is linear in V; None for other boosters, which visit each block
+            once and do more than products there.
+        block_rows: see :func:`run`.
+        group_pairs: see :func:`run`.
+    """
     visibility = given.visibility
     plan = make_plan(
         given.query,
@@ -154,7 +163,8 @@ def _blocked_call(
         scale=float(given.content.scale),
         dropout=given.dropout,
         seed=int(torch.randint(2**62, ())) if given.dropout else 0,
-        one_pass=visibility.causal or one_pass,
+        one_pass=visibility.causal or not extra,
+        may_be_tall=extra is not None,
         block_rows=block_rows,
         group_pairs=group_pairs,
     )
@@ -175,7 +185,7 @@ def _blocked(
     query, key, value, visibility = given.query, given.key, given.value, given.visibility
     extra = len(recurrence(given.booster.name, given.booster.steps).streams) - 1
     width = value.shape[-1]
-    call = _blocked_call(given, positions, not extra, block_rows, group_pairs)
+    call = _blocked_call(given, positions, extra, block_rows, group_pairs)
     plan = call.plan
     parameters = () if positions is None else positions.parameters()
     past = _past(given, plan, extra) if given.streams.is_cached else None

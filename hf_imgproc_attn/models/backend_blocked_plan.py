@@ -25,8 +25,13 @@ GROUP_SCORES = 2**21
 """Scores that a block may have over all pairs of a group: 8 MB in float32."""
 MIN_GROUP_PAIRS = 4
 """Fewer would leave cores idle: batched products are shared out by pairs."""
+TALL_ROWS = 256
+"""The same as ``BLOCK_ROWS`` where oneDNN multiplies, whose calls have a price each, for each pair. Only within
+``TALL_GROUP_SCORES``: a block takes memory."""
+TALL_GROUP_SCORES = 2**20
+"""The same as ``GROUP_SCORES`` there. A group may be a single pair: cores share one product."""
 BACKWARD_LENGTH = 2048
-"""Queries from which on the backward pass takes blocks of twice the rows: its sums over keys are then half as many."""
+"""Queries from which on the backward pass takes blocks of ``2 * BLOCK_ROWS``: its sums over keys are half as many."""
 WHOLE_GROUP_SCORES = 2**20
 """The same where all rows are one block."""
 WHOLE_SCORES = 2**20
@@ -97,7 +102,7 @@ class Plan(NamedTuple):
     @property
     def backward(self) -> Plan:
         """How the backward pass is cut. A dropout mask belongs to its block, so that there nothing may change."""
-        is_long = BLOCK_ROWS <= self.block_rows < self.length >= BACKWARD_LENGTH
+        is_long = self.block_rows == BLOCK_ROWS < self.length >= BACKWARD_LENGTH
         return self._replace(block_rows=2 * self.block_rows) if is_long and not self.dropout else self
 
     @property
@@ -148,6 +153,7 @@ def make_plan(
     dropout: float,
     seed: int,
     one_pass: bool,
+    may_be_tall: bool = False,
     block_rows: int | None = None,
     group_pairs: int | None = None,
 ) -> Plan:
@@ -161,6 +167,7 @@ def make_plan(
         dropout: see :class:`Plan`.
         seed: see :class:`Plan`.
         one_pass: whether every block is visited once however long the queries are.
+        may_be_tall: whether the work in a block is products and little else, so that it may have ``TALL_ROWS``.
         block_rows: rows of a block. None: all of them where a head's weights fit in cache and no causal half would be
             wasted, else ``BLOCK_ROWS``.
         group_pairs: pairs of a group. None: as many as keep a block within ``GROUP_SCORES`` (``WHOLE_GROUP_SCORES``),
@@ -168,17 +175,21 @@ def make_plan(
     """
     batch, heads, length, _ = query.shape
     key_length = key.shape[-2]
+    like = query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
     if block_rows is None:
         whole = not is_causal and (not one_pass or length <= 2 * BLOCK_ROWS) and length * key_length <= WHOLE_SCORES
-        block_rows = length if whole else BLOCK_ROWS
+        is_tall = may_be_tall and length > TALL_ROWS and TALL_ROWS * key_length <= TALL_GROUP_SCORES
+        is_tall = is_tall and suits_onednn(like, TALL_ROWS * key_length * query.shape[-1])
+        block_rows = length if whole else TALL_ROWS if is_tall else BLOCK_ROWS
     block_rows = max(min(block_rows, length), 1)
+    by_onednn = suits_onednn(like, block_rows * key_length * query.shape[-1])
     if group_pairs is None:
-        most = WHOLE_GROUP_SCORES if block_rows == length else GROUP_SCORES
-        group_pairs = max(most // max(block_rows * key_length, 1), MIN_GROUP_PAIRS)
+        most, least = WHOLE_GROUP_SCORES if block_rows == length else GROUP_SCORES, MIN_GROUP_PAIRS
+        if by_onednn and may_be_tall:
+            most, least = TALL_GROUP_SCORES, 1
+        group_pairs = max(most // max(block_rows * key_length, 1), least)
     group_pairs = max(min(group_pairs, batch * heads), 1)
     sizes = (batch, heads, key.shape[1], length, key_length)
-    like = query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
-    by_onednn = suits_onednn(like, block_rows * key_length * query.shape[-1])
     return Plan(*sizes, is_causal, scale, dropout, seed, block_rows, group_pairs, by_onednn)
 
 
@@ -191,9 +202,10 @@ LEAST_WORK = 2**21
 MOST_THREADS = 8
 """With more, a batched product has a matrix for each of them."""
 
-LONGEST_SUM = 384
-"""Terms of a sum that oneDNN adds at once: its error grows with their number (1.6 times that of ``torch.bmm`` for
-1,024 terms, 2.2 times for 2,048); in such pieces it is 1.4 times for any number."""
+LONGEST_SUM = 1024
+"""Terms of a sum that oneDNN adds at once: its error grows with their number (1.4 times that of ``torch.bmm`` for 384
+terms, 1.6 times for 1,024, 2.2 times for 2,048). Pieces are copied first: in those of 384 products take half as long
+again."""
 LEAST_COLUMNS = 32
 """Columns from which on sums in pieces are faster than ``torch.bmm``."""
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .boost_operators import BOOSTING, SEQUENTIAL, Attend, keep_rows
+from .boost_exclusive import exclusive_by_parts
+from .boost_operators import BOOSTING, SEQUENTIAL, WITH_FACTORS, Attend, keep_rows
 from .boost_weights import ByWeights
 from .cache_streams import NO_STREAMS, Streams, boost_stream
 from .kernel_content import CONTENT_COLUMNS, working_dtype
@@ -194,11 +195,19 @@ class FilterCall(NamedTuple):
         seen, value = self.visibility, self.new_value
         if seen.hidden is not None and self.own_value is None and seen.key_length >= seen.length:
             value = value.masked_fill(seen.hidden[..., seen.key_length - seen.length :].mT, 0.0)
-        name, steps, gain = self.booster
         # In half precision the factors of ``inversion``, near 1, would be rounded away.
-        rows = BOOSTING[name](lambda _: smooth.to(working_dtype(smooth.dtype)), keep_rows, value, value, steps, gain)
+        working = working_dtype(smooth.dtype)
+        rows = self._finish_by_parts(smooth.to(working), value)
+        if rows is None:
+            name, steps, gain = self.booster
+            rows = BOOSTING[name](lambda _: smooth.to(working), keep_rows, value, value, steps, gain)
         rows = rows.to(smooth.dtype)
         return rows if seen.blind is None else rows.masked_fill(seen.blind, 0.0)
+
+    def _finish_by_parts(self, smooth: torch.Tensor, value: torch.Tensor) -> torch.Tensor | None:
+        if self.booster.name != "exclusive" or is_transformed((smooth, value)):
+            return None
+        return exclusive_by_parts(smooth, value.to(smooth.dtype))
 
     def maps(self) -> tuple[FilterCall, FilterCall | None]:
         """The call of the first map alone, and that of the second or None."""
@@ -294,9 +303,10 @@ def check_options(boosting: str, boosting_steps: int, dropout: float) -> None:
     Raises:
         ValueError: naming the option, its rule and the value.
     """
-    known = (*BOOSTING, *SEQUENTIAL, "robust")
+    known = (*(name for name in BOOSTING if name not in WITH_FACTORS), *SEQUENTIAL, "robust")
     if boosting not in known:
-        raise ValueError(f"boosting must be one of {', '.join(known)}, got {boosting!r}")
+        why = ", whose factors are parameters of a layer" if boosting in WITH_FACTORS else ""
+        raise ValueError(f"boosting must be one of {', '.join(known)}, got {boosting!r}{why}")
     if isinstance(boosting_steps, bool) or not isinstance(boosting_steps, int) or boosting_steps < 1:
         raise ValueError(f"boosting_steps must be an integer >= 1, got {boosting_steps!r}")
     if not 0.0 <= dropout < 1.0:

@@ -185,6 +185,9 @@ SEQUENTIAL = ("delta",)
 ONE_PASS = ("inversion", "dynamic_inversion", "exclusive")
 """Boosters that apply A once and finish row by row: any back-end computes A V for them."""
 
+WITH_FACTORS = ("inversion", "dynamic_inversion")
+"""Boosters that mean nothing without the factors that a layer has: without a gain they are A V."""
+
 NOT_LINEAR = ("exclusive",)
 """Boosters that are no operator on V."""
 

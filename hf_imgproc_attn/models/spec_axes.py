@@ -54,9 +54,6 @@ TOKEN_BOOSTINGS = ("dynamic_inversion", "differential", "local_linear")
 WEIGHTS_ONE_BY_ONE = ("local_linear", "robust")
 """Boosters that look at single weights of A, for which no fused attention can be called."""
 
-SEEING_ROW_CONSTANTS = ("sink", "sigmoid", "softpick")
-"""Normalisations whose rows do not sum to 1: a number added to a whole row of logits changes what they sum to."""
-
 DEFAULT_SINKHORN_ITERATIONS, MAX_SINKHORN_ITERATIONS = 3, 64
 
 CONVERTED_FORGET_BIAS = 16.0

@@ -21,7 +21,6 @@ from .spec_axes import (
     POSITION_KERNELS,
     RESIDUALS,
     ROBUST_PENALTIES,
-    SEEING_ROW_CONSTANTS,
     STEPPED_BOOSTINGS,
     per_layer,
 )
@@ -258,10 +257,10 @@ def _check_normalisation(config: Any, num_layers: int) -> None:
         )
     contents = per_layer("content_kernel", config.content_kernel, num_layers)
     for content, normalisation in zip(contents, normalisations, strict=True):
-        if content == "gaussian" and normalisation in SEEING_ROW_CONSTANTS:
+        if content == "gaussian" and normalisation == "softpick":
             raise ValueError(
                 f"normalisation {normalisation!r} cannot be combined with content_kernel 'gaussian' in one layer: its "
-                "logits are known up to a number a row, which 'softmax' ignores and 'sinkhorn' is given, got "
+                "logits are distances with a minus, and what is not above 0 gets no weight, got "
                 f"normalisation={config.normalisation!r} with content_kernel={config.content_kernel!r}"
             )
 

@@ -233,16 +233,17 @@ def check_gradients(
     counts = {"images": len(images), "zero_cross_entropy": 0, "zero_margin": 0}
     broken = 0
     for x, y in _batches(classifier, images, labels, batch_size):
+        finite = torch.ones(len(x), dtype=torch.bool, device=x.device)
         for name in ("cross_entropy", "margin"):
             gradient, logits = input_gradient(classifier, x, y, of_margin=name == "margin")
             gradient = gradient.flatten(1)
-            finite = gradient.isfinite().all(1) & logits.isfinite().all(1)
-            broken += int((~finite).sum())
+            finite &= gradient.isfinite().all(1) & logits.isfinite().all(1)
             counts[f"zero_{name}"] += int((gradient == 0).all(1).sum())
+        broken += int((~finite).sum())
     if broken:
         raise UsageError(
             f"the model must have finite logits and gradients with respect to its images, got others for {broken} of "
-            f"{2 * len(images)}: attacks that follow them would mean nothing"
+            f"{len(images)}: attacks that follow them would mean nothing"
         )
     return counts
 

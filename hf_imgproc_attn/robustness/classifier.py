@@ -137,9 +137,19 @@ def check_images(images: Any, labels: Any, classifier: PixelClassifier) -> tuple
 def correctness(
     classifier: PixelClassifier, images: torch.Tensor, labels: torch.Tensor, batch_size: int
 ) -> torch.Tensor:
-    """Whether each image is classified correctly, bool ``[images]``."""
-    batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-    return torch.cat([classifier(x.to(classifier.device)).argmax(-1).cpu() == y for x, y in batches])
+    """Whether each image is classified correctly, bool ``[images]``.
+
+    Raises:
+        UsageError: if a logit is not finite: the largest of such logits says nothing.
+    """
+    found = []
+    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        logits = classifier(x.to(classifier.device))
+        broken = int((~logits.isfinite()).any(-1).sum())
+        if broken:
+            raise UsageError(f"the model must have finite logits, got others for {broken} of {len(x)} images")
+        found.append(logits.argmax(-1).cpu() == y)
+    return torch.cat(found)
 
 
 def pack_bits(correct: torch.Tensor) -> str:

@@ -178,6 +178,10 @@ def corrupted(
 def _require_packages(settings: ImageSettings) -> None:
     if settings.corruptions or "autoattack" in settings.attacks:
         require_extras("robustness")
+    if "frost" in settings.corruptions:  # before anything is measured
+        from .corruptions import frost_photographs
+
+        frost_photographs(settings.frost_pictures)
 
 
 def _jobs(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -98,12 +99,13 @@ def load_subject(checkpoint: str, task: str, data: Data, device: str | None, blo
         UsageError: for a checkpoint or data that cannot be loaded or do not belong together.
     """
     import transformers
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     place = _device(device)
     kind = {IMAGES: "ImageClassification", TEXTS: "CausalLM", LABELLED_TEXTS: "SequenceClassification"}[task]
     try:
         model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(checkpoint).to(place)
-        reader = transformers.AutoImageProcessor if task == IMAGES else transformers.AutoTokenizer
+        reader = AutoImageProcessor if task == IMAGES else transformers.AutoTokenizer
         processor = reader.from_pretrained(checkpoint)
     except broken_files() as error:
         raise UsageError(f"checkpoint {checkpoint!r} cannot be loaded: {plain_message(error)}") from error
@@ -173,7 +175,7 @@ def load_images(
     only = dataclasses.replace(splits, rows={name: splits.rows[name]}, labels={name: splits.labels[name]})
     dataset = load_pixels(only, processor, arguments, 0)[name]
     images, labels = unit_images(dataset)
-    return images, _as_the_model_counts(labels, splits.label_names, config), {"split": name, **dataset.fingerprint}
+    return images, as_the_model_counts(labels, splits.label_names, config), {"split": name, **dataset.fingerprint}
 
 
 def _texts(
@@ -189,7 +191,7 @@ def _texts(
         texts = labelled[name]
         import torch
 
-        labels = _as_the_model_counts(torch.from_numpy(texts.labels), label_names, model.config).tolist()
+        labels = as_the_model_counts(torch.from_numpy(texts.labels), label_names, model.config).tolist()
         evaluate = partial(
             evaluate_text_robustness, model, tokenizer, texts.texts, labels=labels, block_size=block_size
         )
@@ -211,14 +213,37 @@ def _choose_split(splits: dict[str, Any], wanted: str | None, arguments: DataArg
     return name
 
 
-def _as_the_model_counts(labels: torch.Tensor, label_names: list[str], config: Any) -> torch.Tensor:
-    """The labels, renumbered where model and data have the same classes in another order."""
+def as_the_model_counts(labels: torch.Tensor, label_names: list[str], config: Any) -> torch.Tensor:
+    """The labels as the model numbers its classes: by their names where the data's names are among the model's.
+
+    A model may have more classes than the data. Where no name is common to both, classes are taken by their numbers,
+    which is said, since nothing can tell whether it is right.
+
+    Raises:
+        UsageError: if some names are common and others not, and those that are have other numbers.
+    """
     import torch
 
     own = {str(label): int(index) for index, label in config.id2label.items()}
-    if set(own) != set(label_names) or len(own) != config.num_labels:
+    if len(own) == config.num_labels and set(label_names) <= set(own):
+        return torch.tensor([own[label_names[label]] for label in labels.tolist()])
+    if len(own) < config.num_labels:  # some classes have one name, as cranes, birds and machines, in ImageNet
         return labels
-    return torch.tensor([own[label_names[label]] for label in labels.tolist()])
+    moved = [name for index, name in enumerate(label_names) if own.get(name, index) != index]
+    if moved:
+        foreign = next(name for name in label_names if name not in own)
+        raise UsageError(
+            f"classes of the data must be among those of the model, whose class {moved[0]!r} has another number; got "
+            f"{foreign!r}, which is none"
+        )
+    first = next((name for name, index in own.items() if index == 0), "")
+    is_named = first != "LABEL_0"  # as a model without names for its classes calls them
+    if is_named and not set(label_names) & set(own) and len(label_names) <= len(own):  # more: refused where they occur
+        print(
+            f"classes are taken by their numbers: {first!r} of the model is {label_names[0]!r} of the data, and so on",
+            file=sys.stderr,
+        )
+    return labels
 
 
 def _device(name: str | None) -> torch.device:

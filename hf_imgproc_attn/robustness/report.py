@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..markdown_tables import table_text
-from .settings import in_grey_levels
+from .settings import STANDARD_CORRUPTIONS, in_grey_levels
 
 Record = dict[str, Any]
 
@@ -178,8 +178,10 @@ def _severity_panel(record: Record, axes: Any) -> bool:
     for number, (name, heights) in enumerate(lines.items()):
         colour, style = _PALETTE[number % 7], styles[number // 7 % 3]
         axes.plot([0, *severities], heights, style, color=colour, linewidth=1, label=name)
-    mean = [sum(heights) / len(lines) for heights in zip(*lines.values(), strict=True)]
-    axes.plot([0, *severities], mean, "o-", color="black", linewidth=2.5, label="mean")
+    counted = [heights for name, heights in lines.items() if name.replace(" ", "_") in STANDARD_CORRUPTIONS]
+    if counted:  # as in the tables, of the published ones only
+        mean = [sum(heights) / len(counted) for heights in zip(*counted, strict=True)]
+        axes.plot([0, *severities], mean, "o-", color="black", linewidth=2.5, label="mean of the published")
     axes.set(xlabel="severity (0: clean)", ylabel="accuracy (%)", ylim=(-2, 103), title="Corruptions")
     axes.set_xticks([0, *severities])
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))

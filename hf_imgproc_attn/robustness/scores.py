@@ -98,8 +98,8 @@ def masking_signs(results: Iterable[Result], gradients: dict[str, int]) -> list[
         by_square = result.get("fooled_by", {}).get("Square", 0) / result["samples"]
         if by_square > MASKING_SHARE:
             signs.append(
-                f"Square, an attack without gradients, fools {100 * by_square:.1f} % of the images that withstood "
-                f"APGD and FAB with ε = {in_grey_levels(epsilon)}"
+                f"Square, an attack without gradients, fools another {100 * by_square:.1f} % of all images, which "
+                f"withstood APGD and FAB with ε = {in_grey_levels(epsilon)}"
             )
     for name, by_epsilon in table.items():
         values = [by_epsilon[epsilon]["value"] for epsilon in sorted(by_epsilon)]

@@ -93,11 +93,11 @@ def draw_splits(name: str, rules: Rules, sizes: Mapping[str, int], seed: int) ->
         UsageError: for sizes or a seed that cannot be, or settings that have fewer different sequences.
     """
     for split, size in sizes.items():
-        if split not in SPLITS or size < 0:
-            raise UsageError(f"sizes must be integers >= 0 for {', '.join(SPLITS)}, got {split}={size}")
-    if seed < 0:
-        raise UsageError(f"seed must be an integer >= 0, got {seed}")
-    origin = {"task": name, "format": FORMAT, "seed": seed, "settings": asdict(rules)}  # type: ignore[call-overload]
+        if split not in SPLITS or not _is_count(size):
+            raise UsageError(f"sizes must be integers >= 0 for {', '.join(SPLITS)}, got {split}={size!r}")
+    if not _is_count(seed):
+        raise UsageError(f"seed must be an integer >= 0, got {seed!r}")
+    origin = {"task": name, "format": FORMAT, "seed": int(seed), "settings": asdict(rules)}  # type: ignore[call-overload]
     stream = _different(rules, origin)
     splits = {}
     for split in SPLITS:
@@ -127,6 +127,10 @@ def _different(rules: Rules, origin: dict[str, Any]) -> Iterator[tuple[np.ndarra
                 seen.add(key)
                 without_news = 0
                 yield row, label
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 0
 
 
 def check_setting(holds: bool, name: str, rule: str, value: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +47,8 @@ def add_command(commands: Any) -> None:
         help="where runs are done: here, or on a Ray cluster (default: local)",
     )
     command.add_argument("--address", metavar="ADDRESS", help="of the Ray cluster (default: one of this machine)")
-    command.add_argument("--cpus", type=int, default=1, metavar="N", help="of one run on Ray (default: %(default)s)")
-    command.add_argument("--gpus", type=float, default=0, metavar="N", help="of one run on Ray (default: %(default)s)")
+    command.add_argument("--cpus", type=int, metavar="N", help="of one run on Ray (default: 1)")
+    command.add_argument("--gpus", type=float, metavar="N", help="of one run on Ray (default: 0)")
     command.add_argument(
         "--data",
         nargs="+",
@@ -84,8 +85,7 @@ def run_command(options: argparse.Namespace) -> int:
     shard = parse_shard(options.shard)
     if options.engine == "ray":
         require_extras("cluster")
-    if options.gpus < 0:
-        raise UsageError(f"--gpus must be >= 0, got {options.gpus}")
+    _check_ray_options(options)
     for name in ("jobs", "threads", "budget", "cpus"):
         value = getattr(options, name)
         if value is not None and not value > 0:
@@ -118,6 +118,19 @@ def run_command(options: argparse.Namespace) -> int:
     return 1 if progress.errors else 0
 
 
+def _check_ray_options(options: argparse.Namespace) -> None:
+    """Refuse what only one of the engines has, and a number of GPUs that there cannot be."""
+    if options.engine == "ray":
+        if options.jobs != 1 or options.threads != 1:
+            raise UsageError("--jobs and --threads are not for --engine ray, where --cpus says what a run gets")
+        if options.gpus is not None and not 0 <= options.gpus < math.inf:
+            raise UsageError(f"--gpus must be >= 0, got {options.gpus}")
+        return
+    for name in ("address", "cpus", "gpus"):
+        if getattr(options, name) is not None:
+            raise UsageError(f"--{name} is for --engine ray, got {getattr(options, name)}")
+
+
 def run_findings(options: argparse.Namespace) -> int:
     """``imgproc-attn findings``."""
     require_extras("train", "study")
@@ -139,7 +152,7 @@ def _engine(options: argparse.Namespace, study: Study, ledger: Ledger) -> Engine
     from .ray_engine import RayTasks
 
     if options.engine == "ray":
-        return RayTasks(study, ledger, options.address, options.cpus, options.gpus)
+        return RayTasks(study, ledger, options.address, options.cpus or 1, options.gpus or 0)
     if options.jobs > 1:
         return Workers(options.study, options.data, ledger.folder, options.jobs, options.threads)
     return InThisProcess(study, ledger)

@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import UsageError
+from ..output_paths import writing
 from ..records import write_json
 from .plan import Run, Study, Variant
 
@@ -158,7 +159,8 @@ class Ledger:
     @contextlib.contextmanager
     def claim(self, run: Run, *, done: bool = False) -> Iterator[bool]:
         """Whether this process has a run until the block ends: nobody else has it, and it is not ``done``, or is."""
-        self.running.mkdir(parents=True, exist_ok=True)
+        with writing(self.running, "ledger"):
+            self.running.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.running / f"{run.name}.lock", timeout=0):
                 for left in self.folder.glob(f".{run.name}.json.*"):  # of a process that was killed while it wrote

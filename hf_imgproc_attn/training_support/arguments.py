@@ -257,10 +257,14 @@ class TextDataArguments(TokenizedDataArguments, StreamedDataArguments):
         None, "tokens in one training sample. Default: 256, or the model's positions if these are fewer"
     )
     max_train_tokens: int | None = _option(None, "use at most so many tokens of the training text")
+    context_parallel: int = _option(
+        1, "so many processes share the tokens of each training sample, for texts that are too long for one"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         tokens = self.max_train_tokens
+        _check(self.context_parallel >= 1, "context_parallel", "an integer >= 1", self.context_parallel)
         _check(tokens is None or tokens >= 2, "max_train_tokens", "an integer >= 2", tokens)
         _check(tokens is None or not self.streaming, "max_train_tokens", "none with streaming", tokens)
         _check(self.block_size is None or self.block_size >= 2, "block_size", "an integer >= 2", self.block_size)

@@ -17,6 +17,7 @@ from hf_imgproc_attn.training_support.model_setup import (
     pair,
     parse_overrides,
 )
+from hf_imgproc_attn.training_support.shared_tokens import check_shareable
 
 _ANY_PATCHES = 8
 """Patches a side of a model whose images are not known yet."""
@@ -44,21 +45,43 @@ def check_model(task: str, arguments: Arguments[Any]) -> None:
     config_class = row.our_class(row.config)
     model_class = row.our_class(row.head(TASKS[task].auto_class).variant)
     overrides = parse_overrides(args, config_class)
+    check_ignored(overrides, arguments.data)
     start = "config_overrides" if found is None else f"model_name_or_path {args.model_name_or_path!r}"
     with torch.random.fork_rng(devices=[]), torch.device("meta"), as_usage_errors(start):
         if found is None:
             fields = {**row.new_model, **_known_sizes(row, arguments.data, overrides), **overrides}
             config = config_class.from_preset(args.preset or "softmax", **fields)
-            model_class(config)
+            model = model_class(config)
         elif is_own(found, row.model_type):
             config = _own_configuration(row, args, found, overrides)
-            model_class(config)
+            model = model_class(config)
         else:
             config = found
-            check_foreign(task, args, found, overrides)
+            model = check_foreign(task, args, found, overrides)
+        if model is not None:
+            check_shareable(model, getattr(arguments.data, "context_parallel", 1))
     size = getattr(arguments.data, "image_size", None)
     if size is not None:
         check_whole_patches(pair(size), config)
+
+
+def check_ignored(overrides: dict[str, Any], data: Any) -> None:
+    """Refuse an override that says something else than ``ignore_index``, from which the field is set.
+
+    Args:
+        overrides: fields of the configuration.
+        data: the data options, of any task.
+
+    Raises:
+        UsageError: naming both.
+    """
+    ignored = getattr(data, "ignore_index", None)
+    given = overrides.get("semantic_loss_ignore_index", ignored)
+    if ignored is not None and given != ignored:
+        raise UsageError(
+            f"ignore_index {ignored} differs from semantic_loss_ignore_index of config_overrides, {given!r}: set "
+            "ignore_index alone"
+        )
 
 
 def check_whole_patches(sides: tuple[int, int], config: Any) -> None:

@@ -44,6 +44,7 @@ def fit(
         eval_dataset=rows.get("validation"),
         compute_metrics=metrics.get("validation"),
         data_timeout=run.arguments.run.data_timeout,
+        context_parallel=getattr(run.arguments.data, "context_parallel", 1),
         **options,
     )
     if run.arguments.run.lens_every is not None:

@@ -43,7 +43,7 @@ def is_own(found: Any, model_type: str) -> bool:
     return found.model_type in (model_type, OF_MODEL_TYPE[model_type].name)
 
 
-def check_foreign(task: str, args: ModelArguments, found: Any, overrides: dict[str, Any]) -> None:
+def check_foreign(task: str, args: ModelArguments, found: Any, overrides: dict[str, Any]) -> Any:
     """Put the filter into a model without weights, so that a filter it cannot have is refused at once.
 
     Args:
@@ -51,6 +51,9 @@ def check_foreign(task: str, args: ModelArguments, found: Any, overrides: dict[s
         args: the model options.
         found: configuration of the checkpoint.
         overrides: fields of the filter.
+
+    Returns:
+        The model, or None where it could not be built, or has or needs no other filter.
 
     Raises:
         UsageError: for options that do not belong to such a model.
@@ -65,13 +68,13 @@ def check_foreign(task: str, args: ModelArguments, found: Any, overrides: dict[s
 
     arguments = _filter_arguments(args, found, overrides)
     if arguments is None:
-        return
+        return None
     with torch.device("meta"):
         try:
             model = getattr(transformers, TASKS[task].auto_class).from_config(copy.deepcopy(found))
         except Exception:  # some models cannot be built without memory: loading the weights will tell
-            return
-        apply_filter(model, **arguments)
+            return None
+        return apply_filter(model, **arguments)
 
 
 def start_foreign(

@@ -50,7 +50,12 @@ def check_start(args: ModelArguments, model_type: str) -> Any:
 
 
 def check_block_size(
-    args: ModelArguments, block_size: int | None, num_tokens: int, vocab_size: int, training_args: "TrainingArguments"
+    args: ModelArguments,
+    block_size: int | None,
+    num_tokens: int,
+    vocab_size: int,
+    training_args: "TrainingArguments",
+    context_parallel: int = 1,
 ) -> None:
     """Refuse blocks that the training text or the memory has no room for.
 
@@ -60,6 +65,7 @@ def check_block_size(
         num_tokens: of the training text.
         vocab_size: of the tokenizer.
         training_args: say how large a batch is, and where it is computed.
+        context_parallel: processes that share the tokens of a block.
 
     Raises:
         UsageError: naming the block size and what is too small for it.
@@ -69,7 +75,7 @@ def check_block_size(
     if block_size > num_tokens:
         raise UsageError(f"block_size must not exceed the {num_tokens} tokens of the training text, got {block_size}")
     samples = -(-(num_tokens - 1) // (block_size - 1))
-    batch = training_args.train_batch_size * training_args.world_size
+    batch = training_args.train_batch_size * training_args.world_size // context_parallel
     if samples < batch:
         raise UsageError(
             f"block_size {block_size} cuts the training text of {num_tokens} tokens into {samples} samples, fewer "
@@ -78,7 +84,8 @@ def check_block_size(
     if args.model_name_or_path is not None:
         return  # its own positions are the limit
     batch = min(training_args.train_batch_size, samples)
-    needed, free = _least_memory(args, block_size, vocab_size, batch), _free_memory(training_args.device)
+    needed = _least_memory(args, block_size, vocab_size, batch / context_parallel)
+    free = _free_memory(training_args.device)
     if free is not None and needed > free:
         raise UsageError(
             f"block_size {block_size} needs at least {needed / 2**30:.1f} GiB in training with "
@@ -86,9 +93,10 @@ def check_block_size(
         )
 
 
-def _least_memory(args: ModelArguments, block_size: int, vocab_size: int, batch: int) -> int:
+def _least_memory(args: ModelArguments, block_size: int, vocab_size: int, batch: float) -> int:
     """Bytes that a training step cannot do without: weights with their gradients and Adam's two moments, the logits
     with their softmax and gradient, and a few activations of every layer; for a bias, the dense logits of one sample.
+    A batch may be a part of a sample.
     """
     overrides = parse_overrides(args, GPT2.our_class(GPT2.config))
     fields = {**PRESETS[args.preset or "softmax"], **GPT2.new_model, **overrides}
@@ -99,7 +107,8 @@ def _least_memory(args: ModelArguments, block_size: int, vocab_size: int, batch:
     logits = batch * block_size * vocab_size
     activations = 16 * batch * block_size * width * layers
     biased = fields.get("position_kernel") in ("alibi", "relative_buckets")
-    return int(4 * (4 * weights + 3 * logits + activations + (heads * block_size**2 if biased else 0)))
+    bias = min(batch, 1) * heads * block_size**2 if biased else 0
+    return int(4 * (4 * weights + 3 * logits + activations + bias))
 
 
 def _free_memory(device: "torch.device") -> int | None:
@@ -418,7 +427,7 @@ def image_processor(name: str | None, config: Any) -> "BaseImageProcessor":
     Raises:
         UsageError: if it does not belong to a model with so many channels.
     """
-    from transformers import AutoImageProcessor
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from hf_imgproc_attn.conversion_files import fitting_processor, has_image_processor
     from hf_imgproc_attn.training_support.image_pixels import build_image_processor

@@ -12,7 +12,13 @@ from transformers.trainer_callback import ExportableState
 
 from .bandwidth_bounds import BandwidthBounds
 from .faults import NotFiniteSteps
+from .shared_tokens import SharedTokens
 from .streams import StreamedSamples
+
+# PyTorch 2.11 knows no CPU by number, as Transformers 5.17 asks for where several processes on CPUs go on with a run.
+torch.serialization.register_package(
+    100, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
 
 
 class Processes(TrainerCallback, ExportableState):
@@ -34,11 +40,18 @@ class ScriptTrainer(Trainer):
       is complete, by :mod:`hf_imgproc_attn.hub`: the library's own push would upload pickled arguments and local
       paths, and write a card of its own over ours;
     - data workers that give nothing for ``data_timeout`` seconds are an error (0: they are waited for);
+    - ``context_parallel`` processes share the tokens of each training text;
     - ``not_finite``, where it is set, sees the loss of every micro-batch.
     """
 
-    def __init__(self, model: PreTrainedModel, *, data_timeout: int = 0, **options: Any) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, data_timeout: int = 0, context_parallel: int = 1, **options: Any
+    ) -> None:
         self.not_finite: NotFiniteSteps | None = None
+        self._tokens: SharedTokens | None = None
+        if context_parallel > 1:
+            self._tokens = SharedTokens(model, options["args"], context_parallel)
+        self._context_parallel = context_parallel
         self._data_timeout = data_timeout
         self._use_cache = getattr(model.config, "use_cache", None)
         super().__init__(model=model, **options)
@@ -48,17 +61,27 @@ class ScriptTrainer(Trainer):
             self.restore_configuration()
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+        with contextlib.nullcontext() if self._tokens is None else self._tokens.shared():
+            loss = super().training_step(*args, **kwargs)
         if self.not_finite is not None:
             self.not_finite.saw(loss)
         return loss
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        if self._tokens is not None:
+            epoch_iterator = map(self._tokens.part, epoch_iterator)
+        return super().get_batch_samples(epoch_iterator, *args, **kwargs)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        return int(super().get_total_train_batch_size(args)) // self._context_parallel
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         if isinstance(self.train_dataset, StreamedSamples):  # each process has its own: accelerate must not share them
             pinned = self.args.dataloader_pin_memory
             batch = self._train_batch_size
             return DataLoader(self.train_dataset, batch, collate_fn=self.data_collator, pin_memory=pinned)
-        return self._patient(super().get_train_dataloader())
+        loader = self._patient(super().get_train_dataloader())
+        return loader if self._tokens is None else self._tokens.deal(loader)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset[Any] | None = None) -> DataLoader[Any]:
         with self._dropping_nothing():

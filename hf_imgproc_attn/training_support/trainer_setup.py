@@ -139,8 +139,9 @@ def _check_processes(training_args: "TrainingArguments") -> None:
         size = getattr(config, f"{name}_size", None) or os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE")
         if int(size or 1) > 1:
             raise UsageError(
-                f"parallelism_config.{name}_size must be 1, got {size}: this script knows no {what} parallelism; "
-                "DDP and FSDP2 share the batch (training/launch/); for heads and tokens see docs/scaling.md"
+                f"parallelism_config.{name}_size must be 1, got {size}: this script knows no {what} parallelism of "
+                "accelerate's; DDP and FSDP2 share the batch (training/launch/), train_causal_lm shares tokens by "
+                "--context_parallel; for heads see docs/scaling.md"
             )
     if launched > 1 and training_args.world_size == 1:
         raise UsageError(
@@ -168,7 +169,8 @@ def adapt_to_data(run: Run, train_samples: int | None, has_validation: bool) -> 
 
     args = run.training_args
     if "dataloader_drop_last" not in run.arguments.trainer:
-        args.dataloader_drop_last = train_samples is None or train_samples >= args.train_batch_size * args.world_size
+        groups = args.world_size // getattr(run.arguments.data, "context_parallel", 1)
+        args.dataloader_drop_last = train_samples is None or train_samples >= args.train_batch_size * groups
     if has_validation:
         return
     if args.load_best_model_at_end or (
@@ -308,17 +310,30 @@ def _filters(run: Run, trainer: "ScriptTrainer") -> dict[str, Any] | None:
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if is_filtered(trainer.model) and not is_sharded:
         return recorded(applied_summary(trainer.model))
-    return saved_filters(run.training_args.output_dir)
+    if not trainer.is_deepspeed_enabled:
+        return saved_filters(run.training_args.output_dir)
+    from transformers.integrations import deepspeed
+
+    # With ZeRO-3 Transformers shares every model that is built, with processes that do not build this one.
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        return saved_filters(run.training_args.output_dir)
+    finally:
+        deepspeed.set_hf_deepspeed_config(run.training_args.hf_deepspeed_config)
 
 
 def _save_model(run: Run, trainer: "ScriptTrainer") -> None:
     """Save the final checkpoint; where the folder cannot be written any more, in a temporary one.
+
+    Shards are put together, whatever the run's checkpoints hold: of them alone the Trainer would save no model.
 
     Raises:
         UsageError: if the folder cannot be written; says what is left.
     """
     folder = run.training_args.output_dir
     trainer.restore_configuration()
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     try:
         with full_disk_named(folder):
             trainer.save_model()

@@ -65,7 +65,7 @@ from tests.models.helpers import tiny_gpt2_config
         ({"preset": "twicing", "boosting_steps": 99}, "boosting_steps must be an integer >= 1 and <= 16, got 99"),
         ({"preset": "bilateral"}, "position_kernel must be one of .*got 'untied': it projects positions"),
         ({"preset": "sinkhorn"}, "it needs attention without a causal mask, got 'sinkhorn'"),
-        ({"preset": "sink", "content_kernel": "gaussian"}, "'sink' cannot be combined with content_kernel 'gaussian'"),
+        ({"preset": "softpick", "content_kernel": "gaussian"}, "'softpick' cannot be combined with"),
         ({"preset": "forgetting"}, "got 'forget': it projects the layer's input, which attention functions of"),
         ({"preset": "gated"}, "gate='elementwise' .* projects the layer's input, which attention functions of"),
         *(
@@ -94,6 +94,26 @@ def test_wrong_arguments_leave_the_model_as_it_was(arguments: dict[str, Any], me
         apply_filter(model, **arguments)
     assert not filtered_layers(model)
     assert model.model.layers[0].self_attn.config is config  # type: ignore[union-attr,index]
+
+
+def test_delta_is_refused_where_only_some_of_the_chosen_layers_are_causal() -> None:
+    """BART's encoder has no causal mask; with it chosen nothing changes, and the decoder alone gets the filter."""
+    model = build("bart")
+    for stacks in (None, ["model.decoder.layers", "model.encoder.layers"]):
+        with pytest.raises(ValueError, match="it needs attention with a causal mask, got 'delta'"):
+            apply_filter(model, "delta", stacks=stacks)
+        assert not filtered_layers(model)
+    chosen = filtered_layers(apply_filter(model, "delta", stacks="model.decoder.layers"))
+    assert {(row["stack"], row["boosting"]) for row in chosen} == {("model.decoder.layers", "delta (2)")}
+
+
+def test_delta_is_refused_where_layers_of_a_stack_differ() -> None:
+    model = build("llama")
+    model.model.layers[1].self_attn.is_causal = False  # type: ignore[union-attr,index]
+    with pytest.raises(ValueError, match="'delta' needs attention with a causal mask in every chosen layer, and some"):
+        apply_filter(model, "delta")
+    assert not filtered_layers(model)
+    assert [row["layer"] for row in filtered_layers(apply_filter(model, "delta", layers=[0, 2]))] == [0, 2]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ FILTERS: dict[str, dict[str, Any]] = {
     "elliptical": {"preset": "elliptical", "boosting": "sos"},
     "positions": {"position_kernel": "alibi", "content_kernel": "gaussian", "learn_bandwidths": True},
 }
+COMPILED = ("delta", "elliptical", "positions", "pid")
+"""Compiling takes seconds: without ``--full`` each kind of state and of kernels, but not two of a kind."""
 
 
 def filtered(name: str, **fields: Any) -> Any:
@@ -65,7 +67,9 @@ def test_gradient_checkpointing_changes_nothing_or_is_refused(kind: str, use_ree
         same(gradients(model), wanted)
 
 
-@pytest.mark.parametrize("kind", FILTERS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in COMPILED else pytest.mark.full) for kind in FILTERS]
+)
 def test_a_compiled_model_has_the_same_gradients(kind: str) -> None:
     model = filtered("llama", **FILTERS[kind])
     wanted = gradients(model, use_cache=False)

@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,16 +91,19 @@ def test_a_changed_result_makes_its_own_card_stale(tmp_path: Path) -> None:
 
 
 def test_make_cards_writes_and_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = tmp_path / "cards"
-    output.mkdir()
-    assert make_cards.main(["--results", str(RESULTS), "--output", str(output)]) == 0
-    assert {path.name for path in output.iterdir()} == {f"{name}.md" for name in NAMES}
-    (output / f"{NAMES[0]}.md").write_text("mine", encoding="utf-8")
-    assert make_cards.main(["--results", str(RESULTS), "--output", str(output)]) == 2
-    assert "more files are there already; --force replaces them" in capsys.readouterr().err
-    assert (output / f"{NAMES[0]}.md").read_text(encoding="utf-8") == "mine"
-    assert make_cards.main(["--results", str(RESULTS), "--output", str(output), "--force"]) == 0
-    assert (output / f"{NAMES[0]}.md").read_text(encoding="utf-8").startswith("---")
+    output, results, names = tmp_path / "cards", tmp_path / "results", ("vit_digits_softmax", "vit_digits_twicing")
+    for folder in (output, results):
+        folder.mkdir()
+    for name in names:
+        shutil.copy(RESULTS / f"{name}.json", results)
+    assert make_cards.main(["--results", str(results), "--output", str(output)]) == 0
+    assert {path.name for path in output.iterdir()} == {f"{name}.md" for name in names}
+    (output / f"{names[0]}.md").write_text("mine", encoding="utf-8")
+    assert make_cards.main(["--results", str(results), "--output", str(output)]) == 2
+    assert f"{names[1]}.md' are there already; --force replaces them" in capsys.readouterr().err
+    assert (output / f"{names[0]}.md").read_text(encoding="utf-8") == "mine"
+    assert make_cards.main(["--results", str(results), "--output", str(output), "--force"]) == 0
+    assert (output / f"{names[0]}.md").read_text(encoding="utf-8").startswith("---")
     (tmp_path / "wrong.json").write_text("[]", encoding="utf-8")
     assert make_cards.main(["--results", str(tmp_path), "--output", str(output)]) == 2
     assert "wrong.json must hold a JSON object, got list" in capsys.readouterr().err

@@ -24,7 +24,7 @@ from hf_imgproc_attn.measure.gpu_check import (
 )
 from hf_imgproc_attn.measure.gpu_check.parts import PARTS, Part
 from hf_imgproc_attn.models.spec_fields import PRESETS
-from tests.helpers import ROOT, RunPython, run_command, started
+from tests.helpers import ROOT, RunPython, interpreter_that_knows, run_command, started
 
 # One worker runs the rehearsal for the four tests that look at it.
 rehearsed = pytest.mark.xdist_group("gpu rehearsal")
@@ -33,6 +33,8 @@ FAULTY = (Part("x", "What goes wrong", "tests.measure.faulty_cases", share=1.0),
 Record = dict[str, Any]
 # Not on a GPU machine. What hides them is read by every Python that has its folder on its path.
 HIDDEN = ("datasets", "evaluate", "art", "sklearn", "matplotlib", "skimage", "cv2", "pandas")
+KNOWN = ("transformers.trainer", "transformers.models.gpt2.modeling_gpt2", "transformers.models.vit.modeling_vit")
+"""The rehearsal's processes are forked from one that has imported it in their environment, the rest hidden."""
 HIDE = f"""
 import importlib.machinery, sys
 HIDDEN = {HIDDEN!r}
@@ -57,15 +59,10 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Record:
     """The whole command on the CPU, as on a bare machine: not installed, and without what only training needs."""
     folder = tmp_path_factory.mktemp("rehearsal")
     (folder / "sitecustomize.py").write_text(HIDE, encoding="utf-8")
-    result = run_command(
-        [
-            *(sys.executable, "-m", "hf_imgproc_attn.cli", "gpu-check", "--device", "cpu", "--minutes", "30"),
-            *("--strict", "--data", str(images), "--output", "deep/gpu.json"),
-        ],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder)},
-        timeout=900,
-    )
+    words = "-m hf_imgproc_attn.cli gpu-check --device cpu --minutes 30 --strict --output deep/gpu.json --data"
+    environment = {**child._environment("cpu", 1), "PYTHONPATH": str(folder)}
+    with interpreter_that_knows(KNOWN, environment) as python:
+        result = run_command([python, *words.split(), str(images)], cwd=folder, env=environment, timeout=900)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert result.stdout.rstrip().endswith("written to deep/gpu.json")
     record: Record = json.loads((folder / "deep" / "gpu.json").read_text(encoding="utf-8"))

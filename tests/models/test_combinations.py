@@ -27,7 +27,6 @@ from hf_imgproc_attn.models.spec_axes import (
     NORMALISATIONS,
     POSITION_KERNELS,
     RESIDUALS,
-    SEEING_ROW_CONSTANTS,
     STEPPED_BOOSTINGS,
 )
 from tests.models.helpers import GPT2, VIT, sharpen_
@@ -50,9 +49,9 @@ REFUSED_PAIRS: list[tuple[Fields, str]] = [
     ),
     ({"position_kernel": "forget", "normalisation": "sinkhorn"}, "needs attention with"),
     ({"boosting": "delta", "normalisation": "sinkhorn"}, "needs attention with"),
-    *(
-        ({"content_kernel": "gaussian", "normalisation": name}, f"normalisation '{name}' cannot be combined with")
-        for name in SEEING_ROW_CONSTANTS
+    (
+        {"content_kernel": "gaussian", "normalisation": "softpick"},
+        "normalisation 'softpick' cannot be combined with",
     ),
 ]
 REFUSED: list[tuple[Fields, str]] = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -53,7 +55,10 @@ def test_new_lengths_do_not_recompile_for_ever() -> None:
     assert counter.frame_count <= 2
 
 
-POSITIONS_BY_PLACE = ["bilateral_gaussian", "t5_bias", "alibi"]
+def by_place(*always: str) -> list[Any]:
+    """Variants with positions by place; all of them with ``--full``, for each compiles for seconds."""
+    names = ("bilateral_gaussian", "t5_bias", "alibi")
+    return [pytest.param(name, marks=() if name in always else pytest.mark.full) for name in names]
 
 
 def padded(length: int) -> dict[str, torch.Tensor]:
@@ -64,7 +69,7 @@ def padded(length: int) -> dict[str, torch.Tensor]:
     return {"input_ids": token_ids(length=length)[:2], "attention_mask": mask, "position_ids": positions}
 
 
-@pytest.mark.parametrize("variant", POSITIONS_BY_PLACE)
+@pytest.mark.parametrize("variant", by_place("bilateral_gaussian", "t5_bias"))
 def test_one_dynamic_graph_serves_every_length(variant: str) -> None:
     """The choice of a back-end compares sizes; in a traced graph it must not."""
     torch._dynamo.reset()
@@ -78,7 +83,7 @@ def test_one_dynamic_graph_serves_every_length(variant: str) -> None:
     assert counter.frame_count <= 2
 
 
-@pytest.mark.parametrize("variant", POSITIONS_BY_PLACE)
+@pytest.mark.parametrize("variant", by_place("t5_bias", "alibi"))
 def test_an_exported_model_serves_every_length(variant: str) -> None:
     model = build("gpt2", variant).eval()
     length = torch.export.Dim("length", min=2, max=100_000)

@@ -170,6 +170,32 @@ def test_gradients_are_numerical_ones(name: str, backend: str) -> None:
     assert torch.autograd.gradcheck(filtered, leaves, atol=1e-5)
 
 
+@pytest.mark.parametrize("mask", ["none", "causal", "left"])
+@pytest.mark.parametrize("name", ["sink", "sigmoid"])
+def test_gaussian_contents_are_compared_in_full(name: str, mask: str) -> None:
+    """-|q - k|^2 / h^2, of which a softmax needs no |q|^2; who cannot compute it says so."""
+    from tests.models.layer_cases import build
+
+    layer, inputs = build("gaussian", "none", "twicing", 2, normalisation=name), tensors("none")
+    dense = run(layer, inputs, "eager", **masks()[mask])
+    assert_same(run(layer, inputs, "sdpa", backend="chunked", **masks()[mask]), dense)
+    assert_same(run(layer, inputs, "sdpa", backend="auto", **masks()[mask]), dense)
+    for backend in ("sdpa", "blocked"):
+        with pytest.raises(ValueError, match="cannot serve this call"):
+            run(layer, inputs, "sdpa", backend=backend, **masks()[mask])
+    if mask == "causal":
+        return
+    plain = build("gaussian", "none", normalisation=name)
+    _, matrix = plain(**inputs, implementation="eager", need_weights=True, **masks()[mask])
+    scale = 2 * torch.exp(-2 * plain.scalar_bias.content_log_bandwidth.detach())
+    sinks = torch.zeros(HEADS) if plain.scalar_bias.sink is None else plain.scalar_bias.sink.detach()
+    for b, h, i in itertools.product(range(BATCH), range(HEADS), range(LENGTH)):
+        seen = matrix[b, h, i] != 0
+        distances = (inputs["query"][b, h, i] - inputs["key"][b, h]).square().sum(-1)[seen]
+        weights = row_by_hand(name, (-distances * scale[h] / 2).tolist(), float(sinks[h]))
+        torch.testing.assert_close(matrix[b, h, i][seen], torch.tensor(weights, dtype=torch.float64), **TIGHT)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Sinkhorn
 # --------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import sys
 
 # What Python, or a library that is imported before a process is forked, has read by then.
 READ = ("PYTHON", "OMP_", "MKL_", "OPENBLAS_", "TORCH", "TRITON", "CUDA", "LD_", "LC_", "LANG", "MPL")
+READ_BY_MORE = ("HF_", "HUGGING", "TRANSFORMERS_", "TOKENIZERS_", "ACCELERATE_")
 NOT_READ = ("PYTHONPATH", "TORCHELASTIC_", "TORCH_NCCL_")
 OPTIONS = ("-I", "-P", "-u")
 """Options without a value that a forked process can have."""
@@ -22,7 +23,8 @@ def is_possible(arguments, settings):
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-c", "-m")):
         return False
     begun = settings["environment"]
-    names = {name for name in {*os.environ, *begun} if name.startswith(READ) and not name.startswith(NOT_READ)}
+    read = READ + READ_BY_MORE if settings["knows_more"] else READ
+    names = {name for name in {*os.environ, *begun} if name.startswith(read) and not name.startswith(NOT_READ)}
     return all(os.environ.get(name) == begun.get(name) for name in names)
 
 

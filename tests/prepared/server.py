@@ -1,9 +1,10 @@
 """A process that has imported what is slow to import, and forks a new one for each command that `client.py` brings.
 
-Usage: server.py SOCKET, with a pipe as standard input: it ends when the pipe is closed.
+Usage: server.py SOCKET [MODULE ...], with a pipe as standard input: it ends when the pipe is closed.
 
-It has imported neither Transformers nor huggingface_hub, which read the environment when they are imported, nor this
-package; in a forked process all three are as new as in a fresh interpreter. No thread is running when it forks.
+If no module is given, it has imported neither Transformers nor huggingface_hub, which read the environment when they
+are imported, nor this package; in a forked process all three are as new as in a fresh interpreter. No thread is
+running when it forks.
 """
 
 from __future__ import annotations
@@ -32,19 +33,21 @@ SLOW = (
     "jinja2", "yaml", "psutil", "requests", "safetensors.torch", "tokenizers",
 )  # fmt: skip
 NEW = ("transformers", "huggingface_hub", "hf_imgproc_attn")
-"""What no process may have got from here."""
+"""What no process may have got from here unasked."""
 
 
 class Started(Exception):  # no error: it leaves the loop in the forked process
     """In the forked process: what it is to run."""
 
 
-def serve(place: str) -> None:
+def serve(place: str, *modules: str) -> None:
     """Fork for each command, until the standard input ends."""
     for name in SLOW:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     assert not [name for name in NEW if name in sys.modules]
+    for name in modules:
+        importlib.import_module(name)
     if os.path.isdir("/proc/self/task"):
         # A forked process has no other thread than the one that forked, and what others had locked stays locked.
         assert len(os.listdir("/proc/self/task")) == 1
@@ -159,7 +162,7 @@ def run(command: dict[str, Any]) -> NoReturn:
 
 if __name__ == "__main__":
     try:
-        serve(sys.argv[1])
+        serve(*sys.argv[1:])
     except Started as started:
         (asked,) = started.args
     else:

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification
 
 from hf_imgproc_attn import cli
+from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.robustness import loading
 from hf_imgproc_attn.robustness.report import plain_text
 from hf_imgproc_attn.training_support.image_pixels import build_image_processor
@@ -21,16 +23,14 @@ QUICK = ["--corruptions", "fog", "contrast", "--severities", "1", "5", "--attack
          "--epsilons", "8/255", "--steps", "2", "--restarts", "1"]  # fmt: skip
 
 
-def stock_model(folder: Path, seed: int = 0, **fields: Any) -> Path:
+def stock_model(folder: Path, seed: int = 0, classifier_scale: float = 1.0, **fields: Any) -> Path:
     """A stock ViT for 8 x 8 colour images in three classes."""
-    from transformers import ViTConfig, ViTForImageClassification
-
     torch.manual_seed(seed)
     size = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
             "intermediate_size": 16, "num_labels": 3, **fields}  # fmt: skip
     model = ViTForImageClassification(ViTConfig(**size))
     with torch.no_grad():
-        model.classifier.weight.normal_(std=1)
+        model.classifier.weight.normal_(std=1).mul_(classifier_scale)
     model.save_pretrained(folder)
     build_image_processor((8, 8), 3).save_pretrained(folder)
     return folder
@@ -141,6 +141,23 @@ def test_the_record_of_a_baseline_serves_in_its_place(
     assert "was measured on other data" in err
 
 
+def test_the_mean_in_the_figure_is_that_of_the_published_corruptions() -> None:
+    import matplotlib.pyplot as plt
+
+    from hf_imgproc_attn.robustness.report import _severity_panel
+
+    def result(name: str, severity: int, value: float) -> dict[str, Any]:
+        return {"family": "corruption", "disturbance": name, "parameters": {"severity": severity}, "value": value}
+
+    values = {"fog": (0.8, 0.6), "snow": (0.4, 0.2), "gaussian blur": (0.0, 0.0)}
+    results = [result(name, severity, value[severity - 1]) for name, value in values.items() for severity in (1, 2)]
+    figure, axes = plt.subplots()
+    _severity_panel({"results": [{"family": "clean", "value": 1.0}, *results]}, axes)
+    (mean,) = [line for line in axes.lines if str(line.get_label()).startswith("mean")]
+    assert np.asarray(mean.get_ydata()).tolist() == pytest.approx([100, 60, 40])
+    plt.close(figure)
+
+
 def test_labels_in_another_order_are_the_same_classes(data: Path, tmp_path: Path) -> None:
     from transformers import AutoImageProcessor
 
@@ -155,8 +172,42 @@ def test_labels_in_another_order_are_the_same_classes(data: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        (["b", "more", "a", "c"], [2, 0, 3]),  # a model with more classes
+        (["x", "y", "z"], [0, 1, 2]),  # nothing in common: by number, which is said
+        (["a", "b", "sea"], [0, 1, 2]),  # those in common have the same numbers
+        (["b", "a", "sea"], "must be among those of the model, whose class 'a' has another number; got 'c'"),
+    ],
+)
+def test_classes_are_matched_by_name(
+    own: list[str], expected: list[int] | str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ViTConfig(id2label=dict(enumerate(own)), label2id={name: index for index, name in enumerate(own)})
+    labels = torch.arange(3)
+    if isinstance(expected, str):
+        with pytest.raises(UsageError, match=expected):
+            loading.as_the_model_counts(labels, ["a", "b", "c"], config)
+        return
+    assert loading.as_the_model_counts(labels, ["a", "b", "c"], config).tolist() == expected
+    said = "classes are taken by their numbers: 'x' of the model is 'a' of the data, and so on\n"
+    assert capsys.readouterr().err == (said if own == ["x", "y", "z"] else "")
+
+
+def test_logits_that_are_no_numbers_are_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = stock_model(tmp_path / "model", classifier_scale=float("nan"))
+    words = ["--attacks", "none", "--corruptions", "none", "--dataset_name", data, "--output", tmp_path / "out"]
+    status, _, err = run(capsys, folder, *words)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "the model must have finite logits, got others for 30 of 30 images" in err
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--corruptions", "frost", "--frost_pictures", "{checkpoint}"], "frost_pictures must hold pictures"),
         (["--corruptions", "fogg"], "corruptions must be names of corruptions, got 'fogg'; did you mean fog?"),
         (["--severities", "6"], "severities must be integers from 1 to 5, got 6"),
         (["--epsilons", "8"], "epsilons must be > 0 and <= 1, got 8.0"),

@@ -242,6 +242,8 @@ def test_words_and_labels_are_in_range(name: str) -> None:
     [
         ("listop", {}, "task must be one of listops, .*got 'listop'; did you mean listops?"),
         ("mqar", {"seed": -1}, "seed must be an integer >= 0, got -1"),
+        ("mqar", {"seed": "a"}, "seed must be an integer >= 0, got .a."),
+        ("mqar", {"sizes": {"train": 1.5}}, "sizes must be integers >= 0 for .* got train=1.5"),
         ("mqar", {"sizes": {"train": -1}}, "sizes must be integers >= 0 for test, validation, train, got train=-1"),
         ("mqar", {"sizes": {"dev": 1}}, "got dev=1"),
         ("mqar", {"settings": {"pair": 3}}, "got 'pair'; did you mean pairs?"),

@@ -174,6 +174,15 @@ def test_what_a_killed_writer_left_is_no_run_and_goes(ledger: Ledger, study: Stu
         assert not left.exists()
 
 
+def test_a_ledger_that_cannot_be_written_is_one_line(ledger: Ledger, study: Study) -> None:
+    ledger.running.write_text("", encoding="utf-8")  # a file where a folder is to be made
+    with (
+        pytest.raises(UsageError, match="ledger .*running' cannot be written: File exists"),
+        ledger.claim(study.runs[1]),
+    ):
+        pass
+
+
 def test_a_full_disk_leaves_no_half_record(ledger: Ledger, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_room(path: Path, *args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

@@ -182,7 +182,19 @@ def test_shard_is_i_of_n() -> None:
             parse_shard(text)
 
 
-@pytest.mark.parametrize("words", [["--jobs", "0"], ["--budget", "-1"], ["--threads", "0"], ["--shard", "3/2"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--jobs", "0"],
+        ["--budget", "-1"],
+        ["--threads", "0"],
+        ["--shard", "3/2"],
+        ["--cpus", "2"],
+        ["--address", "auto"],
+        ["--gpus", "nan", "--engine", "ray"],
+        ["--jobs", "2", "--engine", "ray"],
+    ],
+)
 def test_options_out_of_range_are_refused(
     write_study: WriteStudy, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,6 +77,7 @@ def test_kills_lose_no_finished_run_and_double_none(
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("prepared_processes")
 def test_a_worker_that_dies_is_replaced_and_its_run_done_again(write_study: WriteStudy, tmp_path: Path) -> None:
     path, said = write_study(), []
     study, ledger = read_study(path), Ledger(tmp_path / "ledger")
