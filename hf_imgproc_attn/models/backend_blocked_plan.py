@@ -178,7 +178,8 @@ def make_plan(
     like = query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
     if block_rows is None:
         whole = not is_causal and (not one_pass or length <= 2 * BLOCK_ROWS) and length * key_length <= WHOLE_SCORES
-        is_tall = may_be_tall and length > TALL_ROWS and TALL_ROWS * key_length <= TALL_GROUP_SCORES
+        held = 2 if dropout else 1  # the mask and the weights without what it drops take as much again
+        is_tall = may_be_tall and length > TALL_ROWS and held * TALL_ROWS * key_length <= TALL_GROUP_SCORES
         is_tall = is_tall and suits_onednn(like, TALL_ROWS * key_length * query.shape[-1])
         block_rows = length if whole else TALL_ROWS if is_tall else BLOCK_ROWS
     block_rows = max(min(block_rows, length), 1)
