@@ -12,7 +12,7 @@ PYTHON ?= python3 python3.11 python3.12 python3.13 python3.14 python
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-blocked test-full quality docs bench gpu-check rehearse-oldest test-oldest results cards lens space kernel clean
+.PHONY: help setup demo test test-blocked test-full quality docs bench gpu-check rehearse-oldest test-oldest test-python results cards lens space kernel clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -89,6 +89,15 @@ $(OLDEST)/.tests: $(OLDEST)/.installed pyproject.toml constraints.txt
 		--constraint $(OLDEST)/rest.txt --editable ".[dev]"
 	@touch $@
 
+# A few hundred tests that touch what differs between versions of Python: imports, dataclasses, files, models, commands.
+EVERY_PYTHON := tests/test_registration.py tests/test_cli.py tests/test_records.py tests/models/test_spec_fields.py \
+	tests/models/test_gpt2_caches.py tests/models/test_vit_model.py tests/any_model/test_saved_filters.py \
+	tests/training/test_arguments.py tests/training/test_model_setup.py
+TRIED := .venv-$(notdir $(firstword $(PYTHON)))
+test-python: ## run a part of the tests with another Python (PYTHON=python3.13; ARGS=tests for all)
+	$(MAKE) --no-print-directory VENV=$(TRIED) setup
+	OMP_NUM_THREADS=1 $(TRIED)/bin/python -m pytest $(or $(ARGS),$(EVERY_PYTHON))
+
 results: $(STAMP) ## train and evaluate every preset again for training/results/ (minutes; from a clean checkout)
 	$(BIN)/python training/make_results.py --force
 
@@ -110,5 +119,5 @@ kernel: ## put the Triton operators as a kernel of the Hub into outputs/kernel, 
 	$(BIN)/python -m hf_imgproc_attn.gpu.hub_kernel outputs/kernel
 
 clean: ## remove .venv and everything the other targets write
-	rm -rf $(VENV) $(OLDEST) build dist outputs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) .venv-* build dist outputs .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -100,8 +100,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     What is long would run alone at the end, if it began last. At the end are the tests of models, most of them short.
     """
-    kept = set(items) if config.getoption("--full") else sampled(items)
-    if config.getoption("--blocked"):
+    kept, only_blocked = sampled(items), config.getoption("--blocked")
+    if config.getoption("--full"):  # of the second back-end every combination only where it is asked for
+        kept |= {item for item in items if only_blocked or not is_blocked(item)}
+    if only_blocked:
         kept = {item for item in kept if is_blocked(item)}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]

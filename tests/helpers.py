@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,22 +44,24 @@ def pairwise_cover(axes: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
 def each_value_once(rows: Sequence[Sequence[Hashable]]) -> set[int]:
     """The indices of few rows in which each value of a row occurs; pairs of values that were chosen seldom come first.
 
-    A value that may stand at several places of a row must say at which it stands.
+    A value that may stand at several places of a row must say at which it stands. All rows have as many values.
     """
-    values = [frozenset(row) for row in rows]
-    pairs = [list(itertools.combinations(row, 2)) for row in rows]
-    missing, chosen = set(itertools.chain(*rows)), set()
-    uses: Counter[Any] = Counter()
-    while missing:
-        new = [len(missing & row) for row in values]
-        most = max(new)
-        best = min(
-            (index for index, count in enumerate(new) if count == most),
-            key=lambda index: [sum(uses[each] for each in group) for group in (pairs[index], rows[index])],
-        )
+    numbers: dict[Hashable, int] = {}
+    values = np.array([[numbers.setdefault(value, len(numbers)) for value in row] for row in rows], dtype=int)
+    one, other = np.triu_indices(values.shape[1] if rows else 0, 1)
+    pairs = values[:, one] * len(numbers) + values[:, other] if rows else values
+    pairs = np.unique(pairs, return_inverse=True)[1].reshape(pairs.shape)
+    missing, chosen = np.ones(len(numbers), dtype=bool), set()
+    uses, uses_of_pairs = np.zeros(len(numbers), dtype=int), np.zeros(pairs.size, dtype=int)
+    while missing.any():
+        new = missing[values].sum(1)
+        candidates = np.flatnonzero(new == new.max())
+        keys = uses_of_pairs[pairs[candidates]].sum(1), uses[values[candidates]].sum(1)
+        best = int(candidates[np.lexsort((keys[1], keys[0]))[0]])
         chosen.add(best)
-        missing -= values[best]
-        uses.update([*pairs[best], *rows[best]])
+        missing[values[best]] = False
+        uses[values[best]] += 1
+        uses_of_pairs[pairs[best]] += 1
     return chosen
 
 
@@ -160,7 +161,7 @@ def interpreter_that_knows(modules: Sequence[str], changes: Mapping[str, str]) -
     Args:
         modules: what is imported beside what is slow, if need be Transformers and this package.
         changes: of this process's environment. A command in which a variable that these modules read has another value
-            gets a real interpreter.
+            gets what :func:`prepared_python` gives.
     """
     if not sys.platform.startswith("linux"):
         yield sys.executable
@@ -168,7 +169,8 @@ def interpreter_that_knows(modules: Sequence[str], changes: Mapping[str, str]) -
     code = ROOT / "tests" / "prepared"
     folder = Path(tempfile.mkdtemp(prefix="hf_imgproc_attn_python_"))
     environment = {**os.environ, **changes}
-    settings = {"python": sys.executable, "environment": environment, "knows_more": bool(modules)}
+    other = prepared_python() if modules else sys.executable
+    settings = {"python": other, "environment": environment, "knows_more": bool(modules)}
     (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
     file = folder / "python"
     file.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {code / "client.py"} {folder} "$@"\n', encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import json
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -140,6 +141,14 @@ def test_package_version_has_one_source() -> None:
     assert project["project"]["dynamic"] == ["version"]
     assert project["tool"]["hatch"]["version"]["path"] == "hf_imgproc_attn/__init__.py"
     assert f"version: {hf_imgproc_attn.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_make_tries_every_python_of_the_metadata() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = [line.rpartition(" ")[2] for line in project["classifiers"] if ":: 3." in line]
+    assert f">={named[0]}" == project["requires-python"]
+    (tried,) = re.findall(r"^PYTHON \?= (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {f"python{version}" for version in named} <= set(tried.split())
 
 
 def test_constraints_satisfy_every_requirement() -> None:

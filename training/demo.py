@@ -40,7 +40,8 @@ import pathlib, sys
 sys.modules["hf_imgproc_attn"] = None
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 checkpoint, digits = sys.argv[1:]
 model = AutoModelForImageClassification.from_pretrained(checkpoint, trust_remote_code=True)
 processor = AutoImageProcessor.from_pretrained(checkpoint)

@@ -26,6 +26,9 @@ from hf_imgproc_attn.output_paths import check_new_files, write_or_keep
 from hf_imgproc_attn.robustness.command import number
 from hf_imgproc_attn.robustness.settings import ImageSettings, TextSettings, check_fractions, check_integer
 from hf_imgproc_attn.training_support.arguments import (
+    EMBEDDED_TEXT,
+    GENERATED_ANSWERS,
+    GENERATED_CLASSES,
     ImageDataArguments,
     LabelledTextDataArguments,
     TextDataArguments,
@@ -145,7 +148,8 @@ def _for_card(result: dict[str, Any], split: str) -> dict[str, Any]:
 
 
 def _measure_images(folder: Path, record: dict[str, Any], settings: Settings, device: Any) -> list[dict[str, Any]]:
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
+    from transformers import AutoModelForImageClassification
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from hf_imgproc_attn.robustness.classifier import unit_images
     from hf_imgproc_attn.robustness.images import evaluate_robustness
@@ -178,7 +182,8 @@ def _measure_images(folder: Path, record: dict[str, Any], settings: Settings, de
 
 
 def _measure_masks(folder: Path, record: dict[str, Any], settings: Settings, device: Any) -> list[dict[str, Any]]:
-    from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+    from transformers import AutoModelForSemanticSegmentation
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from hf_imgproc_attn.training_support.mask_data import load_mask_splits
     from hf_imgproc_attn.training_support.mask_evaluation import mask_robustness
@@ -314,7 +319,7 @@ def _same_data(
 ) -> DataT:
     """Load a split as the run did, check that it is the same, then limit it."""
     try:
-        args = data_class(**record["arguments"]["data"])
+        args = data_class(**_without_ignored(record["arguments"]["data"]))
     except TypeError as error:
         raise UsageError(f"run.json has data options that this version does not know: {error}") from error
     data = load(args)
@@ -326,6 +331,20 @@ def _same_data(
     if settings.max_samples is None or settings.max_samples >= found["rows"]:
         return data
     return load(dataclasses.replace(args, max_eval_samples=settings.max_samples))
+
+
+def _without_ignored(options: dict[str, Any]) -> dict[str, Any]:
+    """The data options of a run without the columns that built-in data do not have.
+
+    Training commands refuse these now; up to version 0.2.0 they ignored them, and recorded them all the same.
+    """
+    name = options.get("dataset_name")
+    ignored: tuple[str, ...] = ()
+    if name == EMBEDDED_TEXT:
+        ignored = ("text_column_name",)
+    elif name in (*GENERATED_CLASSES, *GENERATED_ANSWERS):
+        ignored = ("image_column_name", "label_column_name")
+    return {option: None if option in ignored else value for option, value in options.items()}
 
 
 def _build_parser() -> OneLineParser:

@@ -98,7 +98,10 @@ def check_folder(folder: str) -> dict[str, Any]:
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
     if hasattr(config, "patch_size"):
         if os.path.isfile(os.path.join(folder, "preprocessor_config.json")):
-            transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+            # Not from the top: Transformers 5.17 hands out a stand-in there where torchvision is missing.
+            from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+            AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
     elif os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
         # By name of a file: without one AutoTokenizer makes up an empty tokenizer.
         tokens = len(transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True))

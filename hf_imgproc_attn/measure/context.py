@@ -79,15 +79,20 @@ def measure(checkpoint: str, files: Sequence[Path], settings: Settings) -> dict[
     import torch
 
     from .. import records
+    from ..robustness.texts import check_vocabulary
     from ..training_support.data_loading import content_fingerprint
 
     model, tokenizer = _load(checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
     tokens = {name: _encode(tokenizer, text) for name, text in documents.items()}
+    for ids in tokens.values():
+        check_vocabulary(model, ids)
     lengths = choose_lengths(settings.lengths, model, max(map(len, tokens.values())))
     started = time.perf_counter()
     losses = window_losses(model, window_ends(tokens, lengths[-1], settings.windows), lengths, settings.scored)
+    if not all(math.isfinite(value) for values in losses.values() for value in values):
+        raise UsageError("the model must have finite losses, got others")
     parts = (text.encode() for text in documents.values())
     return {
         "format": FORMAT,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..markdown_tables import table_text
+from ..models.spec_fields import PRESETS as PRESET_FIELDS
 
 PRESETS = ("softmax", "bilateral", "bilateral_gaussian", "twicing", "bilateral_twicing", "learned_twicing")
 """The presets of the tables; the others have the passes of one of these."""
@@ -18,6 +19,9 @@ LENGTHS = (1024, 131_072, 1_048_576)
 STATE_BYTES = 16
 """Of a parameter: weight, gradient and two moments in float32."""
 _WEIGHT = 4
+_SHARING_HEADS = (2, 4, 12)
+_SHARED_LENGTHS = ((8192, 8), (131_072, 64), (1_048_576, 64), (1_048_576, 1024))
+"""Tokens of a sequence, and devices that share them."""
 
 
 def ddp_state_bytes(parameters: int) -> int:
@@ -54,17 +58,31 @@ def attention_products(length: int, width: int, passes: int, causal: bool = True
     return (2 + 2 * passes) * length**2 * width / (2 if causal else 1)
 
 
-def context_received_bytes(length: int, width: int, passes: int, devices: int, bytes_each: int = 2) -> float:
+def context_received_bytes(length: int, width: int, rows: int, devices: int, bytes_each: int = 2) -> float:
     """What each device receives in one layer forward where devices share the tokens (context parallelism), a sequence.
 
-    Keys, values and what each further pass filters: (W - 1) / W of N rows of ``width`` numbers each.
+    (W - 1) / W of N tokens, of each of which ``rows`` of ``width`` numbers are gathered (:func:`gathered_rows`). The
+    gradients that a device receives in the backward pass are as many.
     """
-    return (1 + passes) * (devices - 1) / devices * length * width * bytes_each
+    return rows * (devices - 1) / devices * length * width * bytes_each
+
+
+def heads_sent_bytes(tokens: int, width: int, devices: int, bytes_each: int = 2) -> float:
+    """What each device sends in one layer forward and backward where devices share the heads (tensor parallelism).
+
+    Four ring all-reduces of ``width`` numbers for each token: after attention and after the MLP, and backward.
+    """
+    return 4 * 2 * (devices - 1) / devices * tokens * width * bytes_each
 
 
 def passes(preset: str) -> int:
     """How often A is applied."""
     return 2 if "twicing" in preset else 1
+
+
+def gathered_rows(preset: str) -> int:
+    """What processes that share tokens gather of each: key, value, a position's key, what further passes filter."""
+    return 1 + passes(preset) + (PRESET_FIELDS[preset].get("position_kernel") == "untied")
 
 
 def gpt2_parameters(preset: str) -> tuple[int, int]:
@@ -91,12 +109,17 @@ def tables() -> str:
         cells = [_size(function(total, n)) for function in (ddp_sent_bytes, fsdp_sent_bytes) for n in DEVICES[1:]]
         sent.append([f"`{preset}`", *cells])
     length = [
-        ["tokens", *(f"{kind}, {n} pass{'es' * (n > 1)}" for kind in ("TFLOP", "received of 1,024") for n in (1, 2))]
+        ["tokens", *(f"TFLOP, {n} pass{'es' * (n > 1)}" for n in (1, 2, 3)), *(f"heads, {n}" for n in _SHARING_HEADS)]
     ]
     for tokens in LENGTHS:
-        work = [f"{attention_products(tokens, 768, n) / 1e12:,.3g}" for n in (1, 2)]
-        length.append([f"{tokens:,}", *work, *(_size(context_received_bytes(tokens, 768, n, 1024)) for n in (1, 2))])
-    return "\n\n".join(table_text(head, rows) for head, *rows in (state, sent, length)) + "\n"
+        work = [f"{attention_products(tokens, 768, n) / 1e12:,.3g}" for n in (1, 2, 3)]
+        length.append([f"{tokens:,}", *work, *(_size(heads_sent_bytes(tokens, 768, n)) for n in _SHARING_HEADS)])
+    context = [["preset", "rows", *(f"{tokens:,} of {n:,}" for tokens, n in _SHARED_LENGTHS)]]
+    for preset in PRESETS:
+        rows = gathered_rows(preset)
+        sizes_of = [_size(2 * context_received_bytes(tokens, 768, rows, n)) for tokens, n in _SHARED_LENGTHS]
+        context.append([f"`{preset}`", str(rows), *sizes_of])
+    return "\n\n".join(table_text(head, rows) for head, *rows in (state, sent, length, context)) + "\n"
 
 
 def _size(count: float) -> str:

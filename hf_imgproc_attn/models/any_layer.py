@@ -53,7 +53,7 @@ class SharedState:
     """
 
     def __init__(self) -> None:
-        self.states: dict[int, LayerState] = {}
+        self.states: dict[int, tuple[torch.Tensor | None, ...]] = {}
         self.with_gradient = False
         self.mask: tuple[Any, Visibility] | None = None
 
@@ -215,7 +215,8 @@ class AppliedFilter(nn.Module):
             output, weights = run_filter(call, self._backend(call) if is_masked else "auto"), None
         if self.filter.compares_layers:
             output, state = self.filter.hand_on(output, new_value, state)
-            seat.shared.states[self.order + 1] = state
+            # Plain tuples: compiled code of PyTorch 2.11 cannot hand on objects that it has made.
+            seat.shared.states[self.order + 1] = tuple(state)
         seat.cache_layer = None  # a model keeps no cache alive
         return output, weights
 
@@ -256,13 +257,13 @@ class AppliedFilter(nn.Module):
             return LayerState()
         with_gradient = torch.is_grad_enabled()
         if self.order == 0:
-            shared.states, shared.with_gradient = {0: LayerState()}, with_gradient
+            shared.states, shared.with_gradient = {0: ()}, with_gradient
         if self.order not in shared.states or (with_gradient and not shared.with_gradient):
             raise ValueError(
                 f"the filter of {self.layer_name} compares layers, and the layer before it did not run in the same "
                 "pass: call the whole model, and use gradient checkpointing with use_reentrant=False"
             )
-        return shared.states[self.order]
+        return LayerState(*shared.states[self.order])
 
     def _positions(
         self,

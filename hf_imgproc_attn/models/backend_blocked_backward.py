@@ -152,8 +152,8 @@ class Gradients:
                     part.sub_(other, alpha=factor)
             if weight != 1.0:
                 part.div_(weight)
-            if inputs.hidden is not None and m < self.num_streams - 1:
-                part.masked_fill_(inputs.hidden[:, self.plan.past :] & ~part.isfinite(), 0.0)
+            if m < self.num_streams - 1:
+                inputs.clear_lost_(part)
         return smoothed
 
     def _finish(self) -> None:

@@ -76,16 +76,18 @@ class SoftpickWeights(Weights):
         largest = scores.amax(-1, keepdim=True).clamp_(min=0.0)
         above = self._above(block, largest, scores.sub_(largest).exp2_())
         sizes = torch.abs(above, out=scores)
-        self._hide_(sizes, block)
+        self._clear_(sizes, block)
         factor = sizes.sum(-1, keepdim=True).add_(SOFTPICK_EPSILON).reciprocal_()
         return above.clamp_(min=0.0), factor, torch.cat((largest, factor), dim=-1)
 
-    def _hide_(self, sizes: torch.Tensor, block: Block) -> None:
+    def _clear_(self, sizes: torch.Tensor, block: Block) -> None:
         """Make 0 of what hidden keys have."""
         rows = block.stop - block.start
         if self.future is not None:
             sizes[:, :, block.keys - rows :].tril_()
-        if self.mask is not None:
+        if self.runs is not None:
+            self.runs.fill_(sizes.mT, self.group, 0.0)
+        elif self.mask is not None:
             shaped = sizes.view(*self.group.shape, rows, block.keys)
             shaped.masked_fill_(~cut(self.mask, self.group, block), 0.0)
 

@@ -36,6 +36,7 @@ from typing import NamedTuple
 
 import torch
 
+from .backend_blocked_hidden import key_runs
 from .backend_blocked_normalised import WEIGHTS
 from .backend_blocked_plan import Group, Plan, multiply
 from .backend_blocked_positions import PositionTerm
@@ -152,10 +153,12 @@ class Inputs:
         hidden = call.visibility.hidden
         if hidden is not None:
             self._hidden = flat(hidden.expand(plan.batch, plan.heads, 1, plan.key_length), torch.bool).mT
+        self._runs = key_runs(hidden, plan.key_length)
 
     def start(self, group: Group) -> None:
         """Turn to a group."""
         query, key, value, streams = self._all
+        self.group = group
         self.query = query[group.pairs]
         self.key = self.key_heads.read(key, group)
         self.value = self.key_heads.read(value, group)
@@ -167,10 +170,27 @@ class Inputs:
         self.hidden = None
         if self._hidden is not None:
             self.hidden = self._hidden[group.pairs]
-            self.key = self.key.masked_fill(self.hidden, 0.0)
-            self.value = self.value.masked_fill(self.hidden, 0.0)
+            self.key, self.value = self._clean(self.key, self.hidden), self._clean(self.value, self.hidden)
             if self.own.shape[-1]:
-                self.all = self.all.masked_fill(self.hidden, 0.0)
+                self.all = self._clean(self.all, self.hidden)
+
+    def _clean(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """A copy of ``[pairs, key_length, width]`` with 0 where a key is hidden."""
+        if self._runs is None:
+            return x.masked_fill(hidden, 0.0)
+        x = x.clone()
+        self._runs.fill_(x, self.group, 0.0)
+        return x
+
+    def clear_lost_(self, rows: torch.Tensor) -> None:
+        """Make 0 of what is not finite in the queries' rows ``[pairs, length, width]`` whose own keys are hidden."""
+        if self.hidden is None:
+            return
+        if self._runs is None:
+            rows.masked_fill_(self.hidden[:, self.past :] & ~rows.isfinite(), 0.0)
+            return
+        for part in self._runs.parts(rows, self.group, self.past):
+            part.masked_fill_(~part.isfinite(), 0.0)
 
     def columns(self, stream: int) -> slice:
         """Where x_1, x_2, ... stand side by side."""
@@ -181,10 +201,12 @@ class Inputs:
         if self.all is self.own:
             return
         keys = slice(self.past + rows.start, self.past + rows.stop)
-        values = self.own[:, rows, self.columns(stream)]
-        if self.hidden is not None:
+        values, room = self.own[:, rows, self.columns(stream)], self.all[:, keys, self.columns(stream)]
+        if self.hidden is not None and self._runs is None:
             values = values.masked_fill(self.hidden[:, keys], 0.0)
-        self.all[:, keys, self.columns(stream)] = values
+        room.copy_(values)
+        if self._runs is not None:
+            self._runs.fill_(room, self.group, 0.0, keys.start)
 
 
 def _combine(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from .backend_blocked_hidden import key_runs
 from .backend_blocked_plan import Block, Group, Plan, add_product, cut, multiply
 from .backend_blocked_positions import PositionTerm
 
@@ -151,6 +152,11 @@ class Weights:
         sinks: torch.Tensor | None = None,
     ) -> None:
         self.plan, self.mask, self.bias, self.positions = plan, mask, bias, positions
+        # Of the same keys for all queries: their runs, or, where these are many, the most that each logit may be.
+        self.runs = self.most = None
+        if mask is not None and mask.shape[2:] == (1, plan.key_length):
+            self.runs = key_runs(~mask, plan.key_length)
+            self.most = torch.where(mask, float("inf"), float("-inf")).to(like.dtype) if self.runs is None else None
         self.sinks = None if sinks is None else sinks.detach().to(like.dtype) * self.unit
         rows = min(plan.block_rows, plan.length)
         self.size = plan.group_pairs * rows * plan.key_length
@@ -183,14 +189,23 @@ class Weights:
             bias, largest = (cut(x, self.group, block).to(scores.dtype) for x in self.bias)
             shaped.add_(bias - largest, alpha=self.unit)
         if self.mask is not None:
-            shaped.masked_fill_(~cut(self.mask, self.group, block), float("-inf"))
+            self._hide_(shaped, scores, block)
         if self.future is not None:
             own = scores[:, :, block.keys - rows :]
-            if self.mask is None:
+            if self.mask is None or self.runs is not None or self.most is not None:
                 own.add_(self.future[:rows, :rows])
             else:  # a query that sees no key may be NaN, which adding -inf does not hide
                 own.masked_fill_(self.future[:rows, :rows] < 0.0, float("-inf"))
         return scores
+
+    def _hide_(self, shaped: torch.Tensor, scores: torch.Tensor, block: Block) -> None:
+        """Make -inf of the logits that the mask hides, ``[samples, heads, rows, keys]``, the same as ``scores``."""
+        if self.runs is not None:
+            self.runs.fill_(scores.mT, self.group, float("-inf"))
+        elif self.most is not None:
+            torch.minimum(shaped, cut(self.most, self.group, block), out=shaped)
+        elif self.mask is not None:
+            shaped.masked_fill_(~cut(self.mask, self.group, block), float("-inf"))
 
     def compute(self, block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Weights up to a factor a row, without dropout.

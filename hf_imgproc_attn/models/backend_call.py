@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .boost_exclusive import exclusive_by_parts
 from .boost_operators import BOOSTING, SEQUENTIAL, WITH_FACTORS, Attend, keep_rows
 from .boost_weights import ByWeights
 from .cache_streams import NO_STREAMS, Streams, boost_stream
@@ -194,11 +195,19 @@ class FilterCall(NamedTuple):
         seen, value = self.visibility, self.new_value
         if seen.hidden is not None and self.own_value is None and seen.key_length >= seen.length:
             value = value.masked_fill(seen.hidden[..., seen.key_length - seen.length :].mT, 0.0)
-        name, steps, gain = self.booster
         # In half precision the factors of ``inversion``, near 1, would be rounded away.
-        rows = BOOSTING[name](lambda _: smooth.to(working_dtype(smooth.dtype)), keep_rows, value, value, steps, gain)
+        working = working_dtype(smooth.dtype)
+        rows = self._finish_by_parts(smooth.to(working), value)
+        if rows is None:
+            name, steps, gain = self.booster
+            rows = BOOSTING[name](lambda _: smooth.to(working), keep_rows, value, value, steps, gain)
         rows = rows.to(smooth.dtype)
         return rows if seen.blind is None else rows.masked_fill(seen.blind, 0.0)
+
+    def _finish_by_parts(self, smooth: torch.Tensor, value: torch.Tensor) -> torch.Tensor | None:
+        if self.booster.name != "exclusive" or is_transformed((smooth, value)):
+            return None
+        return exclusive_by_parts(smooth, value.to(smooth.dtype))
 
     def maps(self) -> tuple[FilterCall, FilterCall | None]:
         """The call of the first map alone, and that of the second or None."""

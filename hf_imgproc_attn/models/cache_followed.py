@@ -20,7 +20,15 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from .cache_layer import FilterDynamicLayer, GrowingLayer
-from .cache_older import RESETS_HALFWAY, attribute_names, mended, reorder_quantised, reorders_halfway, seen_rows
+from .cache_older import (
+    RESETS_HALFWAY,
+    AnewLayer,
+    attribute_names,
+    mended,
+    reorder_quantised,
+    reorders_halfway,
+    seen_rows,
+)
 from .cache_owner import CacheOwner
 from .cache_streams import RoundStreams
 
@@ -208,9 +216,10 @@ def follow_layer(cache: Any, layer_idx: int, kind: str | None, owner: CacheOwner
         ValueError: if the layer holds tokens whose streams are missing, or those of another filter or model, or none
             ever, since the model shares those of an earlier layer.
     """
-    while len(cache.layers) <= layer_idx:
+    while len(cache.layers) <= layer_idx and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[layer_idx]
+    # Transformers 5.17 leaves such layers out, newer versions put a dummy there.
+    layer: Any = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     if not hasattr(layer, "get_seq_length"):
         raise ValueError(
             f"past_key_values keeps nothing in layer {layer_idx}, which attends to the keys and values of an earlier "
@@ -241,9 +250,12 @@ def follow_stock_layer(cache: Any, layer_idx: int) -> None:
     cache = getattr(cache, "self_attention_cache", cache)
     if cache is None or not RESETS_HALFWAY:
         return
-    layers = cache.layers
-    kind = type(layers[layer_idx]) if layer_idx < len(layers) else cache.layer_class_to_replicate
-    if kind is DynamicLayer or hasattr(kind, "_quantize"):
+    while len(cache.layers) <= layer_idx and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[layer_idx]
+    if type(layer) is DynamicLayer and not torch.compiler.is_compiling():
+        layer.__class__ = AnewLayer
+    elif hasattr(layer, "_quantize"):
         follow_layer(cache, layer_idx, None)
 
 

@@ -66,6 +66,14 @@ def mended(layer_class: Any, name: str) -> Callable[..., Any]:
     return method
 
 
+class AnewLayer(DynamicLayer):
+    """The stock growing layer, which starts anew and is not cut while it is empty."""
+
+    _layer_type = None
+    crop = mended(DynamicLayer, "crop")
+    reset = mended(DynamicLayer, "reset")
+
+
 def seen_rows(layer: Any, rows: torch.Tensor, new: int) -> torch.Tensor:
     """What a mask shows of the rows ``[batch, heads, length, width]`` that a cache layer hands out.
 

@@ -26,6 +26,9 @@ class ImgProcBertEmbeddings(stock.BertEmbeddings):
     """Words, token types and, only for ``additive``, positions; the table of ``untied`` is kept for the layers."""
 
     def __init__(self, config: ImgProcBertConfig) -> None:
+        padding, words = config.pad_token_id, config.vocab_size
+        if padding is not None and not -words <= padding < words:
+            raise ValueError(f"pad_token_id must be None or one of the {words} words of vocab_size, got {padding}")
         super().__init__(config)
         self.adds_positions = any(spec.position_kernel == "additive" for spec in config.layer_specs)
         if not uses_position_table(config):

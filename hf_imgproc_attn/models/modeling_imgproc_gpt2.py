@@ -52,7 +52,8 @@ class ImgProcGPT2Attention(FilteredAttentionMixin, GPT2Attention):
         return query.view(shape).transpose(1, 2), key.view(shape).transpose(1, 2), value.view(shape).transpose(1, 2)
 
     def project_heads(self, heads: torch.Tensor) -> torch.Tensor:
-        return self.resid_dropout(self.c_proj(heads))
+        # Heads of width 1 are put side by side as a view, which the stock projection cannot read.
+        return self.resid_dropout(self.c_proj(heads.contiguous()))
 
     def dropout_on_weights(self) -> float:
         return self.attn_dropout.p

@@ -99,12 +99,13 @@ def load_subject(checkpoint: str, task: str, data: Data, device: str | None, blo
         UsageError: for a checkpoint or data that cannot be loaded or do not belong together.
     """
     import transformers
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     place = _device(device)
     kind = {IMAGES: "ImageClassification", TEXTS: "CausalLM", LABELLED_TEXTS: "SequenceClassification"}[task]
     try:
         model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(checkpoint).to(place)
-        reader = transformers.AutoImageProcessor if task == IMAGES else transformers.AutoTokenizer
+        reader = AutoImageProcessor if task == IMAGES else transformers.AutoTokenizer
         processor = reader.from_pretrained(checkpoint)
     except broken_files() as error:
         raise UsageError(f"checkpoint {checkpoint!r} cannot be loaded: {plain_message(error)}") from error

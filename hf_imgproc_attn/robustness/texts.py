@@ -138,11 +138,15 @@ def text_perplexity(
 
     Returns:
         Their ``metric``, ``value``, ``samples`` and ``unit``.
+
+    Raises:
+        UsageError: for a tokenizer with more tokens than the model, or losses that are not finite.
     """
     from ..training_support.metrics import Perplexity, token_losses
     from ..training_support.text_data import IGNORED_LABEL, TokenBlocks, encode
 
     tokens = encode(text, tokenizer, "tokenising", first_token)
+    check_vocabulary(model, tokens)
     blocks = TokenBlocks(tokens, block_size, int(tokenizer.pad_token_id or 0))
     model.eval()
     losses = []
@@ -151,11 +155,34 @@ def text_perplexity(
         found = token_losses(model(input_ids=batch["input_ids"].to(model.device), use_cache=False).logits, labels)
         losses.append(found[labels[:, 1:] != IGNORED_LABEL].cpu())
     scored = torch.cat(losses)
+    if not scored.isfinite().all():
+        raise UsageError(
+            f"the model must have finite losses, got others for {int((~scored.isfinite()).sum())} of {len(scored)} "
+            "tokens"
+        )
     values = Perplexity(keep_in_memory=True).compute(predictions=scored.numpy(), words=text.num_words) or {}
     return [
         {"metric": "perplexity", "value": values["perplexity"], "samples": len(scored), "unit": "tokens"},
         {"metric": "word_perplexity", "value": values["word_perplexity"], "samples": text.num_words, "unit": "words"},
     ]
+
+
+def check_vocabulary(model: PreTrainedModel, tokens: Any) -> None:
+    """Refuse a tokenizer that belongs to a larger model: torch's own error names neither.
+
+    Args:
+        model: of texts.
+        tokens: their ids, an array or tensor of any shape.
+
+    Raises:
+        UsageError: if an id is beyond the model's embeddings.
+    """
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    largest = int(tokens.max()) if len(tokens) else -1
+    if rows is not None and largest >= rows:
+        raise UsageError(
+            f"the tokenizer must give tokens that the model has, 0 to {rows - 1}, got {largest}: it is another model's"
+        )
 
 
 def _reader(
@@ -190,9 +217,11 @@ def _classifier(
 
     from ..training_support.labelled_text import LabelledTexts, TokenizedTexts
 
-    collate = DataCollatorWithPadding(tokenizer)
-    # A model without a padding token of its own cannot tell the end of a text in a batch of several.
-    size = settings.batch_size if getattr(model.config, "pad_token_id", None) is not None else 1
+    # Without a padding token of its own a model cannot tell the end of a text in a batch of several, and without one
+    # of its tokenizer there is none.
+    pads = getattr(model.config, "pad_token_id", None) is not None and tokenizer.pad_token_id is not None
+    size = settings.batch_size if pads else 1
+    collate = DataCollatorWithPadding(tokenizer, padding=size > 1)
 
     @torch.no_grad()
     def measure(texts: list[str]) -> list[Result]:
@@ -201,7 +230,10 @@ def _classifier(
         found = []
         for batch in DataLoader(rows, batch_size=size, collate_fn=collate):
             wanted = batch.pop("labels")
+            check_vocabulary(model, batch["input_ids"])
             logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
+            if not logits.isfinite().all():
+                raise UsageError("the model must have finite logits, got others")
             found.append(logits.argmax(-1).cpu() == wanted)
         correct = torch.cat(found)
         measured = {

@@ -183,7 +183,8 @@ def _measure_others(kind: Task, folder: Path, settings: dict[str, Any], split: s
 
 def _measure_images(folder: Path, settings: dict[str, Any], split: str) -> list[dict[str, Any]]:
     import torch
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
+    from transformers import AutoModelForImageClassification
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from hf_imgproc_attn.cards.rendering import load_record
     from hf_imgproc_attn.robustness.classifier import unit_images

@@ -76,7 +76,8 @@ def _keep(found: dict[int, torch.Tensor], index: int, block: Any, args: Any, out
 
 
 def _images(folder: Path, record: dict[str, Any], split: str, samples: int) -> tuple[Any, Iterator[_Batch]]:
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
+    from transformers import AutoModelForImageClassification
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from ..robustness.classifier import PixelClassifier, unit_images
 

@@ -46,6 +46,7 @@ def check_model(task: str, arguments: Arguments[Any]) -> None:
     config_class = row.our_class(row.config)
     model_class = row.our_class(row.head(TASKS[task].auto_class).variant)
     overrides = parse_overrides(args, config_class)
+    check_ignored(overrides, arguments.data)
     start = what_chooses(args) if found is None else f"model_name_or_path {args.model_name_or_path!r}"
     with torch.random.fork_rng(devices=[]), torch.device("meta"), as_usage_errors(start):
         if found is None:
@@ -63,6 +64,25 @@ def check_model(task: str, arguments: Arguments[Any]) -> None:
     size = getattr(arguments.data, "image_size", None)
     if size is not None:
         check_whole_patches(pair(size), config)
+
+
+def check_ignored(overrides: dict[str, Any], data: Any) -> None:
+    """Refuse an override that says something else than ``ignore_index``, from which the field is set.
+
+    Args:
+        overrides: fields of the configuration.
+        data: the data options, of any task.
+
+    Raises:
+        UsageError: naming both.
+    """
+    ignored = getattr(data, "ignore_index", None)
+    given = overrides.get("semantic_loss_ignore_index", ignored)
+    if ignored is not None and given != ignored:
+        raise UsageError(
+            f"ignore_index {ignored} differs from semantic_loss_ignore_index of config_overrides, {given!r}: set "
+            "ignore_index alone"
+        )
 
 
 def check_whole_patches(sides: tuple[int, int], config: Any) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_imgproc_attn.backbones import VIT
 from hf_imgproc_attn.training_support.arguments import ModelArguments
-from hf_imgproc_attn.training_support.early_checks import check_whole_patches
+from hf_imgproc_attn.training_support.early_checks import check_ignored, check_whole_patches
 from hf_imgproc_attn.training_support.foreign_models import is_own
 from hf_imgproc_attn.training_support.mask_arguments import MaskDataArguments
 from hf_imgproc_attn.training_support.mask_data import MaskSplits
@@ -47,6 +47,7 @@ def build_segmenter(
     from hf_imgproc_attn.training_support.image_pixels import channel_statistics
 
     overrides = parse_overrides(args, VIT.our_class(VIT.config))
+    check_ignored(overrides, data)
     labels, found = label_fields(splits.label_names), check_start(args, VIT.model_type)
     if found is None or is_own(found, VIT.model_type):
         overrides["semantic_loss_ignore_index"] = data.ignore_index

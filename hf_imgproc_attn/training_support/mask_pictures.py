@@ -38,7 +38,8 @@ def draw_run(folder: str, splits: Mapping[str, MaskedPixels], number: int) -> No
         splits: its data.
         number: of images; 0 writes nothing.
     """
-    from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+    from transformers import AutoModelForSemanticSegmentation
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     split = next((name for name in ("test", "validation") if name in splits), None)
     if split is None or number == 0 or (Path(folder) / "adapter_config.json").is_file():  # adapters are no model

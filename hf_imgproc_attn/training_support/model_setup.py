@@ -438,7 +438,7 @@ def image_processor(name: str | None, config: Any) -> "BaseImageProcessor":
     Raises:
         UsageError: if it does not belong to a model with so many channels.
     """
-    from transformers import AutoImageProcessor
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from hf_imgproc_attn.conversion_files import fitting_processor, has_image_processor
     from hf_imgproc_attn.training_support.image_pixels import build_image_processor

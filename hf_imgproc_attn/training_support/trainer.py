@@ -15,6 +15,11 @@ from .faults import NotFiniteSteps
 from .shared_tokens import SharedTokens
 from .streams import StreamedSamples
 
+# PyTorch 2.11 knows no CPU by number, as Transformers 5.17 asks for where several processes on CPUs go on with a run.
+torch.serialization.register_package(
+    100, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
+
 
 class Processes(TrainerCallback, ExportableState):
     """Writes into every checkpoint how many processes saved it, so that a part that is missing is missed."""

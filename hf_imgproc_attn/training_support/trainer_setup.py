@@ -310,7 +310,16 @@ def _filters(run: Run, trainer: "ScriptTrainer") -> dict[str, Any] | None:
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if is_filtered(trainer.model) and not is_sharded:
         return recorded(applied_summary(trainer.model))
-    return saved_filters(run.training_args.output_dir)
+    if not trainer.is_deepspeed_enabled:
+        return saved_filters(run.training_args.output_dir)
+    from transformers.integrations import deepspeed
+
+    # With ZeRO-3 Transformers shares every model that is built, with processes that do not build this one.
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        return saved_filters(run.training_args.output_dir)
+    finally:
+        deepspeed.set_hf_deepspeed_config(run.training_args.hf_deepspeed_config)
 
 
 def _save_model(run: Run, trainer: "ScriptTrainer") -> None:

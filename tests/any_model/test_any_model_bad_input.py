@@ -96,6 +96,26 @@ def test_wrong_arguments_leave_the_model_as_it_was(arguments: dict[str, Any], me
     assert model.model.layers[0].self_attn.config is config  # type: ignore[union-attr,index]
 
 
+def test_delta_is_refused_where_only_some_of_the_chosen_layers_are_causal() -> None:
+    """BART's encoder has no causal mask; with it chosen nothing changes, and the decoder alone gets the filter."""
+    model = build("bart")
+    for stacks in (None, ["model.decoder.layers", "model.encoder.layers"]):
+        with pytest.raises(ValueError, match="it needs attention with a causal mask, got 'delta'"):
+            apply_filter(model, "delta", stacks=stacks)
+        assert not filtered_layers(model)
+    chosen = filtered_layers(apply_filter(model, "delta", stacks="model.decoder.layers"))
+    assert {(row["stack"], row["boosting"]) for row in chosen} == {("model.decoder.layers", "delta (2)")}
+
+
+def test_delta_is_refused_where_layers_of_a_stack_differ() -> None:
+    model = build("llama")
+    model.model.layers[1].self_attn.is_causal = False  # type: ignore[union-attr,index]
+    with pytest.raises(ValueError, match="'delta' needs attention with a causal mask in every chosen layer, and some"):
+        apply_filter(model, "delta")
+    assert not filtered_layers(model)
+    assert [row["layer"] for row in filtered_layers(apply_filter(model, "delta", layers=[0, 2]))] == [0, 2]
+
+
 @pytest.mark.parametrize(
     ("fields", "kept"),
     [

@@ -148,3 +148,27 @@ def test_what_is_no_language_model_is_named(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit):
         cli.main(["context", str(tmp_path)])
     assert "checkpoint must be a causal language model with its tokenizer, got" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "scale", "message"),
+    [
+        ({"vocab_size": 8}, 1.0, "the tokenizer must give tokens that the model has, 0 to 7, got"),
+        ({}, math.nan, "the model must have finite losses, got others"),
+    ],
+)
+def test_a_model_that_cannot_read_the_text_is_one_line(
+    checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fields: Any, scale: float,
+    message: str,
+) -> None:  # fmt: skip
+    model = GPT2LMHeadModel(GPT2Config(**{**FIELDS, **fields}))
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(scale)
+    model.save_pretrained(tmp_path / "model")
+    GPT2Tokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "model")
+    words = [str(tmp_path / "model"), "--text", str(text), "--lengths", "16", "32", "--windows", "2", "--scored", "4"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["context", *words, "--output", str(tmp_path / "context.json")])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err

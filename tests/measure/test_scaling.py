@@ -94,25 +94,40 @@ def test_operations_of_attention(boosting: str, passes: int) -> None:
     assert counter.get_total_flops() == scaling.attention_products(32, 16, passes, causal=False)
 
 
-@pytest.mark.parametrize("passes", [1, 2, 3])
-def test_traffic_of_shared_tokens(passes: int, four_devices: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What one of four processes gathers in a layer of two heads of 8 features, in float32."""
-    moved: list[int] = []
-    gather = dist.all_gather
+@pytest.mark.parametrize(
+    ("preset", "fields", "rows"),
+    [
+        *((preset, {}, scaling.gathered_rows(preset)) for preset in scaling.PRESETS),
+        ("twicing", {"boosting_steps": 3}, 4),
+    ],
+)
+def test_traffic_of_shared_tokens(
+    preset: str, fields: dict[str, Any], rows: int, four_devices: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one of four processes gathers, and sums backward, in a layer of two heads of 8 features, in float32."""
+    moved: dict[str, list[int]] = {"all_gather": [], "reduce_scatter": []}
 
-    def counted(parts: list[torch.Tensor], own: torch.Tensor, **options: Any) -> Any:
-        if own.ndim == 4:
-            moved.append(sum(part.nbytes for part in parts))
-        return gather(parts, own, **options)
+    def count(name: str, parts_are: int) -> None:
+        function = getattr(dist, name)
 
-    monkeypatch.setattr(dist, "all_gather", counted)
-    fields = {"boosting": "twicing", "boosting_steps": passes} if passes > 1 else {}
+        def counted(*args: Any, **options: Any) -> Any:
+            parts = args[parts_are]
+            if parts[0].shape[-1] > 1:  # rows of features; not the places of tokens, or which of them are padding
+                moved[name].append(sum(part.nbytes for part in parts) if parts[0].ndim == 4 else 0)
+            return function(*args, **options)
+
+        monkeypatch.setattr(dist, name, counted)
+
+    count("all_gather", 0)
+    count("reduce_scatter", 1)
     size = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 32, "n_positions": 16, "attn_pdrop": 0.0}
-    network = ImgProcGPT2LMHeadModel(ImgProcGPT2Config(**size, **fields, bos_token_id=0, eos_token_id=0))
-    with context_parallel(network), torch.no_grad():
-        network(input_ids=torch.zeros(1, 4, dtype=torch.long))
-    received = scaling.context_received_bytes(16, 16, passes, DEVICES, bytes_each=4)
-    assert sum(moved) * (DEVICES - 1) / DEVICES == received
+    config = ImgProcGPT2Config.from_preset(preset, **size, **fields, bos_token_id=0, eos_token_id=0)
+    network = ImgProcGPT2LMHeadModel(config)
+    with context_parallel(network):
+        network(input_ids=torch.zeros(1, 4, dtype=torch.long)).logits.sum().backward()
+    received = scaling.context_received_bytes(16, 16, rows, DEVICES, bytes_each=4)
+    for sizes in moved.values():
+        assert sum(sizes) * (DEVICES - 1) / DEVICES == received
 
 
 def test_the_page_shows_the_tables() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import sys
@@ -13,10 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.distributed import DistributedConfig
 
-from hf_imgproc_attn import ImgProcBertConfig, ImgProcBertForMaskedLM, apply_filter
+from hf_imgproc_attn import ImgProcBertConfig, ImgProcBertForMaskedLM, ImgProcGPT2Config, apply_filter
 from hf_imgproc_attn.context_parallel import add_gradients, context_parallel, share_tokens
+from hf_imgproc_attn.measure import scaling
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2LMHeadModel
 from hf_imgproc_attn.models.modeling_imgproc_vit import ImgProcViTForImageClassification
 from tests.any_model.architectures import build as stock_model
@@ -208,6 +212,53 @@ def tokens_of_bert(preset: str) -> None:
     same_tokens(plain, token_ids(batch=2, length=12), 1e-10, padded=True, next_token=False)
 
 
+class Exchanged(TorchDispatchMode):
+    """Counts the bytes of what processes put together: all parts of a gather, or the whole of a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        exchanges = func.namespace == "c10d" or str(func).startswith("_c10d_functional.all_")
+        if exchanges:
+            leaves = [[x for x in tree_leaves(arg) if isinstance(x, torch.Tensor)] for arg in args]
+            self.bytes += max(sum(x.nbytes for x in tensors) for tensors in leaves)
+        return func(*args, **(kwargs or {}))
+
+
+def bytes_of_a_step(layers: int, preset: str, tokens: bool) -> int:
+    """What a model with so many layers of 16 features exchanges in a step of 2 x 8 tokens, in float32."""
+    size = {"n_layer": layers, "n_embd": 16, "n_head": 2, "vocab_size": 32, "n_positions": 8}
+    torch.manual_seed(0)
+    config = ImgProcGPT2Config.from_preset(preset, **size, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
+    model: Any = ImgProcGPT2LMHeadModel(config)
+    batch = {"input_ids": token_ids(batch=2, length=8) % 32}
+    batch["labels"] = batch["input_ids"]
+    if tokens:
+        context: Any = context_parallel(model)
+        batch = share_tokens(batch)
+    else:
+        context, model = contextlib.nullcontext(), loaded(Path(f"counted_{layers}"), model, type(model))
+    with context, Exchanged() as exchanged:
+        model(**batch).loss.backward()
+    return exchanged.bytes
+
+
+def bytes_of_a_layer(preset: str, tokens: bool) -> None:
+    """As the formulas of the scaling page have them."""
+    if not tokens and torch.__version__ < "2.13":
+        return  # refused: see above
+    counted = bytes_of_a_step(2, preset, tokens) - bytes_of_a_step(1, preset, tokens)
+    if tokens:  # half of what is put together comes from the other process
+        got = counted / 2
+        wanted = 2 * scaling.context_received_bytes(16, 16, scaling.gathered_rows(preset), 2, bytes_each=4)
+    else:  # a ring sends a sum twice, but for the part that is here
+        got, wanted = counted * 2 / 2, scaling.heads_sent_bytes(16, 16, 2, bytes_each=4)
+    if got != wanted:
+        raise ValueError(f"{got} bytes, by the formula {wanted}")
+
+
 def outcome(function: Callable[[], None]) -> str:
     """The word ok or the error; all processes fail alike."""
     try:
@@ -232,7 +283,14 @@ TOKENS = {
     **{f"tokens of bert {preset}": partial(tokens_of_bert, preset) for preset in TOKENS_BERT},
     **{f"tokens of llama {preset}": partial(tokens_of_llama, preset) for preset in HEADS_LLAMA},
 }
-CASES: dict[str, Callable[[], None]] = {**HEADS, **TOKENS}
+BYTES = {
+    **{
+        f"bytes of tokens, {preset}": partial(bytes_of_a_layer, preset, True)
+        for preset in ("softmax", "bilateral_twicing")
+    },
+    "bytes of heads": partial(bytes_of_a_layer, "twicing", False),
+}
+CASES: dict[str, Callable[[], None]] = {**HEADS, **TOKENS, **BYTES}
 ONLY_FULL = {f"tokens of gpt2 {v}": partial(tokens_of_gpt2, v) for v in VARIANTS if v not in TOKENS_GPT2}
 """With ``--full``."""
 

@@ -125,6 +125,12 @@ def test_another_architecture_is_refused(field: str, value: Any) -> None:
         ImgProcBertConfig(**SIZES, **{field: value})
 
 
+@pytest.mark.parametrize("padding", [61, -62])
+def test_padding_that_is_no_word_is_refused(padding: int) -> None:
+    with pytest.raises(ValueError, match=f"pad_token_id must be None or one of the 61 words .*, got {padding}"):
+        ImgProcBertModel(ImgProcBertConfig(**SIZES, pad_token_id=padding))
+
+
 def test_the_attentions_are_the_operator_that_multiplies_v() -> None:
     ids = token_ids()
     plain = bert("softmax", ImgProcBertModel, num_hidden_layers=1, attn_implementation="eager")

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from hf_imgproc_attn import apply_filter, filter_attention
+from hf_imgproc_attn.models import boost_exclusive
 from hf_imgproc_attn.models.backend_table import BACKENDS, run_filter
+from hf_imgproc_attn.models.boost_exclusive import exclusive_by_parts
 from hf_imgproc_attn.models.boost_gate import OutputGate, TokenGains
 from tests.models.helpers import filter_call, make_filter, tiny_gpt2_config
 from tests.models.layer_cases import BATCH, HEADS, LENGTH, TIGHT, WIDTH, assert_same, masks, random, run, tensors
@@ -122,6 +124,41 @@ def test_exclusive_output_is_orthogonal_to_the_own_value(size: float) -> None:
         assert cosine.abs().max() < 1e-5
         torch.testing.assert_close(output[:, :, 4], plain[:, :, 4])
         assert (output - plain).abs().max() > 0.1 * size
+
+
+def test_exclusive_by_parts_is_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output, gradients and their gradients, of rows that are worked on in parts, one of them with a value of 0."""
+    monkeypatch.setattr(boost_exclusive, "ROWS_NUMBERS", 20)
+    query, key, value = leaves = [random(3, 2, 5, 4, seed=seed).requires_grad_() for seed in range(3)]
+    with torch.no_grad():
+        value[1, 0, 2] = 0.0
+    upstream, call = random(3, 2, 5, 4, seed=4), filter_call(query, key, value, boosting="exclusive", is_causal=True)
+    found = {}
+    for least in (0, 10**9):
+        monkeypatch.setattr(boost_exclusive, "LEAST_NUMBERS", least)
+        output = run_filter(call, "blocked")
+        gradients = torch.autograd.grad(output, leaves, upstream, create_graph=True)
+        assert ("ExclusiveRows" in str(output.grad_fn)) == (least == 0)
+        second = torch.autograd.grad(sum(g.square().sum() for g in gradients), leaves[:2])
+        found[least] = (
+            output,
+            *torch.autograd.grad(run_filter(call, "blocked"), leaves, upstream),
+            *gradients,
+            *second,
+        )
+    for got, expected in zip(found[0], found[10**9], strict=True):
+        torch.testing.assert_close(got, expected, **TIGHT)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25, float("nan")])
+def test_exclusive_by_parts_leaves_values_of_extreme_length_to_the_formula(
+    monkeypatch: pytest.MonkeyPatch, size: float
+) -> None:
+    monkeypatch.setattr(boost_exclusive, "LEAST_NUMBERS", 0)
+    smooth, value = (random(1, 2, 3, 4, seed=seed).float() for seed in range(2))
+    assert exclusive_by_parts(smooth, value) is not None
+    value[0, 1, 2] *= size
+    assert exclusive_by_parts(smooth, value) is None
 
 
 @pytest.mark.parametrize("boosting", ONE_PASS)

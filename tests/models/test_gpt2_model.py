@@ -212,3 +212,10 @@ def test_return_dict_false_gives_the_same_in_a_tuple(variant: str) -> None:
     assert cache.get_seq_length() == 9
     for got, states in ((hidden_states, wanted.hidden_states), (attentions, wanted.attentions)):
         assert all(torch.equal(left, right) for left, right in zip(got, states, strict=True))
+
+
+@pytest.mark.parametrize("variant", ["twicing", "bilateral_gaussian"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_heads_of_one_number(variant: str, implementation: str) -> None:
+    model = build(variant, implementation, n_embd=2, n_head=2)
+    assert model(token_ids()).logits.isfinite().all()

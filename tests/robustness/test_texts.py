@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -148,6 +149,45 @@ def test_any_text_classifier_is_measured(reader: tuple, model_type: str) -> None
     clean, swapped = report["results"]
     assert clean["value"] == pytest.approx(sum(right) / 12)
     assert (swapped["metric"], swapped["samples"], swapped["unit"]) == ("accuracy", 12, "texts")
+
+
+def test_a_classifier_whose_tokenizer_cannot_pad_reads_one_text_at_a_time(reader: tuple) -> None:
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=reader[1].backend_tokenizer)
+    assert tokenizer.pad_token_id is None
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    model = BertForSequenceClassification(BertConfig(vocab_size=270, **size))
+    report = evaluate_text_robustness(
+        model, tokenizer, ["one two three", "four"], TextSettings(changes=(), fractions=()), labels=[0, 1]
+    )
+    assert report["results"][0]["samples"] == 2
+
+
+def test_a_tokenizer_of_a_larger_model_is_refused(reader: tuple) -> None:
+    from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    classifier = BertForSequenceClassification(BertConfig(vocab_size=20, **size))
+    language_model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2))
+    for model, options in ((classifier, {"labels": [0]}), (language_model, {})):
+        with pytest.raises(UsageError, match=r"must give tokens that the model has, 0 to 19, got \d+: it is another"):
+            evaluate_text_robustness(model, reader[1], ["one two three"], **options)  # type: ignore[arg-type]
+
+
+def test_models_without_finite_results_are_refused(reader: tuple) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    classifier = BertForSequenceClassification(BertConfig(vocab_size=270, **size))
+    language_model = copy.deepcopy(reader[0])
+    for model in (classifier, language_model):
+        with torch.no_grad():
+            model.get_input_embeddings().weight.fill_(math.nan)
+    with pytest.raises(UsageError, match="must have finite logits, got others"):
+        evaluate_text_robustness(classifier, reader[1], ["one two"], labels=[0])
+    with pytest.raises(UsageError, match=r"must have finite losses, got others for \d+ of \d+ tokens"):
+        evaluate_text_robustness(language_model, reader[1], ["one two"])
 
 
 @pytest.mark.parametrize(

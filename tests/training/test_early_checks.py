@@ -72,6 +72,11 @@ def refused(
         ("semantic-segmentation", "--config_overrides segmentation_head=deep", "segmentation_head must be one of"),
         ("semantic-segmentation", "--config_overrides boosted_layers=[9]", "boosted_layers"),
         ("semantic-segmentation", "--config_overrides n_embd=8", "n_embd"),
+        (
+            "semantic-segmentation",
+            "--ignore_index 250 --config_overrides semantic_loss_ignore_index=254",
+            "ignore_index 250 differs from semantic_loss_ignore_index of config_overrides, 254",
+        ),
         ("semantic-segmentation", "--image_size 30 --config_overrides patch_size=4 image_size=32", "multiple of the"),
     ],
 )

@@ -39,7 +39,7 @@ def image_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def text_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "text"
-    words = ["--preset", "twicing", "--block_size", "32", "--tokenizer_vocab_size", "300", "--max_eval_samples", "70"]
+    words = ["--preset", "twicing", "--block_size", "48", "--tokenizer_vocab_size", "300", "--max_eval_samples", "70"]
     words += ["--config_overrides", *TINY_GPT2, "--output_dir", str(folder), *QUIET]
     assert train_causal_lm.main(words) == 0
     return folder
@@ -116,6 +116,14 @@ def test_text_is_evaluated_clean_and_with_swapped_words(text_run: Path) -> None:
     swapped = evaluate(text_run, Settings(fraction=1.0, seed=1))["results"][3]
     assert (swapped["parameters"], swapped["seed"], swapped["samples"]) == ({"fraction": 1.0}, 1, counts["words"])
     assert len({swapped["value"], *values.values()}) == 5
+
+
+def test_a_column_that_an_older_run_ignored_is_ignored(text_run: Path, copy_of: Any) -> None:
+    folder = copy_of(text_run)
+    arguments = json.loads((folder / "run.json").read_text(encoding="utf-8"))["arguments"]
+    arguments["data"]["text_column_name"] = "text"
+    change_record(folder, arguments=arguments)
+    assert evaluate(folder)["results"] == evaluate(text_run)["results"]
 
 
 def test_validation_split_and_limits(image_run: Path, text_run: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
+from hf_imgproc_attn.training_support import trainer_setup
 from hf_imgproc_attn.training_support.arguments import ModelArguments
 from hf_imgproc_attn.training_support.model_setup import build_causal_lm, build_image_classifier
 from hf_imgproc_attn.training_support.tokenizer import train_tokenizer
@@ -97,3 +99,27 @@ def test_a_bandwidth_at_its_bound_is_told_once(
     said = [record.message for record in caplog.records if "reached a bound" in record.message]
     assert len(said) == 1
     assert name in said[0]
+
+
+def test_zero3_does_not_share_the_model_that_one_process_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of a run the first process reads the filters' numbers; the others would be waited for."""
+    from transformers.integrations import deepspeed
+
+    class Settings:
+        def is_zero3(self) -> bool:
+            return True
+
+    settings = Settings()
+    deepspeed.set_hf_deepspeed_config(settings)
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        trainer_setup, "saved_filters", lambda folder: seen.append((folder, deepspeed.is_deepspeed_zero3_enabled()))
+    )
+    run: Any = SimpleNamespace(training_args=SimpleNamespace(output_dir="here", hf_deepspeed_config=settings))
+    trainer: Any = SimpleNamespace(is_fsdp_enabled=False, is_deepspeed_enabled=True, model=torch.nn.Linear(1, 1))
+    try:
+        trainer_setup._filters(run, trainer)
+        assert seen == [("here", False)]
+        assert deepspeed.is_deepspeed_zero3_enabled()
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
