@@ -13,7 +13,8 @@ import sys
 # What Python, or a library that is imported before a process is forked, has read by then.
 READ = ("PYTHON", "OMP_", "MKL_", "OPENBLAS_", "TORCH", "TRITON", "CUDA", "LD_", "LC_", "LANG", "MPL")
 READ_BY_MORE = ("HF_", "HUGGING", "TRANSFORMERS_", "TOKENIZERS_", "ACCELERATE_")
-NOT_READ = ("PYTHONPATH", "TORCHELASTIC_", "TORCH_NCCL_")
+# The cache folder is read when something is compiled; torch itself sets it in a process that has compiled.
+NOT_READ = ("PYTHONPATH", "TORCHELASTIC_", "TORCH_NCCL_", "TORCHINDUCTOR_CACHE_DIR")
 OPTIONS = ("-I", "-P", "-u")
 """Options without a value that a forked process can have."""
 

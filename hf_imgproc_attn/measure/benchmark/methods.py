@@ -9,11 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ...functional import filter_attention
+from ...models.backend_call import Booster, Content, FilterCall
+from ...models.backend_table import run_filter
+from ...models.visibility import padding_visibility
 
 PLAIN = "plain SDPA"
 
@@ -71,13 +75,41 @@ def published_vision(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     return a @ (2 * value - a @ value)
 
 
-def twicing(backend: str) -> Attention:
-    """2A - A^2 by one of this package's back-ends."""
+def twicing(backend: str, steps: int = 2) -> Attention:
+    """I - (I - A)^steps, 2A - A^2 for two, by one of this package's back-ends."""
 
     def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool) -> torch.Tensor:
-        return filter_attention(query, key, value, is_causal=is_causal, boosting="twicing", backend=backend)
+        options: dict[str, Any] = {"boosting": "twicing", "boosting_steps": steps, "backend": backend}
+        return filter_attention(query, key, value, is_causal=is_causal, **options)
 
     return run
+
+
+def padded_twicing(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool) -> torch.Tensor:
+    """2A - A^2 of a padded batch, as a model computes it."""
+    content = Content("dot_product", query.shape[-1] ** -0.5)
+    seen = padding_visibility(padding(key), query.shape[-2], is_causal)
+    return run_filter(FilterCall(query, key, value, content, seen, booster=Booster("twicing", 2)), "auto")
+
+
+def padding(key: torch.Tensor) -> torch.Tensor:
+    """Whether each key is no padding, ``[batch, 1, 1, length]``: texts fill 7/8 of their rows, or in turn 3/4."""
+    batch, _, length, _ = key.shape
+    lengths = torch.tensor([length - length * (1 + index % 2) // 8 for index in range(batch)], device=key.device)
+    return torch.arange(length, device=key.device) < lengths.view(-1, 1, 1, 1)
+
+
+def _three_steps_exact(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool) -> torch.Tensor:
+    a, rest = matrix(query, key, is_causal), value
+    for _ in range(3):
+        rest = rest - a @ rest
+    return value - rest
+
+
+def _padded_exact(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool) -> torch.Tensor:
+    a = matrix(query, key, is_causal) * padding(key)
+    a = a / a.sum(-1, keepdim=True)
+    return a @ (2 * value - a @ value)
 
 
 def gaussian_features(query: torch.Tensor) -> Features:
@@ -133,6 +165,8 @@ def _bilateral_exact(make: Callable[[torch.Tensor], Features]) -> Attention:
 FILTERS: dict[str, Attention] = {
     "plain": _plain_exact,
     "twicing": published_language,
+    "twicing, 3 steps": _three_steps_exact,
+    "twicing, padded": _padded_exact,
     "bilateral gaussian": _bilateral_exact(gaussian_features),
     "bilateral untied": _bilateral_exact(untied_features),
 }
@@ -143,6 +177,8 @@ METHODS: dict[str, Method] = {
     PLAIN: Method(plain_sdpa, "plain", (2, 7)),
     "twicing, auto": Method(twicing("auto"), "twicing", (4, 14)),
     "twicing, blocked": Method(twicing("blocked"), "twicing", (4, 12)),
+    "twicing, 3 steps": Method(twicing("auto", 3), "twicing, 3 steps", (4, 13)),
+    "twicing, padded": Method(padded_twicing, "twicing, padded", (4, 14)),
     "twicing, two SDPA calls": Method(twicing("sdpa"), "twicing", (4, 14)),
     "twicing, triton": Method(twicing("triton"), "twicing", (4, 12)),
     "twicing, reference": Method(twicing("reference"), "twicing", (6, 14), dense=(3, 5)),
@@ -155,6 +191,8 @@ METHODS: dict[str, Method] = {
 FLOP_FLOORS: dict[str, tuple[float, float]] = {
     # S once, A V, A W; backward S again, dA, dQ, dK, H = A^T G and dV: 10 in place of 7.
     "twicing": (3 / 2, 10 / 7),
+    "twicing, 3 steps": (4 / 2, 13 / 7),
+    "twicing, padded": (3 / 2, 10 / 7),
     "plain": (1.0, 1.0),
     # Columns widen the product of the scores alone.
     "bilateral gaussian": ((1 + 8 / 64 + 1) / 2, (7 + 4 * 8 / 64) / 7),
