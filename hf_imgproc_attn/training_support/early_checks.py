@@ -16,6 +16,7 @@ from hf_imgproc_attn.training_support.model_setup import (
     label_fields,
     pair,
     parse_overrides,
+    what_chooses,
 )
 from hf_imgproc_attn.training_support.shared_tokens import check_shareable
 
@@ -46,7 +47,7 @@ def check_model(task: str, arguments: Arguments[Any]) -> None:
     model_class = row.our_class(row.head(TASKS[task].auto_class).variant)
     overrides = parse_overrides(args, config_class)
     check_ignored(overrides, arguments.data)
-    start = "config_overrides" if found is None else f"model_name_or_path {args.model_name_or_path!r}"
+    start = what_chooses(args) if found is None else f"model_name_or_path {args.model_name_or_path!r}"
     with torch.random.fork_rng(devices=[]), torch.device("meta"), as_usage_errors(start):
         if found is None:
             fields = {**row.new_model, **_known_sizes(row, arguments.data, overrides), **overrides}

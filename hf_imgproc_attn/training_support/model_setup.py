@@ -296,6 +296,17 @@ def label_fields(label_names: list[str]) -> dict[str, Any]:
     }
 
 
+def what_chooses(args: ModelArguments) -> str:
+    """The options that chose the configuration of a new model, for messages about it.
+
+    Args:
+        args: the model options.
+    """
+    words = [f"preset {args.preset!r}"] if args.preset else []
+    words += ["config_overrides"] if args.config_overrides or not words else []
+    return " with ".join(words)
+
+
 def new_model(task: str, args: ModelArguments, fields: dict[str, Any]) -> Any:
     """A new, small model of a task's backbone.
 
@@ -309,7 +320,7 @@ def new_model(task: str, args: ModelArguments, fields: dict[str, Any]) -> Any:
     """
     row = OF_TASK[task]
     model_class = row.our_class(row.head(TASKS[task].auto_class).variant)
-    with as_usage_errors("config_overrides"):
+    with as_usage_errors(what_chooses(args)):
         config = row.our_class(row.config).from_preset(args.preset or "softmax", **{**row.new_model, **fields})
         model = model_class(config)
         if args.paired_start:

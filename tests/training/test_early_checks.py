@@ -59,7 +59,9 @@ def refused(
 @pytest.mark.parametrize(
     ("task", "words", "message"),
     [
-        ("causal-lm", "--preset sinkhorn", "normalisation 'sinkhorn' scales rows and columns"),
+        ("causal-lm", "--preset sinkhorn", "preset 'sinkhorn': normalisation 'sinkhorn' scales rows and columns"),
+        ("image-classification", "--preset delta", "preset 'delta': boosting 'delta' corrects each token's value"),
+        ("causal-lm", "--preset robust --config_overrides n_head=3", "preset 'robust' with config_overrides: num_att"),
         ("recall", "--config_overrides normalisation=sinkhorn", "causal mask"),
         ("causal-lm", "--config_overrides n_head=3", "num_attention_heads must divide hidden_size"),
         ("recall", "--config_overrides boosting_steps=0", "boosting_steps"),
