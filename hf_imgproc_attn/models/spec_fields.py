@@ -377,11 +377,18 @@ def preset_in_words(config: Any) -> str:
 def refuse_near_misses(kwargs: dict[str, Any]) -> None:
     """Refuse unknown keywords that look like a mistyped filter field.
 
-    Transformers stores unknown keywords silently, so ``boosting_step=3`` would train another model than was asked for.
+    Transformers stores unknown keywords silently, so ``boosting_step=3``, or ``preset="twicing"`` in a constructor,
+    would train another model than was asked for.
 
     Raises:
         ValueError: naming the keyword and the field that was probably meant.
     """
+    if "preset" in kwargs:
+        name = kwargs["preset"]
+        raise ValueError(
+            f"unknown configuration field preset={name!r}; a preset is chosen by from_preset({name!r}, ...), or by "
+            "--preset of a command"
+        )
     for key in kwargs:
         if key in RUN_TIME_FIELDS:
             continue

@@ -240,6 +240,16 @@ def test_near_misses_of_our_fields(tiny: Callable[..., Any], wrong: str, meant: 
         tiny("softmax", **{wrong: 7})
 
 
+def test_a_preset_is_no_field_of_a_configuration(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    """Stored like any unknown keyword, it would name a variant that the model is not."""
+    config = tiny("softmax")
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"preset='rope'; a preset is chosen by from_preset\('rope', \.\.\.\)"):
+        type(config)(preset="rope")
+    with pytest.raises(ValueError, match="unknown configuration field preset='twicing'"):
+        type(config).from_pretrained(tmp_path, preset="twicing")
+
+
 def test_near_misses_are_refused_when_a_folder_is_loaded(tiny: Callable[..., Any], tmp_path: Path) -> None:
     """An override beside a saved configuration is as easily mistyped."""
     config = tiny("twicing")
