@@ -46,14 +46,14 @@ class KeyRuns(NamedTuple):
             part.fill_(value)
 
 
-def key_runs(hidden: torch.Tensor | None, key_length: int) -> KeyRuns | None:
+def key_runs(hidden: torch.Tensor, key_length: int) -> KeyRuns | None:
     """The runs of hidden keys; None where they are many, differ between heads, or could not be read without waiting.
 
     Args:
-        hidden: boolean ``[batch or 1, heads or 1, length or 1, key_length or 1]``, or None for no key.
+        hidden: boolean ``[batch or 1, heads or 1, length or 1, key_length or 1]``.
         key_length: number of keys.
     """
-    if hidden is None or hidden.device.type != "cpu" or tuple(hidden.shape[1:]) != (1, 1, key_length):
+    if hidden.device.type != "cpu" or tuple(hidden.shape[1:]) != (1, 1, key_length):
         return None
     edges = torch.nn.functional.pad(hidden[:, 0, 0].to(torch.int8), (1, 1)).diff(dim=-1).nonzero()
     if len(edges) > 2 * MOST_RUNS * hidden.shape[0]:

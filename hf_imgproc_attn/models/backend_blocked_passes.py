@@ -149,11 +149,11 @@ class Inputs:
         self.key_heads = KeyHeads(plan.heads // plan.key_heads)
         self._all = tuple(flat(x, dtype) for x in (*tensors[:3], streams))
         self._past = None if tensors.past is None else flat(tensors.past, dtype)
-        self._hidden = None
+        self._hidden = self._runs = None
         hidden = call.visibility.hidden
         if hidden is not None:
             self._hidden = flat(hidden.expand(plan.batch, plan.heads, 1, plan.key_length), torch.bool).mT
-        self._runs = key_runs(hidden, plan.key_length)
+            self._runs = key_runs(hidden, plan.key_length)
 
     def start(self, group: Group) -> None:
         """Turn to a group."""

@@ -203,9 +203,9 @@ LEAST_WORK = 2**21
 MOST_THREADS = 8
 """With more, a batched product has a matrix for each of them."""
 
-LONGEST_SUM = 1024
+LONGEST_SUM = 384
 """Terms of a sum that oneDNN adds at once: its error grows with their number (1.4 times that of ``torch.bmm`` for 384
-terms, 1.6 times for 1,024, 2.2 times for 2,048). Pieces are copied first: in those of 384 products take half as long
+terms, 1.7 times for 1,024, 2.2 times for 2,048). Pieces are copied first: in those of 384 products take half as long
 again."""
 LEAST_COLUMNS = 32
 """Columns from which on sums in pieces are faster than ``torch.bmm``."""

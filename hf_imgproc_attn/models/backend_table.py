@@ -212,7 +212,7 @@ def run_filter(call: FilterCall, backend: str, option: str = "backend") -> torch
     """
     if call.difference is not None:
         first, other = (run_filter(part, backend, option) for part in call.maps() if part is not None)
-        return (first - call.difference.share * other).to(first.dtype)
+        return torch.addcmul(first, call.difference.share, other, value=-1.0).to(first.dtype)
     if call.booster.name in ONE_PASS:
         return call.finish(run_filter(call.plain(), backend, option))
     if call.booster.name != "none" and getattr(call.streams, "applies_apart", False):

@@ -144,7 +144,8 @@ def inversion(
     if gain is None:
         return smooth
     alpha, beta = gain.unbind(0)
-    return (alpha * smooth + beta * (value - smooth)).to(smooth.dtype)
+    # As (alpha - beta) A V + beta V it makes half the temporaries, and gradients, of the size of the values.
+    return torch.addcmul((alpha - beta) * smooth, beta, value.to(smooth.dtype)).to(smooth.dtype)
 
 
 def exclusive(

@@ -106,7 +106,12 @@ def image_settings(options: argparse.Namespace) -> ImageSettings:
     given: dict[str, Any] = {name: getattr(options, name) for name in _IMAGE_OPTIONS}
     given["corruptions"] = _corruptions(given["corruptions"], given["frost_pictures"])
     given["attacks"] = _or_none(given["attacks"], ("fgsm", "pgd"))
-    return ImageSettings(**_chosen({**given, "batch_size": options.batch_size, "seed": options.seed}))
+    settings = ImageSettings(**_chosen({**given, "batch_size": options.batch_size, "seed": options.seed}))
+    if "frost" in settings.corruptions:  # before any data are read
+        from .corruptions import frost_photographs
+
+        frost_photographs(settings.frost_pictures)
+    return settings
 
 
 def text_settings(options: argparse.Namespace) -> TextSettings:

@@ -46,7 +46,6 @@ def test_runs_are_the_hidden_keys() -> None:
             runs.fill_(filled, group, 0.0, first)
             expected = (~hidden[..., first:]).float().mT.expand(2, HEADS, -1, 3).flatten(0, 1)
             assert torch.equal(filled, expected)
-    assert key_runs(None, LENGTH) is None
     assert key_runs(hidden.expand(2, HEADS, 1, LENGTH), LENGTH) is None
     assert key_runs(hidden[..., :1], LENGTH) is None
 

@@ -104,6 +104,7 @@ def run_attention(
             if PLAIN not in calls:
                 raise RuntimeError(f"plain attention is {skipped[PLAIN]}")
             spreads = interleave(calls, PLAIN, budget=limits.budget, device=device)
+            gc.collect()  # looks through all that is imported, which takes longer than small cases
             for name in names:
                 floors = FLOP_FLOORS[METHODS[name].filter]
                 common = {
@@ -116,7 +117,7 @@ def run_attention(
                 if name in skipped:
                     yield Row(**common, skipped=skipped[name])  # type: ignore[arg-type]
                     continue
-                gc.collect()
+                gc.collect(1)
                 yield Row(
                     **common,  # type: ignore[arg-type]
                     **spreads[name].fields(),
