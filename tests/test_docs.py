@@ -166,3 +166,17 @@ def test_costs_of_which_filter_are_those_of_the_record() -> None:
     for name in {method for method, _ in ratios} - {"plain"}:
         (line,) = re.findall(rf"^\| \w+ [^|]*`{name}`[^|]*\| ([^|]*)\|", page, re.MULTILINE)
         assert line.startswith(" / ".join(ratios.get((name, causal), "–") for causal in (True, False))), name
+
+
+def test_costs_where_memory_is_kept_are_those_of_the_record() -> None:
+    record = json.loads((ROOT / "docs" / "benchmark_axes_memory.json").read_text(encoding="utf-8"))
+    ratios = {
+        row["method"]: f"{row['ratio']:.2f}"
+        for row in record["rows"]
+        if row["direction"] == "forward + backward" and not row["case"].startswith("causal")
+    }
+    page = (ROOT / "docs" / "which-filter.md").read_text(encoding="utf-8")
+    sentence = page.partition("(benchmark_axes_memory.json)")[2].partition("\n\n")[0]
+    said = re.findall(r"`(\w+)` ([\d.]+)[,.]", sentence)
+    assert len(said) > 5
+    assert said == [(name, ratios[name]) for name, _ in said]
