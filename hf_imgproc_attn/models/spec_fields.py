@@ -384,11 +384,8 @@ def refuse_near_misses(kwargs: dict[str, Any]) -> None:
         ValueError: naming the keyword and the field that was probably meant.
     """
     if "preset" in kwargs:
-        name = kwargs["preset"]
-        raise ValueError(
-            f"unknown configuration field preset={name!r}; a preset is chosen by from_preset({name!r}, ...), or by "
-            "--preset of a command"
-        )
+        name = repr(kwargs["preset"])
+        raise ValueError(f"unknown configuration field preset={name}; presets are for from_preset({name}) or --preset")
     for key in kwargs:
         if key in RUN_TIME_FIELDS:
             continue

@@ -244,7 +244,7 @@ def test_a_preset_is_no_field_of_a_configuration(tiny: Callable[..., Any], tmp_p
     """Stored like any unknown keyword, it would name a variant that the model is not."""
     config = tiny("softmax")
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"preset='rope'; a preset is chosen by from_preset\('rope', \.\.\.\)"):
+    with pytest.raises(ValueError, match=r"preset='rope'; presets are for from_preset\('rope'\)"):
         type(config)(preset="rope")
     with pytest.raises(ValueError, match="unknown configuration field preset='twicing'"):
         type(config).from_pretrained(tmp_path, preset="twicing")
