@@ -199,6 +199,16 @@ def _trial(layer: Any) -> Any:
     return made
 
 
+def _layer_of(cache: Any, layer_idx: int) -> Any:
+    """A layer of a cache, which is made where the cache makes its layers as they are used.
+
+    None where it keeps nothing: Transformers 5.17 leaves such layers out, newer versions put a dummy there.
+    """
+    while len(cache.layers) <= layer_idx and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    return cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+
+
 def follow_layer(cache: Any, layer_idx: int, kind: str | None, owner: CacheOwner | None = None) -> Any:
     """Make a layer of a cache keep streams, before the layer's keys are stored.
 
@@ -216,10 +226,7 @@ def follow_layer(cache: Any, layer_idx: int, kind: str | None, owner: CacheOwner
         ValueError: if the layer holds tokens whose streams are missing, or those of another filter or model, or none
             ever, since the model shares those of an earlier layer.
     """
-    while len(cache.layers) <= layer_idx and cache.layer_class_to_replicate is not None:
-        cache.layers.append(cache.layer_class_to_replicate())
-    # Transformers 5.17 leaves such layers out, newer versions put a dummy there.
-    layer: Any = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    layer = _layer_of(cache, layer_idx)
     if not hasattr(layer, "get_seq_length"):
         raise ValueError(
             f"past_key_values keeps nothing in layer {layer_idx}, which attends to the keys and values of an earlier "
@@ -250,9 +257,7 @@ def follow_stock_layer(cache: Any, layer_idx: int) -> None:
     cache = getattr(cache, "self_attention_cache", cache)
     if cache is None or not RESETS_HALFWAY:
         return
-    while len(cache.layers) <= layer_idx and cache.layer_class_to_replicate is not None:
-        cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[layer_idx]
+    layer = _layer_of(cache, layer_idx)
     if type(layer) is DynamicLayer and not torch.compiler.is_compiling():
         layer.__class__ = AnewLayer
     elif hasattr(layer, "_quantize"):

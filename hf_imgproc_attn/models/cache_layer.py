@@ -16,14 +16,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import StaticLayer
 
-from .cache_older import mended
+from .cache_older import AnewLayer
 from .cache_rows import GrowingRows
 from .spec_axes import FILTER_LAYER_TYPE
 
 
-class GrowingLayer(DynamicLayer):
+class GrowingLayer(AnewLayer):
     """The stock growing cache, which does not copy all keys and values for every token."""
 
     def __init__(self, **kwargs: Any) -> None:
@@ -47,11 +47,8 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = keys, values
         return keys, values
 
-    def crop(self, tokens_to_remove: int) -> None:
-        mended(DynamicLayer, "crop")(self, tokens_to_remove)
-
     def reset(self) -> None:
-        mended(DynamicLayer, "reset")(self)
+        super().reset()
         self._growing = {}
 
 
