@@ -25,8 +25,6 @@ from .cache_older import (
     AnewLayer,
     attribute_names,
     mended,
-    reorder_quantised,
-    reorders_halfway,
     seen_rows,
 )
 from .cache_owner import CacheOwner
@@ -138,8 +136,6 @@ def _quantised_class(layer_class: Any) -> Any:
         return stored if isinstance(stored, torch.Tensor) and not stored.numel() else dequantise(self, stored)
 
     methods: dict[str, Any] = {"_quantize": _quantize, "_dequantize": _dequantize, "_layer_type": None}
-    if reorders_halfway(layer_class):
-        methods["reorder_cache"] = reorder_quantised
     methods["__reduce_ex__"] = _made_anew(_quantised_class, layer_class)
     return type(f"Stream{layer_class.__name__}", (layer_class,), methods)
 
