@@ -69,7 +69,7 @@ def mended(layer_class: Any, name: str) -> Callable[..., Any]:
 class AnewLayer(DynamicLayer):
     """The stock growing layer, which starts anew and is not cut while it is empty."""
 
-    _layer_type = None
+    _layer_type: str | None = None
     crop = mended(DynamicLayer, "crop")
     reset = mended(DynamicLayer, "reset")
 
