@@ -79,7 +79,7 @@ def training_options(draw: Any) -> list[str]:
 @pytest.fixture(scope="module", autouse=True)
 def _one_parser() -> Iterator[None]:
     """The parser of all commands takes longer to build than to use."""
-    with mock.patch.object(cli, "build_parser", lambda: parser):
+    with mock.patch.object(cli, "build_parser", return_value=parser):
         yield
 
 
