@@ -20,6 +20,7 @@ from hf_imgproc_attn.measure.gpu_check.choices import (
     cuda_choices,
 )
 from hf_imgproc_attn.measure.gpu_check.goals import GOALS, goal_lines
+from hf_imgproc_attn.measure.gpu_check.rehearsal import read_rehearsal
 from hf_imgproc_attn.models import backend_measured
 from hf_imgproc_attn.models.backend_measured import SAFE, cuda_order
 from tests.helpers import ROOT
@@ -110,10 +111,28 @@ def a_record() -> Record:
     }  # fmt: skip
 
 
+def test_a_rehearsal_stands_on_the_page_until_a_gpu_was_measured() -> None:
+    rehearsed = a_record()
+    rehearsed["parts"].pop("e")
+    lines = report.page(None, rehearsed).splitlines()
+    assert any(line.startswith("| Back-ends against float64") and line.count(" 1 |") == 3 for line in lines)
+    assert next(line for line in lines if line.startswith("| Back-ends")).rstrip(" |").endswith("2")
+    assert next(line for line in lines if line.startswith("| A small training")).rstrip(" |").endswith("all")
+    assert "has not yet run on a GPU" in " ".join(lines)
+    assert report.page(a_record(), rehearsed) == report.page(a_record())
+
+
+def test_the_committed_rehearsal_ran_to_its_end() -> None:
+    record = read_rehearsal(ROOT)
+    assert record is not None
+    assert record["environment"]["device"]["type"] == "cpu"
+    assert report.is_complete(record)
+
+
 def test_committed_pages_are_what_the_committed_record_says() -> None:
     path = ROOT / "docs" / "gpu.json"
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    assert (ROOT / report.PAGE).read_text(encoding="utf-8") == report.page(record)
+    assert (ROOT / report.PAGE).read_text(encoding="utf-8") == report.page(record, read_rehearsal(ROOT))
     compatibility = (ROOT / report.COMPATIBILITY).read_text(encoding="utf-8")
     assert report.paragraph(record).join(report.PARAGRAPH_MARKS) in compatibility
     table = (ROOT / report.TABLE).read_text(encoding="utf-8")

@@ -17,6 +17,7 @@ from ...markdown_tables import table_lines
 from .choices import algorithms_source, cuda_choices
 from .goals import decoding_rows, goal_lines
 from .parts import BAD, MEASURED, PARTS, STATUSES
+from .rehearsal import read_rehearsal, rehearsal_lines
 
 COMMAND = "imgproc-attn gpu-check"
 ROOT = Path(__file__).resolve().parents[3]
@@ -42,7 +43,7 @@ def render(path: Path, root: Path = ROOT) -> list[Path]:
         raise UsageError(f"--output must be a record of gpu-check, got {str(path)!r}: {error!r}") from error
     if not is_cuda:
         raise UsageError(f"--output must be the record of a GPU, got {str(path)!r}, of a rehearsal on the CPU")
-    (root / PAGE).write_text(page(record), encoding="utf-8")
+    (root / PAGE).write_text(page(record, read_rehearsal(root)), encoding="utf-8")
     replace_between(root / COMPATIBILITY, PARAGRAPH_MARKS, paragraph(record))
     replace_between(root / TABLE, TABLE_MARKS, table_source(record))
     replace_between(root / ALGORITHMS, TABLE_MARKS, algorithms_source(record))
@@ -88,14 +89,13 @@ def is_complete(record: Record) -> bool:
     )
 
 
-def page(record: Record | None) -> str:
-    """``docs/gpu.md``."""
+def page(record: Record | None, rehearsed: Record | None = None) -> str:
+    """``docs/gpu.md``: from a GPU's record, or from that of a rehearsal where there is none."""
     lines = ["# On a GPU", "", "Written from `docs/gpu.json`, which this command makes on a machine with a GPU:", ""]
     lines += ["```bash", COMMAND, f"{COMMAND} --render", "```", ""]
     if record is None:
-        lines += ["Not measured: this version of the package has not yet run on a GPU. What will stand here:", ""]
-        lines += [f"- {part.title}" for part in PARTS]
-        return "\n".join([*lines, ""])
+        lines += ["Not measured: this version of the package has not yet run on a GPU.", ""]
+        return "\n".join([*lines, *rehearsal_lines(rehearsed), ""])
     lines += [_what_was_measured(record), ""]
     lines += ["What it is to reach, × plain attention or the stock model:", ""]
     lines += [*(f"- {line}" for line in goal_lines(record)), ""]
