@@ -13,11 +13,12 @@ from .backend_blocked_backward import Gradients
 from .backend_blocked_delta import refuses as delta_refuses
 from .backend_blocked_delta import run as run_delta
 from .backend_blocked_dense import dense_passes, differentiable_gradients
+from .backend_blocked_difference import DifferenceFilter, Maps, arguments, dense_difference
 from .backend_blocked_normalised import WEIGHTS
 from .backend_blocked_passes import Call, Computed, Tensors, forward_passes, recurrence
 from .backend_blocked_plan import Plan, make_plan
 from .backend_blocked_rows import RowsCall, RowsFilter, dense_rows
-from .backend_call import Booster, Content, FilterCall, is_transformed, without_autocast
+from .backend_call import Booster, Content, Difference, FilterCall, is_transformed, without_autocast
 from .backend_sdpa import augment
 from .boost_operators import ONE_PASS
 from .boost_weights import ByWeights, LocalLinear
@@ -72,6 +73,8 @@ def run(call: FilterCall, *, block_rows: int | None = None, group_pairs: int | N
     Raises:
         ValueError: for a boosted filter with more keys than queries but not the earlier keys' streams.
     """
+    if call.difference is not None:
+        return _difference(call, call.difference, block_rows, group_pairs)
     if call.booster.name in ONE_PASS:
         return call.finish(run(call.plain(), block_rows=block_rows, group_pairs=group_pairs))
     positions, products = _as_products(call)
@@ -116,6 +119,36 @@ def _as_products(call: FilterCall) -> tuple[BlockedPositions | None, FilterCall]
 
 
 @torch.compiler.disable
+def _difference(call: FilterCall, other: Difference, block_rows: int | None, group_pairs: int | None) -> torch.Tensor:
+    """The first map minus lambda times the second: ``[batch, heads, length, d]`` in the value's dtype."""
+    alone = call._replace(difference=None)
+    # The second map filters the same values: none have to be repeated for it.
+    second = alone._replace(query=other.query, key=other.key, value=other.key[..., :0])
+    (positions, mine), (again, its) = _as_products(alone), _as_products(second)
+    first_call = _blocked_call(mine, positions, 0, block_rows, group_pairs)
+    cut = first_call.plan.block_rows, first_call.plan.group_pairs
+    maps = Maps(first_call, _blocked_call(its, again, 0, *cut))
+    tensors = [
+        Tensors(
+            given.query,
+            given.key,
+            given.value,
+            given.visibility.bias,
+            None,
+            given.sinks,
+            () if places is None else places.parameters(),
+        )
+        for given, places in ((mine, positions), (its, again))
+    ]
+    given = arguments(*tensors)
+    with without_autocast(call.query.device.type):
+        if is_transformed((mine.value, other.share, *given)):
+            return dense_difference(maps, tuple(tensors), other.share)
+        output: torch.Tensor = DifferenceFilter.apply(mine.value, other.share, maps, *given)
+    return output
+
+
+@torch.compiler.disable
 def _by_weights(
     given: FilterCall,
     positions: BlockedPositions | None,
@@ -150,8 +183,8 @@ def _blocked_call(
     Args:
         given: plain inner products, and at most a bias beside them.
         positions: those that are a function of places.
-        extra: streams x_1, x_2, ... of a booster that is linear in V; None for other boosters, which visit each block
-            once and do more than products there.
+        extra: streams x_1, x_2, ... of a booster that is linear in V, 0 without; None for other boosters, which visit
+            each block once and do more than products there.
         block_rows: see :func:`run`.
         group_pairs: see :func:`run`.
     """
