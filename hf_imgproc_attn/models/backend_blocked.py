@@ -128,24 +128,19 @@ def _difference(call: FilterCall, other: Difference, block_rows: int | None, gro
     first_call = _blocked_call(mine, positions, 0, block_rows, group_pairs)
     cut = first_call.plan.block_rows, first_call.plan.group_pairs
     maps = Maps(first_call, _blocked_call(its, again, 0, *cut))
-    tensors = [
-        Tensors(
-            given.query,
-            given.key,
-            given.value,
-            given.visibility.bias,
-            None,
-            given.sinks,
-            () if places is None else places.parameters(),
-        )
-        for given, places in ((mine, positions), (its, again))
-    ]
+    tensors = _tensors(mine, positions), _tensors(its, again)
     given = arguments(*tensors)
     with without_autocast(call.query.device.type):
         if is_transformed((mine.value, other.share, *given)):
-            return dense_difference(maps, tuple(tensors), other.share)
+            return dense_difference(maps, tensors, other.share)
         output: torch.Tensor = DifferenceFilter.apply(mine.value, other.share, maps, *given)
     return output
+
+
+def _tensors(given: FilterCall, positions: BlockedPositions | None) -> Tensors:
+    """What a call of plain products computes with, where no streams come in."""
+    parameters = () if positions is None else positions.parameters()
+    return Tensors(given.query, given.key, given.value, given.visibility.bias, None, given.sinks, parameters)
 
 
 @torch.compiler.disable
