@@ -26,13 +26,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .backend_blocked_dense import dense_dropout_factors, dense_logits, differentiable_gradients
+from .backend_blocked_dense import dense_dropout_factors, dense_logits
 from .backend_blocked_passes import Call, Inputs, Tensors
 from .backend_blocked_plan import Block
 from .backend_blocked_weights import Buffer, KeySums, Weights, flat
 from .backend_call import FilterCall, is_transformed, without_autocast
 from .backend_reference import filter_matrix
 from .boost_delta import DenseDelta, hidden_rows, strictly_before
+from .boost_derivatives import differentiable_gradients
 from .cache_streams import boost_stream
 from .kernel_content import CONTENT_COLUMNS
 from .kernel_normalisation import Normalisation
