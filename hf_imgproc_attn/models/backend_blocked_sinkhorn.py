@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .backend_blocked_dense import dense_logits, differentiable_gradients
+from .backend_blocked_dense import dense_logits
 from .backend_blocked_passes import Call, Inputs, Tensors
 from .backend_blocked_plan import Block
 from .backend_blocked_weights import LOG2_E, Buffer, KeySums, Weights
 from .backend_call import FilterCall, is_transformed, without_autocast
+from .boost_derivatives import differentiable_gradients
 from .kernel_given import FeaturePositions
 from .kernel_normalisation import Normalisation, sinkhorn_steps
 
