@@ -22,7 +22,7 @@ from .backend_sdpa import augment
 from .boost_operators import ONE_PASS
 from .boost_weights import ByWeights, LocalLinear
 from .cache_streams import boost_stream
-from .kernel_content import CONTENT_COLUMNS, HALF_DTYPES
+from .kernel_content import HALF_DTYPES
 from .kernel_position import BlockedPositions
 
 
@@ -34,8 +34,6 @@ def refuses(call: FilterCall) -> str | None:
     by_weights, call = call.by_weights, call._replace(by_weights=None)
     if call.content.softcap is not None or call.normalisation.name not in WEIGHTS:
         return call.own_softmax
-    if (call.sinks is not None or call.normalisation.name != "softmax") and _lacks_row_constants(call):
-        return "has columns that lack a number a row, which these weights depend on"
     if by_weights is not None:
         return None if key_length >= length else f"takes the queries for the last tokens, got {key_length} keys"
     if call.booster.gain is not None and call.query.dtype in HALF_DTYPES:
@@ -46,12 +44,6 @@ def refuses(call: FilterCall) -> str | None:
     if key_length < length and (call.is_boosted or call.visibility.causal):
         return f"takes the queries for the last tokens, each with a key, got {key_length} keys for {length} queries"
     return None
-
-
-def _lacks_row_constants(call: FilterCall) -> bool:
-    """Whether columns are known up to a number a row: those of Gaussian contents, or of a second term of places."""
-    by_place = [term for term in call.positions if isinstance(term, BlockedPositions)]
-    return len(by_place) > 1 or CONTENT_COLUMNS[call.content.kernel] is not None
 
 
 def run(call: FilterCall, *, block_rows: int | None = None, group_pairs: int | None = None) -> torch.Tensor:
