@@ -116,9 +116,9 @@ UNTESTED = (
     ),
     Untested(
         "The other presets in the other studies",
-        "Only the digits have nearly all of them; the tables name those of the other studies. How MiniLM recovers step "
-        "by step has no record: [Models of other people](any-model.md) has what it reaches with three seeds; Llama and "
-        "GPT-2 have recovery curves ([Converting](converting.md)).",
+        "Only the digits have nearly all of them; the tables name those of the other studies. How MiniLM recovers "
+        "step by step has no record: [Models of other people](any-model.md) has what it reaches with three seeds; "
+        "Llama and GPT-2 have recovery curves ([Converting](converting.md)).",
     ),
     Untested(
         "Over-smoothing of language models and of segmentation",
