@@ -35,7 +35,7 @@ from hf_imgproc_attn.study.study_file import read_study
 from hf_imgproc_attn.study.subjects import SUBJECTS
 from hf_imgproc_attn.study.table import Row, Table, autoattack_gaps, build_tables
 from hf_imgproc_attn.training_support.arguments import ModelArguments
-from hf_imgproc_attn.training_support.model_setup import new_model
+from hf_imgproc_attn.training_support.model_start import new_model
 from tests.helpers import ROOT
 
 PAGE = ROOT / "docs" / "what-holds.md"
