@@ -12,13 +12,14 @@ import torch
 from .backend_blocked_backward import Gradients
 from .backend_blocked_delta import refuses as delta_refuses
 from .backend_blocked_delta import run as run_delta
-from .backend_blocked_dense import dense_passes, differentiable_gradients
+from .backend_blocked_dense import dense_passes
 from .backend_blocked_normalised import WEIGHTS
 from .backend_blocked_passes import Call, Computed, Tensors, forward_passes, recurrence
 from .backend_blocked_plan import Plan, make_plan
 from .backend_blocked_rows import RowsCall, RowsFilter, dense_rows
 from .backend_call import Booster, Content, FilterCall, is_transformed, without_autocast
 from .backend_sdpa import augment
+from .boost_derivatives import differentiable_gradients
 from .boost_operators import ONE_PASS
 from .boost_weights import ByWeights, LocalLinear
 from .cache_streams import boost_stream

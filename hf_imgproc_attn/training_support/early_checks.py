@@ -5,16 +5,14 @@ from typing import Any
 from hf_imgproc_attn.backbones import GPT2, OF_TASK, TASKS, VIT, Backbone
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.training_support.arguments import Arguments, ModelArguments
+from hf_imgproc_attn.training_support.block_size import DEFAULT_BLOCK_SIZE
 from hf_imgproc_attn.training_support.foreign_models import check_foreign, is_own
-from hf_imgproc_attn.training_support.model_setup import (
-    DEFAULT_BLOCK_SIZE,
-    DEFAULT_MAX_LENGTH,
+from hf_imgproc_attn.training_support.model_setup import DEFAULT_MAX_LENGTH, default_patch_size, pair
+from hf_imgproc_attn.training_support.model_start import (
     as_usage_errors,
     check_preset,
     check_start,
-    default_patch_size,
     label_fields,
-    pair,
     parse_overrides,
     what_chooses,
 )

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_imgproc_attn.backbones import OF_TASK, TASKS
-from hf_imgproc_attn.training_support.model_setup import parse_overrides
+from hf_imgproc_attn.training_support.model_start import parse_overrides
 from hf_imgproc_attn.training_support.trainer_arguments import build_training_arguments
 from tests.helpers import ROOT
 from tests.training.conftest import random_images
