@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .backend_blocked_dense import dense_map, differentiable_gradients
+from .backend_blocked_dense import dense_map
 from .backend_blocked_logits import LogitsGradients, no_streams
 from .backend_blocked_passes import Call, Inputs, Tensors
 from .backend_blocked_plan import Block, Group, multiply
 from .backend_blocked_weights import Buffer, KeySums, flat
+from .boost_derivatives import differentiable_gradients
 
 
 class Maps(NamedTuple):
