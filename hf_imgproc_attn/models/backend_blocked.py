@@ -13,6 +13,7 @@ from .backend_blocked_backward import Gradients
 from .backend_blocked_delta import refuses as delta_refuses
 from .backend_blocked_delta import run as run_delta
 from .backend_blocked_dense import dense_passes, differentiable_gradients
+from .backend_blocked_hidden import key_runs
 from .backend_blocked_normalised import WEIGHTS
 from .backend_blocked_passes import Call, Computed, Tensors, forward_passes, recurrence
 from .backend_blocked_plan import Plan, make_plan
@@ -174,7 +175,10 @@ def _blocked_call(
     largest_bias = None if visibility.bias is None else visibility.largest_seen(visibility.bias)
     if largest_bias is not None and not is_softmax:
         largest_bias = torch.zeros_like(largest_bias)
-    return Call(plan, booster, visibility._replace(bias=None), largest_bias, positions, name, is_softmax)
+    runs = None if visibility.hidden is None else key_runs(visibility.hidden, plan.key_length)
+    if group_pairs is None and extra is not None and runs is not None and len(runs.runs) > 1:
+        plan = plan.by_sample()
+    return Call(plan, booster, visibility._replace(bias=None), largest_bias, positions, name, is_softmax, runs)
 
 
 @torch.compiler.disable  # a generator a block, and a backward of its own: a graph break costs less than tracing it
