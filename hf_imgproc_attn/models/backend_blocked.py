@@ -12,7 +12,7 @@ import torch
 from .backend_blocked_backward import Gradients
 from .backend_blocked_delta import refuses as delta_refuses
 from .backend_blocked_delta import run as run_delta
-from .backend_blocked_dense import dense_passes, differentiable_gradients
+from .backend_blocked_dense import dense_passes
 from .backend_blocked_hidden import key_runs
 from .backend_blocked_normalised import WEIGHTS
 from .backend_blocked_passes import Call, Computed, Tensors, forward_passes, recurrence
@@ -20,10 +20,11 @@ from .backend_blocked_plan import Plan, make_plan
 from .backend_blocked_rows import RowsCall, RowsFilter, dense_rows
 from .backend_call import Booster, Content, FilterCall, is_transformed, without_autocast
 from .backend_sdpa import augment
+from .boost_derivatives import differentiable_gradients
 from .boost_operators import ONE_PASS
 from .boost_weights import ByWeights, LocalLinear
 from .cache_streams import boost_stream
-from .kernel_content import CONTENT_COLUMNS, HALF_DTYPES
+from .kernel_content import HALF_DTYPES
 from .kernel_position import BlockedPositions
 
 
@@ -35,8 +36,6 @@ def refuses(call: FilterCall) -> str | None:
     by_weights, call = call.by_weights, call._replace(by_weights=None)
     if call.content.softcap is not None or call.normalisation.name not in WEIGHTS:
         return call.own_softmax
-    if (call.sinks is not None or call.normalisation.name != "softmax") and _lacks_row_constants(call):
-        return "has columns that lack a number a row, which these weights depend on"
     if by_weights is not None:
         return None if key_length >= length else f"takes the queries for the last tokens, got {key_length} keys"
     if call.booster.gain is not None and call.query.dtype in HALF_DTYPES:
@@ -47,12 +46,6 @@ def refuses(call: FilterCall) -> str | None:
     if key_length < length and (call.is_boosted or call.visibility.causal):
         return f"takes the queries for the last tokens, each with a key, got {key_length} keys for {length} queries"
     return None
-
-
-def _lacks_row_constants(call: FilterCall) -> bool:
-    """Whether columns are known up to a number a row: those of Gaussian contents, or of a second term of places."""
-    by_place = [term for term in call.positions if isinstance(term, BlockedPositions)]
-    return len(by_place) > 1 or CONTENT_COLUMNS[call.content.kernel] is not None
 
 
 def run(call: FilterCall, *, block_rows: int | None = None, group_pairs: int | None = None) -> torch.Tensor:

@@ -211,7 +211,8 @@ class _Listener(ThreadingHTTPServer):
     def __init__(self, hub: HubServer, on_storage: bool) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.hub, self.on_storage = hub, on_storage
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        # Another name, not only another port: before version 2, the client tells the storage from the Hub by its host.
+        self.url = f"http://{'localhost' if on_storage else '127.0.0.1'}:{self.server_address[1]}"
         self.connections: set[socket.socket] = set()
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
 

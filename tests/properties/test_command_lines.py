@@ -6,8 +6,10 @@ import argparse
 import contextlib
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import hypothesis
 import pytest
@@ -72,6 +74,13 @@ def training_options(draw: Any) -> list[str]:
         return [name, "--config", draw(st.sampled_from(["nowhere.yaml", ".", "", "\udcff", "/"]))]
     value = draw(st.sampled_from(["boosting_steps", "=", "boosting_step=3", "=3", "\udcff=1", "é=1"]))
     return [name, "--config_overrides", value]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_parser() -> Iterator[None]:
+    """The parser of all commands takes longer to build than to use."""
+    with mock.patch.object(cli, "build_parser", return_value=parser):
+        yield
 
 
 def not_a_number(word: str) -> bool:
