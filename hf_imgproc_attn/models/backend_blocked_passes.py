@@ -182,15 +182,14 @@ class Inputs:
         """x_1, x_2, ... of the queries side by side, ``[pairs, length, (k - 1) * d]``: a view of what is saved."""
         self.all = self.own if self._past is None else torch.cat([self._past[group.pairs], self.own], dim=1)
         """The same of all keys, 0 where a key is hidden."""
-        self.hidden, self._span = None, None
+        self._span, hidden = None, None if self._hidden is None else self._hidden[group.pairs]
+        self.hidden = hidden
         if self._runs is not None and self._leaves_out:
             self._span = self._runs.span(group, self.plan.key_length)
-        if self._hidden is not None:
-            self.hidden = self._hidden[group.pairs]
-        if self._hidden is not None and not self.is_full:
-            self.key, self.value = self._clean(self.key, self.hidden), self._clean(self.value, self.hidden)
+        if hidden is not None and not self.is_full:
+            self.key, self.value = self._clean(self.key, hidden), self._clean(self.value, hidden)
             if self.own.shape[-1]:
-                self.all = self._clean(self.all, self.hidden)
+                self.all = self._clean(self.all, hidden)
 
     @property
     def is_full(self) -> bool:
