@@ -14,6 +14,7 @@ from .cache_streams import NO_STREAMS, Streams, boost_stream
 from .kernel_content import CONTENT_COLUMNS, working_dtype
 from .kernel_normalisation import Normalisation
 from .kernel_position import BlockedPositions, Positions
+from .spec_axes import MAX_BOOSTING_STEPS
 from .visibility import Visibility, four_axes
 
 
@@ -307,8 +308,9 @@ def check_options(boosting: str, boosting_steps: int, dropout: float) -> None:
     if boosting not in known:
         why = ", whose factors are parameters of a layer" if boosting in WITH_FACTORS else ""
         raise ValueError(f"boosting must be one of {', '.join(known)}, got {boosting!r}{why}")
-    if isinstance(boosting_steps, bool) or not isinstance(boosting_steps, int) or boosting_steps < 1:
-        raise ValueError(f"boosting_steps must be an integer >= 1, got {boosting_steps!r}")
+    is_int = isinstance(boosting_steps, int) and not isinstance(boosting_steps, bool)
+    if not is_int or not 1 <= boosting_steps <= MAX_BOOSTING_STEPS:
+        raise ValueError(f"boosting_steps must be an integer >= 1 and <= {MAX_BOOSTING_STEPS}, got {boosting_steps!r}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout!r}")
 
