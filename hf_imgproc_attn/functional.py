@@ -87,6 +87,7 @@ def filter_attention(  # noqa: PLR0913  # in the form of scaled_dot_product_atte
         words={"boosting": boosting, "backend": backend},
     )
     check_tensors(query, key, value)
+    dropout_p = float(dropout_p)  # PyTorch takes no comparison of NumPy's numbers for True
     check_options(boosting, boosting_steps, dropout_p)
     if query.shape[1] != key.shape[1] and not enable_gqa:
         raise ValueError(

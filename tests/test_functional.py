@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import subprocess
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -178,6 +180,16 @@ def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
     arguments = {**dict(zip(("query", "key", "value"), inputs(), strict=True)), **change}
     with pytest.raises(ValueError, match=re.escape(message)):
         filter_attention(**arguments)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "blocked"])
+def test_numbers_of_numpy_and_fractions_are_numbers(backend: str) -> None:
+    """Each kind of real number that is as large gives the same filter."""
+    found = []
+    for half in (0.5, np.float32(0.5), np.float16(0.5), Fraction(1, 2)):
+        torch.manual_seed(0)
+        found.append(filter_attention(*inputs(), scale=half, dropout_p=half, backend=backend))  # type: ignore[arg-type]
+    assert all(torch.equal(each, found[0]) for each in found)
 
 
 def test_wrong_lengths_and_heads() -> None:
