@@ -182,6 +182,13 @@ def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
         filter_attention(**arguments)
 
 
+@pytest.mark.parametrize(("width", "depth"), [(0, 5), (6, 0)])
+def test_heads_without_a_width_are_refused(width: int, depth: int) -> None:
+    rows, values = random(2, 4, 13, width, seed=0), random(2, 4, 13, depth, seed=1)
+    with pytest.raises(ValueError, match="query and value must have a width of at least 1"):
+        filter_attention(rows, rows, values)
+
+
 @pytest.mark.parametrize("backend", ["reference", "sdpa", "blocked"])
 def test_numbers_of_numpy_and_fractions_are_numbers(backend: str) -> None:
     """Each kind of real number that is as large gives the same filter."""

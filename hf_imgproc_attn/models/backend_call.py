@@ -275,7 +275,7 @@ def check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
     Raises:
         ValueError: unless they are ``[batch, heads, length, head_dim]``, ``[batch, key_heads, key_length, head_dim]``
             and ``[batch, key_heads, key_length, d]`` of one floating dtype and device, with ``key_heads`` a divisor of
-            ``heads``.
+            ``heads``, and no width 0.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.ndim != 4:
@@ -296,6 +296,8 @@ def check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
     heads, key_heads = query.shape[1], key.shape[1]
     if key.shape[2] == 0 or heads == 0 or key_heads == 0 or heads % key_heads:
         raise ValueError(f"heads of query must be a multiple of those of key, and neither be empty, got {shapes}")
+    if query.shape[3] == 0 or value.shape[3] == 0:  # the scale of such queries is none, and such values have no norm
+        raise ValueError(f"query and value must have a width of at least 1, got {shapes}")
 
 
 def check_options(boosting: str, boosting_steps: int, dropout: float) -> None:
