@@ -250,7 +250,7 @@ class AppliedFilter(nn.Module):
         if call.is_sequential:  # the only one that finds the rows of earlier tokens in a cache of any kind
             return "reference"
         one_row = call.query.shape[-2] == 1 or (call.dropout and call.is_boosted)
-        return "reference" if one_row or (call.sinks is not None and call.has_columns) else "sdpa"
+        return "reference" if one_row else "sdpa"
 
     def _state(self, shared: SharedState) -> LayerState:
         if not self.filter.compares_layers:

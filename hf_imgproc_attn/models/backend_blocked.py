@@ -12,17 +12,19 @@ import torch
 from .backend_blocked_backward import Gradients
 from .backend_blocked_delta import refuses as delta_refuses
 from .backend_blocked_delta import run as run_delta
-from .backend_blocked_dense import dense_passes, differentiable_gradients
+from .backend_blocked_dense import dense_passes
 from .backend_blocked_normalised import WEIGHTS
 from .backend_blocked_passes import Call, Computed, Tensors, forward_passes, recurrence
 from .backend_blocked_plan import Plan, make_plan
 from .backend_blocked_rows import RowsCall, RowsFilter, dense_rows
+from .backend_blocked_sinkhorn import log_scales
 from .backend_call import Booster, Content, FilterCall, is_transformed, without_autocast
 from .backend_sdpa import augment
+from .boost_derivatives import differentiable_gradients
 from .boost_operators import ONE_PASS
 from .boost_weights import ByWeights, LocalLinear
-from .cache_streams import boost_stream
-from .kernel_content import CONTENT_COLUMNS, HALF_DTYPES
+from .cache_streams import NO_STREAMS, boost_stream
+from .kernel_content import HALF_DTYPES
 from .kernel_position import BlockedPositions
 
 
@@ -34,8 +36,6 @@ def refuses(call: FilterCall) -> str | None:
     by_weights, call = call.by_weights, call._replace(by_weights=None)
     if call.content.softcap is not None or call.normalisation.name not in WEIGHTS:
         return call.own_softmax
-    if (call.sinks is not None or call.normalisation.name != "softmax") and _lacks_row_constants(call):
-        return "has columns that lack a number a row, which these weights depend on"
     if by_weights is not None:
         return None if key_length >= length else f"takes the queries for the last tokens, got {key_length} keys"
     if call.booster.gain is not None and call.query.dtype in HALF_DTYPES:
@@ -46,12 +46,6 @@ def refuses(call: FilterCall) -> str | None:
     if key_length < length and (call.is_boosted or call.visibility.causal):
         return f"takes the queries for the last tokens, each with a key, got {key_length} keys for {length} queries"
     return None
-
-
-def _lacks_row_constants(call: FilterCall) -> bool:
-    """Whether columns are known up to a number a row: those of Gaussian contents, or of a second term of places."""
-    by_place = [term for term in call.positions if isinstance(term, BlockedPositions)]
-    return len(by_place) > 1 or CONTENT_COLUMNS[call.content.kernel] is not None
 
 
 def run(call: FilterCall, *, block_rows: int | None = None, group_pairs: int | None = None) -> torch.Tensor:
@@ -113,6 +107,24 @@ def _as_products(call: FilterCall) -> tuple[BlockedPositions | None, FilterCall]
     booster = Booster("twicing", 2) if is_learned else call.booster
     products = FilterCall(query, key, value, content, visibility, (), booster, call.dropout, call.streams)
     return by_place, products._replace(sinks=call.sinks, normalisation=call.normalisation)
+
+
+@torch.compiler.disable  # as the other blocks
+def column_scales(call: FilterCall, *, block_rows: int | None = None, group_pairs: int | None = None) -> torch.Tensor:
+    """What a call of ``sinkhorn`` adds to the logits of each key; see ``backend_blocked_sinkhorn``.
+
+    Args:
+        call: what to compute.
+        block_rows: see :func:`run`.
+        group_pairs: see :func:`run`.
+
+    Returns:
+        ``[batch, heads, key_length]`` in at least float32.
+    """
+    bare = call.plain()._replace(by_weights=None, dropout=0.0, streams=NO_STREAMS)
+    positions, products = _as_products(bare)
+    cut = _blocked_call(products, positions, None, block_rows, group_pairs)
+    return log_scales(cut, products, call.normalisation.iterations)
 
 
 @torch.compiler.disable

@@ -23,19 +23,23 @@ class SigmoidWeights(Weights):
     """Weights of ``sigmoid``: each of them for itself, but for the number of keys that a row sees."""
 
     unit = 1.0
+    last_seen = 0
+    """Where causality hides later keys: the last key that a query sees, counted from its own."""
 
     def _log_counts(self, block: Block) -> torch.Tensor:
         """log n_i, ``[pairs, rows, 1]``; 0 for rows that see no key."""
         rows, pairs, like = block.stop - block.start, self.query.shape[0], self.buffer.like
+        cuts = self.plan.is_causal or self.last_seen < 0
+        last = block.keys - rows + self.last_seen
         if self.mask is None:
             counts = like.new_full((rows,), float(block.keys))
-            if self.plan.is_causal:
-                counts = torch.arange(block.keys - rows + 1, block.keys + 1, dtype=like.dtype, device=like.device)
+            if cuts:
+                counts = torch.arange(last + 1, last + 1 + rows, dtype=like.dtype, device=like.device)
             return counts.clamp(min=1.0).log().view(1, rows, 1).expand(pairs, -1, -1)
         seen = cut(self.mask, self.group, block)
         seen = seen.expand(*seen.shape[:2], rows, block.keys)
-        if self.plan.is_causal:
-            seen = seen.tril(block.keys - rows)
+        if cuts:
+            seen = seen.tril(last)
         counts = seen.sum(-1, keepdim=True).clamp(min=1).to(like.dtype)
         return counts.log().expand(*self.group.shape, rows, 1).reshape(pairs, rows, 1)
 

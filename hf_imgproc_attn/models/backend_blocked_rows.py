@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .backend_blocked_dense import dense_dropout_factors, dense_matrix, differentiable_gradients
+from .backend_blocked_dense import dense_dropout_factors, dense_matrix
 from .backend_blocked_passes import Call, Inputs, Tensors
 from .backend_blocked_plan import Block, multiply
 from .backend_blocked_rules import Part, Rule, Sums, WeightsGrad, rule_of
 from .backend_blocked_weights import Buffer, KeySums, Weights, flat
+from .boost_derivatives import differentiable_gradients
 from .boost_weights import ByWeights, LocalLinear
 
 

@@ -15,8 +15,9 @@ from torch import nn
 from .backend_call import FilterCall, autocast_dtype
 from .backend_flops import register_formulas
 from .backend_sdpa_sinks import SinkAttention, has_fused_sinks
-from .kernel_content import CONTENT_COLUMNS, inside, working_dtype
-from .kernel_position import features_or_bias, position_columns, position_logits
+from .boost_weights import LocalLinear
+from .kernel_content import CONTENT_COLUMNS, inside, row_constant_columns, working_dtype
+from .kernel_position import BlockedPositions, features_or_bias, position_columns, position_logits
 from .visibility import Visibility
 
 register_formulas()  # FLOPs of the fused calls below
@@ -40,6 +41,8 @@ class Augmented(NamedTuple):
 def augment(call: FilterCall, dtype: torch.dtype, choice_dtype: torch.dtype | None = None) -> Augmented:
     """Write content and position kernel as columns beside queries and keys, or as a bias where columns lose digits.
 
+    Where a number that is added to a whole row counts, beside a sink say, the logits are exact; else up to that.
+
     Args:
         call: the filter. Its booster is ignored; of its visibility only ``hidden`` keys and ``blind`` queries are
             used, which become 0.
@@ -53,10 +56,15 @@ def augment(call: FilterCall, dtype: torch.dtype, choice_dtype: torch.dtype | No
     columns: list[tuple[torch.Tensor, torch.Tensor]] = []
     bias: torch.Tensor | None = None
     content_columns = CONTENT_COLUMNS[call.content.kernel]
+    is_exact = not call.ignores_row_constants
     if content_columns is not None:
         columns.append(content_columns(query, key, call.content.scale))
+        if is_exact:
+            columns.append(row_constant_columns(query, key, call.content.scale))
     for term in call.positions:
-        if features_or_bias(term, choice_dtype or dtype) == "features":
+        # Columns of places lack a number a row, which distances do not.
+        has_columns = not (is_exact and isinstance(term, BlockedPositions))
+        if has_columns and features_or_bias(term, choice_dtype or dtype) == "features":
             columns += position_columns(term, dtype)
         else:
             logits = position_logits(term, dtype)
@@ -87,16 +95,26 @@ def append_columns(x: torch.Tensor, columns: Sequence[torch.Tensor]) -> torch.Te
     return torch.cat(parts, dim=-1)
 
 
+NO_SOFTMAX = {
+    "sigmoid": "its weights share no sum over a row, so that every key would need a call of its own",
+    "softpick": "it gives keys below 0 no weight at all, and no softmax has a weight of 0",
+    "sinkhorn": "it scales columns too, and a fused call sums over rows alone",
+}
+"""Why no fused calls make up the weights of a normalisation."""
+
+
 def refuses(call: FilterCall) -> str | None:
     """Why SDPA cannot serve a call, as the rest of a sentence about it, or None if it can."""
+    if isinstance(call.by_weights, LocalLinear):
+        return f"{call.own_softmax}: products of keys and values would be head_dim times as wide as values"
     if call.by_weights is not None:
-        return call.own_softmax
+        return f"{call.own_softmax}: their distances to values are no inner products, of which its logits are made"
     if call.dropout and call.is_boosted:
         return "draws a new dropout mask at every pass, and a booster needs the same one"
-    if call.content.softcap is not None or call.normalisation.name != "softmax":
-        return call.own_softmax
-    if call.sinks is not None and call.has_columns:
-        return "has columns that lack a number a row, which a sink would be compared with"
+    if call.content.softcap is not None:
+        return f"{call.own_softmax}: a function of inner products is none itself"
+    if call.normalisation.name != "softmax":
+        return f"{call.own_softmax}: {NO_SOFTMAX[call.normalisation.name]}"
     return None
 
 

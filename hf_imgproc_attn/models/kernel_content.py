@@ -118,6 +118,20 @@ def gaussian_content_columns(
     )
 
 
+def row_constant_columns(
+    query: torch.Tensor, key: torch.Tensor, scale: torch.Tensor | float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns for -|q_i|^2 / h_y^2, which :func:`gaussian_content_columns` lack, for weights that depend on it.
+
+    Returns:
+        ``[batch, heads, length, c]`` and ``[batch, heads, key_length, c]`` in the query's dtype.
+    """
+    dtype, working = query.dtype, working_dtype(query.dtype)
+    minus = -row_constants(query.to(working), scale).squeeze(-1)
+    ones = torch.ones_like(key[..., 0], dtype=working)
+    return left_columns(minus, dtype, shift=1.0), right_columns(ones, dtype, shift=1.0)
+
+
 def elliptical_logits(query: torch.Tensor, key: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
     """q_i^T M_i k_j * 2/h_y^2 with a diagonal M_i (Nielsen 2024), here in ``scale``: 2/h_y^2 times that diagonal.
 

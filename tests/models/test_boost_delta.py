@@ -22,17 +22,25 @@ from hf_imgproc_attn.models.backend_blocked import run as run_blocked
 from hf_imgproc_attn.models.backend_call import FilterCall
 from hf_imgproc_attn.models.backend_chunked import run as run_chunked
 from hf_imgproc_attn.models.backend_table import run_filter
-from hf_imgproc_attn.models.kernel_normalisation import Normalisation
+from hf_imgproc_attn.models.kernel_normalisation import NORMALISATIONS, Normalisation
 from tests.models.helpers import filter_call, make_filter, sharpen_
 from tests.models.layer_cases import BATCH, HEADS, LENGTH, TIGHT, WIDTH, assert_same, masks, random, run, tensors
-from tests.models.variants import gpt2_config, token_ids
+from tests.models.variants import gpt2_config, pad, token_ids
 
 EXACT = ("reference", "sdpa", "blocked", "chunked")
+WEIGHTS = ("softmax", "sink", "sigmoid", "softpick")
 CAUSAL = {"is_causal": True}
 
 
 def delta(*given: torch.Tensor, rate: torch.Tensor | None = None, **options: Any) -> FilterCall:
     return filter_call(*given, boosting="delta", boosting_gain=rate, **{**CAUSAL, **options})
+
+
+def weighted(call: FilterCall, name: str, sinks: torch.Tensor) -> FilterCall:
+    """The call with other weights than those of softmax."""
+    if name == "sink":
+        return call._replace(sinks=sinks)
+    return call._replace(normalisation=Normalisation(name))
 
 
 def by_hand(logits: torch.Tensor, seen: torch.Tensor, value: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
@@ -90,36 +98,43 @@ def test_the_operator_multiplies_the_values() -> None:
         assert (operator < 0).any()
 
 
-@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("backend", EXACT)
-def test_gradients_are_numerical_ones(backend: str, dropout: float, sinks: bool) -> None:
+def test_gradients_are_numerical_ones(backend: str, dropout: float, weights: str) -> None:
     """In blocks of two queries, two of four heads that share keys at a time, and with one dropout mask."""
-    if backend == "sdpa" and dropout:
-        with pytest.raises(ValueError, match="draws a new dropout mask at every pass"):
-            run_filter(delta(*(random(1, 1, 3, 2) for _ in range(3)), dropout=dropout), backend)
+    if backend == "sdpa" and (dropout or weights in ("sigmoid", "softpick")):
+        call = delta(*(random(1, 1, 3, 2) for _ in range(3)), dropout=dropout)
+        with pytest.raises(ValueError, match=r"a new dropout mask at every pass|weights of softmax only"):
+            run_filter(weighted(call, weights, torch.zeros(1)), backend)
         return
     shapes = ((4, 5, 2), (2, 5, 2), (2, 5, 2), (4, 5, 1))
     leaves = [random(1, *shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
-    leaves.append(random(4, seed=8).requires_grad_(sinks))
+    leaves.append(random(4, seed=8).requires_grad_(weights == "sink"))
     mask = torch.ones(1, 1, 1, 5, dtype=torch.bool)
     mask[..., 0] = False
 
     def filtered(*given: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(3)
         call = delta(*given[:3], rate=given[3], dropout=dropout, attention_mask=mask)
-        call = call._replace(sinks=given[4] if sinks else None)
+        call = weighted(call, weights, given[4])
         if backend == "chunked":
             return run_chunked(call, block_rows=2)
         return run_blocked(call, block_rows=2, group_pairs=2) if backend == "blocked" else run_filter(call, backend)
 
-    assert torch.autograd.gradcheck(filtered, leaves, fast_mode=sinks or dropout > 0)
-    if backend == "blocked" and not dropout and not sinks:
+    # No gradient flows through softpick's largest logit, which counts by epsilon alone.
+    assert torch.autograd.gradcheck(
+        filtered, leaves, atol=1e-5, fast_mode=(backend, weights, dropout) != ("blocked", "softmax", 0.0)
+    )
+    if backend == "blocked" and not dropout and weights in ("softmax", "sigmoid"):
         assert torch.autograd.gradgradcheck(filtered, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "blocked", "chunked"])
-def test_long_texts_over_several_blocks_are_as_the_dense_form(backend: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "weights"),
+    [(name, "softmax") for name in EXACT[1:]] + [("blocked", name) for name in WEIGHTS[1:]],
+)
+def test_long_texts_over_several_blocks_are_as_the_dense_form(backend: str, weights: str) -> None:
     """Over several blocks of the back-ends' own size, with a bias and padding: outputs and gradients."""
     length, heads = 150, 2
     given = [random(2, heads, length, 4, seed=seed) for seed in range(3)]
@@ -130,6 +145,7 @@ def test_long_texts_over_several_blocks_are_as_the_dense_form(backend: str) -> N
     for name in ("reference", backend):
         leaves = [x.clone().requires_grad_() for x in given]
         call = delta(*leaves[:3], rate=leaves[3], bias=leaves[4], attention_mask=mask)
+        call = weighted(call, weights, random(heads, seed=5))
         output = run_chunked(call, block_rows=40) if name == "chunked" else run_filter(call, name)
         (output * random(*output.shape, seed=9)).sum().backward()
         results.append([output.detach(), *(leaf.grad for leaf in leaves)])
@@ -137,17 +153,23 @@ def test_long_texts_over_several_blocks_are_as_the_dense_form(backend: str) -> N
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
 
 
-def test_what_stands_at_padding_has_no_influence() -> None:
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_what_stands_at_padding_has_no_influence(weights: str) -> None:
     """NaN in keys, values and queries of padding reaches no gradient; on the right no output either."""
+    exact = [name for name in EXACT if name != "sdpa" or weights in ("softmax", "sink")]
+
+    def call_of(given: list[torch.Tensor], mask: str) -> FilterCall:
+        call = delta(*given, attention_mask=masks()[mask]["attention_mask"])
+        return weighted(call, weights, random(HEADS, seed=5))
+
     leaves = [random(BATCH, HEADS, LENGTH, WIDTH, seed=seed) for seed in range(3)]
     poisoned = [leaf.clone() for leaf in leaves]
     for leaf in poisoned:
         leaf[0, :, :4] = float("nan")
     results = []
-    for given, backend in ((leaves, "reference"), *((poisoned, name) for name in EXACT)):
+    for given, backend in ((leaves, "reference"), *((poisoned, name) for name in exact)):
         given = [leaf.clone().requires_grad_() for leaf in given]
-        call = delta(*given, attention_mask=masks()["left"]["attention_mask"])
-        output = run_filter(call, backend)
+        output = run_filter(call_of(given, "left"), backend)
         (output * random(*output.shape, seed=9)).sum().backward()
         results.append([output.detach(), *(leaf.grad for leaf in given)])
     for other in results[1:]:
@@ -156,26 +178,53 @@ def test_what_stands_at_padding_has_no_influence() -> None:
     poisoned = [leaf.clone() for leaf in leaves]
     for leaf in poisoned:
         leaf[1, :, -3:] = float("nan")
-    wanted = run_filter(delta(*leaves, attention_mask=masks()["right"]["attention_mask"]), "reference")
-    for backend in EXACT:
-        got = run_filter(delta(*poisoned, attention_mask=masks()["right"]["attention_mask"]), backend)
+    wanted = run_filter(call_of(leaves, "right"), "reference")
+    for backend in exact:
+        got = run_filter(call_of(poisoned, "right"), backend)
         torch.testing.assert_close(got[1, :, :-3], wanted[1, :, :-3], **TIGHT)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("normalisation", ["sigmoid", "softpick"])
-def test_other_normalisations_are_computed_by_rows(normalisation: str) -> None:
+def test_other_normalisations_have_another_matrix_before_the_own_token(normalisation: str) -> None:
     """A' has the normalisation's weights over the keys before: their number is one less."""
-    query, key, value = (random(1, 2, 9, 5, seed=seed) for seed in range(3))
-    normalised = Normalisation(normalisation)
-    output = run_filter(delta(query, key, value)._replace(normalisation=normalised), "auto")
-    call = delta(*(x[:, :, :4] for x in (query, key, value)))._replace(normalisation=normalised)
-    torch.testing.assert_close(output[:, :, :4], run_filter(call, "reference"), **TIGHT)
-    call = delta(query, key, value)._replace(normalisation=normalised)
-    torch.testing.assert_close(run_chunked(call, block_rows=2), output, **TIGHT)
-    for backend in ("sdpa", "blocked"):
-        with pytest.raises(ValueError, match=f"weights of softmax only, got normalisation='{normalisation}'"):
-            run_filter(call, backend)
+    logits, value, rate = random(1, 2, 6, 6), random(1, 2, 6, 5, seed=2), torch.tanh(random(1, 2, 6, 1, seed=3))
+    weigh, u = NORMALISATIONS[normalisation], torch.zeros_like(value)
+    wanted = torch.zeros_like(value)
+    for i in range(6):
+        row = logits[:, :, i : i + 1]
+        read = weigh(row[..., :i], None, None, 0) @ u[:, :, :i] if i else 0.0
+        u[:, :, i : i + 1] = value[:, :, i : i + 1] - rate[:, :, i : i + 1] * read
+        wanted[:, :, i : i + 1] = weigh(row[..., : i + 1], None, None, 0) @ u[:, :, : i + 1]
+    # Keys that are unit vectors make the queries the logits.
+    key = torch.eye(6, dtype=torch.float64).expand(1, 2, -1, -1)
+    call = delta(logits, key, value, rate=rate, scale=1.0)._replace(normalisation=Normalisation(normalisation))
+    for backend in ("reference", "chunked", "blocked", "auto"):
+        torch.testing.assert_close(run_filter(call, backend), wanted, **TIGHT)
+    torch.testing.assert_close(run_blocked(call, block_rows=2), wanted, **TIGHT)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weights", WEIGHTS[1:])
+@pytest.mark.parametrize("backend", ["blocked", "auto"])
+def test_a_cache_keeps_the_corrected_rows_of_other_weights(backend: str, weights: str) -> None:
+    """Step by step with left padding, on sharpened weights, as the whole; where beta is not 0."""
+    config = gpt2_config("delta", normalisation=weights, filter_backend=backend)
+    model = sharpen_(ImgProcGPT2LMHeadModel(config), std=1.0).double().eval()
+    inputs = pad(token_ids(length=7), row=1, length=5, side="left")
+    real, cache, steps = inputs["attention_mask"].bool(), None, []
+    whole = model(**inputs, use_cache=False).logits[real]
+    for start, stop in ((0, 4), (4, 5), (5, 7)):
+        step = {name: tensor[:, start:stop] for name, tensor in inputs.items()}
+        step["attention_mask"] = inputs["attention_mask"][:, :stop]
+        output = model(**step, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        steps.append(output.logits)
+    torch.testing.assert_close(torch.cat(steps, dim=1)[real], whole, rtol=0, atol=1e-11)
+    for layer in model.transformer.h:
+        layer.attn.filter.scalar_bias.delta.zero_()
+        layer.attn.filter.token_rates.weight.zero_()
+    assert (model(**inputs, use_cache=False).logits[real] - whole).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -82,7 +82,11 @@ def test_no_logit_is_too_large_or_too_small(name: str, size: float) -> None:
 # Back-ends
 # --------------------------------------------------------------------------------------------------------------------
 
-POSITIONS = {"sink": ["none", "untied", "alibi"], "sigmoid": ["none", "gaussian"], "softpick": ["none", "buckets"]}
+POSITIONS = {
+    "sink": ["none", "untied", "alibi", "patches"],
+    "sigmoid": ["none", "gaussian"],
+    "softpick": ["none", "buckets"],
+}
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "left", "bias"])
@@ -95,7 +99,7 @@ def test_back_ends_agree(name: str, position: str, mask: str) -> None:
     dense = run(layer, inputs, "eager", **masks()[mask])
     for backend in ("chunked", "blocked"):
         assert_same(run(layer, inputs, "sdpa", backend=backend, **masks()[mask]), dense)
-    fused = name == "sink" and position == "none"
+    fused = name == "sink"
     if fused:
         assert_same(run(layer, inputs, "sdpa", backend="sdpa", **masks()[mask]), dense)
     for backend in ("flex", "triton") if fused else ("sdpa", "flex", "triton"):
@@ -172,18 +176,16 @@ def test_gradients_are_numerical_ones(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("mask", ["none", "causal", "left"])
 @pytest.mark.parametrize("name", ["sink", "sigmoid"])
-def test_gaussian_contents_are_compared_in_full(name: str, mask: str) -> None:
-    """-|q - k|^2 / h^2, of which a softmax needs no |q|^2; who cannot compute it says so."""
+@pytest.mark.parametrize("position", ["none", "patches"])
+def test_gaussian_contents_are_compared_in_full(position: str, name: str, mask: str) -> None:
+    """-|q - k|^2 / h^2, of which a softmax needs no |q|^2, and all back-ends here do."""
     from tests.models.layer_cases import build
 
-    layer, inputs = build("gaussian", "none", "twicing", 2, normalisation=name), tensors("none")
+    layer, inputs = build("gaussian", position, "twicing", 2, normalisation=name), tensors(position)
     dense = run(layer, inputs, "eager", **masks()[mask])
-    assert_same(run(layer, inputs, "sdpa", backend="chunked", **masks()[mask]), dense)
-    assert_same(run(layer, inputs, "sdpa", backend="auto", **masks()[mask]), dense)
-    for backend in ("sdpa", "blocked"):
-        with pytest.raises(ValueError, match="cannot serve this call"):
-            run(layer, inputs, "sdpa", backend=backend, **masks()[mask])
-    if mask == "causal":
+    for backend in ("chunked", "blocked", "auto", *(["sdpa"] if name == "sink" else [])):
+        assert_same(run(layer, inputs, "sdpa", backend=backend, **masks()[mask]), dense)
+    if mask == "causal" or position != "none":
         return
     plain = build("gaussian", "none", normalisation=name)
     _, matrix = plain(**inputs, implementation="eager", need_weights=True, **masks()[mask])
