@@ -14,6 +14,7 @@ from .backend_blocked_delta import refuses as delta_refuses
 from .backend_blocked_delta import run as run_delta
 from .backend_blocked_dense import dense_passes
 from .backend_blocked_difference import DifferenceFilter, Maps, arguments, dense_difference
+from .backend_blocked_hidden import key_runs
 from .backend_blocked_normalised import WEIGHTS
 from .backend_blocked_passes import Call, Computed, Tensors, forward_passes, recurrence
 from .backend_blocked_plan import Plan, make_plan
@@ -137,9 +138,10 @@ def _difference(call: FilterCall, other: Difference, block_rows: int | None, gro
     # The second map filters the same values: none have to be repeated for it.
     second = alone._replace(query=other.query, key=other.key, value=other.key[..., :0])
     (positions, mine), (again, its) = _as_products(alone), _as_products(second)
-    first_call = _blocked_call(mine, positions, 0, block_rows, group_pairs)
-    cut = first_call.plan.block_rows, first_call.plan.group_pairs
-    maps = Maps(first_call, _blocked_call(its, again, 0, *cut))
+    first, last = (_blocked_call(*part, 0, block_rows, group_pairs) for part in ((mine, positions), (its, again)))
+    # Cut alike, with a dropout mask each.
+    plan = first.plan._replace(key_heads=last.plan.key_heads, seed=last.plan.seed)
+    maps = Maps(first, last._replace(plan=plan))
     tensors = _tensors(mine, positions), _tensors(its, again)
     given = arguments(*tensors)
     with without_autocast(call.query.device.type):
@@ -214,7 +216,10 @@ def _blocked_call(
     largest_bias = None if visibility.bias is None else visibility.largest_seen(visibility.bias)
     if largest_bias is not None and not is_softmax:
         largest_bias = torch.zeros_like(largest_bias)
-    return Call(plan, booster, visibility._replace(bias=None), largest_bias, positions, name, is_softmax)
+    runs = None if visibility.hidden is None else key_runs(visibility.hidden, plan.key_length)
+    if group_pairs is None and extra is not None and runs is not None and len(runs.runs) > 1:
+        plan = plan.by_sample()
+    return Call(plan, booster, visibility._replace(bias=None), largest_bias, positions, name, is_softmax, runs)
 
 
 @torch.compiler.disable  # a generator a block, and a backward of its own: a graph break costs less than tracing it
