@@ -210,7 +210,7 @@ def cost(preset: str) -> str:
     if spec.boosting == "differential":
         parts.append("4Nd² (projections)")
     if spec.normalisation == "sinkhorn":
-        parts.append("O(N²H) (iterations, and memory)")
+        parts.append("3 iterations of 2N²d")
     return " + ".join(parts)
 
 
@@ -222,7 +222,7 @@ def back_ends(preset: str) -> str:
     names = [name for name in FILTER_BACKENDS if name not in ("auto", "triton")]
     spec = layer.spec
     if spec.normalisation == "sinkhorn":
-        return "reference"
+        return "reference, sdpa, blocked"
     if spec.normalisation != "softmax":
         return "reference, sdpa, blocked, chunked" if spec.normalisation == "sink" else "reference, blocked, chunked"
     if spec.boosting in WEIGHTS_ONE_BY_ONE:

@@ -13,16 +13,18 @@ from .backend_blocked_backward import Gradients
 from .backend_blocked_delta import refuses as delta_refuses
 from .backend_blocked_delta import run as run_delta
 from .backend_blocked_dense import dense_passes
+from .backend_blocked_hidden import key_runs
 from .backend_blocked_normalised import WEIGHTS
 from .backend_blocked_passes import Call, Computed, Tensors, forward_passes, recurrence
 from .backend_blocked_plan import Plan, make_plan
 from .backend_blocked_rows import RowsCall, RowsFilter, dense_rows
+from .backend_blocked_sinkhorn import log_scales
 from .backend_call import Booster, Content, FilterCall, is_transformed, without_autocast
 from .backend_sdpa import augment
 from .boost_derivatives import differentiable_gradients
 from .boost_operators import ONE_PASS
 from .boost_weights import ByWeights, LocalLinear
-from .cache_streams import boost_stream
+from .cache_streams import NO_STREAMS, boost_stream
 from .kernel_content import HALF_DTYPES
 from .kernel_position import BlockedPositions
 
@@ -108,6 +110,24 @@ def _as_products(call: FilterCall) -> tuple[BlockedPositions | None, FilterCall]
     return by_place, products._replace(sinks=call.sinks, normalisation=call.normalisation)
 
 
+@torch.compiler.disable  # as the other blocks
+def column_scales(call: FilterCall, *, block_rows: int | None = None, group_pairs: int | None = None) -> torch.Tensor:
+    """What a call of ``sinkhorn`` adds to the logits of each key; see ``backend_blocked_sinkhorn``.
+
+    Args:
+        call: what to compute.
+        block_rows: see :func:`run`.
+        group_pairs: see :func:`run`.
+
+    Returns:
+        ``[batch, heads, key_length]`` in at least float32.
+    """
+    bare = call.plain()._replace(by_weights=None, dropout=0.0, streams=NO_STREAMS)
+    positions, products = _as_products(bare)
+    cut = _blocked_call(products, positions, None, block_rows, group_pairs)
+    return log_scales(cut, products, call.normalisation.iterations)
+
+
 @torch.compiler.disable
 def _by_weights(
     given: FilterCall,
@@ -167,7 +187,10 @@ def _blocked_call(
     largest_bias = None if visibility.bias is None else visibility.largest_seen(visibility.bias)
     if largest_bias is not None and not is_softmax:
         largest_bias = torch.zeros_like(largest_bias)
-    return Call(plan, booster, visibility._replace(bias=None), largest_bias, positions, name, is_softmax)
+    runs = None if visibility.hidden is None else key_runs(visibility.hidden, plan.key_length)
+    if group_pairs is None and extra is not None and runs is not None and len(runs.runs) > 1:
+        plan = plan.by_sample()
+    return Call(plan, booster, visibility._replace(bias=None), largest_bias, positions, name, is_softmax, runs)
 
 
 @torch.compiler.disable  # a generator a block, and a backward of its own: a graph break costs less than tracing it
