@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .catalogue.matching import preset_in_words
 from .conversion_any import Applied, apply_to, becomes_filtered, last_layers
 from .conversion_files import copy_processor, write_card
 from .conversion_probe import Change, Inputs, can_be_probed, difference, measure, probe_inputs
@@ -29,7 +30,7 @@ from .filtered import applied_summary, in_words
 from .models.any_filter import filtered_layers, is_filtered
 from .models.modeling_imgproc_filtered import stock_class
 from .models.spec_axes import STEPPED_BOOSTINGS
-from .models.spec_fields import preset_fields, preset_in_words
+from .models.spec_fields import preset_fields
 from .output_paths import writing
 
 __all__ = ["ARCHITECTURES", "ConversionReport", "convert", "convert_checkpoint"]

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .backbones import BACKBONES, OF_MODEL_TYPE
+from .catalogue.matching import preset_in_words
 from .models.any_attention import PART
 from .models.any_filter import filter_arguments, filtered_layers, is_filtered
 from .models.any_layer import AppliedFilter
@@ -18,7 +19,7 @@ from .models.configuration_imgproc_filtered import FILTERED_MODEL_TYPE
 from .models.layer_summary import FilterSummary, filter_summary
 from .models.modeling_imgproc_filtered import own_auto_class, stock_class
 from .models.spec_axes import PUBLISHED_NEUTRENO_LAMBDAS
-from .models.spec_fields import FILTER_FIELDS, FilterSpecMixin, preset_in_words
+from .models.spec_fields import FILTER_FIELDS, FilterSpecMixin
 
 
 def is_foreign(config: Any) -> bool:

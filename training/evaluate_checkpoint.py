@@ -210,7 +210,7 @@ def _measure_text(folder: Path, record: dict[str, Any], settings: Settings, devi
 
     from hf_imgproc_attn.conversion_probe import longest_text
     from hf_imgproc_attn.robustness.texts import evaluate_text_robustness
-    from hf_imgproc_attn.training_support.model_setup import DEFAULT_BLOCK_SIZE
+    from hf_imgproc_attn.training_support.block_size import DEFAULT_BLOCK_SIZE
     from hf_imgproc_attn.training_support.text_data import load_text_splits
 
     for name in ("sigmas", "epsilons"):

@@ -40,10 +40,11 @@ def train(arguments: Arguments[TextDataArguments]) -> "Result":
     # Imported here so that --help does not wait for them.
     from transformers import default_data_collator
 
+    from hf_imgproc_attn.training_support.block_size import check_block_size
     from hf_imgproc_attn.training_support.early_checks import check_model
     from hf_imgproc_attn.training_support.fitting import fit
     from hf_imgproc_attn.training_support.metrics import language_model_metrics, token_losses
-    from hf_imgproc_attn.training_support.model_setup import build_causal_lm, check_block_size
+    from hf_imgproc_attn.training_support.model_setup import build_causal_lm
     from hf_imgproc_attn.training_support.shared_tokens import check_even, check_shared_tokens
     from hf_imgproc_attn.training_support.streams import check_streaming
     from hf_imgproc_attn.training_support.text_data import TokenBlocks, encode, load_text_splits, load_text_stream

@@ -1,4 +1,4 @@
-"""What a model card tells of a run beside its results: data, recipe, model, environment and limits.
+"""What a model card tells of a run beside its results and its filter: data, recipe, environment and limits.
 
 Everything is read from a record that may be published (``records.public_record``); what it lacks reads
 "not recorded".
@@ -11,22 +11,18 @@ import shlex
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from ..backbones import OF_TASK, TASKS
-from ..models.spec_axes import COMPARING_KERNELS, PUBLISHED_NEUTRENO_LAMBDAS
-from ..models.spec_fields import PRESETS, FilterSpecMixin, closest_preset, preset_name, written_out_defaults
-from ..models.spec_versions import bring_up_to_date
 from ..training_support.arguments import (
     BUILT_IN_DATA,
     EMBEDDED_IMAGES,
     EMBEDDED_MASKS,
+    EMBEDDED_PAIRS,
     EMBEDDED_TEXT,
     GENERATED_ANSWERS,
     GENERATED_CLASSES,
 )
-from .filters import NOTHING_LEARNED, in_markdown, lens_in_markdown
 from .results import NOT_MEASURED, Measurement
 
 NOT_RECORDED = "not recorded"
@@ -49,7 +45,6 @@ _MODEL_FIELDS = (
     ("dropout", ("hidden_dropout_prob", "resid_pdrop")),
     ("dropout of the attention", ("attention_probs_dropout_prob", "attn_pdrop")),
 )
-_LAYER_FACTS = ("stack", "layer", "content", "positions", "boosting", "feedback", "parameters")
 _ADAPTER_OPTIONS = ("rank", "alpha", "dropout", "targets")
 _DATA_OPTIONS = (
     ("dataset_revision", "revision of the data set"),
@@ -67,88 +62,10 @@ _DATA_OPTIONS = (
 )
 
 
-def variant_of(record: dict[str, Any]) -> str:
-    """The preset whose filter the model has, or varies in some fields; else ``custom``."""
-    return closest_preset(_configuration(record))[0]
-
-
-def is_stock(record: dict[str, Any]) -> bool:
-    """Whether the filter is that of the stock model."""
-    return preset_name(_configuration(record)) == "softmax"
-
-
-def filter_fields(record: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the filter specification; one that an older record lacks is at its default."""
-    config = bring_up_to_date(record["model_config"])
-    return {name: config.get(name, getattr(FilterSpecMixin, name)) for name in FilterSpecMixin.__annotations__}
-
-
-def changed_fields(record: dict[str, Any]) -> list[list[str]]:
-    """Fields of the filter with their values and those of the preset in which the model differs from it.
-
-    A model without a preset, ``custom``, is compared with the stock model.
-    """
-    config = _configuration(record)
-    name, changes = closest_preset(config)
-    defaults = {} if name == "custom" else written_out_defaults(config)
-    rows = []
-    for field, value in changes.items():
-        before = PRESETS.get(name, {}).get(field, getattr(FilterSpecMixin, field))
-        rows.append([field, str(value), str(defaults.get(field) if before is None else before)])
-    return rows
-
-
-def _configuration(record: dict[str, Any]) -> SimpleNamespace:
-    """The filter's fields, and the strength that its kind of data has by default."""
-    fields = filter_fields(record)
-    fields["default_neutreno_lambda"] = PUBLISHED_NEUTRENO_LAMBDAS[2 if _has_class_token(record) else 1]
-    return SimpleNamespace(**fields)
-
-
-def _has_class_token(record: dict[str, Any]) -> bool:
-    """Whether the model is a ViT, of images and with a class token."""
-    return "image_size" in record["model_config"]
-
-
 def model_title(record: dict[str, Any]) -> str:
     """What the model is, as a card begins."""
     applied = record.get("applied_filter")
     return OF_TASK[record["task"]].card_title if applied is None else f"A model of the class {applied['architecture']}"
-
-
-def filtered_layers(record: dict[str, Any]) -> list[list[str]]:
-    """The filtered layers of a model that keeps its stock class, below a header; empty for other models."""
-    layers = record.get("applied_filter", {}).get("layers", [])
-    names = [name for name in _LAYER_FACTS if layers and name in layers[0]]
-    return [names, *([str(layer[name]) for name in names] for layer in layers)] if layers else []
-
-
-def filter_numbers(record: dict[str, Any]) -> str:
-    """The filters' bandwidths, gains and logits at the end of the training, in Markdown; older records have none.
-
-    Below them what the attention did with samples at the end, where the run looked (``lens_every``).
-    """
-    seen = record.get("lens_history")
-    return "\n\n".join([_filter_numbers(record), *([lens_in_markdown(seen)] if seen else [])])
-
-
-def _filter_numbers(record: dict[str, Any]) -> str:
-    if "filter_summary" in record:
-        return in_markdown(record["filter_summary"])
-    fields = filter_fields(record)
-    learns = (
-        fields["learn_bandwidths"]
-        or fields["learn_feedback"]
-        or "learned" in _as_list(fields["boosting"])
-        or "relative_buckets" in _as_list(fields["position_kernel"])
-        or (_has_class_token(record) and compares_positions(record))
-    )
-    return "What the filters have learned beside their projections is not recorded." if learns else NOTHING_LEARNED
-
-
-def compares_positions(record: dict[str, Any]) -> bool:
-    """Whether positions enter through the attention logits of a layer instead of being added to the tokens."""
-    return bool(set(COMPARING_KERNELS) & set(_as_list(filter_fields(record)["position_kernel"])))
 
 
 def hub_name(record: dict[str, Any], part: str, option: str) -> str | None:
@@ -168,6 +85,9 @@ def dataset_title(record: dict[str, Any]) -> str:
         return "scikit-learn's digits on photographs of scikit-image"
     if name == EMBEDDED_TEXT:
         return f"the manual of Python {record.get('versions', {}).get('python', '')}".rstrip() + " (pydoc_data.topics)"
+    if name == EMBEDDED_PAIRS:
+        python, seed = record.get("versions", {}).get("python", ""), data.get("sequence_seed")
+        return f"pairs of paragraphs, of one topic or not, of the manual of Python {python} (pydoc_data, seed {seed})"
     if name in BUILT_IN_DATA:
         return f"{name}, generated by hf_imgproc_attn.sequences (seed {data.get('sequence_seed')})"
     title = f"{name}, {data['dataset_config_name']}" if data.get("dataset_config_name") else name
@@ -175,8 +95,10 @@ def dataset_title(record: dict[str, Any]) -> str:
 
 
 def example_sequence(record: dict[str, Any]) -> str | None:
-    """What a model of long sequences can be asked, as words; None for a model of something else."""
+    """What a model of long sequences can be asked, as words; None for a model of something else, or of pairs."""
     name = record["arguments"]["data"]["dataset_name"]
+    if record["model_config"].get("classifier_pairs"):
+        return None
     if record["task"] == "sequence-classification":
         return "[MAX 2 9 4 ]" if name in GENERATED_CLASSES else "0 128 255"
     if record["task"] == "recall":
@@ -327,14 +249,14 @@ def limits(record: dict[str, Any], rows: Sequence[Measurement]) -> list[str]:
             f"Predictions were compared with masks in the size that both were resized to ({side} pixels a side), not "
             "in the sizes of the images, and images were not cut into windows."
         )
-    if name in (EMBEDDED_IMAGES, EMBEDDED_MASKS, EMBEDDED_TEXT):
+    if name in (EMBEDDED_IMAGES, EMBEDDED_MASKS, EMBEDDED_TEXT, EMBEDDED_PAIRS):
         texts.append(
             f"The data are a small set that comes with a Python package{size}: the checkpoint shows how the method is "
             "used, it is not meant for use itself."
         )
     if name in (*GENERATED_CLASSES, *GENERATED_ANSWERS):
         texts.append("The sequences are made by a program: the checkpoint shows what its filters learn, no more.")
-    if name == EMBEDDED_TEXT:
+    if name in (EMBEDDED_TEXT, EMBEDDED_PAIRS):
         texts.append("The manual changes with Python, so another version gives other data and other numbers.")
     missing = [row.name for row in rows if row.value is None and row.family in TASKS[record["task"]].disturbances]
     untested = f" Not measured among these: {', '.join(missing)}." if missing else ""
@@ -369,10 +291,6 @@ def _seconds(value: float | None) -> str:
 
 def _device(device: dict[str, Any]) -> str:
     return f"{device['name']} ({device.get('type')})" if "name" in device else NOT_RECORDED
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def _text(values: dict[str, Any], name: str) -> str:

@@ -20,7 +20,7 @@ from ..catalogue.works import PACKAGE_PAPERS, PAPERS
 from ..errors import UsageError, require_extras
 from ..markdown_tables import cell
 from ..shipped_files import shipped_file
-from . import facts
+from . import facts, filter_facts
 from .baseline import check_same_recipe, environment_differences
 from .evidence import evidence
 from .filters import check as check_filters
@@ -131,7 +131,7 @@ def render_card(
     if baseline is not None and other is not None:
         check_same_recipe(record, other)
         other_rows = measurements(other, baseline.robustness)
-    preset = facts.variant_of(record)
+    preset = filter_facts.variant_of(record)
     variant = None if preset == "custom" else VARIANTS[preset]
     if variant is not None and "applied_filter" in record:
         variant = variant.in_any_model()
@@ -145,20 +145,21 @@ def render_card(
         run_name=run.name,
         task=record["task"],
         backbone_title=facts.model_title(record),
-        layers=facts.filtered_layers(record),
+        layers=filter_facts.filtered_layers(record),
         repo_id=repo_id,
         revision=revision,
         is_commit=re.fullmatch(r"[0-9a-f]{40}", revision) is not None,
         preset=preset,
         variant=variant,
-        stock=facts.is_stock(record),
-        fields=facts.changed_fields(record),
-        filters=facts.filter_numbers(record),
-        compares_positions=facts.compares_positions(record),
+        stock=filter_facts.is_stock(record),
+        fields=filter_facts.changed_fields(record),
+        filters=filter_facts.filter_numbers(record),
+        compares_positions=filter_facts.compares_positions(record),
         papers=[PAPERS[name].reference for name in sources],
         start=record["arguments"]["model"].get("model_name_or_path"),
         dataset=facts.dataset_title(record),
         sequence=facts.example_sequence(record),
+        pairs=bool(record["model_config"].get("classifier_pairs")),
         splits=facts.split_table(record),
         command=facts.command(record),
         git=record.get("git"),
@@ -173,7 +174,7 @@ def render_card(
         ),
         not_evaluated="" if run.robustness is not None else ", ".join(TASKS[record["task"]].disturbances),
         costs=facts.costs(record, other),
-        baseline=None if other is None else facts.variant_of(other),
+        baseline=None if other is None else filter_facts.variant_of(other),
         baseline_not_evaluated=baseline is not None and baseline.robustness is None and run.robustness is not None,
         baseline_name="" if baseline is None else baseline.name,
         baseline_differences=[] if other is None else environment_differences(record, other),
@@ -208,7 +209,7 @@ def _front_matter(
         metrics=sorted({result.metric_type for result in results} - {"loss"}) or None,
         tags=[
             "hf_imgproc_attn",
-            facts.variant_of(record),
+            filter_facts.variant_of(record),
             "attention",
             "image-filtering",
             FILTERED_MODEL_TYPE if "applied_filter" in record else OF_TASK[record["task"]].name,

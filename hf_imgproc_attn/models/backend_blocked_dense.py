@@ -4,8 +4,6 @@ forward-mode derivatives and the transforms of ``torch.func``. Memory is O(lengt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from .backend_blocked_passes import Call, Tensors
@@ -50,6 +48,19 @@ def dense_matrix(call: Call, tensors: Tensors) -> torch.Tensor:
     return filter_matrix(logits, call.visibility, tensors.sinks, Normalisation(call.normalisation))
 
 
+def dense_map(call: Call, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A after dropout; keys and values of as many heads as queries, 0 where hidden; in working precision."""
+    working, repeats = working_dtype(tensors.query.dtype), call.plan.heads // call.plan.key_heads
+    query, key, value = (x.to(working) for x in tensors[:3])
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    key, value = call.visibility.clean_keys(key), call.visibility.clean_keys(value)
+    matrix = dense_matrix(call, tensors._replace(query=query, key=key))
+    if call.plan.dropout:
+        matrix = matrix * dense_dropout_factors(call.plan, query.new_empty(0))
+    return matrix, key, value
+
+
 def dense_passes(call: Call, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     """The output and the streams side by side, as ``BlockedFilter`` returns them."""
     plan, booster, working, dtype = call.plan, call.booster, working_dtype(tensors.query.dtype), tensors.value.dtype
@@ -80,32 +91,3 @@ def dense_passes(call: Call, tensors: Tensors) -> tuple[torch.Tensor, torch.Tens
     if not streams:
         return output.to(dtype), output.new_empty(*output.shape[:-1], 0)
     return output.to(dtype), torch.cat(streams, dim=-1)
-
-
-def differentiable_gradients(
-    results: Sequence[torch.Tensor],
-    grads: Sequence[torch.Tensor | None],
-    inputs: Sequence[torch.Tensor | None],
-    needs: Sequence[bool],
-) -> tuple[torch.Tensor | None, ...]:
-    """Gradients that have gradients of their own, by autograd through a dense form.
-
-    Args:
-        results: what the dense form computed of the inputs.
-        grads: of the results, None where nothing comes back.
-        inputs: aliases of a function's inputs (``Tensors.aliases``): where the key was made of the query, say, what
-            flows through the key must not be counted for the query as well. None where an input is no tensor.
-        needs: which inputs need a gradient.
-    """
-    used = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
-    wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed and x is not None]
-    found = iter(
-        torch.autograd.grad(
-            [result for result, _ in used],
-            wanted,
-            [grad for _, grad in used],
-            create_graph=True,
-            allow_unused=True,
-        )
-    )
-    return tuple(next(found) if needed else None for needed in needs)

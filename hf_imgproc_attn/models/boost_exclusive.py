@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 
+from .boost_derivatives import differentiable_gradients
+from .boost_operators import exclusive
+
 LEAST_NUMBERS = 2**16
 """With fewer, the formula as it stands costs as little."""
 ROWS_NUMBERS = 2**17
@@ -74,10 +77,12 @@ class ExclusiveRows(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         smooth, value, inverse, shares, output = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: the gradients are to be differentiated themselves
-            return _differentiable(smooth, value, grad)
+            apart, own_value = smooth.view_as(smooth), value.view_as(value)  # smooth may be made of the value
+            formula = exclusive(lambda rows: apart, lambda index, rows: rows, own_value, own_value, 1)
+            return differentiable_gradients([formula], [grad], (apart, own_value, None), ctx.needs_input_grad)
         d_smooth, d_value = torch.empty_like(smooth), torch.empty_like(value)
         for part in _parts(smooth):
             own, above = value[part], grad[part]
@@ -86,14 +91,3 @@ class ExclusiveRows(torch.autograd.Function):
             ours = torch.sub(above, torch.mul(own, along, out=product), out=d_smooth[part])
             torch.mul(ours, -shares[part], out=d_value[part]).sub_(torch.mul(output[part], along, out=product))
         return d_smooth, d_value, None
-
-
-def _differentiable(
-    smooth: torch.Tensor, value: torch.Tensor, grad: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, None]:
-    """The same gradients as functions of all three."""
-    squares = value.square().sum(-1, keepdim=True)
-    squares = squares.masked_fill(squares == 0.0, 1.0)
-    share, along = ((x * value).sum(-1, keepdim=True) / squares for x in (smooth, grad))
-    d_smooth = grad - along * value
-    return d_smooth, -(share * d_smooth + along * (smooth - share * value)), None

@@ -80,6 +80,8 @@ def run(
     earlier = _read_record(folder / RECORD, "--resume") if resume else None
     task = task_of(checkpoint)
     chosen = _settings_for(task, settings, baseline)
+    if baseline is not None:
+        _check_baseline(baseline)
     subject = load_subject(checkpoint, task, data, device, settings.block_size)
     other = None if baseline is None else _load_baseline(baseline, data, settings.images, device, subject)
     identity = {**subject.identity, "settings": as_plain(chosen), "baseline": baseline}
@@ -205,6 +207,8 @@ def _begin(
 def _read_record(path: Path, option: str) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+        if "format" not in record or "identity" not in record or "results" not in record:
+            raise ValueError("it is no such record")
         if record["format"] != 1 or not isinstance(record["results"], list):
             raise ValueError("it is of another version")
         if not {"weights_sha256", "data", "settings", "baseline"} <= record["identity"].keys():
@@ -221,6 +225,27 @@ def _is_record(baseline: str) -> bool:
     return path.suffix == ".json" or ((path / RECORD).is_file() and not (path / "config.json").exists())
 
 
+def _check_baseline(baseline: str) -> None:
+    """Refuse what is no baseline, before anything is loaded or measured."""
+    if _is_record(baseline):
+        _read_baseline(baseline)
+        return
+    path = Path(baseline)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise UsageError(
+            "baseline must be a checkpoint, or the results of imgproc-attn robustness, got the folder "
+            f"{baseline!r}, which has neither config.json nor {RECORD}"
+        )
+    task = task_of(baseline, "baseline")
+    if task != IMAGES:
+        raise UsageError(f"baseline must be an image classifier, got {baseline!r}, a checkpoint for {task}")
+
+
+def _read_baseline(baseline: str) -> dict[str, Any]:
+    path = Path(baseline)
+    return _read_record(path if path.suffix == ".json" else path / RECORD, "baseline")
+
+
 def _load_baseline(
     baseline: str, data: Data, settings: ImageSettings, device: str | None, subject: Subject
 ) -> Subject | list[Any]:
@@ -228,11 +253,8 @@ def _load_baseline(
     about = subject.identity["data"]
     if not _is_record(baseline):
         given = data._replace(dataset_name=about["dataset_name"], split=about["split"])
-        if task_of(baseline) != IMAGES:
-            raise UsageError(f"baseline must be an image classifier, got {baseline!r}")
-        return load_subject(baseline, IMAGES, given, device)
-    path = Path(baseline)
-    other = _read_record(path if path.suffix == ".json" else path / RECORD, "baseline")
+        return load_subject(baseline, IMAGES, given, device, option="baseline")
+    other = _read_baseline(baseline)
     for name, value in (("seed", settings.seed), ("table", settings.table)):
         if other["identity"]["settings"].get(name) != value:
             raise UsageError(f"the baseline {baseline!r} was measured with another {name}")

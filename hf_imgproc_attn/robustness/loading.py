@@ -61,8 +61,12 @@ class Subject(NamedTuple):
     device: torch.device
 
 
-def task_of(checkpoint: str) -> str:
+def task_of(checkpoint: str, option: str = "checkpoint") -> str:
     """What a checkpoint is for, by the class that its configuration names.
+
+    Args:
+        checkpoint: a folder or a Hub name.
+        option: what it was given as, for messages.
 
     Raises:
         UsageError: if it cannot be loaded, or is neither an image classifier nor a model of texts.
@@ -74,18 +78,31 @@ def task_of(checkpoint: str) -> str:
     try:
         config = AutoConfig.from_pretrained(checkpoint)
     except broken_files() as error:
-        raise UsageError(f"checkpoint {checkpoint!r} cannot be loaded: {plain_message(error)}") from error
-    names = list(config.architectures or ())
+        raise UsageError(_not_loaded(checkpoint, option, error)) from error
+    names, pairs = list(config.architectures or ()), getattr(config, "classifier_pairs", False)
     for task, heads in _HEADS.items():
-        if any(head in name for head in heads for name in names):
+        if any(head in name for head in heads for name in names) and not pairs:
             return task
     raise UsageError(
-        "checkpoint must be an image classifier, a causal language model or a text classifier, got "
-        f"{checkpoint!r} with {', '.join(names) or 'no class in its configuration'}"
+        f"{option} must be an image classifier, a causal language model or a text classifier, got "
+        f"{checkpoint!r} with {', '.join(names) or 'no class in its configuration'}{' for pairs of texts' * pairs}"
     )
 
 
-def load_subject(checkpoint: str, task: str, data: Data, device: str | None, block_size: int | None = None) -> Subject:
+def _not_loaded(checkpoint: str, option: str, error: BaseException) -> str:
+    """The message on a checkpoint that cannot be loaded, by the option that named it."""
+    return f"{option} {checkpoint!r} cannot be loaded: {plain_message(error)}"
+
+
+def load_subject(
+    checkpoint: str,
+    task: str,
+    data: Data,
+    device: str | None,
+    block_size: int | None = None,
+    *,
+    option: str = "checkpoint",
+) -> Subject:
     """Load a checkpoint and the rows it is measured on.
 
     Args:
@@ -94,6 +111,7 @@ def load_subject(checkpoint: str, task: str, data: Data, device: str | None, blo
         data: which rows.
         device: ``cpu`` or ``cuda``; None: cuda where there is one.
         block_size: tokens that a model of texts reads at once; None: as its run, or the default.
+        option: what the checkpoint was given as, for messages.
 
     Raises:
         UsageError: for a checkpoint or data that cannot be loaded or do not belong together.
@@ -108,7 +126,7 @@ def load_subject(checkpoint: str, task: str, data: Data, device: str | None, blo
         reader = AutoImageProcessor if task == IMAGES else transformers.AutoTokenizer
         processor = reader.from_pretrained(checkpoint)
     except broken_files() as error:
-        raise UsageError(f"checkpoint {checkpoint!r} cannot be loaded: {plain_message(error)}") from error
+        raise UsageError(_not_loaded(checkpoint, option, error)) from error
     arguments = _data_arguments(checkpoint, task, data)
     if task == IMAGES:
         evaluate, about = _images(arguments, data.split, model, processor)

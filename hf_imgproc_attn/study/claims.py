@@ -1,4 +1,4 @@
-"""The claims of the papers that a study of this package has something to say about, and those that none has yet."""
+"""The claims of the papers that a study of this package has something to say about."""
 
 from __future__ import annotations
 
@@ -26,87 +26,16 @@ class Claim:
     against: tuple[str, ...] = ("softmax",)
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What a study trains on what, for readers who have not seen its file.
-
-    Attributes:
-        title: of its part of the page.
-        text: data, model and recipe, and how the recipe was chosen.
-    """
-
-    title: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Untested:
-    """A claim that nothing here tests, and why."""
-
-    title: str
-    why: str
-
-
 _TWICING = ("twicing", "twicing_last_two", "learned_twicing")
 _BILATERAL = ("bilateral", "bilateral_gaussian")
 _FILTERS = ("bilateral", "twicing", "bilateral_twicing")
+_OF_PHOTOGRAPHS = ("bilateral", "bilateral_gaussian", "twicing", "bilateral_twicing")
 _BOOSTED = (*_TWICING, *_BILATERAL, "bilateral_twicing", "neutreno", "sos", "gradient_boosted")
 _RIVALS = (
     "inversion", "dynamic_inversion", "exclusive", "gated", "sink", "softpick", "qk_norm", "value_residual",
     "local_linear", "differential", "robust", "sigmoid", "sinkhorn",
 )  # fmt: skip
 _LARGER = ("softmax_as_large", "softmax_as_costly")
-
-SUBJECTS = {
-    "digits": Subject(
-        "Small images: scikit-learn's digits",
-        "A ViT of 0.14M parameters, 16 patches, on the 1,259 training images of 8 x 8 pixels; accuracy on the 359 "
-        "test images, where one image is 0.28 points. Learning rate and length were chosen for softmax on the "
-        "validation split (`digits_recipe.yaml`): what the filters lack in tuning counts against them.",
-    ),
-    "digits_start": Subject(
-        "Where untied position logits start",
-        "The same images and recipe, on the validation split, whose 179 images make steps of 0.56 points; the test "
-        "split was not read. The baseline is `bilateral` with the default bandwidth, h = (4 head_dim)^(1/4) = 2.83. "
-        "Before training, position logits vary over pairs of patches with a standard deviation of 0.21 / h²: 0.003 "
-        "with h = 8, 0.026 with the default, 0.21 with 1, 0.84 with 0.5 and 3.4 with 0.25.",
-    ),
-    "listops": Subject(
-        "Long sequences: ListOps, made short",
-        "A BERT of two layers and width 64 that averages over its tokens, on 10,000 nested lists of 9 to 31 tokens, "
-        "two epochs; ten classes, accuracy on 2,000 test sequences. Lengths and epochs were chosen with softmax on "
-        "the validation split so that it neither fails nor is perfect.",
-    ),
-    "cifar10_small": Subject(
-        "CIFAR-10, 4,000 training images",
-        "A ViT of 0.15M parameters on patches of 8 x 8 pixels, five epochs; accuracy on 500 test images, "
-        "attacks on 100 of them. The recipe was not tuned.",
-    ),
-    "wikitext2_small": Subject(
-        "Language models: WikiText-2, its first lines",
-        "A GPT-2 of two layers and width 64 on the first 6,000 lines with a vocabulary of 1,024, far from converged; "
-        "perplexity a word on the first 600 test lines, where lower is better. The recipe is the "
-        "better of two tries with softmax.",
-    ),
-    "segmentation": Subject(
-        "A class for every pixel: digits on photographs",
-        "A ViT of three layers and width 64 with the upsampling head, 1,600 composed pictures of 32 x 32 pixels, ten "
-        "epochs; mean IoU over 11 classes on 400 test pictures, whose photographs and digits are others than those of "
-        "training. The recipe is the best of three tries with softmax, one seed, by the validation split (15.5 %; "
-        "all background is about 8 %): far from converged.",
-    ),
-    "recall": Subject(
-        "Recall of pairs among noise",
-        "A GPT-2 of two layers, four heads and width 64 on 12,800 sequences of 32 tokens: pairs of four keys and four "
-        "values, a fifth of them replaced by noise tokens, 1,800 steps. Where a key comes again its value is asked; "
-        "accuracy of the answers in 400 test sequences, also with 30 to 60 % noise. The setting was looked for with "
-        "softmax and one seed, on fresh sequences and on the validation split, until it learned: weights start with a "
-        "standard deviation of 0.15. With 16 symbols and as many noise tokens it stayed where it only knows which "
-        "values occur. The study then found softmax at 100 %: the task has no room above it, and can only show "
-        "what fails to learn.",
-    ),
-}
-"""Study -> what it is of, in the order of the page."""
 
 CLAIMS = (
     Claim(
@@ -233,7 +162,7 @@ CLAIMS = (
         "As above for images, on photographs instead of digits.",
         "cifar10_small",
         ("clean",),
-        _FILTERS,
+        _OF_PHOTOGRAPHS,
         ("softmax", "softmax_as_large"),
     ),
     Claim(
@@ -241,7 +170,7 @@ CLAIMS = (
         "AutoAttack is the ensemble that would show masked gradients, with fewer steps than the published ones.",
         "cifar10_small",
         ("noise", "attack"),
-        _FILTERS,
+        _OF_PHOTOGRAPHS,
     ),
     Claim(
         "Filters withstand corrupted photographs better",
@@ -249,7 +178,7 @@ CLAIMS = (
         "corruption error, where lower is better.",
         "cifar10_small",
         ("all corruptions",),
-        _FILTERS,
+        _OF_PHOTOGRAPHS,
         ("softmax", "softmax_as_large"),
     ),
     Claim(
@@ -263,6 +192,38 @@ CLAIMS = (
         "Filters smooth photographs less",
         "As on the digits: similarity of tokens behind each of four layers, where lower is the claim's side.",
         "cifar10_small",
+        ("over-smoothing",),
+        _OF_PHOTOGRAPHS,
+        ("softmax", "softmax_as_large"),
+    ),
+    Claim(
+        "Filters classify photographs better, with more of them",
+        "As with 4,000 images.",
+        "cifar10",
+        ("clean",),
+        _FILTERS,
+        ("softmax", "softmax_as_large"),
+    ),
+    Claim(
+        "Filters withstand noise and attacks on photographs better, with more of them",
+        "As with 4,000 images, with the same reduced AutoAttack.",
+        "cifar10",
+        ("noise", "attack"),
+        _FILTERS,
+    ),
+    Claim(
+        "Filters withstand corrupted photographs better, with more of them",
+        "As with 4,000 images: mean accuracy under eight corruptions, and mean corruption error, where lower is "
+        "better.",
+        "cifar10",
+        ("all corruptions",),
+        _FILTERS,
+        ("softmax", "softmax_as_large"),
+    ),
+    Claim(
+        "Filters smooth photographs less, with more of them",
+        "As with 4,000 images, here behind each of the layers of the larger model.",
+        "cifar10",
         ("over-smoothing",),
         _FILTERS,
         ("softmax", "softmax_as_large"),
@@ -302,7 +263,7 @@ CLAIMS = (
     ),
     Claim(
         "Segmentation with filters withstands noise and attacks better",
-        "A question of this package, with Gaussian noise and FGSM: for each first mean IoU, then pixels right.",
+        "A question of this package, with Gaussian noise and FGSM; mean IoU, and the accuracy of the pixels.",
         "segmentation",
         ("noise", "attack"),
         _FILTERS,
@@ -315,44 +276,5 @@ CLAIMS = (
         ("clean", "noise"),
         ("twicing", "bilateral", "delta", "differential"),
         ("softmax", "softmax_as_large"),
-    ),
-)
-
-UNTESTED = (
-    Untested(
-        "At the size of the papers (ImageNet, WikiText-103, ADE20K, Long Range Arena)",
-        "Days of GPUs. The recipes are in `training/configs/full_scale`; `cifar10.yaml` and `wikitext2.yaml` in "
-        "`training/configs/studies` are the next larger studies, for a machine with a GPU or a cluster.",
-    ),
-    Untested(
-        "A recall that is hard for softmax",
-        "Between the setting of the study, which softmax solves, and those with 16 symbols, which it did not learn in "
-        "1,600 to 2,700 steps, none was looked for. Values that are shown wrongly (`corrupted_recall`), the "
-        "nearest to what a denoiser is for, were not run.",
-    ),
-    Untested(
-        "Whether a recipe tuned for a filter helps it",
-        "Every recipe here was chosen for softmax or for nothing. `bilateral_gaussian`, far behind on the digits, may "
-        "need another.",
-    ),
-    Untested(
-        "AutoAttack on the digits",
-        "Left out for its time: *worst case* there is an image that withstood FGSM and PGD. It is measured beside PGD "
-        "on the photographs, where it would show masked gradients.",
-    ),
-    Untested(
-        "The other corruptions of ImageNet-C, frost among them",
-        "Each costs time, and frost needs photographs of its authors, which this package does not ship "
-        "(`imgproc-attn robustness --frost_pictures`).",
-    ),
-    Untested(
-        "The other presets in the other studies",
-        "CIFAR-10 has ten of the variants, ListOps seven, WikiText-2 eight, segmentation five, recall six. How MiniLM "
-        "recovers step by step has no record: [Models of other people](any-model.md) has what it reaches with three "
-        "seeds; Llama and GPT-2 have recovery curves ([Converting](converting.md)).",
-    ),
-    Untested(
-        "Over-smoothing of language models and of segmentation",
-        "`imgproc-attn lens` measures it of one model; the studies measure it of classifiers.",
     ),
 )

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from .plan import Study
 
 ENGINES = ("local", "ray")
+_OF_RUNS = {
+    "budget": None, "jobs": 1, "threads": 1, "shard": "1/1", "engine": "local", "address": None, "cpus": None,
+    "gpus": None,
+}  # fmt: skip
+"""Options on how runs are done, and what each is where it is not given."""
 
 
 def add_command(commands: Any) -> None:
@@ -35,16 +40,11 @@ def add_command(commands: Any) -> None:
     command.add_argument(
         "--budget", type=float, metavar="MINUTES", help="begin no run that would not end in this time"
     )
-    command.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side (default: %(default)s)")
+    command.add_argument("--jobs", type=int, metavar="N", help="runs side by side (default: 1)")
+    command.add_argument("--threads", type=int, metavar="N", help="CPU threads of a run (default: 1)")
+    command.add_argument("--shard", metavar="i/n", help="do only each n-th run, from the i-th on")
     command.add_argument(
-        "--threads", type=int, default=1, metavar="N", help="CPU threads of a run (default: %(default)s)"
-    )
-    command.add_argument("--shard", default="1/1", metavar="i/n", help="do only each n-th run, from the i-th on")
-    command.add_argument(
-        "--engine",
-        choices=ENGINES,
-        default="local",
-        help="where runs are done: here, or on a Ray cluster (default: local)",
+        "--engine", choices=ENGINES, help="where runs are done: here, or on a Ray cluster (default: local)"
     )
     command.add_argument("--address", metavar="ADDRESS", help="of the Ray cluster (default: one of this machine)")
     command.add_argument("--cpus", type=int, metavar="N", help="of one run on Ray (default: 1)")
@@ -82,6 +82,7 @@ def run_command(options: argparse.Namespace) -> int:
     from .ledger import HEADER, Ledger
 
     require_extras("train", "study")
+    _take_options_of_runs(options)
     shard = parse_shard(options.shard)
     if options.engine == "ray":
         require_extras("cluster")
@@ -116,6 +117,17 @@ def run_command(options: argparse.Namespace) -> int:
     )
     _show(study, ledger)
     return 1 if progress.errors else 0
+
+
+def _take_options_of_runs(options: argparse.Namespace) -> None:
+    """Give those that were left out their values; with --report, which does no run, refuse those that were given."""
+    given = [name for name in _OF_RUNS if getattr(options, name) is not None]
+    if options.report and given:
+        name = given[0]
+        raise UsageError(f"--{name} is for runs, and --report does none, got {getattr(options, name)}")
+    for name, value in _OF_RUNS.items():
+        if name not in given:
+            setattr(options, name, value)
 
 
 def _check_ray_options(options: argparse.Namespace) -> None:

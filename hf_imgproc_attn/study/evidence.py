@@ -12,11 +12,12 @@ from ..markdown_tables import table_text
 from ..measure.gpu_check.report import replace_between
 from ..output_paths import writing
 from ..shipped_files import shipped_file
-from .claims import SUBJECTS
+from .comparisons import counted
 from .ledger import HEADER, Ledger
 from .report import NOTHING, interval, number
 from .statistics import BETTER, WORSE
 from .study_file import read_study
+from .subjects import SUBJECTS
 from .table import LOWER_IS_BETTER, Row, Table, build_tables
 
 BEGIN, END = "<!-- evidence: begin -->\n", "<!-- evidence: end -->\n"
@@ -29,11 +30,15 @@ class Found:
 
     study: str
     table: Table
-    seeds: int
+
+    @property
+    def seeds(self) -> str:
+        """How many the comparisons have."""
+        return counted(row.difference.summary.count for row in self.table.rows if row.difference is not None)
 
 
 def found_in(ledgers: Path) -> Iterator[Found]:
-    """The studies of :data:`.claims.SUBJECTS` that compare with softmax on the test split and have runs."""
+    """The studies of :data:`.subjects.SUBJECTS` that compare with softmax on the test split and have runs."""
     for name in SUBJECTS:
         if not (ledgers / name / HEADER).is_file():
             continue
@@ -43,7 +48,7 @@ def found_in(ledgers: Path) -> Iterator[Found]:
         ledger = Ledger(ledgers / name)
         ledger.check(study)
         tables = build_tables(study, ledger.everything(study))
-        yield from (Found(name, table, len(study.seeds)) for table in tables if table.family == "clean")
+        yield from (Found(name, table) for table in tables if table.family == "clean")
 
 
 def evidence_table(ledgers: Path) -> str:

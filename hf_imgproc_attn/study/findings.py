@@ -6,22 +6,29 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from ..cards.results import PARTS
 from ..errors import UsageError
 from ..markdown_tables import table_lines
 from ..output_paths import check_output_file, writing
-from ..shipped_files import shipped_file
-from .claims import CLAIMS, SUBJECTS, UNTESTED, Claim
-from .ledger import HEADER, Ledger
-from .plan import Study
+from .claims import CLAIMS, Claim
+from .comparisons import (
+    Chapter,
+    Comparison,
+    counted,
+    in_a_word,
+    in_words,
+    points_to_the_better,
+    read_chapter,
+    verdict_of,
+)
+from .larger import QUESTION, in_a_sentence, lines_of_pairs, with_smaller
+from .ledger import HEADER
 from .report import NOTHING, interval, number, on_autoattack, p_value
-from .statistics import BETTER, CONFIDENCE, LEVEL, NO_DIFFERENCE, TOO_FEW, WORSE, Difference, holm
-from .study_file import read_study
-from .table import LOWER_IS_BETTER, NAMES, Row, Table, autoattack_gaps, build_tables
+from .statistics import BETTER, CONFIDENCE, LEVEL, NO_DIFFERENCE, WORSE, Difference, holm
+from .subjects import SUBJECTS, UNTESTED
+from .table import LOWER_IS_BETTER, NAMES, autoattack_gaps
 
 LEDGERS = Path("training/results/study")
 WIDTH = 119
@@ -42,31 +49,6 @@ SHORT_COLUMNS = (
 )
 """Of the table on top."""
 CLAIM_COLUMNS = ("condition", "variant", "mean", "against", "difference", "its interval", "p (Holm)", "verdict")
-
-
-class Comparison(NamedTuple):
-    """A variant under one condition, against one baseline."""
-
-    table: Table
-    against: str
-    row: Row
-
-
-@dataclass(frozen=True)
-class Chapter:
-    """A study and what it says.
-
-    Attributes:
-        name: of the study.
-        study: None where it has no ledger.
-        records: name of a run -> its record.
-        claims: with their comparisons.
-    """
-
-    name: str
-    study: Study | None
-    records: dict[str, dict[str, Any]]
-    claims: list[tuple[Claim, list[Comparison]]]
 
 
 def write_findings(page: Path, ledgers: Path = LEDGERS) -> None:
@@ -93,7 +75,7 @@ def findings(ledgers: Path) -> str:
     """
     if not any(ledgers.glob(f"*/{HEADER}")):
         raise UsageError(f"ledgers must be a folder with a ledger for each study, got {str(ledgers)!r}")
-    chapters = [_chapter(name, ledgers) for name in dict.fromkeys(claim.study for claim in CLAIMS)]
+    chapters = [read_chapter(name, ledgers) for name in dict.fromkeys(claim.study for claim in CLAIMS)]
     lines = [
         "# What holds",
         "",
@@ -124,18 +106,27 @@ def findings(ledgers: Path) -> str:
         "",
         *_most_certain(chapters),
         "",
+        *_with_more_data(chapters),
     ]
     short = []
     for chapter in chapters:
         short.append([f"**{SUBJECTS[chapter.name].title}**"])
         short += [_short_row(chapter, claim, found) for claim, found in chapter.claims]
     lines += table_lines(SHORT_COLUMNS, short)
+    smaller = {larger.name: smaller for smaller, larger in with_smaller(chapters)}
     for chapter in chapters:
-        lines += _chapter_lines(chapter)
+        lines += _chapter_lines(chapter, smaller.get(chapter.name))
     lines += ["", "## What was not tested", ""]
     for untested in UNTESTED:
         lines += paragraph(f"- **{untested.title}.** {untested.why}", indent="  ")
     return "\n".join(lines) + "\n"
+
+
+def _with_more_data(chapters: Sequence[Chapter]) -> list[str]:
+    """What is said on top of studies that repeat a smaller one."""
+    found = [in_a_sentence(*both) for both in with_smaller(chapters)]
+    where = f"[Which](#{anchor(QUESTION)})."
+    return [line for text in found for line in (*paragraph(f"**{QUESTION}** {text} {where}"), "")]
 
 
 def _in_all(chapters: Sequence[Chapter]) -> str:
@@ -148,8 +139,10 @@ def _in_all(chapters: Sequence[Chapter]) -> str:
         + (f" ({', '.join(f'`{name}` {count}' for name, count in counts.most_common())})" if counts else "")
         for word, counts in seen.items()
     ]
+    few = len(rows) - none - sum(counts.total() for counts in seen.values())
     what = " and ".join(parts)
-    return f"**In all, of {len(rows)} comparisons the variant is {what}; in {none} no difference is seen.**"
+    rest = f"; {few} have too few seeds yet" if few else ""
+    return f"**In all, of {len(rows)} comparisons the variant is {what}; in {none} no difference is seen{rest}.**"
 
 
 def _most_certain(chapters: Sequence[Chapter]) -> list[str]:
@@ -187,7 +180,7 @@ def _in_plain_words(claim: Claim, entry: Comparison, difference: Difference, p: 
     holds = "remains" if of_page < LEVEL else "does not remain below " + f"{LEVEL:g}"
     return (
         f"{SUBJECTS[claim.study].title}: `{entry.row.variant}` is {side} than `{entry.against}` under the condition "
-        f"*{entry.table.condition}* by {number(summary.mean, metric, signed=True)} {_unit(metric)}, interval "
+        f"*{entry.condition}* by {number(summary.mean, metric, signed=True)} {_unit(metric)}, interval "
         f"{interval(summary.t_interval, metric, signed=True)}, {summary.count} seeds; p {p:.2g}, which {holds} after "
         f"correction for the page ({p_value(of_page)}). What else is to be said of it: "
         f"[{claim.title}](#{anchor(claim.title)})."
@@ -198,46 +191,20 @@ def _unit(metric: str) -> str:
     return "points of " + NAMES[metric] if metric in PARTS else f"({NAMES[metric]})"
 
 
-def _chapter(name: str, ledgers: Path) -> Chapter:
-    """What the ledger of a study says of its claims; nothing where it has not been run."""
-    claims = [claim for claim in CLAIMS if claim.study == name]
-    folder = ledgers / name
-    if not (folder / HEADER).is_file():
-        return Chapter(name, None, {}, [(claim, []) for claim in claims])
-    study = read_study(shipped_file(f"training/configs/studies/{name}.yaml"))
-    ledger = Ledger(folder)
-    ledger.check(study)
-    records = ledger.everything(study)
-    baselines = dict.fromkeys(against for claim in claims for against in claim.against)
-    tables = {against: build_tables(replace(study, baseline=against), records) for against in baselines}
-    return Chapter(name, study, records, [(claim, _comparisons(tables, claim)) for claim in claims])
-
-
-def _comparisons(tables: dict[str, list[Table]], claim: Claim) -> list[Comparison]:
-    """Every comparison that a claim is about and that has seeds, of the tables with each baseline."""
-    found = []
-    for against in claim.against:
-        for table in tables[against]:
-            rows = {row.variant: row for row in table.rows}
-            if table.family in claim.families:
-                found += [Comparison(table, against, rows[name]) for name in claim.variants if name in rows]
-    return [comparison for comparison in found if comparison.row.difference is not None]
-
-
 def _short_row(chapter: Chapter, claim: Claim, found: Sequence[Comparison]) -> list[str]:
     words = [verdict_of(comparison.row) for comparison in found]
     counts = [words.count(word) for word in (BETTER, WORSE, NO_DIFFERENCE)]
-    seeds = {comparison.row.difference.summary.count for comparison in found if comparison.row.difference is not None}
+    seeds = [comparison.row.difference.summary.count for comparison in found if comparison.row.difference is not None]
     return [
         claim.title if chapter.study is None else f"[{claim.title}](#{anchor(claim.title)})",
-        " to ".join(str(count) for count in sorted({min(seeds), max(seeds)})) if seeds else NOTHING,
+        counted(seeds),
         *(str(count) for count in (len(found), *counts)),
         str(sum(points_to_the_better(comparison) for comparison in found)),
         in_a_word([comparison.row for comparison in found]),
     ]
 
 
-def _chapter_lines(chapter: Chapter) -> list[str]:
+def _chapter_lines(chapter: Chapter, smaller: Chapter | None) -> list[str]:
     subject = SUBJECTS[chapter.name]
     lines = ["", f"## {subject.title}", "", *paragraph(subject.text), ""]
     study = chapter.study
@@ -252,6 +219,10 @@ def _chapter_lines(chapter: Chapter) -> list[str]:
     gaps = autoattack_gaps(chapter.records)
     if gaps:
         lines += ["", *paragraph(on_autoattack(gaps))]
+    if smaller is not None:
+        lines += ["", f"### {QUESTION}", "", *paragraph(in_a_sentence(smaller, chapter))]
+        table = lines_of_pairs(smaller, chapter)
+        lines += ["", *table] if table else []
     for claim, found in chapter.claims:
         lines += _claim_lines(claim, found)
     return lines
@@ -282,12 +253,12 @@ def _claim_lines(claim: Claim, found: Sequence[Comparison]) -> list[str]:
     if not found:
         return lines[:-1]
     rows = []
-    for table, against, row in found:
+    for table, against, row, condition in found:
         if row.difference is None or row.summary is None:
             continue
         difference = row.difference.summary
         cells = [
-            table.condition,
+            condition,
             row.variant,
             number(row.summary.mean, table.metric),
             against,
@@ -305,51 +276,6 @@ def anchor(title: str) -> str:
     return re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower())
 
 
-def verdict_of(row: Row) -> str:
-    """The verdict without what is said of diverged seeds."""
-    return row.verdict.partition(",")[0]
-
-
-def points_to_the_better(comparison: Comparison) -> bool:
-    """Whether the mean difference is on the side of the better, however little it says."""
-    difference = comparison.row.difference
-    if difference is None or difference.summary.mean == 0:
-        return False
-    return (difference.summary.mean > 0) != (comparison.table.metric in LOWER_IS_BETTER)
-
-
 def paragraph(text: str, indent: str = "") -> list[str]:
     """A text in lines of the width of the other pages; no word or link is cut."""
     return textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-
-
-def in_words(rows: Sequence[Row]) -> str:
-    """What several comparisons say together."""
-    if not rows:
-        return "not tested, no run has ended."
-    words = [verdict_of(row) for row in rows]
-    better, worse, none, few = (words.count(word) for word in (BETTER, WORSE, NO_DIFFERENCE, TOO_FEW))
-    if few == len(rows):
-        return "too few seeds yet."
-    if better == len(rows):
-        return f"it holds here: better in all {len(rows)} comparisons."
-    if worse == len(rows):
-        return f"the opposite is seen here: worse in all {len(rows)} comparisons."
-    if none == len(rows):
-        return f"not seen here: no difference in any of {len(rows)} comparisons."
-    seen = [f"better in {better}", f"worse in {worse}", f"no difference seen in {none}"]
-    return f"of {len(rows)} comparisons, {', '.join(seen)}" + (f", too few seeds in {few}." if few else ".")
-
-
-def in_a_word(rows: Sequence[Row]) -> str:
-    """:func:`in_words` for a cell of the table on top."""
-    better, worse = ([verdict_of(row) for row in rows].count(word) for word in (BETTER, WORSE))
-    if not rows or all(verdict_of(row) == TOO_FEW for row in rows):
-        return "too few seeds" if rows else "not tested"
-    if better == len(rows):
-        return "holds here"
-    if worse == len(rows):
-        return "the opposite"
-    if better and worse:
-        return "depends on the variant"
-    return "in part" if better else "not seen, worse in part" if worse else "not seen"

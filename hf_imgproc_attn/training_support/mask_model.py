@@ -9,13 +9,11 @@ from hf_imgproc_attn.training_support.early_checks import check_ignored, check_w
 from hf_imgproc_attn.training_support.foreign_models import is_own
 from hf_imgproc_attn.training_support.mask_arguments import MaskDataArguments
 from hf_imgproc_attn.training_support.mask_data import MaskSplits
-from hf_imgproc_attn.training_support.model_setup import (
+from hf_imgproc_attn.training_support.model_setup import default_patch_size, image_processor, pair
+from hf_imgproc_attn.training_support.model_start import (
     check_start,
-    default_patch_size,
-    image_processor,
     label_fields,
     new_model,
-    pair,
     parse_overrides,
     start_from,
 )

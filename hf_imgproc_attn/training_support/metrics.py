@@ -159,13 +159,17 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def language_model_metrics(num_words: int) -> Callable[["EvalPrediction"], dict[str, float]]:
-    """``compute_metrics`` of the language model on a text of ``num_words`` words, after :func:`token_losses`."""
+    """``compute_metrics`` of the language model on a text of ``num_words`` words, after :func:`token_losses`.
+
+    Its loss is the mean over the tokens that are scored. It takes the place of Trainer's, which averages batches: with
+    several processes the last batch is filled with samples that are there already.
+    """
 
     def compute(prediction: "EvalPrediction") -> dict[str, float]:
         scored = prediction.label_ids[:, 1:] != IGNORED_LABEL
         losses = prediction.predictions[scored]
-        result = Perplexity(keep_in_memory=True).compute(predictions=losses, words=num_words)
-        return {} if result is None else result
+        result = Perplexity(keep_in_memory=True).compute(predictions=losses, words=num_words) or {}
+        return {"loss": float(losses.mean(dtype=np.float64)), **result}
 
     return compute
 

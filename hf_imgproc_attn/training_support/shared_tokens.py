@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_imgproc_attn.errors import UsageError
-from hf_imgproc_attn.training_support.model_setup import as_usage_errors
+from hf_imgproc_attn.training_support.model_start import as_usage_errors
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader

@@ -156,6 +156,7 @@ def test_rehearsal_covers_other_models(rehearsal: Record) -> None:
 def test_rehearsal_times_filters_steps_and_training(rehearsal: Record) -> None:
     timed = [case for case in cases_of(rehearsal, "c").values() if "directions" in case.get("values", {})]
     assert {case["about"]["backend"] for case in timed} >= {"sdpa", "blocked", "triton", "SDPA flash"}
+    assert {case["about"]["backend"] for case in timed if case["about"]["filter"] == "delta"} == {"sdpa", "blocked"}
     for case in timed:
         for found in case["values"]["directions"].values():
             assert found["ratio_low"] <= found["ratio"] <= found["ratio_high"]

@@ -17,6 +17,7 @@ from hf_imgproc_attn.measure.gpu_check import (
     part_steps,
     part_times,
     part_training,
+    random_models,
     tensors,
     worker,
 )
@@ -77,7 +78,7 @@ def test_a_wrong_yardstick_is_wrong_and_passes_nothing(monkeypatch: pytest.Monke
     monkeypatch.setattr(part_backends, "plain_errors", lambda *setting: [1e-6, 1e-6, 1e-6, 1e-3])
     with pytest.raises(part_backends.Wrong, match="the yardstick, is off itself"):
         part_backends.compare(setting, tensors.attend("twicing", "sdpa"), True, 1.0)
-    as_with_tf32 = {mode: {"logits": 1e-3, "gradients": 1e-3} for mode in part_models.MODES}
+    as_with_tf32 = {mode: {"logits": 1e-3, "gradients": 1e-3} for mode in random_models.MODES}
     monkeypatch.setattr(part_models, "stock_errors", lambda *stock: as_with_tf32)
     with pytest.raises(part_models.Wrong, match="float32: relative error of logits 0.001, allowed 2e-05"):
         part_models.compare(Bench("cpu"), "vit", "softmax", 1.0)
@@ -85,7 +86,7 @@ def test_a_wrong_yardstick_is_wrong_and_passes_nothing(monkeypatch: pytest.Monke
 
 def test_a_filter_that_is_not_there_or_a_step_that_is_off_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Filtered models differ from the model without a filter, and are compared with float64 at every step."""
-    bench, sizes = Bench("cpu"), part_models.TINY
+    bench, sizes = Bench("cpu"), random_models.TINY
     inputs = part_any_model.given("Llama", sizes)
     plain = part_any_model.results(part_any_model.build("Llama", sizes, None), inputs, "float32")
     for name in part_any_model.FILTERS:
@@ -93,7 +94,7 @@ def test_a_filter_that_is_not_there_or_a_step_that_is_off_is_wrong(monkeypatch: 
         assert tensors.relative_error(found[0], plain[0]) > 0.02, name
     build = part_any_model.build
 
-    def off(title: str, sizes: part_models.Sizes, name: str | None) -> Any:
+    def off(title: str, sizes: random_models.Sizes, name: str | None) -> Any:
         """One model of float64, and another of the precision that is looked at."""
         off.calls += 1  # type: ignore[attr-defined]
         return build(title, sizes, None if off.calls % 2 else name)  # type: ignore[attr-defined]

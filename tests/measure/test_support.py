@@ -90,19 +90,6 @@ def test_the_models_of_the_table_have_sharp_attention() -> None:
     assert set(DECODERS) < set(ARCHITECTURES)
 
 
-@pytest.mark.parametrize("content", [None, "# a page\n", "<!-- supported: begin -->\n"])
-def test_a_page_without_a_place_for_the_table_is_refused(
-    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(support, "measure", lambda *_: pytest.fail("work has begun"))
-    if content is not None:
-        (tmp_path / "page.md").write_text(content, encoding="utf-8")
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["support", str(tmp_path / "page.md")])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "page must " in line
-
-
 def test_the_command_writes_the_table_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "page.md"
     page.write_text("mine\n<!-- supported: begin -->\nold\n<!-- supported: end -->\nmine too\n", encoding="utf-8")

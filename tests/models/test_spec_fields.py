@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 
+from hf_imgproc_attn.catalogue.matching import closest_preset, preset_in_words, preset_name
 from hf_imgproc_attn.models import spec_axes, spec_fields
 from hf_imgproc_attn.models.boost_depth import FEEDBACK, RESIDUAL
 from hf_imgproc_attn.models.boost_operators import BOOSTING, SEQUENTIAL, extra_streams
@@ -18,13 +19,7 @@ from hf_imgproc_attn.models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from hf_imgproc_attn.models.configuration_imgproc_vit import ImgProcViTConfig
 from hf_imgproc_attn.models.kernel_content import CONTENT_COLUMNS, CONTENT_LOGITS
 from hf_imgproc_attn.models.spec_axes import LayerSpec, is_stock_layer
-from hf_imgproc_attn.models.spec_fields import (
-    PRESETS,
-    FilterSpecMixin,
-    closest_preset,
-    preset_in_words,
-    preset_name,
-)
+from hf_imgproc_attn.models.spec_fields import PRESETS, FilterSpecMixin
 from tests.helpers import RunPython
 from tests.models.helpers import tiny_gpt2_config, tiny_vit_config
 from tests.models.variants import PRESETS_OF

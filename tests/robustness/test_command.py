@@ -15,7 +15,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from hf_imgproc_attn import cli
 from hf_imgproc_attn.errors import UsageError
-from hf_imgproc_attn.robustness import loading
+from hf_imgproc_attn.robustness import evaluation, loading
 from hf_imgproc_attn.robustness.report import plain_text
 from hf_imgproc_attn.training_support.image_pixels import build_image_processor
 
@@ -139,6 +139,40 @@ def test_the_record_of_a_baseline_serves_in_its_place(
     status, _, err = run(capsys, *base, "--baseline", tmp_path / "a", "--output", tmp_path / "c", "--max_samples", "9")
     assert status == 2
     assert "was measured on other data" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("you/nowhere", "baseline 'you/nowhere' cannot be loaded: "),
+        (
+            "{folder}/empty",
+            "baseline must be a checkpoint, or the results of imgproc-attn robustness, got the",
+        ),
+        ("{folder}/other.json", "baseline needs a record of imgproc-attn robustness, got "),
+        ("missing.json", "baseline needs the record of an earlier call, but 'missing.json' is not there"),
+        ("{folder}/unknown", "baseline '{folder}/unknown' cannot be loaded: "),
+    ],
+)
+def test_a_wrong_baseline_is_named_as_one_before_anything_is_loaded(
+    checkpoint: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    message: str,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "unknown").mkdir()
+    (tmp_path / "unknown" / "config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "other.json").write_text('{"a": 1}', encoding="utf-8")
+    monkeypatch.setattr(evaluation, "load_subject", None)  # whoever calls it fails
+    words = ["--baseline", name.format(folder=tmp_path), "--dataset_name", data, "--output", tmp_path / "out"]
+    status, _, err = run(capsys, checkpoint, *words)
+    assert (status, err.count("\n")) == (2, 1), err
+    assert message.format(folder=tmp_path) in err
+    assert not (tmp_path / "out" / "robustness.json").exists()
 
 
 def test_the_mean_in_the_figure_is_that_of_the_published_corruptions() -> None:

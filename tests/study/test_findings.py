@@ -15,25 +15,27 @@ from hf_imgproc_attn.cli import main
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.models.layer_parameters import bandwidth_scale
 from hf_imgproc_attn.models.layer_positions import LayerPositions
-from hf_imgproc_attn.study.claims import CLAIMS, SUBJECTS
-from hf_imgproc_attn.study.evidence import BEGIN, END, evidence_table
-from hf_imgproc_attn.study.findings import (
-    LEDGERS,
-    MOST_CERTAIN,
+from hf_imgproc_attn.study.claims import CLAIMS
+from hf_imgproc_attn.study.comparisons import (
+    Chapter,
     Comparison,
-    anchor,
-    findings,
+    counted,
     in_a_word,
     in_words,
     points_to_the_better,
+    read_chapter,
 )
+from hf_imgproc_attn.study.evidence import BEGIN, END, evidence_table
+from hf_imgproc_attn.study.findings import LEDGERS, MOST_CERTAIN, anchor, findings
+from hf_imgproc_attn.study.larger import in_a_sentence, lines_of_pairs
 from hf_imgproc_attn.study.ledger import Ledger
 from hf_imgproc_attn.study.report import on_autoattack
 from hf_imgproc_attn.study.statistics import BETTER, NO_DIFFERENCE, TOO_FEW, WORSE, compare
 from hf_imgproc_attn.study.study_file import read_study
+from hf_imgproc_attn.study.subjects import SUBJECTS
 from hf_imgproc_attn.study.table import Row, Table, autoattack_gaps, build_tables
 from hf_imgproc_attn.training_support.arguments import ModelArguments
-from hf_imgproc_attn.training_support.model_setup import new_model
+from hf_imgproc_attn.training_support.model_start import new_model
 from tests.helpers import ROOT
 
 PAGE = ROOT / "docs" / "what-holds.md"
@@ -195,7 +197,7 @@ def test_several_verdicts_in_a_word(verdicts: list[str], words: str) -> None:
 def test_a_point_to_the_better_is_one_of_the_metric(metric: str, better: bool) -> None:
     def found(variant: list[float]) -> Comparison:
         compared = Row("a", None, compare(variant, [0.5, 0.6]), None, NO_DIFFERENCE, 0, None, None)
-        return Comparison(Table("task", "clean", "clean", metric, "test", [compared]), "softmax", compared)
+        return Comparison(Table("task", "clean", "clean", metric, "test", [compared]), "softmax", compared, "clean")
 
     assert points_to_the_better(found([0.6, 0.7])) is better
     assert points_to_the_better(found([0.4, 0.5])) is not better
@@ -211,6 +213,65 @@ def test_every_study_of_a_claim_is_explained_and_every_link_of_the_table_leads_t
         assert (link in text) == (f"\n### {claim.title}\n" in text) == (ROOT / LEDGERS / claim.study).is_dir()
         assert link in text or f"| {claim.title} |" in text
     assert anchor("Feedback (NeuTRENO) raises A, B") == "feedback-neutreno-raises-a-b"
+
+
+def test_no_claim_shows_one_condition_twice() -> None:
+    """Two metrics under one condition are two rows that a reader can tell apart."""
+    for part in PAGE.read_text(encoding="utf-8").split("\n### ")[1:]:
+        lines = [line.split(" | ") for line in part.splitlines() if line.count(" | ") == 7]
+        rows = [(cells[0], cells[1], cells[3]) for cells in lines]
+        assert len(set(rows)) == len(rows), part[:60]
+    found = [
+        found for claim, found in read_chapter("segmentation", ROOT / LEDGERS).claims if "noise" in claim.families
+    ]
+    assert {entry.condition for entry in found[0] if "0.1" in entry.condition} == {
+        "Gaussian noise, sigma 0.1: mean IoU",
+        "Gaussian noise, sigma 0.1: accuracy of the pixels",
+    }
+
+
+def test_what_a_larger_study_says_of_a_smaller_one() -> None:
+    claim = CLAIMS[0]
+
+    def chapter(name: str, **of: tuple[str, list[float]]) -> Chapter:
+        found = []
+        for variant, (verdict, values) in of.items():
+            compared = Row(variant, None, compare(values, [0.5] * len(values)), None, verdict, 0, None, None)
+            table = Table("task", "clean", "clean", "accuracy", "test", [compared])
+            found.append(Comparison(table, "softmax", compared, "clean"))
+        return Chapter(name, None, {}, [(claim, found)])
+
+    small = chapter(
+        "cifar10_small",
+        a=(BETTER, [0.6, 0.7, 0.8]),
+        b=(WORSE, [0.4, 0.3, 0.2]),
+        c=(BETTER, [0.6, 0.6, 0.7]),
+        d=(NO_DIFFERENCE, [0.5, 0.6, 0.7]),
+        e=(NO_DIFFERENCE, [0.5, 0.6, 0.7]),
+        not_repeated=(BETTER, [0.6, 0.7, 0.8]),
+    )
+    large = chapter(
+        "cifar10",
+        a=(BETTER, [0.6, 0.7, 0.8]),
+        b=(BETTER, [0.6, 0.7, 0.8]),
+        c=(TOO_FEW, [0.4]),
+        d=(NO_DIFFERENCE, [0.4, 0.5, 0.4]),
+        e=(WORSE, [0.1, 0.2, 0.1]),
+    )
+    said = in_a_sentence(small, large)
+    assert "20,000 training images* (1 to 3 seeds) has 5 comparisons of" in said
+    assert "better or worse in 3 of them; of these, in the larger one the same is seen in 1, the opposite in 1" in said
+    assert ", too few seeds yet in 1. A difference that the smaller one does not show is seen in 1." in said
+    assert said.endswith("The mean difference has the same sign in both in 1 of 5.")
+    lines = lines_of_pairs(small, large)
+    assert [line.split(" | ")[1] for line in lines[2:]] == ["a", "b", "c", "e"]
+    assert "| c | softmax | +13.33 [" in lines[4]
+    assert lines[4].endswith(f"| {BETTER} | -10.00 | {TOO_FEW} |")
+    assert lines_of_pairs(chapter("cifar10_small"), large) == []
+
+
+def test_numbers_of_seeds_in_words() -> None:
+    assert [counted(numbers) for numbers in ([], [3, 3], [3, 1, 2])] == ["–", "3", "1 to 3"]
 
 
 def test_what_autoattack_adds_to_pgd() -> None:

@@ -202,3 +202,18 @@ def test_options_out_of_range_are_refused(
         main(["study", str(write_study()), *words])
     assert caught.value.code == 2
     assert words[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("budget", "5"), ("jobs", "1"), ("threads", "1"), ("shard", "1/1"), ("engine", "local"), ("cpus", "1")],
+)
+def test_a_report_refuses_what_is_for_runs(
+    write_study: WriteStudy, tmp_path: Path, option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["study", str(write_study()), "--ledger", str(tmp_path / "ledger"), "--report", f"--{option}", value])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"--{option} is for runs, and --report does none, got {value}" in error

@@ -26,7 +26,7 @@ from hf_imgproc_attn.study.report import cells, write_report
 from hf_imgproc_attn.study.study_file import read_study
 from hf_imgproc_attn.study.table import build_tables
 from hf_imgproc_attn.training_support.arguments import ModelArguments
-from hf_imgproc_attn.training_support.model_setup import new_model
+from hf_imgproc_attn.training_support.model_start import new_model
 from hf_imgproc_attn.training_support.trainer import ScriptTrainer
 from tests.study.conftest import TINY_TASK, WriteStudy
 

@@ -53,6 +53,7 @@ def test_token_losses_and_perplexity_by_hand() -> None:
     assert count == 10
     compute = language_model_metrics(num_words=6)
     found = compute(EvalPrediction(predictions=losses.numpy(), label_ids=labels.numpy()))
+    assert found["loss"] == pytest.approx(total / 10, rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(total / 10), rel=1e-5)
     assert found["word_perplexity"] == pytest.approx(math.exp(total / 6), rel=1e-5)
 

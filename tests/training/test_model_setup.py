@@ -13,11 +13,7 @@ from hf_imgproc_attn import PRESETS
 from hf_imgproc_attn.backbones import GPT2, VIT
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.training_support.arguments import ModelArguments
-from hf_imgproc_attn.training_support.model_setup import (
-    build_causal_lm,
-    build_image_classifier,
-    default_patch_size,
-)
+from hf_imgproc_attn.training_support.model_setup import build_causal_lm, build_image_classifier, default_patch_size
 from hf_imgproc_attn.training_support.tokenizer import train_tokenizer
 from tests.training.conftest import TINY_GPT2, TINY_VIT
 

@@ -21,9 +21,9 @@ from transformers import ViTForImageClassification as StockViT
 from hf_imgproc_attn import cli
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.library_fields import configuration_fields, training_fields
-from hf_imgproc_attn.training_support import model_setup
+from hf_imgproc_attn.training_support import block_size
 from hf_imgproc_attn.training_support.arguments import ModelArguments
-from hf_imgproc_attn.training_support.model_setup import check_block_size
+from hf_imgproc_attn.training_support.block_size import check_block_size
 from tests.helpers import ROOT, RunPython, prepared_python, run_command
 from tests.training.conftest import TINY_GPT2, TINY_VIT
 
@@ -198,7 +198,7 @@ def test_blocks_without_room_are_refused(tmp_path: Path, capsys: pytest.CaptureF
 def test_blocks_that_the_memory_cannot_hold_are_refused(
     monkeypatch: pytest.MonkeyPatch, preset: str, overrides: list[str], gib: float, refused: bool
 ) -> None:
-    monkeypatch.setattr(model_setup, "_free_memory", lambda device: int(gib * 2**30))
+    monkeypatch.setattr(block_size, "_free_memory", lambda device: int(gib * 2**30))
     args = ModelArguments(preset=preset, config_overrides=overrides)
     where: Any = SimpleNamespace(train_batch_size=1, world_size=1, device=torch.device("cpu"))
     if not refused:
@@ -209,7 +209,7 @@ def test_blocks_that_the_memory_cannot_hold_are_refused(
 
 
 def test_free_memory_is_known_on_the_cpu() -> None:
-    free = model_setup._free_memory(torch.device("cpu"))
+    free = block_size._free_memory(torch.device("cpu"))
     assert free is not None
     assert 2**20 < free < 2**50
 

@@ -12,7 +12,7 @@ import yaml
 
 from hf_imgproc_attn import ImgProcGPT2Config, ImgProcViTConfig
 from hf_imgproc_attn.backbones import OF_TASK, TASKS
-from hf_imgproc_attn.training_support.model_setup import parse_overrides
+from hf_imgproc_attn.training_support.model_start import parse_overrides
 from hf_imgproc_attn.training_support.trainer_arguments import build_training_arguments
 from tests.helpers import ROOT, run_command
 

@@ -13,8 +13,9 @@ import torch
 
 from ...models.any_filter import apply_filter
 from ..support_models import ARCHITECTURES, DECODERS, IMAGES
-from .part_models import FLOORS, FULL, LARGEST_MULTIPLE, MODES, TINY, Sizes, greedy, sharpened
+from .part_models import FLOORS, LARGEST_MULTIPLE, greedy
 from .parts import Bench, Case, Wrong
+from .random_models import FULL, MODES, TINY, Sizes, sharpened
 from .tensors import relative_error
 
 MODELS = ("Llama", "Mistral", "BERT", "DINOv2")

@@ -16,6 +16,7 @@ import torch
 from torch.nn.attention import restore_flash_attention_impl, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from ...functional import filter_attention
 from ...gpu import flash
 from ..benchmark.attention import Shape
 from ..benchmark.timing import interleave, peak_memory
@@ -32,6 +33,8 @@ TINY_SHAPES = (Shape(2, 1, 17, 16, is_causal=False), Shape(1, 1, 17, 16))
 TIMED = ("twicing", "bilateral untied", "bilateral gaussian", "twicing, 3 steps")
 _REHEARSED_ON_TRITON = ("twicing", "bilateral untied")
 """The interpreter takes seconds for a case."""
+_PRODUCTS_OF_DELTA = 3.0, 7.0
+"""Those of twicing: the logits, what the filter reads of the values before, and A on the corrected ones."""
 DIRECTIONS = ("forward", "forward + backward")
 PLAIN = "plain"
 
@@ -60,6 +63,9 @@ def cases(bench: Bench) -> list[Case]:
 
     for name, backend, shape in quick:
         add(name, backend, shape, partial(time_backend, bench, name, backend, shape))
+    for shape in (shape for shape in shapes if shape.is_causal):
+        for backend in ("sdpa", "blocked"):
+            add("delta", backend, shape, partial(time_delta, bench, backend, shape))
     found += decoding.time_cases(bench)
     for algorithm, shape in _triton_algorithms(bench, shapes):
         run = partial(time_triton, bench, algorithm, shape)
@@ -234,31 +240,47 @@ def product_flops(shape: Shape) -> float:
 
 def time_backend(bench: Bench, name: str, backend: str, shape: Shape, seconds_left: float) -> dict[str, Any]:
     """A filter on one of this package's back-ends, compared with the same filter by SDPA calls before it is timed."""
-    inputs = draw_on(bench, name, shape)
-    run = attend(name, backend)
     if bench.device == "cpu" and backend == "flex":
         raise Refused("FlexAttention has no backward pass on the CPU")
+    inputs, by_sdpa = draw_on(bench, name, shape), None if backend == "sdpa" else attend(name, "sdpa")
+    return _compared_and_timed(bench, attend(name, backend), by_sdpa, inputs, shape, FILTERS[name].products)
+
+
+def time_delta(bench: Bench, backend: str, shape: Shape, seconds_left: float) -> dict[str, Any]:
+    """``delta`` with beta = 1, which Triton's kernels lack; by SDPA calls it is a block of rows after another."""
+
+    def run(inputs: Inputs, backend: str = backend) -> torch.Tensor:
+        tensors = inputs.query, inputs.key, inputs.value
+        return filter_attention(*tensors, is_causal=True, boosting="delta", backend=backend)
+
+    inputs, by_sdpa = draw_on(bench, PLAIN, shape), None if backend == "sdpa" else partial(run, backend="sdpa")
+    return _compared_and_timed(bench, run, by_sdpa, inputs, shape, _PRODUCTS_OF_DELTA)
+
+
+def _compared_and_timed(
+    bench: Bench,
+    run: Attend,
+    by_sdpa: Attend | None,
+    inputs: Inputs,
+    shape: Shape,
+    products: tuple[float, float],
+) -> dict[str, Any]:
+    """A method's times and, first, how far it is from the same filter by SDPA calls, if that is another method."""
     values: dict[str, Any] = {}
-    if backend != "sdpa":
+    if by_sdpa is not None:
         with torch.no_grad():
-            difference = relative_error(run(inputs), attend(name, "sdpa")(inputs))
+            difference = relative_error(run(inputs), by_sdpa(inputs))
         values["difference_from_sdpa"] = difference
         if not difference <= DISAGREEMENT:
-            raise Wrong(f"differs from two SDPA calls by {difference:.2g}, allowed {DISAGREEMENT}", values)
+            raise Wrong(f"differs from the same by SDPA calls by {difference:.2g}, allowed {DISAGREEMENT}", values)
     budget = 0.0 if bench.tiny else 0.4
-    return values | time_against_plain(bench, run, inputs, shape, FILTERS[name].products, budget)
+    return values | time_against_plain(bench, run, inputs, shape, products, budget)
 
 
 def time_triton(bench: Bench, algorithm: str, shape: Shape, seconds_left: float) -> dict[str, Any]:
     """Twicing by one algorithm of the Triton kernels; the back-end ``triton`` chooses one itself."""
-    inputs, run = draw_on(bench, "twicing", shape), triton_algorithm(algorithm)
-    with torch.no_grad():
-        difference = relative_error(run(inputs), attend("twicing", "sdpa")(inputs))
-    values = {"difference_from_sdpa": difference}
-    if not difference <= DISAGREEMENT:
-        raise Wrong(f"differs from two SDPA calls by {difference:.2g}, allowed {DISAGREEMENT}", values)
-    budget = 0.0 if bench.tiny else 0.4
-    return values | time_against_plain(bench, run, inputs, shape, FILTERS["twicing"].products, budget)
+    inputs, by_sdpa = draw_on(bench, "twicing", shape), attend("twicing", "sdpa")
+    return _compared_and_timed(bench, triton_algorithm(algorithm), by_sdpa, inputs, shape, FILTERS["twicing"].products)
 
 
 def time_flash(bench: Bench, implementation: str, shape: Shape, seconds_left: float) -> dict[str, Any]:
