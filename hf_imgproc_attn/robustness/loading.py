@@ -152,6 +152,9 @@ def _data_arguments(checkpoint: str, task: str, data: Data) -> Any:
     if data.dataset_name is None and path.is_file():
         try:
             options = dict(json.loads(path.read_text(encoding="utf-8"))["arguments"]["data"])
+            others = [name for name in options if name not in known]
+            if others:
+                raise ValueError(f"it has {', '.join(others)}, which data for {task} do not")
             data_class(**options)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(

@@ -387,3 +387,15 @@ def test_options_of_texts_are_refused_with_images(
     assert (status, err.splitlines()[-1]) == (
         2, "imgproc-attn: error: fractions is not used with a checkpoint for image-classification"
     )  # fmt: skip
+
+
+def test_the_data_of_another_kind_of_run_are_named(tmp_path: Path) -> None:
+    record = {"arguments": {"data": {"dataset_name": "listops_short", "sequence_settings": ["max_depth=3"]}}}
+    (tmp_path / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    given = loading.Data()
+    with pytest.raises(UsageError) as caught:
+        loading._data_arguments(str(tmp_path), loading.LABELLED_TEXTS, given)
+    assert str(caught.value) == (
+        f"'{tmp_path / 'run.json'}' does not name data in a way that can be read (it has sequence_settings, which data "
+        f"for {loading.LABELLED_TEXTS} do not): give --dataset_name"
+    )
