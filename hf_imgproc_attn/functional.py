@@ -59,7 +59,7 @@ def filter_attention(  # noqa: PLR0913  # in the form of scaled_dot_product_atte
             ``"robust"`` (Huber's robust mean of the values, with distances in their units; arXiv 2410.23182), or
             ``"delta"`` with beta = 1, where no query may see a later key: A (I + A')^-1 V, A' the weights over the
             keys before the query's own (arXiv 2505.19488).
-        boosting_steps: k >= 1; without boosting it means nothing.
+        boosting_steps: k, from 1 to 16; without boosting it means nothing.
         query_features: a, ``[batch or 1, heads or 1, length, c]``, or None. They are not multiplied by ``scale``.
         key_features: b, ``[batch or 1, key heads or 1, key_length, c]``, or None.
         position_bias: added to the logits, broadcastable to ``[batch, heads, length, key_length]``, or None.
@@ -87,6 +87,7 @@ def filter_attention(  # noqa: PLR0913  # in the form of scaled_dot_product_atte
         words={"boosting": boosting, "backend": backend},
     )
     check_tensors(query, key, value)
+    dropout_p = float(dropout_p)  # PyTorch takes no comparison of NumPy's numbers for True
     check_options(boosting, boosting_steps, dropout_p)
     if query.shape[1] != key.shape[1] and not enable_gqa:
         raise ValueError(

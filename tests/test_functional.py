@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import subprocess
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -167,7 +169,8 @@ def test_boosting_with_dropout(backend: str) -> None:
         ({"boosting": "thricing"}, "boosting must be one of none, twicing"),
         ({"boosting": "inversion"}, "got 'inversion', whose factors are parameters of a layer"),
         ({"boosting": "dynamic_inversion"}, "got 'dynamic_inversion', whose factors are parameters of a layer"),
-        ({"boosting": "twicing", "boosting_steps": 0}, "boosting_steps must be an integer >= 1, got 0"),
+        ({"boosting": "twicing", "boosting_steps": 0}, "boosting_steps must be an integer >= 1 and <= 16, got 0"),
+        ({"boosting": "twicing", "boosting_steps": 17}, "boosting_steps must be an integer >= 1 and <= 16, got 17"),
         ({"dropout_p": -0.1}, "dropout_p must be in [0, 1), got -0.1"),
         ({"backend": "cuda"}, "backend must be one of auto, reference, sdpa, blocked"),
         ({"backend": "sdpa", "boosting": "twicing", "dropout_p": 0.1}, "draws a new dropout mask at every pass"),
@@ -177,6 +180,23 @@ def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
     arguments = {**dict(zip(("query", "key", "value"), inputs(), strict=True)), **change}
     with pytest.raises(ValueError, match=re.escape(message)):
         filter_attention(**arguments)
+
+
+@pytest.mark.parametrize(("width", "depth"), [(0, 5), (6, 0)])
+def test_heads_without_a_width_are_refused(width: int, depth: int) -> None:
+    rows, values = random(2, 4, 13, width, seed=0), random(2, 4, 13, depth, seed=1)
+    with pytest.raises(ValueError, match="query and value must have a width of at least 1"):
+        filter_attention(rows, rows, values)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "blocked"])
+def test_numbers_of_numpy_and_fractions_are_numbers(backend: str) -> None:
+    """Each kind of real number that is as large gives the same filter."""
+    found = []
+    for half in (0.5, np.float32(0.5), np.float16(0.5), Fraction(1, 2)):
+        torch.manual_seed(0)
+        found.append(filter_attention(*inputs(), scale=half, dropout_p=half, backend=backend))  # type: ignore[arg-type]
+    assert all(torch.equal(each, found[0]) for each in found)
 
 
 def test_wrong_lengths_and_heads() -> None:

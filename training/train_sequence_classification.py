@@ -1,8 +1,9 @@
-"""Train a BERT classifier of long sequences, ListOps or the pixels of images: softmax, bilateral, twicing and others.
+"""Train a BERT classifier of long sequences, of pixels or of pairs of texts: softmax, bilateral, twicing and others.
 
     python training/train_sequence_classification.py --preset bilateral_twicing
     python training/train_sequence_classification.py --dataset_name listops --config training/configs/lra_listops.yaml
     python training/train_sequence_classification.py --preset twicing --dataset_name PATH_OR_HUB_NAME_OF_IMAGES
+    python training/train_sequence_classification.py --dataset_name PATH_OR_HUB_NAME --text_pair_columns text1,text2
 
 ``--help`` lists the options.
 """
@@ -34,28 +35,27 @@ def train(arguments: Arguments[SequenceDataArguments]) -> "Result":
     """
     require_extras("train")
     # Imported here so that --help does not wait for them.
-    from transformers import DataCollatorWithPadding
-
     from hf_imgproc_attn.training_support.early_checks import check_model
     from hf_imgproc_attn.training_support.fitting import fit
     from hf_imgproc_attn.training_support.metrics import classification_metrics
     from hf_imgproc_attn.training_support.model_setup import build_text_classifier
-    from hf_imgproc_attn.training_support.sequence_data import TokenSequences, load_sequences, sequence_tokenizer
+    from hf_imgproc_attn.training_support.sequence_data import classified_rows, load_sequences
     from hf_imgproc_attn.training_support.trainer_setup import begin_run
 
     run = begin_run("sequence-classification", arguments, SEQUENCE_TRAINER_DEFAULTS, embedded=False)
     check_model("sequence-classification", arguments)
     data = load_sequences(arguments.data)
-    tokenizer = sequence_tokenizer(data.vocabulary, for_classifier=True)
+    tokenizer = data.tokenizer(for_classifier=True)
     # The first token is a special one.
     model, tokenizer.model_max_length = build_text_classifier(
-        arguments.model, tokenizer, data.label_names, data.longest + 1
+        arguments.model, tokenizer, data.label_names, data.longest + 1, pairs=arguments.data.is_pairs
     )
-    rows = {split: TokenSequences(part, tokenizer) for split, part in data.splits.items()}
+    rows = {split: classified_rows(part, tokenizer) for split, part in data.splits.items()}
+    _, collator = rows["train"]
     fingerprints = {split: part.fingerprint for split, part in data.splits.items()}
     metrics = dict.fromkeys(rows, classification_metrics)
-    collator = DataCollatorWithPadding(tokenizer)
-    return fit(run, model, rows, metrics, fingerprints, data_collator=collator, processing_class=tokenizer)
+    sequences = {split: part for split, (part, _) in rows.items()}
+    return fit(run, model, sequences, metrics, fingerprints, data_collator=collator, processing_class=tokenizer)
 
 
 def read_arguments(argv: Sequence[str] | None = None) -> Arguments[SequenceDataArguments]:

@@ -159,6 +159,7 @@ def render_card(
         start=record["arguments"]["model"].get("model_name_or_path"),
         dataset=facts.dataset_title(record),
         sequence=facts.example_sequence(record),
+        pairs=bool(record["model_config"].get("classifier_pairs")),
         splits=facts.split_table(record),
         command=facts.command(record),
         git=record.get("git"),

@@ -329,7 +329,7 @@ VARIANTS: dict[str, Variant] = {
         ),
         symbols=(
             "$D_r$ and $D_c$ are diagonal, found by Sinkhorn's iterations: columns, then rows, are divided by their "
-            f"sums 3 times (`sinkhorn_iterations`); all of $A$ stands in memory; {_STOCK_SYMBOLS}"
+            f"sums 3 times (`sinkhorn_iterations`); {_STOCK_SYMBOLS}"
         ),
         papers=("sinkhorn", "symmetrizing"),
     ),

@@ -36,7 +36,8 @@ def probe(config: Any) -> dict[str, Any]:
         height, width = (size, size) if isinstance(size, int) else size
         return {"pixel_values": torch.randn(2, config.num_channels, height, width, generator=generator)}
     length = min(getattr(config, "max_position_embeddings", None) or 32, 32)
-    return {"input_ids": torch.randint(config.vocab_size, (2, length), generator=generator)}
+    shape = (2, 2, length) if getattr(config, "classifier_pairs", False) else (2, length)
+    return {"input_ids": torch.randint(config.vocab_size, shape, generator=generator)}
 
 
 def class_names(auto_class: str, config_class: type) -> list[str]:

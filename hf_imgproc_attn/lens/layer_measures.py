@@ -17,6 +17,7 @@ from .maps import filter_maps
 from .observation import own_filter
 from .options import LISTED_LENGTH, LensOptions
 from .report import HeadReport, LayerReport
+from .rows import has_operator
 from .shares import decompose_by_means, summed_up, variance_shares
 from .spectrum import DENSE_LENGTH, dense_spectrum, iterative_spectrum, layer_matrices
 from .tokens import measure_tokens, side_by_side
@@ -176,7 +177,7 @@ def add_spectra(call: FilterCall, tokens: Tokens, layer: LayerReport, kind: str,
     elif length <= DENSE_LENGTH:
         for head, matrix, operator in zip(layer.heads, *layer_matrices(call, real), strict=True):
             head.filter_spectrum = head.operator_spectrum = dense_spectrum(matrix)
-            if call.is_boosted:
+            if has_operator(call):
                 head.operator_spectrum = dense_spectrum(operator)
     elif kind == "dense":
         skip(f'spectra: {length} tokens are more than {DENSE_LENGTH} (spectra="iterative" finds the largest)')
@@ -185,7 +186,7 @@ def add_spectra(call: FilterCall, tokens: Tokens, layer: LayerReport, kind: str,
     else:
         for head in layer.heads:
             head.filter_spectrum = head.operator_spectrum = iterative_spectrum(call, head.head, boosted=False)
-            if call.is_boosted:
+            if has_operator(call):
                 head.operator_spectrum = iterative_spectrum(call, head.head, boosted=True)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ..models.backend_call import FilterCall
 from ..models.backend_reference import filter_logits, filter_matrix
-from .rows import apply_operator_by_rows, filter_rows, position_rows, rows_of, some_samples
+from .rows import apply_operator_by_rows, filter_rows, has_operator, position_rows, rows_of, some_samples
 from .shares import mean_effects
 
 PICTURE_SIDE = 96
@@ -67,7 +67,7 @@ def filter_maps(
         maps["content"] = _full(filter_matrix(filter_logits(row._replace(positions=())), row.visibility), call)
     elif call.query.shape[0] > 1:
         maps |= _by_means(call, row, types, real, token)
-    if call.is_boosted:
+    if has_operator(call):
         # Row i of p(A) is column i of its transpose.
         unit = torch.zeros(1, call.query.shape[1], call.query.shape[-2], 1, dtype=dtype)
         unit[:, :, token] = 1.0

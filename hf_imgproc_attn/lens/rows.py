@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..models.backend_call import Booster, FilterCall
+from ..models.backend_blocked import column_scales
+from ..models.backend_call import Booster, Difference, FilterCall
 from ..models.backend_reference import delta_system, filter_logits, filter_matrix
 from ..models.boost_delta import DenseDelta
 from ..models.boost_operators import BOOSTING, keep_rows
@@ -20,15 +21,12 @@ from ..models.cache_streams import NO_STREAMS
 from ..models.kernel_content import class_token_logits, working_dtype
 from ..models.kernel_forget import ForgetPositions
 from ..models.kernel_given import BiasPositions, FeaturePositions
+from ..models.kernel_normalisation import Normalisation
 from ..models.kernel_position import Positions, UntiedPositions
 from ..models.visibility import Visibility
 
 BLOCK_SCORES = 2**22
 """Scores that are held at a time, over samples and heads: 16 MiB in float32."""
-
-
-MOST_ROWS_AT_ONCE = 1024
-"""Tokens of a filter whose rows are not independent of each other."""
 
 
 class Rows(NamedTuple):
@@ -56,25 +54,17 @@ def filter_rows(call: FilterCall, scores: int = BLOCK_SCORES) -> Iterator[Rows]:
         call: queries ``[batch, heads, length, head_dim]``, as many as keys.
         scores: the most scores to hold at a time; at least one row is.
     """
-    if call.difference is not None:
-        raise ValueError(
-            "boosting='differential' takes a second filter away from A, so that weights may be below 0, and entropy "
-            "and bandwidth mean nothing: the lens looks at layers of one filter"
-        )
     batch, heads, length, _ = call.query.shape
     step = max(scores // max(batch * heads * call.key.shape[-2], 1), 1)
-    if call.normalisation.name == "sinkhorn":  # columns are normalised too: no row is known without the others
-        if length > MOST_ROWS_AT_ONCE:
-            raise ValueError(
-                f"normalisation 'sinkhorn' needs all rows of A at once, which are at most {MOST_ROWS_AT_ONCE} under "
-                f"the lens, got {length}"
-            )
-        step = length
+    normalisation, scales = call.normalisation, None
+    if normalisation.name == "sinkhorn":  # columns are scaled too: a softmax with a number for each key
+        normalisation, scales = Normalisation(), column_scales(call).unsqueeze(-2)
     for start in range(0, length, step):
         stop = min(start + step, length)
         part = rows_of(call, start, stop)
         logits = filter_logits(part)
-        weights = filter_matrix(logits, part.visibility, part.sinks, part.normalisation)
+        scaled = logits if scales is None else logits + scales.to(logits.dtype)
+        weights = filter_matrix(scaled, part.visibility, part.sinks, normalisation)
         yield Rows(start, stop, part.key.shape[-2], logits, weights, part.visibility.allowed(logits.device))
 
 
@@ -98,6 +88,7 @@ def rows_of(call: FilterCall, start: int, stop: int) -> FilterCall:
         positions=positions,
         booster=call.booster._replace(name="none"),
         by_weights=None,
+        difference=None,
         dropout=0.0,
         streams=NO_STREAMS,
         own_value=None,
@@ -173,8 +164,16 @@ def apply_operator_by_rows(
 ) -> torch.Tensor:
     """What multiplies V, p(A), times columns ``[batch, heads, length, d]``; the transpose of p(A) is p of A's.
 
-    Of ``robust``, which is no operator, what it makes of the columns; transposed A itself.
+    Of ``robust``, which is no operator, what it makes of the columns; transposed A itself. Of ``differential`` A is
+    the first map, and p(A) what is left of it without the second.
     """
+    if call.difference is not None:
+        first, second = (
+            apply_filter_by_rows(part, columns, transposed=transposed, scores=scores)
+            for part in call.maps()
+            if part is not None
+        )
+        return first - call.difference.share.to(columns.dtype) * second
     name, steps, gain = call.booster
     if call.is_sequential:
         return _delta_by_rows(call, columns, transposed, scores)
@@ -229,6 +228,11 @@ def _by_weights_by_rows(
     return result
 
 
+def has_operator(call: FilterCall) -> bool:
+    """Whether what multiplies V is not A alone."""
+    return call.is_boosted or call.difference is not None
+
+
 def some_samples(call: FilterCall, samples: slice) -> FilterCall:
     """The call of some rows of the batch."""
     batch = call.query.shape[0]
@@ -250,7 +254,16 @@ def some_samples(call: FilterCall, samples: slice) -> FilterCall:
         own_value=cut(call.own_value),
         booster=call.booster._replace(gain=_gain_of(call, samples)),
         by_weights=None if call.by_weights is None else call.by_weights.of_heads(samples, slice(None)),
+        difference=difference_of(call, samples, slice(None)),
     )
+
+
+def difference_of(call: FilterCall, samples: slice, heads: slice) -> Difference | None:
+    """The second map of some samples and query heads, or None where there is none."""
+    if call.difference is None:
+        return None
+    query, key, share = call.difference
+    return Difference(query[samples, heads], key[samples, heads], share[heads])
 
 
 def _gain_of(call: FilterCall, samples: slice) -> torch.Tensor | None:

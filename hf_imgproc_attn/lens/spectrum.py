@@ -24,7 +24,7 @@ import torch
 
 from ..models.backend_call import FilterCall
 from ..models.backend_reference import filter_logits, reference_attention
-from .rows import apply_filter_by_rows, apply_operator_by_rows, filter_rows, some_samples
+from .rows import apply_filter_by_rows, apply_operator_by_rows, difference_of, filter_rows, some_samples
 
 DENSE_LENGTH = 1024
 """The most tokens whose matrix is formed."""
@@ -89,7 +89,10 @@ def layer_matrices(call: FilterCall, real: torch.Tensor | None = None) -> tuple[
         dropout=0.0,
     )
     logits = filter_logits(first)
-    found = [reference_attention(logits, first, kind)[1] for kind in ("filter", "operator")]
+    found = [
+        reference_attention(logits, part, kind)[1]
+        for part, kind in ((first._replace(difference=None), "filter"), (first, "operator"))
+    ]
     matrices = [matrix[0].detach().cpu() for matrix in found if matrix is not None]
     if real is not None:
         keep = real[0].cpu().nonzero()[:, 0]
@@ -174,6 +177,7 @@ def one_head(call: FilterCall, head: int) -> FilterCall:
         booster=call.booster._replace(gain=None if gain is None else gain[..., own, :, :]),
         sinks=None if call.sinks is None else call.sinks[own],
         by_weights=None if call.by_weights is None else call.by_weights.of_heads(slice(None), own),
+        difference=difference_of(call, slice(None), own),
     )
 
 

@@ -14,6 +14,7 @@ from .cache_streams import NO_STREAMS, Streams, boost_stream
 from .kernel_content import CONTENT_COLUMNS, working_dtype
 from .kernel_normalisation import Normalisation
 from .kernel_position import BlockedPositions, Positions
+from .spec_axes import MAX_BOOSTING_STEPS
 from .visibility import Visibility, four_axes
 
 
@@ -274,7 +275,7 @@ def check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
     Raises:
         ValueError: unless they are ``[batch, heads, length, head_dim]``, ``[batch, key_heads, key_length, head_dim]``
             and ``[batch, key_heads, key_length, d]`` of one floating dtype and device, with ``key_heads`` a divisor of
-            ``heads``.
+            ``heads``, and no width 0.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.ndim != 4:
@@ -295,6 +296,8 @@ def check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
     heads, key_heads = query.shape[1], key.shape[1]
     if key.shape[2] == 0 or heads == 0 or key_heads == 0 or heads % key_heads:
         raise ValueError(f"heads of query must be a multiple of those of key, and neither be empty, got {shapes}")
+    if query.shape[3] == 0 or value.shape[3] == 0:  # the scale of such queries is none, and such values have no norm
+        raise ValueError(f"query and value must have a width of at least 1, got {shapes}")
 
 
 def check_options(boosting: str, boosting_steps: int, dropout: float) -> None:
@@ -307,8 +310,9 @@ def check_options(boosting: str, boosting_steps: int, dropout: float) -> None:
     if boosting not in known:
         why = ", whose factors are parameters of a layer" if boosting in WITH_FACTORS else ""
         raise ValueError(f"boosting must be one of {', '.join(known)}, got {boosting!r}{why}")
-    if isinstance(boosting_steps, bool) or not isinstance(boosting_steps, int) or boosting_steps < 1:
-        raise ValueError(f"boosting_steps must be an integer >= 1, got {boosting_steps!r}")
+    is_int = isinstance(boosting_steps, int) and not isinstance(boosting_steps, bool)
+    if not is_int or not 1 <= boosting_steps <= MAX_BOOSTING_STEPS:
+        raise ValueError(f"boosting_steps must be an integer >= 1 and <= {MAX_BOOSTING_STEPS}, got {boosting_steps!r}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout!r}")
 

@@ -12,9 +12,11 @@ from typing import NamedTuple
 
 import torch
 
+from .backend_blocked import column_scales
 from .backend_blocked import refuses as blocked_refuses
 from .backend_blocked import run as run_blocked
 from .backend_blocked_plan import BLOCK_ROWS, WHOLE_SCORES, suits_onednn
+from .backend_blocked_sinkhorn import as_softmax, scales_refuse
 from .backend_call import FilterCall
 from .backend_chunked import refuses as chunked_refuses
 from .backend_chunked import run as run_chunked
@@ -56,11 +58,26 @@ def _never(call: FilterCall) -> str | None:
     return None
 
 
+def _with_sinkhorn(run: Run, refuses: Refuses) -> Backend:
+    """A back-end of softmax that has ``sinkhorn`` too, by a column of numbers made in blocks."""
+
+    def refuses_too(call: FilterCall) -> str | None:
+        if call.normalisation.name != "sinkhorn":
+            return refuses(call)
+        reason = scales_refuse(call)
+        return refuses(as_softmax(call, None)) if reason is None else reason
+
+    def run_too(call: FilterCall) -> torch.Tensor:
+        return run(call if call.normalisation.name != "sinkhorn" else as_softmax(call, column_scales(call)))
+
+    return Backend(run_too, refuses_too)
+
+
 BACKENDS: dict[str, Backend] = {
     "reference": Backend(run_reference, _never),
-    "sdpa": Backend(_run_fused, _refuses_fused),
-    "blocked": Backend(run_blocked, blocked_refuses),
-    "chunked": Backend(run_chunked, chunked_refuses),
+    "sdpa": _with_sinkhorn(_run_fused, _refuses_fused),
+    "blocked": _with_sinkhorn(run_blocked, blocked_refuses),
+    "chunked": _with_sinkhorn(run_chunked, chunked_refuses),
 }
 OPTIONAL_BACKENDS = {
     "triton": "the kernels need a CUDA device and the package triton, and hf_imgproc_attn.gpu to be imported",
@@ -97,7 +114,7 @@ FEW_SCORES = 2**15
 
 
 def _is_one_row(call: FilterCall) -> bool:
-    is_plain = not (call.is_boosted or call.has_columns)
+    is_plain = not (call.is_boosted or call.has_columns or call.difference is not None)
     return call.query.shape[-2] == 1 and call.query.dtype not in HALF_DTYPES and not is_plain
 
 
@@ -106,11 +123,16 @@ def _is_plain(call: FilterCall) -> bool:
     if call.sinks is not None and not (seen.mask is None and seen.keys is None):
         return False  # SDPA would need one more key, which the mask has to show
     as_wide = call.query.shape[-1] == call.value.shape[-1] and not call.has_columns
-    return as_wide and not (call.is_boosted or call.dropout)
+    return as_wide and not (call.is_boosted or call.dropout or call.difference is not None)
 
 
 def _has_few_scores(call: FilterCall) -> bool:
     return call.query.shape[:3].numel() * call.key.shape[-2] <= FEW_SCORES
+
+
+def _is_no_matter_of_memory(call: FilterCall) -> bool:
+    """Whether a dense matrix is traced, or so small that it is the fastest."""
+    return torch.compiler.is_compiling() or _has_few_scores(call)
 
 
 def _sees_places(call: FilterCall) -> bool:
@@ -128,6 +150,14 @@ def _takes_several_passes(call: FilterCall) -> bool:
 CHOICES = (
     # Fused calls of blocks fix lengths and masks in a traced graph.
     Choice(None, "delta, traced", lambda call: torch.compiler.is_compiling() and call.is_sequential, ("reference",)),
+    Choice(
+        None,
+        "sinkhorn, traced or with few scores",
+        lambda call: (
+            call.normalisation.name == "sinkhorn" and (torch.compiler.is_compiling() or _has_few_scores(call))
+        ),
+        ("reference",),
+    ),
     # No graph breaks.
     Choice(
         None,
@@ -210,7 +240,7 @@ def run_filter(call: FilterCall, backend: str, option: str = "backend") -> torch
     Raises:
         ValueError: for an unknown back-end, one that is not there, or one that refuses the call.
     """
-    if call.difference is not None:
+    if call.difference is not None and not _takes_both_maps(call, backend):
         first, other = (run_filter(part, backend, option) for part in call.maps() if part is not None)
         return torch.addcmul(first, call.difference.share, other, value=-1.0).to(first.dtype)
     if call.booster.name in ONE_PASS:
@@ -228,6 +258,12 @@ def run_filter(call: FilterCall, backend: str, option: str = "backend") -> torch
     if reason is not None:
         raise ValueError(f"{option}={backend!r} cannot serve this call: it {reason}")
     return BACKENDS[backend].run(call)
+
+
+def _takes_both_maps(call: FilterCall, backend: str) -> bool:
+    """Whether the back-end subtracts the second map itself, which ``blocked`` does with maps of softmax."""
+    name = choose_backend(call) if backend == "auto" else backend
+    return name == "blocked" and call.normalisation.name == "softmax"
 
 
 def _run_apart(call: FilterCall, backend: str, option: str) -> torch.Tensor:

@@ -20,6 +20,8 @@ class ImgProcBertConfig(FilterSpecMixin, BertConfig):
     Attributes:
         classifier_pooling: what the pooler of a bare model or of a classifier of texts reads: ``"cls"``, the first
             token, or ``"mean"``, the mean over all tokens that are no padding.
+        classifier_pairs: whether a classifier of texts classifies pairs of them, ``[pairs, 2, length]``: both are
+            encoded by themselves, and an MLP compares the two pooled vectors (no pooler stands between).
 
     Example:
         >>> from hf_imgproc_attn import ImgProcBertConfig
@@ -36,6 +38,7 @@ class ImgProcBertConfig(FilterSpecMixin, BertConfig):
         "encoder.layer.*.output.dense": "rowwise",
     }
     classifier_pooling: Literal["cls", "mean"] = "cls"
+    classifier_pairs: bool = False
     needs_positions = True
     must_be = {
         "is_decoder": (False, _DECODER),

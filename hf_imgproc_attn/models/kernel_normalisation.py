@@ -79,12 +79,32 @@ def sinkhorn_weights(
             "normalisation 'sinkhorn' scales all rows of A together and needs as many queries as keys, got "
             f"{logits.shape[-2]} and {logits.shape[-1]}"
         )
-    logs = logits
+    # A query that sees nothing has the same logit everywhere by now.
+    shown = logits if allowed is None else logits.masked_fill(~allowed, float("-inf"))
+    return sinkhorn_steps(shown, hidden, iterations)[0].exp()
+
+
+def sinkhorn_steps(
+    logits: torch.Tensor, hidden: torch.Tensor | None, iterations: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log A, and what the steps over columns have added to the logits of each key.
+
+    Args:
+        logits: -inf at what is hidden, ``[batch, heads, length, length]``.
+        hidden: keys that no query sees, as for :data:`NORMALISATIONS`.
+        iterations: of both steps.
+
+    Returns:
+        ``[batch, heads, length, length]`` and ``[batch, heads, length]``.
+    """
+    logs, columns = logits, torch.zeros_like(logits[..., 0, :])
     for _ in range(iterations):
         counted = logs if hidden is None else logs.masked_fill(hidden.mT, float("-inf"))
-        logs = logs - _log_sum(counted, -2)
+        found = _log_sum(counted, -2)
+        columns = columns - found.squeeze(-2)
+        logs = logs - found
         logs = logs - _log_sum(logs, -1)
-    return logs.exp()
+    return logs, columns
 
 
 def _log_sum(logs: torch.Tensor, dim: int) -> torch.Tensor:

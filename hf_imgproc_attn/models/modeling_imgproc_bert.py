@@ -18,6 +18,7 @@ from .layer_inputs import LayerInputs
 from .layer_tokens import FilteredAttentionMixin, Projected, filter_residual, project_each
 from .modeling_encoder import TextEncoderMixin
 from .modeling_losses import SummedEncoderLossMixin, classification_loss, token_loss
+from .modeling_pairs import PairHead, PlainPooler
 from .modeling_shared import FilterPreTrainedMixin, check_activation, shared_position_projection
 from .spec_axes import is_stock_layer, uses_position_table
 
@@ -138,13 +139,18 @@ class _Classifier(SummedEncoderLossMixin, ImgProcBertPreTrainedModel):
         self.num_labels, rate = config.num_labels, config.classifier_dropout
         self.bert = ImgProcBertModel(config, add_pooling_layer=self.summed_loss is classification_loss)
         self.dropout = nn.Dropout(config.hidden_dropout_prob if rate is None else rate)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.takes_pairs = config.classifier_pairs and self.summed_loss is classification_loss
+        self.classifier: nn.Module
+        if self.takes_pairs:
+            self.bert.pooler, self.classifier = PlainPooler(), PairHead(config)
+        else:
+            self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.loss_type, self.loss_function = self.loss_name, self.summed_loss
         self.post_init()
 
 
 class ImgProcBertForSequenceClassification(_Classifier, BertForSequenceClassification):
-    """BERT variant that classifies a text by its pooled first token."""
+    """BERT variant that classifies a text by its pooled first token, or a pair of texts (``classifier_pairs``)."""
 
     loss_name, summed_loss = "ForSequenceClassification", staticmethod(classification_loss)
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .any_attention import PART
 from .any_filter import apply_filter, filter_arguments, is_filtered, stack_names
 from .configuration_imgproc_filtered import ImgProcFilteredConfig, refusals
+from .modeling_adapters import load_with_copies
 
 _NOT_GIVEN = frozenset(
     ("architectures", "dtype", "id2label", "label2id", "model_type", "transformers_version", "_name_or_path")
@@ -87,7 +88,13 @@ class FilteredModel(PreTrainedModel):
             stock.__init__(self, own, *args, **kwargs)
             apply_filter(self, **_as_seen_from(self, config.filter_arguments))
 
-        made = type(stock.__name__, (stock,), {"__init__": start, "__module__": stock.__module__})
+        # Static, as the stock function: it is called on objects and on classes.
+        load = staticmethod(functools.partial(load_with_copies, stock._load_pretrained_model))
+        made = type(
+            stock.__name__,
+            (stock,),
+            {"__init__": start, "__module__": stock.__module__, "_load_pretrained_model": load},
+        )
         return made, base
 
 

@@ -14,6 +14,8 @@ from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import ForSequenceClassificationLoss, fixed_cross_entropy
 from transformers.utils.generic import can_return_tuple
 
+from .modeling_pairs import texts_of_pairs
+
 
 def classification_loss(
     labels: torch.Tensor,
@@ -95,6 +97,9 @@ class SummedLossMixin:
         return _with_loss(self, output, labels, num_items_in_batch)
 
 
+_ENCODER_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+
+
 class SummedEncoderLossMixin:
     """As :class:`SummedLossMixin`, before a stock head of an encoder, which has no cache."""
 
@@ -114,7 +119,9 @@ class SummedEncoderLossMixin:
 
         ``num_items_in_batch`` is the number of labels by which the sum of the loss is divided, in place of its mean.
         """
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        inputs: tuple[Any, ...] = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        if getattr(self, "takes_pairs", False):
+            inputs = texts_of_pairs(dict(zip(_ENCODER_INPUTS, inputs, strict=True)))
         output = super().forward(*inputs, **{**kwargs, "return_dict": True})  # type: ignore[misc]
         return _with_loss(self, output, labels, num_items_in_batch)
 

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from .boost_gradient import ZeroLinear
 from .layer_parameters import FilterScalars, PositionProjection
 from .layer_summary import FilterSummary, filter_summary
+from .modeling_adapters import load_with_copies
 from .modeling_names import tell_class_name
 from .spec_axes import is_stock_layer
 
@@ -159,6 +160,10 @@ class FilterPreTrainedMixin:
         for listener in cls.load_listeners:
             listener(pretrained_model_name_or_path, model, kwargs)
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _load_pretrained_model(cls, *args: Any, **kwargs: Any) -> Any:
+        return load_with_copies(super()._load_pretrained_model, *args, **kwargs)  # type: ignore[misc]
 
 
 @contextlib.contextmanager

@@ -90,21 +90,21 @@ def _images(folder: Path, record: dict[str, Any], split: str, samples: int) -> t
 
 def _sequences(folder: Path, record: dict[str, Any], split: str, samples: int) -> tuple[Any, Iterator[_Batch]]:
     from torch.utils.data import DataLoader, Subset
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from ..training_support.sequence_arguments import SequenceDataArguments
-    from ..training_support.sequence_data import TokenSequences, load_sequences
+    from ..training_support.sequence_data import classified_rows, load_sequences
 
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = TokenSequences(
+    rows, collate = classified_rows(
         load_sequences(SequenceDataArguments(**record["arguments"]["data"])).splits[split], tokenizer
     )
     few = Subset(rows, range(min(samples, len(rows))))
 
     def batches() -> Iterator[_Batch]:
-        for batch in DataLoader(few, batch_size=BATCH_SIZE, collate_fn=DataCollatorWithPadding(tokenizer)):
-            mask = batch["attention_mask"]
+        for batch in DataLoader(few, batch_size=BATCH_SIZE, collate_fn=collate):
+            mask = batch["attention_mask"].flatten(0, -2)  # of pairs each text
             yield _Batch(lambda batch=batch: model(**batch), len(mask), mask.bool())  # type: ignore[misc]
 
     return model, batches()

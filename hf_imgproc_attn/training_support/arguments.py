@@ -17,11 +17,14 @@ LORA_RANK = 8
 EMBEDDED_IMAGES = "digits"
 EMBEDDED_MASKS = "composed_digits"
 EMBEDDED_TEXT = "pydoc_topics"
+EMBEDDED_PAIRS = "topic_pairs"
 GENERATED_CLASSES = ("listops", "listops_short")
 """The tasks of :mod:`hf_imgproc_attn.sequences` that have a class for each sequence."""
 GENERATED_ANSWERS = ("mqar", "mqar_short", "noisy_recall", "corrupted_recall", "selective_copying")
 """Those whose answers are tokens."""
-BUILT_IN_DATA = (EMBEDDED_IMAGES, EMBEDDED_MASKS, EMBEDDED_TEXT, *GENERATED_CLASSES, *GENERATED_ANSWERS)
+BUILT_IN_DATA = (
+    EMBEDDED_IMAGES, EMBEDDED_MASKS, EMBEDDED_TEXT, EMBEDDED_PAIRS, *GENERATED_CLASSES, *GENERATED_ANSWERS,
+)  # fmt: skip
 """Names of data sets that are neither local paths nor Hub names."""
 LOCAL_OR_HUB = ("model_name_or_path", "dataset_name", "tokenizer_name")
 """Options that take a local path or a Hub name."""

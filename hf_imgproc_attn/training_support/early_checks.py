@@ -57,6 +57,7 @@ def check_model(task: str, arguments: Arguments[Any]) -> None:
         else:
             config = found
             model = check_foreign(task, args, found, overrides)
+        check_pairs(config, found, overrides, arguments.data)
         if model is not None:
             check_shareable(model, getattr(arguments.data, "context_parallel", 1))
     size = getattr(arguments.data, "image_size", None)
@@ -80,6 +81,26 @@ def check_ignored(overrides: dict[str, Any], data: Any) -> None:
         raise UsageError(
             f"ignore_index {ignored} differs from semantic_loss_ignore_index of config_overrides, {given!r}: set "
             "ignore_index alone"
+        )
+
+
+def check_pairs(config: Any, found: Any, overrides: dict[str, Any], data: Any) -> None:
+    """Refuse a classifier of texts for pairs of them, and the other way round.
+
+    Args:
+        config: of the model.
+        found: of the checkpoint that it starts from; None for a new model, which gets what the data need.
+        overrides: fields of the configuration.
+        data: the data options, of any task.
+
+    Raises:
+        UsageError: naming ``classifier_pairs``.
+    """
+    wanted, has = getattr(data, "is_pairs", False), getattr(config, "classifier_pairs", False)
+    if has != wanted and (found is not None or "classifier_pairs" in overrides):
+        raise UsageError(
+            f"classifier_pairs must be {wanted} for {'pairs of texts' if wanted else 'data that are no pairs'}, got "
+            f"{has}: a run on pairs starts from a new model or from a checkpoint that was trained on pairs"
         )
 
 

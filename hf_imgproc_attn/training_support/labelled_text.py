@@ -65,7 +65,7 @@ def load_labelled_texts(args: LabelledTextDataArguments) -> tuple[dict[str, Labe
     """
     if args.dataset_name == EMBEDDED_TEXT:
         refuse_config_name(args, "text_column_name")
-        rows = _paragraphs()
+        rows = paragraphs()
     else:
         rows = load_splits(args, EMBEDDED_TEXT)
     column = text_column(rows["train"], args.text_column_name)
@@ -102,7 +102,7 @@ class TokenizedTexts(TorchDataset[dict[str, Any]]):
         return {**item, "labels": torch.tensor(self.labels[index])}
 
 
-def _paragraphs() -> dict[str, "Dataset"]:
+def paragraphs() -> dict[str, "Dataset"]:
     """Paragraphs of the longest topics, labelled by their topic: 80 % training, 10 % validation, 10 % test.
 
     A hash of a paragraph decides where it goes, so it never moves, although the manual changes with Python. What

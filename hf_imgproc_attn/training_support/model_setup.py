@@ -94,7 +94,12 @@ def build_causal_lm(
 
 
 def build_text_classifier(
-    args: ModelArguments, tokenizer: "PreTrainedTokenizerBase", label_names: list[str], max_length: int | None
+    args: ModelArguments,
+    tokenizer: "PreTrainedTokenizerBase",
+    label_names: list[str],
+    max_length: int | None,
+    *,
+    pairs: bool = False,
 ) -> tuple["PreTrainedModel", int]:
     """The classifier, and the length at which its texts are cut.
 
@@ -103,6 +108,7 @@ def build_text_classifier(
         tokenizer: decides the vocabulary of a new model; a checkpoint whose vocabulary is too small is refused.
         label_names: class index -> name. A checkpoint with another number of classes gets a new classification head.
         max_length: tokens of a text; None for 128 or the model's positions, whichever is less.
+        pairs: whether a new model classifies pairs of texts.
 
     Raises:
         UsageError: for a checkpoint or configuration that cannot be used, or texts longer than the model's positions.
@@ -113,6 +119,7 @@ def build_text_classifier(
     if args.model_name_or_path is None:
         fields = {
             "max_position_embeddings": max_length or DEFAULT_MAX_LENGTH,
+            **({"classifier_pairs": True} if pairs else {}),
             "vocab_size": len(tokenizer),
             "pad_token_id": tokenizer.pad_token_id,
             **labels,

@@ -1,4 +1,4 @@
-"""Sequences of tokens for the training scripts: generated tasks and the pixels of images, and their tokenizer."""
+"""Sequences for the training scripts: generated tasks, pixels of images, pairs of texts, and their tokenizers."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,18 @@ from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.sequences import FORMAT, SEQUENCE_TASKS, SequenceSplit, generate
 from hf_imgproc_attn.sequences.table import with_settings
 from hf_imgproc_attn.training_support.data_loading import refuse_config_name
-from hf_imgproc_attn.training_support.sequence_arguments import GeneratedDataArguments, SequenceDataArguments
+from hf_imgproc_attn.training_support.sequence_arguments import (
+    DEFAULT_PAIR_LENGTH,
+    GeneratedDataArguments,
+    SequenceDataArguments,
+)
 from hf_imgproc_attn.training_support.text_data import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
+
+    from hf_imgproc_attn.training_support.text_pairs import PairRows, PairSplit
 
 PADDING, UNKNOWN, FIRST = "[PAD]", "[UNK]", "[CLS]"
 GREY_LEVELS = 256
@@ -26,24 +32,41 @@ class SequenceData:
     """All splits of a data set of sequences.
 
     Attributes:
-        splits: ``train`` and, where there are any, ``validation`` and ``test``.
-        vocabulary: token id -> the word that it is written as.
-        longest: tokens of the longest sequence.
+        splits: ``train`` and, where there are any, ``validation`` and ``test``; sequences, or pairs of texts.
+        vocabulary: token id -> the word that it is written as; empty for pairs, whose tokens are bytes.
+        longest: tokens of the longest sequence, without the first one of a classifier.
         label_names: class index -> name; empty where the answers are tokens.
     """
 
     def __init__(
-        self, splits: dict[str, SequenceSplit], vocabulary: tuple[str, ...], longest: int, label_names: list[str]
+        self,
+        splits: dict[str, Any],
+        vocabulary: tuple[str, ...],
+        longest: int,
+        label_names: list[str],
     ) -> None:
         self.splits, self.vocabulary, self.longest, self.label_names = splits, vocabulary, longest, label_names
 
+    def tokenizer(self, *, for_classifier: bool) -> "PreTrainedTokenizerFast":
+        """The one that is saved with a checkpoint, see :func:`sequence_tokenizer`."""
+        if self.vocabulary:
+            return sequence_tokenizer(self.vocabulary, for_classifier=for_classifier)
+        from hf_imgproc_attn.training_support.text_pairs import byte_tokenizer
+
+        return byte_tokenizer()
+
 
 def load_sequences(args: GeneratedDataArguments) -> SequenceData:
-    """Generate the sequences of a task, or read images as sequences of pixels.
+    """Generate the sequences of a task, read images as sequences of pixels, or pairs of texts.
 
     Raises:
         UsageError: for settings that the task does not have, or images that cannot be loaded.
     """
+    if isinstance(args, SequenceDataArguments) and args.is_pairs:
+        from hf_imgproc_attn.training_support.text_pairs import load_pairs
+
+        pairs, names = load_pairs(args)
+        return SequenceData(pairs, (), (args.max_length or DEFAULT_PAIR_LENGTH) - 1, names)
     if not args.is_generated and isinstance(args, SequenceDataArguments):
         return pixel_sequences(args)
     columns = ("image_column_name", "label_column_name") if isinstance(args, SequenceDataArguments) else ()
@@ -144,6 +167,24 @@ class TokenSequences(TorchDataset[dict[str, Any]]):
         if self._first is not None:
             ids = torch.nn.functional.pad(ids, (1, 0), value=self._first)
         return {"input_ids": ids, "labels": labels}
+
+
+def classified_rows(
+    split: "SequenceSplit | PairSplit", tokenizer: "PreTrainedTokenizerFast"
+) -> tuple["TokenSequences | PairRows", Any]:
+    """What a classifier reads, and what makes a batch of it: ``[batch, length]``, of pairs ``[batch, 2, length]``.
+
+    Args:
+        split: of :class:`SequenceData`.
+        tokenizer: its tokenizer.
+    """
+    from transformers import DataCollatorForMultipleChoice, DataCollatorWithPadding
+
+    from hf_imgproc_attn.training_support.text_pairs import PairRows, PairSplit
+
+    if isinstance(split, PairSplit):
+        return PairRows(split, tokenizer), DataCollatorForMultipleChoice(tokenizer)
+    return TokenSequences(split, tokenizer), DataCollatorWithPadding(tokenizer)
 
 
 def parse_settings(words: list[str]) -> Mapping[str, Any]:

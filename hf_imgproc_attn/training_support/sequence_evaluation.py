@@ -6,12 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, default_data_collator
+from transformers import default_data_collator
 
 from hf_imgproc_attn.sequences import SEQUENCE_TASKS, SequenceSplit
 from hf_imgproc_attn.sequences.recall import NoisyRecall
 from hf_imgproc_attn.training_support.sequence_arguments import GeneratedDataArguments
-from hf_imgproc_attn.training_support.sequence_data import TokenSequences, load_sequences, parse_settings
+from hf_imgproc_attn.training_support.sequence_data import (
+    TokenSequences,
+    classified_rows,
+    load_sequences,
+    parse_settings,
+)
 from hf_imgproc_attn.training_support.text_data import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -42,10 +47,12 @@ def sequence_accuracy(
         ``metric``, ``value``, ``samples`` and ``unit``.
     """
     has_classes = split.labels.ndim == 1
-    collate = DataCollatorWithPadding(tokenizer) if has_classes else default_data_collator
+    rows, collate = (
+        classified_rows(split, tokenizer) if has_classes else (TokenSequences(split, tokenizer), default_data_collator)
+    )
     model.eval()
     right = asked = 0
-    for batch in DataLoader(TokenSequences(split, tokenizer), batch_size=batch_size, collate_fn=collate):
+    for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collate):
         labels = batch.pop("labels")
         logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
         found = logits.argmax(-1).cpu()

@@ -102,7 +102,7 @@ def test_passes_are_counted_in_a_model(preset: str, monkeypatch: pytest.MonkeyPa
         patch_size=4,
     )
     config.filter_backend = "sdpa"
-    if preset in ("sigmoid", "softpick", "sinkhorn"):
+    if preset in ("sigmoid", "softpick"):
         with pytest.raises(ValueError, match="softmax only, got normalisation"):
             ImgProcViTModel(config)(torch.zeros(1, 3, 8, 8))
         return

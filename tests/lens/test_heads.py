@@ -20,7 +20,7 @@ from hf_imgproc_attn.lens.shares import (
 )
 from hf_imgproc_attn.lens.spectrum import dense_spectrum, iterative_spectrum, layer_matrices, one_head
 from hf_imgproc_attn.lens.tokens import measure_tokens
-from hf_imgproc_attn.models.backend_call import Booster, Content, FilterCall
+from hf_imgproc_attn.models.backend_call import Booster, Content, Difference, FilterCall
 from hf_imgproc_attn.models.backend_reference import filter_logits, filter_matrix, reference_attention
 from hf_imgproc_attn.models.boost_weights import LocalLinear
 from hf_imgproc_attn.models.kernel_normalisation import Normalisation
@@ -88,15 +88,19 @@ def make_call(kind: str) -> FilterCall:
     if kind == "sigmoid":
         gains = torch.stack((per_head, 1 - per_head))
         return call._replace(normalisation=Normalisation("sigmoid"), booster=Booster("inversion", 1, gains))
-    if kind == "softpick, padded":
+    if kind in ("softpick, padded", "sinkhorn, padded"):
         visibility = padding_visibility(REAL[:, None, None, :], LENGTH, causal=False)
-        return call._replace(normalisation=Normalisation("softpick"), visibility=visibility)
+        return call._replace(normalisation=Normalisation(kind.split(",")[0]), visibility=visibility)
+    if kind == "differential":
+        second = (noise(BATCH, HEADS, LENGTH, WIDTH, seed=seed) for seed in (11, 12))
+        visibility = padding_visibility(REAL[:, None, None, :], LENGTH, causal=True)
+        return call._replace(difference=Difference(*second, 0.7 * per_head), visibility=visibility)
     return call
 
 
 KINDS = (
     *("local linear", "plain", "causal", "padded", "padded and causal", "gaussian places", "alibi", "untied"),
-    *("sink", "sigmoid", "softpick, padded", "delta"),
+    *("sink", "sigmoid", "softpick, padded", "delta", "sinkhorn, padded", "differential"),
 )
 
 

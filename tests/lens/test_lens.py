@@ -20,6 +20,7 @@ from hf_imgproc_attn.lens.observation import BlockTokens, observed
 from hf_imgproc_attn.lens.spectrum import Spectrum
 from hf_imgproc_attn.models.any_layers import attention_layers
 from hf_imgproc_attn.models.backend_call import FilterCall
+from hf_imgproc_attn.models.backend_reference import filter_logits, filter_matrix
 from hf_imgproc_attn.models.configuration_imgproc_bert import ImgProcBertConfig
 from hf_imgproc_attn.models.layer_filter import AttentionFilter
 from hf_imgproc_attn.models.modeling_imgproc_bert import ImgProcBertModel
@@ -429,6 +430,28 @@ def test_filters_with_dependent_rows_are_seen_whole() -> None:
             assert head.received == pytest.approx(wanted.tolist(), rel=1e-9)
 
 
+def test_differential_layers_show_their_first_map_and_the_difference() -> None:
+    """A is the first map, whose rows sum to 1; p(A) are the model's own attentions, maps and spectra alike."""
+    config = tiny_vit_config("differential", attn_implementation="eager")
+    model = sharpen_(hf_imgproc_attn.ImgProcViTForImageClassification(config).double().eval())
+    given = {"pixel_values": images().double()}
+    report = inspect_model(model, given, token=3, noise=0.0)
+    with torch.no_grad():
+        attentions = model(**given, output_attentions=True).attentions
+    calls = _calls(model, given)
+    for layer, difference, (call, _) in zip(report.layers, attentions, calls, strict=True):
+        first = filter_matrix(filter_logits(call), call.visibility)
+        assert (first - difference).abs().max() > 1e-2
+        torch.testing.assert_close(torch.tensor(layer.maps["product"]).double(), first[0, :, 3])
+        torch.testing.assert_close(torch.tensor(layer.maps["operator"]).double(), difference[0, :, 3])
+        for head in layer.heads:
+            assert head.received == pytest.approx(first[:, head.head].sum((0, 1)).div(len(first)).tolist())
+            for spectrum, matrix in ((head.filter_spectrum, first), (head.operator_spectrum, difference)):
+                wanted = torch.linalg.svdvals(matrix[0, head.head])
+                assert spectrum is not None
+                assert spectrum.singular_values == pytest.approx(wanted.tolist(), abs=1e-9)
+
+
 @pytest.mark.parametrize("normalisation", ["sigmoid", "softpick", "sink"])
 def test_rows_that_do_not_sum_to_one_are_seen_as_they_are(normalisation: str) -> None:
     """What all rows take from each token, and entropies between 0 and those of uniform weights."""
@@ -457,10 +480,6 @@ def test_every_preset_is_shown_or_refused_by_name(preset: str) -> None:
         model = hf_imgproc_attn.ImgProcGPT2LMHeadModel(tiny_gpt2_config(preset, n_layer=2))
         given = {"input_ids": token_ids(3, 10)}
     sharpen_(model.eval())
-    if preset == "differential":
-        with pytest.raises(ValueError, match="boosting='differential' takes a second filter away from A"):
-            inspect_model(model, given)
-        return
     report = inspect_model(model, given, noise=0.0)
     assert report.skipped == []
     for layer in report.layers:

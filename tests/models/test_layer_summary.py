@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from hf_imgproc_attn import apply_filter
 from hf_imgproc_attn.cards.filters import MEANINGS, check, in_markdown, recorded
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2LMHeadModel
 from hf_imgproc_attn.models.modeling_imgproc_vit import ImgProcViTForImageClassification
 from hf_imgproc_attn.models.spec_axes import MAX_BANDWIDTH
+from tests.any_model.architectures import build
 from tests.models.helpers import sharpen_
 from tests.models.variants import VARIANTS, gpt2_config, token_ids, vit_config
 
@@ -100,3 +104,27 @@ def test_peft_trains_and_saves_the_scalars_where_modules_to_save_names_them(save
     other.load_state_dict(weights)
     again = peft.PeftModel.from_pretrained(other, tmp_path)
     assert again.get_base_model().filter_summary().rows == after
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "filtered"])
+def test_an_auto_class_loads_the_scalars_of_an_adapter_with_its_base(kind: str, tmp_path: Path) -> None:
+    """Transformers loads base and adapter by the adapter's folder alone."""
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        base: Any = ImgProcGPT2LMHeadModel(gpt2_config("bilateral"))
+        options = {"modules_to_save": ["scalar_bias"], "fan_in_fan_out": True}
+    else:
+        base = apply_filter(build("llama"), "learned_twicing")
+        options = {"modules_to_save": ["imgproc_filter"]}
+    base.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), peft.LoraConfig(init_lora_weights=False, **options)
+    )
+    copies = {name: value for name, value in adapted.named_parameters() if ".modules_to_save." in name}
+    assert copies
+    with torch.no_grad():
+        for value in copies.values():
+            value += torch.randn(value.shape)
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").named_parameters())
+    assert all(torch.equal(loaded[name.removeprefix("base_model.model.")], copies[name]) for name in copies)

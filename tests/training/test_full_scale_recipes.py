@@ -54,6 +54,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         rows = {"text": words, "label": [index % 2 for index in range(count)]}
         features = datasets.Features(text=datasets.Value("string"), label=labels)
         datasets.Dataset.from_dict(rows, features=features).to_parquet(root / "text" / f"{split}.parquet")
+        lines = [f"{index % 2}.0\tP{index}\tP0\t{text}\t{words[0]}\n" for index, text in enumerate(words)]
+        (root / "pairs").mkdir(exist_ok=True)
+        (root / "pairs" / f"new_aan_pairs.{split}.tsv").write_text("".join(lines), encoding="utf-8")
     for split, count in (("train", 12), ("validation", 3)):
         pixels = [Image.fromarray(rng.integers(0, 151, (48, 60), dtype=np.uint8)) for _ in range(count)]
         features = datasets.Features(image=datasets.Image(), annotation=datasets.Image())
@@ -62,7 +65,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         datasets.Dataset.from_dict(columns, features=features).to_parquet(root / "masks" / f"{split}.parquet")
     sizes = {"hidden_size": 192, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 768}
     ViTForImageClassification(ViTConfig(**sizes, image_size=224, patch_size=16)).save_pretrained(root / "deit")
-    return {name: root / name for name in ("large", "small", "text", "masks", "deit")}
+    return {name: root / name for name in ("large", "small", "text", "pairs", "masks", "deit")}
 
 
 @EACH
@@ -112,7 +115,7 @@ def test_a_recipe_starts_and_takes_a_few_steps(path: Path, tmp_path: Path, data:
     words += ["--max_eval_samples", "2", "--warmup_steps", "1", "--logging_steps", "1"]
     if recipe["dataset_name"] != "listops":
         kinds = {"image-classification": "large", "sequence-classification": "small", "semantic-segmentation": "masks"}
-        kind = kinds.get(task.name, "text")
+        kind = "pairs" if "text_pair_columns" in recipe else kinds.get(task.name, "text")
         words += ["--dataset_name", str(data[kind])]
         words += ["--dataset_config_name", "none"] if "dataset_config_name" in recipe else []
         words += ["--dataset_revision", "none"] if "dataset_revision" in recipe else []

@@ -13,7 +13,6 @@ import pytest
 from huggingface_hub import (
     CommitOperationAdd,
     HfApi,
-    ModelCard,
 )
 
 from tests.hub.card_rules import check_card
@@ -108,14 +107,18 @@ def test_a_wrong_card_is_refused(front_matter: str) -> None:
 
 
 def test_cards_through_the_client(hub: HubServer, api: HfApi) -> None:
+    """As they are uploaded: ``ModelCard.validate`` asks the real Hub in huggingface-hub 1, whatever the endpoint."""
+    readme = {"path_in_repo": "README.md", "repo_id": ID}
     api.create_repo(ID)
-    ModelCard(CARD).validate()
+    api.upload_file(path_or_fileobj=CARD.encode(), **readme)
     with pytest.raises(ValueError, match="pipeline_tag"):
-        ModelCard(CARD.replace("image-classification\nmodel", "seeing\nmodel")).validate()
+        api.upload_file(
+            path_or_fileobj=CARD.replace("image-classification\nmodel", "seeing\nmodel").encode(), **readme
+        )
     with pytest.raises(ValueError, match='Invalid metadata in README.md.\n- "license" must be one of'):
-        api.upload_file(path_or_fileobj=b"---\nlicense: x\n---\n", path_in_repo="README.md", repo_id=ID)
+        api.upload_file(path_or_fileobj=b"---\nlicense: x\n---\n", **readme)
     with pytest.warns(UserWarning, match="empty or missing yaml metadata"):
-        api.upload_file(path_or_fileobj=b"# Tiny\n", path_in_repo="README.md", repo_id=ID)
+        api.upload_file(path_or_fileobj=b"# Tiny\n", **readme)
     hub.check()
 
 
