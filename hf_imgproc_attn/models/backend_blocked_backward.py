@@ -29,16 +29,15 @@ class Gradients:
         self.call, self.plan, self.booster, self.computed = call, call.plan, call.booster, computed
         self.width, self.num_streams = value.shape[-1], len(call.booster.streams)
         self.like = query.new_empty(0, dtype=working_dtype(query.dtype))
-        self.inputs = Inputs(call, tensors, computed.streams)
+        self.inputs = Inputs(call, tensors, computed.streams, leaves_out=True)
         self.query = self.like.new_empty(query.shape)
         self.key, self.value = (self.inputs.key_heads.total(x, self.like.dtype) for x in (key, value))
         self.bias = self.like.new_zeros(bias.shape) if bias is not None and needs_bias else None
         self.past = None if past is None else self.like.new_empty(past.shape)
         self.sinks = self.like.new_zeros(sinks.shape) if sinks is not None and needs_sinks else None
         self.weights = call.weights(tensors, self.like, tuple(needs_parameters))
-        self.blocks = self.plan.blocks()[::-1]
         self.buffer = Buffer(self.like, self.weights.size)
-        widest = max(self.width, key.shape[-1]) if len(self.blocks) > 1 else 0
+        widest = max(self.width, key.shape[-1]) if self.plan.block_rows < self.plan.length else 0
         self.scratch = Buffer(self.like, self.plan.group_pairs * self.plan.key_length * widest)
 
     def run(self, grad: torch.Tensor | None, stream_grad: torch.Tensor | None) -> None:
@@ -59,7 +58,7 @@ class Gradients:
         stream_grads = None if stream_grad is None else flat(stream_grad, dtype)
         for group in plan.groups():
             self._start(group, output_grads, stream_grads)
-            for steps in passes_over_blocks(plan.is_causal or len(self.blocks) == 1, self.num_streams)[::-1]:
+            for steps in passes_over_blocks(plan.in_one_pass, self.num_streams)[::-1]:
                 for block in self.blocks:
                     self._block(block, steps)
             self._finish()
@@ -73,10 +72,12 @@ class Gradients:
         """Turn to a group: its inputs, its rows of G, and empty sums."""
         inputs, plan, width = self.inputs, self.plan, self.width
         inputs.start(group)
+        self.blocks = inputs.blocks()[::-1]
         pairs = inputs.query.shape[0]
         self.group, self.output_grad = group, output_grads[group.pairs]
         self.output, self.row_sums = self.computed.output[group.pairs], self.computed.row_sums[group.pairs]
         self.d_query = self.query.flatten(0, 1)[group.pairs]
+        self.d_query[:, : self.blocks[-1].start if self.blocks else None] = 0.0
         self.side_by_side = torch.cat([inputs.value, inputs.all], dim=-1) if self.num_streams > 1 else inputs.value
         self.d_key = KeySums(plan, pairs, inputs.key.shape[-1], self.scratch)
         self.totals = [KeySums(plan, pairs, width, self.scratch) for _ in range(self.num_streams)]
@@ -84,20 +85,21 @@ class Gradients:
             for m in range(1, self.num_streams):
                 self.totals[m].begin(stream_grads[group.pairs, :, inputs.columns(m)])
         self.smoothed = self._smoothed_values()
-        self.weights.start(group, inputs.query, inputs.key)
+        is_full = inputs.is_full and self.call.visibility.mask is None
+        self.weights.start(group, inputs.query, inputs.key, is_full=is_full)
 
     def _block(self, block: Block, steps: range) -> None:
         """Add a block's share to T_m of the streams ``steps`` and, with x_0 among them, to all other gradients."""
-        inputs, plan, rows, keys = self.inputs, self.plan, slice(block.start, block.stop), slice(0, block.keys)
+        inputs, plan, rows, keys = self.inputs, self.plan, block.rows, block.columns
         matrix, correction = self.weights.recompute(block, self.row_sums)
         factors = plan.dropout_factors(self.group, block, self.like) if plan.dropout else None
         dropped = matrix if factors is None else matrix * factors
         # g_0, g_1, ... side by side.
-        row_grads = self.like.new_empty(matrix.shape[0], block.stop - block.start, self.num_streams * self.width)
+        row_grads = self.like.new_empty(*matrix.shape[:2], self.num_streams * self.width)
         for m in reversed(range(steps.start, self.num_streams)):
             smooth_grad = self._smooth_grad(block, m, row_grads).mul_(correction)
             if m in steps:
-                self.totals[m].add(dropped, smooth_grad)
+                self.totals[m].add(dropped, smooth_grad, block.first)
         if steps.start:
             return
         room = partial(self.buffer.view, *matrix.shape)
@@ -109,7 +111,7 @@ class Gradients:
         d_logits = self.weights.logits_grad(d_matrix, matrix, row_term)
         d_query = multiply(d_logits, inputs.key[:, keys], by_onednn=plan.by_onednn)
         torch.mul(d_query, plan.scale, out=self.d_query[:, rows])
-        self.d_key.add(d_logits, inputs.query[:, rows])
+        self.d_key.add(d_logits, inputs.query[:, rows], block.first)
         if self.bias is not None:
             self.weights.add_to_bias(self.bias, d_logits, block)
         if self.sinks is not None:
@@ -123,7 +125,7 @@ class Gradients:
     def _smooth_grad(self, block: Block, m: int, row_grads: torch.Tensor) -> torch.Tensor:
         """Write g_m = o_m G + sum_{m'>m} c_m'm T_m' of a block's rows into its columns of ``row_grads``."""
         smooth_grad = row_grads[..., m * self.width : (m + 1) * self.width]
-        total, weight = self.output_grad[:, block.start : block.stop], self.booster.output[m + 1]
+        total, weight = self.output_grad[:, block.rows], self.booster.output[m + 1]
         if weight != 1.0:
             total = total * weight
         for later in range(m + 1, self.num_streams):

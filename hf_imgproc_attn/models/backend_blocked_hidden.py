@@ -11,10 +11,31 @@ from typing import NamedTuple
 
 import torch
 
-from .backend_blocked_plan import Group
+from .backend_blocked_plan import Block, Group, Plan
 
 MOST_RUNS = 4
 """Runs of a sample, on average, up to which they are written one by one."""
+
+
+class Span(NamedTuple):
+    """The keys ``first:stop``, beyond which some samples see none.
+
+    has_gaps: whether one of the samples has hidden keys within.
+    """
+
+    first: int
+    stop: int
+    has_gaps: bool
+
+    def blocks(self, plan: Plan) -> list[Block]:
+        """The blocks of a plan without the keys outside, and without queries that come before all keys."""
+        found = []
+        for block in plan.blocks():
+            start = max(block.start, self.first - plan.past) if plan.is_causal else block.start
+            keys = min(block.keys, self.stop)
+            if start < block.stop and self.first < keys:
+                found.append(block._replace(start=start, keys=keys, first=self.first))
+        return found
 
 
 class KeyRuns(NamedTuple):
@@ -39,6 +60,16 @@ class KeyRuns(NamedTuple):
                 start, stop = max(start - first, 0), min(stop - first, x.shape[1])
                 if start < stop:
                     yield rows[:, start:stop]
+
+    def span(self, group: Group, key_length: int) -> Span:
+        """From the first to the last key that any sample of a group sees."""
+        samples = self.runs if len(self.runs) == 1 else self.runs[group.batch]
+        first, stop = key_length, 0
+        for runs in samples:
+            first = min(first, runs[0][1] if runs and not runs[0][0] else 0)
+            stop = max(stop, runs[-1][0] if runs and runs[-1][1] == key_length else key_length)
+        has_gaps = any(first < end and start < stop for runs in samples for start, end in runs)
+        return Span(first, stop, has_gaps)
 
     def fill_(self, x: torch.Tensor, group: Group, value: float, first: int = 0) -> None:
         """Write a number into the runs' places; arguments as of :meth:`parts`."""

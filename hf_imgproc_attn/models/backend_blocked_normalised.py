@@ -28,16 +28,18 @@ class SigmoidWeights(Weights):
 
     def _log_counts(self, block: Block) -> torch.Tensor:
         """log n_i, ``[pairs, rows, 1]``; 0 for rows that see no key."""
-        rows, pairs, like = block.stop - block.start, self.query.shape[0], self.buffer.like
+        (rows, keys), pairs, like = block.shape, self.query.shape[0], self.buffer.like
         cuts = self.plan.is_causal or self.last_seen < 0
-        last = block.keys - rows + self.last_seen
-        if self.mask is None:
-            counts = like.new_full((rows,), float(block.keys))
+        last = self.plan.own_column(block) + self.last_seen
+        if self.is_full:
+            counts = like.new_full((rows,), float(keys))
             if cuts:
-                counts = torch.arange(last + 1, last + 1 + rows, dtype=like.dtype, device=like.device)
+                counts = torch.arange(last + 1, last + 1 + rows, dtype=like.dtype, device=like.device).clamp_(max=keys)
             return counts.clamp(min=1.0).log().view(1, rows, 1).expand(pairs, -1, -1)
+        if self.mask is None:
+            raise RuntimeError("what hides keys is a mask")
         seen = cut(self.mask, self.group, block)
-        seen = seen.expand(*seen.shape[:2], rows, block.keys)
+        seen = seen.expand(*seen.shape[:2], rows, keys)
         if cuts:
             seen = seen.tril(last)
         counts = seen.sum(-1, keepdim=True).clamp(min=1).to(like.dtype)
@@ -51,7 +53,7 @@ class SigmoidWeights(Weights):
 
     def recompute(self, block: Block, row_sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As of the parent."""
-        counts, factor = row_sums[:, block.start : block.stop].split(1, dim=-1)
+        counts, factor = row_sums[:, block.rows].split(1, dim=-1)
         return self._logits(block).sub_(counts).sigmoid_(), factor
 
     def logits_grad(self, d_matrix: torch.Tensor, matrix: torch.Tensor, row_term: torch.Tensor) -> torch.Tensor:
@@ -86,18 +88,19 @@ class SoftpickWeights(Weights):
 
     def _clear_(self, sizes: torch.Tensor, block: Block) -> None:
         """Make 0 of what hidden keys have."""
-        rows = block.stop - block.start
         if self.future is not None:
-            sizes[:, :, block.keys - rows :].tril_()
+            self._own(sizes, block).tril_()
+        if self.is_full:
+            return
         if self.runs is not None:
-            self.runs.fill_(sizes.mT, self.group, 0.0)
+            self.runs.fill_(sizes.mT, self.group, 0.0, block.first)
         elif self.mask is not None:
-            shaped = sizes.view(*self.group.shape, rows, block.keys)
+            shaped = sizes.view(*self.group.shape, *block.shape)
             shaped.masked_fill_(~cut(self.mask, self.group, block), 0.0)
 
     def recompute(self, block: Block, row_sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As of the parent."""
-        largest, factor = row_sums[:, block.start : block.stop].split(1, dim=-1)
+        largest, factor = row_sums[:, block.rows].split(1, dim=-1)
         self.exponentials = self._logits(block).sub_(largest).exp2_()
         return self._above(block, largest, self.exponentials).clamp_(min=0.0), factor
 

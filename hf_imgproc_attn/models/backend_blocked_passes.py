@@ -36,9 +36,9 @@ from typing import NamedTuple
 
 import torch
 
-from .backend_blocked_hidden import key_runs
+from .backend_blocked_hidden import KeyRuns, Span
 from .backend_blocked_normalised import WEIGHTS
-from .backend_blocked_plan import Group, Plan, multiply
+from .backend_blocked_plan import Block, Group, Plan, multiply
 from .backend_blocked_positions import PositionTerm
 from .backend_blocked_weights import KeyHeads, Weights, flat
 from .boost_operators import BOOSTING, extra_streams
@@ -88,6 +88,8 @@ class Call(NamedTuple):
     """A key of ``WEIGHTS``."""
     ignores_row_constants: bool = True
     """Whether a number that is added to a whole row of logits changes nothing."""
+    runs: KeyRuns | None = None
+    """Of the keys that no query sees, where these are few."""
 
     def weights(
         self,
@@ -104,13 +106,16 @@ class Call(NamedTuple):
             needs_grad: which parameters' gradients are wanted; none in the forward pass.
             kind: how weights are computed; None: as the normalisation says.
         """
-        mask = self.visibility.keys if self.visibility.mask is None else self.visibility.mask
+        mask, runs = self.visibility.mask, None
+        if mask is None and self.visibility.hidden is not None:
+            mask, runs = self.visibility.keys, self.runs
         terms = None if tensors.bias is None or self.largest_bias is None else (tensors.bias, self.largest_bias)
         positions = None
         if self.positions is not None:
             places = self.positions, tensors.parameters
             positions = PositionTerm(*places, self.plan, mask, like, needs_grad, exact=not self.ignores_row_constants)
-        return (kind or WEIGHTS[self.normalisation])(self.plan, mask, terms, positions, like, tensors.sinks)
+        make = kind or WEIGHTS[self.normalisation]
+        return make(self.plan, mask, terms, positions, like, tensors.sinks, runs)
 
 
 class Tensors(NamedTuple):
@@ -141,10 +146,20 @@ class Tensors(NamedTuple):
 
 
 class Inputs:
-    """All inputs in working precision, ``[pairs, ..., ...]``, and a group's rows of them."""
+    """All inputs in working precision, ``[pairs, ..., ...]``, and a group's rows of them.
 
-    def __init__(self, call: Call, tensors: Tensors, streams: torch.Tensor) -> None:
+    Args:
+        call: what is computed.
+        tensors: with what.
+        streams: x_1, x_2, ... of the queries side by side, ``[batch, heads, length, (k - 1) * d]``.
+        leaves_out: whether a group's blocks are those of :meth:`blocks`, so that no key before the first and after the
+            last that its samples see is read.
+    """
+
+    def __init__(self, call: Call, tensors: Tensors, streams: torch.Tensor, *, leaves_out: bool = False) -> None:
         plan, dtype = call.plan, torch.promote_types(tensors.query.dtype, torch.float32)
+        self.plan, self._leaves_out = plan, leaves_out and not plan.dropout
+        self._span: Span | None = None
         self.past, self.width = plan.past, tensors.value.shape[-1]
         self.key_heads = KeyHeads(plan.heads // plan.key_heads)
         self._all = tuple(flat(x, dtype) for x in (*tensors[:3], streams))
@@ -153,7 +168,7 @@ class Inputs:
         hidden = call.visibility.hidden
         if hidden is not None:
             self._hidden = flat(hidden.expand(plan.batch, plan.heads, 1, plan.key_length), torch.bool).mT
-            self._runs = key_runs(hidden, plan.key_length)
+            self._runs = call.runs
 
     def start(self, group: Group) -> None:
         """Turn to a group."""
@@ -167,12 +182,23 @@ class Inputs:
         """x_1, x_2, ... of the queries side by side, ``[pairs, length, (k - 1) * d]``: a view of what is saved."""
         self.all = self.own if self._past is None else torch.cat([self._past[group.pairs], self.own], dim=1)
         """The same of all keys, 0 where a key is hidden."""
-        self.hidden = None
-        if self._hidden is not None:
-            self.hidden = self._hidden[group.pairs]
-            self.key, self.value = self._clean(self.key, self.hidden), self._clean(self.value, self.hidden)
+        self._span, hidden = None, None if self._hidden is None else self._hidden[group.pairs]
+        self.hidden = hidden
+        if self._runs is not None and self._leaves_out:
+            self._span = self._runs.span(group, self.plan.key_length)
+        if hidden is not None and not self.is_full:
+            self.key, self.value = self._clean(self.key, hidden), self._clean(self.value, hidden)
             if self.own.shape[-1]:
-                self.all = self._clean(self.all, self.hidden)
+                self.all = self._clean(self.all, hidden)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no key is hidden between the first and the last of the group's :meth:`blocks`."""
+        return self._hidden is None or (self._span is not None and not self._span.has_gaps)
+
+    def blocks(self) -> list[Block]:
+        """The group's blocks, in order. A dropout mask belongs to a whole block, so that there nothing is left out."""
+        return self.plan.blocks() if self._span is None else self._span.blocks(self.plan)
 
     def _clean(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """A copy of ``[pairs, key_length, width]`` with 0 where a key is hidden."""
@@ -251,6 +277,16 @@ class Computed(NamedTuple):
     row_sums: torch.Tensor
 
 
+def _fill_blind(booster: Recurrence, inputs: Inputs, output: torch.Tensor, blocks: list[Block]) -> None:
+    """Write what the queries of a group have that are in none of its blocks: they see no key, and their s_m are 0."""
+    blind = slice(0, blocks[0].start if blocks else inputs.plan.length)
+    if blind.stop:
+        value = inputs.own_value[:, blind]
+        output[:, blind] = value * booster.output[0] if booster.output[0] else 0.0
+        for m, coefficients in enumerate(booster.streams[1:], start=1):
+            inputs.own[:, blind, inputs.columns(m)] = value * coefficients[0] if coefficients[0] else 0.0
+
+
 def forward_passes(call: Call, tensors: Tensors) -> Computed:
     """Compute output and streams block by block."""
     plan, booster = call.plan, call.booster
@@ -259,16 +295,17 @@ def forward_passes(call: Call, tensors: Tensors) -> Computed:
     streams = like.new_empty(plan.batch, plan.heads, plan.length, (num_streams - 1) * width)
     output, row_sums = (like.new_empty(plan.batch * plan.heads, plan.length, size) for size in (width, 2))
     weights = call.weights(tensors, like)
-    blocks, inputs = plan.blocks(), Inputs(call, tensors, streams)
+    inputs = Inputs(call, tensors, streams, leaves_out=True)
     for group in plan.groups():
         inputs.start(group)
-        out, row_sum = output[group.pairs], row_sums[group.pairs]
-        weights.start(group, inputs.query, inputs.key)
-        for steps in passes_over_blocks(plan.is_causal or len(blocks) == 1, num_streams):
+        blocks, out, row_sum = inputs.blocks(), output[group.pairs], row_sums[group.pairs]
+        weights.start(group, inputs.query, inputs.key, is_full=inputs.is_full and call.visibility.mask is None)
+        _fill_blind(booster, inputs, out, blocks)
+        for steps in passes_over_blocks(plan.in_one_pass, num_streams):
             if steps.start:
                 inputs.copy_to_keys(steps.start, slice(0, plan.length))
             for block in blocks:
-                rows = slice(block.start, block.stop)
+                rows = block.rows
                 if steps.start:
                     matrix, factor = weights.recompute(block, row_sum)
                 else:
@@ -279,7 +316,7 @@ def forward_passes(call: Call, tensors: Tensors) -> Computed:
                     if m > steps.start:
                         inputs.copy_to_keys(m, rows)
                     rows_of_keys = inputs.all[..., inputs.columns(m)] if m else inputs.value
-                    product = multiply(matrix, rows_of_keys[:, : block.keys], by_onednn=plan.by_onednn)
+                    product = multiply(matrix, rows_of_keys[:, block.columns], by_onednn=plan.by_onednn)
                     common = (m, inputs.own_value[:, rows], product, factor)
                     for later in range(m + 1, num_streams):
                         _combine(inputs.own[:, rows, inputs.columns(later)], booster.streams[later], *common)

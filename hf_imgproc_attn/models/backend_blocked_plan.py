@@ -34,17 +34,35 @@ BACKWARD_LENGTH = 2048
 """Queries from which on the backward pass takes blocks of ``2 * BLOCK_ROWS``: its sums over keys are half as many."""
 WHOLE_GROUP_SCORES = 2**20
 """The same where all rows are one block."""
+LEAST_SAMPLE_SCORES = 2**15
+"""Scores of a block over all heads from which on a sample whose padding is left out is worth a group of its own."""
 WHOLE_SCORES = 2**20
 """Bidirectional attention with at most so many scores a head is one block: its weights are computed once."""
 
 
 class Block(NamedTuple):
-    """Query rows ``start:stop``, which see keys ``0:keys``."""
+    """Query rows ``start:stop``, which see keys ``first:keys``."""
 
     number: int
     start: int
     stop: int
     keys: int
+    first: int = 0
+
+    @property
+    def rows(self) -> slice:
+        """Its queries."""
+        return slice(self.start, self.stop)
+
+    @property
+    def columns(self) -> slice:
+        """Its keys."""
+        return slice(self.first, self.keys)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of queries and keys."""
+        return self.stop - self.start, self.keys - self.first
 
 
 class Group(NamedTuple):
@@ -64,7 +82,7 @@ class Group(NamedTuple):
 
 def cut(x: torch.Tensor, group: Group, block: Block) -> torch.Tensor:
     """A block's part of a tensor with four axes that is broadcastable to ``[batch, heads, length, key_length]``."""
-    wanted = (group.batch, group.heads, slice(block.start, block.stop), slice(0, block.keys))
+    wanted = (group.batch, group.heads, block.rows, block.columns)
     return x[tuple(slice(None) if size == 1 else part for size, part in zip(x.shape, wanted, strict=True))]
 
 
@@ -110,6 +128,16 @@ class Plan(NamedTuple):
         """Keys before the first query's own."""
         return self.key_length - self.length
 
+    def by_sample(self) -> Plan:
+        """With groups of one sample, if that leaves enough to do in each: samples see different keys."""
+        is_large = self.heads * self.block_rows * self.key_length >= LEAST_SAMPLE_SCORES
+        return self._replace(group_pairs=min(self.group_pairs, self.heads)) if is_large else self
+
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether no row needs a later row's streams, so that each block is visited once."""
+        return self.is_causal or self.block_rows >= self.length
+
     def blocks(self) -> list[Block]:
         """All blocks, in order."""
         starts = range(0, self.length, self.block_rows)
@@ -118,6 +146,10 @@ class Plan(NamedTuple):
             Block(index, start, stop, self.past + stop if self.is_causal else self.key_length)
             for index, (start, stop) in enumerate(zip(starts, stops, strict=True))
         ]
+
+    def own_column(self, block: Block) -> int:
+        """Where the own key of a block's first query stands among the block's keys; it may be beyond the last one."""
+        return self.past + block.start - block.first
 
     def groups(self) -> list[Group]:
         """All groups, in order; none without samples, heads or queries."""
@@ -137,7 +169,7 @@ class Plan(NamedTuple):
         """The dropout mask of a block, 0 or 1/(1 - p), ``[pairs, rows, keys]``: the same whenever it is asked for."""
         count = group.number * -(-self.length // self.block_rows) + block.number
         generator = torch.Generator(like.device).manual_seed((self.seed + count) % 2**63)
-        shape = (math.prod(group.shape), block.stop - block.start, block.keys)
+        shape = (math.prod(group.shape), *block.shape)
         factors = torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(
             1.0 - self.dropout, generator=generator
         )

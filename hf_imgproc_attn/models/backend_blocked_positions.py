@@ -17,6 +17,12 @@ MAX_STORED_SCORES = 2**20
 this many numbers (4 MB); beyond, it is computed again, and memory stays linear in the length."""
 
 
+def _within(x: torch.Tensor, block: Block, whole: Block) -> torch.Tensor:
+    """The part of ``[..., rows, keys]`` of a whole block that belongs to one without some of its rows and keys."""
+    start, stop = block.start - whole.start, block.stop - whole.start
+    return x[..., start:stop, block.first - whole.first : block.keys - whole.first]
+
+
 class PositionTerm:
     """What a position kernel adds to the logits of each block, and the gradients of its parameters.
 
@@ -50,7 +56,7 @@ class PositionTerm:
             for parameter, needed in zip(self.parameters, needs_grad, strict=False)
         ]
         self.dtype = like.dtype
-        self._mask, self._is_causal = mask, plan.is_causal
+        self._mask, self._is_causal, self._plan, self._blocks = mask, plan.is_causal, plan, plan.blocks()
         see_themselves = mask is None and self._are_own_keys(plan.past)
         self._from_nearest = self.kernel.grows_with_distance and not (see_themselves or exact)
         masks = mask.shape[0] if mask is not None and self._from_nearest else 1
@@ -79,27 +85,29 @@ class PositionTerm:
         if self._mask is not None:
             allowed = cut(self._mask, group, block).any(1)
         if self._is_causal:
-            rows = block.stop - block.start
-            causal = torch.ones(rows, block.keys, dtype=torch.bool, device=self.coordinates.device)
-            causal = causal.tril(block.keys - rows)
+            causal = torch.ones(block.shape, dtype=torch.bool, device=self.coordinates.device)
+            causal = causal.tril(self._plan.own_column(block))
             allowed = causal[None] if allowed is None else allowed & causal
         return allowed
 
     def _pair_values(self, group: Group, block: Block) -> torch.Tensor:
         """What the block's rows and columns have in common for all heads, ``[..., samples or 1, rows, keys]``."""
-        place = (block.number, group.batch.start if self._per_sample else 0)
-        if self._stored is not None and place in self._stored:
-            return self._stored[place]
+        if self._stored is None:
+            return self._compared(group, block)
+        place, whole = (block.number, group.batch.start if self._per_sample else 0), self._blocks[block.number]
+        if place not in self._stored:
+            self._stored[place] = self._compared(group, whole)
+        return _within(self._stored[place], block, whole)
+
+    def _compared(self, group: Group, block: Block) -> torch.Tensor:
         rows, columns = (x if x.shape[0] == 1 else x[group.batch] for x in (self.coordinates, self.key_coordinates))
-        pair_values = self.kernel.compare(rows[:, block.start : block.stop], columns[:, : block.keys], self.dtype)
+        pair_values = self.kernel.compare(rows[:, block.rows], columns[:, block.columns], self.dtype)
         count = self.num_class_tokens
         if count:
-            self.kernel.clear_(pair_values[..., :count])
+            self.kernel.clear_(pair_values[..., : max(count - block.first, 0)])
             self.kernel.clear_(pair_values[..., : max(count - block.start, 0), :])
         if self._from_nearest:
             pair_values = self.kernel.from_nearest(pair_values, self._allowed(group, block))
-        if self._stored is not None:
-            self._stored[place] = pair_values
         return pair_values
 
     def _class_parts(self, logits: torch.Tensor, block: Block) -> list[torch.Tensor]:
@@ -107,7 +115,7 @@ class PositionTerm:
 
         In order: grid rows and class columns, class rows and grid columns, class rows and class columns.
         """
-        count, rows = self.num_class_tokens, max(self.num_class_tokens - block.start, 0)
+        rows, count = (max(self.num_class_tokens - begin, 0) for begin in (block.start, block.first))
         return [logits[:, :, rows:, :count], logits[:, :, :rows, count:], logits[:, :, :rows, :count]]
 
     def add_(self, logits: torch.Tensor, group: Group, block: Block, factor: float) -> None:
@@ -115,11 +123,12 @@ class PositionTerm:
         if self._logits is None:
             self.kernel.add_(logits, self._pair_values(group, block), self.parameters[0][group.heads], factor)
         else:
+            whole = self._blocks[block.number]
             if block.number not in self._logits:
-                all_heads = logits.new_zeros(1, len(self.parameters[0]), *logits.shape[2:])
-                self.kernel.add_(all_heads, self._pair_values(group, block), self.parameters[0], factor)
+                all_heads = logits.new_zeros(1, len(self.parameters[0]), *whole.shape)
+                self.kernel.add_(all_heads, self._pair_values(group, whole), self.parameters[0], factor)
                 self._logits[block.number] = all_heads
-            logits += self._logits[block.number][:, group.heads]
+            logits += _within(self._logits[block.number][:, group.heads], block, whole)
         if self.num_class_tokens:
             scalars = self.parameters[1][group.heads].unsqueeze(-1)
             for index, part in enumerate(self._class_parts(logits, block)):
@@ -143,9 +152,11 @@ class PositionTerm:
             parameter = self.parameters[0][group.heads]
             total[group.heads] += self.kernel.gradient(d_logits, self._pair_values(group, block), parameter)
             return
+        whole = self._blocks[block.number]
         if block.number not in self._logit_grads:
-            self._logit_grads[block.number] = d_logits.new_zeros(1, len(total), *d_logits.shape[2:])
-        self._logit_grads[block.number][:, group.heads] += d_logits.sum(0, keepdim=True)
+            self._logit_grads[block.number] = d_logits.new_zeros(1, len(total), *whole.shape)
+        room = _within(self._logit_grads[block.number][:, group.heads], block, whole)
+        room += d_logits.sum(0, keepdim=True)
 
     def finish(self, plan: Plan) -> list[torch.Tensor | None]:
         """All gradients, once every block has been accumulated; None for parameters that need none."""

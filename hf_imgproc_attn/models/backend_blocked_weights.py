@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .backend_blocked_hidden import key_runs
+from .backend_blocked_hidden import KeyRuns
 from .backend_blocked_plan import Block, Group, Plan, add_product, cut, multiply
 from .backend_blocked_positions import PositionTerm
 
@@ -75,7 +75,7 @@ class Buffer:
 
 
 class KeySums:
-    """Accumulates A^T g over query blocks. Blocks run in reverse: the first one sees all keys and allocates the sum.
+    """Accumulates A^T g over query blocks. Blocks run in reverse: if the first one sees all keys, it makes the sum.
 
     Held transposed where there are several blocks: a product with A on the right is faster than one with A^T on the
     left. The sum is transposed back at the end.
@@ -97,33 +97,36 @@ class KeySums:
         """Add a term to the queries' own rows, ``[pairs, length, d]``."""
         self.given = given
 
-    def add(self, matrix: torch.Tensor, rows: torch.Tensor) -> None:
-        """Add A^T g of a block: ``[pairs, rows, keys]`` and ``[pairs, rows, d]``."""
-        pairs, width, _ = self.shape
+    def add(self, matrix: torch.Tensor, rows: torch.Tensor, first: int = 0) -> None:
+        """Add A^T g of a block: ``[pairs, rows, keys]``, of the keys from ``first``, and ``[pairs, rows, d]``."""
+        pairs, width, length = self.shape
         left, right = (rows.mT, matrix) if self.transposed else (matrix.mT, rows)
-        if self.sums is None:
-            self.sums = multiply(left, right, by_onednn=self.plan.by_onednn)
-        elif self.plan.by_onednn:
-            add_product(self.sums[..., : matrix.shape[-1]], left, right)
+        if self.sums is None and matrix.shape[-1] == length:
+            self._begin(multiply(left, right, by_onednn=self.plan.by_onednn))
             return
+        sums = self._begin(self._zeros()) if self.sums is None else self.sums
+        sums = sums.narrow(-1 if self.transposed else -2, first, matrix.shape[-1])
+        if self.plan.by_onednn:
+            add_product(sums, left, right)
         elif not self.transposed:  # several products of the only block
-            self.sums.baddbmm_(left, right)
-            return
+            sums.baddbmm_(left, right)
         else:
-            part = self.scratch.view(pairs, width, matrix.shape[-1])
-            self.sums[..., : matrix.shape[-1]] += torch.bmm(left, right, out=part)
-            return
+            sums += torch.bmm(left, right, out=self.scratch.view(pairs, width, matrix.shape[-1]))
+
+    def _zeros(self) -> torch.Tensor:
+        pairs, width, length = self.shape
+        return self.scratch.like.new_zeros((pairs, width, length) if self.transposed else (pairs, length, width))
+
+    def _begin(self, sums: torch.Tensor) -> torch.Tensor:
+        self.sums = sums
         if self.given is not None:
             self.rows(slice(self.plan.past, self.plan.key_length)).add_(self.given)
+        return sums
 
     def rows(self, keys: slice) -> torch.Tensor:
         """The sum so far for some keys, ``[pairs, keys, d]``, a view."""
-        if self.sums is None:  # no query at all
-            pairs, width, length = self.shape
-            self.sums = self.scratch.like.new_zeros(
-                (pairs, width, length) if self.transposed else (pairs, length, width)
-            )
-        return (self.sums.mT if self.transposed else self.sums)[:, keys]
+        sums = self._begin(self._zeros()) if self.sums is None else self.sums  # without a block: no query, or no key
+        return (sums.mT if self.transposed else sums)[:, keys]
 
 
 class Weights:
@@ -137,6 +140,7 @@ class Weights:
         positions: the position kernel's term, or None.
         like: a tensor of the device and dtype to work in.
         sinks: ``[heads]``, the logit of one more key, whose value is 0, or None.
+        runs: of the keys that the mask hides, the same for all queries, where these are few, or None.
     """
 
     unit = LOG2_E
@@ -150,13 +154,13 @@ class Weights:
         positions: PositionTerm | None,
         like: torch.Tensor,
         sinks: torch.Tensor | None = None,
+        runs: KeyRuns | None = None,
     ) -> None:
-        self.plan, self.mask, self.bias, self.positions = plan, mask, bias, positions
-        # Of the same keys for all queries: their runs, or, where these are many, the most that each logit may be.
-        self.runs = self.most = None
-        if mask is not None and mask.shape[2:] == (1, plan.key_length):
-            self.runs = key_runs(~mask, plan.key_length)
-            self.most = torch.where(mask, float("inf"), float("-inf")).to(like.dtype) if self.runs is None else None
+        self.plan, self.mask, self.bias, self.positions, self.runs = plan, mask, bias, positions, runs
+        # Where the same keys are hidden for all queries, in many runs: the most that each logit may be.
+        self.most = None
+        if mask is not None and runs is None and mask.shape[2:] == (1, plan.key_length):
+            self.most = torch.where(mask, float("inf"), float("-inf")).to(like.dtype)
         self.sinks = None if sinks is None else sinks.detach().to(like.dtype) * self.unit
         rows = min(plan.block_rows, plan.length)
         self.size = plan.group_pairs * rows * plan.key_length
@@ -165,43 +169,56 @@ class Weights:
         self.future = like.new_full((rows, rows), float("-inf")).triu(1) if plan.is_causal else None
         self.group = Group(0, *(slice(0, 0),) * 3)
         self.query = self.key = like
+        self.is_full = mask is None
 
-    def start(self, group: Group, query: torch.Tensor, key: torch.Tensor) -> None:
-        """Turn to a group's queries ``[pairs, length, d]`` and keys ``[pairs, key_length, d]``."""
-        self.group, self.query, self.key = group, query, key
+    def start(self, group: Group, query: torch.Tensor, key: torch.Tensor, *, is_full: bool = False) -> None:
+        """Turn to a group's queries ``[pairs, length, d]`` and keys ``[pairs, key_length, d]``.
+
+        Args:
+            group: whose pairs these are.
+            query: of the group.
+            key: of the group.
+            is_full: whether nothing but causality hides a key of a block, and every row sees one; so it is without
+                a mask.
+        """
+        self.group, self.query, self.key, self.is_full = group, query, key, is_full or self.mask is None
         if self.plan.by_onednn:  # whose products have no factor
             self.query = query * (self.plan.scale * self.unit)
 
     def _logits(self, block: Block) -> torch.Tensor:
-        rows = block.stop - block.start
-        query, key = self.query[:, block.start : block.stop], self.key[:, : block.keys].mT
+        query, key = self.query[:, block.rows], self.key[:, block.columns].mT
         if self.plan.by_onednn:
-            room = partial(self.buffer.view, query.shape[0], rows, block.keys)
+            room = partial(self.buffer.view, query.shape[0], *block.shape)
             scores = multiply(query, key, room, by_onednn=True)
         else:
-            scores = self.buffer.view(query.shape[0], rows, block.keys)
+            scores = self.buffer.view(query.shape[0], *block.shape)
             torch.baddbmm(scores, query, key, beta=0.0, alpha=self.plan.scale * self.unit, out=scores)
-        is_plain = self.positions is None and self.bias is None and self.mask is None
-        shaped = scores if is_plain else scores.view(*self.group.shape, rows, block.keys)
+        is_plain = self.positions is None and self.bias is None and self.is_full
+        shaped = scores if is_plain else scores.view(*self.group.shape, *block.shape)
         if self.positions is not None:
             self.positions.add_(shaped, self.group, block, self.unit)
         if self.bias is not None:
             bias, largest = (cut(x, self.group, block).to(scores.dtype) for x in self.bias)
             shaped.add_(bias - largest, alpha=self.unit)
-        if self.mask is not None:
+        if not self.is_full:
             self._hide_(shaped, scores, block)
         if self.future is not None:
-            own = scores[:, :, block.keys - rows :]
+            own = self._own(scores, block)
+            future = self.future[: own.shape[1], : own.shape[2]]
             if self.mask is None or self.runs is not None or self.most is not None:
-                own.add_(self.future[:rows, :rows])
+                own.add_(future)
             else:  # a query that sees no key may be NaN, which adding -inf does not hide
-                own.masked_fill_(self.future[:rows, :rows] < 0.0, float("-inf"))
+                own.masked_fill_(future < 0.0, float("-inf"))
         return scores
+
+    def _own(self, scores: torch.Tensor, block: Block) -> torch.Tensor:
+        """Of a block's ``[pairs, rows, keys]`` the keys from the first query's own on: a view."""
+        return scores[:, :, min(self.plan.own_column(block), scores.shape[2]) :]
 
     def _hide_(self, shaped: torch.Tensor, scores: torch.Tensor, block: Block) -> None:
         """Make -inf of the logits that the mask hides, ``[samples, heads, rows, keys]``, the same as ``scores``."""
         if self.runs is not None:
-            self.runs.fill_(scores.mT, self.group, float("-inf"))
+            self.runs.fill_(scores.mT, self.group, float("-inf"), block.first)
         elif self.most is not None:
             torch.minimum(shaped, cut(self.most, self.group, block), out=shaped)
         elif self.mask is not None:
@@ -217,7 +234,7 @@ class Weights:
         """
         scores = self._logits(block)
         largest, empty = scores.amax(-1, keepdim=True), None
-        if self.mask is not None or self.bias is not None:
+        if not self.is_full or self.bias is not None:
             empty = largest == float("-inf")
             largest.masked_fill_(empty, 0.0)
         sinks = None if self.sinks is None else self._sink_logits(self.sinks)
@@ -245,7 +262,7 @@ class Weights:
         Returns:
             ``[pairs, rows, keys]``, and the factor near 1 that normalises them, ``[pairs, rows, 1]``.
         """
-        log_sum, correction = row_sums[:, block.start : block.stop].split(1, dim=-1)
+        log_sum, correction = row_sums[:, block.rows].split(1, dim=-1)
         return self._logits(block).sub_(log_sum).exp2_(), correction
 
     def logits_grad(self, d_matrix: torch.Tensor, matrix: torch.Tensor, row_term: torch.Tensor) -> torch.Tensor:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_imgproc_attn.models.backend_blocked import run as run_blocked
 from hf_imgproc_attn.models.backend_blocked_hidden import MOST_RUNS, KeyRuns, key_runs
 from hf_imgproc_attn.models.backend_blocked_plan import Group
+from hf_imgproc_attn.models.backend_call import FilterCall
 from hf_imgproc_attn.models.backend_reference import run as run_reference
+from hf_imgproc_attn.models.kernel_normalisation import Normalisation
+from hf_imgproc_attn.models.kernel_position import BlockedPositions, ClassTokens, GaussianPositions
+from hf_imgproc_attn.models.kernel_relative import BucketPositions, bucket_boundaries
 from tests.models.helpers import filter_call
 from tests.models.layer_cases import random
 
@@ -75,3 +82,89 @@ def test_padded_batches_are_the_dense_truth(
         results.append([output, *torch.autograd.grad(output, own, random(*output.shape, seed=9))])
     for exact, found in zip(*results, strict=True):
         torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-10, equal_nan=True)
+
+
+def products(call: FilterCall, own: list[torch.Tensor], group_pairs: int) -> tuple[int, int]:
+    """What torch counts, forward and backward."""
+    counts = []
+    with FlopCounterMode(display=False) as counter:
+        output = run_blocked(call, block_rows=4, group_pairs=group_pairs)
+        counts.append(counter.get_total_flops())
+        torch.autograd.grad(output, own, torch.ones_like(output))
+    return counts[0], counter.get_total_flops() - counts[0]
+
+
+@pytest.mark.parametrize(
+    ("padding", "is_causal", "share"),
+    [
+        # Blocks of 4 rows see 4, 8, 12 and 16 keys: 40 in all.
+        ((8, 16), True, (4 + 8) / 40),
+        ((6, 16), True, (2 / 4 * 2 + 6 + 10) / 40),
+        ((0, 8), True, (4 + 8 + 8 + 8) / 40),
+        ((3, 9), False, 6 / 16),
+        ((16, 16), True, 0.0),
+    ],
+)
+def test_padding_is_not_computed(padding: tuple[int, int], is_causal: bool, share: float) -> None:
+    """The products of a sample are those of the keys that it sees, and of queries that see one."""
+    given = [random(2, HEADS, 16, 4, seed=seed) for seed in range(3)]
+    mask = torch.ones(2, 1, 1, 16, dtype=torch.bool)
+    mask[0] = False
+    mask[0, ..., slice(*padding)] = True
+    counts = []
+    for seen, group_pairs in ((None, HEADS), (mask, HEADS), (mask, 2 * HEADS)):
+        own = [tensor.clone().requires_grad_() for tensor in given]
+        call = filter_call(*own, boosting="twicing", attention_mask=seen, is_causal=is_causal)
+        counts.append(products(call, own, group_pairs))
+    full, apart, together = counts
+    assert apart == tuple(pytest.approx(whole * (1 + share) / 2) for whole in full)
+    assert together == full  # the other sample sees everything
+
+
+def positions_of(kind: str) -> BlockedPositions:
+    places = torch.arange(LENGTH, dtype=torch.float64).view(1, LENGTH, 1)
+    classes = ClassTokens(3, random(HEADS, 3, seed=21).requires_grad_())
+    if kind == "gaussian":
+        scale = (0.01 + random(HEADS, 1, 1, seed=20).abs() / 20).requires_grad_()
+        return GaussianPositions(places, places, scale, classes, 1.0, True, False)
+    table = random(HEADS, 1, 8, seed=20).requires_grad_()
+    return BucketPositions(places, places, table, classes, bucket_boundaries(4, 9), True)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "gaussian": {"positions": "gaussian"},
+    "buckets": {"positions": "buckets"},
+    "sinks": {"sinks": True},
+    "sigmoid": {"normalisation": "sigmoid"},
+    "softpick": {"normalisation": "softpick"},
+    "bias": {"bias": True},
+}
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("padding", ["left", "right", "nothing is left"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_kinds_of_weights_leave_padding_out(kind: str, padding: str, is_causal: bool) -> None:
+    """Groups of one sample, whose blocks begin and end where its keys do; outputs and all gradients."""
+    fields, mask = KINDS[kind], shown(padding)
+    results = []
+    for run in (run_reference, run_blocked):
+        own = [random(2, HEADS, LENGTH, 4, seed=seed).requires_grad_() for seed in range(3)]
+        positions = positions_of(fields["positions"]) if "positions" in fields else None
+        bias = random(2, HEADS, LENGTH, LENGTH, seed=4).requires_grad_() if "bias" in fields else None
+        call = filter_call(
+            *own, boosting="twicing", attention_mask=mask, is_causal=is_causal, positions=positions, bias=bias
+        )
+        extra = [] if bias is None else [bias]
+        if positions is not None:
+            extra = list(positions.parameters())
+        if "sinks" in fields:
+            extra = [random(HEADS, seed=5).requires_grad_()]
+            call = call._replace(sinks=extra[0])
+        if "normalisation" in fields:
+            call = call._replace(normalisation=Normalisation(fields["normalisation"]))
+        cut = {} if run is run_reference else {"block_rows": 7, "group_pairs": HEADS}
+        output = run(call, **cut)
+        results.append([output, *torch.autograd.grad(output, [*own, *extra], random(*output.shape, seed=9))])
+    for exact, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-9)
