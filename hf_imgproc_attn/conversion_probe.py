@@ -105,7 +105,7 @@ def probe_inputs(source: PreTrainedModel, checkpoint: str, given: torch.Tensor |
         texts = sample_texts(source, generator)
         return Inputs(texts, f"{texts[:, 1:].numel()} tokens that the source itself wrote")
     length = min(_PROBE_LENGTH, longest_text(config))
-    ids = torch.randint(config.vocab_size, (RANDOM_INPUTS, length), generator=generator)
+    ids = torch.randint(config.vocab_size, (RANDOM_INPUTS, *_of_each(source), length), generator=generator)
     return Inputs(ids, "random tokens (no data was given)")
 
 
@@ -126,7 +126,7 @@ def difference(source: PreTrainedModel, variant: PreTrainedModel) -> tuple[float
     config, generator = _input_config(source), torch.Generator().manual_seed(0)
     if source.main_input_name == "input_ids":
         length = min(_PROBE_LENGTH, longest_text(config))
-        inputs = torch.randint(config.vocab_size, (1, length), generator=generator)
+        inputs = torch.randint(config.vocab_size, (1, *_of_each(source), length), generator=generator)
     else:
         inputs = torch.randn(1, config.num_channels, *sides(config.image_size), generator=generator)
     outputs = [_run(model, inputs)[0] for model in (source, variant)]
@@ -175,6 +175,11 @@ def _input_config(model: PreTrainedModel) -> Any:
     """The configuration that tells what a model's inputs are: of one that also has other parts, the texts' one."""
     config: Any = model.config
     return config.get_text_config() if model.main_input_name == "input_ids" else config
+
+
+def _of_each(model: PreTrainedModel) -> tuple[int, ...]:
+    """``(2,)`` for a classifier whose samples are pairs of texts, else nothing."""
+    return (2,) if getattr(model, "takes_pairs", False) else ()
 
 
 def _run(model: PreTrainedModel, inputs: torch.Tensor) -> Any:
@@ -229,8 +234,10 @@ def _check_given(model: PreTrainedModel, given: torch.Tensor) -> None:
     if not _predicts(model):
         raise ValueError(f"samples must be None for a model without predictions, got them for {type(model).__name__}")
     if model.main_input_name == "input_ids":
-        fits = given.ndim == 2 and not given.is_floating_point() and 2 <= given.shape[1] <= longest
-        wanted = f"token ids [texts, length] with a length from 2 to {longest}"
+        texts = "[pairs, 2, length]" if (each := _of_each(model)) else "[texts, length]"
+        fits = given.ndim >= 2 and not given.is_floating_point() and 2 <= given.shape[-1] <= longest
+        fits = fits and tuple(given.shape[1:-1]) == each
+        wanted = f"token ids {texts} with a length from 2 to {longest}"
     else:
         shape = (config.num_channels, *sides(config.image_size))
         fits, wanted = (

@@ -102,6 +102,11 @@ def check_structure(source: Any, variant: Any, overrides: dict[str, Any]) -> Non
                 f"{given} must be the checkpoint's {getattr(source, name)}, for which its tensors are made, got "
                 f"{getattr(variant, name)}"
             )
+    pairs = getattr(source, "classifier_pairs", False)
+    if getattr(variant, "classifier_pairs", False) != pairs:
+        raise ValueError(
+            f"classifier_pairs must be the checkpoint's {pairs}, for which its head is made, got {not pairs}"
+        )
     is_variant = hasattr(source, "layer_specs")
     if uses_position_table(variant) and is_variant and not uses_position_table(source):
         raise ValueError(

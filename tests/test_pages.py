@@ -93,6 +93,9 @@ SHORTENED = {
     "outputs/segmentation": " --max_steps 4 --max_train_samples 50",
     "imgproc-attn train-recall --dataset_name noisy_recall --preset twicing --max_steps 20 --max_train_samples 2000 "
     "--max_eval_samples 100 --output_dir outputs/recall": " --max_steps 5 --max_train_samples 500",
+    "imgproc-attn train-sequences --dataset_name topic_pairs --preset bilateral --config_overrides "
+    "classifier_pooling=mean --max_length 64 --max_steps 20 --max_train_samples 500 --max_eval_samples 50 "
+    "--output_dir outputs/pairs": " --max_steps 2 --max_train_samples 20 --max_eval_samples 5",
 }
 """Commands that would take half a minute, and what is added to them."""
 LONGEST = 600

@@ -187,7 +187,9 @@ def cost(preset: str) -> str:
     each = "6N²d" if spec.position_kernel == "untied" or spec.boosting == "local_linear" else "4N²d"
     number = passes(preset)
     parts = [f"{number} pass of {each}" if number == 1 else f"{number} passes of {each}"]
-    if number > 1 and spec.boosting not in ("gradient_boosted", "differential"):
+    if spec.boosting == "differential":
+        parts[0] += f", `blocked` {6 if each == '4N²d' else 10}N²d"  # the values once for both maps
+    elif number > 1 and spec.boosting != "gradient_boosted":
         # Weights once, then a product with each stream.
         parts[0] += f", `blocked` {(2 if each == '4N²d' else 4) + 2 * number}N²d"
     if extra is not None:
@@ -222,7 +224,7 @@ def back_ends(preset: str) -> str:
     names = [name for name in FILTER_BACKENDS if name not in ("auto", "triton")]
     spec = layer.spec
     if spec.normalisation == "sinkhorn":
-        return "reference, sdpa, blocked"
+        return "reference, sdpa, blocked, chunked"
     if spec.normalisation != "softmax":
         return "reference, sdpa, blocked, chunked" if spec.normalisation == "sink" else "reference, blocked, chunked"
     if spec.boosting in WEIGHTS_ONE_BY_ONE:

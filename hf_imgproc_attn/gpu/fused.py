@@ -17,6 +17,7 @@ from . import triton_general, triton_short, triton_single_pass, triton_wavefront
 from .checks import ALGORITHMS, check_tensors
 from .choice import choose, heads_grid, programs_grid, short_block, slots_of
 from .flops import register_formulas
+from .gradients import add_heads, empty_gradients, for_every_head
 from .launching import adjacent, launch, on_device, rows_of
 from .places import PositionTensors, make_places, position_tensors, with_nearest
 from .triton_positions import ONLY_KEYS
@@ -171,23 +172,8 @@ def fused_forward(
 
 
 @fused_forward.register_fake
-def _(
-    query: Any,
-    key: Any,
-    value: Any,
-    key_mask: Any,
-    key_bias: Any,
-    coordinates: Any,
-    key_coordinates: Any,
-    parameters: Any,
-    lookup: Any,
-    kind: int,
-    class_tokens: int,
-    scale: float,
-    is_causal: bool,
-    boosted: bool,
-    algorithm: str,
-) -> Any:
+def _(query: Any, *others: Any) -> Any:
+    boosted = others[-2]
     return _outputs(query, boosted)
 
 
@@ -220,18 +206,14 @@ def fused_backward(
     The last two are empty where there is none. A is computed again from the log-sum-exp.
     """
     grad, query, key, value, out = (adjacent(tensor) for tensor in (grad, query, key, value, out))
-    dq, dk, dv, d_key_bias, d_parameters = _gradients(query, key, value, key_bias, parameters, learns)
+    dq, dk, dv, d_key_bias, d_parameters = empty_gradients(query, key, value, key_bias, parameters, learns)
     if dq.numel() == 0:
         return dq, dk, dv, d_key_bias, d_parameters.zero_()
     chosen = choose(query, is_causal, algorithm, boosted=boosted, backward=True, deterministic=deterministic)
     summed = chosen in ("single_pass", "wavefront") or (chosen == "general" and not deterministic)
     # A place for each sum, or, where nothing is summed, a stand-in that timing runs may set to 0.
     dq_sum = torch.zeros(query.shape if summed else (1,), dtype=torch.float32, device=query.device)
-    grouped = key.shape[1] != query.shape[1]
-    dk_heads, dv_heads = (
-        torch.empty(query.shape, dtype=torch.float32, device=query.device) if grouped else tensor
-        for tensor in (dk, dv)
-    )
+    dk_heads, dv_heads = (for_every_head(total, query.shape[1]) for total in (dk, dv))
     slots = slots_of(chosen, query)
     sums = torch.zeros(heads_grid(query)[0], slots, d_parameters.shape[-1], dtype=torch.float32, device=query.device)
     position = PositionTensors(kind, class_tokens, coordinates, key_coordinates, parameters, lookup)
@@ -264,55 +246,17 @@ def fused_backward(
             launch(triton_general.key_value_gradient_kernel, programs_grid(query, "BLOCK_N"), arguments)
     if summed:
         dq.copy_(dq_sum)
-    if grouped:
-        for total, heads in ((dk, dk_heads), (dv, dv_heads)):
-            total.copy_(heads.unflatten(1, (key.shape[1], -1)).sum(2))
+    add_heads(dk, dk_heads)
+    add_heads(dv, dv_heads)
     if learns:
         d_parameters.copy_(sums.unflatten(0, query.shape[:2]).sum((0, 2)))
     return dq, dk, dv, d_key_bias, d_parameters
 
 
-def _gradients(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_bias: torch.Tensor | None,
-    parameters: torch.Tensor | None,
-    learns: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Room for the gradients."""
-    shape = parameters.shape if parameters is not None and learns else (0,)
-    d_parameters = torch.empty(shape, dtype=torch.float32, device=query.device)
-    bias_shape = (0,) if key_bias is None else key_bias.shape
-    d_key_bias = torch.empty(bias_shape, dtype=torch.float32, device=query.device)
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), d_key_bias, d_parameters
-
-
 @fused_backward.register_fake
-def _(
-    grad: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    key_mask: Any,
-    key_bias: Any,
-    coordinates: Any,
-    key_coordinates: Any,
-    parameters: Any,
-    lookup: Any,
-    out: Any,
-    residual: Any,
-    lse: Any,
-    kind: int,
-    class_tokens: int,
-    scale: float,
-    is_causal: bool,
-    boosted: bool,
-    algorithm: str,
-    learns: bool,
-    deterministic: bool,
-) -> Any:
-    return _gradients(adjacent(query), adjacent(key), adjacent(value), key_bias, parameters, learns)
+def _(grad: Any, query: Any, key: Any, value: Any, key_mask: Any, key_bias: Any, *others: Any) -> Any:
+    parameters, learns = others[2], others[-2]
+    return empty_gradients(adjacent(query), adjacent(key), adjacent(value), key_bias, parameters, learns)
 
 
 _TENSORS, _INPUTS = 9, 15

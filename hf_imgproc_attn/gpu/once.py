@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ..models.backend_flops import product_flops
 from ..models.kernel_position import BlockedPositions
 from . import triton_once
+from .gradients import add_heads, empty_gradients, for_every_head
 from .launching import adjacent, launch, on_device, rows_of
 from .places import PositionTensors, make_places, position_tensors, with_nearest
 from .triton_positions import ONLY_KEYS
@@ -280,11 +281,11 @@ def once_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dQ, dK, dx, and those of the key bias and, if it ``learns``, the parameters; empty where there is none."""
     grad, query, key, x, out = (adjacent(tensor) for tensor in (grad, query, key, x, out))
-    dq, dk, dx, d_key_bias, d_parameters = _gradients(query, key, x, key_bias, parameters, learns)
+    dq, dk, dx, d_key_bias, d_parameters = empty_gradients(query, key, x, key_bias, parameters, learns)
     if out.numel() == 0 or dq.numel() == 0:
         return tuple(gradient.zero_() for gradient in (dq, dk, dx, d_key_bias, d_parameters))  # type: ignore[return-value]
     heads, (batch, _, key_length, _) = query.shape[1], key.shape
-    totals = [(total, _for_every_head(total, heads)) for total in (dk, dx)]
+    totals = [(total, for_every_head(total, heads)) for total in (dk, dx)]
     configs = triton_once.key_gradient_kernel.configs
     slots = -(-key_length // min(config.kwargs["BLOCK_N"] for config in configs))
     sums = torch.zeros(batch * heads, slots, d_parameters.shape[-1], dtype=torch.float32, device=query.device)
@@ -305,40 +306,16 @@ def once_backward(
         launch(triton_once.query_gradient_kernel, _programs(query, heads, "BLOCK_M"), arguments, **own)
         launch(triton_once.key_gradient_kernel, _programs(key, heads, "BLOCK_N"), arguments, **own)
     for total, gradient in totals:
-        if total is not gradient:
-            total.copy_(gradient.unflatten(1, (total.shape[1], -1)).sum(2))
+        add_heads(total, gradient)
     if learns:
         d_parameters.copy_(sums.unflatten(0, (batch, heads)).sum((0, 2)))
     return dq, dk, dx, d_key_bias, d_parameters
 
 
-def _for_every_head(total: torch.Tensor, heads: int) -> torch.Tensor:
-    """Room for a gradient of each query head, where heads share what it is of."""
-    batch, own, length, width = total.shape
-    return total if own == heads else torch.empty(batch, heads, length, width, device=total.device)
-
-
-def _gradients(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    x: torch.Tensor,
-    key_bias: torch.Tensor | None,
-    parameters: torch.Tensor | None,
-    learns: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Room for the gradients."""
-    shapes = (
-        (0,) if key_bias is None else key_bias.shape,
-        parameters.shape if parameters is not None and learns else (0,),
-    )
-    d_key_bias, d_parameters = (torch.empty(shape, dtype=torch.float32, device=query.device) for shape in shapes)
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(x), d_key_bias, d_parameters
-
-
 @once_backward.register_fake
 def _(grad: Any, query: Any, key: Any, x: Any, mask: Any, spans: Any, key_bias: Any, *others: Any) -> Any:
     parameters, learns = others[2], others[-1]
-    return _gradients(adjacent(query), adjacent(key), adjacent(x), key_bias, parameters, learns)
+    return empty_gradients(adjacent(query), adjacent(key), adjacent(x), key_bias, parameters, learns)
 
 
 _TENSORS, _INPUTS = 11, 16

@@ -8,12 +8,11 @@ With PUBLISH a block tells others, behind a barrier and with a release, that the
 import triton
 import triton.language as tl
 
-from .triton_positions import add_gradient, add_position, store_gradient
+from .triton_logits import load_lse, softmax_end, softmax_step, tile_of_keys, weights_of_queries
+from .triton_positions import add_gradient, store_gradient
 from .triton_tiles import (
     add_product,
     base_of,
-    hide,
-    hide_transposed,
     load_rows,
     product,
     rounded,
@@ -41,23 +40,15 @@ def forward_range(
     key_base, value_base = base_of(keys, batch, head), base_of(values, batch, head)
     for start in range(low, high, BLOCK_N):
         key_rows = start + tl.arange(0, BLOCK_N)
-        key = load_rows(key_base, keys.row, key_rows, columns, length, HEAD_DIM, BLOCK_D)
-        value = load_rows(value_base, values.row, key_rows, columns, length, HEAD_DIM, BLOCK_D)
+        _, value, scores = tile_of_keys(
+            query, key_base, keys.row, value_base, values.row, mask, length, scale, places, batch, head, rows,
+            key_rows, length, length, HEAD_DIM, BLOCK_D, HEAD_DIM, BLOCK_D, POSITION, HAS_MASK, False, HAS_MASK,
+        )  # fmt: skip
         residual = load_rows(residual_base, HEAD_DIM, key_rows, columns, length, HEAD_DIM, BLOCK_D)
-        scores = product(query, tl.trans(key)) * scale
-        scores = add_position(scores, places, batch, head, rows, key_rows, length, POSITION, False)
-        if HAS_MASK:
-            scores = hide(scores, rows, key_rows, seen_keys(mask, key_rows, length, HAS_MASK), False)
-        new_highest = tl.maximum(highest, tl.max(scores, 1))
-        # A row that has seen no key yet: -inf - -inf is not a number.
-        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        exponentials = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(highest - base)
-        total = total * shrink + tl.sum(exponentials, 1)
+        exponentials, shrink, total, highest = softmax_step(scores, highest, total)
         weights = rounded(exponentials, value.dtype)
         smooth = add_product(weights, value, smooth * shrink[:, None])
         output = add_product(weights, residual, output * shrink[:, None])
-        highest = new_highest
     return smooth, output, total, highest
 
 
@@ -69,28 +60,22 @@ def forward_diagonal(
     PUBLISH: tl.constexpr,
 ):  # fmt: skip
     """The tile on the diagonal: W of these rows needs it, and their output needs that W. Writes both and the lse."""
-    own_key = load_rows(base_of(keys, batch, head), keys.row, rows, columns, length, HEAD_DIM, BLOCK_D)
-    own_value = load_rows(base_of(values, batch, head), values.row, rows, columns, length, HEAD_DIM, BLOCK_D)
-    own_scores = product(query, tl.trans(own_key)) * scale
-    own_scores = add_position(own_scores, places, batch, head, rows, rows, length, POSITION, False)
-    own_seen = seen_keys(mask, rows, length, HAS_MASK)
-    own_scores = hide(own_scores, rows, rows, own_seen, True)
-    last_highest = tl.maximum(highest, tl.max(own_scores, 1))
-    last_base = tl.where(last_highest == float("-inf"), 0.0, last_highest)
-    own_exponentials = tl.exp2(own_scores - last_base[:, None])
-    last_shrink = tl.exp2(highest - last_base)
-    total = total * last_shrink + tl.sum(own_exponentials, 1)
+    _, own_value, own_scores = tile_of_keys(
+        query, base_of(keys, batch, head), keys.row, base_of(values, batch, head), values.row, mask, length, scale,
+        places, batch, head, rows, rows, length, length,
+        HEAD_DIM, BLOCK_D, HEAD_DIM, BLOCK_D, POSITION, HAS_MASK, True, True,
+    )  # fmt: skip
+    own_exponentials, last_shrink, total, highest = softmax_step(own_scores, highest, total)
     own_weights = rounded(own_exponentials, own_value.dtype)
     smooth = add_product(own_weights, own_value, smooth * last_shrink[:, None])
-    sees = total > 0.0
-    total = tl.where(sees, total, 1.0)
+    total, lse = softmax_end(highest, total)
     own_residual = 2.0 * own_value.to(tl.float32) - smooth / total[:, None]
     if HAS_MASK:  # a padded query may hold anything
-        own_residual = tl.where(own_seen[:, None], own_residual, 0.0)
+        own_residual = tl.where(seen_keys(mask, rows, length, HAS_MASK)[:, None], own_residual, 0.0)
     own_residual = rounded(own_residual, own_value.dtype)
     store_rows(residual_base, HEAD_DIM, rows, columns, own_residual, length, HEAD_DIM, BLOCK_D)
     publish(done_pointer, done, PUBLISH)  # others wait for W, not for the output
-    tl.store(lse_base + rows, tl.where(sees, last_base + tl.log2(total), float("inf")), mask=rows < length)
+    tl.store(lse_base + rows, lse, mask=rows < length)
     output = add_product(own_weights, own_residual, output * last_shrink[:, None]) / total[:, None]
     out_base = base_of(outputs, batch, head)
     store_rows(out_base, outputs.row, rows, columns, output, length, HEAD_DIM, BLOCK_D)
@@ -111,13 +96,12 @@ def backward_range(
         query = load_rows(query_base, queries.row, query_rows, columns, length, HEAD_DIM, BLOCK_D)
         grad = load_rows(grad_base, grads.row, query_rows, columns, length, HEAD_DIM, BLOCK_D)
         negative_h = load_rows(negative_h_base, HEAD_DIM, query_rows, columns, length, HEAD_DIM, BLOCK_D)
-        lse = tl.load(lse_base + query_rows, mask=query_rows < length, other=float("inf"))
+        lse = load_lse(lse_base, query_rows, length)
         delta = tl.load(delta_base + query_rows, mask=query_rows < length, other=0.0)
-        scores = product(key, tl.trans(query)) * scale
-        scores = add_position(scores, places, batch, head, query_rows, rows, length, POSITION, True)
-        if HAS_MASK:
-            scores = hide_transposed(scores, query_rows, rows, seen, False)
-        weights = tl.exp2(scores - lse[None, :])
+        weights = weights_of_queries(
+            key, query, lse, scale, places, batch, head, query_rows, rows, seen, length, length,
+            POSITION, False, HAS_MASK,
+        )  # fmt: skip
         low_weights = rounded(weights, key.dtype)
         h = add_product(low_weights, grad, h)
         minus_smoothed_h = add_product(low_weights, negative_h, minus_smoothed_h)
@@ -151,11 +135,10 @@ def backward_diagonal(
     """The tile on the diagonal completes H of these rows, which its own gradient needs. Writes -H, D, dK and dV."""
     own_query = load_rows(base_of(queries, batch, head), queries.row, rows, columns, length, HEAD_DIM, BLOCK_D)
     own_grad = load_rows(base_of(grads, batch, head), grads.row, rows, columns, length, HEAD_DIM, BLOCK_D)
-    own_lse = tl.load(lse_base + rows, mask=rows < length, other=float("inf"))
-    own_scores = product(key, tl.trans(own_query)) * scale
-    own_scores = add_position(own_scores, places, batch, head, rows, rows, length, POSITION, True)
-    own_scores = hide_transposed(own_scores, rows, rows, seen, True)
-    own_weights = tl.exp2(own_scores - own_lse[None, :])
+    own_weights = weights_of_queries(
+        key, own_query, load_lse(lse_base, rows, length), scale, places, batch, head, rows, rows, seen, length, length,
+        POSITION, True, True,
+    )  # fmt: skip
     own_low_weights = rounded(own_weights, key.dtype)
     # Rounded as the other products see it, so that each row of dS sums to 0.
     own_negative_h = rounded(-add_product(own_low_weights, own_grad, h), key.dtype)

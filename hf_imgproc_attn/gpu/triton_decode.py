@@ -13,6 +13,7 @@ its group. What is hidden is not read.
 import triton
 import triton.language as tl
 
+from .triton_logits import softmax_step
 from .triton_positions import add_position
 from .triton_tiles import (
     add_product,
@@ -120,10 +121,7 @@ def decode_chunk_kernel(
         scores = add_position(scores, places, batch, row_heads[:, None], tokens, key_rows, length, POSITION, False)
         scores = _add_key_bias(scores, bias_pointer, batch * heads + row_heads, key_rows, seen, key_length, HAS_BIAS)
         scores = hide(scores, tokens, key_rows, seen, False)
-        new_highest = tl.maximum(highest, tl.max(scores, 1))
-        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        weights, shrink = tl.exp2(scores - base[:, None]), tl.exp2(highest - base)
-        total = total * shrink + tl.sum(weights, 1)
+        weights, shrink, total, highest = softmax_step(scores, highest, total)
         value = load_seen(
             base_of(values, batch, head), values.row, key_rows, seen, value_columns, VALUE_WIDTH, BLOCK_V
         )
@@ -143,7 +141,6 @@ def decode_chunk_kernel(
                 sum_3 * shrink[:, None], weights, members, stream_3, batch, head, key_rows, seen, value_columns,
                 VALUE_WIDTH, BLOCK_V, GROUP,
             )  # fmt: skip
-        highest = new_highest
     place = (batch * heads + row_heads) * chunks + chunk
     tl.store(highest_pointer + place * length + tokens, highest, mask=inside)
     tl.store(total_pointer + place * length + tokens, total, mask=inside)

@@ -16,13 +16,12 @@ Programs are numbered block first; causal ones start with the block that has mos
 import triton
 import triton.language as tl
 
-from .triton_positions import add_gradient, add_position, no_gradient, store_gradient
+from .triton_logits import load_lse, softmax_end, softmax_step, tile_of_keys, weights_of_queries
+from .triton_positions import add_gradient, no_gradient, store_gradient
 from .triton_tiles import (
     add_product,
     base_of,
     block_of,
-    hide,
-    hide_transposed,
     item_of,
     load_rows,
     product,
@@ -53,7 +52,7 @@ def _ends(block, length, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: t
 
 @triton.jit
 def _smooth_range(
-    average, total, highest, query, keys, values, mask, places, batch, head, query_rows, columns, low, high,
+    average, total, highest, query, keys, values, mask, places, batch, head, query_rows, low, high,
     length, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
     POSITION: tl.constexpr, EDGE: tl.constexpr,
@@ -62,20 +61,13 @@ def _smooth_range(
     key_base, value_base = base_of(keys, batch, head), base_of(values, batch, head)
     for start in range(low, high, BLOCK_N):
         key_rows = start + tl.arange(0, BLOCK_N)
-        key = load_rows(key_base, keys.row, key_rows, columns, length, HEAD_DIM, BLOCK_D)
-        value = load_rows(value_base, values.row, key_rows, columns, length, HEAD_DIM, BLOCK_D)
-        scores = product(query, tl.trans(key)) * scale
-        scores = add_position(scores, places, batch, head, query_rows, key_rows, length, POSITION, False)
-        if EDGE or HAS_MASK:
-            scores = hide(scores, query_rows, key_rows, seen_keys(mask, key_rows, length, HAS_MASK), CAUSAL and EDGE)
-        new_highest = tl.maximum(highest, tl.max(scores, 1))
-        # A row that has seen no key yet: -inf - -inf is not a number.
-        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        weights = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(highest - base)
-        total = total * shrink + tl.sum(weights, 1)
+        _, value, scores = tile_of_keys(
+            query, key_base, keys.row, value_base, values.row, mask, length, scale, places, batch, head, query_rows,
+            key_rows, length, length, HEAD_DIM, BLOCK_D, HEAD_DIM, BLOCK_D,
+            POSITION, HAS_MASK, CAUSAL and EDGE, EDGE or HAS_MASK,
+        )  # fmt: skip
+        weights, shrink, total, highest = softmax_step(scores, highest, total)
         average = add_product(rounded(weights, value.dtype), value, average * shrink[:, None])
-        highest = new_highest
     return average, total, highest
 
 
@@ -99,16 +91,14 @@ def smooth_kernel(
     highest = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     inner, end = _ends(block, length, BLOCK_M, BLOCK_N, CAUSAL)
     average, total, highest = _smooth_range(
-        average, total, highest, query, keys, values, mask, places, batch, head, query_rows, columns, 0, inner,
+        average, total, highest, query, keys, values, mask, places, batch, head, query_rows, 0, inner,
         length, scale, HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, HAS_MASK, POSITION, False,
     )  # fmt: skip
     average, total, highest = _smooth_range(
-        average, total, highest, query, keys, values, mask, places, batch, head, query_rows, columns, inner, end,
+        average, total, highest, query, keys, values, mask, places, batch, head, query_rows, inner, end,
         length, scale, HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, HAS_MASK, POSITION, True,
     )  # fmt: skip
-    sees = total > 0.0
-    total = tl.where(sees, total, 1.0)
-    lse = tl.where(sees, highest + tl.log2(total), float("inf"))
+    total, lse = softmax_end(highest, total)
     tl.store(lse_pointer + item.to(tl.int64) * length + query_rows, lse, mask=query_rows < length)
     average = average / total[:, None]
     if BOOSTED:
@@ -126,19 +116,18 @@ def smooth_kernel(
 
 @triton.jit
 def _apply_range(
-    output, query, lse, keys, residual_base, mask, places, batch, head, query_rows, columns, low, high, length, scale,
+    output, query, lse, keys, residual_base, mask, places, batch, head, query_rows, low, high, length, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
     POSITION: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     key_base = base_of(keys, batch, head)
     for start in range(low, high, BLOCK_N):
         key_rows = start + tl.arange(0, BLOCK_N)
-        key = load_rows(key_base, keys.row, key_rows, columns, length, HEAD_DIM, BLOCK_D)
-        residual = load_rows(residual_base, HEAD_DIM, key_rows, columns, length, HEAD_DIM, BLOCK_D)
-        scores = product(query, tl.trans(key)) * scale
-        scores = add_position(scores, places, batch, head, query_rows, key_rows, length, POSITION, False)
-        if EDGE or HAS_MASK:
-            scores = hide(scores, query_rows, key_rows, seen_keys(mask, key_rows, length, HAS_MASK), CAUSAL and EDGE)
+        _, residual, scores = tile_of_keys(
+            query, key_base, keys.row, residual_base, HEAD_DIM, mask, length, scale, places, batch, head, query_rows,
+            key_rows, length, length, HEAD_DIM, BLOCK_D, HEAD_DIM, BLOCK_D,
+            POSITION, HAS_MASK, CAUSAL and EDGE, EDGE or HAS_MASK,
+        )  # fmt: skip
         weights = tl.exp2(scores - lse[:, None])
         output = add_product(rounded(weights, residual.dtype), residual, output)
     return output
@@ -160,16 +149,15 @@ def apply_kernel(
     residual_base = residual_pointer + item.to(tl.int64) * length * HEAD_DIM
     mask = mask_pointer + batch * length
     query = load_rows(base_of(queries, batch, head), queries.row, query_rows, columns, length, HEAD_DIM, BLOCK_D)
-    lse_rows = lse_pointer + item.to(tl.int64) * length + query_rows
-    lse = tl.load(lse_rows, mask=query_rows < length, other=float("inf"))
+    lse = load_lse(lse_pointer + item.to(tl.int64) * length, query_rows, length)
     output = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     inner, end = _ends(block, length, BLOCK_M, BLOCK_N, CAUSAL)
     output = _apply_range(
-        output, query, lse, keys, residual_base, mask, places, batch, head, query_rows, columns, 0, inner, length,
+        output, query, lse, keys, residual_base, mask, places, batch, head, query_rows, 0, inner, length,
         scale, HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, HAS_MASK, POSITION, False,
     )  # fmt: skip
     output = _apply_range(
-        output, query, lse, keys, residual_base, mask, places, batch, head, query_rows, columns, inner, end, length,
+        output, query, lse, keys, residual_base, mask, places, batch, head, query_rows, inner, end, length,
         scale, HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, HAS_MASK, POSITION, True,
     )  # fmt: skip
     store_rows(base_of(outputs, batch, head), outputs.row, query_rows, columns, output, length, HEAD_DIM, BLOCK_D)
@@ -219,11 +207,12 @@ def residual_gradient_kernel(
             query_rows = start + tl.arange(0, BLOCK_M)
             query = load_rows(query_base, queries.row, query_rows, columns, length, HEAD_DIM, BLOCK_D)
             grad = load_rows(grad_base, grads.row, query_rows, columns, length, HEAD_DIM, BLOCK_D)
-            lse = tl.load(lse_pointer + own + query_rows, mask=query_rows < length, other=float("inf"))
-            scores = product(key, tl.trans(query)) * scale
-            scores = add_position(scores, places, batch, head, query_rows, rows, length, POSITION, True)
-            scores = hide_transposed(scores, query_rows, rows, seen, CAUSAL)
-            h = add_product(rounded(tl.exp2(scores - lse[None, :]), grad.dtype), grad, h)
+            lse = load_lse(lse_pointer + own, query_rows, length)
+            transposed = weights_of_queries(
+                key, query, lse, scale, places, batch, head, query_rows, rows, seen, length, length,
+                POSITION, CAUSAL, True,
+            )  # fmt: skip
+            h = add_product(rounded(transposed, grad.dtype), grad, h)
         own_value = load_rows(value_base, values.row, rows, columns, length, HEAD_DIM, BLOCK_D)
         own_residual = load_rows(residual_base, HEAD_DIM, rows, columns, length, HEAD_DIM, BLOCK_D)
         # Rounded as the other products see it, so that each row of dS sums to 0.
@@ -235,18 +224,17 @@ def residual_gradient_kernel(
     tl.store(delta_pointer + own + rows, own_delta, mask=rows < length)
     if WITH_DQ:
         own_query = load_rows(query_base, queries.row, rows, columns, length, HEAD_DIM, BLOCK_D)
-        own_lse = tl.load(lse_pointer + own + rows, mask=rows < length, other=float("inf"))
+        own_lse = load_lse(lse_pointer + own, rows, length)
         dq = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
         end = length
         if CAUSAL:
             end = tl.minimum((block + 1) * BLOCK_N, length)
         for start in range(0, end, BLOCK_M):
             key_rows = start + tl.arange(0, BLOCK_M)
-            key_tile = load_rows(key_base, keys.row, key_rows, columns, length, HEAD_DIM, BLOCK_D)
-            value_tile = load_rows(value_base, values.row, key_rows, columns, length, HEAD_DIM, BLOCK_D)
-            tile_scores = product(own_query, tl.trans(key_tile)) * scale
-            tile_scores = add_position(tile_scores, places, batch, head, rows, key_rows, length, POSITION, False)
-            tile_scores = hide(tile_scores, rows, key_rows, seen_keys(mask, key_rows, length, HAS_MASK), CAUSAL)
+            key_tile, value_tile, tile_scores = tile_of_keys(
+                own_query, key_base, keys.row, value_base, values.row, mask, length, scale, places, batch, head, rows,
+                key_rows, length, length, HEAD_DIM, BLOCK_D, HEAD_DIM, BLOCK_D, POSITION, HAS_MASK, CAUSAL, True,
+            )  # fmt: skip
             weights = tl.exp2(tile_scores - own_lse[:, None])
             if BOOSTED:
                 residual_tile = load_rows(residual_base, HEAD_DIM, key_rows, columns, length, HEAD_DIM, BLOCK_D)
@@ -310,12 +298,11 @@ def key_value_gradient_kernel(
         query_rows = start + tl.arange(0, BLOCK_M)
         query = load_rows(query_base, queries.row, query_rows, columns, length, HEAD_DIM, BLOCK_D)
         grad = load_rows(grad_base, grads.row, query_rows, columns, length, HEAD_DIM, BLOCK_D)
-        lse = tl.load(lse_pointer + own + query_rows, mask=query_rows < length, other=float("inf"))
+        lse = load_lse(lse_pointer + own, query_rows, length)
         delta = tl.load(delta_pointer + own + query_rows, mask=query_rows < length, other=0.0)
-        scores = product(key, tl.trans(query)) * scale
-        scores = add_position(scores, places, batch, head, query_rows, rows, length, POSITION, True)
-        scores = hide_transposed(scores, query_rows, rows, seen, CAUSAL)
-        weights = tl.exp2(scores - lse[None, :])
+        weights = weights_of_queries(
+            key, query, lse, scale, places, batch, head, query_rows, rows, seen, length, length, POSITION, CAUSAL, True
+        )
         # dA = G W^T - H V^T, or G V^T, transposed.
         if BOOSTED:
             negative_h = load_rows(negative_h_base, HEAD_DIM, query_rows, columns, length, HEAD_DIM, BLOCK_D)
@@ -339,9 +326,8 @@ def key_value_gradient_kernel(
             tl.atomic_add(target, dq, mask=inside, sem="relaxed")
     slot = item * slots + block
     store_gradient(
-sums_pointer, slot, of_parameter, of_grid, of_class, places, batch, head, rows, length,
-        POSITION, LEARNS,
-)  # fmt: skip
+        sums_pointer, slot, of_parameter, of_grid, of_class, places, batch, head, rows, length, POSITION, LEARNS
+    )
     if BOOSTED:  # so far -A^T H
         own_negative_h = load_rows(negative_h_base, HEAD_DIM, rows, columns, length, HEAD_DIM, BLOCK_D)
         dv -= 2.0 * own_negative_h.to(tl.float32)

@@ -9,7 +9,7 @@ prompt in chunks), and weights may be dropped by a mask that a seed gives again 
 
 Plain attention has 2 and 5; here the sums of dQ do not depend on an order, at the price of two products.
 
-:class:`Matrix` is all that A is made of. A tile of A is computed again wherever it is needed, by :func:`_logits`, from
+:class:`Matrix` is all that A is made of. A tile of A is computed again wherever it is needed, by :func:`_tile`, from
 queries and keys, positions and what is hidden, and :func:`_dropped` thins it out.
 """
 
@@ -18,13 +18,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .triton_positions import add_gradient, add_position, no_gradient, store_gradient
+from .triton_logits import load_lse, softmax_end, softmax_step, tile_of_keys, weights_of_queries
+from .triton_positions import add_gradient, no_gradient, store_gradient
 from .triton_tiles import (
     add_product,
     base_of,
     block_of,
-    hide,
-    hide_transposed,
     item_of,
     load_rows,
     product,
@@ -138,16 +137,18 @@ def _seen(matrix, batch, key_rows):
 
 
 @triton.jit
-def _logits(matrix, query, key, batch, head, query_rows, key_rows, EDGE: tl.constexpr):
-    """A tile ``[queries, keys]``; EDGE: some of the keys may be later than a query, or beyond the end."""
-    scores = product(query, tl.trans(key)) * matrix.scale
-    scores = add_position(
-        scores, matrix.places, batch, head, query_rows, key_rows, matrix.length, matrix.position, False
-    )
-    if EDGE or matrix.has_mask:
-        places = query_rows + (matrix.key_length - matrix.length)
-        scores = hide(scores, places, key_rows, _seen(matrix, batch, key_rows), matrix.causal and EDGE)
-    return scores
+def _tile(
+    query, matrix, rows_base, rows_step, batch, head, query_rows, key_rows,
+    WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Keys, rows of x and logits ``[queries, keys]``; EDGE: some keys may be later than a query, or beyond the end."""
+    _, end = _span(matrix, batch)
+    return tile_of_keys(
+        query, base_of(matrix.keys, batch, head), matrix.keys.row, rows_base, rows_step,
+        matrix.mask + batch * matrix.key_length, end, matrix.scale, matrix.places, batch, head, query_rows, key_rows,
+        matrix.length, matrix.key_length, matrix.width, matrix.block_width, WIDTH, BLOCK_W,
+        matrix.position, matrix.has_mask, matrix.causal and EDGE, EDGE or matrix.has_mask,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -171,23 +172,16 @@ def _forward_range(
 ):  # fmt: skip
     """Online softmax over the keys from low to high."""
     batch, head = item_of(item, matrix.heads)
-    columns = tl.arange(0, BLOCK_W)
     rows_base = base_of(rows, batch, head)
     for start in range(low, high, BLOCK_N):
         key_rows = start + tl.arange(0, BLOCK_N)
-        key = _load_keys(matrix, batch, head, key_rows)
-        x = load_rows(rows_base, rows.row, key_rows, columns, matrix.key_length, WIDTH, BLOCK_W)
-        scores = _logits(matrix, query, key, batch, head, query_rows, key_rows, EDGE)
-        new_highest = tl.maximum(highest, tl.max(scores, 1))
-        # A row that has seen no key yet: -inf - -inf is not a number.
-        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        weights = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(highest - base)
-        total = total * shrink + tl.sum(weights, 1)
+        _, x, scores = _tile(
+            query, matrix, rows_base, rows.row, batch, head, query_rows, key_rows, WIDTH, BLOCK_W, EDGE
+        )
+        weights, shrink, total, highest = softmax_step(scores, highest, total)
         if matrix.drops:
             weights = tl.where(_kept(matrix, item, query_rows[:, None], key_rows[None, :]), weights, 0.0)
         average = add_product(rounded(weights, x.dtype), x, average * shrink[:, None])
-        highest = new_highest
     return average, total, highest
 
 
@@ -222,9 +216,7 @@ def forward_kernel(
     average, total, highest = _forward_range(
         average, total, highest, query, matrix, rows, item, query_rows, inner, end, WIDTH, BLOCK_W, BLOCK_N, True
     )
-    sees = total > 0.0
-    total = tl.where(sees, total, 1.0)
-    lse = tl.where(sees, highest + tl.log2(total), float("inf"))
+    total, lse = softmax_end(highest, total)
     tl.store(matrix.lse + item.to(tl.int64) * matrix.length + query_rows, lse, mask=query_rows < matrix.length)
     if matrix.drops:
         average = average * matrix.kept_factor
@@ -239,13 +231,12 @@ def _query_range(
 ):  # fmt: skip
     """dS K over the keys from low to high."""
     batch, head = item_of(item, matrix.heads)
-    columns = tl.arange(0, BLOCK_W)
     rows_base = base_of(rows, batch, head)
     for start in range(low, high, BLOCK_N):
         key_rows = start + tl.arange(0, BLOCK_N)
-        key = _load_keys(matrix, batch, head, key_rows)
-        x = load_rows(rows_base, rows.row, key_rows, columns, matrix.key_length, WIDTH, BLOCK_W)
-        scores = _logits(matrix, query, key, batch, head, query_rows, key_rows, EDGE)
+        key, x, scores = _tile(
+            query, matrix, rows_base, rows.row, batch, head, query_rows, key_rows, WIDTH, BLOCK_W, EDGE
+        )
         d_weights = product(grad, tl.trans(x))
         if matrix.drops:
             kept = _kept(matrix, item, query_rows[:, None], key_rows[None, :])
@@ -280,7 +271,7 @@ def query_gradient_kernel(
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_pointer + own + query_rows, delta, mask=query_rows < matrix.length)
     query = _load_queries(matrix, batch, head, query_rows)
-    lse = tl.load(matrix.lse + own + query_rows, mask=query_rows < matrix.length, other=float("inf"))
+    lse = load_lse(matrix.lse + own, query_rows, matrix.length)
     dq = tl.zeros([BLOCK_M, matrix.block_width], dtype=tl.float32)
     low, inner, end = _key_ranges(matrix, batch, block, BLOCK_M, BLOCK_N)
     dq = _query_range(
@@ -333,14 +324,12 @@ def key_gradient_kernel(
         query_rows = start + tl.arange(0, BLOCK_M)
         query = _load_queries(matrix, batch, head, query_rows)
         grad = load_rows(grad_base, grads.row, query_rows, columns, matrix.length, WIDTH, BLOCK_W)
-        lse = tl.load(matrix.lse + own + query_rows, mask=query_rows < matrix.length, other=float("inf"))
+        lse = load_lse(matrix.lse + own, query_rows, matrix.length)
         delta = tl.load(delta_pointer + own + query_rows, mask=query_rows < matrix.length, other=0.0)
-        scores = product(key, tl.trans(query)) * matrix.scale
-        scores = add_position(
-            scores, matrix.places, batch, head, query_rows, key_rows, matrix.length, matrix.position, True
-        )
-        scores = hide_transposed(scores, query_rows + past, key_rows, seen, matrix.causal)
-        weights = tl.exp2(scores - lse[None, :])
+        weights = weights_of_queries(
+            key, query, lse, matrix.scale, matrix.places, batch, head, query_rows, key_rows, seen,
+            matrix.length, matrix.key_length, matrix.position, matrix.causal, True,
+        )  # fmt: skip
         d_weights, thinned = product(x, tl.trans(grad)), weights
         if matrix.drops:
             kept = _kept(matrix, item, query_rows[None, :], key_rows[:, None])

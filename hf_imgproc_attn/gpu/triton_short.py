@@ -14,12 +14,12 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .triton_positions import add_gradient, add_position, no_gradient, store_gradient
+from .triton_logits import load_lse, logits_of, softmax_end, weights_of_queries
+from .triton_positions import add_gradient, no_gradient, store_gradient
 from .triton_tiles import (
     add_product,
     base_of,
     hide,
-    hide_transposed,
     item_of,
     load_rows,
     product,
@@ -39,17 +39,14 @@ def _softmax_of_halves(
     POSITION: tl.constexpr,
 ):  # fmt: skip
     """Both halves of the rows of A for a block of queries, in the key's dtype, and their log-sum-exp."""
-    scores_0, scores_1 = product(query, tl.trans(key_0)) * scale, product(query, tl.trans(key_1)) * scale
-    scores_0 = add_position(scores_0, places, batch, head, rows, rows_0, length, POSITION, False)
-    scores_1 = add_position(scores_1, places, batch, head, rows, rows_1, length, POSITION, False)
+    scores_0 = logits_of(query, key_0, scale, places, batch, head, rows, rows_0, length, POSITION)
+    scores_1 = logits_of(query, key_1, scale, places, batch, head, rows, rows_1, length, POSITION)
     scores_0, scores_1 = hide(scores_0, rows, rows_0, seen_0, False), hide(scores_1, rows, rows_1, seen_1, False)
     highest = tl.maximum(tl.max(scores_0, 1), tl.max(scores_1, 1))
     base = tl.where(highest == float("-inf"), 0.0, highest)
     weights_0, weights_1 = tl.exp2(scores_0 - base[:, None]), tl.exp2(scores_1 - base[:, None])
     total = tl.sum(weights_0, 1) + tl.sum(weights_1, 1)
-    sees = total > 0.0
-    total = tl.where(sees, total, 1.0)
-    lse = tl.where(sees, base + tl.log2(total), float("inf"))
+    total, lse = softmax_end(base, total)
     weights_0 = rounded(weights_0 / total[:, None], key_0.dtype)
     weights_1 = rounded(weights_1 / total[:, None], key_1.dtype)
     return weights_0, weights_1, lse
@@ -146,11 +143,11 @@ def short_backward_kernel(
         query_rows = start + tl.arange(0, BLOCK_M)
         query = load_rows(query_base, queries.row, query_rows, columns, length, HEAD_DIM, BLOCK_D)
         grad = load_rows(grad_base, grads.row, query_rows, columns, length, HEAD_DIM, BLOCK_D)
-        lse = tl.load(lse_pointer + own + query_rows, mask=query_rows < length, other=float("inf"))
-        scores = product(key, tl.trans(query)) * scale
-        scores = add_position(scores, places, batch, head, query_rows, rows, length, POSITION, True)
-        scores = hide_transposed(scores, query_rows, rows, seen, False)
-        h = add_product(rounded(tl.exp2(scores - lse[None, :]), grad.dtype), grad, h)
+        lse = load_lse(lse_pointer + own, query_rows, length)
+        weights = weights_of_queries(
+            key, query, lse, scale, places, batch, head, query_rows, rows, seen, length, length, POSITION, False, True
+        )
+        h = add_product(rounded(weights, grad.dtype), grad, h)
     value = load_rows(value_base, values.row, rows, columns, length, HEAD_DIM, BLOCK_D)
     residual = load_rows(residual_base, HEAD_DIM, rows, columns, length, HEAD_DIM, BLOCK_D)
     own_grad = load_rows(grad_base, grads.row, rows, columns, length, HEAD_DIM, BLOCK_D)
@@ -173,12 +170,11 @@ def short_backward_kernel(
         query = load_rows(query_base, queries.row, query_rows, columns, length, HEAD_DIM, BLOCK_D)
         grad = load_rows(grad_base, grads.row, query_rows, columns, length, HEAD_DIM, BLOCK_D)
         negative_h = load_rows(negative_h_base, HEAD_DIM, query_rows, columns, length, HEAD_DIM, BLOCK_D)
-        lse = tl.load(lse_pointer + own + query_rows, mask=query_rows < length, other=float("inf"))
+        lse = load_lse(lse_pointer + own, query_rows, length)
         delta = tl.load(delta_pointer + own + query_rows, mask=query_rows < length, other=0.0)
-        scores = product(key, tl.trans(query)) * scale
-        scores = add_position(scores, places, batch, head, query_rows, rows, length, POSITION, True)
-        scores = hide_transposed(scores, query_rows, rows, seen, False)
-        weights = tl.exp2(scores - lse[None, :])
+        weights = weights_of_queries(
+            key, query, lse, scale, places, batch, head, query_rows, rows, seen, length, length, POSITION, False, True
+        )
         d_weights = add_product(value, tl.trans(negative_h), product(residual, tl.trans(grad)))
         exact_d_scores = weights * (d_weights - delta[None, :])
         of_parameter, of_grid, of_class = add_gradient(
@@ -193,8 +189,7 @@ def short_backward_kernel(
     final_negative_h = load_rows(negative_h_base, HEAD_DIM, rows, columns, length, HEAD_DIM, BLOCK_D)
     dv = minus_smoothed_h - 2.0 * final_negative_h.to(tl.float32)
     store_gradient(
-sums_pointer, item, of_parameter, of_grid, of_class, places, batch, head, rows, length,
-        POSITION, LEARNS,
-)  # fmt: skip
+        sums_pointer, item, of_parameter, of_grid, of_class, places, batch, head, rows, length, POSITION, LEARNS
+    )
     store_rows(base_of(dks, batch, head), dks.row, rows, columns, dk * softmax_scale, length, HEAD_DIM, BLOCK_D)
     store_rows(base_of(dvs, batch, head), dvs.row, rows, columns, dv, length, HEAD_DIM, BLOCK_D)

@@ -13,13 +13,14 @@ from .backend_blocked_backward import Gradients
 from .backend_blocked_delta import refuses as delta_refuses
 from .backend_blocked_delta import run as run_delta
 from .backend_blocked_dense import dense_passes
+from .backend_blocked_difference import DifferenceFilter, Maps, arguments, dense_difference
 from .backend_blocked_hidden import key_runs
 from .backend_blocked_normalised import WEIGHTS
 from .backend_blocked_passes import Call, Computed, Tensors, forward_passes, recurrence
 from .backend_blocked_plan import Plan, make_plan
 from .backend_blocked_rows import RowsCall, RowsFilter, dense_rows
 from .backend_blocked_sinkhorn import log_scales
-from .backend_call import Booster, Content, FilterCall, is_transformed, without_autocast
+from .backend_call import Booster, Content, Difference, FilterCall, is_transformed, without_autocast
 from .backend_sdpa import augment
 from .boost_derivatives import differentiable_gradients
 from .boost_operators import ONE_PASS
@@ -67,6 +68,8 @@ def run(call: FilterCall, *, block_rows: int | None = None, group_pairs: int | N
     Raises:
         ValueError: for a boosted filter with more keys than queries but not the earlier keys' streams.
     """
+    if call.difference is not None:
+        return _difference(call, call.difference, block_rows, group_pairs)
     if call.booster.name in ONE_PASS:
         return call.finish(run(call.plain(), block_rows=block_rows, group_pairs=group_pairs))
     positions, products = _as_products(call)
@@ -129,6 +132,32 @@ def column_scales(call: FilterCall, *, block_rows: int | None = None, group_pair
 
 
 @torch.compiler.disable
+def _difference(call: FilterCall, other: Difference, block_rows: int | None, group_pairs: int | None) -> torch.Tensor:
+    """The first map minus lambda times the second: ``[batch, heads, length, d]`` in the value's dtype."""
+    alone = call._replace(difference=None)
+    # The second map filters the same values: none have to be repeated for it.
+    second = alone._replace(query=other.query, key=other.key, value=other.key[..., :0])
+    (positions, mine), (again, its) = _as_products(alone), _as_products(second)
+    first, last = (_blocked_call(*part, 0, block_rows, group_pairs) for part in ((mine, positions), (its, again)))
+    # Cut alike, with a dropout mask each.
+    plan = first.plan._replace(key_heads=last.plan.key_heads, seed=last.plan.seed)
+    maps = Maps(first, last._replace(plan=plan))
+    tensors = _tensors(mine, positions), _tensors(its, again)
+    given = arguments(*tensors)
+    with without_autocast(call.query.device.type):
+        if is_transformed((mine.value, other.share, *given)):
+            return dense_difference(maps, tensors, other.share)
+        output: torch.Tensor = DifferenceFilter.apply(mine.value, other.share, maps, *given)
+    return output
+
+
+def _tensors(given: FilterCall, positions: BlockedPositions | None) -> Tensors:
+    """What a call of plain products computes with, where no streams come in."""
+    parameters = () if positions is None else positions.parameters()
+    return Tensors(given.query, given.key, given.value, given.visibility.bias, None, given.sinks, parameters)
+
+
+@torch.compiler.disable
 def _by_weights(
     given: FilterCall,
     positions: BlockedPositions | None,
@@ -163,8 +192,8 @@ def _blocked_call(
     Args:
         given: plain inner products, and at most a bias beside them.
         positions: those that are a function of places.
-        extra: streams x_1, x_2, ... of a booster that is linear in V; None for other boosters, which visit each block
-            once and do more than products there.
+        extra: streams x_1, x_2, ... of a booster that is linear in V, 0 without; None for other boosters, which visit
+            each block once and do more than products there.
         block_rows: see :func:`run`.
         group_pairs: see :func:`run`.
     """

@@ -48,6 +48,19 @@ def dense_matrix(call: Call, tensors: Tensors) -> torch.Tensor:
     return filter_matrix(logits, call.visibility, tensors.sinks, Normalisation(call.normalisation))
 
 
+def dense_map(call: Call, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A after dropout; keys and values of as many heads as queries, 0 where hidden; in working precision."""
+    working, repeats = working_dtype(tensors.query.dtype), call.plan.heads // call.plan.key_heads
+    query, key, value = (x.to(working) for x in tensors[:3])
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    key, value = call.visibility.clean_keys(key), call.visibility.clean_keys(value)
+    matrix = dense_matrix(call, tensors._replace(query=query, key=key))
+    if call.plan.dropout:
+        matrix = matrix * dense_dropout_factors(call.plan, query.new_empty(0))
+    return matrix, key, value
+
+
 def dense_passes(call: Call, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     """The output and the streams side by side, as ``BlockedFilter`` returns them."""
     plan, booster, working, dtype = call.plan, call.booster, working_dtype(tensors.query.dtype), tensors.value.dtype

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .backend_blocked_dense import dense_dropout_factors, dense_matrix
+from .backend_blocked_dense import dense_map
+from .backend_blocked_logits import LogitsGradients, no_streams
 from .backend_blocked_passes import Call, Inputs, Tensors
 from .backend_blocked_plan import Block, multiply
 from .backend_blocked_rules import Part, Rule, Sums, WeightsGrad, rule_of
@@ -74,10 +75,6 @@ class RowsFilter(torch.autograd.Function):
         )
 
 
-def _no_streams(call: Call, like: torch.Tensor) -> torch.Tensor:
-    return like.new_empty(call.plan.batch, call.plan.heads, call.plan.length, 0)
-
-
 def _forward(
     rows_call: RowsCall, tensors: Tensors, own: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -89,7 +86,7 @@ def _forward(
     output, row_sums, kept = (like.new_empty(plan.batch * plan.heads, plan.length, size) for size in sizes)
     weights, inputs = (
         call.weights(tensors, like),
-        Inputs(call, tensors, _no_streams(call, like)),
+        Inputs(call, tensors, no_streams(call, like)),
     )
     own_rows, buffers = flat(own, like.dtype), [Buffer(like, weights.size) for _ in range(rule.rooms)]
     for group in plan.groups():
@@ -135,25 +132,21 @@ def _backward(
     row_sums, kept = found
     call = rows_call.call._replace(plan=rows_call.call.plan.backward)
     plan, rule = call.plan, rows_call.rule
-    query, key, value, bias = tensors[:4]
-    like = query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
-    inputs = Inputs(call, tensors, _no_streams(call, like))
-    weights = call.weights(tensors, like, needs[7:])
-    buffers = [Buffer(like, weights.size) for _ in range(rule.rooms)]
+    key, value = tensors.key, tensors.value
+    like = key.new_empty(0, dtype=torch.promote_types(key.dtype, torch.float32))
     scratch = Buffer(like, plan.group_pairs * plan.key_length * max(value.shape[-1], key.shape[-1]))
-    d_query, d_own = like.new_empty(query.shape), like.new_empty(own.shape)
-    d_key, d_value = (inputs.key_heads.total(x, like.dtype) for x in (key, value))
-    d_bias = like.new_zeros(bias.shape) if bias is not None and needs[3] else None
-    d_sinks = like.new_zeros(tensors.sinks.shape) if tensors.sinks is not None and needs[5] else None
+    found_of = LogitsGradients(call, tensors, (needs[3], needs[5], *needs[7:]), scratch)
+    inputs, weights = found_of.inputs, found_of.weights
+    buffers = [Buffer(like, weights.size) for _ in range(rule.rooms)]
+    d_own, d_value = like.new_empty(own.shape), inputs.key_heads.total(value, like.dtype)
     if not plan.groups():
-        d_key.zero_(), d_value.zero_()
+        d_value.zero_()
     grads, own_rows = flat(grad, like.dtype), flat(own, like.dtype)
     for group in plan.groups():
-        inputs.start(group)
-        weights.start(group, inputs.query, inputs.key)
-        pairs, widths = inputs.query.shape[0], (key.shape[-1], key.shape[-1], value.shape[-1])
+        found_of.start(group)
+        pairs = inputs.query.shape[0]
         # Of products of unlike scale each has a sum of its own.
-        by_logits, by_rule, by_value = (KeySums(plan, pairs, width, scratch) for width in widths)
+        by_rule, by_value = (KeySums(plan, pairs, x.shape[-1], scratch) for x in (key, value))
         columns = like.new_zeros(pairs, plan.key_length)
         for block in plan.blocks()[::-1]:
             rows = slice(block.start, block.stop)
@@ -166,22 +159,13 @@ def _backward(
             sums = Sums(by_rule, by_value, columns, d_own.flatten(0, 1)[group.pairs, rows])
             found_grad = rule.backward(part, grads[group.pairs, rows], sums)
             d_logits, row_term = _logits_grad(weights, part, (matrix, factors), found_grad, correction)
-            by_query = multiply(d_logits, inputs.key[:, : block.keys], by_onednn=plan.by_onednn)
-            torch.mul(by_query, plan.scale, out=d_query.flatten(0, 1)[group.pairs, rows])
-            by_logits.add(d_logits, inputs.query[:, rows])
-            if d_bias is not None:
-                weights.add_to_bias(d_bias, d_logits, block)
-            if d_sinks is not None:
-                weights.add_to_sinks(d_sinks, row_term * correction, row_sums[group.pairs, rows])
-            weights.add_to_positions(d_logits, block)
+            found_of.add(block, d_logits, row_term * correction, row_sums[group.pairs])
         all_keys = slice(0, plan.key_length)
-        by_key = by_logits.rows(all_keys).mul_(plan.scale)
-        inputs.key_heads.add(d_key, by_key.add_(by_rule.rows(all_keys)), group)
+        found_of.finish(by_rule.rows(all_keys))
         inputs.key_heads.add(
             d_value, by_value.rows(all_keys).addcmul_(inputs.value, columns.unsqueeze(-1), value=-1.0), group
         )
-    positions = [] if weights.positions is None else weights.positions.finish(plan)
-    return d_query, d_key, d_value, d_bias, d_own, d_sinks, None, *positions
+    return found_of.query, found_of.key, d_value, found_of.bias, d_own, found_of.sinks, None, *found_of.parameters()
 
 
 def _logits_grad(
@@ -209,17 +193,8 @@ def _logits_grad(
 
 def dense_rows(rows_call: RowsCall, tensors: Tensors, own: torch.Tensor) -> torch.Tensor:
     """The same function written densely, in memory O(length * key_length), for whatever differentiates it."""
-    call = rows_call.call
-    working = torch.promote_types(tensors.query.dtype, torch.float32)
-    query, key, value = (x.to(working) for x in tensors[:3])
-    repeats = call.plan.heads // call.plan.key_heads
-    if repeats > 1:
-        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    key, value = call.visibility.clean_keys(key), call.visibility.clean_keys(value)
-    matrix = dense_matrix(call, tensors._replace(query=query, key=key))
-    if call.plan.dropout:
-        matrix = matrix * dense_dropout_factors(call.plan, query.new_empty(0))
+    matrix, key, value = dense_map(rows_call.call, tensors)
     by_weights = rows_call.by_weights
     if isinstance(by_weights, LocalLinear):
-        by_weights = LocalLinear(own.to(working))
+        by_weights = LocalLinear(own.to(matrix.dtype))
     return by_weights.apply(matrix, value, key).to(tensors.value.dtype)

@@ -77,7 +77,7 @@ BACKENDS: dict[str, Backend] = {
     "reference": Backend(run_reference, _never),
     "sdpa": _with_sinkhorn(_run_fused, _refuses_fused),
     "blocked": _with_sinkhorn(run_blocked, blocked_refuses),
-    "chunked": Backend(run_chunked, chunked_refuses),
+    "chunked": _with_sinkhorn(run_chunked, chunked_refuses),
 }
 OPTIONAL_BACKENDS = {
     "triton": "the kernels need a CUDA device and the package triton, and hf_imgproc_attn.gpu to be imported",
@@ -114,7 +114,7 @@ FEW_SCORES = 2**15
 
 
 def _is_one_row(call: FilterCall) -> bool:
-    is_plain = not (call.is_boosted or call.has_columns)
+    is_plain = not (call.is_boosted or call.has_columns or call.difference is not None)
     return call.query.shape[-2] == 1 and call.query.dtype not in HALF_DTYPES and not is_plain
 
 
@@ -123,7 +123,7 @@ def _is_plain(call: FilterCall) -> bool:
     if call.sinks is not None and not (seen.mask is None and seen.keys is None):
         return False  # SDPA would need one more key, which the mask has to show
     as_wide = call.query.shape[-1] == call.value.shape[-1] and not call.has_columns
-    return as_wide and not (call.is_boosted or call.dropout)
+    return as_wide and not (call.is_boosted or call.dropout or call.difference is not None)
 
 
 def _has_few_scores(call: FilterCall) -> bool:
@@ -240,7 +240,7 @@ def run_filter(call: FilterCall, backend: str, option: str = "backend") -> torch
     Raises:
         ValueError: for an unknown back-end, one that is not there, or one that refuses the call.
     """
-    if call.difference is not None:
+    if call.difference is not None and not _takes_both_maps(call, backend):
         first, other = (run_filter(part, backend, option) for part in call.maps() if part is not None)
         return torch.addcmul(first, call.difference.share, other, value=-1.0).to(first.dtype)
     if call.booster.name in ONE_PASS:
@@ -258,6 +258,12 @@ def run_filter(call: FilterCall, backend: str, option: str = "backend") -> torch
     if reason is not None:
         raise ValueError(f"{option}={backend!r} cannot serve this call: it {reason}")
     return BACKENDS[backend].run(call)
+
+
+def _takes_both_maps(call: FilterCall, backend: str) -> bool:
+    """Whether the back-end subtracts the second map itself, which ``blocked`` does with maps of softmax."""
+    name = choose_backend(call) if backend == "auto" else backend
+    return name == "blocked" and call.normalisation.name == "softmax"
 
 
 def _run_apart(call: FilterCall, backend: str, option: str) -> torch.Tensor:

@@ -79,13 +79,13 @@ def task_of(checkpoint: str, option: str = "checkpoint") -> str:
         config = AutoConfig.from_pretrained(checkpoint)
     except broken_files() as error:
         raise UsageError(_not_loaded(checkpoint, option, error)) from error
-    names = list(config.architectures or ())
+    names, pairs = list(config.architectures or ()), getattr(config, "classifier_pairs", False)
     for task, heads in _HEADS.items():
-        if any(head in name for head in heads for name in names):
+        if any(head in name for head in heads for name in names) and not pairs:
             return task
     raise UsageError(
         f"{option} must be an image classifier, a causal language model or a text classifier, got "
-        f"{checkpoint!r} with {', '.join(names) or 'no class in its configuration'}"
+        f"{checkpoint!r} with {', '.join(names) or 'no class in its configuration'}{' for pairs of texts' * pairs}"
     )
 
 

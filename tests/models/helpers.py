@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -350,3 +351,24 @@ def make_filter(
         num_class_tokens=num_class_tokens,
     )
     return sharpen_(layer.double(), seed)
+
+
+def logits_in_steps(
+    model: Any, inputs: dict[str, torch.Tensor], bounds: Sequence[int], cache: Any = None
+) -> torch.Tensor:
+    """Logits of tokens that come to a cache in parts, those between neighbouring bounds.
+
+    Args:
+        model: a causal language model.
+        inputs: of all tokens, ``[batch, length]`` each; the attention mask is among them.
+        bounds: the first is 0, the last one the length.
+        cache: a new one of another kind than the model would make.
+    """
+    found = []
+    for start, stop in itertools.pairwise(bounds):
+        part = {name: tensor[:, start:stop] for name, tensor in inputs.items()}
+        part["attention_mask"] = inputs["attention_mask"][:, :stop]
+        output = model(**part, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        found.append(output.logits)
+    return torch.cat(found, dim=1)

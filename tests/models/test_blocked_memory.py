@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_imgproc_attn.models.backend_blocked import run as run_blocked
+from hf_imgproc_attn.models.backend_call import Difference
 from hf_imgproc_attn.models.backend_table import run_filter
 from hf_imgproc_attn.models.boost_weights import LocalLinear, Robust
 from hf_imgproc_attn.models.kernel_position import BlockedPositions, GaussianPositions
@@ -97,6 +98,20 @@ def test_memory_of_boosters_that_look_at_single_weights_is_linear(by_weights: An
     short, long = (peak_of_weights(length, is_causal, by_weights) for length in (1024, 4096))
     assert long < 4096 * 4096 * 4 / 2
     assert long < 4.3 * short
+
+
+def test_memory_of_a_second_map_is_linear() -> None:
+    torch.manual_seed(0)
+    peaks = []
+    for length in (1024, 4096):
+        leaves = [torch.randn(1, 1, length, 4, requires_grad=True) for _ in range(5)]
+        other = Difference(leaves[3], leaves[4], torch.full((1, 1, 1), 0.3, requires_grad=True))
+        with Memory() as memory:
+            call = filter_call(*leaves[:3], is_causal=True, dropout=0.1)._replace(difference=other)
+            run_blocked(call).sum().backward()
+        peaks.append(memory.peak)
+    assert peaks[1] < 4096 * 4096 * 4 / 2
+    assert peaks[1] < 4.3 * peaks[0]
 
 
 @pytest.mark.parametrize("backend", ["blocked", "sdpa"])

@@ -23,7 +23,7 @@ from hf_imgproc_attn.models.backend_call import FilterCall
 from hf_imgproc_attn.models.backend_chunked import run as run_chunked
 from hf_imgproc_attn.models.backend_table import run_filter
 from hf_imgproc_attn.models.kernel_normalisation import NORMALISATIONS, Normalisation
-from tests.models.helpers import filter_call, make_filter, sharpen_
+from tests.models.helpers import filter_call, logits_in_steps, make_filter, sharpen_
 from tests.models.layer_cases import BATCH, HEADS, LENGTH, TIGHT, WIDTH, assert_same, masks, random, run, tensors
 from tests.models.variants import gpt2_config, pad, token_ids
 
@@ -293,19 +293,10 @@ def test_it_is_learned_in_any_causal_model_and_decodes_exactly() -> None:
     assert all(row["parameters"] == 2 for row in filtered_layers(model))
     torch.testing.assert_close(model(tokens, **given).logits[mask.bool()], before[mask.bool()], rtol=0, atol=1e-10)
     turn_on(model)
-    whole, cache, steps = model(tokens, **given).logits, None, []
+    whole = model(tokens, **given).logits
     assert (whole - before).abs().max() > 1e-2
-    for start, stop in ((0, 5), (5, 6), (6, 8)):
-        step = model(
-            tokens[:, start:stop],
-            attention_mask=mask[:, :stop],
-            position_ids=given["position_ids"][:, start:stop],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        cache = step.past_key_values
-        steps.append(step.logits)
-    torch.testing.assert_close(torch.cat(steps, 1)[mask.bool()], whole[mask.bool()], rtol=0, atol=1e-10)
+    stepwise = logits_in_steps(model, {"input_ids": tokens, **given}, (0, 5, 6, 8))
+    torch.testing.assert_close(stepwise[mask.bool()], whole[mask.bool()], rtol=0, atol=1e-10)
     torch.testing.assert_close(whole[:1, 3:], model(tokens[:1, 3:]).logits, rtol=0, atol=1e-10)
     assert torch.equal(remove_filter(model)(tokens, **given).logits, before)
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from hf_imgproc_attn import ImgProcGPT2LMHeadModel, convert
-from hf_imgproc_attn.models.backend_call import Difference
-from hf_imgproc_attn.models.backend_table import run_filter
+from hf_imgproc_attn.models.backend_blocked import run as run_blocked
+from hf_imgproc_attn.models.backend_blocked_difference import DifferenceFilter
+from hf_imgproc_attn.models.backend_call import Difference, FilterCall
+from hf_imgproc_attn.models.backend_table import choose_backend, run_filter
+from hf_imgproc_attn.models.kernel_normalisation import Normalisation
 from tests.models.helpers import filter_call, make_filter
 from tests.models.layer_cases import BATCH, HEADS, LENGTH, TIGHT, WIDTH, assert_same, masks, random, run, tensors
 from tests.models.variants import gpt2_config, token_ids
@@ -51,6 +56,98 @@ def test_gradients_are_numerical_ones(backend: str) -> None:
         return run_filter(call._replace(difference=Difference(given[3], given[4], given[5])), backend)
 
     assert torch.autograd.gradcheck(filtered, [*leaves, share])
+
+
+def difference_call(leaves: list[torch.Tensor], **options: Any) -> FilterCall:
+    """A call of query, key, value, query and key of the second map, and lambda."""
+    call = filter_call(*leaves[:3], **options)
+    return call._replace(difference=Difference(leaves[3], leaves[4], leaves[5]))
+
+
+@pytest.mark.grid(**{"heads,key_heads": [(2, 2), (4, 2)]}, mask=["none", "causal", "left", "past"], dropout=[0.0, 0.4])
+def test_one_pass_over_blocks_is_the_difference(heads: int, key_heads: int, mask: str, dropout: float) -> None:
+    """Output and gradients in blocks of three queries beside the dense form, with sinks and a bias for both maps.
+
+    What keys and values of padding hold is NaN and reaches no gradient.
+    """
+    options: dict[str, Any] = {"is_causal": mask in ("causal", "past"), "dropout": dropout}
+    if mask == "left":
+        options["attention_mask"] = torch.arange(7).view(1, 1, 1, 7) >= torch.tensor([0, 2]).view(2, 1, 1, 1)
+    shapes = ((heads, 7), (key_heads, 7), (key_heads, 7), (heads, 7), (heads, 7))
+    leaves = [random(2, *shape, 3, seed=seed) for seed, shape in enumerate(shapes)]
+    leaves += [random(heads, 1, 1, seed=6), random(1, heads, 7, 7, seed=7), random(heads, seed=8)]
+    if mask == "left":
+        for leaf in (leaves[1], leaves[2], leaves[4]):
+            leaf[1, :, :2] = float("nan")
+    if mask == "past":
+        for index in (0, 3):
+            leaves[index] = leaves[index][:, :, 3:]
+        leaves[6] = leaves[6][:, :, 3:]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+
+    def call() -> FilterCall:
+        given = difference_call(leaves, bias=leaves[6], **options)
+        return given._replace(sinks=leaves[7]) if dropout else given
+
+    torch.manual_seed(3)
+    output = run_blocked(call(), block_rows=3, group_pairs=3)
+    above = random(*output.shape, seed=9)
+    found = torch.autograd.grad(output, leaves, above, retain_graph=True, allow_unused=True)
+    # With create_graph the gradients come from the dense form, of the same dropout masks.
+    dense = torch.autograd.grad(output, leaves, above, create_graph=True, allow_unused=True)
+    for mine, exact in zip(found, dense, strict=True):
+        assert mine is exact is None or bool(mine.isfinite().all())
+        torch.testing.assert_close(mine, exact, **TIGHT)
+    if not dropout:
+        reference = run_filter(call(), "reference")
+        torch.testing.assert_close(output, reference, **TIGHT)
+        for mine, exact in zip(found, torch.autograd.grad(reference, leaves, above, allow_unused=True), strict=True):
+            torch.testing.assert_close(mine, exact, **TIGHT)
+
+
+def test_second_derivatives_and_other_transforms() -> None:
+    leaves = [random(1, 2, 4, 3, seed=seed).requires_grad_() for seed in range(5)]
+    leaves.append(random(2, 1, 1, seed=6).requires_grad_())
+    assert torch.autograd.gradgradcheck(lambda *given: run_blocked(difference_call(list(given))), leaves)
+    call = difference_call(leaves)
+    found = torch.func.grad(lambda value: run_blocked(call._replace(value=value)).square().sum())(call.value)
+    (exact,) = torch.autograd.grad(run_filter(call, "reference").square().sum(), call.value)
+    torch.testing.assert_close(found, exact, **TIGHT)
+
+
+@torch.no_grad()
+def test_where_one_pass_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many scores on a CPU, with weights of softmax; elsewhere the two maps are two calls."""
+    leaves = [random(1, 2, 200, 3, seed=seed) for seed in range(5)] + [random(2, 1, 1, seed=6)]
+    call = difference_call(leaves)
+    assert choose_backend(call) == "blocked"
+    assert choose_backend(call._replace(difference=None)) == "sdpa"
+    exact, seen = run_filter(call, "reference"), []
+    original = DifferenceFilter.apply
+    monkeypatch.setattr(DifferenceFilter, "apply", lambda *given: seen.append(given) or original(*given))
+    for normalisation in ("softmax", "sigmoid"):
+        given = call._replace(normalisation=Normalisation(normalisation))
+        exact = run_filter(given, "reference")
+        torch.testing.assert_close(run_filter(given, "auto"), exact, **TIGHT)
+        torch.testing.assert_close(run_filter(given, "blocked"), exact, **TIGHT)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_single(dtype: torch.dtype) -> None:
+    given = [random(1, 2, 40, 8, seed=seed).to(dtype).requires_grad_() for seed in range(5)]
+    given.append(random(2, 1, 1, seed=6).float().requires_grad_())
+    exact = [leaf.detach().double().requires_grad_() for leaf in given]
+    output, reference = (
+        run_filter(difference_call(leaves, is_causal=True), backend)
+        for leaves, backend in ((given, "blocked"), (exact, "reference"))
+    )
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(output.double(), reference, rtol=rounding, atol=rounding * 1e-2)
+    above = random(*output.shape, seed=9).to(dtype)
+    mine = torch.autograd.grad(output, given, above)
+    for found, gradient in zip(mine, torch.autograd.grad(reference, exact, above.double()), strict=True):
+        torch.testing.assert_close(found.double(), gradient, rtol=rounding, atol=rounding * 1e-2)
 
 
 @torch.no_grad()

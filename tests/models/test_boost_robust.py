@@ -14,7 +14,7 @@ from hf_imgproc_attn.models.backend_call import FilterCall
 from hf_imgproc_attn.models.backend_table import run_filter
 from hf_imgproc_attn.models.boost_weights import Robust
 from hf_imgproc_attn.models.kernel_normalisation import Normalisation
-from tests.models.helpers import filter_call, make_filter, sharpen_
+from tests.models.helpers import filter_call, logits_in_steps, make_filter, sharpen_
 from tests.models.layer_cases import BATCH, HEADS, LENGTH, TIGHT, WIDTH, assert_same, masks, random, run, tensors
 
 EXACT = ("reference", "chunked", "blocked")
@@ -204,19 +204,10 @@ def test_it_runs_in_a_trained_model_and_decodes_exactly() -> None:
     before = model(tokens, **given).logits
     apply_filter(model, "robust")
     assert all(row["parameters"] == 0 and row["boosting"] == "robust (3)" for row in filtered_layers(model))
-    whole, cache, steps = model(tokens, **given).logits, None, []
+    whole = model(tokens, **given).logits
     assert (whole - before).abs().max() > 1e-2
-    for start, stop in ((0, 5), (5, 6), (6, 8)):
-        step = model(
-            tokens[:, start:stop],
-            attention_mask=mask[:, :stop],
-            position_ids=given["position_ids"][:, start:stop],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        cache = step.past_key_values
-        steps.append(step.logits)
-    torch.testing.assert_close(torch.cat(steps, 1)[mask.bool()], whole[mask.bool()], rtol=0, atol=1e-10)
+    stepwise = logits_in_steps(model, {"input_ids": tokens, **given}, (0, 5, 6, 8))
+    torch.testing.assert_close(stepwise[mask.bool()], whole[mask.bool()], rtol=0, atol=1e-10)
     alone = model(tokens[:1, 3:]).logits
     torch.testing.assert_close(whole[:1, 3:], alone, rtol=0, atol=1e-10)
     assert torch.equal(remove_filter(model)(tokens, **given).logits, before)

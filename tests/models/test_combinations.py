@@ -29,7 +29,7 @@ from hf_imgproc_attn.models.spec_axes import (
     RESIDUALS,
     STEPPED_BOOSTINGS,
 )
-from tests.models.helpers import GPT2, VIT, sharpen_
+from tests.models.helpers import GPT2, VIT, logits_in_steps, sharpen_
 from tests.models.variants import IMPLEMENTATIONS, assert_same_gradients, gradients, images, pad, token_ids
 
 Fields = dict[str, Any]
@@ -251,14 +251,8 @@ def test_decoding_by_steps(fields: Fields) -> None:
     """One row is padded on the left; the second has a token less in front than it would have alone."""
     model, inputs = build("gpt2", fields, "sdpa").eval(), pad(token_ids(length=7), row=1, length=5, side="left")
     real = inputs["attention_mask"].bool()
-    wanted, cache, logits = model(**inputs, use_cache=False).logits[real], None, []
-    for start, stop in ((0, 4), (4, 5), (5, 7)):
-        step = {name: tensor[:, start:stop] for name, tensor in inputs.items()}
-        step["attention_mask"] = inputs["attention_mask"][:, :stop]
-        output = model(**step, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        logits.append(output.logits)
-    torch.testing.assert_close(torch.cat(logits, dim=1)[real], wanted, rtol=0, atol=1e-11)
+    wanted = model(**inputs, use_cache=False).logits[real]
+    torch.testing.assert_close(logits_in_steps(model, inputs, (0, 4, 5, 7))[real], wanted, rtol=0, atol=1e-11)
     alone = model(token_ids(length=7)[1:, :5]).logits[0]
     torch.testing.assert_close(wanted[7:], alone, rtol=0, atol=1e-10)
 

@@ -12,8 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from hf_imgproc_attn import filter_attention
 from hf_imgproc_attn.gpu import fused
+from hf_imgproc_attn.models.backend_call import Difference
 from hf_imgproc_attn.models.backend_flops import register_formulas
+from hf_imgproc_attn.models.backend_table import run_filter
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2LMHeadModel
+from tests.models.helpers import filter_call
 from tests.models.variants import gpt2_config, token_ids
 
 BATCH, HEADS, LENGTH, WIDTH = 2, 3, 64, 16
@@ -49,6 +52,18 @@ def test_filters_are_counted_forward_and_backward(boosting: str, steps: int, bac
     forward = flops(lambda: outputs.append(filter_attention(query, key, value, **options)))
     backward = flops(lambda: outputs[0].sum().backward())
     assert (forward / ONE_PRODUCT, backward / ONE_PRODUCT) == PRODUCTS[boosting, steps, backend]
+
+
+def test_a_second_map_is_multiplied_with_the_values_once() -> None:
+    """Logits of two maps and one product with V; two attentions have 4 and 10 products."""
+    leaves = [torch.randn(BATCH, HEADS, LENGTH, WIDTH, requires_grad=True) for _ in range(5)]
+    share = torch.full((HEADS, 1, 1), 0.3, requires_grad=True)
+    call = filter_call(*leaves[:3])._replace(difference=Difference(*leaves[3:], share))
+    for backend, products in (("blocked", (3, 8)), ("sdpa", (4, 10))):
+        outputs: list[torch.Tensor] = []
+        forward = flops(lambda: outputs.append(run_filter(call, backend)))  # noqa: B023
+        backward = flops(lambda: outputs[0].sum().backward())  # noqa: B023
+        assert (forward / ONE_PRODUCT, backward / ONE_PRODUCT) == products
 
 
 def test_twicing_is_not_free_in_a_model_on_the_default_path() -> None:

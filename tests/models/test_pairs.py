@@ -9,7 +9,13 @@ import torch
 from transformers import AutoModelForSequenceClassification
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from hf_imgproc_attn import ImgProcBertConfig, ImgProcBertForSequenceClassification, ImgProcBertForTokenClassification
+from hf_imgproc_attn import (
+    ImgProcBertConfig,
+    ImgProcBertForSequenceClassification,
+    ImgProcBertForTokenClassification,
+    convert,
+)
+from hf_imgproc_attn.conversion_probe import RANDOM_INPUTS
 
 SIZES = {
     "vocab_size": 13,
@@ -111,6 +117,21 @@ def test_other_shapes_are_refused(change: str) -> None:
         ValueError, match=rf"{name} must have shape \[pairs, 2, length, ...\] with classifier_pairs, got"
     ):
         classifier()(**inputs)
+
+
+def test_conversion_between_variants_keeps_the_head_and_measures_pairs() -> None:
+    model = classifier("softmax").float()
+    with pytest.raises(ValueError, match="classifier_pairs must be the checkpoint's True, for which its head is made"):
+        convert(model, "twicing", classifier_pairs=False)
+    ids = pairs()["input_ids"]
+    with pytest.raises(ValueError, match=r"samples must be token ids \[pairs, 2, length\] with a length from 2 to 9"):
+        convert(model, "twicing", samples=ids[:, 0])
+    for samples in (None, ids):
+        twiced, report = convert(model, "twicing", samples=samples, return_report=True)
+        assert not report.new
+        assert not report.unused
+        assert twiced.classifier.dense.weight.equal(model.classifier.dense.weight)
+        assert report.change.predictions == (len(ids) if samples is not None else RANDOM_INPUTS)
 
 
 def test_other_heads_take_texts_as_ever() -> None:

@@ -10,7 +10,7 @@ from transformers import StaticCache
 
 from hf_imgproc_attn import ImgProcGPT2LMHeadModel, apply_filter, convert
 from hf_imgproc_attn.models.kernel_content import unit_vectors
-from tests.models.helpers import make_filter, sharpen_
+from tests.models.helpers import logits_in_steps, make_filter, sharpen_
 from tests.models.layer_cases import (
     BATCH,
     HEADS,
@@ -136,14 +136,8 @@ def test_forgetting_decodes_exactly_with_padding(more: dict[str, Any]) -> None:
     model = sharpen_(ImgProcGPT2LMHeadModel(config).double().eval())
     inputs = pad(token_ids(length=7), row=1, length=5, side="left")
     real = inputs["attention_mask"].bool()
-    whole, cache, steps = model(**inputs, use_cache=False).logits[real], None, []
-    for start, stop in ((0, 4), (4, 5), (5, 7)):
-        step = {name: tensor[:, start:stop] for name, tensor in inputs.items()}
-        step["attention_mask"] = inputs["attention_mask"][:, :stop]
-        output = model(**step, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        steps.append(output.logits)
-    torch.testing.assert_close(torch.cat(steps, dim=1)[real], whole, rtol=0, atol=1e-11)
+    whole = model(**inputs, use_cache=False).logits[real]
+    torch.testing.assert_close(logits_in_steps(model, inputs, (0, 4, 5, 7))[real], whole, rtol=0, atol=1e-11)
     alone = model(token_ids(length=7)[1:, :5]).logits[0]
     torch.testing.assert_close(whole[7:], alone, rtol=0, atol=1e-10)
 
@@ -157,12 +151,8 @@ def test_forgetting_decodes_exactly_in_a_cache_of_fixed_size(name: str, boosting
     model = sharpen_(ImgProcGPT2LMHeadModel(config).double().eval())
     inputs = pad(token_ids(length=7), row=1, length=5, side="left")
     real = inputs["attention_mask"].bool()
-    whole, cache, steps = model(**inputs, use_cache=False).logits[real], StaticCache(config, max_cache_len=9), []
-    for start, stop in ((0, 4), (4, 5), (5, 7)):
-        step = {name: tensor[:, start:stop] for name, tensor in inputs.items()}
-        step["attention_mask"] = inputs["attention_mask"][:, :stop]
-        steps.append(model(**step, past_key_values=cache, use_cache=True).logits)
-    torch.testing.assert_close(torch.cat(steps, dim=1)[real], whole, rtol=0, atol=1e-11)
+    whole, cache = model(**inputs, use_cache=False).logits[real], StaticCache(config, max_cache_len=9)
+    torch.testing.assert_close(logits_in_steps(model, inputs, (0, 4, 5, 7), cache)[real], whole, rtol=0, atol=1e-11)
 
 
 @torch.no_grad()

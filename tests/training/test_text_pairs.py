@@ -19,7 +19,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_imgproc_attn import ImgProcBertForSequenceClassification
 from hf_imgproc_attn.cards.rendering import load_results, render_card
+from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.hub.fresh_process import check_folder
+from hf_imgproc_attn.robustness.loading import task_of
 from hf_imgproc_attn.study.smoothing import token_similarity
 from hf_imgproc_attn.training_support.labelled_text import paragraphs
 from hf_imgproc_attn.training_support.sequence_arguments import SequenceDataArguments
@@ -58,6 +60,8 @@ def test_a_run_from_end_to_end(trained: Path) -> None:
     assert (clean["samples"], clean["unit"]) == (10, "sequences")
     similar = token_similarity(trained, "test", 4)
     assert [result["parameters"]["layer"] for result in similar] == [1, "last"]
+    with pytest.raises(UsageError, match="with ImgProcBertForSequenceClassification for pairs of texts"):
+        task_of(str(trained))
     assert check_folder(str(trained)) == {"class": "ImgProcBertForSequenceClassification"}
 
 
