@@ -224,7 +224,7 @@ def back_ends(preset: str) -> str:
     names = [name for name in FILTER_BACKENDS if name not in ("auto", "triton")]
     spec = layer.spec
     if spec.normalisation == "sinkhorn":
-        return "reference, sdpa, blocked"
+        return "reference, sdpa, blocked, chunked"
     if spec.normalisation != "softmax":
         return "reference, sdpa, blocked, chunked" if spec.normalisation == "sink" else "reference, blocked, chunked"
     if spec.boosting in WEIGHTS_ONE_BY_ONE:

@@ -24,8 +24,6 @@ BLOCK_SCORES = 2**22
 
 def refuses(call: FilterCall) -> str | None:
     """Why the chunks cannot serve a call, as the rest of a sentence about them, or None if they can."""
-    if call.normalisation.name == "sinkhorn":
-        return "has some rows of A at a time, and normalisation='sinkhorn' scales all of them together"
     return delta_refuses(call) if call.is_sequential else None
 
 

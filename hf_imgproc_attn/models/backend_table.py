@@ -77,7 +77,7 @@ BACKENDS: dict[str, Backend] = {
     "reference": Backend(run_reference, _never),
     "sdpa": _with_sinkhorn(_run_fused, _refuses_fused),
     "blocked": _with_sinkhorn(run_blocked, blocked_refuses),
-    "chunked": Backend(run_chunked, chunked_refuses),
+    "chunked": _with_sinkhorn(run_chunked, chunked_refuses),
 }
 OPTIONAL_BACKENDS = {
     "triton": "the kernels need a CUDA device and the package triton, and hf_imgproc_attn.gpu to be imported",

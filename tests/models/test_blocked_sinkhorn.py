@@ -48,7 +48,7 @@ def some_mask(kind: str) -> torch.Tensor | None:
 
 
 @pytest.mark.grid(
-    backend=["sdpa", "blocked", "in small blocks"],
+    backend=["sdpa", "blocked", "chunked", "in small blocks"],
     mask=["none", "padded", "dense"],
     key_heads=[4, 2],
     iterations=[1, 3],

@@ -287,7 +287,7 @@ def test_sinkhorn_is_refused_where_tokens_are_hidden_by_causality() -> None:
     call = filter_call(query, key, value, is_causal=True)._replace(normalisation=Normalisation("sinkhorn"))
     with pytest.raises(ValueError, match="without a causal mask"):
         run_filter(call, "auto")
-    with pytest.raises(ValueError, match="scales all of them together"):
+    with pytest.raises(ValueError, match="needs attention without a causal mask"):
         run_filter(call, "chunked")
     fewer = filter_call(query[..., :2, :], key, value)._replace(normalisation=Normalisation("sinkhorn"))
     with pytest.raises(ValueError, match="as many queries as keys, got 2 and 5"):

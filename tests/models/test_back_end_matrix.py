@@ -1,0 +1,87 @@
+"""Every booster on the weights of every normalisation, on every back-end of this folder: dense numbers, or a refusal.
+
+Content and position kernels take turns, so that each meets every normalisation. What is refused is in
+:data:`NEVER`, with the mathematical reason; nothing else is.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from hf_imgproc_attn.models.spec_axes import BOOSTINGS, NORMALISATIONS, WEIGHTS_ONE_BY_ONE
+from tests.models.layer_cases import (
+    BATCH,
+    HEADS,
+    KERNELS,
+    LENGTH,
+    Inputs,
+    assert_same,
+    build,
+    masks,
+    random,
+    run,
+    tensors,
+)
+
+CONTENTS = ("dot_product", "gaussian", "elliptical", "cosine")
+OF_TEXTS = ("none", "untied", "gaussian", "alibi", "buckets", "rotary")
+OF_IMAGES = ("none", "untied", "patches", "alibi patches", "bucket patches", "rotary patches")
+ONE_MAP = tuple(name for name in BOOSTINGS if name != "gradient_boosted")  # several attentions of other boosters
+# The one of causal models, the other of all others.
+PAIRS = [pair for pair in itertools.product(ONE_MAP, NORMALISATIONS) if pair != ("delta", "sinkhorn")]
+READ_TOKENS = ("dynamic_inversion", "differential", "local_linear", "delta")
+NEVER = {
+    ("sdpa", "sigmoid"): "its weights share no sum over a row",
+    ("sdpa", "softpick"): "no softmax has a weight of 0",
+    ("sdpa", "local_linear"): "would be head_dim times as wide as values",
+    ("sdpa", "robust"): "are no inner products",
+}
+"""Back-end and value -> why."""
+
+
+def kernels(boosting: str, normalisation: str) -> tuple[str, str]:
+    """A content and a position kernel that go together."""
+    turn = ONE_MAP.index(boosting) + NORMALISATIONS.index(normalisation)
+    content = CONTENTS[turn % len(CONTENTS)]
+    if content == "gaussian" and normalisation == "softpick":
+        content = "dot_product"
+    position = (OF_IMAGES if normalisation == "sinkhorn" else OF_TEXTS)[turn % 6]
+    return content, "none" if content == "elliptical" and position.startswith("rotary") else position
+
+
+def layer_of(boosting: str, normalisation: str) -> tuple[Any, Inputs, dict[str, Any]]:
+    """A layer, its inputs and the mask: causal with padding on the left, or padding on the right."""
+    content, position = kernels(boosting, normalisation)
+    is_image = normalisation == "sinkhorn"
+    options: dict[str, Any] = {"normalisation": normalisation, "position_axes": 1 + is_image}
+    inputs = tensors(position)
+    if boosting in READ_TOKENS:
+        inputs["hidden_states"] = random(BATCH, LENGTH, HEADS * KERNELS[position][2], seed=11)
+    return build(content, position, boosting, 2, **options), inputs, masks()["keys" if is_image else "left"]
+
+
+@pytest.mark.parametrize(("boosting", "normalisation"), PAIRS)
+def test_every_back_end_has_the_dense_numbers_or_a_reason(boosting: str, normalisation: str) -> None:
+    """The output and the gradients of all inputs and parameters."""
+    layer, inputs, mask = layer_of(boosting, normalisation)
+    dense = run(layer, inputs, "eager", **mask)
+    for backend in ("sdpa", "blocked", "chunked"):
+        reason = NEVER.get((backend, boosting), NEVER.get((backend, normalisation)))
+        if reason is None:
+            assert_same(run(layer, inputs, "sdpa", backend=backend, **mask), dense)
+            continue
+        with pytest.raises(ValueError, match=reason):
+            run(layer, inputs, "sdpa", backend=backend, **mask)
+
+
+def test_each_kernel_meets_each_normalisation() -> None:
+    """In the turns above; and the reasons name what the package has."""
+    for normalisation in NORMALISATIONS:
+        met = [kernels(boosting, normalisation) for boosting in ONE_MAP]
+        refused = {"gaussian"} if normalisation == "softpick" else set()
+        assert {content for content, _ in met} == set(CONTENTS) - refused
+        assert {position for _, position in met} == set(OF_IMAGES if normalisation == "sinkhorn" else OF_TEXTS)
+    assert {name for _, name in NEVER} <= {*NORMALISATIONS, *WEIGHTS_ONE_BY_ONE}
