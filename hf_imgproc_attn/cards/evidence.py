@@ -44,10 +44,12 @@ def _reports(folder: Path) -> Iterator[dict[str, Any]]:
 def _sentence(report: dict[str, Any], table: dict[str, Any], row: dict[str, Any]) -> str:
     summary, metric = row["difference"]["summary"], table["metric"]
     scale, unit = (100, "points of ") if metric in PARTS else (1, "")
+    count = len(summary["values"])
     low, high = summary["t_interval"]["low"], summary["t_interval"]["high"]
     interval = "" if low is None or high is None else f" (95 % interval {scale * low:+.2f} to {scale * high:+.2f})"
     return (
-        f"With {len(summary['values'])} seeds on these data (study `{report['study']}`, whose recipe may differ) "
+        f"With {count} seed{'' if count == 1 else 's'} on these data (study `{report['study']}`, whose recipe may "
+        "differ) "
         f"`{row['variant']}` minus `{report['baseline']}` is {scale * summary['mean']:+.2f} {unit}"
         f"{METRICS[metric]}{interval}: {row['verdict']}."
     )

@@ -171,7 +171,8 @@ def _by_weights(
     query, key, value, bias, sinks = given.query, given.key, given.value, given.visibility.bias, given.sinks
     own = query[..., :0]
     if isinstance(by_weights, LocalLinear):  # columns of the kernels may stand beside the keys
-        own = torch.nn.functional.pad(by_weights.slope, (0, key.shape[-1] - by_weights.slope.shape[-1]))
+        missing = key.shape[-1] - by_weights.slope.shape[-1]
+        own = torch.nn.functional.pad(by_weights.slope, (0, missing)) if missing else by_weights.slope
     rows_call = RowsCall(call, by_weights)
     with without_autocast(query.device.type):
         if is_transformed((query, key, value, bias, own, sinks, *parameters)):

@@ -162,9 +162,10 @@ def _backward(
             found_of.add(block, d_logits, row_term * correction, row_sums[group.pairs])
         all_keys = slice(0, plan.key_length)
         found_of.finish(by_rule.rows(all_keys))
-        inputs.key_heads.add(
-            d_value, by_value.rows(all_keys).addcmul_(inputs.value, columns.unsqueeze(-1), value=-1.0), group
-        )
+        by_value_rows = by_value.rows(all_keys)
+        if rule.has_columns:
+            by_value_rows.addcmul_(inputs.value, columns.unsqueeze(-1), value=-1.0)
+        inputs.key_heads.add(d_value, by_value_rows, group)
     return found_of.query, found_of.key, d_value, found_of.bias, d_own, found_of.sinks, None, *found_of.parameters()
 
 

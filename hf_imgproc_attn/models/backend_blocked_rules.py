@@ -101,6 +101,8 @@ class LocalLinearRule:
     """See the file's formulas. Kept are m and the output."""
 
     rooms = 3
+    has_columns = False
+    """Whether anything goes to the sums of columns."""
 
     def kept(self, width: int) -> int:
         """How many numbers a row keeps."""
@@ -144,6 +146,7 @@ class RobustRule:
     """
 
     rooms = 4
+    has_columns = True
 
     def __init__(self, robust: Robust) -> None:
         self.robust = robust

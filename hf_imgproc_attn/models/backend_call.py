@@ -248,7 +248,11 @@ _HAS_AUTOCAST = {name: torch.amp.is_autocast_available(name) for name in ("cpu",
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """A context in which autocast does not change the dtype of products."""
-    if _HAS_AUTOCAST[device_type] if device_type in _HAS_AUTOCAST else torch.amp.is_autocast_available(device_type):
+    available = _HAS_AUTOCAST.get(device_type)
+    if available is None:
+        available = torch.amp.is_autocast_available(device_type)
+    # Where it is off, a context would take as long as the rest of a small call.
+    if available and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 

@@ -382,6 +382,7 @@ class AttentionFilter(nn.Module):
             return None, None
         pair = position_states if self.position_projection is None else self.position_projection(position_states)
         pair = pair if self.heads is None else self.heads.mine(pair, dim=1)
-        pair = nn.functional.pad(pair, (0, 0, self.positions.num_class_tokens, 0))
+        if self.positions.num_class_tokens:
+            pair = nn.functional.pad(pair, (0, 0, self.positions.num_class_tokens, 0))
         position_query, position_key = pair.to(query.dtype).chunk(2, dim=-1)
         return position_query, position_key

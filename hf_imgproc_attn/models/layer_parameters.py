@@ -63,6 +63,8 @@ def bounded_log_bandwidth(log_bandwidth: torch.Tensor, dtype: torch.dtype) -> to
     The gradient is that of an unbounded value, so that a parameter beyond the bound can come back.
     """
     low, high = (math.log(bound) for bound in bandwidth_bounds(dtype))
+    if not torch.is_grad_enabled():
+        return log_bandwidth.clamp(low, high)
     # The difference is 0, but carries the gradient past the clamp.
     return log_bandwidth.detach().clamp(low, high) + (log_bandwidth - log_bandwidth.detach())
 

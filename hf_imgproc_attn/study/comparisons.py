@@ -91,6 +91,12 @@ def counted(numbers: Iterable[int]) -> str:
     return " to ".join(str(count) for count in dict.fromkeys((different[0], different[-1]))) if different else NOTHING
 
 
+def seeds_in_words(numbers: Iterable[int]) -> str:
+    """:func:`counted` with its noun: ``1 seed``, ``1 to 3 seeds``."""
+    words = counted(numbers)
+    return f"{words} seed" if words == "1" else f"{words} seeds"
+
+
 def verdict_of(row: Row) -> str:
     """The verdict without what is said of diverged seeds."""
     return row.verdict.partition(",")[0]

@@ -12,7 +12,7 @@ from ..markdown_tables import table_text
 from ..measure.gpu_check.report import replace_between
 from ..output_paths import writing
 from ..shipped_files import shipped_file
-from .comparisons import counted
+from .comparisons import seeds_in_words
 from .ledger import HEADER, Ledger
 from .report import NOTHING, interval, number
 from .statistics import BETTER, WORSE
@@ -34,7 +34,7 @@ class Found:
     @property
     def seeds(self) -> str:
         """How many the comparisons have."""
-        return counted(row.difference.summary.count for row in self.table.rows if row.difference is not None)
+        return seeds_in_words(row.difference.summary.count for row in self.table.rows if row.difference is not None)
 
 
 def found_in(ledgers: Path) -> Iterator[Found]:
@@ -83,7 +83,7 @@ def write_evidence(page: Path, ledgers: Path) -> None:
 
 def _heading(found: Found) -> str:
     metric = METRICS[found.table.metric] + (", lower is better" if found.table.metric in LOWER_IS_BETTER else "")
-    return f"{found.study} ({metric}, {found.seeds} seeds)"
+    return f"{found.study} ({metric}, {found.seeds})"
 
 
 def _cell(row: Row, metric: str) -> str:

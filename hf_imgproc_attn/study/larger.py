@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ..markdown_tables import table_lines
-from .comparisons import Chapter, Comparison, counted, verdict_of
+from .comparisons import Chapter, Comparison, seeds_in_words, verdict_of
 from .report import NOTHING, interval, number
 from .statistics import BETTER, NO_DIFFERENCE, TOO_FEW, WORSE
 from .subjects import SUBJECTS
@@ -58,15 +58,23 @@ def in_a_sentence(smaller: Chapter, larger: Chapter) -> str:
         "too few seeds yet": now.count(TOO_FEW),
     }
     told = ", ".join(f"{words} in {count}" for words, count in counts.items() if count)
-    new = sum(verdict_of(pair.large.row) in _VERDICTS and verdict_of(pair.small.row) not in _VERDICTS for pair in both)
-    alike = sum(_side(pair.small) == _side(pair.large) for pair in both)
-    return (
-        f"*{SUBJECTS[larger.name].title}* ({_seeds(larger)} seeds) has {len(both)} comparisons of "
-        f"*{SUBJECTS[smaller.name].title}* ({_seeds(smaller)} seeds) again. In the smaller study the variant is "
-        f"better or worse in {len(stood_out)} of them; of these, in the larger one {told or 'nothing'}. A difference "
-        f"that the smaller one does not show is seen in {new}. The mean difference has the same sign in both in "
-        f"{alike} of {len(both)}."
+    text = (
+        f"*{SUBJECTS[larger.name].title}* ({_seeds(larger)}) repeats {len(both)} comparisons of "
+        f"*{SUBJECTS[smaller.name].title}* ({_seeds(smaller)}). In the smaller study the variant is better or worse "
+        f"in {len(stood_out)} of them; of these, in the larger one {told or 'nothing'}. The mean difference has the "
+        f"same sign in both studies in {_alike(stood_out)} of these {len(stood_out)}, and in {_alike(both)} of all "
+        f"{len(both)}."
     )
+    if all(verdict_of(pair.large.row) == TOO_FEW for pair in both):
+        return text
+    found = [pair for pair in both if verdict_of(pair.large.row) in _VERDICTS]
+    new = sum(verdict_of(pair.small.row) not in _VERDICTS for pair in found)
+    return f"{text} A difference that the smaller one does not show is seen in {new}."
+
+
+def _alike(both: Sequence[Pair]) -> int:
+    """How many mean differences have the same sign in both studies."""
+    return sum(_side(pair.small) == _side(pair.large) for pair in both)
 
 
 def lines_of_pairs(smaller: Chapter, larger: Chapter) -> list[str]:
@@ -102,7 +110,7 @@ def _side(entry: Comparison) -> int:
 
 def _seeds(chapter: Chapter) -> str:
     """How many seeds a study's comparisons have."""
-    return counted(
+    return seeds_in_words(
         entry.row.difference.summary.count
         for _, found in chapter.claims
         for entry in found

@@ -56,8 +56,8 @@ SUBJECTS = {
     "cifar10": Subject(
         "CIFAR-10, 20,000 training images",
         "The default small ViT, 0.8 to 1.0M parameters on patches of 4 x 4 pixels, five epochs; accuracy on 2,000 "
-        "test images, attacks on 100 of them. The recipe was not tuned. Model, patches and test images are others "
-        "than those of the study with 4,000 images: what differs between the two need not be for their number.",
+        "test images, attacks on 100 of them. The recipe was not tuned. The study with 4,000 images has another "
+        "model, other patches and other test images: where the two differ, that may be the reason.",
         smaller="cifar10_small",
     ),
     "wikitext2_small": Subject(

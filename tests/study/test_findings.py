@@ -24,6 +24,7 @@ from hf_imgproc_attn.study.comparisons import (
     in_words,
     points_to_the_better,
     read_chapter,
+    seeds_in_words,
 )
 from hf_imgproc_attn.study.evidence import BEGIN, END, evidence_table
 from hf_imgproc_attn.study.findings import LEDGERS, MOST_CERTAIN, anchor, findings
@@ -259,10 +260,15 @@ def test_what_a_larger_study_says_of_a_smaller_one() -> None:
         e=(WORSE, [0.1, 0.2, 0.1]),
     )
     said = in_a_sentence(small, large)
-    assert "20,000 training images* (1 to 3 seeds) has 5 comparisons of" in said
+    assert "20,000 training images* (1 to 3 seeds) repeats 5 comparisons of" in said
     assert "better or worse in 3 of them; of these, in the larger one the same is seen in 1, the opposite in 1" in said
-    assert ", too few seeds yet in 1. A difference that the smaller one does not show is seen in 1." in said
-    assert said.endswith("The mean difference has the same sign in both in 1 of 5.")
+    assert ", too few seeds yet in 1. The mean difference has the same sign in both studies in 1 of these 3, " in said
+    assert said.endswith("in 1 of all 5. A difference that the smaller one does not show is seen in 1.")
+    only_few = chapter("cifar10", a=(TOO_FEW, [0.6]))
+    assert in_a_sentence(small, only_few).endswith(
+        "too few seeds yet in 1. The mean difference has the same sign in both studies in 1 of these 1, and in 1 of "
+        "all 1."
+    )
     lines = lines_of_pairs(small, large)
     assert [line.split(" | ")[1] for line in lines[2:]] == ["a", "b", "c", "e"]
     assert "| c | softmax | +13.33 [" in lines[4]
@@ -272,6 +278,7 @@ def test_what_a_larger_study_says_of_a_smaller_one() -> None:
 
 def test_numbers_of_seeds_in_words() -> None:
     assert [counted(numbers) for numbers in ([], [3, 3], [3, 1, 2])] == ["–", "3", "1 to 3"]
+    assert [seeds_in_words(numbers) for numbers in ([1], [1, 3])] == ["1 seed", "1 to 3 seeds"]
 
 
 def test_what_autoattack_adds_to_pgd() -> None:
