@@ -17,7 +17,7 @@ from .backend_flops import register_formulas
 from .backend_sdpa_sinks import SinkAttention, has_fused_sinks
 from .boost_weights import LocalLinear
 from .kernel_content import CONTENT_COLUMNS, inside, row_constant_columns, working_dtype
-from .kernel_position import BlockedPositions, features_or_bias, position_columns, position_logits
+from .kernel_position import features_or_bias, position_columns, position_logits
 from .visibility import Visibility
 
 register_formulas()  # FLOPs of the fused calls below
@@ -63,7 +63,7 @@ def augment(call: FilterCall, dtype: torch.dtype, choice_dtype: torch.dtype | No
             columns.append(row_constant_columns(query, key, call.content.scale))
     for term in call.positions:
         # Columns of places lack a number a row, which distances do not.
-        has_columns = not (is_exact and isinstance(term, BlockedPositions))
+        has_columns = not (is_exact and hasattr(term, "coordinates"))  # tracing cannot ask for the protocol
         if has_columns and features_or_bias(term, choice_dtype or dtype) == "features":
             columns += position_columns(term, dtype)
         else:

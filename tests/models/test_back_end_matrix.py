@@ -10,6 +10,7 @@ import itertools
 from typing import Any
 
 import pytest
+import torch
 
 from hf_imgproc_attn.models.spec_axes import BOOSTINGS, NORMALISATIONS, WEIGHTS_ONE_BY_ONE
 from tests.models.layer_cases import (
@@ -85,3 +86,12 @@ def test_each_kernel_meets_each_normalisation() -> None:
         assert {content for content, _ in met} == set(CONTENTS) - refused
         assert {position for _, position in met} == set(OF_IMAGES if normalisation == "sinkhorn" else OF_TEXTS)
     assert {name for _, name in NEVER} <= {*NORMALISATIONS, *WEIGHTS_ONE_BY_ONE}
+
+
+@torch.no_grad()
+def test_a_sink_beside_positions_is_traced_without_a_break() -> None:
+    """By SDPA, which gets distances in full."""
+    layer, inputs = build("gaussian", "gaussian", normalisation="sink"), tensors("gaussian")
+    layer._config.filter_backend = "sdpa"
+    traced = torch.compile(lambda: layer(**inputs, implementation="sdpa")[0], backend="eager", fullgraph=True)
+    torch.testing.assert_close(traced(), layer(**inputs, implementation="eager")[0], rtol=0, atol=1e-11)
