@@ -65,6 +65,7 @@ ELSEWHERE = {
     ),
     LENS_OF_REAL_MODELS: "needs real weights; tests/lens/test_real_models.py reads the record that it made",
     "imgproc-attn gpu-check": "needs a GPU; tests/measure/test_gpu_check.py rehearses it",
+    "imgproc-attn gpu-check --device cpu --output docs/gpu_rehearsal.json --force": "tests/measure/test_gpu_check.py",
     "imgproc-attn gpu-check --render": "writes into a checkout; tests/measure/test_gpu_report.py runs it",
 }
 """Commands of the pages that do not run here, and why."""

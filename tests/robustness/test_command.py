@@ -396,6 +396,6 @@ def test_the_data_of_another_kind_of_run_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         loading._data_arguments(str(tmp_path), loading.LABELLED_TEXTS, given)
     assert str(caught.value) == (
-        f"'{tmp_path / 'run.json'}' does not name data in a way that can be read (it has sequence_settings, which data "
-        f"for {loading.LABELLED_TEXTS} do not): give --dataset_name"
+        f"'{tmp_path / 'run.json'}' does not name data in a way that can be read (it has sequence_settings, which "
+        f"data for {loading.LABELLED_TEXTS} do not): give --dataset_name"
     )

@@ -47,7 +47,8 @@ def rehearsal_lines(record: dict[str, Any] | None) -> list[str]:
     source = f", commit {git['revision'][:12]}{' with changes' * git['dirty']}" if git else ""
     lines = [
         "What will stand here, and what a rehearsal of it on the CPU ran: the same code on tiny sizes, with Triton in",
-        f"its interpreter ({named}{source}). It shows that a part works, not that it is right or fast on a GPU.",
+        f"its interpreter ({named}{source}).",
+        "It shows that a part works, not that it is right or fast on a GPU.",
         "",
         "```bash",
         f"{COMMAND} --output {RECORD} --force",
