@@ -174,7 +174,7 @@ def _back_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         from hf_imgproc_attn.models import backend_table
 
         traced = [row for row in backend_table.CHOICES if "traced" in row.shapes]
-        assert len(traced) == 2
+        assert len(traced) == 3
         always = backend_table.Choice(None, "everything, for a test", lambda call: True, ("blocked",))
         monkeypatch.setattr(backend_table, "CHOICES", (*traced, always))
 

@@ -58,7 +58,7 @@ class Gradients:
         stream_grads = None if stream_grad is None else flat(stream_grad, dtype)
         for group in plan.groups():
             self._start(group, output_grads, stream_grads)
-            for steps in passes_over_blocks(plan.in_one_pass, self.num_streams)[::-1]:
+            for steps in passes_over_blocks(plan.is_causal or plan.block_rows >= plan.length, self.num_streams)[::-1]:
                 for block in self.blocks:
                     self._block(block, steps)
             self._finish()
@@ -72,7 +72,7 @@ class Gradients:
         """Turn to a group: its inputs, its rows of G, and empty sums."""
         inputs, plan, width = self.inputs, self.plan, self.width
         inputs.start(group)
-        self.blocks = inputs.blocks()[::-1]
+        self.blocks = inputs.blocks[::-1]
         pairs = inputs.query.shape[0]
         self.group, self.output_grad = group, output_grads[group.pairs]
         self.output, self.row_sums = self.computed.output[group.pairs], self.computed.row_sums[group.pairs]

@@ -29,13 +29,7 @@ class Span(NamedTuple):
 
     def blocks(self, plan: Plan) -> list[Block]:
         """The blocks of a plan without the keys outside, and without queries that come before all keys."""
-        found = []
-        for block in plan.blocks():
-            start = max(block.start, self.first - plan.past) if plan.is_causal else block.start
-            keys = min(block.keys, self.stop)
-            if start < block.stop and self.first < keys:
-                found.append(block._replace(start=start, keys=keys, first=self.first))
-        return found
+        return plan.blocks(self.first, self.stop)
 
 
 class KeyRuns(NamedTuple):

@@ -30,7 +30,7 @@ class SigmoidWeights(Weights):
         """log n_i, ``[pairs, rows, 1]``; 0 for rows that see no key."""
         (rows, keys), pairs, like = block.shape, self.query.shape[0], self.buffer.like
         cuts = self.plan.is_causal or self.last_seen < 0
-        last = self.plan.own_column(block) + self.last_seen
+        last = block.own + self.last_seen
         if self.is_full:
             counts = like.new_full((rows,), float(keys))
             if cuts:
@@ -89,7 +89,7 @@ class SoftpickWeights(Weights):
     def _clear_(self, sizes: torch.Tensor, block: Block) -> None:
         """Make 0 of what hidden keys have."""
         if self.future is not None:
-            self._own(sizes, block).tril_()
+            sizes[:, :, min(block.own, block.shape[1]) :].tril_()
         if self.is_full:
             return
         if self.runs is not None:

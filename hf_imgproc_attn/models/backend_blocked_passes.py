@@ -152,7 +152,7 @@ class Inputs:
         call: what is computed.
         tensors: with what.
         streams: x_1, x_2, ... of the queries side by side, ``[batch, heads, length, (k - 1) * d]``.
-        leaves_out: whether a group's blocks are those of :meth:`blocks`, so that no key before the first and after the
+        leaves_out: whether a group's blocks leave something out, so that no key before the first and after the
             last that its samples see is read.
     """
 
@@ -186,19 +186,14 @@ class Inputs:
         self.hidden = hidden
         if self._runs is not None and self._leaves_out:
             self._span = self._runs.span(group, self.plan.key_length)
+        self.blocks = self.plan.blocks() if self._span is None else self._span.blocks(self.plan)
+        """The group's blocks, in order. A dropout mask belongs to a whole block, so that there nothing is left out."""
+        self.is_full = self._hidden is None or (self._span is not None and not self._span.has_gaps)
+        """Whether no key is hidden between the first and the last of the group's blocks."""
         if hidden is not None and not self.is_full:
             self.key, self.value = self._clean(self.key, hidden), self._clean(self.value, hidden)
             if self.own.shape[-1]:
                 self.all = self._clean(self.all, hidden)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether no key is hidden between the first and the last of the group's :meth:`blocks`."""
-        return self._hidden is None or (self._span is not None and not self._span.has_gaps)
-
-    def blocks(self) -> list[Block]:
-        """The group's blocks, in order. A dropout mask belongs to a whole block, so that there nothing is left out."""
-        return self.plan.blocks() if self._span is None else self._span.blocks(self.plan)
 
     def _clean(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """A copy of ``[pairs, key_length, width]`` with 0 where a key is hidden."""
@@ -280,11 +275,10 @@ class Computed(NamedTuple):
 def _fill_blind(booster: Recurrence, inputs: Inputs, output: torch.Tensor, blocks: list[Block]) -> None:
     """Write what the queries of a group have that are in none of its blocks: they see no key, and their s_m are 0."""
     blind = slice(0, blocks[0].start if blocks else inputs.plan.length)
-    if blind.stop:
-        value = inputs.own_value[:, blind]
-        output[:, blind] = value * booster.output[0] if booster.output[0] else 0.0
-        for m, coefficients in enumerate(booster.streams[1:], start=1):
-            inputs.own[:, blind, inputs.columns(m)] = value * coefficients[0] if coefficients[0] else 0.0
+    value = inputs.own_value[:, blind]
+    output[:, blind] = value * booster.output[0] if booster.output[0] else 0.0
+    for m, coefficients in enumerate(booster.streams[1:], start=1):
+        inputs.own[:, blind, inputs.columns(m)] = value * coefficients[0] if coefficients[0] else 0.0
 
 
 def forward_passes(call: Call, tensors: Tensors) -> Computed:
@@ -298,10 +292,11 @@ def forward_passes(call: Call, tensors: Tensors) -> Computed:
     inputs = Inputs(call, tensors, streams, leaves_out=True)
     for group in plan.groups():
         inputs.start(group)
-        blocks, out, row_sum = inputs.blocks(), output[group.pairs], row_sums[group.pairs]
+        blocks, out, row_sum = inputs.blocks, output[group.pairs], row_sums[group.pairs]
         weights.start(group, inputs.query, inputs.key, is_full=inputs.is_full and call.visibility.mask is None)
-        _fill_blind(booster, inputs, out, blocks)
-        for steps in passes_over_blocks(plan.in_one_pass, num_streams):
+        if not blocks or blocks[0].start:
+            _fill_blind(booster, inputs, out, blocks)
+        for steps in passes_over_blocks(plan.is_causal or plan.block_rows >= plan.length, num_streams):
             if steps.start:
                 inputs.copy_to_keys(steps.start, slice(0, plan.length))
             for block in blocks:

@@ -47,22 +47,15 @@ class Block(NamedTuple):
     start: int
     stop: int
     keys: int
-    first: int = 0
-
-    @property
-    def rows(self) -> slice:
-        """Its queries."""
-        return slice(self.start, self.stop)
-
-    @property
-    def columns(self) -> slice:
-        """Its keys."""
-        return slice(self.first, self.keys)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Number of queries and keys."""
-        return self.stop - self.start, self.keys - self.first
+    first: int
+    rows: slice
+    """Its queries."""
+    columns: slice
+    """Its keys."""
+    shape: tuple[int, int]
+    """Number of queries and keys."""
+    own: int
+    """Where the own key of the first query stands among the block's keys; it may be beyond the last one."""
 
 
 class Group(NamedTuple):
@@ -133,23 +126,18 @@ class Plan(NamedTuple):
         is_large = self.heads * self.block_rows * self.key_length >= LEAST_SAMPLE_SCORES
         return self._replace(group_pairs=min(self.group_pairs, self.heads)) if is_large else self
 
-    @property
-    def in_one_pass(self) -> bool:
-        """Whether no row needs a later row's streams, so that each block is visited once."""
-        return self.is_causal or self.block_rows >= self.length
-
-    def blocks(self) -> list[Block]:
-        """All blocks, in order."""
-        starts = range(0, self.length, self.block_rows)
-        stops = [min(start + self.block_rows, self.length) for start in starts]
-        return [
-            Block(index, start, stop, self.past + stop if self.is_causal else self.key_length)
-            for index, (start, stop) in enumerate(zip(starts, stops, strict=True))
-        ]
-
-    def own_column(self, block: Block) -> int:
-        """Where the own key of a block's first query stands among the block's keys; it may be beyond the last one."""
-        return self.past + block.start - block.first
+    def blocks(self, first: int = 0, end: int | None = None) -> list[Block]:
+        """The blocks in order, those of the keys ``first:end`` only: without queries that come before all of these."""
+        past, blocks = self.key_length - self.length, []
+        end = self.key_length if end is None else end
+        for number, begin in enumerate(range(0, self.length, self.block_rows)):
+            stop = min(begin + self.block_rows, self.length)
+            start, keys = (max(begin, first - past), min(past + stop, end)) if self.is_causal else (begin, end)
+            if start < stop and (first < keys or not self.key_length):
+                parts = slice(start, stop), slice(first, keys)
+                shape, own = (stop - start, keys - first), past + start - first
+                blocks.append(Block(number, start, stop, keys, first, *parts, shape, own))
+        return blocks
 
     def groups(self) -> list[Group]:
         """All groups, in order; none without samples, heads or queries."""

@@ -86,7 +86,7 @@ class PositionTerm:
             allowed = cut(self._mask, group, block).any(1)
         if self._is_causal:
             causal = torch.ones(block.shape, dtype=torch.bool, device=self.coordinates.device)
-            causal = causal.tril(self._plan.own_column(block))
+            causal = causal.tril(block.own)
             allowed = causal[None] if allowed is None else allowed & causal
         return allowed
 

@@ -203,17 +203,13 @@ class Weights:
         if not self.is_full:
             self._hide_(shaped, scores, block)
         if self.future is not None:
-            own = self._own(scores, block)
+            own = scores[:, :, min(block.own, block.shape[1]) :]
             future = self.future[: own.shape[1], : own.shape[2]]
             if self.mask is None or self.runs is not None or self.most is not None:
                 own.add_(future)
             else:  # a query that sees no key may be NaN, which adding -inf does not hide
                 own.masked_fill_(future < 0.0, float("-inf"))
         return scores
-
-    def _own(self, scores: torch.Tensor, block: Block) -> torch.Tensor:
-        """Of a block's ``[pairs, rows, keys]`` the keys from the first query's own on: a view."""
-        return scores[:, :, min(self.plan.own_column(block), scores.shape[2]) :]
 
     def _hide_(self, shaped: torch.Tensor, scores: torch.Tensor, block: Block) -> None:
         """Make -inf of the logits that the mask hides, ``[samples, heads, rows, keys]``, the same as ``scores``."""

@@ -58,27 +58,24 @@ def _never(call: FilterCall) -> str | None:
     return None
 
 
-def _with_sinkhorn(run: Run, refuses: Refuses) -> Backend:
-    """A back-end of softmax that has ``sinkhorn`` too, by a column of numbers made in blocks."""
+def _sinkhorn(backend: Backend) -> Backend:
+    """A back-end of softmax as one of ``sinkhorn``, by a column of numbers made in blocks."""
 
-    def refuses_too(call: FilterCall) -> str | None:
-        if call.normalisation.name != "sinkhorn":
-            return refuses(call)
+    def refuses(call: FilterCall) -> str | None:
         reason = scales_refuse(call)
-        return refuses(as_softmax(call, None)) if reason is None else reason
+        return backend.refuses(as_softmax(call, None)) if reason is None else reason
 
-    def run_too(call: FilterCall) -> torch.Tensor:
-        return run(call if call.normalisation.name != "sinkhorn" else as_softmax(call, column_scales(call)))
-
-    return Backend(run_too, refuses_too)
+    return Backend(lambda call: backend.run(as_softmax(call, column_scales(call))), refuses)
 
 
 BACKENDS: dict[str, Backend] = {
     "reference": Backend(run_reference, _never),
-    "sdpa": _with_sinkhorn(_run_fused, _refuses_fused),
-    "blocked": _with_sinkhorn(run_blocked, blocked_refuses),
-    "chunked": _with_sinkhorn(run_chunked, chunked_refuses),
+    "sdpa": Backend(_run_fused, _refuses_fused),
+    "blocked": Backend(run_blocked, blocked_refuses),
+    "chunked": Backend(run_chunked, chunked_refuses),
 }
+SINKHORN_BACKENDS = {name: _sinkhorn(BACKENDS[name]) for name in ("sdpa", "blocked", "chunked")}
+"""What serves calls with ``sinkhorn`` instead."""
 OPTIONAL_BACKENDS = {
     "triton": "the kernels need a CUDA device and the package triton, and hf_imgproc_attn.gpu to be imported",
     "flex": "the kernels need hf_imgproc_attn.gpu to be imported",
@@ -152,10 +149,14 @@ CHOICES = (
     Choice(None, "delta, traced", lambda call: torch.compiler.is_compiling() and call.is_sequential, ("reference",)),
     Choice(
         None,
-        "sinkhorn, traced or with few scores",
-        lambda call: (
-            call.normalisation.name == "sinkhorn" and (torch.compiler.is_compiling() or _has_few_scores(call))
-        ),
+        "sinkhorn, traced",
+        lambda call: call.normalisation.name == "sinkhorn" and torch.compiler.is_compiling(),
+        ("reference",),
+    ),
+    Choice(
+        None,
+        "sinkhorn, few scores",
+        lambda call: call.normalisation.name == "sinkhorn" and _has_few_scores(call),
         ("reference",),
     ),
     # No graph breaks.
@@ -216,12 +217,13 @@ def order_elsewhere(device: str, call: FilterCall) -> tuple[str, ...]:
 
 def choose_backend(call: FilterCall) -> str:
     """The fastest back-end, by measured shape, of those that are there and do not refuse."""
+    table = BACKENDS if call.normalisation.name != "sinkhorn" else BACKENDS | SINKHORN_BACKENDS
     device = call.query.device.type
     order = next((row.order for row in CHOICES if row.device in (None, device) and row.fits(call)), ())
     # The second order is made only if the first one fails: it compares sizes, which would fix them in a traced graph.
     for names in (lambda: order, lambda: order_elsewhere(device, call)):
         for name in names():
-            if name in BACKENDS and BACKENDS[name].refuses(call) is None:
+            if name in table and table[name].refuses(call) is None:
                 return name
     return "reference"
 
@@ -247,17 +249,18 @@ def run_filter(call: FilterCall, backend: str, option: str = "backend") -> torch
         return call.finish(run_filter(call.plain(), backend, option))
     if call.booster.name != "none" and getattr(call.streams, "applies_apart", False):
         return _run_apart(call, backend, option)
+    table = BACKENDS if call.normalisation.name != "sinkhorn" else BACKENDS | SINKHORN_BACKENDS
     if backend == "auto":
-        return BACKENDS[choose_backend(call)].run(call)
+        return table[choose_backend(call)].run(call)
     if backend not in BACKENDS:
         if backend in OPTIONAL_BACKENDS:
             raise ValueError(f"{option}={backend!r} is not available: {OPTIONAL_BACKENDS[backend]}")
         known = ", ".join(dict.fromkeys(("auto", *BACKENDS, *OPTIONAL_BACKENDS)))
         raise ValueError(f"{option} must be one of {known}, got {backend!r}")
-    reason = BACKENDS[backend].refuses(call)
+    reason = table[backend].refuses(call)
     if reason is not None:
         raise ValueError(f"{option}={backend!r} cannot serve this call: it {reason}")
-    return BACKENDS[backend].run(call)
+    return table[backend].run(call)
 
 
 def _takes_both_maps(call: FilterCall, backend: str) -> bool:

@@ -344,7 +344,10 @@ def test_autocast_is_asked_for_without_breaking_a_graph(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(torch.amp, "is_autocast_available", untraceable)
     assert kinds == {"cpu": True, "cuda": True, "meta": False}
-    assert {kind: not isinstance(without_autocast(kind), nullcontext) for kind in kinds} == kinds
+    # A context costs time, so that there is none where autocast is off.
+    assert all(isinstance(without_autocast(kind), nullcontext) for kind in kinds)
     tokens = torch.zeros(1, 5, dtype=torch.long)
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = {kind: not isinstance(without_autocast(kind), nullcontext) for kind in kinds}
+        assert found == {"cpu": True, "cuda": False, "meta": False}
         ImgProcGPT2Model(tiny_gpt2_config("bilateral_gaussian", boosting="twicing")).eval()(tokens)
