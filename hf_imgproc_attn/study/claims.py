@@ -235,7 +235,7 @@ CLAIMS = (
         "wikitext2_small",
         ("clean",),
         (*_FILTERS, "gradient_boosted"),
-        ("softmax", "softmax_as_large"),
+        ("softmax", "softmax_as_large", "softmax_as_costly"),
     ),
     Claim(
         "Language models with filters withstand swapped words better",
