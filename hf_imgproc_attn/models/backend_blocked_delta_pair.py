@@ -38,7 +38,7 @@ class SharedLogits(Weights):
     def take(self, logits: torch.Tensor, block: Block) -> None:
         """Copy a block's logits, and hide each query's own key."""
         self.known = self.buffer.view(*logits.shape).copy_(logits)
-        diagonal(self.known, _own(block)).fill_(float("-inf"))
+        diagonal(self.known, slice(block.own, block.keys)).fill_(float("-inf"))
 
     def _logits(self, block: Block) -> torch.Tensor:
         known, self.known = self.known, None
@@ -64,12 +64,7 @@ class EarlierSoftpick(SharedLogits, SoftpickWeights):
 
     def _clear_(self, sizes: torch.Tensor, block: Block) -> None:
         super()._clear_(sizes, block)
-        diagonal(sizes, _own(block)).zero_()
-
-
-def _own(block: Block) -> slice:
-    """Where a block's own tokens stand among the keys."""
-    return slice(block.keys - (block.stop - block.start), block.keys)
+        diagonal(sizes, slice(block.own, block.keys)).zero_()
 
 
 KINDS: dict[str, tuple[type[SharedLogits], type[SharedLogits]]] = {
@@ -150,7 +145,7 @@ class PairGradients(Gradients):
     def _block(self, block: Block, grads: torch.Tensor, d_value: torch.Tensor) -> None:
         """As of the parent."""
         plan, inputs, pairs = self.plan, self.inputs, self.group.pairs
-        part, own = slice(block.start, block.stop), slice(plan.past + block.start, block.keys)
+        part, own = block.rows, slice(block.own, block.keys)
         (whole, factor), (earlier, earlier_factor) = self.pair.recompute(block, self.known.row_sums[pairs])
         factors = plan.dropout_factors(self.group, block, self.like) if plan.dropout else None
         grad, smooth = grads[:, part], self.known.smooth[pairs, part]

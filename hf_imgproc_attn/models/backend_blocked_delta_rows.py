@@ -56,7 +56,7 @@ class EarlierWeights(Weights):
 
     def _logits(self, block: Block) -> torch.Tensor:
         scores = super()._logits(block)
-        own = scores[:, :, block.keys - (block.stop - block.start) :].diagonal(dim1=1, dim2=2)
+        own = scores[:, :, block.own :].diagonal(dim1=1, dim2=2)
         self.own = own.unsqueeze(-1).clone()
         own.fill_(float("-inf"))
         return scores
@@ -99,7 +99,7 @@ class EarlierWeights(Weights):
         """
         alpha, rest = self.shares(log_sum[..., :1])
         if factors is not None:
-            alpha = alpha * diagonal(factors, slice(block.keys - (block.stop - block.start), block.keys))
+            alpha = alpha * diagonal(factors, slice(block.own, block.keys))
         return (alpha * rows.solved).addcmul_(rest, rows.smooth)
 
 
@@ -162,7 +162,7 @@ def forward(call: Call, tensors: Tensors, rate: torch.Tensor, make: Callable[...
         inputs.start(group)
         weights.start(group, inputs.query, inputs.key)
         for block in plan.blocks():
-            part, own = slice(block.start, block.stop), slice(plan.past + block.start, block.keys)
+            part, own = block.rows, slice(block.own, block.keys)
             matrix, factor, row_sums[group.pairs, part] = weights.compute(block)
             factors = plan.dropout_factors(group, block, like) if plan.dropout else None
             if factors is not None:
@@ -272,7 +272,7 @@ class Gradients:
     def _block(self, block: Block, grads: torch.Tensor, d_value: torch.Tensor) -> None:
         """Add a block's share to T, and to all gradients."""
         plan, group, inputs, known = self.plan, self.group, self.inputs, self.known
-        part, own = slice(block.start, block.stop), slice(plan.past + block.start, block.keys)
+        part, own = block.rows, slice(block.own, block.keys)
         row_sums = known.row_sums[group.pairs]
         matrix, correction = self.weights.recompute(block, row_sums)
         alpha, rest = self.earlier.shares(row_sums[:, part, :1])
@@ -311,7 +311,7 @@ class Gradients:
 
     def _add(self, block: Block, d_logits: torch.Tensor) -> None:
         """Add what the gradient of a block's logits brings to those of queries, keys, bias and positions."""
-        part, inputs = slice(block.start, block.stop), self.inputs
+        part, inputs = block.rows, self.inputs
         self.query.flatten(0, 1)[self.group.pairs, part].baddbmm_(
             d_logits, inputs.key[:, : block.keys], beta=0.0, alpha=self.plan.scale
         )

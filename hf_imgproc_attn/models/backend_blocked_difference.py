@@ -101,7 +101,7 @@ def _forward(maps: Maps, given: tuple[Tensors, Tensors], share: torch.Tensor) ->
             of.start(group, read.query, read.key)
         minus = _of_pairs(share, group, like)
         for block in plan.blocks():
-            rows = slice(block.start, block.stop)
+            rows = block.rows
             (matrix, factor, row_sums[0, group.pairs, rows]), (other, scale, row_sums[1, group.pairs, rows]) = (
                 of.compute(block) for of in weights
             )

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .backend_blocked_plan import Block, Group, Plan
+from .backend_blocked_plan import Group
 
 MOST_RUNS = 4
 """Runs of a sample, on average, up to which they are written one by one."""
@@ -26,10 +26,6 @@ class Span(NamedTuple):
     first: int
     stop: int
     has_gaps: bool
-
-    def blocks(self, plan: Plan) -> list[Block]:
-        """The blocks of a plan without the keys outside, and without queries that come before all keys."""
-        return plan.blocks(self.first, self.stop)
 
 
 class KeyRuns(NamedTuple):

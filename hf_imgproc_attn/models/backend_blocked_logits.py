@@ -60,7 +60,7 @@ class LogitsGradients:
             row_term: sum_j a_ij dA_ij, with the factor of :meth:`Weights.recompute`, ``[pairs, rows, 1]``.
             row_sums: of the group, ``[pairs, length, 2]``.
         """
-        inputs, weights, rows = self.inputs, self.weights, slice(block.start, block.stop)
+        inputs, weights, rows = self.inputs, self.weights, block.rows
         by_query = multiply(d_logits, inputs.key[:, : block.keys], by_onednn=self.plan.by_onednn)
         torch.mul(by_query, self.scale, out=self.query.flatten(0, 1)[self.group.pairs, rows])
         self._keys.add(d_logits, inputs.query[:, rows])

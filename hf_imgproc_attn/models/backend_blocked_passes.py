@@ -186,7 +186,7 @@ class Inputs:
         self.hidden = hidden
         if self._runs is not None and self._leaves_out:
             self._span = self._runs.span(group, self.plan.key_length)
-        self.blocks = self.plan.blocks() if self._span is None else self._span.blocks(self.plan)
+        self.blocks = self.plan.blocks() if self._span is None else self.plan.blocks(self._span.first, self._span.stop)
         """The group's blocks, in order. A dropout mask belongs to a whole block, so that there nothing is left out."""
         self.is_full = self._hidden is None or (self._span is not None and not self._span.has_gaps)
         """Whether no key is hidden between the first and the last of the group's blocks."""

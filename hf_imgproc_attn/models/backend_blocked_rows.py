@@ -93,7 +93,7 @@ def _forward(
         inputs.start(group)
         weights.start(group, inputs.query, inputs.key)
         for block in plan.blocks():
-            rows = slice(block.start, block.stop)
+            rows = block.rows
             matrix, factor, row_sums[group.pairs, rows] = weights.compute(block)
             if plan.dropout:
                 matrix.mul_(plan.dropout_factors(group, block, like))
@@ -149,7 +149,7 @@ def _backward(
         by_rule, by_value = (KeySums(plan, pairs, x.shape[-1], scratch) for x in (key, value))
         columns = like.new_zeros(pairs, plan.key_length)
         for block in plan.blocks()[::-1]:
-            rows = slice(block.start, block.stop)
+            rows = block.rows
             matrix, correction = weights.recompute(block, row_sums[group.pairs])
             factors = plan.dropout_factors(group, block, like) if plan.dropout else None
             matrix.mul_(correction)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .backend_blocked_dense import dense_logits
+from .backend_blocked_logits import no_streams
 from .backend_blocked_passes import Call, Inputs, Tensors
 from .backend_blocked_plan import Block
 from .backend_blocked_weights import LOG2_E, Buffer, KeySums, Weights
@@ -141,7 +142,7 @@ def _forward(call: Call, tensors: Tensors, iterations: int) -> Scales:
     pairs = plan.batch * plan.heads
     rows = like.new_zeros(iterations, pairs, plan.length, 1)
     columns = like.new_zeros(iterations, pairs, plan.key_length)
-    weights, inputs = _logits_of(call, tensors, like), Inputs(call, tensors, key_room(tensors, like))
+    weights, inputs = _logits_of(call, tensors, like), Inputs(call, tensors, no_streams(call, like))
     for group in plan.groups():
         inputs.start(group)
         weights.start(group, inputs.query, inputs.key)
@@ -150,7 +151,7 @@ def _forward(call: Call, tensors: Tensors, iterations: int) -> Scales:
             largest = like.new_full((inputs.query.shape[0], 1, plan.key_length), float("-inf"))
             total = torch.zeros_like(largest)
             for block in plan.blocks():
-                part = slice(block.start, block.stop)
+                part = block.rows
                 logits, own = weights.logits(block), rows[step, group.pairs, part]
                 if step:
                     scaled = logits + columns[step - 1, group.pairs].unsqueeze(-2)
@@ -167,11 +168,6 @@ def _forward(call: Call, tensors: Tensors, iterations: int) -> Scales:
     return Scales(rows, columns)
 
 
-def key_room(tensors: Tensors, like: torch.Tensor) -> torch.Tensor:
-    """Streams of no booster, ``[batch, heads, length, 0]``."""
-    return like.new_empty(*tensors.query.shape[:3], 0)
-
-
 class Gradients:
     """The gradients of c, group by group.
 
@@ -186,7 +182,7 @@ class Gradients:
         self.plan, self.scales = call.plan, scales
         query, key, bias = tensors.query, tensors.key, tensors.bias
         self.like = query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
-        self.inputs = Inputs(call, tensors, key_room(tensors, self.like))
+        self.inputs = Inputs(call, tensors, no_streams(call, self.like))
         self.weights = _logits_of(call, tensors, self.like, needs[1:])
         self.query = self.like.new_zeros(query.shape)
         self.key = self.inputs.key_heads.total(key, self.like.dtype)
@@ -219,7 +215,7 @@ class Gradients:
 
     def _block(self, block: Block, step: int, d_columns: torch.Tensor, earlier: torch.Tensor) -> None:
         """Add a block's share of an iteration, and to the gradient of the iteration's before, ``earlier``."""
-        part, pairs = slice(block.start, block.stop), self.group.pairs
+        part, pairs = block.rows, self.group.pairs
         rows, columns = self.scales
         logits = self.weights.logits(block).add_(rows[step, pairs, part])
         d_logits = (logits + columns[step, pairs].unsqueeze(-2)).exp2_().mul_(d_columns).neg_()
