@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from .statistics import (
     TOO_FEW,
     WORSE,
     Difference,
-    Interval,
     Summary,
     compare,
     holm,
@@ -29,6 +28,21 @@ from .statistics import (
 CONTROL = "stock"
 """The variant without a filter, which goes through the same steps."""
 QUESTION = "Does a trained model get used to a filter?"
+TITLE = "A trained model gets used to a filter"
+"""Of the claim."""
+_SUBJECT = (
+    "Trained models of other people: a filter in some layers, then a short training of all parameters on what the "
+    "model itself computes, with three seeds of the texts. A copy without a filter goes through the same steps. "
+    "Values: how far the copies are from the model as it was, on texts that nobody trained on, where 0 is the same "
+    "and lower is better: nats a token for language models, 1 - cosine of sentence vectors for encoders. "
+    "[Recovery](recovery.md) has recipes and curves. These comparisons are not among those counted on top."
+)
+_CLAIM = (
+    "A question of this package: a fixed filter changes at once what a trained model computes; does training make up "
+    "for it? *Won back* is the part of that cost that is gone after training. *Beside the control* is paired by seed, "
+    "its p-value corrected by Holm's method for the filters of one model. `learned_twicing` starts as the model was: "
+    "it has nothing to win back."
+)
 FOLDER = "recovery"
 """Of the records, beside that of the ledgers."""
 UNITS = {
@@ -123,7 +137,7 @@ def table(record: dict[str, Any]) -> str:
 def _cells(row: Recovered) -> list[str]:
     cells = [
         row.variant,
-        f"{row.start:+.4f}",
+        _number(row.start),
         _told(row.end),
         f"{100 * (1 - row.end.mean / row.start):.0f} %" if row.costs else NOTHING,
         NOTHING if row.beside is None else _told(row.beside.summary),
@@ -133,11 +147,13 @@ def _cells(row: Recovered) -> list[str]:
 
 
 def _told(summary: Summary) -> str:
-    return f"{summary.mean:+.4f}{_interval(summary.t_interval)}"
+    ends = summary.t_interval
+    around = "" if ends.low is None or ends.high is None else f" ({_number(ends.low)} to {_number(ends.high)})"
+    return _number(summary.mean) + around
 
 
-def _interval(ends: Interval) -> str:
-    return "" if ends.low is None or ends.high is None else f" ({ends.low:+.4f} to {ends.high:+.4f})"
+def _number(value: float) -> str:
+    return f"{round(value, 4) + 0.0:+.4f}"  # no -0.0000
 
 
 def title(record: dict[str, Any]) -> str:
@@ -194,18 +210,23 @@ def in_short(records: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def chapter(records: Sequence[dict[str, Any]]) -> list[str]:
-    """The part of the page on claims: its table, one row for each record and variant; paragraphs are not wrapped."""
+def chapter(records: Sequence[dict[str, Any]], wrapped: Callable[[str], list[str]]) -> list[str]:
+    """The part of the page on claims, line by line.
+
+    Args:
+        records: of ``finetune_real.py``.
+        wrapped: cuts a paragraph into lines.
+    """
     rows = []
     for record in records:
         last = record["settings"]["steps"]
-        for row in recovered(record):
-            if row.beside is None:
-                continue
-            _, _, end, won, beside, p = _cells(row)[:6]
-            rows.append([title(record), str(last), row.variant, f"{row.start:+.4f}", end, won, beside, p, row.verdict])
+        for row in recovered(record)[1:]:
+            _, start, end, won, beside, p = _cells(row)[:6]
+            rows.append([title(record), str(last), row.variant, start, end, won, beside, p, row.verdict])
     columns = (
-        "model", "steps", "variant", "at once", "after training", "won back", "beside the control", "p (Holm)",
+        "model, layers", "steps", "variant", "at once", "after training", "won back", "beside the control", "p (Holm)",
         "verdict",
     )  # fmt: skip
-    return table_lines(columns, rows)
+    lines = ["", "## Trained models that get a filter", "", *wrapped(_SUBJECT), "", f"### {TITLE}", ""]
+    lines += [*wrapped(_CLAIM), "", *wrapped(f"**Verdict: {in_short(records)}**"), ""]
+    return [*lines, *table_lines(columns, rows)]

@@ -274,7 +274,7 @@ def test_settings_measure_halves_of_the_way() -> None:
 
 
 def test_the_page_shows_the_records() -> None:
-    page = (ROOT / "docs" / "converting.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "recovery.md").read_text(encoding="utf-8")
     records = sorted((ROOT / "training" / "results" / "recovery").glob("*.json"))
     assert records
     for path in records:
