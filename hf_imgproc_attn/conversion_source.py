@@ -18,7 +18,8 @@ from transformers.utils import (
     cached_file,
 )
 
-from .backbones import BACKBONES, Backbone, Head, of_config
+from .backbone_row import Backbone, Head
+from .backbones import BACKBONES, of_config
 from .errors import plain_message
 from .models.spec_rules import check_architecture
 

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .backbones import Attention, of_config
+from .backbone_row import Attention
+from .backbones import of_config
 from .models.spec_axes import (
     CONVERTED_FORGET_BIAS,
     CONVERTED_SINK,

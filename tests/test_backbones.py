@@ -13,7 +13,8 @@ import transformers
 
 import hf_imgproc_attn
 from hf_imgproc_attn import backbones
-from hf_imgproc_attn.backbones import BACKBONES, OF_MODEL_TYPE, Attention, Backbone, check_row
+from hf_imgproc_attn.backbone_row import Attention, Backbone, check_row
+from hf_imgproc_attn.backbones import BACKBONES, OF_MODEL_TYPE
 from hf_imgproc_attn.shipped_files import shipped_file
 
 PACKAGE = Path(backbones.__file__).parent

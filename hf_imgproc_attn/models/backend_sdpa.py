@@ -16,8 +16,9 @@ from .backend_call import FilterCall, autocast_dtype
 from .backend_flops import register_formulas
 from .backend_sdpa_sinks import SinkAttention, has_fused_sinks
 from .boost_weights import LocalLinear
-from .kernel_content import CONTENT_COLUMNS, inside, row_constant_columns, working_dtype
-from .kernel_position import features_or_bias, position_columns, position_logits
+from .kernel_content import CONTENT_COLUMNS, HALF_DTYPES, inside, row_constant_columns, working_dtype
+from .kernel_given import FeaturePositions
+from .kernel_position import Positions, features_or_bias, position_columns, position_logits
 from .visibility import Visibility
 
 register_formulas()  # FLOPs of the fused calls below
@@ -61,7 +62,8 @@ def augment(call: FilterCall, dtype: torch.dtype, choice_dtype: torch.dtype | No
         columns.append(content_columns(query, key, call.content.scale))
         if is_exact:
             columns.append(row_constant_columns(query, key, call.content.scale))
-    for term in call.positions:
+    divided = _divided_features(call) if dtype in HALF_DTYPES and not columns else []
+    for term in divided or call.positions:
         # Columns of places lack a number a row, which distances do not.
         has_columns = not (is_exact and hasattr(term, "coordinates"))  # tracing cannot ask for the protocol
         if has_columns and features_or_bias(term, choice_dtype or dtype) == "features":
@@ -70,13 +72,25 @@ def augment(call: FilterCall, dtype: torch.dtype, choice_dtype: torch.dtype | No
             logits = position_logits(term, dtype)
             bias = logits if bias is None else bias + logits
     scale = 1.0
-    if not columns and not isinstance(call.content.scale, torch.Tensor):
+    if divided or (not columns and not isinstance(call.content.scale, torch.Tensor)):
         scale = float(call.content.scale)
     else:  # the columns carry their own factors, so the content's goes into the query
         scaled = query * call.content.scale
         query = (scaled if dtype != torch.float16 else inside(scaled, dtype)).to(dtype)
     left, right = [left for left, _ in columns], [right for _, right in columns]
     return Augmented(append_columns(query, left), append_columns(key, right), scale, bias)
+
+
+def _divided_features(call: FilterCall) -> list[Positions]:
+    """Features over the factor on products, if that is all there is: queries times it would be rounded. Else none."""
+    scale, divided = call.content.scale, list[Positions]()
+    for term in call.positions:
+        if not isinstance(term, FeaturePositions) or isinstance(scale, torch.Tensor) or scale <= 0.0:
+            return []
+        if term.key_features.dtype in HALF_DTYPES:
+            return []
+        divided.append(term._replace(key_features=term.key_features / scale))
+    return divided
 
 
 def append_columns(x: torch.Tensor, columns: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -106,7 +106,8 @@ class Robust(NamedTuple):
     def apply(self, matrix: torch.Tensor, rows: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """The output; arguments as of :meth:`LocalLinear.apply`."""
         mass = matrix.sum(-1, keepdim=True)
-        weights = matrix / mass.masked_fill(mass == 0.0, 1.0)
+        divisor, empty = _divisor(mass)
+        weights = (matrix / divisor).masked_fill(empty, 0.0)
         centre, lengths = torch.matmul(weights, rows), rows.square().sum(-1).unsqueeze(-2)
         for _ in range(self.steps):
             squares = lengths + centre.square().sum(-1, keepdim=True) - 2.0 * torch.matmul(centre, rows.mT)
@@ -213,6 +214,12 @@ def tilted(matrix: torch.Tensor, slope: torch.Tensor, key: torch.Tensor) -> torc
     """
     dtype = working_dtype(matrix.dtype)
     shares = torch.matmul(slope.to(dtype), key.to(dtype).mT)
-    mass = matrix.sum(-1, keepdim=True)
-    mean = (matrix * shares).sum(-1, keepdim=True) / mass.masked_fill(mass == 0.0, 1.0)
+    mean = (matrix * shares).sum(-1, keepdim=True) / _divisor(matrix.sum(-1, keepdim=True))[0]
     return matrix * (1.0 + mean - shares)
+
+
+def _divisor(mass: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of rows to divide by, and which rows count as empty, whose sums are 1 there: 1 / mass may be infinite."""
+    limits = torch.finfo(mass.dtype)
+    empty = mass < limits.tiny / limits.eps
+    return mass.masked_fill(empty, 1.0), empty

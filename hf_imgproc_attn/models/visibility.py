@@ -241,19 +241,48 @@ def attention_visibility(
         return Visibility(length, key_length, causal)
     check_mask_dtype(mask, name)
     allowed, bias = split_mask(four_axes(name, mask, shape), working_dtype)
-    if bias is not None and _all_true(allowed):
+    if bias is not None and _is_all_zero(bias):
+        bias = None
+    if _all_true(allowed):
         return Visibility(length, key_length, causal, bias=bias)
     if allowed.shape[-2] == 1 and allowed.shape[-1] == key_length:
-        if _all_true(allowed):
-            return Visibility(length, key_length, causal, bias=bias)
         # A single query or a row for all queries: what is hidden, is hidden from every query.
         return padding_visibility(allowed, length, causal)._replace(bias=bias)
     both = allowed & causal_mask(length, key_length, mask.device) if causal else allowed
+    found = _as_padding(both, length, key_length, causal)
+    if found is not None:
+        return found._replace(bias=bias, dense=both)
     seen, sees = both.any(-2, keepdim=True).expand(-1, -1, -1, key_length), both.any(-1, keepdim=True)
     causal = causal or _is_causal(allowed, length, key_length)
     return Visibility(
         length, key_length, causal, mask=allowed, bias=bias, hidden=_places_outside(seen), blind=_places_outside(sees)
     )
+
+
+def _as_padding(allowed: torch.Tensor, length: int, key_length: int, causal: bool) -> Visibility | None:
+    """What a mask of all pairs shows, if that is known to be keys that are no padding, with causality or without.
+
+    The last query sees all of these keys, and the first one too if there is no causality. A mask made of them that
+    differs nowhere says the same; windows, prefixes and several texts in a row do not.
+
+    Args:
+        allowed: boolean ``[batch or 1, heads or 1, length or 1, key_length or 1]``, causality included.
+        length: number of queries, the last tokens.
+        key_length: number of keys.
+        causal: whether no query sees a key after its own.
+    """
+    if not _can_look(allowed) or allowed.shape[-2:] != (length, key_length) or not length or not key_length:
+        return None
+    keys, first = allowed[..., -1:, :], allowed[..., :1, :]
+    if causal or not torch.equal(keys, first):
+        if length > key_length or not torch.equal(keys & causal_mask(length, key_length, allowed.device), allowed):
+            return None
+        causal = True
+    elif torch.equal(keys.expand_as(allowed), allowed):
+        causal = length <= key_length and not bool(keys[..., key_length - length + 1 :].any())
+    else:
+        return None
+    return Visibility(length, key_length, causal) if _all_true(keys) else padding_visibility(keys, length, causal)
 
 
 def padding_visibility(keys: torch.Tensor, length: int, causal: bool) -> Visibility:
@@ -324,6 +353,11 @@ def _can_look(x: torch.Tensor) -> bool:
 
 def _all_true(mask: torch.Tensor) -> bool:
     return _can_look(mask) and bool(mask.all())
+
+
+def _is_all_zero(bias: torch.Tensor) -> bool:
+    """Whether a bias is known to change nothing, and to have no gradient that anybody waits for."""
+    return not bias.requires_grad and _can_look(bias) and not bool(bias.any())
 
 
 def _places_outside(seen: torch.Tensor) -> torch.Tensor | None:

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..backbones import Task
+from ..backbone_row import Task
 from ..errors import UsageError, did_you_mean
 from ..robustness.settings import ImageSettings, check_fractions, check_integer
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..backbones import OF_TASK, TASKS, Task
+from ..backbone_row import Task
+from ..backbones import OF_TASK, TASKS
 from ..errors import UsageError
 from ..shipped_files import shipped_file
 

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from hf_imgproc_attn.backbones import GPT2, OF_TASK, TASKS, VIT, Backbone
+from hf_imgproc_attn.backbone_row import Backbone
+from hf_imgproc_attn.backbones import GPT2, OF_TASK, TASKS, VIT
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.training_support.arguments import Arguments, ModelArguments
 from hf_imgproc_attn.training_support.block_size import DEFAULT_BLOCK_SIZE

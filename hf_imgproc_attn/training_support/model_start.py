@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from hf_imgproc_attn.backbones import OF_TASK, TASKS, Backbone, Head
+from hf_imgproc_attn.backbone_row import Backbone, Head
+from hf_imgproc_attn.backbones import OF_TASK, TASKS
 from hf_imgproc_attn.errors import UsageError, broken_files, plain_message
 from hf_imgproc_attn.models.spec_fields import FILTER_FIELDS, PRESETS
 from hf_imgproc_attn.training_support.argument_parser import check_override_names

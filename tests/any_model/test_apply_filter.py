@@ -21,7 +21,7 @@ from transformers import (
     ViTModel,
 )
 
-import hf_imgproc_attn.measure.support  # noqa: F401  # registers the dense formula as an attention function
+import hf_imgproc_attn.measure.support_checks  # noqa: F401  # registers the dense formula as an attention function
 from hf_imgproc_attn import (
     PRESETS,
     ImgProcGPT2Config,
@@ -32,7 +32,7 @@ from hf_imgproc_attn import (
     filtered_layers,
     remove_filter,
 )
-from hf_imgproc_attn.measure.support import use_dense_reference
+from hf_imgproc_attn.measure.support_checks import use_dense_reference
 from hf_imgproc_attn.models.any_filter import stack_names
 from hf_imgproc_attn.models.any_layer import AppliedFilter
 from hf_imgproc_attn.models.any_layers import attention_layers

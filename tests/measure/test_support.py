@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from hf_imgproc_attn import cli
-from hf_imgproc_attn.measure import support
+from hf_imgproc_attn.measure import support, support_checks
 from hf_imgproc_attn.measure.support import COLUMNS, COMMAND, NOTHING, YES, Column, measure, read_table, table
-from hf_imgproc_attn.measure.support_models import ARCHITECTURES, DECODERS, OUTSIDE
+from hf_imgproc_attn.measure.support_models import ARCHITECTURES, DECODERS, OUTSIDE, build, inputs
 from tests.helpers import ROOT
 
 PAGE = (ROOT / "docs" / "supported-models.md").read_text(encoding="utf-8")
@@ -54,12 +54,12 @@ def test_the_table_is_what_is_measured(request: pytest.FixtureRequest) -> None:
 def test_a_filter_that_computes_something_else_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     """As would be a formula of the table that is not that of the filter."""
     monkeypatch.setattr(
-        support, "_filtered", lambda title, preset="": support.apply_filter(support.build(title), "sos")
+        support_checks, "_filtered", lambda title, preset="": support_checks.apply_filter(build(title), "sos")
     )
     for column in ("full", "causal"):
         with pytest.raises(RuntimeError, match="differs by"):
             measure(BY_TITLE[column], "BART")
-    monkeypatch.setattr(support, "_filtered", lambda title, preset="": support.build(title))
+    monkeypatch.setattr(support_checks, "_filtered", lambda title, preset="": build(title))
     with pytest.raises(RuntimeError, match="other parameters have gradients"):
         measure(BY_TITLE["checkpointed"], "Llama")
     with pytest.raises(RuntimeError, match="differs by|changes nothing"):
@@ -82,10 +82,10 @@ def test_a_refusal_is_an_outcome_and_a_fault_is_none() -> None:
 def test_the_models_of_the_table_have_sharp_attention() -> None:
     """What equality in float64 relies on: a wrong mask or a lost row would be seen."""
     for title in ("Llama", "Mistral"):
-        model: Any = support.build(title)
+        model: Any = build(title)
         model.set_attn_implementation("eager")
         with torch.no_grad():
-            attentions = model(**support.inputs(title), output_attentions=True).attentions
+            attentions = model(**inputs(title), output_attentions=True).attentions
         assert torch.stack([weights[..., -1, :].amax(-1).mean() for weights in attentions]).mean() > 0.25
     assert set(DECODERS) < set(ARCHITECTURES)
 

@@ -151,6 +151,21 @@ def test_memory_is_linear(name: str, booster: str) -> None:
     assert peaks[1] < 4.3 * peaks[0]
 
 
+@pytest.mark.parametrize("low", [-60.0, -88.0, -100.0])
+@pytest.mark.parametrize("booster", ["local_linear", "huber", "mcp"])
+@pytest.mark.parametrize("name", ["sink", "sigmoid"])
+def test_rows_of_next_to_no_weight_have_finite_gradients(name: str, booster: str, low: float) -> None:
+    """In single precision, where 1 over the sum of such a row may be infinite: a sink far above it, or far keys."""
+    for backend in ("reference", "chunked", "blocked"):
+        given = [leaf.detach().float().requires_grad_() for leaf in leaves()]
+        call = boosted(given, booster, name, bias=torch.full((1, 1, 1, 1), low if name == "sigmoid" else 0.0))
+        if name == "sink":
+            call = call._replace(sinks=given[4] - low)
+        output = run_filter(call, backend)
+        found = torch.autograd.grad(output.square().sum(), given, allow_unused=True)
+        assert all(bool(grad.isfinite().all()) for grad in (output, *found) if grad is not None)
+
+
 @torch.no_grad()
 def test_soft_caps_are_refused_by_name() -> None:
     given = leaves()

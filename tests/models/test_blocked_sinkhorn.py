@@ -174,6 +174,18 @@ def test_the_numbers_of_half_precision_are_those_of_double(dtype: torch.dtype) -
         assert error < limit * 2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_factor_that_is_no_power_of_two_is_not_rounded_into_queries(dtype: torch.dtype) -> None:
+    """With large logits beside large numbers of the keys: the error is that of plain attention, width 3."""
+    given = [(3.0 * random(1, HEADS, 64, 3, seed=seed)).to(dtype) for seed in range(3)]
+    errors = {}
+    for backend in ("reference", "sdpa"):
+        exact = run_filter(sinkhorn(*(tensor.double() for tensor in given)), "reference")
+        errors[backend] = float((run_filter(sinkhorn(*given), backend).double() - exact).abs().max())
+    assert errors["sdpa"] < 2 * errors["reference"]
+
+
 def test_memory_of_sinkhorn_is_linear() -> None:
     """Forward and backward at 2,048 tokens: less than a tenth of one matrix, and four times that of 512."""
     peaks = []

@@ -8,10 +8,12 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from hf_imgproc_attn.models.backend_table import run_filter
 from hf_imgproc_attn.models.boost_operators import learned
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2LMHeadModel
 from hf_imgproc_attn.models.modeling_imgproc_vit import ImgProcViTForImageClassification
-from tests.models.helpers import sharpen_
+from tests.models.helpers import filter_call, sharpen_
+from tests.models.layer_cases import random
 from tests.models.variants import gpt2_config, images, token_ids, vit_config
 
 
@@ -54,6 +56,23 @@ def test_gains_stay_in_float32(backbone: str, dtype: torch.dtype, tmp_path: Any)
     given = token_ids() if backbone == "gpt2" else images()
     model(given).logits.float().square().sum().backward()
     assert all(gain.grad.dtype == torch.float32 and gain.grad.abs().min() > 0 for gain in gains(model).values())
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "blocked", "chunked"])
+def test_what_stands_at_padding_does_not_reach_the_gains(backend: str, is_causal: bool) -> None:
+    """Keys and values of hidden tokens are NaN, and their rows are written out beside the others."""
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool().view(2, 1, 1, 5)
+    results = []
+    for poison in (0.0, float("nan")):
+        query, key, value = (random(2, 2, 5, 3, seed=seed) for seed in range(3))
+        given = [x.masked_fill(~mask.mT, poison).requires_grad_() for x in (key, value)]
+        gain = random(2, 1, 1, seed=3).requires_grad_()
+        options: Any = {"attention_mask": mask, "is_causal": is_causal, "boosting": "learned", "boosting_gain": gain}
+        output = run_filter(filter_call(query, *given, **options), backend)
+        seen = output.masked_select(mask.mT)
+        results.append([seen, *torch.autograd.grad(seen.square().sum(), [*given, gain])])
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-12)
 
 
 def test_the_product_is_not_rounded_to_half_precision_gains() -> None:
