@@ -16,6 +16,8 @@ from .backend_blocked_dense import dense_passes
 from .backend_blocked_difference import DifferenceFilter, Maps, arguments, dense_difference
 from .backend_blocked_hidden import key_runs
 from .backend_blocked_normalised import WEIGHTS
+from .backend_blocked_pairs import GradientsByPair, as_shared_bias, forward_by_pair
+from .backend_blocked_pairs import suits as suits_pairs
 from .backend_blocked_passes import Call, Computed, Tensors, forward_passes, recurrence
 from .backend_blocked_plan import Plan, make_plan
 from .backend_blocked_rows import RowsCall, RowsFilter, dense_rows
@@ -99,6 +101,7 @@ def _as_products(call: FilterCall) -> tuple[BlockedPositions | None, FilterCall]
     output, A V = V - r.
     """
     by_place, rest = call.split_positions() if call.positions else (None, call)
+    rest = as_shared_bias(rest) if by_place is None else rest
     query, key, value, content, visibility = call[:5]
     if rest.has_columns or isinstance(content.scale, torch.Tensor):
         with without_autocast(query.device.type):
@@ -266,7 +269,8 @@ class BlockedFilter(torch.autograd.Function):
         call: Call,
         *parameters: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        computed = forward_passes(call, Tensors(query, key, value, bias, past, sinks, parameters))
+        tensors = Tensors(query, key, value, bias, past, sinks, parameters)
+        computed = (forward_by_pair if suits_pairs(call, tensors) else forward_passes)(call, tensors)
         ctx.call = call
         ctx.save_for_backward(query, key, value, bias, past, sinks, *computed, *parameters)
         ctx.set_materialize_grads(False)
@@ -283,7 +287,11 @@ class BlockedFilter(torch.autograd.Function):
                 apart = tensors.aliases()
                 inputs = (*apart[:6], None, *apart.parameters)
                 return differentiable_gradients(dense_passes(ctx.call, apart), (grad, stream_grad), inputs, needs)
-            gradients = Gradients(ctx.call, tensors, computed, (*needs[3:6], *needs[7:]))
+            gradients: Gradients | GradientsByPair
+            if suits_pairs(ctx.call, tensors):
+                gradients = GradientsByPair(ctx.call, tensors, computed, needs_bias=needs[3])
+            else:
+                gradients = Gradients(ctx.call, tensors, computed, (*needs[3:6], *needs[7:]))
             gradients.run(grad, stream_grad)
         own = (gradients.query, gradients.key, gradients.value, gradients.bias, gradients.past, gradients.sinks)
         return (
