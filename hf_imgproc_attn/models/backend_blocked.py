@@ -74,7 +74,7 @@ def run(call: FilterCall, *, block_rows: int | None = None, group_pairs: int | N
         return _difference(call, call.difference, block_rows, group_pairs)
     if call.booster.name in ONE_PASS:
         return call.finish(run(call.plain(), block_rows=block_rows, group_pairs=group_pairs))
-    positions, products = _as_products(call)
+    positions, products = _as_products(as_shared_bias(call) if call.positions else call)
     if call.is_sequential:
         plain = products._replace(booster=Booster())
         return run_delta(_blocked_call(plain, positions, None, block_rows, group_pairs), products)
@@ -101,7 +101,6 @@ def _as_products(call: FilterCall) -> tuple[BlockedPositions | None, FilterCall]
     output, A V = V - r.
     """
     by_place, rest = call.split_positions() if call.positions else (None, call)
-    rest = as_shared_bias(rest) if by_place is None else rest
     query, key, value, content, visibility = call[:5]
     if rest.has_columns or isinstance(content.scale, torch.Tensor):
         with without_autocast(query.device.type):
@@ -270,7 +269,9 @@ class BlockedFilter(torch.autograd.Function):
         *parameters: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         tensors = Tensors(query, key, value, bias, past, sinks, parameters)
-        computed = (forward_by_pair if suits_pairs(call, tensors) else forward_passes)(call, tensors)
+        computed = (forward_by_pair if call.plan.by_pair and suits_pairs(call, tensors) else forward_passes)(
+            call, tensors
+        )
         ctx.call = call
         ctx.save_for_backward(query, key, value, bias, past, sinks, *computed, *parameters)
         ctx.set_materialize_grads(False)
@@ -288,7 +289,7 @@ class BlockedFilter(torch.autograd.Function):
                 inputs = (*apart[:6], None, *apart.parameters)
                 return differentiable_gradients(dense_passes(ctx.call, apart), (grad, stream_grad), inputs, needs)
             gradients: Gradients | GradientsByPair
-            if suits_pairs(ctx.call, tensors):
+            if ctx.call.plan.by_pair and suits_pairs(ctx.call, tensors):
                 gradients = GradientsByPair(ctx.call, tensors, computed, needs_bias=needs[3])
             else:
                 gradients = Gradients(ctx.call, tensors, computed, (*needs[3:6], *needs[7:]))

@@ -5,8 +5,6 @@ The formulas are those of ``backend_blocked_passes``. A bias has to be one that 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from .backend_blocked_passes import Call, Computed, Tensors, combine
@@ -15,20 +13,16 @@ from .backend_blocked_weights import LOG2_E, flat
 from .backend_blocked_whole import AFTER, product_of, row_sums_of
 from .backend_call import FilterCall
 from .kernel_content import working_dtype
-from .kernel_given import BiasPositions
-from .kernel_position import Positions, position_logits
+from .kernel_given import BiasPositions, FeaturePositions
+from .kernel_position import Positions, UntiedPositions, position_logits
 
 
 def suits(call: Call, tensors: Tensors) -> bool:
-    """Whether a call is served here."""
+    """Whether a call is served here whose plan is by pairs."""
     seen, plan, bias = call.visibility, call.plan, tensors.bias
-    is_bare = call.positions is None and call.ignores_row_constants and tensors.past is None
-    if (
-        not plan.by_pair
-        or not is_bare
-        or plan.heads != plan.key_heads
-        or (plan.past and len(call.booster.streams) > 1)
-    ):
+    if call.positions is not None or not call.ignores_row_constants or plan.heads != plan.key_heads:
+        return False
+    if plan.past and len(call.booster.streams) > 1:
         return False
     is_shared = bias is None or bias.shape == (1, plan.heads, plan.length, plan.key_length)
     return is_shared and seen.hides_nothing and seen.hidden is None
@@ -39,21 +33,20 @@ def as_shared_bias(call: FilterCall) -> FilterCall:
 
     Columns beside queries and keys would widen three products of every pair.
     """
-    query, value = call.query, call.value
-    if not call.positions or query.shape[0] == 1 or call.groups > 1 or call.dropout or not call.ignores_row_constants:
-        return call
-    if call.by_weights is not None or call.is_sequential or call.difference is not None or value.shape[1] == 0:
+    query, is_softmax = call.query, call.ignores_row_constants and not call.is_sequential
+    if query.shape[0] == 1 or call.groups > 1 or call.dropout or call.by_weights is not None or not is_softmax:
         return call
     if not call.visibility.hides_nothing or not suits_pairs(query, call.key.shape[-2]):
         return call
     terms: list[Positions] = []
     shape = (1, query.shape[1], query.shape[-2], call.key.shape[-2])
     for term in call.positions:
-        fields: dict[str, Any] = term._asdict()  # type: ignore[attr-defined]
-        parts = {name: x for name, x in fields.items() if isinstance(x, torch.Tensor) and x.ndim == 4}
-        if any(x.shape[0] > 1 and x.stride(0) for x in parts.values()):
+        if not isinstance(term, UntiedPositions | FeaturePositions):
             return call
-        shared: Positions = term._replace(**{name: x[:1] for name, x in parts.items()})  # type: ignore[attr-defined]
+        left, right = term[:2]
+        if any(x.shape[0] > 1 and x.stride(0) for x in (left, right)):
+            return call
+        shared = type(term)(left[:1], right[:1], *term[2:])
         terms.append(BiasPositions(position_logits(shared, query.dtype).expand(shape)))
     return call._replace(positions=tuple(terms))
 

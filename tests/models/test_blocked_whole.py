@@ -159,7 +159,7 @@ def bare_call(call: FilterCall) -> tuple[Any, Any]:
 @pytest.mark.parametrize("kernel", ["untied", "features"])
 @pytest.mark.parametrize("is_shared", [True, False])
 def test_positions_of_all_samples_become_one_bias(kernel: str, is_shared: bool, products: list[torch.dtype]) -> None:
-    """Also class tokens' scalars; positions that samples have for themselves stay columns."""
+    """With class tokens' scalars; positions that samples have for themselves stay columns."""
     leaves = tensors(torch.float64, LENGTH, LENGTH)[:3]
     places = [random(1 if is_shared else 2, HEADS, LENGTH, 5, seed=seed).requires_grad_() for seed in (7, 8)]
     for place in places:
@@ -167,12 +167,12 @@ def test_positions_of_all_samples_become_one_bias(kernel: str, is_shared: bool, 
     scalars = random(HEADS, 3, seed=10).requires_grad_()
     if kernel == "untied":
         scale = torch.full((HEADS, 1, 1), 0.7, dtype=torch.float64)
-        term: Any = UntiedPositions(*places, scale, ClassTokens(2, scalars, 0))
+        term: Any = UntiedPositions(*places, scale, ClassTokens(2, scalars, 0) if is_shared else None)
     else:
         term = FeaturePositions(*(x.expand(2, -1, -1, -1) for x in places))
     call = filter_call(*leaves, positions=term, boosting="twicing")
     assert (as_shared_bias(call).positions[0].features_or_bias(torch.float32) == "bias") is is_shared
-    own = [*leaves, *places, *([scalars] if kernel == "untied" else [])]
+    own = [*leaves, *places, *([scalars] if kernel == "untied" and is_shared else [])]
     for got, wanted in zip(results(run_blocked(call), own), results(run_reference(call), own), strict=True):
         torch.testing.assert_close(got, wanted, **EXACT)
 
