@@ -50,7 +50,7 @@ STOCK = "stock"
 
 
 def load(name: str) -> tuple[Any, Any]:
-    """A model and its tokenizer, or None in place of the latter.
+    """A model and its tokenizer, or None in place of a tokenizer that is missing or knows no word.
 
     Raises:
         UsageError: for what is neither a causal language model nor an encoder of texts.
@@ -66,10 +66,16 @@ def load(name: str) -> tuple[Any, Any]:
         model = (AutoModelForCausalLM if writes else AutoModel).from_pretrained(name).eval()
     except broken_files() as error:
         raise UsageError(f"model must be a model of texts, got {name!r}: {plain_message(error)}") from error
+    if model.main_input_name != "input_ids" or config.is_encoder_decoder:
+        raise UsageError(
+            f"model must be a causal language model or an encoder of texts, got {name!r} of type {config.model_type}"
+        )
     try:
-        return model, AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError):
         return model, None
+    # Without its vocabulary Transformers makes one that takes every word for the unknown one.
+    return model, tokenizer if len(tokenizer) > len(set(tokenizer.all_special_ids)) else None
 
 
 def put_filter(model: Any, preset: str, layers: Sequence[int] | None) -> Any:

@@ -25,6 +25,11 @@ from .comparisons import (
 )
 from .larger import QUESTION, in_a_sentence, lines_of_pairs, with_smaller
 from .ledger import HEADER
+from .recovery import FOLDER, read_records
+from .recovery import QUESTION as RECOVERY
+from .recovery import TITLE as RECOVERY_TITLE
+from .recovery import chapter as recovery_chapter
+from .recovery import in_short as recovery_in_short
 from .report import NOTHING, interval, number, on_autoattack, p_value
 from .statistics import BETTER, CONFIDENCE, LEVEL, NO_DIFFERENCE, WORSE, Difference, holm
 from .subjects import SUBJECTS, UNTESTED
@@ -56,7 +61,7 @@ def write_findings(page: Path, ledgers: Path = LEDGERS) -> None:
 
     Args:
         page: the Markdown file.
-        ledgers: folder with a ledger for each study.
+        ledgers: folder with a ledger for each study; records of ``finetune_real.py`` lie in ``recovery`` beside it.
 
     Raises:
         UsageError: if there are no ledgers, one of them cannot be used, or the page cannot be written.
@@ -75,6 +80,7 @@ def findings(ledgers: Path) -> str:
     """
     _check_ledgers(ledgers)
     chapters = [read_chapter(name, ledgers) for name in dict.fromkeys(claim.study for claim in CLAIMS)]
+    recoveries = read_records(sorted((ledgers.parent / FOLDER).glob("*.json")))
     lines = [
         "# What holds",
         "",
@@ -107,6 +113,9 @@ def findings(ledgers: Path) -> str:
         "",
         *_with_more_data(chapters),
     ]
+    if recoveries:
+        which = f"[Which](#{anchor(RECOVERY_TITLE)})."
+        lines += [*paragraph(f"**{RECOVERY}** {recovery_in_short(recoveries)} {which}"), ""]
     short = []
     for chapter in chapters:
         short.append([f"**{SUBJECTS[chapter.name].title}**"])
@@ -115,6 +124,8 @@ def findings(ledgers: Path) -> str:
     smaller = {larger.name: smaller for smaller, larger in with_smaller(chapters)}
     for chapter in chapters:
         lines += _chapter_lines(chapter, smaller.get(chapter.name))
+    if recoveries:
+        lines += recovery_chapter(recoveries, paragraph)
     lines += ["", "## What was not tested", ""]
     for untested in UNTESTED:
         lines += paragraph(f"- **{untested.title}.** {untested.why}", indent="  ")

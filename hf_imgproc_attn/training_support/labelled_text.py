@@ -1,7 +1,6 @@
 """Texts with a class each, from the Hub, a path or Python's own manual, as tokens for a classifier."""
 
 import hashlib
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from hf_imgproc_attn.training_support.data_loading import (
     require_column,
 )
 from hf_imgproc_attn.training_support.labelled_data import label_splits
-from hf_imgproc_attn.training_support.text_data import pydoc_topics, text_column
+from hf_imgproc_attn.training_support.text_data import paragraphs_of, pydoc_topics, text_column
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,9 +27,6 @@ TOPICS = (
     "compound", "debugger", "formatstrings", "specialnames", "string-methods", "types", "typesmapping", "typesseq",
 )  # fmt: skip
 """The longest topics of Python's manual: the classes of the embedded data."""
-
-_SHORTEST = 8
-"""Words of a paragraph that is used: a line of grammar or a heading can be from anywhere."""
 
 
 @dataclass
@@ -111,10 +107,7 @@ def paragraphs() -> dict[str, "Dataset"]:
     import datasets
 
     topics = pydoc_topics()
-    found = {
-        topic: [text for text in re.split(r"\n\s*\n", topics[topic]) if len(text.split()) >= _SHORTEST]
-        for topic in TOPICS
-    }
+    found = {topic: paragraphs_of(topics[topic]) for topic in TOPICS}
     times: dict[str, int] = {}
     for text in (text for texts in found.values() for text in texts):
         times[text] = times.get(text, 0) + 1

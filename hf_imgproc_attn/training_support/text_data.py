@@ -10,6 +10,7 @@ only what the block holds before them.
 """
 
 import hashlib
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ TOKENIZER_ROWS = 10_000
 """Of a stream: those that a tokenizer is trained on."""
 
 _CHUNK = 1000
+_SHORTEST_PARAGRAPH = 8
+"""In words."""
 
 
 @dataclass
@@ -247,6 +250,11 @@ def pydoc_topics() -> dict[str, str]:
             f"{EMBEDDED_TEXT} needs pydoc_data of the standard library, which this Python lacks"
         ) from error
     return dict(topics)
+
+
+def paragraphs_of(text: str) -> list[str]:
+    """The paragraphs of a text that are sentences: grammar lines and headings are too short to be told apart."""
+    return [part for part in re.split(r"\n\s*\n", text) if len(part.split()) >= _SHORTEST_PARAGRAPH]
 
 
 def _manual() -> dict[str, list[str]]:
