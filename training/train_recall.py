@@ -37,7 +37,7 @@ def train(arguments: Arguments[RecallDataArguments]) -> "Result":
 
     from hf_imgproc_attn.training_support.early_checks import check_model
     from hf_imgproc_attn.training_support.fitting import fit
-    from hf_imgproc_attn.training_support.metrics import answer_metrics, likeliest_tokens
+    from hf_imgproc_attn.training_support.metrics import answer_metrics, answers
     from hf_imgproc_attn.training_support.model_setup import build_causal_lm
     from hf_imgproc_attn.training_support.sequence_data import TokenSequences, load_sequences, sequence_tokenizer
     from hf_imgproc_attn.training_support.trainer_setup import begin_run
@@ -57,7 +57,7 @@ def train(arguments: Arguments[RecallDataArguments]) -> "Result":
         fingerprints,
         data_collator=default_data_collator,
         processing_class=tokenizer,
-        preprocess_logits_for_metrics=likeliest_tokens,
+        preprocess_logits_for_metrics=answers,
     )
 
 

@@ -40,7 +40,7 @@ def train(arguments: Arguments[MaskDataArguments]) -> "Result":
     from hf_imgproc_attn.training_support.mask_model import build_segmenter
     from hf_imgproc_attn.training_support.mask_pictures import draw_run
     from hf_imgproc_attn.training_support.mask_pixels import MaskCollator, load_masked_pixels
-    from hf_imgproc_attn.training_support.metrics import SegmentationMetrics, count_pixels
+    from hf_imgproc_attn.training_support.metrics import SegmentationMetrics, pixel_results
     from hf_imgproc_attn.training_support.trainer_setup import adapt_to_data, begin_run
 
     embedded = arguments.data.dataset_name == EMBEDDED_MASKS
@@ -60,7 +60,7 @@ def train(arguments: Arguments[MaskDataArguments]) -> "Result":
         on_saved=lambda folder: draw_run(folder, pixels, arguments.data.pictures),
         data_collator=MaskCollator(processor),
         processing_class=processor,
-        preprocess_logits_for_metrics=count_pixels,
+        preprocess_logits_for_metrics=pixel_results,
         callbacks=[EpochCallback(pixels["train"])],
     )
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import plain_message
-from ..models.any_layers import AttentionLayer, attention_layers
+from ..models.any_layers import AttentionLayer, attention_layers, described
 from .options import LensOptions
 
 
@@ -21,7 +21,7 @@ def chosen_layers(model: nn.Module, options: LensOptions) -> list[AttentionLayer
             of layers that there are not.
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a model, which is loaded already, got {model!r}")
+        raise ValueError(f"model must be a model, which is loaded already, got {described(model)}")
     found = attention_layers(model)
     stacks = list(dict.fromkeys(layer.stack for layer in found))
     if not found:

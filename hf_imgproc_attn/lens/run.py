@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.any_layers import AttentionLayer
+from ..models.any_layers import AttentionLayer, described
 from ..models.backend_call import FilterCall
 from .given import cannot_be_called, chosen_layers, is_decoder, named_inputs
 from .heads import Tokens
@@ -92,7 +92,7 @@ def _real_data(model: nn.Module) -> tuple[dict[str, torch.Tensor], str, list[str
     from .inputs import show  # imports every backbone
 
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a model, which is loaded already, got {model!r}")
+        raise ValueError(f"model must be a model, which is loaded already, got {described(model)}")
     place = getattr(getattr(model, "config", None), "name_or_path", "") or f"this {type(model).__name__}"
     with in_evaluation(model):  # a model may have to write its texts itself
         shown = show(model, place)

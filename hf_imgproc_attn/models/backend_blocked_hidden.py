@@ -11,10 +11,13 @@ from typing import NamedTuple
 
 import torch
 
-from .backend_blocked_plan import Group
+from .backend_blocked_plan import Group, Plan
 
 MOST_RUNS = 4
 """Runs of a sample, on average, up to which they are written one by one."""
+MODERATE = 2.0**20
+"""Numbers up to this may stay where a key is hidden: times a weight of 0 they are 0, and so are their products with
+gradients up to 1e30."""
 
 
 class Span(NamedTuple):
@@ -32,6 +35,10 @@ class KeyRuns(NamedTuple):
     """Runs of keys ``[start, stop)``, for each sample, or once for all of them."""
 
     runs: tuple[tuple[tuple[int, int], ...], ...]
+
+    def are_many(self, plan: Plan) -> bool:
+        """Whether a group has so many samples that one more pass over its scores is cheaper than a call a run."""
+        return len(self.runs) > 1 and plan.group_pairs > MOST_RUNS * plan.heads
 
     def parts(self, x: torch.Tensor, group: Group, first: int = 0) -> Iterator[torch.Tensor]:
         """The views of a tensor that belong to the runs.
@@ -65,6 +72,12 @@ class KeyRuns(NamedTuple):
         """Write a number into the runs' places; arguments as of :meth:`parts`."""
         for part in self.parts(x, group, first):
             part.fill_(value)
+
+
+def is_moderate(x: torch.Tensor) -> bool:
+    """Whether no number of a contiguous tensor is NaN or larger than ``MODERATE``, as its sum of squares tells."""
+    numbers = x.view(-1)
+    return bool(numbers.dot(numbers) <= MODERATE**2)
 
 
 def key_runs(hidden: torch.Tensor, key_length: int) -> KeyRuns | None:

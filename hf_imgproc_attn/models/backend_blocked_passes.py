@@ -36,7 +36,7 @@ from typing import NamedTuple
 
 import torch
 
-from .backend_blocked_hidden import KeyRuns, Span
+from .backend_blocked_hidden import KeyRuns, Span, is_moderate
 from .backend_blocked_normalised import WEIGHTS
 from .backend_blocked_plan import Block, Group, Plan, multiply
 from .backend_blocked_positions import PositionTerm
@@ -109,6 +109,9 @@ class Call(NamedTuple):
         mask, runs = self.visibility.mask, None
         if mask is None and self.visibility.hidden is not None:
             mask, runs = self.visibility.keys, self.runs
+            is_plain = self.positions is None and tensors.bias is None  # which may be NaN where a key is hidden
+            if is_plain and runs is not None and runs.are_many(self.plan):
+                runs = None
         terms = None if tensors.bias is None or self.largest_bias is None else (tensors.bias, self.largest_bias)
         positions = None
         if self.positions is not None:
@@ -153,7 +156,7 @@ class Inputs:
         tensors: with what.
         streams: x_1, x_2, ... of the queries side by side, ``[batch, heads, length, (k - 1) * d]``.
         leaves_out: whether a group's blocks leave something out, so that no key before the first and after the
-            last that its samples see is read.
+            last that its samples see is read, and hidden rows that are moderate numbers stay: their weights are 0.
     """
 
     def __init__(self, call: Call, tensors: Tensors, streams: torch.Tensor, *, leaves_out: bool = False) -> None:
@@ -164,6 +167,8 @@ class Inputs:
         self.key_heads = KeyHeads(plan.heads // plan.key_heads)
         self._all = tuple(flat(x, dtype) for x in (*tensors[:3], streams))
         self._past = None if tensors.past is None else flat(tensors.past, dtype)
+        self._keeps_moderate = leaves_out and call.normalisation == "softmax" and tensors.query.device.type == "cpu"
+        self._are_moderate: bool | None = None
         self._hidden = self._runs = None
         hidden = call.visibility.hidden
         if hidden is not None:
@@ -190,10 +195,17 @@ class Inputs:
         """The group's blocks, in order. A dropout mask belongs to a whole block, so that there nothing is left out."""
         self.is_full = self._hidden is None or (self._span is not None and not self._span.has_gaps)
         """Whether no key is hidden between the first and the last of the group's blocks."""
-        if hidden is not None and not self.is_full:
+        if hidden is not None and not self.is_full and not self._stay():
             self.key, self.value = self._clean(self.key, hidden), self._clean(self.value, hidden)
             if self.own.shape[-1]:
                 self.all = self._clean(self.all, hidden)
+
+    def _stay(self) -> bool:
+        """Whether hidden rows need not be made 0: neither they nor sums with weights overflow."""
+        if self._are_moderate is None:
+            given = [*self._all[:3], *([] if self._past is None else [self._past])]
+            self._are_moderate = self._keeps_moderate and all(map(is_moderate, given))
+        return self._are_moderate
 
     def _clean(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """A copy of ``[pairs, key_length, width]`` with 0 where a key is hidden."""
@@ -205,7 +217,7 @@ class Inputs:
 
     def clear_lost_(self, rows: torch.Tensor) -> None:
         """Make 0 of what is not finite in the queries' rows ``[pairs, length, width]`` whose own keys are hidden."""
-        if self.hidden is None:
+        if self.hidden is None or self._are_moderate:
             return
         if self._runs is None:
             rows.masked_fill_(self.hidden[:, self.past :] & ~rows.isfinite(), 0.0)

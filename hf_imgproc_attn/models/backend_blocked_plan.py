@@ -36,6 +36,8 @@ WHOLE_GROUP_SCORES = 2**20
 """The same where all rows are one block."""
 LEAST_SAMPLE_SCORES = 2**15
 """Scores of a block over all heads from which on a sample whose padding is left out is worth a group of its own."""
+PAIR_SCORES = 2**16
+"""Scores of a pair up to which its matrices stay in the cache of a core."""
 WHOLE_SCORES = 2**20
 """Bidirectional attention with at most so many scores a head is one block: its weights are computed once."""
 
@@ -95,6 +97,7 @@ class Plan(NamedTuple):
         block_rows: rows of a block.
         group_pairs: (batch, head) pairs of a group.
         by_onednn: whether products go to oneDNN.
+        by_pair: whether all rows are one block, so small that a pair at a time is fastest where little else is done.
     """
 
     batch: int
@@ -109,6 +112,7 @@ class Plan(NamedTuple):
     block_rows: int
     group_pairs: int
     by_onednn: bool = False
+    by_pair: bool = False
 
     @property
     def backward(self) -> Plan:
@@ -204,6 +208,8 @@ def make_plan(
         block_rows = length if whole else TALL_ROWS if is_tall else BLOCK_ROWS
     block_rows = max(min(block_rows, length), 1)
     by_onednn = suits_onednn(like, block_rows * key_length * query.shape[-1])
+    is_short = not is_causal and not dropout and block_rows == length and length * key_length <= PAIR_SCORES
+    by_pair = by_onednn and is_short and group_pairs is None and torch.get_num_threads() == 1
     if group_pairs is None:
         most, least = WHOLE_GROUP_SCORES if block_rows == length else GROUP_SCORES, MIN_GROUP_PAIRS
         if by_onednn and may_be_tall:
@@ -211,7 +217,7 @@ def make_plan(
         group_pairs = max(most // max(block_rows * key_length, 1), least)
     group_pairs = max(min(group_pairs, batch * heads), 1)
     sizes = (batch, heads, key.shape[1], length, key_length)
-    return Plan(*sizes, is_causal, scale, dropout, seed, block_rows, group_pairs, by_onednn)
+    return Plan(*sizes, is_causal, scale, dropout, seed, block_rows, group_pairs, by_onednn, by_pair)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -15,8 +15,10 @@ from .backend_blocked_dense import dense_map
 from .backend_blocked_logits import LogitsGradients, no_streams
 from .backend_blocked_passes import Call, Inputs, Tensors
 from .backend_blocked_plan import Block, multiply
-from .backend_blocked_rules import Part, Rule, Sums, WeightsGrad, rule_of
+from .backend_blocked_rules import Kept, Part, Rule, Sums, WeightsGrad, rule_of
 from .backend_blocked_weights import Buffer, KeySums, Weights, flat
+from .backend_blocked_whole import local_linear_by_pair, local_linear_gradients
+from .backend_blocked_whole import suits as suits_pairs
 from .boost_derivatives import differentiable_gradients
 from .boost_weights import ByWeights, LocalLinear
 
@@ -32,6 +34,10 @@ class RowsCall(NamedTuple):
     def rule(self) -> Rule:
         """The rule of the booster."""
         return rule_of(self.by_weights)
+
+    def is_by_pair(self, tensors: Tensors) -> bool:
+        """Whether the call is computed pair by pair."""
+        return isinstance(self.by_weights, LocalLinear) and suits_pairs(self.call, tensors)
 
 
 class RowsFilter(torch.autograd.Function):
@@ -53,21 +59,27 @@ class RowsFilter(torch.autograd.Function):
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
         tensors = Tensors(query, key, value, bias, None, sinks, parameters)
-        output, row_sums, kept = _forward(rows_call, tensors, own)
+        is_by_pair = rows_call.is_by_pair(tensors)
+        kept = local_linear_by_pair(rows_call.call, tensors, own) if is_by_pair else _forward(rows_call, tensors, own)
         ctx.call = rows_call
-        ctx.save_for_backward(query, key, value, bias, own, sinks, row_sums, kept, *parameters)
+        ctx.save_for_backward(query, key, value, bias, own, sinks, *kept, *parameters)
         plan = rows_call.call.plan
-        return output.to(value.dtype).unflatten(0, (plan.batch, plan.heads))
+        return kept.output.to(value.dtype).unflatten(0, (plan.batch, plan.heads))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        query, key, value, bias, own, sinks, row_sums, kept, *parameters = ctx.saved_tensors
+        query, key, value, bias, own, sinks, output, row_sums, rows, *parameters = ctx.saved_tensors
         tensors, needs = Tensors(query, key, value, bias, None, sinks, tuple(parameters)), ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True: the gradients are to be differentiated themselves
             apart, own = tensors.aliases(), own.view_as(own)
             inputs = (*apart[:4], own, apart.sinks, None, *apart.parameters)
             return differentiable_gradients([dense_rows(ctx.call, apart, own)], [grad], inputs, needs)
-        found = _backward(ctx.call, tensors, own, (row_sums, kept), grad, needs)
+        kept = Kept(output, row_sums, rows)
+        if ctx.call.is_by_pair(tensors):
+            *first, d_own = local_linear_gradients(ctx.call.call, tensors, own, kept, grad)
+            found: tuple[torch.Tensor | None, ...] = (*first, None, d_own, None, None)
+        else:
+            found = _backward(ctx.call, tensors, own, kept, grad, needs)
         given = (query, key, value, bias, own, sinks, None, *parameters)
         return tuple(
             None if gradient is None or tensor is None else gradient.to(tensor.dtype)
@@ -75,10 +87,8 @@ class RowsFilter(torch.autograd.Function):
         )
 
 
-def _forward(
-    rows_call: RowsCall, tensors: Tensors, own: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The output ``[pairs, length, d]``, what each row of logits sums to ``[pairs, length, 2]``, and what is kept."""
+def _forward(rows_call: RowsCall, tensors: Tensors, own: torch.Tensor) -> Kept:
+    """The output, and what else is kept."""
     call, plan, rule = rows_call.call, rows_call.call.plan, rows_call.rule
     like = tensors.query.new_empty(0, dtype=torch.promote_types(tensors.query.dtype, torch.float32))
     width = tensors.value.shape[-1]
@@ -97,16 +107,16 @@ def _forward(
             matrix, factor, row_sums[group.pairs, rows] = weights.compute(block)
             if plan.dropout:
                 matrix.mul_(plan.dropout_factors(group, block, like))
-            mine = (own_rows[group.pairs, rows], kept[group.pairs, rows])
+            mine = (own_rows[group.pairs, rows], kept[group.pairs, rows], like)
             output[group.pairs, rows] = rule.forward(_part(inputs, block, (matrix, factor), mine, buffers, call))
-    return output, row_sums, kept
+    return Kept(output, row_sums, kept)
 
 
 def _part(
     inputs: Inputs,
     block: Block,
     weights: tuple[torch.Tensor, torch.Tensor | None],
-    mine: tuple[torch.Tensor, torch.Tensor],
+    mine: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     buffers: list[Buffer],
     call: Call,
 ) -> Part:
@@ -124,12 +134,12 @@ def _backward(
     rows_call: RowsCall,
     tensors: Tensors,
     own: torch.Tensor,
-    found: tuple[torch.Tensor, torch.Tensor],
+    found: Kept,
     grad: torch.Tensor,
     needs: tuple[bool, ...],
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients in the order of the function's arguments; ``found``: row sums, and what is kept."""
-    row_sums, kept = found
+    """Gradients in the order of the function's arguments; ``found``: what is kept."""
+    output, row_sums, kept = found
     call = rows_call.call._replace(plan=rows_call.call.plan.backward)
     plan, rule = call.plan, rows_call.rule
     key, value = tensors.key, tensors.value
@@ -154,7 +164,7 @@ def _backward(
             factors = plan.dropout_factors(group, block, like) if plan.dropout else None
             matrix.mul_(correction)
             dropped = matrix if factors is None else matrix * factors
-            mine = (own_rows[group.pairs, rows], kept[group.pairs, rows])
+            mine = (own_rows[group.pairs, rows], kept[group.pairs, rows], output[group.pairs, rows])
             part = _part(inputs, block, (dropped, None), mine, buffers, call)
             sums = Sums(by_rule, by_value, columns, d_own.flatten(0, 1)[group.pairs, rows])
             found_grad = rule.backward(part, grads[group.pairs, rows], sums)

@@ -31,6 +31,19 @@ from .backend_blocked_weights import KeySums
 from .boost_weights import LEAST_WITHIN, ByWeights, Robust
 
 
+class Kept(NamedTuple):
+    """What the forward pass keeps for the backward pass, in working precision.
+
+    output: ``[pairs, length, d]``.
+    row_sums: of each row of logits, ``[pairs, length, 2]``; see ``Weights.compute``.
+    rows: what else the booster needs of each row, ``[pairs, length, width]``.
+    """
+
+    output: torch.Tensor
+    row_sums: torch.Tensor
+    rows: torch.Tensor
+
+
 class Part(NamedTuple):
     """A block of a group, in working precision.
 
@@ -41,6 +54,7 @@ class Part(NamedTuple):
     value: ``[pairs, keys, d]``.
     own: the booster's rows, ``[pairs, rows, width]``.
     kept: what the forward pass keeps of the rows for the backward pass, ``[pairs, rows, kept]``.
+    output: of the rows, ``[pairs, rows, d]``; without numbers in the forward pass.
     room: memory of the size of ``matrix``, by number.
     multiply: a batched product, of two factors and what gives it memory.
     is_whole: whether the rows sum to 1 (after ``factor``), or to 0 where they see no key: weights of softmax, without
@@ -53,6 +67,7 @@ class Part(NamedTuple):
     value: torch.Tensor
     own: torch.Tensor
     kept: torch.Tensor
+    output: torch.Tensor
     room: Callable[[int], torch.Tensor]
     multiply: Callable[..., torch.Tensor]
     is_whole: bool
@@ -98,7 +113,7 @@ class Sums(NamedTuple):
 
 
 class LocalLinearRule:
-    """See the file's formulas. Kept are m and the output."""
+    """See the file's formulas. Kept is 1 + m."""
 
     rooms = 3
     has_columns = False
@@ -106,36 +121,35 @@ class LocalLinearRule:
 
     def kept(self, width: int) -> int:
         """How many numbers a row keeps."""
-        return width + 1
+        return 1
 
     def forward(self, part: Part) -> torch.Tensor:
         """The block's rows of the output, ``[pairs, rows, d]``."""
         matrix, shares = part.matrix, part.product(part.own, part.key.mT, 0)
         mean = torch.mul(matrix, shares, out=part.room(1)).sum(-1, keepdim=True)
         mean = mean.mul_(part.factor) if part.is_whole and part.factor is not None else mean.div_(part.mass())
-        weights = torch.sub(mean + 1.0, shares, out=shares).mul_(matrix)
+        tilt = torch.add(mean, 1.0, out=part.kept)
+        weights = torch.sub(tilt, shares, out=shares).mul_(matrix)
         out = part.multiply(weights, part.value)
         if part.factor is not None:
             out.mul_(part.factor)
-        part.kept[..., :1], part.kept[..., 1:] = mean, out
         return out
 
     def backward(self, part: Part, grad: torch.Tensor, sums: Sums) -> WeightsGrad:
         """The gradient of the weights, from that of the block's output, ``[pairs, rows, d]``."""
         matrix, product = part.matrix, part.room(2)
-        mean, out = part.kept[..., :1], part.kept[..., 1:]
         errors = part.product(grad, part.value.mT, 1)
         average = torch.mul(matrix, errors, out=product).sum(-1, keepdim=True)
         if not part.is_whole:
             average.div_(part.mass())
         errors.sub_(average)
         shares = part.product(part.own, part.key.mT, 0)
-        tilt = torch.sub(mean + 1.0, shares, out=shares)
+        tilt = torch.sub(part.kept, shares, out=shares)
         sums.value.add(torch.mul(tilt, matrix, out=product), grad)
         d_shares = torch.mul(matrix, errors, out=product)
         torch.neg(part.multiply(d_shares, part.key), out=sums.own)
         sums.key.add(d_shares, -part.own)
-        return WeightsGrad(tilt.mul_(errors), average, (grad * out).sum(-1, keepdim=True))
+        return WeightsGrad(tilt.mul_(errors), average, (grad * part.output).sum(-1, keepdim=True))
 
 
 class RobustRule:

@@ -137,4 +137,35 @@ class DenseDelta(NamedTuple):
                 is_own = torch.arange(known.shape[-2], device=known.device) >= self.places[0]
                 known = known.masked_fill(is_own.unsqueeze(-1), 0.0)
             value = value - weights[..., : known.shape[-2]] @ known
+        if torch.compiler.is_exporting():
+            return torch.matmul(inverse_by_products(own), value)
         return torch.linalg.solve_triangular(own, value, upper=False, unitriangular=True)
+
+
+MOST_DOUBLINGS = 17
+"""Of blocks in an exported graph whose longest length is not known: rows that a matrix of weights can have at most."""
+
+
+def inverse_by_products(system: torch.Tensor) -> torch.Tensor:
+    """(I + B)^-1, B what stands below the diagonal, from the inverses of the blocks on it, of 1, 2, 4, … rows.
+
+        [[I + P, 0], [C, I + Q]]^-1 = X - X [[0, 0], [C, 0]] X,     X the inverse without C
+
+    As exact as a triangular solve, which is not among the operators that readers of exported graphs have to know, and
+    much slower for long texts: two products of matrices of length x length each time.
+
+    Args:
+        system: square, ``[..., length, length]``.
+    """
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
+
+    length = system.shape[-1]
+    place = torch.arange(length, device=system.device)
+    inverse = torch.eye(length, dtype=system.dtype, device=system.device).expand_as(system)
+    for doublings in range(MOST_DOUBLINGS):
+        if statically_known_true(length <= 2**doublings):
+            break
+        number = place // 2**doublings
+        below = (number.unsqueeze(-1) % 2 == 1) & (number.unsqueeze(-1) - 1 == number)
+        inverse = inverse - inverse @ system.masked_fill(~below, 0.0) @ inverse
+    return inverse

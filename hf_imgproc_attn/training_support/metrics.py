@@ -3,6 +3,9 @@
 Perplexity is the exponential of a mean negative log-likelihood (natural logarithm): a token, exp(total / tokens
 scored); a word, exp(total / words), which can be compared between tokenizers. What counts as a word, and which tokens
 are scored, is defined in :mod:`.text_data`.
+
+The loss is here too: the mean over samples, tokens or pixels. Trainer averages the means of batches; with several
+processes the last one is filled with samples that are there already, so that it would depend on their number.
 """
 
 import math
@@ -85,7 +88,7 @@ def segmentation_scores(confusion: np.ndarray) -> dict[str, float]:
 
 
 def count_pixels(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """``preprocess_logits_for_metrics`` of segmentation: how many pixels have a class and were given another.
+    """How many pixels have a class and were given another.
 
     Args:
         logits: ``[images, classes, rows, columns]``, brought to the masks' size as in the loss.
@@ -94,9 +97,33 @@ def count_pixels(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     Returns:
         ``[images, classes * classes]``, int64, class by class.
     """
-    classes = logits.shape[1]
+    return _counts(_full_size(logits, labels), labels)
+
+
+def pixel_results(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``preprocess_logits_for_metrics`` of segmentation: numbers of each image instead of all logits.
+
+    Args:
+        logits: as of :func:`count_pixels`.
+        labels: likewise.
+
+    Returns:
+        What :func:`count_pixels` returns, and the sum of the cross-entropies of each image's pixels in nats,
+        ``[images]``, float32.
+    """
+    full = _full_size(logits, labels)
+    scored = labels.masked_fill((labels < 0) | (labels >= full.shape[1]), IGNORED_LABEL)
+    losses = torch.nn.functional.cross_entropy(full, scored, ignore_index=IGNORED_LABEL, reduction="none")
+    return _counts(full, labels), losses.sum((1, 2))
+
+
+def _full_size(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     size = labels.shape[-2:]
-    full = torch.nn.functional.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+    return torch.nn.functional.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+
+
+def _counts(full: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    classes = full.shape[1]
     pairs = labels * classes + full.argmax(1)
     counted = (labels >= 0) & (labels < classes)
     return torch.stack(
@@ -105,42 +132,51 @@ def count_pixels(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 class SegmentationMetrics:
-    """``compute_metrics`` of segmentation after :func:`count_pixels`, batch by batch (``batch_eval_metrics``)."""
+    """``compute_metrics`` of segmentation after :func:`pixel_results`, batch by batch (``batch_eval_metrics``)."""
 
     def __init__(self) -> None:
         self.metric = SegmentationScores(keep_in_memory=True)
+        self._loss, self._pixels = 0.0, 0
 
     def __call__(self, prediction: "EvalPrediction", compute_result: bool = True) -> dict[str, float]:
-        self.metric.add_batch(predictions=np.asarray(torch.as_tensor(prediction.predictions).cpu()))
-        return (self.metric.compute() or {}) if compute_result else {}
+        counts, losses = (torch.as_tensor(part).cpu() for part in prediction.predictions)
+        self.metric.add_batch(predictions=np.asarray(counts))
+        self._loss, self._pixels = self._loss + float(losses.double().sum()), self._pixels + int(counts.sum())
+        if not compute_result:
+            return {}
+        loss = self._loss / max(self._pixels, 1)
+        self._loss, self._pixels = 0.0, 0
+        return {"loss": loss, **(self.metric.compute() or {})}
 
 
 def classification_metrics(prediction: "EvalPrediction") -> dict[str, float]:
-    """``compute_metrics`` of the image classifier: logits ``[images, classes]`` -> accuracy."""
+    """``compute_metrics`` of classifiers: logits ``[samples, classes]`` -> loss (cross-entropy in nats), accuracy."""
+    logits = torch.from_numpy(np.asarray(prediction.predictions, dtype=np.float64))
+    loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(np.asarray(prediction.label_ids)).long())
     chosen = np.argmax(prediction.predictions, axis=-1)
     result = Accuracy(keep_in_memory=True).compute(predictions=chosen, references=prediction.label_ids)
-    return {} if result is None else result
+    return {"loss": float(loss), **(result or {})}
 
 
-def likeliest_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """``preprocess_logits_for_metrics`` of recall: the most likely token at every place but the first.
+def answers(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``preprocess_logits_for_metrics`` of recall: the most likely token at every place but the first, and its loss.
 
     Args:
         logits: ``[batch, length, vocabulary]``; those of a place predict the next one.
-        labels: not used.
+        labels: ``[batch, length]``, -100 where nothing is asked.
 
     Returns:
-        Token ids ``[batch, length - 1]``.
+        Token ids ``[batch, length - 1]``, and what :func:`token_losses` returns.
     """
-    return logits[:, :-1].argmax(-1)
+    return logits[:, :-1].argmax(-1), token_losses(logits, labels)
 
 
 def answer_metrics(prediction: "EvalPrediction") -> dict[str, float]:
-    """``compute_metrics`` of recall, after :func:`likeliest_tokens`: accuracy over all answers that are asked."""
-    wanted = prediction.label_ids[:, 1:]
+    """``compute_metrics`` of recall, after :func:`answers`: loss and accuracy over all answers that are asked."""
+    (tokens, losses), wanted = prediction.predictions, prediction.label_ids[:, 1:]
     asked = wanted != IGNORED_LABEL
-    metric = Accuracy(keep_in_memory=True)
-    return metric.compute(predictions=prediction.predictions[asked], references=wanted[asked]) or {}
+    result = Accuracy(keep_in_memory=True).compute(predictions=tokens[asked], references=wanted[asked]) or {}
+    return {"loss": float(losses[asked].mean(dtype=np.float64)), **result}
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -161,8 +197,7 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def language_model_metrics(num_words: int) -> Callable[["EvalPrediction"], dict[str, float]]:
     """``compute_metrics`` of the language model on a text of ``num_words`` words, after :func:`token_losses`.
 
-    Its loss is the mean over the tokens that are scored. It takes the place of Trainer's, which averages batches: with
-    several processes the last batch is filled with samples that are there already.
+    Its loss is the mean over the tokens that are scored.
     """
 
     def compute(prediction: "EvalPrediction") -> dict[str, float]:

@@ -136,7 +136,7 @@ def test_what_a_backend_cannot_do_is_refused_in_words() -> None:
 def test_kernels_are_not_given_logits_of_all_pairs() -> None:
     """A kernel that would take the tensors as they are and know nothing of a bias refuses it, on any device."""
     layer, inputs = build("dot_product", "none", "twicing", 2), tensors("none")
-    bias = torch.zeros(1, 1, *(inputs["query"].shape[2],) * 2)
+    bias = torch.eye(inputs["query"].shape[2]).view(1, 1, *(inputs["query"].shape[2],) * 2)
     with pytest.raises(ValueError, match="filter_backend='triton' cannot serve this call: it takes masks of padded"):
         choose(layer, "triton")(**inputs, implementation="sdpa", attention_mask=bias)
     choose(layer, "auto")(**inputs, implementation="sdpa", attention_mask=bias)

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_imgproc_attn.models.backend_blocked import run as run_blocked
 from hf_imgproc_attn.models.backend_blocked_hidden import MOST_RUNS, KeyRuns, key_runs
+from hf_imgproc_attn.models.backend_blocked_passes import Inputs
 from hf_imgproc_attn.models.backend_blocked_plan import Group
 from hf_imgproc_attn.models.backend_call import FilterCall
 from hf_imgproc_attn.models.backend_reference import run as run_reference
@@ -82,6 +83,46 @@ def test_padded_batches_are_the_dense_truth(
         results.append([output, *torch.autograd.grad(output, own, random(*output.shape, seed=9))])
     for exact, found in zip(*results, strict=True):
         torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-10, equal_nan=True)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("content", [1.0, 1e30, float("inf"), float("nan")])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_many_samples_share_a_group(content: float, has_bias: bool, is_causal: bool) -> None:
+    """More than are written run by run; what stands in hidden keys and values, moderate or not, moves nothing."""
+    samples = MOST_RUNS + 3
+    mask = torch.ones(samples, 1, 1, LENGTH, dtype=torch.bool)
+    for sample in range(1, samples):
+        mask[sample, ..., LENGTH - sample :] = False
+        mask[sample, ..., : sample // 3] = False
+    given = [random(samples, HEADS, LENGTH, 4, seed=seed) for seed in range(3)]
+    bias = random(samples, HEADS, LENGTH, LENGTH, seed=4) if has_bias else None
+    hidden = [given[0], *(tensor.masked_fill(~mask.mT, content) for tensor in given[1:])]
+    results = []
+    for run, tensors in ((run_reference, given), (run_blocked, hidden)):
+        own = [tensor.clone().requires_grad_() for tensor in tensors]
+        call = filter_call(
+            *own, boosting="twicing", boosting_steps=3, attention_mask=mask, is_causal=is_causal, bias=bias
+        )
+        blocks = {} if run is run_reference else {"block_rows": 9, "group_pairs": samples * HEADS}
+        output = run(call, **blocks).masked_fill(~mask.mT, 0.0)
+        gradients = torch.autograd.grad(output, own, random(*output.shape, seed=9))
+        results.append([output, gradients[0], *(gradient.masked_fill(~mask.mT, 0.0) for gradient in gradients[1:])])
+    for exact, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("content", "copies"), [(1.0, 0), (1e30, 2), (float("nan"), 2)])
+def test_moderate_numbers_stay_where_a_key_is_hidden(
+    content: float, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and values are copied, to be overwritten, only if they could overflow."""
+    cleaned, clean = [], Inputs._clean
+    monkeypatch.setattr(Inputs, "_clean", lambda own, x, hidden: cleaned.append(x) or clean(own, x, hidden))
+    mask = shown("both ends and a hole")
+    tensors = [random(2, HEADS, LENGTH, 4, seed=seed).masked_fill(~mask.mT, content) for seed in range(3)]
+    run_blocked(filter_call(*tensors, boosting="none", attention_mask=mask, is_causal=True), group_pairs=2 * HEADS)
+    assert len(cleaned) == copies
 
 
 def products(call: FilterCall, own: list[torch.Tensor], group_pairs: int) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from hf_imgproc_attn.models.backend_blocked import run as run_blocked
 from hf_imgproc_attn.models.backend_call import FilterCall
 from hf_imgproc_attn.models.backend_chunked import run as run_chunked
 from hf_imgproc_attn.models.backend_table import run_filter
+from hf_imgproc_attn.models.boost_delta import DenseDelta, inverse_by_products
 from hf_imgproc_attn.models.kernel_normalisation import NORMALISATIONS, Normalisation
 from tests.models.helpers import filter_call, logits_in_steps, make_filter, sharpen_
 from tests.models.layer_cases import BATCH, HEADS, LENGTH, TIGHT, WIDTH, assert_same, masks, random, run, tensors
@@ -328,3 +329,37 @@ def test_the_function_refuses_masks_that_show_later_keys() -> None:
             filter_attention(query, key, value, attn_mask=mask, boosting="delta")
     below = filter_attention(query, key, value, attn_mask=torch.ones(5, 5).bool().tril(), boosting="delta")
     torch.testing.assert_close(below, filter_attention(query, key, value, is_causal=True, boosting="delta"), **TIGHT)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 8, 13])
+def test_the_inverse_by_products_is_the_triangular_solve(length: int) -> None:
+    """Rows that grow as those of ``sigmoid`` may, and whatever stands on and above the diagonal."""
+    system, value = 1.5 * random(2, 3, length, length), random(2, 3, length, 4, seed=1)
+    exact = torch.linalg.solve_triangular(system, value, upper=False, unitriangular=True)
+    torch.testing.assert_close(inverse_by_products(system) @ value, exact, rtol=1e-10, atol=1e-10)
+
+
+class Solve(torch.nn.Module):
+    """u of a text without a cache."""
+
+    def forward(self, before: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return DenseDelta(before, None, slice(0, before.shape[-1])).solve(value)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")  # torch's own, in its exporter
+def test_an_exported_system_has_core_operators_and_every_length() -> None:
+    """As many products as the longest length needs: two for each of 1, 2, 4, 8 and 16 rows, one with the values."""
+    longest = 17
+    length = torch.export.Dim("length", min=2, max=longest)
+    shapes = {"before": {2: length, 3: length}, "value": {2: length}}
+    given = random(1, 2, 7, 7), random(1, 2, 7, 3, seed=1)
+    exported = torch.export.export(Solve(), given, dynamic_shapes=shapes, strict=False)
+    for size in (2, longest):
+        other = random(1, 2, size, size, seed=2), random(1, 2, size, 3, seed=3)
+        torch.testing.assert_close(exported.module()(*other), Solve()(*other), rtol=1e-9, atol=1e-9)
+    targets = [node.target for node in exported.run_decompositions().graph.nodes if node.op == "call_function"]
+    tags = {target: target.tags for target in targets if isinstance(target, torch._ops.OpOverload)}
+    allowed = torch.ops.aten._assert_tensor_metadata.default
+    assert all(torch.Tag.core in tag for target, tag in tags.items() if target is not allowed)
+    assert targets.count(torch.ops.aten.bmm.default) == 2 * 5 + 1

@@ -148,6 +148,17 @@ def test_without_ledgers_the_command_is_refused(tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "page.md").exists()
 
 
+def test_a_ledger_of_ones_own_makes_no_empty_page(tmp_path: Path) -> None:
+    """A page that says of every claim that it was not tested is no answer: report.md is."""
+    ledger = tmp_path / "mine"
+    ledger.mkdir()
+    (ledger / "study.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"one of the studies .*digits.*, got mine in .*report\.md of its ledger"):
+        findings(tmp_path)
+    with pytest.raises(UsageError, match=r"got the ledger .*mine' itself: its tables are in report\.md there"):
+        findings(ledger)
+
+
 @pytest.mark.parametrize(("field", "value"), [("version", 2), ("split", "validation")])
 def test_the_ledger_of_another_version_is_refused_by_the_page(field: str, value: Any, tmp_path: Path) -> None:
     name = CLAIMS[0].study

@@ -23,13 +23,17 @@ def test_metrics_are_direct_subclasses_of_the_library() -> None:
     assert Accuracy.__bases__ == Perplexity.__bases__ == (evaluate.Metric,)
 
 
-def test_accuracy_against_scikit_learn() -> None:
-    from sklearn.metrics import accuracy_score
+def test_loss_and_accuracy_against_scikit_learn() -> None:
+    from sklearn.metrics import accuracy_score, log_loss
 
     generator = np.random.default_rng(0)
     logits, labels = generator.normal(size=(50, 4)), generator.integers(0, 4, 50)
     found = classification_metrics(EvalPrediction(predictions=logits, label_ids=labels))
-    assert found == {"accuracy": pytest.approx(accuracy_score(labels, logits.argmax(-1)))}
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    assert found == {
+        "loss": pytest.approx(log_loss(labels, probabilities, labels=range(4))),
+        "accuracy": pytest.approx(accuracy_score(labels, logits.argmax(-1))),
+    }
 
 
 def test_token_losses_and_perplexity_by_hand() -> None:

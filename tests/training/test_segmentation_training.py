@@ -23,6 +23,7 @@ from hf_imgproc_attn.cards.rendering import load_results, render_card
 from hf_imgproc_attn.cards.results import METRICS
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.hub.run_files import contents, read_run
+from hf_imgproc_attn.models.modeling_dense import segmentation_loss
 from hf_imgproc_attn.training_support import composed_digits
 from hf_imgproc_attn.training_support.composed_digits import compose
 from hf_imgproc_attn.training_support.data_loading import load_splits
@@ -30,7 +31,7 @@ from hf_imgproc_attn.training_support.mask_arguments import MaskDataArguments
 from hf_imgproc_attn.training_support.mask_data import load_mask_splits, read_label_names
 from hf_imgproc_attn.training_support.mask_pictures import COLOURS, coloured
 from hf_imgproc_attn.training_support.mask_pixels import augment
-from hf_imgproc_attn.training_support.metrics import SegmentationMetrics, count_pixels
+from hf_imgproc_attn.training_support.metrics import SegmentationMetrics, pixel_results
 from tests.helpers import ROOT
 from tests.training.conftest import TINY_VIT
 
@@ -98,7 +99,7 @@ def test_splits_share_neither_digits_nor_photographs() -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def test_mean_iou_equals_a_confusion_matrix_made_by_hand() -> None:
+def test_loss_and_mean_iou_equal_a_confusion_matrix_made_by_hand() -> None:
     """Class 4 occurs nowhere and does not count; 255 does not either; batches together are one set of images."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 5, 3, 2, generator=generator)
@@ -121,14 +122,16 @@ def test_mean_iou_equals_a_confusion_matrix_made_by_hand() -> None:
         each += [matrix[kind][kind] / union] if union else []
     assert len(each) == 4
     right, pixels = sum(matrix[kind][kind] for kind in range(5)), sum(map(sum, matrix))
+    # The mean over all pixels that count, however many a batch has.
+    loss = float(segmentation_loss(logits, labels, 255))
     metrics = SegmentationMetrics()
-    counts = count_pixels(logits, labels).numpy()
-    assert metrics(SimpleNamespace(predictions=counts[:2]), compute_result=False) == {}
-    assert metrics(SimpleNamespace(predictions=counts[2:])) == pytest.approx(
-        {"mean_iou": sum(each) / 4, "pixel_accuracy": right / pixels}
-    )
+    counts, losses = pixel_results(logits, labels)
+    assert metrics(SimpleNamespace(predictions=(counts[:2], losses[:2])), compute_result=False) == {}
+    expected = {"loss": loss, "mean_iou": sum(each) / 4, "pixel_accuracy": right / pixels}
+    assert metrics(SimpleNamespace(predictions=(counts[2:], losses[2:]))) == pytest.approx(expected, rel=1e-5)
     # What was counted once is not counted again.
-    assert metrics(SimpleNamespace(predictions=counts))["pixel_accuracy"] == pytest.approx(right / pixels)
+    again = metrics(SimpleNamespace(predictions=(counts.numpy(), losses.numpy())))
+    assert again == pytest.approx(expected, rel=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------------

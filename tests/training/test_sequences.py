@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from hf_imgproc_attn.cards.rendering import load_results, render_card
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.sequences import SEQUENCE_TASKS
 from hf_imgproc_attn.training_support.arguments import GENERATED_ANSWERS, GENERATED_CLASSES
-from hf_imgproc_attn.training_support.metrics import answer_metrics, likeliest_tokens
+from hf_imgproc_attn.training_support.metrics import answer_metrics, answers
 from hf_imgproc_attn.training_support.sequence_arguments import RecallDataArguments, SequenceDataArguments
 from hf_imgproc_attn.training_support.sequence_data import TokenSequences, load_sequences, sequence_tokenizer
 from tests.training.conftest import WriteImages
@@ -161,18 +162,20 @@ def test_only_answers_have_labels_and_they_are_where_the_model_predicts_them() -
     asked = torch.nonzero(item["labels"] != -100).ravel()
     assert len(asked) == 8
     words = tokenizer.convert_ids_to_tokens(item["input_ids"])
-    answers = tokenizer.convert_ids_to_tokens(item["labels"][asked])
+    wanted = tokenizer.convert_ids_to_tokens(item["labels"][asked])
     shown = dict(zip(words[0:16:2], words[1:16:2], strict=True))
-    assert [shown[words[place - 1]] for place in asked] == answers
+    assert [shown[words[place - 1]] for place in asked] == wanted
 
 
 def test_accuracy_counts_what_is_asked() -> None:
     labels = np.array([[-100, -100, 4, -100], [-100, 2, -100, 3]])
     logits = torch.zeros(2, 4, 5)
     logits[0, 1, 4] = logits[1, 0, 2] = logits[1, 2, 1] = 1
-    found = likeliest_tokens(logits, torch.from_numpy(labels)).numpy()
+    found = tuple(part.numpy() for part in answers(logits, torch.from_numpy(labels)))
     prediction: Any = type("Prediction", (), {"predictions": found, "label_ids": labels})
-    assert answer_metrics(prediction) == {"accuracy": pytest.approx(2 / 3)}
+    # Of five words one has the logit 1, in two of three answers the right one.
+    loss = math.log(4 + math.e) - 2 / 3
+    assert answer_metrics(prediction) == {"loss": pytest.approx(loss), "accuracy": pytest.approx(2 / 3)}
 
 
 def test_pixels_become_tokens(tmp_path: Path, write_images: WriteImages) -> None:

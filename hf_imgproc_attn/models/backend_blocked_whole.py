@@ -1,0 +1,116 @@
+"""Blocked attention pair by pair, where all queries of a head are one block: short sequences on CPUs, as of ViT.
+
+A head's matrices of 197 x 197 numbers stay in the cache of a core while they are worked on, and oneDNN's products are
+used where they come out: no copies to a place in a group. That is worth it only if little else is done for a pair, so
+that what makes a call general is left to ``backend_blocked_passes``: masks, dropout, positions, grouped heads.
+
+The backward pass holds matrices turned, ``[keys, rows]``. There a number a row stands along the rows in memory, where
+oneDNN adds it to a product at no cost (the logits minus their log-sum-exp), and sums over queries are products of the
+fast kind. Both directions round logits alike: oneDNN adds up the same numbers in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .backend_blocked_passes import Call, Tensors
+from .backend_blocked_plan import PLAINLY, Linear, onednn_linear
+from .backend_blocked_rules import Kept
+from .backend_blocked_weights import LOG2_E, flat
+
+LN_2 = math.log(2.0)
+AFTER: tuple[object, ...] = ("none", [], "")
+"""Arguments of oneDNN's product behind a bias: nothing after it."""
+
+
+def suits(call: Call, tensors: Tensors) -> bool:
+    """Whether a call is served here."""
+    seen, plan = call.visibility, call.plan
+    is_bare = call.positions is None and tensors.bias is None and call.ignores_row_constants
+    return plan.by_pair and is_bare and seen.hides_nothing and seen.hidden is None and plan.heads == plan.key_heads
+
+
+def _linear() -> Linear:
+    linear = onednn_linear()
+    if linear is None:
+        raise RuntimeError("oneDNN's product is gone since the plan was made")
+    return linear
+
+
+def row_sums_of(largest: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """What :meth:`Weights.compute` returns of all rows, ``[pairs, length, 2]``.
+
+    Args:
+        largest: logit of each row, in units of log 2, ``[pairs, length, 1]``.
+        total: of the weights relative to that, ``[pairs, length, 1]``.
+    """
+    log_sum = total.log2().add_(largest)
+    return torch.cat((log_sum, (log_sum - largest).exp2_().div_(total)), dim=-1)
+
+
+def local_linear_by_pair(call: Call, tensors: Tensors, own: torch.Tensor) -> Kept:
+    """The forward pass; see ``backend_blocked_rules`` for the formulas.
+
+    Logits and -s come from one product, of queries and slopes below each other.
+    """
+    plan, linear = call.plan, _linear()
+    like = tensors.query.new_empty(0, dtype=torch.promote_types(tensors.query.dtype, torch.float32))
+    length, width = plan.length, tensors.query.shape[-1]
+    output = like.new_empty(plan.batch * plan.heads, length, tensors.value.shape[-1])
+    largest, total, tilt = (like.new_empty(len(output), length, 1) for _ in range(3))
+    left, product, one = like.new_empty(2 * length, width), like.new_empty(length, plan.key_length), like.new_ones(())
+    given = (flat(x, like.dtype) for x in (*tensors[:3], own))
+    everything = zip(*given, output, largest, total, tilt, strict=True)
+    for query, key, value, slope, out, most, mass, shift in everything:
+        torch.mul(query, plan.scale * LOG2_E, out=left[:length])
+        torch.neg(slope, out=left[length:])
+        matrix, shares = linear(left, key, *PLAINLY).split(length)
+        torch.amax(matrix, -1, keepdim=True, out=most)
+        torch.sum(matrix.sub_(most).exp2_(), -1, keepdim=True, out=mass)
+        torch.mul(matrix, shares, out=product)
+        factor = mass.reciprocal()
+        torch.addcmul(one, product.sum(-1, keepdim=True), factor, value=-1.0, out=shift)
+        shares.add_(shift).mul_(matrix)
+        torch.mul(linear(shares, value.mT, *PLAINLY), factor, out=out)
+    return Kept(output, row_sums_of(largest, total), tilt)
+
+
+def local_linear_gradients(
+    call: Call, tensors: Tensors, own: torch.Tensor, kept: Kept, grad: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of queries, keys, values and slopes, each ``[batch, heads, ..., width]``.
+
+    Those of the logits, in units of log 2, and of -s stand side by side, so that each of queries with slopes, and of
+    keys, is one product.
+    """
+    plan, linear, like = call.plan, _linear(), kept.output.new_empty(0)
+    length, width = plan.length, tensors.query.shape[-1]
+    d_queries, d_keys, d_values = (like.new_empty(x.shape) for x in tensors[:3])
+    d_slopes = like.new_empty(own.shape)
+    log_sums, corrections = kept.row_sums.unbind(-1)
+    beside = torch.cat((-log_sums, kept.rows.squeeze(-1)), dim=-1)
+    left = like.new_empty(2 * length, width)
+    product, tilted = (like.new_empty(plan.key_length, length) for _ in range(2))
+    given = (flat(x, like.dtype) for x in (*tensors[:3], own, grad))
+    gradients = (x.flatten(0, 1) for x in (d_queries, d_keys, d_values, d_slopes))
+    everything = zip(*given, kept.output, beside, corrections, *gradients, strict=True)
+    for query, key, value, slope, above, out, bias, correction, d_query, d_key, d_value, d_slope in everything:
+        torch.mul(query, plan.scale * LOG2_E, out=left[:length])
+        torch.neg(slope, out=left[length:])
+        both = linear(key, left, bias, *AFTER)
+        matrix, tilt = both.split(length, dim=-1)
+        matrix.exp2_().mul_(correction)
+        errors = linear(value, above, *PLAINLY)
+        average = torch.mul(matrix, errors, out=product).sum(0)
+        row_term = (above * out).sum(-1).sub_(average).mul_(LN_2)
+        d_value.copy_(linear(torch.mul(tilt, matrix, out=tilted), above.mT, *PLAINLY))
+        torch.addcmul(product, matrix, average, value=-1.0, out=tilt)
+        tilted.mul_(torch.add(average.mul_(-LN_2), errors, alpha=LN_2, out=errors))
+        torch.addcmul(tilted, matrix, row_term, value=-1.0, out=matrix)
+        d_key.copy_(linear(both, left.mT, *PLAINLY))
+        turned = linear(key.mT.contiguous(), both.mT, *PLAINLY)
+        torch.mul(turned[:, :length].mT, plan.scale * LOG2_E, out=d_query)
+        torch.neg(turned[:, length:].mT, out=d_slope)
+    return d_queries, d_keys, d_values, d_slopes
