@@ -54,8 +54,8 @@ def found_in(ledgers: Path) -> Iterator[Found]:
 def evidence_table(ledgers: Path) -> str:
     """The table in Markdown: what softmax itself reaches, then a row for each variant; a column for each study.
 
-    A cell of a variant is the mean paired difference from softmax and its 95 % interval; bold where the corrected p-value is below
-    0.05.
+    A cell of a variant is the mean paired difference from softmax and its 95 % interval; bold where the corrected
+    p-value is below 0.05.
     """
     columns = list(found_in(ledgers))
     names = dict.fromkeys(row.variant for found in columns for row in found.table.rows if row.variant != STOCK)
