@@ -254,6 +254,21 @@ CLAIMS = (
         ("softmax", "softmax_as_large"),
     ),
     Claim(
+        "Filters make better language models, with more text",
+        "The claim of the study before, with three times the lines and eight times the parameters.",
+        "wikitext2_medium",
+        ("clean",),
+        _FILTERS,
+        ("softmax", "softmax_as_large"),
+    ),
+    Claim(
+        "Language models with filters withstand swapped words better, with more text",
+        "Likewise: words of the test split are swapped for AAA.",
+        "wikitext2_medium",
+        ("word swap",),
+        _FILTERS,
+    ),
+    Claim(
         "Filters segment better",
         "Of the dense tasks of the filter papers (ADE20K) a small stand-in.",
         "segmentation",
