@@ -203,7 +203,10 @@ def _compare_filtered(
     if inputs is not None:
         report.change = measure(source, variant, inputs)
         if report.change.is_large:
-            fewer = last_layers(variant, preset, arguments) if is_filtered(variant) else None
+            if not is_filtered(variant):
+                report.advice = STOCK_AGAIN
+                return report
+            fewer = last_layers(variant, preset, arguments)
             report.advice = _advice_in_words(None if fewer is None else measure(source, fewer, inputs), "layers")
     return report
 
@@ -321,6 +324,13 @@ def _warnings(source: Source, variant: PreTrainedModel, report: ConversionReport
     return warnings
 
 
+KEPT_BY_ANY = ("learned_twicing", "neutreno", "pidformer", "inversion", "value_residual")
+KEPT_BY_OWN = ("gradient_boosted", "dynamic_inversion", "differential", "local_linear", "gated")
+KEPT_IF_CAUSAL = "delta"
+"""Presets with which a stock checkpoint computes what it did: in any model, in ours alone, in causal ones."""
+STOCK_AGAIN = "attention is stock again: weights that were trained with the filter do without it from now on"
+
+
 def _boosting_in_words(config: Any) -> str:
     """Which layers are boosted, by which booster, how often."""
     boosted = {index: spec for index, spec in enumerate(config.layer_specs) if spec.is_boosted}
@@ -342,6 +352,8 @@ def _advice(
     """What costs less than a large change; where that is boosting fewer layers, it is measured."""
     if not change.is_large:
         return ""
+    if preset == "softmax" and not overrides:
+        return STOCK_AGAIN
     specs = variant.config.layer_specs
     single_values = not isinstance(variant.config.boosting, list) and not isinstance(
         variant.config.boosting_steps, list
@@ -362,8 +374,8 @@ def _advice_in_words(less: Change | None, field_name: str) -> str:
         )
         how = "boosted" if field_name == "boosted_layers" else "filtered"
         return f"{how} in its last two layers only ({field_name}={LAST_LAYERS}) {costs}"
-    own = "gradient_boosted, " if field_name == "boosted_layers" else ""
+    kept = KEPT_BY_ANY if field_name == "layers" else KEPT_BY_ANY + KEPT_BY_OWN
     return (
-        "this is a starting point for training; what starts as the source's function: learned_twicing, "
-        f"{own}neutreno, pidformer, inversion, local_linear, delta"
+        f"this is a starting point for training; what starts as the source's function: {', '.join(kept)}, and with a "
+        f"causal mask {KEPT_IF_CAUSAL}"
     )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import plain_message
-from ..models.any_layers import AttentionLayer, attention_layers
+from ..models.any_layers import AttentionLayer, attention_layers, described
 from .options import LensOptions
 
 
@@ -21,7 +21,7 @@ def chosen_layers(model: nn.Module, options: LensOptions) -> list[AttentionLayer
             of layers that there are not.
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a model, which is loaded already, got {model!r}")
+        raise ValueError(f"model must be a model, which is loaded already, got {described(model)}")
     found = attention_layers(model)
     stacks = list(dict.fromkeys(layer.stack for layer in found))
     if not found:
@@ -66,7 +66,10 @@ def named_inputs(
             raise ValueError(f"inputs must have {axes} axes as {kind}, got shape {tuple(inputs.shape)}")
         inputs = {kind: inputs}
     if not isinstance(inputs, Mapping):
-        raise ValueError(f"inputs must be a tensor or what the model is called with by name, got {inputs!r}")
+        raise ValueError(
+            "inputs must be a tensor or what the model is called with by name (of texts and images: what the model's "
+            f"tokenizer or image processor returns), got {inputs!r}"
+        )
     named = {name: value for name, value in inputs.items() if name != "labels"}
     tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor) and value.ndim > 0}
     if not tensors:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.any_layers import AttentionLayer
+from ..models.any_layers import AttentionLayer, described
 from ..models.backend_call import FilterCall
 from .given import cannot_be_called, chosen_layers, is_decoder, named_inputs
 from .heads import Tokens
@@ -30,7 +30,7 @@ from .layer_measures import (
 from .maps import small_picture
 from .missing import missing_numbers
 from .observation import BlockTokens, NotUnderstoodError, block_name, first_tensor, in_evaluation, observed
-from .options import LISTED_LENGTH, LensOptions
+from .options import LISTED_LENGTH, LensOptions, lens_options
 from .report import LayerReport, Report
 from .tokens import gains, measure_tokens, noise_ratio, side_by_side
 
@@ -61,10 +61,11 @@ def inspect_model(
         **given: fields of :class:`LensOptions`, by name.
 
     Raises:
+        TypeError: for an option that there is not.
         ValueError: for a model without such layers, one with several stacks of which none is chosen, inputs that
             do not fit it, a single token, or activations that are not finite (layer and head are named).
     """
-    options = LensOptions(**given) if options is None else options
+    options = lens_options(given) if options is None else options
     if inputs is None:
         inputs, data, labels = _real_data(model)
     layers = chosen_layers(model, options)
@@ -92,7 +93,7 @@ def _real_data(model: nn.Module) -> tuple[dict[str, torch.Tensor], str, list[str
     from .inputs import show  # imports every backbone
 
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a model, which is loaded already, got {model!r}")
+        raise ValueError(f"model must be a model, which is loaded already, got {described(model)}")
     place = getattr(getattr(model, "config", None), "name_or_path", "") or f"this {type(model).__name__}"
     with in_evaluation(model):  # a model may have to write its texts itself
         shown = show(model, place)

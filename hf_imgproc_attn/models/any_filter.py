@@ -21,7 +21,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from .any_attention import IMPLEMENTATION, PART, SEAT, before_layer
 from .any_fields import FilterFields, StackConfig
 from .any_layer import AppliedFilter, FilterSeat, SharedState
-from .any_layers import AttentionLayer, attention_layers
+from .any_layers import AttentionLayer, attention_layers, described
 from .cache_layer import check_cache_implementation
 from .layer_filter import AttentionFilter
 from .layer_parameters import FilterScalars
@@ -275,7 +275,7 @@ def _by_stack(layers: list[AttentionLayer]) -> dict[str, list[AttentionLayer]]:
 
 def _parts(model: nn.Module) -> Iterator[tuple[nn.Module, AppliedFilter]]:
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a model, which is loaded already, got {model!r}")
+        raise ValueError(f"model must be a model, which is loaded already, got {described(model)}")
     for module in model.modules():
         part = getattr(module, PART, None)
         part = getattr(part, "original_module", part)  # PEFT's wrapper, where modules_to_save names the filter

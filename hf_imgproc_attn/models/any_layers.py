@@ -86,6 +86,13 @@ def unwrapped(member: Any) -> Any:
     return member
 
 
+def described(thing: Any) -> str:
+    """What was given in place of a model, for an error: a name as it is, anything else by its class."""
+    if isinstance(thing, type):
+        return f"the class {thing.__name__}"
+    return repr(thing) if isinstance(thing, str) or thing is None else f"a {type(thing).__name__}"
+
+
 def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     """The self-attention layers of a model, in order, stack by stack.
 

@@ -7,10 +7,14 @@ causal a block has no keys after its own queries.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .backend_call import FilterCall, without_autocast
+from .backend_call import FilterCall, is_transformed, without_autocast
 from .backend_reference import delta_system, filter_logits, filter_matrix
 from .backend_sdpa_delta import refuses as delta_refuses
 from .cache_streams import boost_stream
@@ -20,6 +24,13 @@ from .visibility import Visibility
 
 BLOCK_SCORES = 2**22
 """Weights of a block, over batch and heads: 16 MiB in single precision."""
+
+Again = Callable[..., torch.Tensor]
+"""Calls a function with arguments, and again in the backward pass where its results are not kept."""
+
+
+def _run_once(function: Callable[..., torch.Tensor], *given: Any) -> torch.Tensor:
+    return function(*given)
 
 
 def refuses(call: FilterCall) -> str | None:
@@ -43,24 +54,27 @@ def run(call: FilterCall, *, block_rows: int | None = None) -> torch.Tensor:
     seed = int(torch.randint(2**62, ())) if call.dropout else 0
     dtype, compute_dtype = call.value.dtype, working_dtype(call.value.dtype)
     _, value = call.repeated()
+    # Nothing is saved by computing the only block again, and ``torch.func`` has no checkpoints.
+    is_kept = len(parts) < 2 or is_transformed((call.query, call.key, call.value))
+    again: Again = _run_once if is_kept else partial(checkpoint, use_reentrant=False)
 
     def attend(rows: torch.Tensor) -> torch.Tensor:
         rows = rows.to(compute_dtype)
-        if len(parts) < 2:  # nothing is saved by computing the only block again
-            return torch.cat([_smooth(part, rows, seed) for part in parts], dim=-2) if parts else rows[..., :0, :]
         smooth = [
-            checkpoint(_smooth, part, rows[..., : part.key.shape[-2], :], seed + number, use_reentrant=False)
+            again(_smooth, part, rows[..., : part.key.shape[-2], :], seed + number)
             for number, part in enumerate(parts)
         ]
-        return torch.cat(smooth, dim=-2)
+        return torch.cat(smooth, dim=-2) if smooth else rows[..., :0, :]
 
     with without_autocast(call.query.device.type):
         if call.is_sequential:
-            return attend(_corrected(call, blocks, parts, seed)).to(dtype)
+            return attend(_corrected(call, blocks, parts, seed, again)).to(dtype)
         return call.boost(attend, call.new_value.to(compute_dtype), value).to(dtype)
 
 
-def _corrected(call: FilterCall, blocks: list[slice], parts: list[FilterCall], seed: int) -> torch.Tensor:
+def _corrected(
+    call: FilterCall, blocks: list[slice], parts: list[FilterCall], seed: int, again: Again
+) -> torch.Tensor:
     """What ``delta`` applies A to: u of all keys, 0 where nobody sees them, block after block."""
     value, name = call.new_value, boost_stream(1)
     past = call.key.shape[-2] - value.shape[-2]
@@ -68,8 +82,7 @@ def _corrected(call: FilterCall, blocks: list[slice], parts: list[FilterCall], s
     known = [] if earlier is None else [earlier]
     for number, (block, part) in enumerate(zip(blocks, parts, strict=True)):
         given = (part, block.start + past, value[..., block, :], seed + number, *known)
-        solved = checkpoint(_solved, *given, use_reentrant=False) if len(parts) > 1 else _solved(*given)
-        known.append(solved)
+        known.append(again(_solved, *given))
     every = torch.cat(known, dim=-2) if known else value
     if call.streams.is_cached:
         call.streams.append(name, every[..., past:, :])

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .backend_call import FilterCall, autocast_dtype, without_autocast
+from .backend_call import FilterCall, autocast_dtype, is_transformed, without_autocast
 from .backend_sdpa import Augmented, additive_mask, augment, fused_call, with_sinks
 from .backend_sdpa import run as run_sdpa
 from .boost_delta import DenseDelta, hidden_rows
@@ -48,6 +48,7 @@ def run(call: FilterCall) -> torch.Tensor:
     new_value, hidden = call.new_value.to(dtype), hidden_rows(call.visibility, call.own_places)
     starts = range(0, length, BLOCK_ROWS)
     keeps_graph = torch.is_grad_enabled() and len(starts) > 1 and not torch.compiler.is_compiling()
+    keeps_graph = keeps_graph and not is_transformed((call.query, call.key, call.value))
     for start in starts:
         rows = slice(start, min(start + BLOCK_ROWS, length))
         solve = partial(_solved, call, products, rows, new_value[..., rows, :], _cut(hidden, rows, -2))

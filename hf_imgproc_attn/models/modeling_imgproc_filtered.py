@@ -67,6 +67,8 @@ class FilteredModel(PreTrainedModel):
     def _filtered_class(cls, config: Any) -> tuple[Any, PreTrainedConfig]:
         """The stock class, made so that it has the filters before its weights are loaded, and its configuration."""
         base = config.base()
+        if config.dtype is not None:  # of the weights; files of older versions have what the base once had beside it
+            base.dtype = config.dtype
         # An Auto class has put what it was given into this configuration.
         for name, default in PreTrainedConfig().to_dict().items():
             value = getattr(config, name, default)
@@ -267,6 +269,7 @@ def _save_filtered(
         return
     config.auto_map = entries
     config.architectures, config.dtype = [stock_class(model).__name__], model.config.dtype
+    config.base_config["dtype"] = config.dtype  # which saving has set to that of the weights
     _WithCode().save_pretrained(save_directory)
     config.save_pretrained(save_directory)
 

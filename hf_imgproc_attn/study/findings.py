@@ -78,8 +78,7 @@ def findings(ledgers: Path) -> str:
     Raises:
         UsageError: as :func:`write_findings`.
     """
-    if not any(ledgers.glob(f"*/{HEADER}")):
-        raise UsageError(f"ledgers must be a folder with a ledger for each study, got {str(ledgers)!r}")
+    _check_ledgers(ledgers)
     chapters = [read_chapter(name, ledgers) for name in dict.fromkeys(claim.study for claim in CLAIMS)]
     recoveries = read_records(sorted((ledgers.parent / FOLDER).glob("*.json")))
     lines = [
@@ -131,6 +130,28 @@ def findings(ledgers: Path) -> str:
     for untested in UNTESTED:
         lines += paragraph(f"- **{untested.title}.** {untested.why}", indent="  ")
     return "\n".join(lines) + "\n"
+
+
+def _check_ledgers(ledgers: Path) -> None:
+    """Refuse a folder from which nothing but an empty page could be made, and say what is of use there.
+
+    Raises:
+        UsageError: for a folder that has no ledgers, is one itself, or has only those of studies without claims.
+    """
+    if (ledgers / HEADER).is_file():
+        raise UsageError(
+            f"ledgers must be a folder with a ledger for each study, got the ledger {str(ledgers)!r} itself: "
+            "its tables are in report.md there"
+        )
+    found = sorted(path.parent.name for path in ledgers.glob(f"*/{HEADER}"))
+    if not found:
+        raise UsageError(f"ledgers must be a folder with a ledger for each study, got {str(ledgers)!r}")
+    if not set(found) & set(SUBJECTS):
+        raise UsageError(
+            f"ledgers must be a folder with a ledger of one of the studies that the page has claims on "
+            f"({', '.join(SUBJECTS)}), got {', '.join(found)} in {str(ledgers)!r}: the tables of another study are in "
+            "the report.md of its ledger"
+        )
 
 
 def _with_more_data(chapters: Sequence[Chapter]) -> list[str]:

@@ -116,10 +116,16 @@ def _variant(entry: Any) -> Variant:
     _check(isinstance(entry, dict), f"a variant must be the name of a preset or a mapping, got {entry!r}")
     _known(entry, ("name", "preset", "fields"), "field of a variant")
     preset, fields = entry.get("preset"), _given(entry, "fields", {})
+    which = "preset" + (f" of variant {entry['name']}" if "name" in entry and entry["name"] != preset else "")
+    _check(
+        preset is not None,
+        f"{which} must be given: softmax for stock attention with the variant's own fields, or the preset that they "
+        "change",
+    )
     hint = did_you_mean(str(preset), PRESETS)
     _check(
         isinstance(preset, str) and preset in PRESETS,
-        f"preset must be one of {', '.join(PRESETS)}, got {preset!r}{hint}",
+        f"{which} must be one of {', '.join(PRESETS)}, got {preset!r}{hint}",
     )
     _check(isinstance(fields, dict), f"fields of a variant must be a mapping, got {fields!r}")
     return Variant(_name(entry.get("name", preset), "name of a variant"), str(preset), dict(fields))

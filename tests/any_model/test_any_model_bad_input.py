@@ -138,8 +138,14 @@ def test_special_tokens_may_be_a_number_of_numpy() -> None:
 
 @pytest.mark.parametrize("call", [lambda model: apply_filter(model, "twicing"), remove_filter, filtered_layers])
 def test_what_is_no_model_is_refused(call: Any) -> None:
-    for wrong in (None, "gpt2", BertModel):
-        with pytest.raises(ValueError, match="model must be a model, which is loaded already, got"):
+    config = tiny_gpt2_config("softmax", n_layer=1)  # whose text is long
+    for wrong, words in (
+        (None, "None"),
+        ("gpt2", "'gpt2'"),
+        (BertModel, "the class BertModel"),
+        (config, "a ImgProcGPT2Config"),
+    ):
+        with pytest.raises(ValueError, match=f"^model must be a model, which is loaded already, got {words}$"):
             call(wrong)
 
 

@@ -167,6 +167,18 @@ def test_half_precision_and_options_of_the_stock_loader(tmp_path: Path) -> None:
     assert loaded.config._attn_implementation == "eager"
 
 
+def test_half_precision_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    """Like a stock model, which Transformers loads in the precision of its file."""
+    apply_filter(build("llama"), "learned_twicing").to(torch.bfloat16).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert saved["base_config"]["dtype"] == saved["dtype"] == "bfloat16"
+    edit(tmp_path, base_config={**saved["base_config"], "dtype": "float32"})  # as older versions wrote it
+    for loaded in (AutoModelForCausalLM.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)):
+        kinds = {key.rpartition(".")[2]: parameter.dtype for key, parameter in loaded.named_parameters()}
+        assert (kinds["weight"], kinds["boosting_gain"]) == (torch.bfloat16, torch.float32)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
+
+
 def test_from_config_makes_a_new_filtered_model(tmp_path: Path) -> None:
     moved("llama", preset="twicing").save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from hf_imgproc_attn.models import backend_chunked, backend_sdpa_delta
+from hf_imgproc_attn.models.backend_call import Booster
+from hf_imgproc_attn.models.backend_table import run_filter
 from hf_imgproc_attn.models.boost_operators import BOOSTING
-from tests.models.blocked_cases import BATCH, EXACT, SCALE, SMALL, VALUE_WIDTH, dense, inputs, random
-from tests.models.helpers import (
-    blocked_filter,
-)
+from tests.models.blocked_cases import BATCH, EXACT, HEADS, SCALE, SMALL, VALUE_WIDTH, dense, inputs, random
+from tests.models.helpers import blocked_filter, filter_call
 
 # --------------------------------------------------------------------------------------------------------------------
 # Precision, layout, compilation
@@ -141,6 +142,28 @@ def test_per_sample_gradients() -> None:
 
     got = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))(*samples)
     for index in range(4):
+        leaves = [x[index].clone().requires_grad_() for x in samples]
+        expected = torch.autograd.grad(loss(*leaves), leaves)
+        torch.testing.assert_close([x[index] for x in got], list(expected), **EXACT)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch's own, of its fused call
+@pytest.mark.parametrize(("backend", "boosting"), [("chunked", "twicing"), ("chunked", "delta"), ("sdpa", "delta")])
+def test_per_sample_gradients_where_blocks_are_computed_again(
+    backend: str, boosting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``torch.func`` has no checkpoints, which these back-ends take where a call has several blocks."""
+    monkeypatch.setattr(backend_sdpa_delta, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(backend_chunked, "BLOCK_SCORES", 9)
+    samples, gain = inputs(9, batch=2), random(HEADS, 1, 1, seed=6).tanh()
+
+    def loss(*one: torch.Tensor) -> torch.Tensor:
+        call = filter_call(*(x[None] for x in one), is_causal=True, scale=SCALE)
+        gains = gain if boosting == "delta" else None
+        return run_filter(call._replace(booster=Booster(boosting, 2, gains)), backend).square().sum()
+
+    got = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))(*samples)
+    for index in range(2):
         leaves = [x[index].clone().requires_grad_() for x in samples]
         expected = torch.autograd.grad(loss(*leaves), leaves)
         torch.testing.assert_close([x[index] for x in got], list(expected), **EXACT)

@@ -80,6 +80,9 @@ def test_evidence_is_bold_only_where_a_verdict_is(tmp_path: Path) -> None:
         for table in build_tables(study, Ledger(ROOT / LEDGERS / "digits").everything(study))
         if table.family == "clean"
     ]
+    stock = table.rows[0]
+    assert stock.summary is not None
+    assert lines[2].startswith(f"| `softmax`, its own value | {100 * stock.summary.mean:.2f} |")
     for entry in table.rows[1:]:
         cell = next(line for line in lines if line.startswith(f"| `{entry.variant}` |")).split("|")[2]
         assert entry.difference is not None
@@ -148,6 +151,17 @@ def test_without_ledgers_the_command_is_refused(tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "page.md").exists()
 
 
+def test_a_ledger_of_ones_own_makes_no_empty_page(tmp_path: Path) -> None:
+    """A page that says of every claim that it was not tested is no answer: report.md is."""
+    ledger = tmp_path / "mine"
+    ledger.mkdir()
+    (ledger / "study.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"one of the studies .*digits.*, got mine in .*report\.md of its ledger"):
+        findings(tmp_path)
+    with pytest.raises(UsageError, match=r"got the ledger .*mine' itself: its tables are in report\.md there"):
+        findings(ledger)
+
+
 @pytest.mark.parametrize(("field", "value"), [("version", 2), ("split", "validation")])
 def test_the_ledger_of_another_version_is_refused_by_the_page(field: str, value: Any, tmp_path: Path) -> None:
     name = CLAIMS[0].study
@@ -165,7 +179,8 @@ def test_the_ledger_of_another_version_is_refused_by_the_page(field: str, value:
         ([], "not tested, no run has ended."),
         ([TOO_FEW, TOO_FEW], "too few seeds yet."),
         ([BETTER, f"{BETTER}, 1 diverged"], "it holds here: better in all 2 comparisons."),
-        ([WORSE], "the opposite is seen here: worse in all 1 comparisons."),
+        ([WORSE], "the opposite is seen here: worse in the only comparison."),
+        ([NO_DIFFERENCE], "not seen here: no difference in the only comparison."),
         ([NO_DIFFERENCE, NO_DIFFERENCE], "not seen here: no difference in any of 2 comparisons."),
         (
             [BETTER, WORSE, NO_DIFFERENCE, TOO_FEW],

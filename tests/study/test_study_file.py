@@ -50,7 +50,11 @@ def with_options(**changes: Any) -> dict[str, Any]:
         ({"version": "new"}, "version must be an integer >= 1, got 'new'"),
         ({"name": "a b"}, "name must consist of letters, digits and _, got 'a b'"),
         ({"seeds": 10**30}, "seeds must be a number of seeds from 1 to 10,000 .*got 10{30}"),
-        ({"variants": [{"name": "a", "preset": []}]}, "preset must be one of .* got \\[\\]"),
+        ({"variants": [{"name": "a", "preset": []}]}, "preset of variant a must be one of .* got \\[\\]"),
+        (
+            {"variants": ["softmax", {"name": "a", "fields": {"boosting": "sos"}}]},
+            "preset of variant a must be given: softmax for stock attention with the variant's own fields",
+        ),
         ({"matched": 0}, "matched must be a list, got 0"),
         (with_task(task={"image": 1}), "task of digits must be one of .* got {'image': 1}"),
         (with_task(options=False), "options of task digits must be a mapping, got False"),
