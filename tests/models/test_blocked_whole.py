@@ -11,13 +11,14 @@ from hf_imgproc_attn.models import (
     backend_blocked,
     backend_blocked_pairs,
     backend_blocked_plan,
+    backend_blocked_rows,
     backend_blocked_whole,
 )
 from hf_imgproc_attn.models.backend_blocked import run as run_blocked
 from hf_imgproc_attn.models.backend_blocked_pairs import as_shared_bias
 from hf_imgproc_attn.models.backend_call import FilterCall
 from hf_imgproc_attn.models.backend_reference import run as run_reference
-from hf_imgproc_attn.models.boost_weights import LocalLinear
+from hf_imgproc_attn.models.boost_weights import LocalLinear, Robust
 from hf_imgproc_attn.models.kernel_given import FeaturePositions
 from hf_imgproc_attn.models.kernel_position import ClassTokens, UntiedPositions
 from tests.models.helpers import filter_call
@@ -69,6 +70,26 @@ def test_local_linear_is_the_dense_one(length: int, keys: int, sharp: float, pro
     assert len(products) == 2 * HEADS * (2 + 5)
     for got, exact in zip(found, results(run_reference(local_linear(leaves)), leaves), strict=True):
         torch.testing.assert_close(got, exact, **EXACT)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("penalty", ["huber", "l1"])
+@pytest.mark.parametrize(("length", "keys"), [(LENGTH, KEYS), (LENGTH, LENGTH), (1, 1)])
+def test_robust_is_the_dense_one(
+    length: int, keys: int, penalty: str, steps: int, products: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With distances on both sides of the threshold; penalties with a cutoff go by groups."""
+    leaves = tensors(torch.float64, length, keys)[:3]
+    robust = Robust.of(steps, penalty, 2.0 if penalty == "huber" else None)
+    call = filter_call(*leaves)._replace(by_weights=robust)
+    with monkeypatch.context() as patch:
+        patch.delattr(backend_blocked_rows, "_forward")
+        found = results(run_blocked(call), leaves)
+    assert len(products) == 2 * HEADS * (2 + 2 * steps + 5 + 5 * steps)
+    for got, exact in zip(found, results(run_reference(call), leaves), strict=True):
+        torch.testing.assert_close(got, exact, **EXACT)
+    cut = call._replace(by_weights=Robust.of(steps, "mcp"))
+    torch.testing.assert_close(run_blocked(cut), run_reference(cut), **EXACT)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
