@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from .backend_blocked_passes import Call, Computed, Tensors, combine
-from .backend_blocked_plan import PLAINLY, suits_pairs
+from .backend_blocked_plan import PAIR_SCORES, PLAINLY
 from .backend_blocked_weights import LOG2_E, flat
 from .backend_blocked_whole import AFTER, product_of, row_sums_of
 from .backend_call import FilterCall
@@ -29,14 +29,15 @@ def suits(call: Call, tensors: Tensors) -> bool:
 
 
 def as_shared_bias(call: FilterCall) -> FilterCall:
-    """The same with positions that all samples share as one bias, made once, where heads go pair by pair.
+    """The same with positions that all samples share as one bias, made once, where it is short.
 
-    Columns beside queries and keys would widen three products of every pair.
+    Columns beside queries and keys would widen three products of every pair, and be copied for each.
     """
     query, is_softmax = call.query, call.ignores_row_constants and not call.is_sequential
     if query.shape[0] == 1 or call.groups > 1 or call.dropout or call.by_weights is not None or not is_softmax:
         return call
-    if not call.visibility.hides_nothing or not suits_pairs(query, call.key.shape[-2]):
+    is_short = query.device.type == "cpu" and query.shape[-2] * call.key.shape[-2] <= PAIR_SCORES
+    if not is_short or not call.visibility.hides_nothing:
         return call
     terms: list[Positions] = []
     shape = (1, query.shape[1], query.shape[-2], call.key.shape[-2])
