@@ -25,6 +25,7 @@ from .conversion_any import Applied, apply_to, becomes_filtered, last_layers
 from .conversion_files import copy_processor, write_card
 from .conversion_probe import Change, Inputs, can_be_probed, difference, measure, probe_inputs
 from .conversion_source import ARCHITECTURES, Source, head_of, load_source, new_variant
+from .conversion_stock import in_stock_class
 from .conversion_weights import check_structure, unused_rows, variant_fields, variant_weights
 from .filtered import applied_summary, in_words
 from .models.any_filter import filtered_layers, is_filtered
@@ -141,7 +142,8 @@ def convert(
         return_report: also return a :class:`ConversionReport`, for which the two models are compared.
         samples: what the report compares them on: token ids ``[texts, length]`` or pixel values
             ``[images, channels, height, width]``. None: texts that the source writes, or random inputs.
-        filtered: True: models of the backbones keep their stock class too. None: as their type says.
+        filtered: True: models of the backbones keep their stock class too, and a variant that is converted to
+            ``"softmax"`` gets it back. None: as their type says.
         **config_overrides: configuration fields of the variant that win over the preset's and the checkpoint's, such
             as ``boosted_layers=[-2, -1]``; they must not change the shape of a tensor. For a model that keeps its
             stock class arguments of ``apply_filter``, such as ``layers=[-2, -1]``.
@@ -155,14 +157,18 @@ def convert(
         OSError: for weights that cannot be read.
     """
     preset_fields(preset)
-    if becomes_filtered(model_or_path, filtered):
+    if becomes_filtered(model_or_path, filtered, preset):
         applied = apply_to(model_or_path, preset, config_overrides)
         report = _compare_filtered(applied, preset, config_overrides, samples) if return_report else None
         return applied.variant if report is None else (applied.variant, report)
+    if filtered and config_overrides:
+        raise ValueError(f"a stock class has no fields of filters, got {', '.join(config_overrides)}")
     source = load_source(model_or_path)
     if samples is not None:
         probe_inputs(source.model, source.name, samples)  # refuses wrong ones before the work
     variant, report = _convert(source, preset, config_overrides)
+    if filtered:
+        variant = in_stock_class(variant)
     for warning in report.warnings:
         logger.warning(warning)
     if not return_report:
@@ -203,7 +209,10 @@ def _compare_filtered(
     if inputs is not None:
         report.change = measure(source, variant, inputs)
         if report.change.is_large:
-            fewer = last_layers(variant, preset, arguments) if is_filtered(variant) else None
+            if not is_filtered(variant):
+                report.advice = STOCK_AGAIN
+                return report
+            fewer = last_layers(variant, preset, arguments)
             report.advice = _advice_in_words(None if fewer is None else measure(source, fewer, inputs), "layers")
     return report
 
@@ -321,6 +330,13 @@ def _warnings(source: Source, variant: PreTrainedModel, report: ConversionReport
     return warnings
 
 
+KEPT_BY_ANY = ("learned_twicing", "neutreno", "pidformer", "inversion", "value_residual")
+KEPT_BY_OWN = ("gradient_boosted", "dynamic_inversion", "differential", "local_linear", "gated")
+KEPT_IF_CAUSAL = "delta"
+"""Presets with which a stock checkpoint computes what it did: in any model, in ours alone, in causal ones."""
+STOCK_AGAIN = "attention is stock again: weights that were trained with the filter do without it from now on"
+
+
 def _boosting_in_words(config: Any) -> str:
     """Which layers are boosted, by which booster, how often."""
     boosted = {index: spec for index, spec in enumerate(config.layer_specs) if spec.is_boosted}
@@ -342,6 +358,8 @@ def _advice(
     """What costs less than a large change; where that is boosting fewer layers, it is measured."""
     if not change.is_large:
         return ""
+    if preset == "softmax" and not overrides:
+        return STOCK_AGAIN
     specs = variant.config.layer_specs
     single_values = not isinstance(variant.config.boosting, list) and not isinstance(
         variant.config.boosting_steps, list
@@ -362,8 +380,8 @@ def _advice_in_words(less: Change | None, field_name: str) -> str:
         )
         how = "boosted" if field_name == "boosted_layers" else "filtered"
         return f"{how} in its last two layers only ({field_name}={LAST_LAYERS}) {costs}"
-    own = "gradient_boosted, " if field_name == "boosted_layers" else ""
+    kept = KEPT_BY_ANY if field_name == "layers" else KEPT_BY_ANY + KEPT_BY_OWN
     return (
-        "this is a starting point for training; what starts as the source's function: learned_twicing, "
-        f"{own}neutreno, pidformer, inversion, local_linear, delta"
+        f"this is a starting point for training; what starts as the source's function: {', '.join(kept)}, and with a "
+        f"causal mask {KEPT_IF_CAUSAL}"
     )

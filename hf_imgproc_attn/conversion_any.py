@@ -38,12 +38,13 @@ class Applied(NamedTuple):
     unused: list[str]
 
 
-def becomes_filtered(model_or_path: Any, wanted: bool | None) -> bool:
+def becomes_filtered(model_or_path: Any, wanted: bool | None, preset: str) -> bool:
     """Whether a model or checkpoint keeps its stock class and gets filters, or becomes a model of ours.
 
     Args:
         model_or_path: as of ``convert``.
         wanted: what the user says; None: models of our backbones become ours.
+        preset: the filter; with ``"softmax"`` a model of ours may get its stock class back.
 
     Raises:
         ValueError: if a model of ours is to be filtered, or what is named is no checkpoint.
@@ -52,9 +53,11 @@ def becomes_filtered(model_or_path: Any, wanted: bool | None) -> bool:
     if isinstance(model_or_path, PreTrainedModel) and is_filtered(model_or_path):
         return True
     if wanted and hasattr(config, "layer_specs"):
+        if preset == "softmax":
+            return False
         raise ValueError(
             f"filtered=True is for stock models, got one of type {config.model_type}, which has a filter of its own: "
-            "without it the filter is changed"
+            "without it the filter is changed, and with preset softmax it becomes a stock model"
         )
     return filtered.is_foreign(config) if wanted is None else wanted
 

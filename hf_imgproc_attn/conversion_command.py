@@ -38,7 +38,10 @@ def add_command(commands: Any) -> None:
         help="of a model that keeps its class: the stacks of layers, such as model.decoder.layers (default: all)",
     )
     convert.add_argument(
-        "--filtered", action="store_true", help=f"keep the stock class of a {in_words('or')} checkpoint as well"
+        "--filtered",
+        action="store_true",
+        help=f"keep the stock class of a {in_words('or')} checkpoint as well; with --preset softmax a variant gets it "
+        "back",
     )
     convert.add_argument(
         "--set",
@@ -71,13 +74,14 @@ def run_convert(options: argparse.Namespace) -> int:
 
     found = set(output.iterdir()) if output.is_dir() else None
     try:
-        filtered = becomes_filtered(options.source, options.filtered or None)
+        filtered = becomes_filtered(options.source, options.filtered or None, options.preset)
         if layers is not None:
             fields["layers" if filtered else "boosted_layers"] = layers
         if stacks is not None and not filtered:
             raise ValueError(f"stacks are chosen in a model that keeps its class (--filtered), got {options.stacks!r}")
         fields |= {} if stacks is None else {"stacks": stacks}
-        report = convert_checkpoint(options.source, options.preset, options.output, filtered=filtered, **fields)
+        kept = filtered or options.filtered  # the stock class, which a model of ours may get back
+        report = convert_checkpoint(options.source, options.preset, options.output, filtered=kept, **fields)
     except BaseException as error:
         _remove_new(output, found)  # half a checkpoint would be taken for a whole one, and be in the way
         if not isinstance(error, ValueError | OSError | StrictDataclassError):

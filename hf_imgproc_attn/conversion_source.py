@@ -82,7 +82,7 @@ def load_source(model_or_path: Any) -> Source:
         _check_architecture(name, config)
         loaded_class, variant_class = _SOURCES[name]
         if head_of(loaded_class).has_parts:
-            options = _parts(of_config(config), tensor_names(model_or_path))
+            options = optional_parts(of_config(config), tensor_names(model_or_path))
         if loaded_class._keys_to_ignore_on_load_unexpected and loaded_class is not variant_class:
             loaded_class = _listing_all_tensors(loaded_class)
         model, info = loaded_class.from_pretrained(model_or_path, output_loading_info=True, **options)
@@ -125,7 +125,7 @@ def new_variant(source: Source, config: Any) -> PreTrainedModel:
     """A variant with the parts that the source has beside what its configuration tells."""
     if not head_of(source.variant_class).has_parts:
         return source.variant_class(config)
-    return source.variant_class(config, **_parts(of_config(config), set(source.model.state_dict())))
+    return source.variant_class(config, **optional_parts(of_config(config), set(source.model.state_dict())))
 
 
 def head_of(model_class: type) -> Head:
@@ -140,7 +140,7 @@ def heads_by_class() -> dict[str, Head]:
     return {name: head for head in heads for name in (head.variant, head.stock) if name is not None}
 
 
-def _parts(row: Backbone, tensors: set[str]) -> dict[str, bool]:
+def optional_parts(row: Backbone, tensors: set[str]) -> dict[str, bool]:
     """The options of a bare model with exactly the parts that have tensors."""
     return {option: any(part in tensor for tensor in tensors) for option, part in row.optional_parts.items()}
 

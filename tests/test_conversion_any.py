@@ -13,8 +13,18 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_imgproc_attn import apply_filter, cli, convert, filtered_layers
+from hf_imgproc_attn import (
+    ImgProcBertConfig,
+    ImgProcBertForSequenceClassification,
+    apply_filter,
+    cli,
+    convert,
+    filtered_layers,
+)
+from hf_imgproc_attn.conversion import convert_checkpoint
+from hf_imgproc_attn.models.spec_fields import FILTER_FIELDS
 from tests.any_model.architectures import build, inputs, output, text
+from tests.conversion_cases import STOCK, make_stock
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +168,29 @@ def test_what_cannot_be_filtered_is_refused(llama: Path, tmp_path: Path) -> None
     (tmp_path / "odd/config.json").write_text(json.dumps({**said, "architectures": ["LlamaForPoetry"]}))
     with pytest.raises(ValueError, match="architecture must be a class of Transformers .* got LlamaForPoetry"):
         convert(tmp_path / "odd", "twicing")
+
+
+@pytest.mark.parametrize("stock_spec", STOCK, ids=lambda spec: spec[0].__name__)
+def test_a_variant_gets_its_stock_class_back(stock_spec: tuple[Any, ...], tmp_path: Path) -> None:
+    """To the bit where the variant has the stock tensors, in a folder without code that asks for none."""
+    stock = make_stock(*stock_spec)
+    convert(stock, "twicing").save_pretrained(tmp_path / "ours")
+    convert_checkpoint(str(tmp_path / "ours"), "softmax", str(tmp_path / "back"), filtered=True)
+    again = type(stock).from_pretrained(tmp_path / "back")
+    assert {name: tensor.tolist() for name, tensor in again.state_dict().items()} == {
+        name: tensor.tolist() for name, tensor in stock.state_dict().items()
+    }
+    said = json.loads((tmp_path / "back" / "config.json").read_text(encoding="utf-8"))
+    assert (said["model_type"], said["architectures"]) == (stock.config.model_type, [type(stock).__name__])
+    assert "auto_map" not in said
+    assert not {*FILTER_FIELDS, "filter_spec_version"} & set(said)
+    assert not list((tmp_path / "back").glob("*.py"))
+
+
+def test_what_a_stock_class_has_no_place_for_is_refused() -> None:
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
+    model = ImgProcBertForSequenceClassification(ImgProcBertConfig(**size, classifier_pooling="mean"))
+    with pytest.raises(ValueError, match="classifier_pooling='mean' is no field of BertConfig"):
+        convert(model, "softmax", filtered=True)
+    with pytest.raises(ValueError, match="a stock class has no fields of filters, got boosted_layers"):
+        convert(model, "softmax", filtered=True, boosted_layers=[0])

@@ -27,7 +27,13 @@ from transformers import (
 
 from hf_imgproc_attn import cli, convert
 from hf_imgproc_attn.cards.filters import recorded
-from hf_imgproc_attn.conversion import convert_checkpoint
+from hf_imgproc_attn.conversion import (
+    KEPT_BY_ANY,
+    KEPT_BY_OWN,
+    KEPT_IF_CAUSAL,
+    STOCK_AGAIN,
+    convert_checkpoint,
+)
 from hf_imgproc_attn.conversion_probe import probe_inputs, sample_texts
 from hf_imgproc_attn.conversion_source import load_source
 from tests.conversion_cases import GPT2, STOCK, VIT, disturbed, make_stock
@@ -91,8 +97,27 @@ def test_what_costs_less_is_measured_and_said() -> None:
         report.advice == f"boosted in its last two layers only (boosted_layers=[-2, -1]) it rises by {last:.3f} nats"
     )
     assert report.advice in str(report)
-    assert "starting point for training" in convert(stock, "nlm", return_report=True)[1].advice
+    advice = convert(stock, "nlm", return_report=True)[1].advice
+    assert advice.endswith(f"{', '.join((*KEPT_BY_ANY, *KEPT_BY_OWN))}, and with a causal mask delta")
     assert convert(stock, "learned_twicing", return_report=True)[1].advice == ""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("filtered", "preset"),
+    [*((False, name) for name in (*KEPT_BY_ANY, *KEPT_BY_OWN, KEPT_IF_CAUSAL)),
+     *((True, name) for name in (*KEPT_BY_ANY, KEPT_IF_CAUSAL))],
+)  # fmt: skip
+def test_what_the_advice_names_starts_as_the_sources_function(filtered: bool, preset: str) -> None:
+    stock, tokens = sharp_language_model(), torch.arange(1, 13).view(1, 12)
+    variant = convert(stock, preset, filtered=filtered)
+    torch.testing.assert_close(variant(tokens).logits, stock(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_stock_attention_again_is_no_starting_point_for_a_filter(filtered: bool) -> None:
+    variant = convert(sharp_language_model(), "twicing", filtered=filtered)
+    assert convert(variant, "softmax", return_report=True)[1].advice == STOCK_AGAIN
 
 
 @pytest.mark.parametrize("stock_spec", [STOCK[2], STOCK[3], STOCK[5]], ids=lambda spec: spec[0].__name__)

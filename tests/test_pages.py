@@ -50,6 +50,11 @@ SHARED_TOKENS = (
     "torchrun --nproc_per_node 2 training/train_causal_lm.py --preset twicing --context_parallel 2 --block_size 128 "
     "--max_steps 5 --output_dir outputs/shared-tokens"
 )
+RECOVERY = (
+    "python training/finetune_real.py sentence-transformers/all-MiniLM-L6-v2 --steps 40 --learning_rate 3e-5 "
+    "--output outputs/minilm.json"
+)
+RECOVERY_PLOT = "python training/finetune_real.py --records outputs/minilm.json --plot outputs/recovery.png"
 ELSEWHERE = {
     INSTALLATION: "needs a package index; what it brings is checked here, tests/test_packaging.py installs a wheel",
     "make demo": "sets up an environment of its own; tests/training/test_demo.py runs it with few steps",
@@ -57,6 +62,8 @@ ELSEWHERE = {
     "make quality": "is what CI runs first",
     SHARED_TOKENS: "takes half a minute; tests/training/test_sharded_runs.py trains a smaller model so",
     EIGHT_GPUS: "needs eight GPUs; tests/training/test_shipped_configs.py reads the file",
+    RECOVERY: "takes minutes, and needs real weights; tests/training/test_finetune_real.py trains a tiny encoder so",
+    RECOVERY_PLOT: "shows what the command before it wrote; tests/training/test_finetune_real.py draws such a record",
     "imgproc-attn study training/configs/studies/smoke.yaml": "takes two minutes; tests/study runs smaller studies",
     MEASURE_PRECISION: "takes minutes; tests/measure/test_precision.py runs it on small tokens",
     "imgproc-attn app openai-community/gpt2 outputs/vit": "serves until it is stopped; tests/lens/test_app.py does it",

@@ -66,7 +66,8 @@ def load(name: str) -> tuple[Any, Any]:
         model = (AutoModelForCausalLM if writes else AutoModel).from_pretrained(name).eval()
     except broken_files() as error:
         raise UsageError(f"model must be a model of texts, got {name!r}: {plain_message(error)}") from error
-    if model.main_input_name != "input_ids" or config.is_encoder_decoder:
+    of_images_too = not model.can_generate() and config.get_text_config() is not config
+    if model.main_input_name != "input_ids" or config.is_encoder_decoder or of_images_too:
         raise UsageError(
             f"model must be a causal language model or an encoder of texts, got {name!r} of type {config.model_type}"
         )

@@ -66,7 +66,10 @@ def named_inputs(
             raise ValueError(f"inputs must have {axes} axes as {kind}, got shape {tuple(inputs.shape)}")
         inputs = {kind: inputs}
     if not isinstance(inputs, Mapping):
-        raise ValueError(f"inputs must be a tensor or what the model is called with by name, got {inputs!r}")
+        raise ValueError(
+            "inputs must be a tensor or what the model is called with by name (of texts and images: what the model's "
+            f"tokenizer or image processor returns), got {inputs!r}"
+        )
     named = {name: value for name, value in inputs.items() if name != "labels"}
     tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor) and value.ndim > 0}
     if not tensors:

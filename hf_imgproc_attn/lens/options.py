@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..errors import did_you_mean
 
 LISTED_LENGTH = 1024
 """Vectors and maps over tokens are kept in the report up to this length."""
@@ -53,6 +57,21 @@ class LensOptions:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
                 raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
+
+
+def lens_options(given: Mapping[str, Any]) -> LensOptions:
+    """The options that were given by name.
+
+    Raises:
+        TypeError: for one that there is not.
+        ValueError: as :class:`LensOptions`.
+    """
+    known = [field.name for field in fields(LensOptions)]
+    for name in given:
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise TypeError(f"unknown option of the lens {name!r}: it must be one of {', '.join(known)}{hint}")
+    return LensOptions(**given)
 
 
 def _is_share(value: object) -> bool:

@@ -30,7 +30,7 @@ from .layer_measures import (
 from .maps import small_picture
 from .missing import missing_numbers
 from .observation import BlockTokens, NotUnderstoodError, block_name, first_tensor, in_evaluation, observed
-from .options import LISTED_LENGTH, LensOptions
+from .options import LISTED_LENGTH, LensOptions, lens_options
 from .report import LayerReport, Report
 from .tokens import gains, measure_tokens, noise_ratio, side_by_side
 
@@ -61,10 +61,11 @@ def inspect_model(
         **given: fields of :class:`LensOptions`, by name.
 
     Raises:
+        TypeError: for an option that there is not.
         ValueError: for a model without such layers, one with several stacks of which none is chosen, inputs that
             do not fit it, a single token, or activations that are not finite (layer and head are named).
     """
-    options = LensOptions(**given) if options is None else options
+    options = lens_options(given) if options is None else options
     if inputs is None:
         inputs, data, labels = _real_data(model)
     layers = chosen_layers(model, options)

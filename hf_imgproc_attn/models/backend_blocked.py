@@ -16,6 +16,8 @@ from .backend_blocked_dense import dense_passes
 from .backend_blocked_difference import DifferenceFilter, Maps, arguments, dense_difference
 from .backend_blocked_hidden import key_runs
 from .backend_blocked_normalised import WEIGHTS
+from .backend_blocked_pairs import GradientsByPair, as_shared_bias, forward_by_pair
+from .backend_blocked_pairs import suits as suits_pairs
 from .backend_blocked_passes import Call, Computed, Tensors, forward_passes, recurrence
 from .backend_blocked_plan import Plan, make_plan
 from .backend_blocked_rows import RowsCall, RowsFilter, dense_rows
@@ -72,7 +74,7 @@ def run(call: FilterCall, *, block_rows: int | None = None, group_pairs: int | N
         return _difference(call, call.difference, block_rows, group_pairs)
     if call.booster.name in ONE_PASS:
         return call.finish(run(call.plain(), block_rows=block_rows, group_pairs=group_pairs))
-    positions, products = _as_products(call)
+    positions, products = _as_products(as_shared_bias(call) if call.positions else call)
     if call.is_sequential:
         plain = products._replace(booster=Booster())
         return run_delta(_blocked_call(plain, positions, None, block_rows, group_pairs), products)
@@ -266,7 +268,10 @@ class BlockedFilter(torch.autograd.Function):
         call: Call,
         *parameters: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        computed = forward_passes(call, Tensors(query, key, value, bias, past, sinks, parameters))
+        tensors = Tensors(query, key, value, bias, past, sinks, parameters)
+        computed = (forward_by_pair if call.plan.by_pair and suits_pairs(call, tensors) else forward_passes)(
+            call, tensors
+        )
         ctx.call = call
         ctx.save_for_backward(query, key, value, bias, past, sinks, *computed, *parameters)
         ctx.set_materialize_grads(False)
@@ -283,7 +288,11 @@ class BlockedFilter(torch.autograd.Function):
                 apart = tensors.aliases()
                 inputs = (*apart[:6], None, *apart.parameters)
                 return differentiable_gradients(dense_passes(ctx.call, apart), (grad, stream_grad), inputs, needs)
-            gradients = Gradients(ctx.call, tensors, computed, (*needs[3:6], *needs[7:]))
+            gradients: Gradients | GradientsByPair
+            if ctx.call.plan.by_pair and suits_pairs(ctx.call, tensors):
+                gradients = GradientsByPair(ctx.call, tensors, computed, needs_bias=needs[3])
+            else:
+                gradients = Gradients(ctx.call, tensors, computed, (*needs[3:6], *needs[7:]))
             gradients.run(grad, stream_grad)
         own = (gradients.query, gradients.key, gradients.value, gradients.bias, gradients.past, gradients.sinks)
         return (

@@ -242,7 +242,7 @@ class Inputs:
             self._runs.fill_(room, self.group, 0.0, keys.start)
 
 
-def _combine(
+def combine(
     target: torch.Tensor,
     coefficients: tuple[float, ...],
     index: int,
@@ -326,6 +326,6 @@ def forward_passes(call: Call, tensors: Tensors) -> Computed:
                     product = multiply(matrix, rows_of_keys[:, block.columns], by_onednn=plan.by_onednn)
                     common = (m, inputs.own_value[:, rows], product, factor)
                     for later in range(m + 1, num_streams):
-                        _combine(inputs.own[:, rows, inputs.columns(later)], booster.streams[later], *common)
-                    _combine(out[:, rows], booster.output, *common)
+                        combine(inputs.own[:, rows, inputs.columns(later)], booster.streams[later], *common)
+                    combine(out[:, rows], booster.output, *common)
     return Computed(output, streams, row_sums)

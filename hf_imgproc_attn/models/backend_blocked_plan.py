@@ -208,8 +208,8 @@ def make_plan(
         block_rows = length if whole else TALL_ROWS if is_tall else BLOCK_ROWS
     block_rows = max(min(block_rows, length), 1)
     by_onednn = suits_onednn(like, block_rows * key_length * query.shape[-1])
-    is_short = not is_causal and not dropout and block_rows == length and length * key_length <= PAIR_SCORES
-    by_pair = by_onednn and is_short and group_pairs is None and torch.get_num_threads() == 1
+    is_alone = not is_causal and not dropout and block_rows == length and group_pairs is None
+    by_pair = is_alone and suits_pairs(query, key_length)
     if group_pairs is None:
         most, least = WHOLE_GROUP_SCORES if block_rows == length else GROUP_SCORES, MIN_GROUP_PAIRS
         if by_onednn and may_be_tall:
@@ -271,6 +271,15 @@ def suits_onednn(like: torch.Tensor, work: int) -> bool:
     if like.dtype != torch.float32 or like.device.type != "cpu" or work < LEAST_WORK:
         return False
     return torch.get_num_threads() <= MOST_THREADS and onednn_linear() is not None
+
+
+def suits_pairs(query: torch.Tensor, key_length: int) -> bool:
+    """Whether bare attention of ``[batch, heads, length, head_dim]`` is fastest a pair at a time, all rows at once."""
+    length, width = query.shape[-2:]
+    if length * key_length > PAIR_SCORES or torch.get_num_threads() > 1:
+        return False
+    like = query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
+    return suits_onednn(like, length * key_length * width)
 
 
 def multiply(left: torch.Tensor, right: torch.Tensor, room: Room | None = None, *, by_onednn: bool) -> torch.Tensor:

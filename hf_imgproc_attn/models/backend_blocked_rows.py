@@ -15,12 +15,13 @@ from .backend_blocked_dense import dense_map
 from .backend_blocked_logits import LogitsGradients, no_streams
 from .backend_blocked_passes import Call, Inputs, Tensors
 from .backend_blocked_plan import Block, multiply
+from .backend_blocked_robust import robust_by_pair, robust_gradients
 from .backend_blocked_rules import Kept, Part, Rule, Sums, WeightsGrad, rule_of
 from .backend_blocked_weights import Buffer, KeySums, Weights, flat
 from .backend_blocked_whole import local_linear_by_pair, local_linear_gradients
 from .backend_blocked_whole import suits as suits_pairs
 from .boost_derivatives import differentiable_gradients
-from .boost_weights import ByWeights, LocalLinear
+from .boost_weights import ByWeights, LocalLinear, Robust
 
 
 class RowsCall(NamedTuple):
@@ -37,7 +38,8 @@ class RowsCall(NamedTuple):
 
     def is_by_pair(self, tensors: Tensors) -> bool:
         """Whether the call is computed pair by pair."""
-        return isinstance(self.by_weights, LocalLinear) and suits_pairs(self.call, tensors)
+        is_served = not isinstance(self.by_weights, Robust) or self.by_weights.cutoff is None
+        return is_served and suits_pairs(self.call, tensors)
 
 
 class RowsFilter(torch.autograd.Function):
@@ -59,8 +61,7 @@ class RowsFilter(torch.autograd.Function):
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
         tensors = Tensors(query, key, value, bias, None, sinks, parameters)
-        is_by_pair = rows_call.is_by_pair(tensors)
-        kept = local_linear_by_pair(rows_call.call, tensors, own) if is_by_pair else _forward(rows_call, tensors, own)
+        kept = (_forward_by_pair if rows_call.is_by_pair(tensors) else _forward)(rows_call, tensors, own)
         ctx.call = rows_call
         ctx.save_for_backward(query, key, value, bias, own, sinks, *kept, *parameters)
         plan = rows_call.call.plan
@@ -76,8 +77,7 @@ class RowsFilter(torch.autograd.Function):
             return differentiable_gradients([dense_rows(ctx.call, apart, own)], [grad], inputs, needs)
         kept = Kept(output, row_sums, rows)
         if ctx.call.is_by_pair(tensors):
-            *first, d_own = local_linear_gradients(ctx.call.call, tensors, own, kept, grad)
-            found: tuple[torch.Tensor | None, ...] = (*first, None, d_own, None, None)
+            found = _backward_by_pair(ctx.call, tensors, own, kept, grad)
         else:
             found = _backward(ctx.call, tensors, own, kept, grad, needs)
         given = (query, key, value, bias, own, sinks, None, *parameters)
@@ -85,6 +85,23 @@ class RowsFilter(torch.autograd.Function):
             None if gradient is None or tensor is None else gradient.to(tensor.dtype)
             for gradient, tensor in zip(found, given, strict=True)
         )
+
+
+def _forward_by_pair(rows_call: RowsCall, tensors: Tensors, own: torch.Tensor) -> Kept:
+    if isinstance(rows_call.by_weights, Robust):
+        return robust_by_pair(rows_call.by_weights, rows_call.call, tensors)
+    return local_linear_by_pair(rows_call.call, tensors, own)
+
+
+def _backward_by_pair(
+    rows_call: RowsCall, tensors: Tensors, own: torch.Tensor, kept: Kept, grad: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients in the order of the function's arguments."""
+    if isinstance(rows_call.by_weights, Robust):
+        found = robust_gradients(rows_call.by_weights, rows_call.call, tensors, kept, grad)
+        return (*found, None, torch.zeros_like(own), None, None)
+    d_query, d_key, d_value, d_own = local_linear_gradients(rows_call.call, tensors, own, kept, grad)
+    return d_query, d_key, d_value, None, d_own, None, None
 
 
 def _forward(rows_call: RowsCall, tensors: Tensors, own: torch.Tensor) -> Kept:

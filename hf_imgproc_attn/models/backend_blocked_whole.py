@@ -32,7 +32,12 @@ def suits(call: Call, tensors: Tensors) -> bool:
     return plan.by_pair and is_bare and seen.hides_nothing and seen.hidden is None and plan.heads == plan.key_heads
 
 
-def _linear() -> Linear:
+def product_of() -> Linear:
+    """oneDNN's product.
+
+    Raises:
+        RuntimeError: if it is not there, which no plan says that goes pair by pair.
+    """
     linear = onednn_linear()
     if linear is None:
         raise RuntimeError("oneDNN's product is gone since the plan was made")
@@ -55,7 +60,7 @@ def local_linear_by_pair(call: Call, tensors: Tensors, own: torch.Tensor) -> Kep
 
     Logits and -s come from one product, of queries and slopes below each other.
     """
-    plan, linear = call.plan, _linear()
+    plan, linear = call.plan, product_of()
     like = tensors.query.new_empty(0, dtype=torch.promote_types(tensors.query.dtype, torch.float32))
     length, width = plan.length, tensors.query.shape[-1]
     output = like.new_empty(plan.batch * plan.heads, length, tensors.value.shape[-1])
@@ -85,7 +90,7 @@ def local_linear_gradients(
     Those of the logits, in units of log 2, and of -s stand side by side, so that each of queries with slopes, and of
     keys, is one product.
     """
-    plan, linear, like = call.plan, _linear(), kept.output.new_empty(0)
+    plan, linear, like = call.plan, product_of(), kept.output.new_empty(0)
     length, width = plan.length, tensors.query.shape[-1]
     d_queries, d_keys, d_values = (like.new_empty(x.shape) for x in tensors[:3])
     d_slopes = like.new_empty(own.shape)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .boost_by_parts import inversion_by_parts
 from .boost_exclusive import exclusive_by_parts
 from .boost_operators import BOOSTING, SEQUENTIAL, WITH_FACTORS, Attend, keep_rows
 from .boost_weights import ByWeights
@@ -206,9 +207,12 @@ class FilterCall(NamedTuple):
         return rows if seen.blind is None else rows.masked_fill(seen.blind, 0.0)
 
     def _finish_by_parts(self, smooth: torch.Tensor, value: torch.Tensor) -> torch.Tensor | None:
-        if self.booster.name != "exclusive" or is_transformed((smooth, value)):
+        gain, value = self.booster.gain, value.to(smooth.dtype)
+        if is_transformed((smooth, value, gain)):
             return None
-        return exclusive_by_parts(smooth, value.to(smooth.dtype))
+        if self.booster.name == "exclusive":
+            return exclusive_by_parts(smooth, value)
+        return None if gain is None else inversion_by_parts(smooth, value, gain)
 
     def maps(self) -> tuple[FilterCall, FilterCall | None]:
         """The call of the first map alone, and that of the second or None."""

@@ -25,6 +25,13 @@ SAFE_SQUARES = 1e-12, 1e12
 """Squared lengths of values that leave products with them digits in single precision."""
 
 
+def is_for_parts(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether a formula of two tensors ``[batch, heads, length, d]`` is worth a few rows at a time."""
+    is_large = first.device.type == "cpu" and first.numel() >= LEAST_NUMBERS
+    alike = (first.shape, first.dtype) == (second.shape, second.dtype)
+    return is_large and alike and not torch.compiler.is_compiling()
+
+
 def exclusive_by_parts(smooth: torch.Tensor, value: torch.Tensor) -> torch.Tensor | None:
     """What ``exclusive`` makes of A V, or None where the formula as it stands has to do it.
 
@@ -32,12 +39,11 @@ def exclusive_by_parts(smooth: torch.Tensor, value: torch.Tensor) -> torch.Tenso
         smooth: A V, ``[batch, heads, length, d]``, in at least float32.
         value: V of the same tokens, of the same shape and dtype.
     """
-    is_large = smooth.device.type == "cpu" and smooth.numel() >= LEAST_NUMBERS
-    if not is_large or smooth.dtype != value.dtype or torch.compiler.is_compiling():
+    if not is_for_parts(smooth, value):
         return None
     with torch.no_grad():
         squares = smooth.new_empty(*smooth.shape[:-1], 1)
-        for part in _parts(smooth):
+        for part in parts_of(smooth):
             own = value[part]
             torch.sum((own * own), -1, keepdim=True, out=squares[part])
         least, most = SAFE_SQUARES
@@ -51,7 +57,7 @@ def exclusive_by_parts(smooth: torch.Tensor, value: torch.Tensor) -> torch.Tenso
     return output
 
 
-def _parts(rows: torch.Tensor) -> Iterator[tuple[slice, slice, slice]]:
+def parts_of(rows: torch.Tensor) -> Iterator[tuple[slice, slice, slice]]:
     """Slices of samples, heads and tokens that cover ``[batch, heads, length, d]``, a few rows at a time."""
     batch, heads, length, width = rows.shape
     samples = max(ROWS_NUMBERS // max(heads * length * width, 1), 1)
@@ -67,7 +73,7 @@ class ExclusiveRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, smooth: torch.Tensor, value: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
         output, shares = torch.empty_like(smooth), torch.empty_like(inverse)
-        for part in _parts(smooth):
+        for part in parts_of(smooth):
             own, rows, share = value[part], smooth[part], shares[part]
             product = rows * own
             torch.sum(product, -1, keepdim=True, out=share)
@@ -84,7 +90,7 @@ class ExclusiveRows(torch.autograd.Function):
             formula = exclusive(lambda rows: apart, lambda index, rows: rows, own_value, own_value, 1)
             return differentiable_gradients([formula], [grad], (apart, own_value, None), ctx.needs_input_grad)
         d_smooth, d_value = torch.empty_like(smooth), torch.empty_like(value)
-        for part in _parts(smooth):
+        for part in parts_of(smooth):
             own, above = value[part], grad[part]
             product = above * own
             along = product.sum(-1, keepdim=True).mul_(inverse[part])

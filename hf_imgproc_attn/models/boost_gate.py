@@ -14,7 +14,23 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .backend_call import is_transformed
+from .boost_by_parts import GatedRows
+from .boost_exclusive import is_for_parts
 from .boost_gradient import ZeroLinear
+
+
+def gated(output: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """2 sigmoid(logits) o output.
+
+    Args:
+        output: of the heads, ``[batch, heads, length, head_dim]``.
+        logits: of the gate, ``[batch, heads, length, head_dim or 1]``.
+    """
+    if is_for_parts(output, logits) and not is_transformed((output, logits)):
+        rows: torch.Tensor = GatedRows.apply(output, logits)
+        return rows
+    return output * (2.0 * torch.sigmoid(logits)).to(output.dtype)
 
 
 class OutputGate(nn.Module):
@@ -40,7 +56,7 @@ class OutputGate(nn.Module):
             output: of the heads, ``[batch, heads, length, head_dim]``.
         """
         logits = self.projection(hidden_states).unflatten(-1, (-1, self.width)).transpose(1, 2)
-        return output * (2.0 * torch.sigmoid(logits)).to(output.dtype)
+        return gated(output, logits)
 
 
 class TokenGains(ZeroLinear):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import StaticLayer
 
+from .cache_ahead import ProjectedAhead
 from .cache_older import AnewLayer
 from .cache_rows import GrowingRows
 from .spec_axes import FILTER_LAYER_TYPE
@@ -61,6 +62,7 @@ class FilterDynamicLayer(GrowingLayer):
         super().__init__(**kwargs)
         self.streams: dict[str, torch.Tensor] = {}
         """Further rows by name; see ``cache_streams``."""
+        self.ahead = ProjectedAhead()
 
     def update_stream(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Append the new tokens' rows ``[batch, heads, new, width]`` to a stream and return all of it."""
@@ -87,6 +89,7 @@ class FilterDynamicLayer(GrowingLayer):
     def reset(self) -> None:
         super().reset()
         self.streams = {}
+        self.ahead = ProjectedAhead()
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)

@@ -111,6 +111,12 @@ class CachedStreams:
     def __init__(self, cache: Any, layer_idx: int) -> None:
         self._cache, self._layer_idx = cache, layer_idx
 
+    @property
+    def ahead(self) -> Any:
+        """Room for projections of the next positions; None where the layer of the cache has none."""
+        layers = self._cache.layers
+        return getattr(layers[self._layer_idx], "ahead", None) if self._layer_idx < len(layers) else None
+
     def update(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append to the cache's own keys and values.
 

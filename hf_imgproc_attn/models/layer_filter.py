@@ -24,6 +24,7 @@ from .boost_gate import OutputGate, TokenGains
 from .boost_gradient import GradientBoosting
 from .boost_operators import extra_streams, operator_on_value
 from .boost_weights import weight_booster
+from .cache_ahead import projected_positions
 from .cache_streams import NO_STREAMS, Streams, boost_stream, keep_apart, round_stream
 from .kernel_content import unit_vectors, working_dtype
 from .kernel_elliptical import elliptical_metric
@@ -353,7 +354,7 @@ class AttentionFilter(nn.Module):
         self.positions.require(inputs.position_states, coordinates)
         if coordinates is not None:
             coordinates = coordinates.to(working_dtype(query.dtype))
-        position_query, position_key = self._position_vectors(inputs.position_states, query)
+        position_query, position_key = self._position_vectors(inputs, streams, query)
         query, key, coordinates = self.positions.rotate(query, key, coordinates)
         if position_key is not None and key.shape[1] != position_key.shape[1]:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
@@ -375,12 +376,14 @@ class AttentionFilter(nn.Module):
         return query, key, value, terms
 
     def _position_vectors(
-        self, position_states: torch.Tensor | None, query: torch.Tensor
+        self, inputs: LayerInputs, streams: Streams, query: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """U_Q p and U_K p of the new tokens, ``[batch or 1, heads, length, head_dim]``; 0 for class tokens."""
-        if self.spec.position_kernel != "untied" or position_states is None:
+        pair = inputs.position_states
+        if self.spec.position_kernel != "untied" or pair is None:
             return None, None
-        pair = position_states if self.position_projection is None else self.position_projection(position_states)
+        if self.position_projection is not None:
+            pair = projected_positions(self.position_projection, pair, inputs.upcoming, streams)
         pair = pair if self.heads is None else self.heads.mine(pair, dim=1)
         if self.positions.num_class_tokens:
             pair = nn.functional.pad(pair, (0, 0, self.positions.num_class_tokens, 0))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .boost_depth import LayerState
+from .cache_ahead import Upcoming
 from .visibility import Visibility
 
 
@@ -27,6 +28,7 @@ class LayerInputs(NamedTuple):
     attentions: which attentions are to be returned, one of ``ATTENTION_OUTPUTS``, or None.
     hidden_states: the layer's tokens after the norm, ``[batch, length, hidden_size]``, which some boosters project;
         :func:`filter_tokens` puts them in.
+    upcoming: ``untied``, a decoding step: the new tokens' positions, and those that follow; None: of no use.
     """
 
     visibility: Visibility | None = None
@@ -39,3 +41,4 @@ class LayerInputs(NamedTuple):
     backend: str = "auto"
     attentions: str | None = None
     hidden_states: torch.Tensor | None = None
+    upcoming: Upcoming | None = None

@@ -22,6 +22,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .boost_depth import LayerState, initial_state
+from .cache_ahead import upcoming_positions
 from .cache_layer import check_cache_implementation
 from .configuration_imgproc_gpt2 import ImgProcGPT2Config
 from .layer_inputs import LayerInputs
@@ -223,6 +224,7 @@ class ImgProcGPT2Model(TextModelMixin, ImgProcGPT2PreTrainedModel, GPT2Model):
             contiguous,
             past_key_values=None if self.gradient_checkpointing and self.training else past_key_values,
             stock_mask=causal_mask,
+            upcoming=None if vectors is None or past_key_values is None else upcoming_positions(positions, self.wpe),
             **choices,
         )
         state = initial_state(self.config, hidden_states)

@@ -156,6 +156,11 @@ def _remarks(record: Record) -> list[str]:
         )
     for name, why in (record.get("left_out") or {}).items():
         said.append(f"Left out: {name}, {why}.")
+    if parts := sorted({result["parameters"]["fraction"] for result in record["results"] if result.get("unchanged")}):
+        said.append(
+            f"Of so few words {', '.join(f'{100 * part:g} %' for part in parts)} is less than half a word: no word "
+            "was changed there. Take more texts (--max_samples) or a larger part (--fractions)."
+        )
     if record.get("masking"):
         said.append("Signs of masked gradients: " + "; ".join(record["masking"]) + ".")
     elif record.get("masking") is not None:

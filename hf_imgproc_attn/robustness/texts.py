@@ -34,6 +34,8 @@ DEFINITIONS = {
 }
 """The disturbances and their parameter."""
 DEFAULT_BLOCK_SIZE = 256
+UNCHANGED = "unchanged"
+"""Of results on texts so short that no word was changed."""
 
 
 def evaluate_text_robustness(
@@ -63,7 +65,8 @@ def evaluate_text_robustness(
         on_result: is called with each result as soon as it is known.
 
     Returns:
-        ``results`` (clean first), ``settings``, ``definitions`` and ``seconds``: as JSON holds them.
+        ``results`` (clean first; with ``unchanged`` where the part is less than half a word), ``settings``,
+        ``definitions`` and ``seconds``: as JSON holds them.
 
     Raises:
         UsageError: for texts or labels that do not fit the model.
@@ -87,7 +90,7 @@ def evaluate_text_robustness(
     ]
     results: list[Result] = []
     for title, name, seed, fraction in plans:
-        about = {
+        about: Result = {
             "family": title,
             "disturbance": title,
             "parameters": {"fraction": fraction} if seed is not None else {},
@@ -97,6 +100,8 @@ def evaluate_text_robustness(
             results += known
             continue
         changed = lines if seed is None else CHANGES[name](lines, fraction, seed)
+        if seed is not None and changed == lines:
+            about[UNCHANGED] = True
         for measured in measure(changed):
             results.append({**about, "seed": seed, **measured})
             if on_result is not None:
@@ -140,11 +145,14 @@ def text_perplexity(
         Their ``metric``, ``value``, ``samples`` and ``unit``.
 
     Raises:
-        UsageError: for a tokenizer with more tokens than the model, or losses that are not finite.
+        UsageError: for a model whose tokens see later ones, a tokenizer with more tokens than the model, or losses
+            that are not finite.
     """
+    from ..filtered import refuse_what_sees_ahead
     from ..training_support.metrics import Perplexity, token_losses
     from ..training_support.text_data import IGNORED_LABEL, TokenBlocks, encode
 
+    refuse_what_sees_ahead(model, "the model")
     tokens = encode(text, tokenizer, "tokenising", first_token)
     check_vocabulary(model, tokens)
     blocks = TokenBlocks(tokens, block_size, int(tokenizer.pad_token_id or 0))

@@ -69,7 +69,7 @@ CLAIMS = (
         (*_BILATERAL, "bilateral_twicing"),
     ),
     Claim(
-        "Feedback of early values (NeuTRENO) raises clean accuracy",
+        "Feedback of early values (NeuTRENO) raises accuracy, clean, noisy and attacked",
         "Nguyen, Nguyen and Baraniuk (NeurIPS 2023) add a part of the first layer's values against over-smoothing.",
         "digits",
         ("clean", "noise", "attack"),
@@ -252,6 +252,21 @@ CLAIMS = (
         ("clean", "word swap"),
         ("delta", "differential", "forgetting"),
         ("softmax", "softmax_as_large"),
+    ),
+    Claim(
+        "Filters make better language models, with more text",
+        "The claim of the study before, with three times the lines and eight times the parameters.",
+        "wikitext2_medium",
+        ("clean",),
+        _FILTERS,
+        ("softmax", "softmax_as_large"),
+    ),
+    Claim(
+        "Language models with filters withstand swapped words better, with more text",
+        "Likewise: words of the test split are swapped for AAA.",
+        "wikitext2_medium",
+        ("word swap",),
+        _FILTERS,
     ),
     Claim(
         "Filters segment better",

@@ -118,12 +118,13 @@ def in_words(rows: Sequence[Row]) -> str:
     better, worse, none, few = (words.count(word) for word in (BETTER, WORSE, NO_DIFFERENCE, TOO_FEW))
     if few == len(rows):
         return "too few seeds yet."
+    every = "the only comparison" if len(rows) == 1 else f"all {len(rows)} comparisons"
     if better == len(rows):
-        return f"it holds here: better in all {len(rows)} comparisons."
+        return f"it holds here: better in {every}."
     if worse == len(rows):
-        return f"the opposite is seen here: worse in all {len(rows)} comparisons."
+        return f"the opposite is seen here: worse in {every}."
     if none == len(rows):
-        return f"not seen here: no difference in any of {len(rows)} comparisons."
+        return f"not seen here: no difference in {every.replace('all', 'any of')}."
     seen = [f"better in {better}", f"worse in {worse}", f"no difference seen in {none}"]
     return f"of {len(rows)} comparisons, {', '.join(seen)}" + (f", too few seeds in {few}." if few else ".")
 

@@ -52,14 +52,14 @@ def found_in(ledgers: Path) -> Iterator[Found]:
 
 
 def evidence_table(ledgers: Path) -> str:
-    """The table in Markdown: a row for each variant, a column for each study.
+    """The table in Markdown: what softmax itself reaches, then a row for each variant; a column for each study.
 
-    A cell is the mean paired difference from softmax and its 95 % interval; bold where the corrected p-value is below
-    0.05.
+    A cell of a variant is the mean paired difference from softmax and its 95 % interval; bold where the corrected
+    p-value is below 0.05.
     """
     columns = list(found_in(ledgers))
     names = dict.fromkeys(row.variant for found in columns for row in found.table.rows if row.variant != STOCK)
-    rows = []
+    rows = [[f"`{STOCK}`, its own value", *map(_stock_value, columns)]]
     for name in names:
         cells = [
             next((_cell(row, found.table.metric) for row in found.table.rows if row.variant == name), NOTHING)
@@ -84,6 +84,12 @@ def write_evidence(page: Path, ledgers: Path) -> None:
 def _heading(found: Found) -> str:
     metric = METRICS[found.table.metric] + (", lower is better" if found.table.metric in LOWER_IS_BETTER else "")
     return f"{found.study} ({metric}, {found.seeds})"
+
+
+def _stock_value(found: Found) -> str:
+    """What the differences are from: the mean of all seeds that softmax has."""
+    values = [row.summary.mean for row in found.table.rows if row.variant == STOCK and row.summary is not None]
+    return number(values[0], found.table.metric) if values else NOTHING
 
 
 def _cell(row: Row, metric: str) -> str:

@@ -11,6 +11,7 @@ from .recovery import CONTROL, title, unit
 from .statistics import summarise
 
 _COLOURS = ("#555555", "#0b6e99", "#b3261e", "#1a7f37", "#8a4fbf", "#b36b00")
+_ACROSS = 2
 _APART = 0.09
 """Variants stand beside each other, in places of the axis of steps."""
 
@@ -29,11 +30,15 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg", force=False)
     import matplotlib.pyplot as plt
 
+    across = min(_ACROSS, len(records))
+    down = -(-len(records) // across)
     figure, axes = plt.subplots(
-        1, len(records), figsize=(0.6 + 3.9 * len(records), 3.9), squeeze=False, layout="constrained"
+        down, across, figsize=(0.6 + 4.3 * across, 0.5 + 3.4 * down), squeeze=False, layout="constrained"
     )
+    for axis in axes.flat[len(records) :]:
+        axis.set_visible(False)
     names = list(dict.fromkeys((CONTROL, *(name for record in records for name in record["settings"]["variants"]))))
-    for axis, record in zip(axes.flat, records, strict=True):
+    for axis, record in zip(axes.flat, records, strict=False):
         _panel(axis, record, names)
     lines = {line.get_label(): line for axis in axes.flat for line in axis.get_lines() if line.get_label() in names}
     figure.legend(

@@ -414,6 +414,18 @@ def test_a_model_without_inputs_sees_real_data() -> None:
         inspect_model("gpt2")  # type: ignore[arg-type]
 
 
+def test_a_text_and_a_misspelt_option_are_refused_with_what_to_do() -> None:
+    model = build("llama", num_hidden_layers=1)
+    with pytest.raises(
+        ValueError, match=r"of texts and images: what the model's tokenizer .* got 'Once upon a time'$"
+    ):
+        inspect_model(model, "Once upon a time")  # type: ignore[arg-type]
+    with pytest.raises(
+        TypeError, match=r"unknown option of the lens 'layer': it must be one of .*did you mean layers\?"
+    ):
+        inspect_model(model, torch.ones(2, 4, dtype=torch.long), layer=[0])
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Filters of every kind
 # --------------------------------------------------------------------------------------------------------------------

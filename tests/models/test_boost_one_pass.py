@@ -11,7 +11,7 @@ from hf_imgproc_attn import apply_filter, filter_attention
 from hf_imgproc_attn.models import boost_exclusive
 from hf_imgproc_attn.models.backend_table import BACKENDS, run_filter
 from hf_imgproc_attn.models.boost_exclusive import exclusive_by_parts
-from hf_imgproc_attn.models.boost_gate import OutputGate, TokenGains
+from hf_imgproc_attn.models.boost_gate import OutputGate, TokenGains, gated
 from tests.models.helpers import filter_call, make_filter, tiny_gpt2_config
 from tests.models.layer_cases import BATCH, HEADS, LENGTH, TIGHT, WIDTH, assert_same, masks, random, run, tensors
 from tests.models.variants import gpt2_config, token_ids
@@ -159,6 +159,31 @@ def test_exclusive_by_parts_leaves_values_of_extreme_length_to_the_formula(
     assert exclusive_by_parts(smooth, value) is not None
     value[0, 1, 2] *= size
     assert exclusive_by_parts(smooth, value) is None
+
+
+@pytest.mark.parametrize("kind", ["heads", "tokens", "gate"])
+def test_inversion_and_gate_by_parts_are_the_formulas(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output, gradients and their gradients, of rows that are worked on in parts and stand in another order."""
+    monkeypatch.setattr(boost_exclusive, "ROWS_NUMBERS", 20)
+    smooth = random(3, 5, 2, 4, seed=0).transpose(1, 2).requires_grad_()
+    value = random(3, 2, 5, 4, seed=1).requires_grad_()
+    gain = random(2, *((3, 2, 5, 1) if kind == "tokens" else (2, 1, 1)), seed=2).requires_grad_()
+    leaves, upstream = [smooth, value] + ([] if kind == "gate" else [gain]), random(3, 2, 5, 4, seed=4)
+    found = {}
+    for least in (0, 10**9):
+        monkeypatch.setattr(boost_exclusive, "LEAST_NUMBERS", least)
+        if kind == "gate":
+            output = gated(smooth, value)
+        else:
+            name = "inversion" if kind == "heads" else "dynamic_inversion"
+            call = filter_call(value, value, value, boosting=name, boosting_gain=gain)
+            output = call.finish(smooth)
+        assert ("Rows" in str(output.grad_fn)) == (least == 0)
+        gradients = torch.autograd.grad(output, leaves, upstream, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in gradients), leaves, retain_graph=True)
+        found[least] = (output, *torch.autograd.grad(output, leaves, upstream), *gradients, *second)
+    for got, expected in zip(found[0], found[10**9], strict=True):
+        torch.testing.assert_close(got, expected, **TIGHT)
 
 
 @pytest.mark.parametrize("boosting", ONE_PASS)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hf_imgproc_attn.errors import UsageError
+from hf_imgproc_attn.robustness.report import plain_text
 from hf_imgproc_attn.robustness.settings import TEXT_CHANGES, TextSettings
 from hf_imgproc_attn.robustness.text_changes import CHANGES, delete_words, misspell_words, swap_words
 from hf_imgproc_attn.robustness.texts import count_measurements, evaluate_text_robustness, text_perplexity
@@ -125,6 +126,18 @@ def test_a_language_model_is_measured_with_every_change(reader: tuple) -> None:
     )
     assert again["results"] == results
     assert {result["disturbance"] for result in seen} == {"typos"}
+
+
+def test_a_part_of_less_than_half_a_word_is_said_to_change_nothing(reader: tuple) -> None:
+    """It would read as a model that no change of words disturbs."""
+    settings = TextSettings(changes=("word_swap",), fractions=(0.05, 0.5))
+    report = evaluate_text_robustness(*reader, ["one two three", "four five"], settings, block_size=64)
+    said = {(entry["parameters"].get("fraction"), entry.get("unchanged", False)) for entry in report["results"]}
+    assert said == {(None, False), (0.05, True), (0.5, False)}
+    text = plain_text({"checkpoint": "a", **report})
+    assert "Of so few words 5 % is less than half a word: no word was changed there." in text
+    none = {"checkpoint": "a", **report, "results": [e for e in report["results"] if not e.get("unchanged")]}
+    assert "half a word" not in plain_text(none)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "gpt2"])

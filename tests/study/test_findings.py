@@ -80,6 +80,9 @@ def test_evidence_is_bold_only_where_a_verdict_is(tmp_path: Path) -> None:
         for table in build_tables(study, Ledger(ROOT / LEDGERS / "digits").everything(study))
         if table.family == "clean"
     ]
+    stock = table.rows[0]
+    assert stock.summary is not None
+    assert lines[2].startswith(f"| `softmax`, its own value | {100 * stock.summary.mean:.2f} |")
     for entry in table.rows[1:]:
         cell = next(line for line in lines if line.startswith(f"| `{entry.variant}` |")).split("|")[2]
         assert entry.difference is not None
@@ -176,7 +179,8 @@ def test_the_ledger_of_another_version_is_refused_by_the_page(field: str, value:
         ([], "not tested, no run has ended."),
         ([TOO_FEW, TOO_FEW], "too few seeds yet."),
         ([BETTER, f"{BETTER}, 1 diverged"], "it holds here: better in all 2 comparisons."),
-        ([WORSE], "the opposite is seen here: worse in all 1 comparisons."),
+        ([WORSE], "the opposite is seen here: worse in the only comparison."),
+        ([NO_DIFFERENCE], "not seen here: no difference in the only comparison."),
         ([NO_DIFFERENCE, NO_DIFFERENCE], "not seen here: no difference in any of 2 comparisons."),
         (
             [BETTER, WORSE, NO_DIFFERENCE, TOO_FEW],

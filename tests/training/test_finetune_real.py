@@ -10,7 +10,18 @@ import finetune_real
 import pytest
 import torch
 from finetune_real import Settings, rate
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5Model,
+    ViTConfig,
+    ViTModel,
+)
 
 from hf_imgproc_attn.study.recovery import in_short, read_records, recovered, table
 from hf_imgproc_attn.training_support import teachers
@@ -240,11 +251,20 @@ def test_mistakes_with_an_encoder_are_one_line(
 def test_models_of_another_kind_are_refused(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path / "vit")
+    CLIPModel(
+        CLIPConfig(text_config=sizes, vision_config={**sizes, "image_size": 8, "patch_size": 4})
+    ).save_pretrained(tmp_path / "clip")
+    T5Model(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=9)).save_pretrained(
+        tmp_path / "t5"
+    )
     BertModel.from_pretrained(encoder).save_pretrained(tmp_path / "mute")
     (tmp_path / "empty.txt").write_text("\n \n", encoding="utf-8")
     (tmp_path / "other.json").write_text("{}", encoding="utf-8")
     for words, message in (
-        ([str(tmp_path / "vit")], "model must be a causal language model or an encoder of texts, got "),
+        *(
+            ([str(tmp_path / name)], f"an encoder of texts, got {str(tmp_path / name)!r} of type {name}")
+            for name in ("vit", "clip", "t5")
+        ),
         ([str(tmp_path / "mute"), "--length", "8"], "model must come with a tokenizer"),
         (of_encoder(encoder, f"--texts {tmp_path / 'empty.txt'}"), "texts must be a file with a text on each line"),
         (["--records", str(tmp_path / "other.json")], "records must be files of finetune_real.py, got "),
@@ -275,10 +295,8 @@ def test_settings_measure_halves_of_the_way() -> None:
 
 def test_the_page_shows_the_records() -> None:
     page = (ROOT / "docs" / "recovery.md").read_text(encoding="utf-8")
-    records = sorted((ROOT / "training" / "results" / "recovery").glob("*.json"))
-    assert records
-    for path in records:
-        record = json.loads(path.read_text(encoding="utf-8"))
+    assert {path.stem for path in RECORDS} == {"minilm_22m", "gpt2_9m", "llama_260k", "llama_260k_all_layers"}
+    for path, record in zip(RECORDS, read_records(RECORDS), strict=True):
         assert f"](../training/results/recovery/{path.name})" in page
         assert table(record) in page
         assert len(record["settings"]["seeds"]) == 3

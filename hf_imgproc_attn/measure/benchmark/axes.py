@@ -16,6 +16,7 @@ from torch import nn
 from ...models.backend_call import Booster, Content, Difference, FilterCall
 from ...models.backend_table import run_filter
 from ...models.boost_depth import mixed_value
+from ...models.boost_gate import gated
 from ...models.boost_weights import LocalLinear, Robust
 from ...models.kernel_content import unit_vectors
 from ...models.kernel_forget import ForgetPositions
@@ -80,7 +81,7 @@ def _differential(tensors: Tensors) -> torch.Tensor:
 
 
 def _gated(tensors: Tensors) -> torch.Tensor:
-    return run_filter(tensors.call(), "auto") * (2.0 * torch.sigmoid(tensors.second_query))
+    return gated(run_filter(tensors.call(), "auto"), tensors.second_query)
 
 
 def _cosine(tensors: Tensors) -> torch.Tensor:

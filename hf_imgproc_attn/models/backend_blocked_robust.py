@@ -1,0 +1,109 @@
+"""``robust`` pair by pair, where all queries of a head are one block; see ``backend_blocked_whole``.
+
+The formulas are those of ``backend_blocked_rules``, for weights of softmax that sum to 1 and penalties without a
+cutoff: every row keeps some weight. Then sum_j a_ij dA_ij is 0 beside the constant of a row, and dS = A o dA.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .backend_blocked_passes import Call, Tensors
+from .backend_blocked_plan import PLAINLY
+from .backend_blocked_rules import Kept
+from .backend_blocked_weights import LOG2_E, flat
+from .backend_blocked_whole import AFTER, product_of, row_sums_of
+from .boost_weights import Robust
+
+
+class _Distances:
+    """1/d of all values of a pair from some rows; distances below ``inner`` count as that."""
+
+    def __init__(self, robust: Robust, like: torch.Tensor, length: int, key_length: int, width: int) -> None:
+        self.least, self.linear = robust.inner**2, product_of()
+        self.rows, self.values = (like.new_ones(count, width + 2) for count in (length, key_length))
+
+    def start(self, value: torch.Tensor) -> None:
+        """Turn to a pair's values, ``[keys, d]``: beside them their squares and 1."""
+        self.values[:, :-2] = value
+        torch.linalg.vecdot(value, value, out=self.values[:, -2])
+
+    def near(self, centre: torch.Tensor, *, turned: bool = False) -> torch.Tensor:
+        """From rows ``[rows, d]``, ``[rows, keys]`` or turned: the product with -2 u, 1 and their squares."""
+        torch.mul(centre, -2.0, out=self.rows[:, :-2])
+        torch.linalg.vecdot(centre, centre, out=self.rows[:, -1])
+        left, right = (self.values, self.rows) if turned else (self.rows, self.values)
+        # Several times faster than the reciprocal of a root.
+        return self.linear(left, right, *PLAINLY).clamp_(min=self.least).pow_(-0.5)
+
+
+def robust_by_pair(robust: Robust, call: Call, tensors: Tensors) -> Kept:
+    """The forward pass. Kept are, a step, the rows that it starts from and what their weights sum to."""
+    plan, linear = call.plan, product_of()
+    like = tensors.query.new_empty(0, dtype=torch.promote_types(tensors.query.dtype, torch.float32))
+    length, width = plan.length, tensors.value.shape[-1]
+    output = like.new_empty(plan.batch * plan.heads, length, width)
+    kept = like.new_empty(len(output), robust.steps, length * (width + 1))
+    largest, total = (like.new_empty(len(output), length, 1) for _ in range(2))
+    left = like.new_empty(length, tensors.query.shape[-1])
+    distances = _Distances(robust, like, length, plan.key_length, width)
+    given = (flat(x, like.dtype) for x in tensors[:3])
+    for query, key, value, out, steps, most, mass in zip(*given, output, kept, largest, total, strict=True):
+        matrix = linear(torch.mul(query, plan.scale * LOG2_E, out=left), key, *PLAINLY)
+        torch.amax(matrix, -1, keepdim=True, out=most)
+        torch.sum(matrix.sub_(most).exp2_(), -1, keepdim=True, out=mass)
+        centres = [*(step[: length * width].view(length, width) for step in steps), out]
+        distances.start(value)
+        torch.div(linear(matrix, value.mT, *PLAINLY), mass, out=centres[0])
+        for step, after in enumerate(centres[1:]):
+            shares = distances.near(centres[step]).mul_(matrix)
+            found = shares.sum(-1, keepdim=True)
+            torch.div(linear(shares, value.mT, *PLAINLY), found, out=after)
+            torch.div(found, mass, out=steps[step, length * width :].view(length, 1))
+    return Kept(output, row_sums_of(largest, total), kept)
+
+
+def robust_gradients(
+    robust: Robust, call: Call, tensors: Tensors, kept: Kept, grad: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of queries, keys and values, each ``[batch, heads, ..., width]``."""
+    plan, linear, like = call.plan, product_of(), kept.output.new_empty(0)
+    length, width = plan.length, tensors.value.shape[-1]
+    results = [like.new_empty(x.shape) for x in tensors[:3]]
+    left = like.new_empty(length, tensors.query.shape[-1])
+    distances = _Distances(robust, like, length, plan.key_length, width)
+    shares, d_weights = (like.new_empty(plan.key_length, length) for _ in range(2))
+    columns = like.new_empty(plan.key_length, 1)
+    # Where f is constant its weight does not change.
+    constant = float(like.new_full((), distances.least).pow(-0.5))
+    given = (flat(x, like.dtype) for x in (*tensors[:3], grad))
+    gradients = (x.flatten(0, 1) for x in results)
+    everything = zip(*given, kept.output, kept.rows, *kept.row_sums.unbind(-1), *gradients, strict=True)
+    for query, key, value, above, out, steps, log_sum, correction, d_query, d_key, d_value in everything:
+        matrix = linear(key, torch.mul(query, plan.scale * LOG2_E, out=left), -log_sum, *AFTER)
+        matrix.exp2_().mul_(correction)
+        centres = [*(step[: length * width].view(length, width) for step in steps), out]
+        distances.start(value)
+        turned_value, each = value.mT.contiguous(), above
+        for sums in (d_weights, d_value, columns):
+            sums.zero_()
+        for step in reversed(range(robust.steps)):
+            centre, after = centres[step : step + 2]
+            each = each / steps[step, length * width :].unsqueeze(-1)
+            near = distances.near(centre, turned=True)
+            pulls = linear(value, each, -torch.linalg.vecdot(each, after), *AFTER)
+            d_weights.addcmul_(near, pulls)
+            d_value.add_(linear(torch.mul(near, matrix, out=shares), each.mT, *PLAINLY))
+            torch.ops.aten.hardtanh_backward.grad_input(pulls, near, 0.0, constant, grad_input=pulls)
+            change = pulls.mul_(shares).mul_(near.square_())
+            d_value.add_(linear(change, centre.mT, *PLAINLY))
+            columns.add_(change.sum(1, keepdim=True))
+            turned = linear(turned_value, change.mT, *PLAINLY).mT
+            each = torch.addcmul(turned, centre, change.sum(0).unsqueeze(-1), value=-1.0)
+        each = each.contiguous()
+        d_weights.add_(linear(value, each, -torch.linalg.vecdot(each, centres[0]), *AFTER))
+        d_value.add_(linear(matrix, each.mT, *PLAINLY)).sub_(value * columns)
+        d_logits = d_weights.mul_(matrix)
+        torch.mul(linear(d_logits, query.mT, *PLAINLY), plan.scale, out=d_key)
+        torch.mul(linear(key.mT.contiguous(), d_logits.mT, *PLAINLY).mT, plan.scale, out=d_query)
+    return results[0], results[1], results[2]

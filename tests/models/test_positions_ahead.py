@@ -1,0 +1,159 @@
+"""Projections of positions that a decoding step will need next are made several at once, and change no logits."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from hf_imgproc_attn import ImgProcGPT2Config, ImgProcGPT2LMHeadModel
+from hf_imgproc_attn.models import modeling_imgproc_gpt2
+from hf_imgproc_attn.models.cache_ahead import POSITIONS_AHEAD, upcoming_positions
+
+PROMPT, LENGTH = 4, 40
+
+
+def build(**fields: Any) -> Any:
+    torch.manual_seed(0)
+    config = ImgProcGPT2Config.from_preset(
+        "bilateral", n_layer=2, n_head=2, n_embd=8, vocab_size=20, n_positions=LENGTH, **fields
+    )
+    model = ImgProcGPT2LMHeadModel(config).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return build()
+
+
+def text(batch: int = 2, length: int = LENGTH) -> torch.Tensor:
+    return torch.randint(0, 20, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def projected(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many positions each call of the last layer's projections has had."""
+    counts: list[int] = []
+    projection = model.transformer.h[-1].attn.filter.position_projection
+    forward = projection.forward
+    monkeypatch.setattr(projection, "forward", lambda states: counts.append(states.shape[1]) or forward(states))
+    return counts
+
+
+def steps(model: Any, ids: torch.Tensor, cache: Any, first: int, **given: torch.Tensor) -> torch.Tensor:
+    """Logits of the tokens from ``first`` on, one by one."""
+    logits = []
+    for place in range(first, ids.shape[1]):
+        own = {name: x[:, : place + 1] if "mask" in name else x[:, place : place + 1] for name, x in given.items()}
+        logits.append(model(ids[:, place : place + 1], past_key_values=cache, **own).logits)
+    return torch.cat(logits, dim=1)
+
+
+def start(model: Any, ids: torch.Tensor, **given: torch.Tensor) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :PROMPT], past_key_values=cache, **{name: x[:, :PROMPT] for name, x in given.items()})
+    return cache
+
+
+@torch.no_grad()
+def test_weights_are_read_for_many_positions_at_once(model: Any, projected: list[int]) -> None:
+    """To the end of the table; the logits are those of all tokens at once."""
+    ids = text()
+    whole = model(ids, use_cache=False).logits
+    found = steps(model, ids, start(model, ids), PROMPT)
+    torch.testing.assert_close(found, whole[:, PROMPT:], rtol=0, atol=1e-12)
+    assert projected == [LENGTH, PROMPT, POSITIONS_AHEAD, POSITIONS_AHEAD, LENGTH - PROMPT - 2 * POSITIONS_AHEAD]
+
+
+@torch.no_grad()
+def test_cropped_reordered_and_copied_caches_keep_them(model: Any, projected: list[int]) -> None:
+    ids = text(length=12)
+    cache = start(model, ids)
+    steps(model, ids[:, :8], cache, PROMPT)
+    cache.crop(-2)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache = copy.deepcopy(cache)
+    cache.batch_repeat_interleave(2)
+    other = torch.cat((ids[:, :6].flip(0), ids[:, 6:]), dim=1).repeat_interleave(2, dim=0)
+    found = steps(model, other, cache, 6)
+    assert projected == [PROMPT, POSITIONS_AHEAD]
+    torch.testing.assert_close(found, model(other, use_cache=False).logits[:, 6:], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("apart", "is_ahead"), [(3, True), (POSITIONS_AHEAD + 1, False)])
+@torch.no_grad()
+def test_rows_have_positions_of_their_own(model: Any, projected: list[int], apart: int, is_ahead: bool) -> None:
+    """As with padding on the left; rows that are far apart have no next positions in common."""
+    ids = text(length=22)
+    places = torch.arange(22) + torch.tensor([[0], [apart]])
+    whole = model(ids, position_ids=places, use_cache=False).logits
+    found = steps(model, ids, start(model, ids, position_ids=places), PROMPT, position_ids=places)
+    torch.testing.assert_close(found, whole[:, PROMPT:], rtol=0, atol=1e-12)
+    assert (len(projected) <= 2 + 2) == is_ahead
+
+
+@torch.no_grad()
+def test_positions_that_jump_are_projected_anew(model: Any) -> None:
+    ids, places = text(length=8), torch.tensor([[0, 1, 2, 3, 30, 5, 39, 6]])
+    whole = model(ids, position_ids=places, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    found = steps(model, ids, start(model, ids, position_ids=places), PROMPT, position_ids=places)
+    torch.testing.assert_close(found, whole[:, PROMPT:], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "norm.bias", "query.weight", "key.weight", "table"])
+@torch.no_grad()
+def test_weights_that_change_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a text: what was made with the others is not used again."""
+    model, ids = build(), text(length=8)
+    cache = start(model, ids)
+    steps(model, ids[:, :6], cache, PROMPT)
+    twin = copy.deepcopy(cache)
+    before = steps(model, ids, copy.deepcopy(cache), 6)
+    projection = model.transformer.h[1].attn.filter.position_projection
+    weight = model.transformer.wpe.weight if name == "table" else projection.get_parameter(name)
+    weight.add_(torch.linspace(0, 1, weight.numel(), dtype=weight.dtype).view_as(weight))
+    found = steps(model, ids, cache, 6)
+    monkeypatch.setattr(modeling_imgproc_gpt2, "upcoming_positions", lambda *args: None)
+    torch.testing.assert_close(found, steps(model, ids, twin, 6), rtol=0, atol=1e-12)
+    assert (found - before).abs().max() > 1e-6
+
+
+def test_nothing_is_made_ahead_where_it_could_not_be_used(model: Any, projected: list[int]) -> None:
+    """Static caches keep no such rows; gradients are those of the step; of adapters nobody knows when they change."""
+    ids = text(length=7)
+    with torch.no_grad():
+        cache = StaticCache(config=model.config, max_cache_len=8)
+        model(ids[:, :PROMPT], past_key_values=cache)
+        steps(model, ids, cache, PROMPT)
+    steps(model, ids, start(model, ids), PROMPT)
+    assert projected == [PROMPT, 1, 1, 1] * 2
+    table, place = model.transformer.wpe, torch.tensor([[3]])
+    with torch.no_grad():
+        assert upcoming_positions(place, table) is not None
+        assert upcoming_positions(torch.tensor([[3, 4]]), table) is None
+        assert upcoming_positions(place[:0], table) is None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert upcoming_positions(place, table) is None
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True}, {"prompt_lookup_num_tokens": 3}])
+def test_generated_texts_are_the_same(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With padding on the left."""
+    model, ids = build(), text(length=6)[: 1 if "prompt_lookup_num_tokens" in options else 2]
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    generated = []
+    for ahead in (upcoming_positions, lambda *args: None):
+        monkeypatch.setattr(modeling_imgproc_gpt2, "upcoming_positions", ahead)
+        torch.manual_seed(3)
+        generated.append(
+            model.generate(ids, attention_mask=mask, max_new_tokens=20, pad_token_id=0, eos_token_id=None, **options)
+        )
+    assert torch.equal(*generated)
