@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 
 from .backbones import BACKBONES, OF_MODEL_TYPE
 from .catalogue.matching import preset_in_words
+from .errors import UsageError
 from .models.any_attention import PART
 from .models.any_filter import filter_arguments, filtered_layers, is_filtered
 from .models.any_layer import AppliedFilter
+from .models.any_layers import attention_layers
 from .models.configuration_imgproc_filtered import FILTERED_MODEL_TYPE
 from .models.layer_summary import FilterSummary, filter_summary
 from .models.modeling_imgproc_filtered import own_auto_class, stock_class
@@ -45,6 +47,27 @@ def is_loaded_by(model: nn.Module, auto_class: str) -> bool:
     """Whether an Auto class has the class of a model, of a type of our own too."""
     known = getattr(transformers, auto_class)._model_mapping.get(type(model.config), None)
     return stock_class(model) in (known if isinstance(known, (tuple, list)) else (known,))
+
+
+def refuse_what_sees_ahead(model: nn.Module, field: str) -> None:
+    """Refuse a model whose tokens see later ones where the next token is to be predicted: it would copy the answer.
+
+    Transformers loads a BERT that is no decoder as a causal language model, and only warns.
+
+    Args:
+        model: any of Transformers; one whose attention does not go through the interface is taken as it is.
+        field: what it was given as, with the value.
+
+    Raises:
+        UsageError: naming the field and the model's type.
+    """
+    layers = attention_layers(model)
+    if layers and not any(getattr(layer.module, "is_causal", True) for layer in layers):
+        raise UsageError(
+            f"{field} must be a causal language model, got one of type {model.config.model_type} whose tokens see "  # type: ignore[union-attr]
+            "later ones, which it would have to predict: set is_decoder to true in its config.json, where its type "
+            "has that, or choose another task"
+        )
 
 
 def saved_model_type(model: Any) -> str:

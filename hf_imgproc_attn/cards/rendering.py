@@ -223,7 +223,13 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+        hint = ""
+        if isinstance(error, FileNotFoundError) and path.name == records.FILE_NAME:
+            hint = (
+                "; a run is what a training command leaves: train what was only converted or saved, or measure it by "
+                "`imgproc-attn robustness`"
+            )
+        raise UsageError(f"{path} cannot be read: {error.strerror}{hint}") from error
     except ValueError as error:
         raise UsageError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):

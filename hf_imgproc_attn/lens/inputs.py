@@ -258,7 +258,7 @@ def _read_text(file: str) -> str:
         return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
-        raise UsageError(f"input {file!r} cannot be read: {reason}") from error
+        raise UsageError(f"input {file!r} cannot be read: {reason} (--input takes files)") from error
 
 
 def _token_rows(name: str, text: str) -> list[list[int]]:

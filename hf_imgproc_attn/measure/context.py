@@ -279,13 +279,17 @@ def _load(checkpoint: str) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from ..filtered import refuse_what_sees_ahead
+
     try:
-        return AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
             f"checkpoint must be a causal language model with its tokenizer, got {checkpoint!r}: "
             f"{plain_message(error)}"
         ) from error
+    refuse_what_sees_ahead(model, f"checkpoint {checkpoint!r}")
+    return model, tokenizer
 
 
 def _encode(tokenizer: Any, text: str) -> np.ndarray:

@@ -145,11 +145,14 @@ def text_perplexity(
         Their ``metric``, ``value``, ``samples`` and ``unit``.
 
     Raises:
-        UsageError: for a tokenizer with more tokens than the model, or losses that are not finite.
+        UsageError: for a model whose tokens see later ones, a tokenizer with more tokens than the model, or losses
+            that are not finite.
     """
+    from ..filtered import refuse_what_sees_ahead
     from ..training_support.metrics import Perplexity, token_losses
     from ..training_support.text_data import IGNORED_LABEL, TokenBlocks, encode
 
+    refuse_what_sees_ahead(model, "the model")
     tokens = encode(text, tokenizer, "tokenising", first_token)
     check_vocabulary(model, tokens)
     blocks = TokenBlocks(tokens, block_size, int(tokenizer.pad_token_id or 0))

@@ -67,15 +67,16 @@ def saved_filters(folder: str | Path) -> dict[str, Any] | None:
     import transformers
     from safetensors import safe_open
 
+    from hf_imgproc_attn.backbones import OF_MODEL_TYPE
     from hf_imgproc_attn.cards.filters import recorded
-    from hf_imgproc_attn.filtered import applied_summary, auto_class_of, is_foreign
+    from hf_imgproc_attn.filtered import applied_summary, auto_class_of
     from hf_imgproc_attn.models.configuration_imgproc_filtered import FILTERED_MODEL_TYPE
 
     folder = Path(folder)
     adapters = _ADAPTER if (folder / "adapter_config.json").is_file() else ""
     config = transformers.AutoConfig.from_pretrained(folder / BASE_FOLDER if adapters else folder)
-    if is_foreign(config) and config.model_type != FILTERED_MODEL_TYPE:
-        return None
+    if config.model_type not in (*OF_MODEL_TYPE, FILTERED_MODEL_TYPE):
+        return None  # a stock model; a GPT-2 that classifies texts, or a BERT that writes, is one too
     if config.model_type == FILTERED_MODEL_TYPE:
         # Transformers renames tensors of some models when it saves them: it knows how to read them again.
         applied = getattr(transformers, auto_class_of(config)).from_pretrained(folder)

@@ -61,6 +61,7 @@ def build_causal_lm(
         UsageError: for a checkpoint or configuration that cannot be used, or blocks longer than the model's positions.
     """
     from hf_imgproc_attn.conversion_probe import longest_text
+    from hf_imgproc_attn.filtered import refuse_what_sees_ahead
 
     overrides = parse_overrides(args, GPT2.our_class(GPT2.config))
     if args.model_name_or_path is None:
@@ -74,6 +75,7 @@ def build_causal_lm(
         model = new_model("causal-lm", args, fields)
     else:
         model = start_from("causal-lm", args, overrides)
+        refuse_what_sees_ahead(model, f"model_name_or_path {args.model_name_or_path!r}")
     own, text_config = is_own(model.config, GPT2.model_type), model.config.get_text_config()
     if len(tokenizer) > text_config.vocab_size:
         if args.model_name_or_path is None:

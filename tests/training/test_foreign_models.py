@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertLMHeadModel,
     DeiTConfig,
     DeiTForImageClassification,
     DistilBertConfig,
@@ -25,6 +27,10 @@ from transformers import (
 )
 
 from hf_imgproc_attn import apply_filter, filtered_layers
+from hf_imgproc_attn.errors import UsageError
+from hf_imgproc_attn.measure.context import _load as load_for_context
+from hf_imgproc_attn.robustness.texts import text_perplexity
+from hf_imgproc_attn.training_support.text_data import TextSplit
 from hf_imgproc_attn.training_support.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # by PEFT
@@ -192,6 +198,27 @@ def test_mistakes_are_one_line(
     line = capsys.readouterr().err.strip()
     assert message in line
     assert len(line.splitlines()) == 1
+
+
+def test_a_model_that_sees_the_words_to_predict_is_no_language_model(
+    stock: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Transformers loads such a BERT and warns; its loss would fall to 0 by copying the answers."""
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    tokenizer = train_tokenizer(["import a name from a module"], 280)
+    for is_decoder, status in ((False, 2), (True, 0)):
+        folder = tmp_path / str(is_decoder)
+        config = BertConfig(**size, vocab_size=len(tokenizer), max_position_embeddings=32, is_decoder=is_decoder)
+        BertLMHeadModel(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        words = [*SHORT, "--model_name_or_path", str(folder), "--output_dir", str(tmp_path / f"run{is_decoder}")]
+        assert train_causal_lm.main([*words, "--preset", "softmax"]) == status
+        said = "must be a causal language model, got one of type bert whose tokens see later ones"
+        assert (said in capsys.readouterr().err) == (not is_decoder)
+    with pytest.raises(UsageError, match="the model must be a causal language model"):
+        text_perplexity(BertLMHeadModel.from_pretrained(tmp_path / "False"), tokenizer, TextSplit(["a\n"]), 8)
+    with pytest.raises(UsageError, match="checkpoint .*False' must be a causal language model"):
+        load_for_context(str(tmp_path / "False"))
 
 
 def test_adapters_need_peft_and_a_checkpoint(

@@ -201,8 +201,11 @@ def _rows(
         for size in axes.QUICK if quick else axes.SHAPES:
             yield from axes.run_axes(size, budget=limits.budget, say=say)
     elif suite == "decode":
-        sizes = whole_models.GPT2_TINY if quick else {**whole_models.GPT2_SMALL, "n_positions": 1025}
-        length = sizes["n_positions"] - 1
+        length = 48 if quick else 1024
+        sizes = {
+            **(whole_models.GPT2_TINY if quick else whole_models.GPT2_SMALL),
+            "n_positions": length + decoding.STEPS_OF_A_MODEL,
+        }
         yield from decoding.run_decoding(length, fields=sizes, device=device, budget=limits.budget, say=say)
     elif suite == "layers":
         for shape in layers.QUICK if quick else layers.FULL:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from ...models.any_filter import apply_filter
+from ...models.cache_ahead import POSITIONS_AHEAD
 from ...models.cache_streams import CachedStreams
 from ...models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from ...models.layer_filter import AttentionFilter
@@ -30,6 +32,8 @@ FILTERED = "twicing, apply_filter"
 """The stock GPT-2 with filters in its layers, which is to cost what a GPT-2 of the package does."""
 
 _ROUNDS_OF_STEPS = 8
+STEPS_OF_A_MODEL = POSITIONS_AHEAD
+"""One after another, so that what is made for that many positions at once is made once."""
 
 
 def run_decoding(
@@ -45,15 +49,18 @@ def run_decoding(
         say: told what is being timed.
 
     Yields:
-        A row for each variant: attention alone, then the whole model.
+        A row for each variant: attention alone, then the whole model; milliseconds of one step.
     """
-    for case, make in (("attention alone", attention_step), ("whole model", model_step)):
+    whole = partial(model_step, steps=STEPS_OF_A_MODEL)
+    cases = (("attention alone", attention_step, _ROUNDS_OF_STEPS), ("whole model", whole, STEPS_OF_A_MODEL))
+    for case, make, steps in cases:
         say(f"decoding step at {length} tokens, {case}")
         calls = {name: make(length, fields, variant, device) for name, variant in {STOCK: None, **VARIANTS}.items()}
-        if make is model_step:
-            calls[FILTERED] = model_step(length, fields, None, device, preset="twicing")
+        if make is whole:
+            calls[FILTERED] = whole(length, fields, None, device, preset="twicing")
         for name, spread in interleave(calls, STOCK, budget=budget, device=device).items():
-            yield Row("decode", f"{case}, {length} cached tokens", length, name, "step", **spread.fields())
+            one = replace(spread, milliseconds=spread.milliseconds / steps)
+            yield Row("decode", f"{case}, {length} cached tokens", length, name, "step", **one.fields())
 
 
 def attention_step(length: int, fields: dict[str, Any], variant: dict[str, Any] | None, device: str) -> Any:
@@ -120,8 +127,9 @@ def model_step(
     dtype: torch.dtype = torch.float32,
     compiler: str | None = None,
     preset: str | None = None,
+    steps: int = 1,
 ) -> Any:
-    """A call that gives the logits of one token after ``length`` cached ones, and forgets it again.
+    """A call that gives the logits of one token, or some one by one, after ``length`` cached ones, and forgets them.
 
     Args:
         length: cached tokens.
@@ -131,6 +139,7 @@ def model_step(
         dtype: of the weights.
         compiler: the back-end of ``torch.compile`` for the step; None runs it as it is.
         preset: of filters in the layers of the stock model (``variant=None``).
+        steps: tokens, one after another; ``n_positions`` has to have room for them.
     """
     fields = {**fields, "bos_token_id": 0, "eos_token_id": 0}
     if variant is None:
@@ -140,15 +149,18 @@ def model_step(
     model = model.eval().to(dtype)
     if preset is not None:
         apply_filter(model, preset)
-    ids = torch.randint(fields["vocab_size"], (1, length + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.randint(fields["vocab_size"], (1, length + steps), generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
+        model(ids[:, :length], past_key_values=cache, logits_to_keep=1)
     decode = model if compiler is None else torch.compile(model, backend=compiler, dynamic=False)
 
     @torch.no_grad()
     def step() -> None:
-        decode(ids[:, -1:], past_key_values=cache)
-        cache.crop(-1)
+        for place in range(length, length + steps):
+            decode(ids[:, place : place + 1], past_key_values=cache)
+        cache.crop(-steps)
 
     return step
