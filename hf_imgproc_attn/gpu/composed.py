@@ -11,8 +11,8 @@ import torch
 from ..models.backend_call import Content, FilterCall
 from ..models.backend_sdpa import augment
 from ..models.kernel_position import (
-    BlockedPositions,
     features_or_bias,
+    is_by_place,
     keys_of_positions,
     position_columns,
     rows_of_positions,
@@ -30,7 +30,7 @@ def refuses(call: FilterCall) -> str | None:
         return call.in_order
     _, rest = call.split_positions()
     for term in rest.positions:
-        if isinstance(term, BlockedPositions) or features_or_bias(term, call.query.dtype) != "features":
+        if is_by_place(term) or features_or_bias(term, call.query.dtype) != "features":
             return (
                 "takes positions as feature columns, or one term by place (gaussian, alibi, relative_buckets), "
                 f"got {type(term).__name__}"

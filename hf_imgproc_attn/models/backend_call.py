@@ -14,7 +14,7 @@ from .boost_weights import ByWeights
 from .cache_streams import NO_STREAMS, Streams, boost_stream
 from .kernel_content import CONTENT_COLUMNS, working_dtype
 from .kernel_normalisation import Normalisation
-from .kernel_position import BlockedPositions, Positions
+from .kernel_position import BlockedPositions, Positions, is_by_place
 from .spec_axes import MAX_BOOSTING_STEPS
 from .visibility import Visibility, four_axes
 
@@ -154,7 +154,7 @@ class FilterCall(NamedTuple):
 
     def split_positions(self) -> tuple[BlockedPositions | None, FilterCall]:
         """The term that is a function of places, for back-ends that compute it as they go, and the call without it."""
-        by_place = next((term for term in self.positions if isinstance(term, BlockedPositions)), None)
+        by_place = next((term for term in self.positions if is_by_place(term)), None)
         return by_place, self._replace(positions=tuple(term for term in self.positions if term is not by_place))
 
     def repeated(self) -> tuple[torch.Tensor, torch.Tensor]:

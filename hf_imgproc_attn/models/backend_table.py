@@ -29,7 +29,7 @@ from .backend_sdpa_delta import run as run_sdpa_delta
 from .boost_operators import ONE_PASS
 from .cache_streams import NO_STREAMS
 from .kernel_content import HALF_DTYPES
-from .kernel_position import BlockedPositions
+from .kernel_position import is_by_place
 
 Run = Callable[[FilterCall], torch.Tensor]
 """Returns ``[batch, heads, length, d]``, differentiable in all tensors; stores streams by ``call.streams``."""
@@ -133,7 +133,7 @@ def _is_no_matter_of_memory(call: FilterCall) -> bool:
 
 
 def _sees_places(call: FilterCall) -> bool:
-    return any(isinstance(term, BlockedPositions) for term in call.positions)
+    return any(is_by_place(term) for term in call.positions)
 
 
 def _takes_several_passes(call: FilterCall) -> bool:

@@ -7,7 +7,7 @@ three scalars for them: grid to class, class to grid, class to class.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self, TypeGuard
 
 import torch
 
@@ -183,7 +183,6 @@ class Positions(Protocol):
         """See :func:`features_or_bias`."""
 
 
-@runtime_checkable
 class BlockedPositions(Positions, Protocol):
     """Positions whose kernel is a function of coordinates: it can be computed inside a block of attention.
 
@@ -207,6 +206,11 @@ class BlockedPositions(Positions, Protocol):
 
     def with_parameters(self, *parameters: torch.Tensor) -> Self:
         """The same with other parameters."""
+
+
+def is_by_place(positions: Positions) -> TypeGuard[BlockedPositions]:
+    """Whether a term is of that kind, told by one attribute: a traced graph cannot ask for the protocol."""
+    return hasattr(positions, "block_kernel")
 
 
 def check_coordinates(

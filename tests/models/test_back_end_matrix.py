@@ -95,3 +95,13 @@ def test_a_sink_beside_positions_is_traced_without_a_break() -> None:
     layer._config.filter_backend = "sdpa"
     traced = torch.compile(lambda: layer(**inputs, implementation="sdpa")[0], backend="eager", fullgraph=True)
     torch.testing.assert_close(traced(), layer(**inputs, implementation="eager")[0], rtol=0, atol=1e-11)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("position", ["alibi", "buckets"])
+def test_places_inside_blocks_can_be_traced(position: str) -> None:
+    """Blocks break the graph; which term they compute is told before."""
+    layer, inputs = build("dot_product", position), tensors(position)
+    layer._config.filter_backend = "blocked"
+    traced = torch.compile(lambda: layer(**inputs, implementation="sdpa")[0], backend="eager")
+    torch.testing.assert_close(traced(), layer(**inputs, implementation="eager")[0], rtol=0, atol=1e-11)
