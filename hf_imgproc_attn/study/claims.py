@@ -189,6 +189,14 @@ CLAIMS = (
         ("learned_twicing", "inversion", "gated", "neutreno", "robust"),
     ),
     Claim(
+        "Other boosters, and twicing in the last layers, classify photographs better",
+        "As on the digits: SOS, gradient boosting, and twicing in the last two of four layers.",
+        "cifar10_small",
+        ("clean", "noise", "attack", "all corruptions"),
+        ("twicing_last_two", "sos", "gradient_boosted"),
+        ("softmax", "softmax_as_large", "softmax_as_costly"),
+    ),
+    Claim(
         "Filters smooth photographs less",
         "As on the digits: similarity of tokens behind each of four layers, where lower is the claim's side.",
         "cifar10_small",
@@ -260,6 +268,23 @@ CLAIMS = (
         ("clean",),
         _FILTERS,
         ("softmax", "softmax_as_large"),
+    ),
+    Claim(
+        "Rotary positions make better language models",
+        "Not a filter of the papers, but the usual other way to tell positions apart: softmax here adds learned "
+        "positions to its tokens.",
+        "wikitext2_medium",
+        ("clean", "word swap"),
+        ("rope",),
+        ("softmax", "softmax_as_large"),
+    ),
+    Claim(
+        "Filters make better language models than rotary positions do",
+        "A question of this package: whether `bilateral` gains more than another way to tell positions apart.",
+        "wikitext2_medium",
+        ("clean", "word swap"),
+        _FILTERS,
+        ("rope",),
     ),
     Claim(
         "Language models with filters withstand swapped words better, with more text",

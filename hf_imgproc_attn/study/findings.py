@@ -23,7 +23,7 @@ from .comparisons import (
     read_chapter,
     verdict_of,
 )
-from .larger import QUESTION, in_a_sentence, lines_of_pairs, with_smaller
+from .larger import QUESTION, heading, in_a_sentence, lines_of_pairs, with_smaller
 from .ledger import HEADER
 from .recovery import FOLDER, read_records
 from .recovery import QUESTION as RECOVERY
@@ -156,9 +156,11 @@ def _check_ledgers(ledgers: Path) -> None:
 
 def _with_more_data(chapters: Sequence[Chapter]) -> list[str]:
     """What is said on top of studies that repeat a smaller one."""
-    found = [in_a_sentence(*both) for both in with_smaller(chapters)]
-    where = f"[Which](#{anchor(QUESTION)})."
-    return [line for text in found for line in (*paragraph(f"**{QUESTION}** {text} {where}"), "")]
+    lines = []
+    for smaller, larger in with_smaller(chapters):
+        where = f"[Which](#{anchor(heading(larger))})."
+        lines += [*paragraph(f"**{QUESTION}** {in_a_sentence(smaller, larger)} {where}"), ""]
+    return lines
 
 
 def _in_all(chapters: Sequence[Chapter]) -> str:
@@ -252,7 +254,7 @@ def _chapter_lines(chapter: Chapter, smaller: Chapter | None) -> list[str]:
     if gaps:
         lines += ["", *paragraph(on_autoattack(gaps))]
     if smaller is not None:
-        lines += ["", f"### {QUESTION}", "", *paragraph(in_a_sentence(smaller, chapter))]
+        lines += ["", f"### {heading(chapter)}", "", *paragraph(in_a_sentence(smaller, chapter))]
         table = lines_of_pairs(smaller, chapter)
         lines += ["", *table] if table else []
     for claim, found in chapter.claims:

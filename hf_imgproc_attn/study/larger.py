@@ -12,7 +12,6 @@ from .statistics import BETTER, NO_DIFFERENCE, TOO_FEW, WORSE
 from .subjects import SUBJECTS
 
 QUESTION = "Does it hold with more data?"
-"""The heading of this part of a larger study's chapter."""
 COLUMNS = ("condition", "variant", "against")
 _VERDICTS = (BETTER, WORSE)
 
@@ -45,6 +44,11 @@ def with_smaller(chapters: Sequence[Chapter]) -> Iterator[tuple[Chapter, Chapter
             yield smaller, larger
 
 
+def heading(larger: Chapter) -> str:
+    """Of this part of a larger study's chapter; no two chapters have the same one, for the sake of links."""
+    return f"{QUESTION} {SUBJECTS[larger.name].title}"
+
+
 def in_a_sentence(smaller: Chapter, larger: Chapter) -> str:
     """How many verdicts of the smaller study are seen in the larger one, and how many differences point alike."""
     both = pairs(smaller, larger)
@@ -60,11 +64,19 @@ def in_a_sentence(smaller: Chapter, larger: Chapter) -> str:
     told = ", ".join(f"{words} in {count}" for words, count in counts.items() if count)
     text = (
         f"*{SUBJECTS[larger.name].title}* ({_seeds(larger)}) repeats {len(both)} comparisons of "
-        f"*{SUBJECTS[smaller.name].title}* ({_seeds(smaller)}). In the smaller study the variant is better or worse "
-        f"in {len(stood_out)} of them; of these, in the larger one {told or 'nothing'}. The mean difference has the "
-        f"same sign in both studies in {_alike(stood_out)} of these {len(stood_out)}, and in {_alike(both)} of all "
-        f"{len(both)}."
+        f"*{SUBJECTS[smaller.name].title}* ({_seeds(smaller)}). "
     )
+    if stood_out:
+        text += (
+            f"In the smaller study the variant is better or worse in {len(stood_out)} of them; of these, in the "
+            f"larger one {told}. The mean difference has the same sign in both studies in {_alike(stood_out)} of "
+            f"these {len(stood_out)}, and in {_alike(both)} of all {len(both)}."
+        )
+    else:
+        text += (
+            "In the smaller study the variant is better or worse in none of them. The mean difference has the same "
+            f"sign in both studies in {_alike(both)} of the {len(both)}."
+        )
     if all(verdict_of(pair.large.row) == TOO_FEW for pair in both):
         return text
     found = [pair for pair in both if verdict_of(pair.large.row) in _VERDICTS]

@@ -284,6 +284,9 @@ def test_what_a_larger_study_says_of_a_smaller_one() -> None:
         "too few seeds yet in 1. The mean difference has the same sign in both studies in 1 of these 1, and in 1 of "
         "all 1."
     )
+    none_stood_out = in_a_sentence(chapter("cifar10_small", d=(NO_DIFFERENCE, [0.5, 0.6, 0.7])), large)
+    assert "(3 seeds). In the smaller study the variant is better or worse in none of them. The mean" in none_stood_out
+    assert "has the same sign in both studies in 0 of the 1. " in none_stood_out
     lines = lines_of_pairs(small, large)
     assert [line.split(" | ")[1] for line in lines[2:]] == ["a", "b", "c", "e"]
     assert "| c | softmax | +13.33 [" in lines[4]
