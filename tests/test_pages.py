@@ -31,6 +31,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from hf_imgproc_attn.measure.precision import COMMAND as MEASURE_PRECISION
+from hf_imgproc_attn.training_support.tokenizer import train_tokenizer
 from tests.helpers import ROOT, interpreter_that_knows, run_command, site_pages
 from tests.hub.server import HubServer
 
@@ -190,6 +191,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=2048, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
     )
     LlamaForCausalLM(llama).save_pretrained(folder / "meta-llama" / "Llama-3.2-1B")
+    train_tokenizer(["import a name from a module"], 280).save_pretrained(folder / "meta-llama" / "Llama-3.2-1B")
     Image.new("RGB", (8, 8)).save(folder / "zero.png")
     (folder / "training").symlink_to(ROOT / "training", target_is_directory=True)
     return folder

@@ -61,12 +61,12 @@ GROUPS: dict[str, dict[str, Definition]] = {
     "Heads": {
         "entropy_share": Definition(
             "entropy / uniform",
-            "mean over rows of −Σⱼ Aᵢⱼ log Aᵢⱼ, divided by log of the number of keys that the row sees; a row that "
-            "does not sum to 1 (sinks, sigmoid, softpick) is divided by its sum first",
+            "mean over rows that see two keys or more of −Σⱼ Aᵢⱼ log Aᵢⱼ, divided by log of the number of keys that "
+            "the row sees; a row that does not sum to 1 (sinks, sigmoid, softpick) is divided by its sum first",
             "1: the head averages everything; 0: it copies one token",
             "Shannon 1948",
         ),
-        "entropy": Definition("entropy", "the same in nats, not divided", "", "Shannon 1948"),
+        "entropy": Definition("entropy", "the same in nats, not divided, over all rows", "", "Shannon 1948"),
         "logit_std": Definition(
             "std of logits",
             "root of the mean over rows of the variance of the logits over the keys that the row sees: their scale, "

@@ -169,21 +169,24 @@ class GradientsByPair:
         num_streams = len(booster.streams)
         totals: list[torch.Tensor] = []  # T_m, the last stream's first
         grads: list[torch.Tensor] = []
+        corrected = above * correction
         for m in reversed(range(num_streams)):
-            row_grad = above * (correction if booster.output[m + 1] == 1.0 else correction * booster.output[m + 1])
+            weight = booster.output[m + 1]
+            row_grad = corrected if weight == 1.0 else corrected * weight
             for later, of_later in zip(range(num_streams - 1, m, -1), totals, strict=True):
                 weight = booster.streams[later][m + 1]
                 if weight:
-                    row_grad.addcmul_(of_later, correction, value=weight)
+                    row_grad = torch.addcmul(row_grad, of_later, correction, value=weight)
             total = linear(matrix, row_grad.mT, *PLAINLY)
             if m and of_streams is not None:
                 total.add_(of_streams[:, (m - 1) * self.width : m * self.width])
             totals.append(total)
             grads.append(row_grad)
-        d_value.copy_(totals[-1])
-        for m in range(1, num_streams):
-            if booster.streams[m][0]:
-                d_value.add_(totals[num_streams - 1 - m], alpha=booster.streams[m][0])
+        of_value = totals.pop()
+        for total, coefficients in zip(totals[::-1], booster.streams[1:], strict=True):
+            if coefficients[0]:
+                of_value.add_(total, alpha=coefficients[0])
+        d_value.copy_(of_value)
         return grads[::-1]
 
     def _row_term(self, rows: list[torch.Tensor], output: torch.Tensor, grads: list[torch.Tensor]) -> torch.Tensor:

@@ -73,7 +73,7 @@ def robust_gradients(
     left = like.new_empty(length, tensors.query.shape[-1])
     distances = _Distances(robust, like, length, plan.key_length, width)
     shares, d_weights = (like.new_empty(plan.key_length, length) for _ in range(2))
-    columns = like.new_empty(plan.key_length, 1)
+    columns, moved = like.new_empty(plan.key_length, 1), like.new_empty(length, width)
     # Where f is constant its weight does not change.
     constant = float(like.new_full((), distances.least).pow(-0.5))
     given = (flat(x, like.dtype) for x in (*tensors[:3], grad))
@@ -99,8 +99,7 @@ def robust_gradients(
             d_value.add_(linear(change, centre.mT, *PLAINLY))
             columns.add_(change.sum(1, keepdim=True))
             turned = linear(turned_value, change.mT, *PLAINLY).mT
-            each = torch.addcmul(turned, centre, change.sum(0).unsqueeze(-1), value=-1.0)
-        each = each.contiguous()
+            each = torch.addcmul(turned, centre, change.sum(0).unsqueeze(-1), value=-1.0, out=moved)
         d_weights.add_(linear(value, each, -torch.linalg.vecdot(each, centres[0]), *AFTER))
         d_value.add_(linear(matrix, each.mT, *PLAINLY)).sub_(value * columns)
         d_logits = d_weights.mul_(matrix)

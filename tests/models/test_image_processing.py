@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import AutoImageProcessor, ViTImageProcessorPil
+from transformers import ViTImageProcessorPil
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # not behind torchvision, as in 5.17
 
 from hf_imgproc_attn.models.image_processing_imgproc import ImgProcGreyImageProcessor
 from tests.helpers import RunPython

@@ -35,7 +35,8 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, pipeline  # noqa: E402
+from transformers import AutoConfig, AutoTokenizer, pipeline  # noqa: E402
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # noqa: E402
 
 TRUST = {"trust_remote_code": True} if MODE == "remote" else {}
 REPORT: dict[str, str] = {}

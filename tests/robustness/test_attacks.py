@@ -78,7 +78,7 @@ def test_attacks_see_the_boosters(preset: str, images: torch.Tensor) -> None:
     plain = tiny_classifier("softmax").double()
     plain.model.load_state_dict(boosted.model.state_dict())
     other, _ = input_gradient(plain, pixels, label)
-    assert not torch.allclose(gradient, other, rtol=1e-2)
+    assert (gradient - other).norm() > 1e-6 * gradient.norm()  # far above rounding
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name not in VIT.refused_presets])

@@ -193,7 +193,8 @@ def test_the_mean_in_the_figure_is_that_of_the_published_corruptions() -> None:
 
 
 def test_labels_in_another_order_are_the_same_classes(data: Path, tmp_path: Path) -> None:
-    from transformers import AutoImageProcessor
+    # Transformers 5.17 keeps it behind torchvision elsewhere.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     plain = loading.ImageDataArguments(dataset_name=str(data))
     folder = stock_model(tmp_path / "m", id2label={0: "c", 1: "a", 2: "b"}, label2id={"c": 0, "a": 1, "b": 2})
