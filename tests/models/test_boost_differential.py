@@ -7,15 +7,22 @@ from typing import Any
 import pytest
 import torch
 
-from hf_imgproc_attn import ImgProcGPT2LMHeadModel, convert
+from hf_imgproc_attn import (
+    ImgProcBertConfig,
+    ImgProcBertForMaskedLM,
+    ImgProcGPT2LMHeadModel,
+    ImgProcViTForImageClassification,
+    convert,
+)
+from hf_imgproc_attn.models import backend_blocked_plan
 from hf_imgproc_attn.models.backend_blocked import run as run_blocked
 from hf_imgproc_attn.models.backend_blocked_difference import DifferenceFilter
 from hf_imgproc_attn.models.backend_call import Difference, FilterCall
 from hf_imgproc_attn.models.backend_table import choose_backend, run_filter
 from hf_imgproc_attn.models.kernel_normalisation import Normalisation
-from tests.models.helpers import filter_call, make_filter
+from tests.models.helpers import filter_call, logits_in_steps, make_filter, sharpen_
 from tests.models.layer_cases import BATCH, HEADS, LENGTH, TIGHT, WIDTH, assert_same, masks, random, run, tensors
-from tests.models.variants import gpt2_config, token_ids
+from tests.models.variants import gpt2_config, images, pad, token_ids, vit_config
 
 
 @pytest.mark.parametrize("mask", ["none", "left", "dense"])
@@ -148,6 +155,39 @@ def test_half_precision_is_computed_in_single(dtype: torch.dtype) -> None:
     mine = torch.autograd.grad(output, given, above)
     for found, gradient in zip(mine, torch.autograd.grad(reference, exact, above.double()), strict=True):
         torch.testing.assert_close(found.double(), gradient, rtol=rounding, atol=rounding * 1e-2)
+
+
+@pytest.mark.parametrize("backbone", ["gpt2", "bert", "vit"])
+def test_whole_models_in_blocks_are_the_reference(backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass over blocks of three queries: outputs, gradients and, of texts, steps through a cache, with padding."""
+    monkeypatch.setattr(backend_blocked_plan, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(backend_blocked_plan, "WHOLE_SCORES", 0)
+    sizes: dict[str, Any] = {"boosting": "differential", "hidden_size": 12, "num_attention_heads": 3}
+    sizes |= {"num_hidden_layers": 2, "vocab_size": 61, "pad_token_id": 0} if backbone != "vit" else {}
+    given: dict[str, torch.Tensor] = pad(token_ids(), row=1, length=6, side="left")
+    if backbone == "gpt2":
+        model: Any = ImgProcGPT2LMHeadModel(gpt2_config(boosting="differential", n_embd=15, n_head=3))
+    elif backbone == "bert":
+        model = ImgProcBertForMaskedLM(ImgProcBertConfig(**sizes, intermediate_size=16))
+    else:
+        model, given = ImgProcViTForImageClassification(vit_config(**sizes)), {"pixel_values": images().double()}
+    sharpen_(model).double().eval()
+    for name, share in model.named_parameters():
+        if name.endswith("scalar_bias.differential"):
+            share.data.add_(0.5)
+    shown = given["attention_mask"].bool() if "attention_mask" in given else torch.ones(2, dtype=torch.bool)
+    results = []
+    for implementation, backend in (("eager", "auto"), ("sdpa", "blocked")):
+        model.config._attn_implementation, model.config.filter_backend = implementation, backend
+        logits = model(**given).logits[shown]
+        used = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        found = torch.autograd.grad(logits.square().sum(), used, allow_unused=True)
+        results.append([logits, *(grad for grad in found if grad is not None)])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
+    if backbone == "gpt2":
+        with torch.no_grad():
+            steps = logits_in_steps(model, given, (0, 4, 5, 9))
+        torch.testing.assert_close(steps[shown], results[0][0], rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()
