@@ -82,14 +82,13 @@ def run(call: FilterCall, *, block_rows: int | None = None, group_pairs: int | N
         return _by_weights(products, positions, call.by_weights, block_rows, group_pairs)
     gain = call.booster.gain
     if gain is not None:  # its residual is read at all rows, those of padding too
-        call = call._replace(value=call.visibility.clean_keys(call.value))
         products = products._replace(value=products.visibility.clean_keys(products.value))
     output, streams = _blocked(products, positions, block_rows, group_pairs)
     if call.streams.is_cached:
         for index, rows in enumerate(streams):
             call.streams.append(boost_stream(index + 1), rows.to(call.value.dtype))
     if gain is not None:
-        smooth = call.new_value.to(torch.promote_types(call.query.dtype, torch.float32)) - streams[0]
+        smooth = products.new_value.to(torch.promote_types(call.query.dtype, torch.float32)) - streams[0]
         output = smooth + gain * (output - smooth)
     return output.to(call.value.dtype)
 

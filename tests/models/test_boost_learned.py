@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_imgproc_attn.models.backend_table import run_filter
 from hf_imgproc_attn.models.boost_operators import learned
+from hf_imgproc_attn.models.kernel_given import FeaturePositions
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2LMHeadModel
 from hf_imgproc_attn.models.modeling_imgproc_vit import ImgProcViTForImageClassification
 from tests.models.helpers import filter_call, sharpen_
@@ -73,6 +74,21 @@ def test_what_stands_at_padding_does_not_reach_the_gains(backend: str, is_causal
         seen = output.masked_select(mask.mT)
         results.append([seen, *torch.autograd.grad(seen.square().sum(), [*given, gain])])
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("features", [0, 2])
+def test_keys_hidden_from_some_heads_of_a_group(features: int) -> None:
+    """In blocks, where feature columns give every head values of its own."""
+    given = [random(2, heads, 5, 3, seed=heads).requires_grad_() for heads in (4, 2, 2)]
+    mask = torch.rand(2, 4, 5, 5, generator=torch.Generator().manual_seed(1)) < 0.4
+    mask[:, 1, :, 2] = False
+    columns = [random(1, 4, 5, features, seed=seed) for seed in (5, 6)]
+    options: dict[str, Any] = {"positions": FeaturePositions(*columns)} if features else {}
+    call = filter_call(*given, attention_mask=mask, boosting="learned", boosting_gain=random(4, 1, 1), **options)
+    output, exact = (run_filter(call, backend) for backend in ("blocked", "reference"))
+    torch.testing.assert_close(output, exact, rtol=0, atol=1e-12)
+    found, wanted = (torch.autograd.grad(each.square().sum(), given) for each in (output, exact))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-11)
 
 
 def test_the_product_is_not_rounded_to_half_precision_gains() -> None:
