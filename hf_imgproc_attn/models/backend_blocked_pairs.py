@@ -11,7 +11,7 @@ from .backend_blocked_passes import Call, Computed, Tensors, combine
 from .backend_blocked_plan import PAIR_SCORES, PLAINLY
 from .backend_blocked_weights import LOG2_E, flat
 from .backend_blocked_whole import AFTER, product_of, row_sums_of
-from .backend_call import FilterCall
+from .backend_call import FilterCall, without_autocast
 from .kernel_content import working_dtype
 from .kernel_given import BiasPositions, FeaturePositions
 from .kernel_position import Positions, UntiedPositions, position_logits
@@ -48,7 +48,8 @@ def as_shared_bias(call: FilterCall) -> FilterCall:
         if any(x.shape[0] > 1 and x.stride(0) for x in (left, right)):
             return call
         shared = type(term)(left[:1], right[:1], *term[2:])
-        terms.append(BiasPositions(position_logits(shared, query.dtype).expand(shape)))
+        with without_autocast(query.device.type):  # columns may hold large numbers that nearly cancel
+            terms.append(BiasPositions(position_logits(shared, query.dtype).expand(shape)))
     return call._replace(positions=tuple(terms))
 
 

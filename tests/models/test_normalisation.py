@@ -16,9 +16,11 @@ from hf_imgproc_attn.models.backend_reference import filter_matrix
 from hf_imgproc_attn.models.backend_reference import run as run_reference
 from hf_imgproc_attn.models.backend_sdpa import run as run_sdpa
 from hf_imgproc_attn.models.backend_table import BACKENDS, run_filter
+from hf_imgproc_attn.models.cache_streams import NO_STREAMS
 from hf_imgproc_attn.models.kernel_given import BiasPositions
 from hf_imgproc_attn.models.kernel_normalisation import NORMALISATIONS, Normalisation
 from hf_imgproc_attn.models.kernel_position import position_logits
+from hf_imgproc_attn.models.layer_inputs import LayerInputs
 from hf_imgproc_attn.models.visibility import Visibility, attention_visibility
 from tests.models.helpers import filter_call, make_filter
 from tests.models.layer_cases import BATCH, HEADS, LENGTH, TIGHT, WIDTH, assert_same, masks, random, run, tensors
@@ -238,7 +240,8 @@ def test_sinkhorn_gets_each_logit_in_full(content: str, position: str) -> None:
     else:
         length = query.norm(dim=-1, keepdim=True) * key.norm(dim=-1, keepdim=True).mT if content == "cosine" else 1.0
         logits = query @ key.mT / length * scale
-    vectors = layer._position_vectors(inputs.get("position_states"), query)
+    given = LayerInputs(position_states=inputs.get("position_states"))
+    vectors = layer._position_vectors(given, NO_STREAMS, query)
     coordinates = (inputs.get("coordinates"),) * 2
     terms = places.terms(layer.scalar_bias(), vectors, coordinates, contiguous=False, causal=False, like=query)
     kernel = (logits + sum(position_logits(term, torch.float64) for term in terms)).exp()
