@@ -10,7 +10,7 @@ import torch
 from .backend_blocked_passes import Call, Computed, Tensors, combine
 from .backend_blocked_plan import PAIR_SCORES, PLAINLY
 from .backend_blocked_weights import LOG2_E, flat
-from .backend_blocked_whole import AFTER, product_of, row_sums_of
+from .backend_blocked_whole import AFTER, is_bare, product_of, row_sums_of
 from .backend_call import FilterCall, without_autocast
 from .kernel_content import working_dtype
 from .kernel_given import BiasPositions, FeaturePositions
@@ -19,13 +19,10 @@ from .kernel_position import Positions, UntiedPositions, position_logits
 
 def suits(call: Call, tensors: Tensors) -> bool:
     """Whether a call is served here whose plan is by pairs."""
-    seen, plan, bias = call.visibility, call.plan, tensors.bias
-    if call.positions is not None or not call.ignores_row_constants or plan.heads != plan.key_heads:
+    plan, bias = call.plan, tensors.bias
+    if not is_bare(call) or (plan.past and len(call.booster.streams) > 1):
         return False
-    if plan.past and len(call.booster.streams) > 1:
-        return False
-    is_shared = bias is None or bias.shape == (1, plan.heads, plan.length, plan.key_length)
-    return is_shared and seen.hides_nothing and seen.hidden is None
+    return bias is None or bias.shape == (1, plan.heads, plan.length, plan.key_length)
 
 
 def as_shared_bias(call: FilterCall) -> FilterCall:

@@ -25,11 +25,16 @@ AFTER: tuple[object, ...] = ("none", [], "")
 """Arguments of oneDNN's product behind a bias: nothing after it."""
 
 
+def is_bare(call: Call) -> bool:
+    """Whether a call has nothing that only groups are made for; its bias is another question."""
+    seen, plan = call.visibility, call.plan
+    is_plain = call.positions is None and call.ignores_row_constants and plan.heads == plan.key_heads
+    return is_plain and seen.hides_nothing and seen.hidden is None
+
+
 def suits(call: Call, tensors: Tensors) -> bool:
     """Whether a call is served here."""
-    seen, plan = call.visibility, call.plan
-    is_bare = call.positions is None and tensors.bias is None and call.ignores_row_constants
-    return plan.by_pair and is_bare and seen.hides_nothing and seen.hidden is None and plan.heads == plan.key_heads
+    return call.plan.by_pair and tensors.bias is None and is_bare(call)
 
 
 def product_of() -> Linear:

@@ -32,6 +32,14 @@ RECORDS = sorted((ROOT / "training" / "results" / "recovery").glob("*.json"))
 WORDS = ["a", "filter", "takes", "the", "mean", "of", "what", "is", "near", "and", "leaves", "out", "noise", "far"]
 
 
+def enlarge_matrices(model: torch.nn.Module, factor: float) -> None:
+    """So that attention matters."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter *= factor
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with weights large enough that attention matters; no tokenizer."""
@@ -39,10 +47,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlamaConfig(**sizes, vocab_size=13, num_key_value_heads=1, max_position_embeddings=32, bos_token_id=1)
     model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter *= 12
+    enlarge_matrices(model, 12)
     folder = tmp_path_factory.mktemp("llama")
     model.save_pretrained(folder)
     return folder
@@ -55,10 +60,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(WORDS)]
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = BertModel(BertConfig(**sizes, vocab_size=len(vocabulary), max_position_embeddings=16))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter *= 20
+    enlarge_matrices(model, 20)
     folder = tmp_path_factory.mktemp("encoder")
     model.save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
