@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..markdown_tables import table_lines
+from .report import NOTHING
 from .statistics import (
     BETTER,
     LEVEL,
@@ -50,7 +51,6 @@ UNITS = {
     "distance": "1 - cosine to its sentence vectors",
 }
 """What the first measure of a record is, in words."""
-NOTHING = "–"
 _NO_COST = 1e-5
 """A filter that costs less at once, in the record's unit, computes what the model did."""
 
