@@ -93,7 +93,7 @@ def run_attention(
         *inputs, gradient = (
             torch.randn(shape.size, generator=generator, dtype=torch.float32).to(device, dtype) for _ in range(4)
         )
-        leaves = [tensor.requires_grad_() for tensor in inputs]
+        query, key, value = (tensor.requires_grad_() for tensor in inputs)
         rate: float | None = None
         for index, direction in enumerate(DIRECTIONS):
             say(f"{shape.name(dtype)}, {direction}")
@@ -103,9 +103,8 @@ def run_attention(
                 if reason is None and name != PLAIN:
                     reason = too_much(METHODS[name], shape, index, rate, inputs[0].element_size(), limits)
                 if reason is None:
-                    calls[name] = direction_calls(
-                        partial(METHODS[name].run, *leaves, shape.is_causal), leaves, gradient
-                    )[direction]
+                    attend = partial(METHODS[name].run, query, key, value, shape.is_causal)
+                    calls[name] = direction_calls(attend, inputs, gradient)[direction]
                     if name == PLAIN:
                         rate = _rate(calls[name], shape, index, device)
                 else:

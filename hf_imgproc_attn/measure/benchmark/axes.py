@@ -7,6 +7,7 @@ products that the backbone's width decides, and are left out; their results are 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -151,7 +152,7 @@ def run_axes(shape: Shape, *, budget: float, say: Callable[[str], None] = print)
     for direction in DIRECTIONS:
         say(f"values of the axes, {shape.name(torch.float32)}, {direction}")
         calls = {
-            name: direction_calls(lambda value=value: value(tensors), leaves, gradient)[direction]
+            name: direction_calls(partial(value, tensors), leaves, gradient)[direction]
             for name, value in VALUES.items()
             if name not in left_out
         }

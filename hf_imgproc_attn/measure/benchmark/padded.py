@@ -7,6 +7,7 @@ above 1 is the price of knowing what is hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -42,7 +43,7 @@ def ways(shape: Shape) -> dict[str, Callable[[], Visibility]]:
     sides = {"on the right": right, "on the left": right.flip(-1)}
     found = {name: padding_visibility(keys, length, is_causal) for name, keys in sides.items()}
     places: dict[str, Callable[[], Visibility]] = {NONE: lambda: Visibility(length, length, is_causal)}
-    places |= {name: (lambda seen=seen: seen) for name, seen in found.items()}
+    places |= {name: partial(Visibility, *seen) for name, seen in found.items()}
     pairs = right.expand(-1, -1, length, -1)
     if is_causal:
         pairs = pairs & causal_mask(length, length, right.device)
@@ -72,7 +73,7 @@ def run_padded(shape: Shape, *, budget: float, say: Callable[[str], None] = prin
     for direction in DIRECTIONS:
         say(f"padding, {case}, {direction}")
         calls = {
-            name: direction_calls(lambda seen=seen: attend(seen), (query, key, value), gradient)[direction]
+            name: direction_calls(partial(attend, seen), (query, key, value), gradient)[direction]
             for name, seen in ways(shape).items()
         }
         for name, spread in interleave(calls, NONE, budget=budget, clock=one_thread_clock()).items():
