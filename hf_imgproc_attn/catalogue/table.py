@@ -221,19 +221,17 @@ def back_ends(preset: str) -> str:
     config, layer = example(preset)
     if all(is_stock_layer(config, spec) for spec in config.layer_specs):
         return "stock"
-    names = [name for name in FILTER_BACKENDS if name not in ("auto", "triton")]
-    spec = layer.spec
-    if spec.normalisation == "sinkhorn":
-        return "reference, sdpa, blocked, chunked"
-    if spec.normalisation != "softmax":
-        return "reference, sdpa, blocked, chunked" if spec.normalisation == "sink" else "reference, blocked, chunked"
+    spec, missing = layer.spec, set[str]()
+    if spec.normalisation in ("sigmoid", "softpick"):
+        missing |= {"sdpa", "flex"}
+    if spec.normalisation != "softmax" or spec.position_kernel == "forget":
+        missing.add("triton")
     if spec.boosting in WEIGHTS_ONE_BY_ONE:
-        return "reference, blocked, chunked"
+        missing |= {"sdpa", "flex", "triton"}
     if spec.boosting in SEQUENTIAL:
-        return "reference, sdpa, blocked, chunked"
-    # The Triton kernels know what is an inner product or a function of places, but no logits of all pairs.
-    has_kernel = spec.position_kernel != "forget"
-    return ", ".join([*names, "triton"] if has_kernel else names)
+        missing |= {"flex", "triton"}
+    names = [name for name in FILTER_BACKENDS if name not in ("auto", "triton", *missing)]
+    return ", ".join([*names, *({"triton"} - missing)])
 
 
 def cached_decoding(preset: str) -> str:

@@ -1,9 +1,10 @@
 """The back-end ``flex``: PyTorch's FlexAttention, one call a booster pass, with any mask and bias.
 
 On a CUDA device the calls are compiled to a fused kernel. Mask and bias are looked up inside it, and position kernels
-of places (Gaussian, ALiBi, buckets) are computed inside it, so that no bias of length x key_length is formed. Blocks
-that causality hides are left out by a block mask, made once for each length. On the CPU FlexAttention runs dense and
-forward only, which is enough to test it.
+of places (Gaussian, ALiBi, buckets) and numbers of tokens (``forget``, ``sinkhorn``) are added inside it, so that no
+bias of length x key_length is formed (:mod:`.flex_scores`). Blocks that causality hides are left out by a block mask,
+made once for each length. A sink takes its share of the output afterwards, by the rows' log-sum-exp. On the CPU
+FlexAttention runs dense and forward only, which is enough to test it.
 
 *Compiling.* A kernel is compiled for each kind of call (precision, heads, width, what is hidden and added, whether
 gradients are wanted), and one more for all lengths together once there is a second one. PyTorch's limit of 8 kinds,
@@ -15,25 +16,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from ..models.backend_call import FilterCall, autocast_dtype, without_autocast
 from ..models.backend_sdpa import augment
-from ..models.kernel_blocks import DistanceKernel
-from ..models.kernel_position import BlockedPositions
 from ..models.visibility import Visibility
+from .flex_scores import Place, look_up, number_score, place_score, score_of
+from .token_numbers import split_numbers
 
 NO_STREAMS = "does not hand out the streams that a cache of boosted attention keeps"
 
 
 def refuses(call: FilterCall) -> str | None:
     """Why FlexAttention cannot serve a call, as the rest of a sentence about it, or None if it can."""
-    if call.own_softmax is not None:
-        return call.own_softmax
+    reason = call._replace(sinks=None).own_softmax
+    if reason is not None:
+        return reason
     if call.in_order is not None:
         return call.in_order
     if call.streams.is_cached and call.is_boosted:
@@ -59,22 +61,33 @@ def run(call: FilterCall) -> torch.Tensor:
     """Serve a call that is not refused: ``[batch, heads, length, d]`` in the value's dtype."""
     dtype = autocast_dtype(call.query)
     by_place, rest = call.split_positions()
+    numbers, rest = split_numbers(rest)
     query, key, scale, bias = augment(rest, dtype)
     _, value = call.repeated()
     if key.shape[1] != query.shape[1]:
         key = key.repeat_interleave(call.groups, dim=1)
     if call.visibility.bias is not None:
         bias = call.visibility.bias if bias is None else bias + call.visibility.bias
-    # A number a row changes no softmax, and a large one would leave the products no digits.
-    terms = [] if bias is None else [bias - call.visibility.largest_seen(bias)]
+    if bias is not None and call.ignores_row_constants:
+        # A number a row changes no softmax, and a large one would leave the products no digits.
+        bias = bias - call.visibility.largest_seen(bias)
+    terms = [number_score(each) for each in numbers]
+    if bias is not None:
+        terms.append(partial(look_up, bias))
+    if by_place is not None:
+        terms.append(place_score(by_place))
     blocks = _causal_blocks(call.visibility, key.device)
     seen, hidden_rows = visible_places(call.visibility, key.device, but_causality=blocks is not None)
-    score = _score(seen, terms, None if by_place is None else place_score(by_place))
+    score = score_of(seen, terms)
     attention = _attention(query.device.type)
 
     def attend(rows: torch.Tensor) -> torch.Tensor:
         with without_autocast(query.device.type):
-            out = attention(query, key, rows.to(dtype), score, blocks, scale)
+            out, log_sum = attention(query, key, rows.to(dtype), score, blocks, scale, call.sinks is not None)
+            if call.sinks is not None and log_sum is not None:
+                # One more key, of value 0, leaves this share to the others.
+                kept = torch.sigmoid(log_sum - call.sinks.to(log_sum.dtype).view(-1, 1))
+                out = (out * kept.unsqueeze(-1)).to(out.dtype)
         return out if hidden_rows is None else out.masked_fill(hidden_rows, 0.0)
 
     return call.boost(attend, call.new_value, value).to(call.value.dtype)
@@ -82,15 +95,6 @@ def run(call: FilterCall) -> torch.Tensor:
 
 def _four_axes(x: torch.Tensor) -> torch.Tensor:
     return x.view((1,) * (4 - x.ndim) + tuple(x.shape))
-
-
-Place = Callable[[Any, Any, Any, Any], torch.Tensor]
-"""(sample, head, query, key) to a number or a boolean."""
-
-
-def _look_up(x: torch.Tensor, *index: Any) -> torch.Tensor:
-    """An entry of a tensor with four axes, some of which may be 1."""
-    return x[tuple(at * (size > 1) for at, size in zip(index, x.shape, strict=True))]
 
 
 def visible_places(
@@ -118,10 +122,10 @@ def visible_places(
         hidden_rows = ~some
 
         def see(b: Any, h: Any, i: Any, j: Any) -> torch.Tensor:
-            seen = _look_up(keys, b, h, i, j)
+            seen = look_up(keys, b, h, i, j)
             if visibility.causal and not but_causality:
                 seen = seen & (j <= i + past)
-            return seen | _look_up(hidden_rows, b, h, i, j)
+            return seen | look_up(hidden_rows, b, h, i, j)
 
         return see, hidden_rows
     allowed = visibility.allowed(device)
@@ -129,7 +133,7 @@ def visible_places(
         return None, None
     hidden_rows = ~allowed.any(-1, keepdim=True)
     every = _four_axes(allowed | hidden_rows)
-    return lambda b, h, i, j: _look_up(every, b, h, i, j), hidden_rows
+    return lambda b, h, i, j: look_up(every, b, h, i, j), hidden_rows
 
 
 BLOCK = 128
@@ -177,74 +181,6 @@ def causal_block_mask(length: int, key_length: int, device: torch.device) -> Blo
     return mask
 
 
-def place_score(positions: BlockedPositions) -> Place:
-    """A position kernel as FlexAttention computes it: from the places of one query and one key, inside the kernel.
-
-    Args:
-        positions: Gaussian, ALiBi or relative buckets; see ``models.kernel_blocks`` for the formulas.
-    """
-    kernel, (parameter, *class_logits) = positions.block_kernel(), positions.parameters()
-    new, everywhere = positions.coordinates, positions.key_coordinates
-    slopes = parameter.flatten()
-    axes, several, several_keys = new.shape[-1], int(new.shape[0] > 1), int(everywhere.shape[0] > 1)
-    count = 0 if positions.class_tokens is None else positions.class_tokens.num_tokens
-
-    def offset(b: Any, i: Any, j: Any, axis: int) -> torch.Tensor:
-        return everywhere[b * several_keys, j, axis] - new[b * several, i, axis]
-
-    def distance(b: Any, h: Any, i: Any, j: Any) -> torch.Tensor:
-        is_squared = isinstance(kernel, DistanceKernel) and kernel.squared
-        if axes == 1 and not is_squared:
-            return slopes[h] * -offset(b, i, j, 0).abs()
-        total = offset(b, i, j, 0) ** 2
-        for axis in range(1, axes):
-            total = total + offset(b, i, j, axis) ** 2
-        return slopes[h] * (total * -0.5 if is_squared else -total.sqrt())
-
-    def buckets(b: Any, h: Any, i: Any, j: Any) -> torch.Tensor:
-        total = parameter[h, 0, bucket_of(offset(b, i, j, 0), kernel)]
-        for axis in range(1, axes):
-            total = total + parameter[h, axis, bucket_of(offset(b, i, j, axis), kernel)]
-        return total
-
-    on_grid = distance if isinstance(kernel, DistanceKernel) else buckets
-    if not count:
-        return on_grid
-    (scalars,) = class_logits
-
-    def with_class_tokens(b: Any, h: Any, i: Any, j: Any) -> torch.Tensor:
-        from_class = torch.where(j < count, scalars[h, 2], scalars[h, 1])
-        from_grid = torch.where(j < count, scalars[h, 0], on_grid(b, h, i, j))
-        return torch.where(i < count, from_class, from_grid)
-
-    return with_class_tokens
-
-
-def bucket_of(offset: torch.Tensor, kernel: Any) -> torch.Tensor:
-    """``kernel_relative.relative_buckets`` of one offset, in comparisons that a kernel can be compiled of."""
-    distance = offset.abs() if kernel.bidirectional else (-offset).clamp(min=0)
-    behind = len(kernel.boundaries) + 1 if kernel.bidirectional else 0
-    bucket = (offset > 0).long() * behind
-    for boundary in kernel.boundaries:
-        bucket = bucket + (distance >= boundary).long()
-    return bucket
-
-
-def _score(seen: Place | None, terms: list[torch.Tensor], place: Place | None) -> Callable[..., torch.Tensor] | None:
-    """What FlexAttention does with each score: adds the terms, hides what may not be seen."""
-    if seen is None and not terms and place is None:
-        return None
-
-    def modify(score: torch.Tensor, b: Any, h: Any, i: Any, j: Any) -> torch.Tensor:
-        for term in terms:
-            score = score + _look_up(term, b, h, i, j)
-        if place is not None:
-            score = score + place(b, h, i, j)
-        return score if seen is None else torch.where(seen(b, h, i, j), score, float("-inf"))
-
-    return modify
-
-
 MAX_KINDS = 256
 """Of calls that kernels are compiled for in one process."""
 
@@ -256,10 +192,11 @@ Attention = Callable[
         "Callable[..., torch.Tensor] | None",
         "BlockMask | None",
         float,
+        bool,
     ],
-    torch.Tensor,
+    tuple[torch.Tensor, "torch.Tensor | None"],
 ]
-"""(query, key, value, score_mod, block_mask, scale) to the output."""
+"""(query, key, value, score_mod, block_mask, scale, log_sum) to the output and, if wanted, the rows' log-sum-exp."""
 
 
 @cache
@@ -274,12 +211,18 @@ def _flex(
     score: Callable[..., torch.Tensor] | None,
     blocks: BlockMask | None,
     scale: float,
-) -> torch.Tensor:
-    output: torch.Tensor = flex_attention(query, key, value, score_mod=score, block_mask=blocks, scale=scale)
-    return output
+    log_sum: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    options: dict[str, Any] = {"score_mod": score, "block_mask": blocks, "scale": scale}
+    if not log_sum:
+        return flex_attention(query, key, value, **options), None
+    output, beside = flex_attention(query, key, value, **options, return_aux=AuxRequest(lse=True))
+    return output, beside.lse
 
 
-def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *options: Any) -> torch.Tensor:
+def _dense(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *options: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     with warnings.catch_warnings():  # it advises to compile
         warnings.simplefilter("ignore")
         # It refuses leaves that require a gradient on the CPU, even under no_grad; here none is wanted.
@@ -295,7 +238,7 @@ def compiled_attention(backend: Any = "inductor") -> Attention:
     # One graph or an error: else a call that is not compiled would run dense.
     fused = torch.compile(_flex, backend=backend, fullgraph=True)
 
-    def attend(*arguments: Any) -> torch.Tensor:
+    def attend(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         if torch.compiler.is_compiling():
             return _flex(*arguments)
         limits = {"recompile_limit": MAX_KINDS, "accumulated_recompile_limit": MAX_KINDS}

@@ -28,7 +28,7 @@ from .backend_blocked_plan import Block
 from .backend_blocked_weights import LOG2_E, Buffer, KeySums, Weights
 from .backend_call import FilterCall, is_transformed, without_autocast
 from .boost_derivatives import differentiable_gradients
-from .kernel_given import FeaturePositions
+from .kernel_given import KeyNumbers
 from .kernel_normalisation import Normalisation, sinkhorn_steps
 
 
@@ -55,7 +55,7 @@ def as_softmax(call: FilterCall, scales: torch.Tensor | None) -> FilterCall:
     ones = call.query.new_ones((1, 1, 1, 1), dtype=working)
     if scales is None:
         scales = ones.view(1, 1, 1).expand(1, 1, call.key.shape[-2])
-    column = FeaturePositions(ones.expand(1, 1, call.query.shape[-2], 1), scales.to(working).unsqueeze(-1))
+    column = KeyNumbers(ones.expand(1, 1, call.query.shape[-2], 1), scales.to(working).unsqueeze(-1))
     return call._replace(normalisation=Normalisation(), positions=(*call.positions, column))
 
 

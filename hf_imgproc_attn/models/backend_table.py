@@ -75,7 +75,7 @@ BACKENDS: dict[str, Backend] = {
     "chunked": Backend(run_chunked, chunked_refuses),
 }
 SINKHORN_BACKENDS = {name: _sinkhorn(BACKENDS[name]) for name in ("sdpa", "blocked", "chunked")}
-"""What serves calls with ``sinkhorn`` instead."""
+"""What serves calls with ``sinkhorn`` instead; the optional ones come to it when they are registered."""
 OPTIONAL_BACKENDS = {
     "triton": "the kernels need a CUDA device and the package triton, and hf_imgproc_attn.gpu to be imported",
     "flex": "the kernels need hf_imgproc_attn.gpu to be imported",
@@ -92,6 +92,7 @@ def register(name: str, backend: Backend) -> None:
     if name not in OPTIONAL_BACKENDS:
         raise ValueError(f"back-end must be one of {', '.join(OPTIONAL_BACKENDS)}, got {name!r}")
     BACKENDS[name] = backend
+    SINKHORN_BACKENDS[name] = _sinkhorn(backend)
 
 
 class Choice(NamedTuple):

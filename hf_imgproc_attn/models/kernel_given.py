@@ -44,6 +44,12 @@ class FeaturePositions(NamedTuple):
         return "features"
 
 
+class KeyNumbers(FeaturePositions):
+    """A number for each key: beside columns of ones, ``key_features`` are numbers, ``[..., key_length, 1]``."""
+
+    __slots__ = ()
+
+
 class BiasPositions(NamedTuple):
     """What the caller adds to the logits.
 

@@ -13,10 +13,13 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from hf_imgproc_attn.functional import filter_attention
 from hf_imgproc_attn.gpu import flex
+from hf_imgproc_attn.gpu.flex_scores import bucket_of
 from hf_imgproc_attn.models import backend_sdpa
 from hf_imgproc_attn.models.backend_call import Booster, Content, FilterCall
-from hf_imgproc_attn.models.backend_table import BACKENDS
+from hf_imgproc_attn.models.backend_table import BACKENDS, run_filter
+from hf_imgproc_attn.models.kernel_forget import ForgetPositions
 from hf_imgproc_attn.models.kernel_given import BiasPositions
+from hf_imgproc_attn.models.kernel_normalisation import Normalisation
 from hf_imgproc_attn.models.kernel_position import GaussianPositions
 from hf_imgproc_attn.models.kernel_relative import BucketKernel, bucket_boundaries, relative_buckets
 from hf_imgproc_attn.models.visibility import Visibility, attention_visibility
@@ -64,6 +67,61 @@ def test_it_agrees_with_the_reference(mask: str, bias: bool, key_heads: int, boo
     torch.testing.assert_close(flex.run(call), BACKENDS["reference"].run(call), rtol=0, atol=1e-12)
 
 
+def forget(length: int, key_length: int, dtype: torch.dtype, most: float = 1.0) -> ForgetPositions:
+    """c_i - c_j of the last tokens, whose sums reach far."""
+    kept = torch.rand(2, 4, key_length, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    total = (-most * kept).cumsum(-2).to(dtype)
+    return ForgetPositions(total[..., key_length - length :, :], total)
+
+
+def rival_call(mask: str, rival: str, boosting: str, content: str = "dot_product", heads: int = 2) -> FilterCall:
+    """A call with a sink, gates that forget, or both; gates need a causal mask for their sense, not for their sum."""
+    call = make_call(mask, False, heads, boosting)
+    call = call._replace(content=Content(content, 0.4))
+    if "sink" in rival.split():
+        call = call._replace(sinks=torch.tensor([-1.0, 0.0, 1.5, 4.0], dtype=torch.float64))
+    if "forget" in rival.split():
+        call = call._replace(positions=(forget(LENGTH, LENGTH, torch.float64),))
+    if "sinkhorn" in rival.split():
+        call = call._replace(normalisation=Normalisation("sinkhorn", 3))
+    return call
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "padding", "both", "additive"])
+@pytest.mark.parametrize("rival", ["sink", "forget", "sink forget"])
+@pytest.mark.parametrize(("boosting", "content"), [("none", "gaussian"), ("twicing", "dot_product")])
+def test_sinks_and_gates_agree_with_the_reference(mask: str, rival: str, boosting: str, content: str) -> None:
+    """A sink weighs what a whole row adds too: distances in full, gates up to the query's own token."""
+    call = rival_call(mask, rival, boosting, content)
+    assert flex.refuses(call) is None
+    got = run_filter(call, "flex")
+    torch.testing.assert_close(got, BACKENDS["reference"].run(call), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mask", ["none", "padding", "additive"])
+def test_sinkhorn_is_a_softmax_with_a_number_for_each_key(mask: str) -> None:
+    call = rival_call(mask, "sinkhorn", "twicing", "gaussian")
+    torch.testing.assert_close(run_filter(call, "flex"), run_filter(call, "reference"), rtol=0, atol=1e-12)
+
+
+def test_numbers_of_tokens_form_no_bias_and_keep_their_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of 500 or so differ by less than bfloat16 can tell: the error is that of the products alone."""
+    monkeypatch.setattr(backend_sdpa, "position_logits", None)
+    length = 256
+    given = [torch.randn(2, 4, length, 8, generator=torch.Generator().manual_seed(at)) for at in range(3)]
+    errors = []
+    for most in (0.0, 4.0):
+        visibility, gates = Visibility(length, length, causal=True), forget(length, length, torch.float64, most)
+        half = [x.bfloat16() for x in given]
+        exact = FilterCall(*(x.double() for x in half), Content("dot_product", 0.4), visibility, (gates,))
+        rounded = ForgetPositions(*(x.float() for x in gates))
+        call = exact._replace(query=half[0], key=half[1], value=half[2], positions=(rounded,))
+        error = flex.run(call).double() - BACKENDS["reference"].run(exact)
+        errors.append(float(error.abs().max()))
+    assert errors[0] < 2e-2
+    assert errors[1] < 2 * errors[0]
+
+
 def test_what_it_cannot_do_is_refused_in_words() -> None:
     call = make_call("none", False, 4, "twicing")
     assert flex.refuses(call._replace(dropout=0.1)) == "drops nothing out, got dropout_p=0.1"
@@ -71,6 +129,14 @@ def test_what_it_cannot_do_is_refused_in_words() -> None:
     assert flex.refuses(call) == "has no backward pass on the CPU"
     with torch.no_grad():
         assert flex.refuses(call) is None
+    call = make_call("none", False, 4, "none")
+    for name in ("sigmoid", "softpick"):
+        refused = flex.refuses(call._replace(normalisation=Normalisation(name)))
+        assert refused == f"computes the weights of softmax only, got normalisation={name!r}"
+    with pytest.raises(ValueError, match="needs attention without a causal mask"):
+        run_filter(rival_call("causal", "sinkhorn", "none"), "flex")
+    refused = flex.refuses(call._replace(content=Content("dot_product", 0.4, 30.0)))
+    assert refused == "knows no logits with a soft cap"
 
 
 @pytest.mark.parametrize("position", ["gaussian", "alibi", "relative_buckets", "gaussian patches", "alibi patches"])
@@ -106,7 +172,7 @@ def test_buckets_of_one_offset_are_those_of_the_table() -> None:
     for bidirectional in (False, True):
         kernel = BucketKernel(boundaries, bidirectional, 1, 16)
         expected = relative_buckets(offsets, boundaries, bidirectional)
-        assert torch.equal(flex.bucket_of(offsets, kernel), expected)
+        assert torch.equal(bucket_of(offsets, kernel), expected)
 
 
 def test_a_learned_scalar_needs_a_backward_pass_too() -> None:
@@ -144,7 +210,7 @@ def test_causal_calls_leave_blocks_out(mask: str, monkeypatch: pytest.MonkeyPatc
     """Padding is hidden in the scores, so that all rows of a batch share one block mask."""
     given = []
 
-    def attention(*arguments: Any) -> torch.Tensor:
+    def attention(*arguments: Any) -> Any:
         given.append(arguments[4])
         return flex._dense(*arguments)
 
@@ -179,6 +245,15 @@ def test_a_new_length_does_not_compile_anew(counted: CompileCounterWithBackend) 
     """PyTorch stops compiling after 8 times, and computes densely without a word."""
     for length in range(9, 21):
         call = position_call(length)
+        torch.testing.assert_close(flex.run(call), BACKENDS["reference"].run(call))
+    assert counted.frame_count <= 3
+
+
+def test_sinks_and_gates_compile_into_one_graph_for_all_lengths(counted: CompileCounterWithBackend) -> None:
+    for length in range(9, 15):
+        call = position_call(length)
+        gates = torch.randn(2, 2, length, 1)
+        call = call._replace(positions=(ForgetPositions(gates, gates),), sinks=torch.tensor([0.5, -0.5]))
         torch.testing.assert_close(flex.run(call), BACKENDS["reference"].run(call))
     assert counted.frame_count <= 3
 

@@ -1,4 +1,6 @@
-"""Every booster on the weights of every normalisation, on every back-end of this folder: dense numbers, or a refusal.
+"""Every booster on the weights of every normalisation, on every back-end: dense numbers, or a refusal.
+
+FlexAttention has no backward pass on a CPU; the Triton kernels are in tests/gpu.
 
 Content and position kernels take turns, so that each meets every normalisation. What is refused is in
 :data:`NEVER`, with the mathematical reason; nothing else is.
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import hf_imgproc_attn.gpu  # noqa: F401  # registers FlexAttention
 from hf_imgproc_attn.models.spec_axes import BOOSTINGS, NORMALISATIONS, WEIGHTS_ONE_BY_ONE
 from tests.models.layer_cases import (
     BATCH,
@@ -39,6 +42,11 @@ NEVER = {
     ("sdpa", "softpick"): "no softmax has a weight of 0",
     ("sdpa", "local_linear"): "would be head_dim times as wide as values",
     ("sdpa", "robust"): "are no inner products",
+    ("flex", "sigmoid"): "computes the weights of softmax only",
+    ("flex", "softpick"): "computes the weights of softmax only",
+    ("flex", "local_linear"): "looks at its weights one by one",
+    ("flex", "robust"): "looks at its weights one by one",
+    ("flex", "delta"): "computes all rows at the same time",
 }
 """Back-end and value -> why."""
 
@@ -69,13 +77,23 @@ def test_every_back_end_has_the_dense_numbers_or_a_reason(boosting: str, normali
     """The output and the gradients of all inputs and parameters."""
     layer, inputs, mask = layer_of(boosting, normalisation)
     dense = run(layer, inputs, "eager", **mask)
-    for backend in ("sdpa", "blocked", "chunked"):
-        reason = NEVER.get((backend, boosting), NEVER.get((backend, normalisation)))
-        if reason is None:
+    for backend in ("sdpa", "blocked", "chunked", "flex"):
+        reasons = [NEVER[backend, name] for name in (boosting, normalisation) if (backend, name) in NEVER]
+        if reasons:
+            with pytest.raises(ValueError, match="|".join(reasons)):
+                run(layer, inputs, "sdpa", backend=backend, **mask)
+        elif backend == "flex":
+            assert_same({"output": forward(layer, inputs, backend, **mask)}, {"output": dense["output"]})
+        else:
             assert_same(run(layer, inputs, "sdpa", backend=backend, **mask), dense)
-            continue
-        with pytest.raises(ValueError, match=reason):
-            run(layer, inputs, "sdpa", backend=backend, **mask)
+
+
+@torch.no_grad()
+def forward(layer: Any, inputs: Inputs, backend: str, **mask: Any) -> torch.Tensor:
+    """The output alone."""
+    layer._config.filter_backend = backend
+    output: torch.Tensor = layer(**inputs, implementation="sdpa", **mask)[0]
+    return output
 
 
 def test_each_kernel_meets_each_normalisation() -> None:
@@ -85,7 +103,7 @@ def test_each_kernel_meets_each_normalisation() -> None:
         refused = {"gaussian"} if normalisation == "softpick" else set()
         assert {content for content, _ in met} == set(CONTENTS) - refused
         assert {position for _, position in met} == set(OF_IMAGES if normalisation == "sinkhorn" else OF_TEXTS)
-    assert {name for _, name in NEVER} <= {*NORMALISATIONS, *WEIGHTS_ONE_BY_ONE}
+    assert {name for _, name in NEVER} <= {*NORMALISATIONS, *WEIGHTS_ONE_BY_ONE, "delta"}
 
 
 @torch.no_grad()
