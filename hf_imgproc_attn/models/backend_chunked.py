@@ -2,7 +2,8 @@
 
 For what no fused call computes, such as logits with a soft cap or weights other than softmax: slower than
 ``blocked``, in memory O(chunk * key_length). ``backend_reference`` is its truth, and computes each block. Where A is
-causal a block has no keys after its own queries.
+causal a block has no keys after its own queries. In a graph of ``torch.compile`` the weights are made once, and what
+their gradients need is kept, in memory O(length * key_length).
 """
 
 from __future__ import annotations
@@ -54,8 +55,10 @@ def run(call: FilterCall, *, block_rows: int | None = None) -> torch.Tensor:
     seed = int(torch.randint(2**62, ())) if call.dropout else 0
     dtype, compute_dtype = call.value.dtype, working_dtype(call.value.dtype)
     _, value = call.repeated()
-    # Nothing is saved by computing the only block again, and ``torch.func`` has no checkpoints.
-    is_kept = len(parts) < 2 or is_transformed((call.query, call.key, call.value))
+    # Nothing is saved by computing the only block again, and ``torch.func`` has no checkpoints. In a graph of any length
+    # numbers are inputs, which those that only a checkpoint reads do not become.
+    is_traced = torch.compiler.is_compiling() or is_transformed((call.query, call.key, call.value))
+    is_kept = len(parts) < 2 or is_traced
     again: Again = _run_once if is_kept else partial(checkpoint, use_reentrant=False)
 
     def attend(rows: torch.Tensor) -> torch.Tensor:

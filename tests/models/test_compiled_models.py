@@ -8,7 +8,12 @@ import pytest
 import torch
 import torch._dynamo.testing
 
+from hf_imgproc_attn.models import backend_chunked
+from hf_imgproc_attn.models.boost_weights import Robust
+from hf_imgproc_attn.models.kernel_normalisation import Normalisation
 from tests.models.ecosystem_cases import BACKBONES, build, inputs_of, real_logits
+from tests.models.helpers import filter_call
+from tests.models.layer_cases import random
 from tests.models.variants import (
     assert_same_gradients,
     gradients,
@@ -113,3 +118,25 @@ def test_compiled_decoding_does_not_recompile_for_ever() -> None:
                 warm = counter.frame_count
         torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits[:, 5:], rtol=1e-4, atol=1e-4)
     assert counter.frame_count == warm
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalisation": Normalisation("softpick")},
+        pytest.param({"by_weights": Robust.of(1, "mcp")}, marks=pytest.mark.full),
+    ],
+    ids=["softpick", "mcp"],
+)
+def test_chunks_compile_for_every_length(changes: dict[str, Any]) -> None:
+    """Numbers that only the blocks' own code reads, such as the epsilon of ``softpick``, are inputs of such a graph."""
+    torch._dynamo.reset()
+
+    def attend(*rows: torch.Tensor) -> torch.Tensor:
+        return backend_chunked.run(filter_call(*rows, is_causal=True)._replace(**changes), block_rows=4)
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True, dynamic=True)
+    for length in (9, 11):
+        rows = [random(2, 2, length, 4, seed=seed).requires_grad_() for seed in range(3)]
+        got, wanted = (torch.autograd.grad(run(*rows).square().sum(), rows) for run in (compiled, attend))
+        torch.testing.assert_close(got, wanted)
