@@ -55,8 +55,8 @@ def run(call: FilterCall, *, block_rows: int | None = None) -> torch.Tensor:
     seed = int(torch.randint(2**62, ())) if call.dropout else 0
     dtype, compute_dtype = call.value.dtype, working_dtype(call.value.dtype)
     _, value = call.repeated()
-    # Nothing is saved by computing the only block again, and ``torch.func`` has no checkpoints. In a graph of any length
-    # numbers are inputs, which those that only a checkpoint reads do not become.
+    # Nothing is saved by computing the only block again, and ``torch.func`` has no checkpoints. In a graph of any
+    # length numbers are inputs, which those that only a checkpoint reads do not become.
     is_traced = torch.compiler.is_compiling() or is_transformed((call.query, call.key, call.value))
     is_kept = len(parts) < 2 or is_traced
     again: Again = _run_once if is_kept else partial(checkpoint, use_reentrant=False)

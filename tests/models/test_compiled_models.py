@@ -129,7 +129,7 @@ def test_compiled_decoding_does_not_recompile_for_ever() -> None:
     ids=["softpick", "mcp"],
 )
 def test_chunks_compile_for_every_length(changes: dict[str, Any]) -> None:
-    """Numbers that only the blocks' own code reads, such as the epsilon of ``softpick``, are inputs of such a graph."""
+    """Numbers that only a block's code reads, such as the epsilon of ``softpick``, are inputs of such a graph."""
     torch._dynamo.reset()
 
     def attend(*rows: torch.Tensor) -> torch.Tensor:
