@@ -98,11 +98,11 @@ def _arguments(
     is_causal: bool,
     dropout: float,
     normalisation: str,
+    given: torch.Tensor | None = None,
 ) -> dict[str, Any]:
-    """What all kernels take."""
+    """What all kernels take; only the forward one looks at what rows are ``given``."""
     heads, length, key_length = query.shape[1], query.shape[2], key.shape[2]
     mask = None if seen.mask is None else seen.mask.contiguous().view(torch.uint8)
-    given = seen.given(query, key_length, is_causal, normalisation)
     places = make_places(seen.position, seen.key_bias, seen.key_bias_grad, heads, seen.query_bias)
     if places is not None and normalisation == "softmax":  # the others notice what is taken from a whole row
         shown = mask
@@ -185,7 +185,8 @@ def once_forward(
     position = PositionTensors(kind, class_tokens, coordinates, key_coordinates, parameters, lookup)
     seen = _Seen(mask, spans, key_bias, None, position, seed, query_bias, sinks)
     with on_device(query):
-        arguments = _arguments(query, key, x, lse, seen, scale, is_causal, dropout, normalisation)
+        given = seen.given(query, key.shape[2], is_causal, normalisation)
+        arguments = _arguments(query, key, x, lse, seen, scale, is_causal, dropout, normalisation, given)
         grid = _programs(query, query.shape[1], "BLOCK_M")
         launch(triton_once.forward_kernel, grid, arguments, outputs=rows_of(out))
     return out, lse

@@ -103,7 +103,10 @@ def dropped() -> dict[str, float]:
 
 def found() -> dict[str, Any]:
     rivals = {name: trained(**fields) for name, fields in RIVALS.items()}
-    steps = {name: decoded(**{**fields, "n_layer": 1, "feedback": "none"}) for name, fields in RIVALS.items()}
-    del steps["elliptical"]  # of the second layer
+    steps = {
+        name: decoded(**{**fields, "n_layer": 1, "feedback": "none"})
+        for name, fields in RIVALS.items()
+        if name != "elliptical"  # which compares a layer with the one before
+    }
     rivals["sinkhorn"] = scaled()
     return {"trained": trained(), "decoded": decoded(), "dropped": dropped(), "rivals": rivals, "steps": steps}
