@@ -237,7 +237,7 @@ def results(case: Case, dtype: torch.dtype, how: str) -> list[torch.Tensor]:
         backend = (SINKHORN_BACKENDS if "sinkhorn" in case.rival.split() else BACKENDS)[how]
         assert backend.refuses(call) is None
         asked = as_softmax(call, None) if "sinkhorn" in case.rival.split() else call
-        assert is_specialised(asked) == ("fused" in case.rival.split())
+        assert how != "triton" or is_specialised(asked) == ("fused" in case.rival.split())
         out = backend.run(call)
     grad = random(case.batch, HEADS, case.length, case.value_width, seed=8).to(dtype)
     streams = getattr(call.streams, "stored", {}).values()
