@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
     AutoTokenizer,
     GPT2Config,
@@ -24,6 +23,7 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessorPil,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # not behind torchvision, as in 5.17
 
 from hf_imgproc_attn import cli, convert
 from hf_imgproc_attn.cards.filters import recorded

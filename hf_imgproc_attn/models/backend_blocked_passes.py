@@ -118,7 +118,10 @@ class Call(NamedTuple):
             places = self.positions, tensors.parameters
             positions = PositionTerm(*places, self.plan, mask, like, needs_grad, exact=not self.ignores_row_constants)
         make = kind or WEIGHTS[self.normalisation]
-        return make(self.plan, mask, terms, positions, like, tensors.sinks, runs)
+        weights = make(self.plan, mask, terms, positions, like, tensors.sinks, runs)
+        if type(weights) is Weights:  # others hide more than the mask does
+            weights.may_be_blind = self.visibility.blind is not None
+        return weights
 
 
 class Tensors(NamedTuple):

@@ -10,14 +10,14 @@ import torch
 
 from .backend_blocked_passes import Call, Tensors
 from .backend_blocked_plan import PLAINLY
-from .backend_blocked_rules import Kept
+from .backend_blocked_rules import Kept, at_least_
 from .backend_blocked_weights import LOG2_E, flat
 from .backend_blocked_whole import AFTER, product_of, row_sums_of
 from .boost_weights import Robust
 
 
 class _Distances:
-    """1/d of all values of a pair from some rows; distances below ``inner`` count as that."""
+    """d^2 of all values of a pair from some rows; ``least`` is what smaller ones count as."""
 
     def __init__(self, robust: Robust, like: torch.Tensor, length: int, key_length: int, width: int) -> None:
         self.least, self.linear = robust.inner**2, product_of()
@@ -28,13 +28,12 @@ class _Distances:
         self.values[:, :-2] = value
         torch.linalg.vecdot(value, value, out=self.values[:, -2])
 
-    def near(self, centre: torch.Tensor, *, turned: bool = False) -> torch.Tensor:
+    def squares(self, centre: torch.Tensor, *, turned: bool = False) -> torch.Tensor:
         """From rows ``[rows, d]``, ``[rows, keys]`` or turned: the product with -2 u, 1 and their squares."""
         torch.mul(centre, -2.0, out=self.rows[:, :-2])
         torch.linalg.vecdot(centre, centre, out=self.rows[:, -1])
         left, right = (self.values, self.rows) if turned else (self.rows, self.values)
-        # Several times faster than the reciprocal of a root.
-        return self.linear(left, right, *PLAINLY).clamp_(min=self.least).pow_(-0.5)
+        return self.linear(left, right, *PLAINLY)
 
 
 def robust_by_pair(robust: Robust, call: Call, tensors: Tensors) -> Kept:
@@ -56,7 +55,8 @@ def robust_by_pair(robust: Robust, call: Call, tensors: Tensors) -> Kept:
         distances.start(value)
         torch.div(linear(matrix, value.mT, *PLAINLY), mass, out=centres[0])
         for step, after in enumerate(centres[1:]):
-            shares = distances.near(centres[step]).mul_(matrix)
+            # Several times faster than the reciprocal of a root.
+            shares = distances.squares(centres[step]).clamp_(min=distances.least).pow_(-0.5).mul_(matrix)
             found = shares.sum(-1, keepdim=True)
             torch.div(linear(shares, value.mT, *PLAINLY), found, out=after)
             torch.div(found, mass, out=steps[step, length * width :].view(length, 1))
@@ -74,8 +74,6 @@ def robust_gradients(
     distances = _Distances(robust, like, length, plan.key_length, width)
     shares, d_weights = (like.new_empty(plan.key_length, length) for _ in range(2))
     columns, moved = like.new_empty(plan.key_length, 1), like.new_empty(length, width)
-    # Where f is constant its weight does not change.
-    constant = float(like.new_full((), distances.least).pow(-0.5))
     given = (flat(x, like.dtype) for x in (*tensors[:3], grad))
     gradients = (x.flatten(0, 1) for x in results)
     everything = zip(*given, kept.output, kept.rows, *kept.row_sums.unbind(-1), *gradients, strict=True)
@@ -84,22 +82,27 @@ def robust_gradients(
         matrix.exp2_().mul_(correction)
         centres = [*(step[: length * width].view(length, width) for step in steps), out]
         distances.start(value)
-        turned_value, each = value.mT.contiguous(), above
+        # Values, their squares and 1.
+        turned_values, each = distances.values.mT.contiguous(), above
         for sums in (d_weights, d_value, columns):
             sums.zero_()
         for step in reversed(range(robust.steps)):
             centre, after = centres[step : step + 2]
             each = each / steps[step, length * width :].unsqueeze(-1)
-            near = distances.near(centre, turned=True)
+            squares = distances.squares(centre, turned=True)
+            are_bounded = at_least_(squares, distances.least)
+            near = torch.pow(squares, -0.5, out=shares)
             pulls = linear(value, each, -torch.linalg.vecdot(each, after), *AFTER)
             d_weights.addcmul_(near, pulls)
-            d_value.add_(linear(torch.mul(near, matrix, out=shares), each.mT, *PLAINLY))
-            torch.ops.aten.hardtanh_backward.grad_input(pulls, near, 0.0, constant, grad_input=pulls)
-            change = pulls.mul_(shares).mul_(near.square_())
+            d_value.add_(linear(near.mul_(matrix), each.mT, *PLAINLY))
+            change = pulls.mul_(shares)
+            if are_bounded:  # where f is constant its weight does not change
+                torch.ops.aten.threshold_backward.grad_input(change, squares, distances.least, grad_input=change)
+            change.div_(squares)
             d_value.add_(linear(change, centre.mT, *PLAINLY))
             columns.add_(change.sum(1, keepdim=True))
-            turned = linear(turned_value, change.mT, *PLAINLY).mT
-            each = torch.addcmul(turned, centre, change.sum(0).unsqueeze(-1), value=-1.0, out=moved)
+            turned = linear(turned_values, change.mT, *PLAINLY).mT
+            each = torch.addcmul(turned[:, :width], centre, turned[:, -1:], value=-1.0, out=moved)
         d_weights.add_(linear(value, each, -torch.linalg.vecdot(each, centres[0]), *AFTER))
         d_value.add_(linear(matrix, each.mT, *PLAINLY)).sub_(value * columns)
         d_logits = d_weights.mul_(matrix)

@@ -115,7 +115,7 @@ def _forward(rows_call: RowsCall, tensors: Tensors, own: torch.Tensor) -> Kept:
         call.weights(tensors, like),
         Inputs(call, tensors, no_streams(call, like)),
     )
-    own_rows, buffers = flat(own, like.dtype), [Buffer(like, weights.size) for _ in range(rule.rooms)]
+    own_rows, buffers = flat(own, like.dtype), [Buffer(like, weights.size * count) for count in rule.rooms]
     for group in plan.groups():
         inputs.start(group)
         weights.start(group, inputs.query, inputs.key)
@@ -125,7 +125,7 @@ def _forward(rows_call: RowsCall, tensors: Tensors, own: torch.Tensor) -> Kept:
             if plan.dropout:
                 matrix.mul_(plan.dropout_factors(group, block, like))
             mine = (own_rows[group.pairs, rows], kept[group.pairs, rows], like)
-            output[group.pairs, rows] = rule.forward(_part(inputs, block, (matrix, factor), mine, buffers, call))
+            output[group.pairs, rows] = rule.forward(_part(inputs, block, (matrix, factor), mine, buffers, rows_call))
     return Kept(output, row_sums, kept)
 
 
@@ -135,14 +135,14 @@ def _part(
     weights: tuple[torch.Tensor, torch.Tensor | None],
     mine: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     buffers: list[Buffer],
-    call: Call,
+    rows_call: RowsCall,
 ) -> Part:
-    matrix, factor = weights
+    (matrix, factor), call, counts = weights, rows_call.call, rows_call.rule.rooms
     key, value = inputs.key[:, : block.keys], inputs.value[:, : block.keys]
     is_whole = call.ignores_row_constants and not call.plan.dropout
 
     def room(number: int) -> torch.Tensor:
-        return buffers[number].view(*matrix.shape)
+        return buffers[number].view(matrix.shape[0], counts[number] * matrix.shape[1], matrix.shape[2])
 
     return Part(matrix, factor, key, value, *mine, room, partial(multiply, by_onednn=call.plan.by_onednn), is_whole)
 
@@ -157,14 +157,15 @@ def _backward(
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients in the order of the function's arguments; ``found``: what is kept."""
     output, row_sums, kept = found
-    call = rows_call.call._replace(plan=rows_call.call.plan.backward)
-    plan, rule = call.plan, rows_call.rule
+    rows_call = rows_call._replace(call=rows_call.call._replace(plan=rows_call.call.plan.backward))
+    call, plan, rule = rows_call.call, rows_call.call.plan, rows_call.rule
     key, value = tensors.key, tensors.value
     like = key.new_empty(0, dtype=torch.promote_types(key.dtype, torch.float32))
-    scratch = Buffer(like, plan.group_pairs * plan.key_length * max(value.shape[-1], key.shape[-1]))
+    widths = key.shape[-1], value.shape[-1] + rule.has_columns
+    scratch = Buffer(like, plan.group_pairs * plan.key_length * max(widths))
     found_of = LogitsGradients(call, tensors, (needs[3], needs[5], *needs[7:]), scratch)
     inputs, weights = found_of.inputs, found_of.weights
-    buffers = [Buffer(like, weights.size) for _ in range(rule.rooms)]
+    buffers = [Buffer(like, weights.size * count) for count in rule.rooms]
     d_own, d_value = like.new_empty(own.shape), inputs.key_heads.total(value, like.dtype)
     if not plan.groups():
         d_value.zero_()
@@ -173,8 +174,7 @@ def _backward(
         found_of.start(group)
         pairs = inputs.query.shape[0]
         # Of products of unlike scale each has a sum of its own.
-        by_rule, by_value = (KeySums(plan, pairs, x.shape[-1], scratch) for x in (key, value))
-        columns = like.new_zeros(pairs, plan.key_length)
+        by_rule, by_value = (KeySums(plan, pairs, width, scratch) for width in widths)
         for block in plan.blocks()[::-1]:
             rows = block.rows
             matrix, correction = weights.recompute(block, row_sums[group.pairs])
@@ -182,8 +182,8 @@ def _backward(
             matrix.mul_(correction)
             dropped = matrix if factors is None else matrix * factors
             mine = (own_rows[group.pairs, rows], kept[group.pairs, rows], output[group.pairs, rows])
-            part = _part(inputs, block, (dropped, None), mine, buffers, call)
-            sums = Sums(by_rule, by_value, columns, d_own.flatten(0, 1)[group.pairs, rows])
+            part = _part(inputs, block, (dropped, None), mine, buffers, rows_call)
+            sums = Sums(by_rule, by_value, d_own.flatten(0, 1)[group.pairs, rows])
             found_grad = rule.backward(part, grads[group.pairs, rows], sums)
             d_logits, row_term = _logits_grad(weights, part, (matrix, factors), found_grad, correction)
             found_of.add(block, d_logits, row_term * correction, row_sums[group.pairs])
@@ -191,7 +191,8 @@ def _backward(
         found_of.finish(by_rule.rows(all_keys))
         by_value_rows = by_value.rows(all_keys)
         if rule.has_columns:
-            by_value_rows.addcmul_(inputs.value, columns.unsqueeze(-1), value=-1.0)
+            by_value_rows, columns = by_value_rows.split((value.shape[-1], 1), dim=-1)
+            by_value_rows = by_value_rows.addcmul(inputs.value, columns, value=-1.0)
         inputs.key_heads.add(d_value, by_value_rows, group)
     return found_of.query, found_of.key, d_value, found_of.bias, d_own, found_of.sinks, None, *found_of.parameters()
 

@@ -55,7 +55,7 @@ class Part(NamedTuple):
     own: the booster's rows, ``[pairs, rows, width]``.
     kept: what the forward pass keeps of the rows for the backward pass, ``[pairs, rows, kept]``.
     output: of the rows, ``[pairs, rows, d]``; without numbers in the forward pass.
-    room: memory of the size of ``matrix``, by number.
+    room: memory by number, as many matrices below each other as the rule has said.
     multiply: a batched product, of two factors and what gives it memory.
     is_whole: whether the rows sum to 1 (after ``factor``), or to 0 where they see no key: weights of softmax, without
         sinks and dropout.
@@ -101,23 +101,22 @@ class Sums(NamedTuple):
     """Where a block's gradients go.
 
     key: sum over blocks of matrix^T rows.
-    value: the same.
-    columns: sums of a matrix's columns, ``[pairs, key_length]``, that many times V is taken from V's gradient.
+    value: the same; where there are columns, the last one is that many times V is taken from V's gradient.
     own: of the booster's rows of the block, written.
     """
 
     key: KeySums
     value: KeySums
-    columns: torch.Tensor
     own: torch.Tensor
 
 
 class LocalLinearRule:
     """See the file's formulas. Kept is 1 + m."""
 
-    rooms = 3
+    rooms = (1, 1, 1)
+    """Memory that is needed, each so many times that of a matrix."""
     has_columns = False
-    """Whether anything goes to the sums of columns."""
+    """Whether a row of what is summed for the values has one number more, which V is taken that many times for."""
 
     def kept(self, width: int) -> int:
         """How many numbers a row keeps."""
@@ -155,118 +154,123 @@ class LocalLinearRule:
 class RobustRule:
     """See the file's formulas. Kept are u of all steps, [u, Z] side by side, Z of the mean being the row's sum.
 
+    Sums over a matrix's rows and columns are columns of ones in its products, which cost less than a pass over it.
+
     Args:
         robust: the booster.
     """
 
-    rooms = 4
     has_columns = True
 
     def __init__(self, robust: Robust) -> None:
-        self.robust = robust
+        self.robust, self.least = robust, robust.inner**2
+        # Of f, of a step's two matrices below each other, of dA, and of 1/d where that is not f.
+        self.rooms = (1, 2, 1) if robust.cutoff is None else (1, 2, 1, 1)
 
     def kept(self, width: int) -> int:
         """How many numbers a row keeps."""
         return (self.robust.steps + 1) * (width + 1)
 
-    def _near(self, centre: torch.Tensor, part: Part, places: torch.Tensor) -> torch.Tensor:
-        """1/d of all values, with distances below ``inner`` counted as that; in the room with the number 0."""
-        squares = part.product(
-            torch.cat((-2.0 * centre, torch.ones_like(centre[..., :1]), _squares(centre)), -1), places, 0
-        )
-        return squares.clamp_(min=self.robust.inner**2).pow_(-0.5)
+    def _squares(self, centre: torch.Tensor, part: Part, places: torch.Tensor) -> torch.Tensor:
+        """d^2 of all values, in the room with the number 0."""
+        own = torch.cat((-2.0 * centre, _squares(centre), torch.ones_like(centre[..., :1])), -1)
+        return part.product(own, places.mT, 0)
 
     def _within(self, near: torch.Tensor, part: Part, mass: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """f of ``mcp``: max(1/d - 1/D, 0); 1/d in rows that have next to no value within D."""
+        """f of ``mcp``, in the memory of ``out``: max(1/d - 1/D, 0); 1/d in rows with next to no value within D."""
         cutoff = float(self.robust.cutoff or 1.0)
         within = torch.sub(near, 1.0 / cutoff, out=out).relu_()
         found = torch.linalg.vecdot(within, part.matrix).unsqueeze(-1)
         far = found * cutoff < LEAST_WITHIN * mass
-        return torch.where(far, near, within) if bool(far.any()) else within
+        return torch.where(far, near, within, out=out) if bool(far.any()) else within
 
     def forward(self, part: Part) -> torch.Tensor:
         """The block's rows of the output, ``[pairs, rows, d]``."""
         matrix, places, width = part.matrix, _places(part.value), part.value.shape[-1]
-        mass = total = matrix.sum(-1, keepdim=True)
-        centre = part.multiply(matrix, part.value) / mass.masked_fill(mass == 0.0, 1.0)
+        first = part.multiply(matrix, places)
+        mass = total = first[..., width : width + 1]
+        centre = first[..., :width] / mass.masked_fill(mass == 0.0, 1.0)
         kept = part.kept.unflatten(-1, (-1, width + 1))
         factor = 1.0 if part.factor is None else part.factor
         for step in range(self.robust.steps + 1):
             kept[..., step, :width], kept[..., step, width:] = centre, total * factor
             if step == self.robust.steps:
                 break
-            factors = near = self._near(centre, part, places)
+            factors = self._squares(centre, part, places).clamp_(min=self.least).pow_(-0.5)
             if self.robust.cutoff is not None:
-                factors = self._within(near, part, mass, part.room(1))
-            shares = torch.mul(factors, matrix, out=part.room(1))
-            total = shares.sum(-1, keepdim=True)
+                factors = self._within(factors, part, mass, part.room(2))
+            found = part.multiply(factors.mul_(matrix), places)
+            total = found[..., width : width + 1]
             lost = total == 0.0
-            centre = torch.where(lost, centre, part.multiply(shares, part.value) / total.masked_fill(lost, 1.0))
+            centre = torch.where(lost, centre, found[..., :width] / total.masked_fill(lost, 1.0))
         return centre if part.is_whole else centre * kept[..., 0, width:]
 
     def backward(self, part: Part, grad: torch.Tensor, sums: Sums) -> WeightsGrad:
         """The gradient of the weights, from that of the block's output, ``[pairs, rows, d]``."""
         matrix, places, width = part.matrix, _places(part.value), part.value.shape[-1]
-        kept, shown = part.kept.unflatten(-1, (-1, width + 1)), _beside_ones(part.value)
+        kept, shown = part.kept.unflatten(-1, (-1, width + 1)), places[..., : width + 1].mT.contiguous()
         mass, share = kept[..., 0, width:], (grad * kept[..., -1, :width]).sum(-1, keepdim=True)
         if not part.is_whole:
             grad = grad * mass
-        d_weights = part.room(3)
+        one, none = torch.ones_like(mass), torch.zeros_like(mass)
+        d_weights, both = part.room(2), part.room(1)
+        shares, pulls = both.chunk(2, dim=1)
         for step in range(self.robust.steps, 0, -1):
             centre, after, total = kept[..., step - 1, :width], kept[..., step, :width], kept[..., step, width:]
             lost = total == 0.0
             each = (grad / total).masked_fill(lost, 0.0)
-            factors = near = self._near(centre, part, places)
+            squares = self._squares(centre, part, places)
+            are_bounded = at_least_(squares, self.least)
+            near = torch.pow(squares, -0.5, out=shares if self.robust.cutoff is None else part.room(3))
             if self.robust.cutoff is not None:
-                factors = self._within(near, part, mass, part.room(1))
-            pulls = _pulls(each, after, part, shown)
+                self._within(near, part, mass, shares)
+            _pulls(each, after, part, shown, pulls)
             if step == self.robust.steps:
-                torch.mul(factors, pulls, out=d_weights)
+                torch.mul(shares, pulls, out=d_weights)
             else:
-                d_weights.addcmul_(factors, pulls)
+                d_weights.addcmul_(shares, pulls)
+            # q_ij take the place of p_ij; they are 0 where f is constant: at a value beyond D, or below ``inner``.
             if self.robust.cutoff is not None:
-                pulls.masked_fill_(factors == 0.0, 0.0)
-            shares = torch.mul(factors, matrix, out=part.room(1))
-            sums.value.add(shares, each)
-            change = self._change(near, pulls, matrix, shares)
-            sums.value.add(change, centre)
-            sums.columns[:, : change.shape[-1]].add_(change.sum(-2))
-            turned = part.multiply(change, part.value) - centre * change.sum(-1, keepdim=True)
-            grad = torch.where(lost, grad, 0.0) + turned
+                pulls.masked_fill_(shares == 0.0, 0.0).mul_(near).mul_(matrix)
+            shares.mul_(matrix)
+            if self.robust.cutoff is None:
+                pulls.mul_(shares)
+            if are_bounded:
+                torch.ops.aten.threshold_backward.grad_input(pulls, squares, self.least, grad_input=pulls)
+            pulls.div_(squares)
+            # The last column of the sum is Q^T 1.
+            sums.value.add(both, torch.cat((torch.cat((each, none), -1), torch.cat((centre, one), -1)), 1))
+            turned = part.multiply(pulls, places)
+            grad = torch.where(lost, grad, 0.0) + turned[..., :width] - centre * turned[..., width : width + 1]
         each = (grad / mass).masked_fill(mass == 0.0, 0.0)
-        d_weights.add_(_pulls(each, kept[..., 0, :width], part, shown))
-        sums.value.add(matrix, each)
+        d_weights.add_(_pulls(each, kept[..., 0, :width], part, shown, pulls))
+        sums.value.add(matrix, torch.cat((each, none), -1))
         return WeightsGrad(d_weights, share, share if part.is_whole else share * mass)
 
-    def _change(
-        self, near: torch.Tensor, pulls: torch.Tensor, matrix: torch.Tensor, shares: torch.Tensor
-    ) -> torch.Tensor:
-        """q_ij of all values, in the memory of ``pulls``; that of ``near`` is used up."""
-        # Where f is constant its weight does not change: a distance below ``inner``, beside a value beyond D.
-        constant = float(near.new_full((), self.robust.inner**2).pow(-0.5))
-        torch.ops.aten.hardtanh_backward.grad_input(pulls, near, 0.0, constant, grad_input=pulls)
-        if self.robust.cutoff is None:
-            return pulls.mul_(shares).mul_(near.square_())
-        return pulls.mul_(matrix).mul_(near).mul_(near.square_())
+
+def at_least_(squares: torch.Tensor, least: float) -> bool:
+    """Make ``least`` of smaller numbers, in place; whether there may have been any, which few calls have."""
+    if squares.numel() and bool(squares.amin() > least):
+        return False
+    squares.clamp_(min=least)
+    return True
 
 
 def _squares(rows: torch.Tensor) -> torch.Tensor:
     return rows.square().sum(-1, keepdim=True)
 
 
-def _beside_ones(value: torch.Tensor) -> torch.Tensor:
-    """Values with a column of ones, turned: ``[pairs, d + 1, keys]``."""
-    return torch.cat((value, torch.ones_like(value[..., :1])), dim=-1).mT
-
-
 def _places(value: torch.Tensor) -> torch.Tensor:
-    """Values with their squares and ones: the product with [-2 u, 1, |u|^2] is |v - u|^2, ``[pairs, d + 2, keys]``."""
-    return torch.cat((value, _squares(value), torch.ones_like(value[..., :1])), dim=-1).mT
+    """Values with ones and their squares: the product with [-2 u, |u|^2, 1] is |v - u|^2, ``[pairs, keys, d + 2]``."""
+    return torch.cat((value, torch.ones_like(value[..., :1]), _squares(value)), dim=-1)
 
 
-def _pulls(each: torch.Tensor, centre: torch.Tensor, part: Part, shown: torch.Tensor) -> torch.Tensor:
-    """g_i . (v_j - u_i), in the room with the number 2."""
-    return part.product(torch.cat((each, -(each * centre).sum(-1, keepdim=True)), dim=-1), shown, 2)
+def _pulls(
+    each: torch.Tensor, centre: torch.Tensor, part: Part, shown: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """g_i . (v_j - u_i), in the memory of ``out``."""
+    rows = torch.cat((each, -(each * centre).sum(-1, keepdim=True)), dim=-1)
+    return part.multiply(rows, shown, lambda: out)
 
 
 Rule = LocalLinearRule | RobustRule

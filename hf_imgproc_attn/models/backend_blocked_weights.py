@@ -157,10 +157,12 @@ class Weights:
         runs: KeyRuns | None = None,
     ) -> None:
         self.plan, self.mask, self.bias, self.positions, self.runs = plan, mask, bias, positions, runs
-        # Where the same keys are hidden for all queries, in many runs: the most that each logit may be.
-        self.most = None
+        # Where the same keys are hidden for all queries, in many runs: -inf is added at these, else 0.
+        self.barred = None
         if mask is not None and runs is None and mask.shape[2:] == (1, plan.key_length):
-            self.most = torch.where(mask, float("inf"), float("-inf")).to(like.dtype)
+            self.barred = torch.where(mask, 0.0, float("-inf")).to(like.dtype)
+        self.may_be_blind = mask is not None
+        """Whether some query may see no key."""
         self.sinks = None if sinks is None else sinks.detach().to(like.dtype) * self.unit
         rows = min(plan.block_rows, plan.length)
         self.size = plan.group_pairs * rows * plan.key_length
@@ -192,7 +194,11 @@ class Weights:
             scores = multiply(query, key, room, by_onednn=True)
         else:
             scores = self.buffer.view(query.shape[0], *block.shape)
-            torch.baddbmm(scores, query, key, beta=0.0, alpha=self.plan.scale * self.unit, out=scores)
+            start, beta = scores, 0.0
+            if self.barred is not None and not self.is_full:  # the product is added to it, which takes no other pass
+                barred = cut(self.barred, self.group, block).expand(*self.group.shape, -1, -1)
+                start, beta = barred.flatten(0, 1), 1.0
+            torch.baddbmm(start, query, key, beta=beta, alpha=self.plan.scale * self.unit, out=scores)
         is_plain = self.positions is None and self.bias is None and self.is_full
         shaped = scores if is_plain else scores.view(*self.group.shape, *block.shape)
         if self.positions is not None:
@@ -205,7 +211,7 @@ class Weights:
         if self.future is not None:
             own = scores[:, :, min(block.own, block.shape[1]) :]
             future = self.future[: own.shape[1], : own.shape[2]]
-            if self.mask is None or self.runs is not None or self.most is not None:
+            if self.mask is None or self.runs is not None or self.barred is not None:
                 own.add_(future)
             else:  # a query that sees no key may be NaN, which adding -inf does not hide
                 own.masked_fill_(future < 0.0, float("-inf"))
@@ -215,8 +221,9 @@ class Weights:
         """Make -inf of the logits that the mask hides, ``[samples, heads, rows, keys]``, the same as ``scores``."""
         if self.runs is not None:
             self.runs.fill_(scores.mT, self.group, float("-inf"), block.first)
-        elif self.most is not None:
-            torch.minimum(shaped, cut(self.most, self.group, block), out=shaped)
+        elif self.barred is not None:
+            if self.plan.by_onednn:
+                shaped.add_(cut(self.barred, self.group, block))
         elif self.mask is not None:
             shaped.masked_fill_(~cut(self.mask, self.group, block), float("-inf"))
 
@@ -230,7 +237,7 @@ class Weights:
         """
         scores = self._logits(block)
         largest, empty = scores.amax(-1, keepdim=True), None
-        if not self.is_full or self.bias is not None:
+        if (self.may_be_blind and not self.is_full) or self.bias is not None:
             empty = largest == float("-inf")
             largest.masked_fill_(empty, 0.0)
         sinks = None if self.sinks is None else self._sink_logits(self.sinks)

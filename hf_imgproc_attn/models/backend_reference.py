@@ -16,7 +16,7 @@ from .boost_operators import BOOSTING, NOT_LINEAR, ONE_PASS, keep_rows
 from .cache_streams import boost_stream
 from .kernel_content import CONTENT_LOGITS, row_constants, working_dtype
 from .kernel_normalisation import NORMALISATIONS, Normalisation
-from .kernel_position import position_logits
+from .kernel_position import UntiedPositions, is_by_place, position_logits
 from .visibility import Visibility
 
 SOFTMAX = Normalisation()
@@ -28,6 +28,9 @@ def filter_logits(call: FilterCall) -> torch.Tensor:
     What a mask adds is in it; what it hides is not, see :func:`filter_matrix`.
     """
     compute_dtype = working_dtype(call.query.dtype)
+    joint = _joint_logits(call, compute_dtype) if call.query.shape[-2] == 1 else None
+    if joint is not None:
+        return joint
     query, (key, _) = call.visibility.clean_queries(call.query), call.repeated()
     terms = [] if call.visibility.bias is None else [call.visibility.bias]
     with without_autocast(call.query.device.type):
@@ -40,6 +43,24 @@ def filter_logits(call: FilterCall) -> torch.Tensor:
             logits = call.content.softcap * torch.tanh(logits / call.content.softcap)
         terms += [position_logits(term, compute_dtype) for term in call.positions]
         return add_terms(logits, terms, call.visibility if call.ignores_row_constants else None)
+
+
+def _joint_logits(call: FilterCall, compute_dtype: torch.dtype) -> torch.Tensor | None:
+    """:func:`filter_logits` of one query by one product, with keys of content and position that lie side by side.
+
+    None where they do not, or where anything else enters the logits.
+    """
+    term, seen = call.positions[0] if len(call.positions) == 1 else None, call.visibility
+    key = term.beside(call.key) if isinstance(term, UntiedPositions) else None
+    is_plain = call.content.kernel == "dot_product" and call.content.softcap is None
+    if key is None or not isinstance(term, UntiedPositions) or not is_plain or call.groups != 1:
+        return None
+    if seen.bias is not None or seen.hidden is not None or seen.blind is not None:
+        return None
+    with without_autocast(call.query.device.type):
+        content, place = call.query.to(compute_dtype) * call.content.scale, term.query.to(compute_dtype) * term.scale
+        query = torch.cat((content, place.expand_as(content)), dim=-1)
+        return torch.matmul(query, key.to(compute_dtype).mT)
 
 
 def add_terms(logits: torch.Tensor, terms: Sequence[torch.Tensor], visibility: Visibility | None) -> torch.Tensor:
@@ -66,6 +87,7 @@ def filter_matrix(
     visibility: Visibility,
     sinks: torch.Tensor | None = None,
     normalisation: Normalisation = SOFTMAX,
+    may_be_empty: bool = True,
 ) -> torch.Tensor:
     """A = D^-1 K from log K: the row-stochastic filter, a Nadaraya-Watson estimate (arXiv 2506.10371).
 
@@ -74,6 +96,7 @@ def filter_matrix(
         visibility: who sees whom; its bias is part of the logits.
         sinks: ``[heads]``, the logit of one more key, or None.
         normalisation: see there.
+        may_be_empty: whether a row of logits may be -inf throughout although nothing is hidden.
 
     Returns:
         A of the logits' shape and dtype; its rows sum to 1, except those that see no key, which are 0. With sinks they
@@ -86,6 +109,8 @@ def filter_matrix(
     allowed = visibility.allowed(logits.device)
     if allowed is not None:
         logits = logits.masked_fill(~allowed, float("-inf"))
+    elif not may_be_empty and sinks is None and normalisation.name == "softmax":
+        return logits.softmax(-1)
     empty = logits.detach().amax(-1, keepdim=True) == float("-inf")
     logits = logits.masked_fill(empty, 0.0)
     if sinks is not None:
@@ -97,6 +122,11 @@ def filter_matrix(
         raise ValueError("normalisation 'sinkhorn' needs attention without a causal mask")
     weigh = NORMALISATIONS[normalisation.name]
     return weigh(logits, allowed, visibility.hidden, normalisation.iterations).masked_fill(empty, 0.0)
+
+
+def _may_be_empty(call: FilterCall) -> bool:
+    """Whether a caller's own terms may hide all keys of a query; what the filter computes is finite."""
+    return any(not (is_by_place(term) or isinstance(term, UntiedPositions)) for term in call.positions)
 
 
 def reference_attention(
@@ -127,11 +157,13 @@ def reference_attention(
     key, value = call.repeated()
     # Autocast would run the products in half precision; the reference must be more exact than what it checks.
     with without_autocast(logits.device.type):
-        matrix = filter_matrix(logits.to(compute_dtype), call.visibility, call.sinks, call.normalisation)
+        logits = logits.to(compute_dtype)
+        matrix = filter_matrix(logits, call.visibility, call.sinks, call.normalisation, _may_be_empty(call))
         if call.is_sequential:
-            return _delta(logits.to(compute_dtype), matrix, call, attentions)
-        matrix = nn.functional.dropout(matrix, p=call.dropout, training=call.dropout > 0.0)
-        _, second = call.maps()
+            return _delta(logits, matrix, call, attentions)
+        if call.dropout:
+            matrix = nn.functional.dropout(matrix, p=call.dropout)
+        second = None if call.difference is None else call.maps()[1]
         if second is not None and call.difference is not None:
             other = filter_matrix(filter_logits(second), call.visibility, call.sinks, call.normalisation)
             other = nn.functional.dropout(other, p=call.dropout, training=call.dropout > 0.0)

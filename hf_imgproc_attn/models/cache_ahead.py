@@ -1,13 +1,14 @@
-"""What ``untied`` projections make of the next positions, several at once, for cached decoding.
+"""What a decoding step needs that does not depend on its token: positions projected ahead, and scales of kernels.
 
 A decoding step reads the weights of these projections for a single position, in GPT-2 small 57 MB, a tenth of all
 weights. The next positions are known before their tokens are: their projections are made together, and kept in the
 layer's part of the cache. They do not depend on the tokens, so that a cache that is cropped or whose rows are put in
-another order keeps them.
+another order keeps them. So are the factors 2/h^2, which five small operations make of a bandwidth.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -53,32 +54,74 @@ def upcoming_positions(positions: torch.Tensor, table: Any) -> Upcoming | None:
     return Upcoming(positions, lowest, highest, table.weight)
 
 
-class ProjectedAhead:
-    """Projections of some positions that follow each other, in a layer's part of a cache.
+def _version(weights: tuple[torch.Tensor, ...]) -> tuple[tuple[int, int, int], ...] | None:
+    """What changes when a weight is another one, was moved, or was changed in place so that autograd knows of it.
 
-    They are made anew where a position is not among them, and where a weight is another one, was moved, or was changed
-    in place so that autograd knows of it.
+    Numbers and not the tensors: a copy of a cache shall not copy the model. None where a change would not be noticed:
+    for weights that were made in inference mode, and for what is no parameter, quantised or shared out.
+    """
+    if any(type(weight) is not nn.Parameter or weight.is_inference() for weight in weights):
+        return None
+    return tuple([(id(weight), weight.data_ptr(), weight._version) for weight in weights])
+
+
+class KnownAhead:
+    """What is made of a layer's parameters alone, in its part of a cache, for the steps that follow.
+
+    Projections of some positions that follow each other, and 2/h^2 of bandwidths. They are made anew where a position
+    is not among them, and where the parameters have changed.
     """
 
     def __init__(self) -> None:
         self._made: torch.Tensor | None = None
         self._first = 0
         self._weights: tuple[tuple[int, int, int], ...] = ()
+        self._scales: dict[Any, tuple[Any, torch.Tensor]] = {}
+
+    def scale(
+        self,
+        log_bandwidth: torch.Tensor | None,
+        bandwidths: list[float],
+        like: torch.Tensor,
+        make: Callable[[], torch.Tensor],
+    ) -> torch.Tensor:
+        """What ``make`` returns, from a call before if it would be the same.
+
+        Args:
+            log_bandwidth: log h, ``[heads]``, or None.
+            bandwidths: h where it is not learned.
+            like: a tensor of the query's dtype and device.
+            make: makes 2/h^2 of them, ``[heads, 1, 1]``.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return make()
+        learned = None if log_bandwidth is None else _version((log_bandwidth,))
+        if log_bandwidth is not None and learned is None:
+            return make()
+        name = (tuple(bandwidths) if log_bandwidth is None else id(log_bandwidth)), like.dtype, like.device
+        known = self._scales.get(name)
+        if (
+            known is not None
+            and known[0] == learned
+            and (torch.is_inference_mode_enabled() or not known[1].is_inference())
+        ):
+            return known[1]
+        scale = make()
+        self._scales[name] = learned, scale
+        return scale
 
     def rows(self, projection: Any, upcoming: Upcoming) -> torch.Tensor | None:
         """What a ``PositionProjection`` makes of the positions, ``[batch or 1, heads, 1, 2 * head_dim]``.
 
-        None where it would not be noticed that it changes: with adapters, quantised or shared out, and where its
-        weights were made in inference mode.
+        None where it would not be noticed that it changes, with adapters too.
         """
         norm, query, key = projection.norm, projection.query, projection.key
         if not type(query) is type(key) is nn.Linear:
             return None
         given = norm.weight, norm.bias, query.weight, key.weight, upcoming.table
-        if any(type(weight) is not nn.Parameter or weight.is_inference() for weight in given):
+        weights = _version(given)
+        if weights is None:
             return None
-        # Numbers and not the tensors: a copy of the cache shall not copy the model.
-        weights = tuple((id(weight), weight.data_ptr(), weight._version) for weight in given)
         made, first = self._made, self._first
         is_there = made is not None and first <= upcoming.lowest and upcoming.highest < first + made.shape[2]
         if made is None or not is_there or weights != self._weights:
@@ -104,6 +147,6 @@ def projected_positions(
     Returns:
         ``[batch or 1, heads, length, 2 * head_dim]``.
     """
-    ahead: ProjectedAhead | None = None if upcoming is None else getattr(streams, "ahead", None)
+    ahead: KnownAhead | None = None if upcoming is None else getattr(streams, "ahead", None)
     made = None if ahead is None or upcoming is None else ahead.rows(projection, upcoming)
     return projection(position_states) if made is None else made

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import StaticLayer
 
-from .cache_ahead import ProjectedAhead
+from .cache_ahead import KnownAhead
 from .cache_older import AnewLayer
 from .cache_rows import GrowingRows
 from .spec_axes import FILTER_LAYER_TYPE
@@ -62,7 +62,7 @@ class FilterDynamicLayer(GrowingLayer):
         super().__init__(**kwargs)
         self.streams: dict[str, torch.Tensor] = {}
         """Further rows by name; see ``cache_streams``."""
-        self.ahead = ProjectedAhead()
+        self.ahead = KnownAhead()
 
     def update_stream(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Append the new tokens' rows ``[batch, heads, new, width]`` to a stream and return all of it."""
@@ -89,7 +89,7 @@ class FilterDynamicLayer(GrowingLayer):
     def reset(self) -> None:
         super().reset()
         self.streams = {}
-        self.ahead = ProjectedAhead()
+        self.ahead = KnownAhead()
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)

@@ -22,6 +22,7 @@ class GrowingRows:
 
     def __init__(self) -> None:
         self.buffer: torch.Tensor | None = None
+        self._last: torch.Tensor | None = None
 
     def append(self, stored: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
         """Put rows behind what is stored.
@@ -46,19 +47,21 @@ class GrowingRows:
             spare = max(total // 4, _MIN_SPARE_ROWS)
             self.buffer = stored.new_empty(*stored.shape[:-2], total + spare, stored.shape[-1])
             self.buffer[..., :length, :] = stored
-        self.buffer[..., length:total, :] = rows
-        return self.buffer[..., :total, :]
+        self.buffer.narrow(-2, length, total - length).copy_(rows)
+        self._last = self.buffer.narrow(-2, 0, total)
+        return self._last
 
     def _continues(self, stored: torch.Tensor, total: int) -> bool:
         """Whether the buffer begins with what is stored and has room for ``total`` rows."""
         buffer = self.buffer
-        return (
-            buffer is not None
-            and buffer.device == stored.device
+        if buffer is None or buffer.shape[-2] < total:
+            return False
+        # What the last call returned need not be looked at.
+        is_prefix = stored is self._last or (
+            buffer.device == stored.device
             and buffer.dtype == stored.dtype
             and buffer.shape[:-2] == stored.shape[:-2]
             and buffer.stride() == stored.stride()
             and buffer.data_ptr() == stored.data_ptr()
-            and buffer.shape[-2] >= total
-            and (torch.is_inference_mode_enabled() or not buffer.is_inference())
         )
+        return is_prefix and (torch.is_inference_mode_enabled() or not buffer.is_inference())

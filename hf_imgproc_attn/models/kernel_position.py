@@ -16,14 +16,11 @@ from .kernel_content import (
     HALF_DTYPES,
     class_token_columns,
     class_token_logits,
-    decode_positions,
     dot_product_logits,
-    encode_positions,
     gaussian_position_columns,
     gaussian_position_logits,
     working_dtype,
 )
-from .spec_axes import COORDINATE_KERNELS
 
 MAX_FEATURE_SIDE = 4
 """Longest side of the grid, in units of the smallest bandwidth, up to which feature columns are used: their rounding
@@ -60,12 +57,15 @@ class UntiedPositions(NamedTuple):
     key: U_K p of all tokens, ``[batch or 1, heads, key_length, head_dim]``, likewise.
     scale: 2/h_p^2, ``[heads, 1, 1]``, in at least float32.
     class_tokens: or None where every token has a place.
+    packed: content keys, ``key``, and the tensor ``[batch, heads, key_length, 2 * head_dim]`` that both are parts of;
+        None where they are not.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     scale: torch.Tensor
     class_tokens: ClassTokens | None
+    packed: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def grid_logits(self, dtype: torch.dtype) -> torch.Tensor:
         """Dense, ``[batch or 1, heads, length, key_length]`` in ``dtype``; class tokens are not cared for."""
@@ -74,6 +74,13 @@ class UntiedPositions(NamedTuple):
     def grid_columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Query and key columns, and the row constant that they lack (none); 0 for class tokens."""
         return (self.query * self.scale).to(dtype), self.key, None
+
+    def beside(self, key: torch.Tensor) -> torch.Tensor | None:
+        """Keys of content and position as one tensor, if these content keys are part of one and nothing else is."""
+        if self.packed is None or self.class_tokens is not None:
+            return None
+        content, place, both = self.packed
+        return both if content is key and place is self.key else None
 
     def features_or_bias(self, dtype: torch.dtype) -> str:
         """See :func:`features_or_bias`."""
@@ -320,37 +327,3 @@ def position_columns(positions: Positions, dtype: torch.dtype) -> list[tuple[tor
         class_logits = class_logits.to(working_dtype(dtype))
         columns.append(class_token_columns(class_logits, row_constant, *lengths, count, dtype))
     return columns
-
-
-def pack_key(key: torch.Tensor, position_key: torch.Tensor | None, coordinates: torch.Tensor | None) -> torch.Tensor:
-    """What a cache stores for a key: its content, and what the position kernel compares.
-
-    Args:
-        key: ``[batch, heads, length, head_dim]``.
-        position_key: ``[batch or 1, heads, length, head_dim]`` of ``untied``, or None.
-        coordinates: ``[batch or 1, length, dims]`` of ``gaussian``, ``alibi`` and ``relative_buckets``, integers, or
-            None.
-
-    Returns:
-        ``[batch, heads, length, width]``; :func:`unpack_key` is the inverse.
-    """
-    parts = [key]
-    if position_key is not None:
-        parts.append(position_key.expand(key.shape[0], -1, -1, -1))
-    if coordinates is not None:
-        columns = encode_positions(coordinates, key.dtype).unsqueeze(1)
-        parts.append(columns.expand(key.shape[0], key.shape[1], -1, -1))
-    return torch.cat(parts, dim=-1)
-
-
-def unpack_key(
-    packed: torch.Tensor, kernel: str, head_dim: int
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Content, position vectors and coordinates of all cached keys."""
-    key, rest = packed[..., :head_dim], packed[..., head_dim:]
-    if kernel == "untied":
-        return key, rest, None
-    if kernel in COORDINATE_KERNELS and rest.shape[-1]:
-        # Constants, although they lie beside what has a gradient.
-        return key, None, decode_positions(rest[:, 0].detach())
-    return key, None, None

@@ -30,7 +30,8 @@ from .kernel_content import unit_vectors, working_dtype
 from .kernel_elliptical import elliptical_metric
 from .kernel_forget import FORGET_STREAM, ForgetGates
 from .kernel_normalisation import Normalisation
-from .kernel_position import Positions, pack_key, unpack_key
+from .kernel_packed import pack_key, unpack_key
+from .kernel_position import Positions
 from .layer_gains import booster_gain
 from .layer_inputs import LayerInputs
 from .layer_parameters import FilterScalars, PositionProjection, Scalars, bandwidth_scale, per_head
@@ -184,9 +185,10 @@ class AttentionFilter(nn.Module):
             state = state._replace(previous_value=value)
         return output, state
 
-    def _content_scale(self, scalars: Scalars, like: torch.Tensor) -> torch.Tensor:
+    def _content_scale(self, scalars: Scalars, like: torch.Tensor, streams: Streams = NO_STREAMS) -> torch.Tensor:
         """2/h_y^2, ``[heads, 1, 1]`` in the working precision."""
-        return bandwidth_scale(scalars.content_log_bandwidth, self._content_bandwidths, like)
+        known = getattr(streams, "ahead", None)
+        return bandwidth_scale(scalars.content_log_bandwidth, self._content_bandwidths, like, known)
 
     def forward(
         self,
@@ -310,7 +312,7 @@ class AttentionFilter(nn.Module):
             content_kernel = "dot_product"
         scale: torch.Tensor | float | None = self._stock_scale
         if scale is None or scalars.content_log_bandwidth is not None:
-            scale = self._content_scale(scalars, query)
+            scale = self._content_scale(scalars, query, streams)
         if self.has_metric:
             if moved[1] is None:
                 raise ValueError(
@@ -358,7 +360,7 @@ class AttentionFilter(nn.Module):
         query, key, coordinates = self.positions.rotate(query, key, coordinates)
         if position_key is not None and key.shape[1] != position_key.shape[1]:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        all_coordinates = coordinates
+        all_coordinates, packed = coordinates, None
         if streams.keeps_places_apart:
             key, value = streams.update(key, value)
             position_key, all_coordinates = keep_apart(streams, position_key, coordinates, query.shape[0])
@@ -372,6 +374,8 @@ class AttentionFilter(nn.Module):
             contiguous=inputs.contiguous,
             causal=inputs.visibility is not None and inputs.visibility.causal,
             like=query,
+            packed=None if packed is None or position_key is None else (key, position_key, packed),
+            known=getattr(streams, "ahead", None),
         )
         return query, key, value, terms
 

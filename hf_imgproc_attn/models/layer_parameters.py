@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -39,8 +40,21 @@ def per_head(bandwidth: Any, num_heads: int) -> list[float] | None:
     return [float(item) for item in bandwidth] if isinstance(bandwidth, list) else [float(bandwidth)] * num_heads
 
 
-def bandwidth_scale(log_bandwidth: torch.Tensor | None, bandwidths: list[float], like: torch.Tensor) -> torch.Tensor:
-    """2/h^2, ``[heads, 1, 1]``, of learned bandwidths or else of fixed ones, in the working precision of ``like``."""
+def bandwidth_scale(
+    log_bandwidth: torch.Tensor | None, bandwidths: list[float], like: torch.Tensor, known: Any = None
+) -> torch.Tensor:
+    """2/h^2, ``[heads, 1, 1]``, of learned bandwidths or else of fixed ones, in the working precision of ``like``.
+
+    Args:
+        log_bandwidth: log h, ``[heads]``, or None.
+        bandwidths: h where it is not learned.
+        like: a tensor of the query's dtype and device.
+        known: a ``KnownAhead``, which keeps what was made for the step before, or None.
+    """
+    if known is not None:
+        make = partial(bandwidth_scale, log_bandwidth, bandwidths, like)
+        made: torch.Tensor = known.scale(log_bandwidth, bandwidths, like, make)
+        return made
     dtype = working_dtype(like.dtype)
     if log_bandwidth is None:
         log_bandwidth = torch.tensor(bandwidths, dtype=dtype, device=like.device).log()

@@ -101,6 +101,8 @@ class LayerPositions:
         contiguous: bool,
         causal: bool,
         like: torch.Tensor,
+        packed: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+        known: Any = None,
     ) -> tuple[Positions, ...]:
         """What is added to the logits: nothing or one term.
 
@@ -111,13 +113,15 @@ class LayerPositions:
             contiguous: whether coordinates are known to be in order and to have no gaps.
             causal: whether no query sees a later token.
             like: a tensor of the query's dtype and device.
+            packed: what the content keys and U_K p are parts of, see :class:`UntiedPositions`, or None.
+            known: a ``KnownAhead``, which keeps scales of a decoding step, or None.
         """
         class_logits = scalars.class_token
         class_tokens = None if class_logits is None else ClassTokens(self.num_class_tokens, class_logits)
         query, key = vectors
         if query is not None and key is not None:
-            scale = bandwidth_scale(scalars.position_log_bandwidth, self.bandwidths, like)
-            return (UntiedPositions(query, key, scale, class_tokens),)
+            scale = bandwidth_scale(scalars.position_log_bandwidth, self.bandwidths, like, known)
+            return (UntiedPositions(query, key, scale, class_tokens, packed),)
         new, all_coordinates = coordinates
         if new is None or all_coordinates is None:
             return ()
@@ -128,7 +132,7 @@ class LayerPositions:
             table = scalars.relative_buckets
             return (BucketPositions(new, all_coordinates, table, class_tokens, self._boundaries, self._bidirectional),)
         log_bandwidth = scalars.position_log_bandwidth
-        scale = bandwidth_scale(log_bandwidth, self.bandwidths, like)
+        scale = bandwidth_scale(log_bandwidth, self.bandwidths, like, known)
         # A parameter counts as learned even if it is frozen: it may have been trained before, so that the numbers of
         # the configuration are no longer its values.
         learns = log_bandwidth is not None

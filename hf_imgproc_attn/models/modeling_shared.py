@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from .boost_gradient import ZeroLinear
@@ -84,9 +85,11 @@ class FilterPreTrainedMixin:
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         config = self.config  # type: ignore[attr-defined]
-        # What continuous batching sets in place of `eager`, and only the stock layers of a decoder understand.
+        # What continuous batching sets in place of `eager`, and in Transformers 5.17 of `sdpa` too, and only the stock
+        # layers of a decoder understand.
         is_stock = self.has_paged_attention and all(is_stock_layer(config, s) for s in config.layer_specs)
-        check_attn_implementation(attn_implementation, ("paged|eager",) if is_stock else ())
+        paged = [name for name in ("paged|eager", "paged|sdpa") if is_stock and name in ALL_ATTENTION_FUNCTIONS]
+        check_attn_implementation(attn_implementation, tuple(paged))
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
 
     def post_init(self) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from hf_imgproc_attn import PRESETS
 from hf_imgproc_attn.cli import main
-from hf_imgproc_attn.measure.benchmark import SUITES, attention, axes, decoding, run, whole_models
+from hf_imgproc_attn.measure.benchmark import SUITES, attention, axes, decoding, padded, run, whole_models
 from hf_imgproc_attn.measure.benchmark.attention import Limits, Shape, run_attention, too_much
 from hf_imgproc_attn.measure.benchmark.methods import FILTERS, METHODS, PLAIN, Method, disagreement, published_vision
 from hf_imgproc_attn.measure.benchmark.report import goals_table, render, slopes
@@ -55,6 +55,7 @@ def test_quick_run_covers_everything(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert methods == {
         "attention": set(METHODS),
         "axes": set(axes.VALUES),
+        "padding": set(padded.ways(padded.QUICK[0])),
         "decode": {decoding.STOCK, *decoding.VARIANTS, decoding.FILTERED},
         "layers": {"stock", *PRESETS},
         "models": {whole_models.STOCK, *whole_models.VARIANTS},
@@ -67,7 +68,7 @@ def test_quick_run_covers_everything(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert row["milliseconds"] > 0
         assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
         assert row["rounds"] >= 3
-        assert row["method"] not in (PLAIN, "stock") or row["ratio"] == 1
+        assert row["method"] not in (PLAIN, padded.NONE, "stock") or row["ratio"] == 1
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert all(name in out for name in (*METHODS, *PRESETS))
@@ -77,6 +78,22 @@ def test_quick_run_covers_everything(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "twicing, triton"])
 def test_methods_agree_with_their_filter(name: str, is_causal: bool) -> None:
     assert disagreement(name, 67, 16, is_causal, torch.float32, "cpu") is None
+
+
+@pytest.mark.parametrize(("shape", "kept"), list(zip(padded.QUICK, ((21, 18), (8, 7)), strict=True)))
+def test_padding_hides_what_its_name_says(shape: Shape, kept: tuple[int, int]) -> None:
+    right = torch.arange(shape.length) < torch.tensor(kept).view(2, 1, 1, 1)
+    causal = torch.ones(shape.length, shape.length, dtype=torch.bool).tril(0 if shape.is_causal else shape.length)
+    for name, found in padded.ways(shape).items():
+        seen = found()
+        assert seen.mask is None, f"{name}: a layer should find out that this is no more than padding"
+        keys = torch.ones_like(right) if name == padded.NONE else right.flip(-1) if name == "on the left" else right
+        allowed = seen.allowed(torch.device("cpu"))
+        expected = keys & causal
+        if allowed is None:
+            assert expected.all()
+        else:
+            assert torch.equal(allowed.expand_as(expected), expected)
 
 
 def test_ctrl_c_keeps_the_finished_rows_and_an_earlier_record(
@@ -286,12 +303,12 @@ def test_cases_of_the_goals_exist() -> None:
     """The table of goals finds its rows by name: names that no suite makes would read `not measured` for ever."""
     from hf_imgproc_attn.measure.benchmark.report import GOALS
 
-    made = {shape.name(torch.float32) for shape in attention.GOALS}
+    made = {shape.name(torch.float32) for shape in (*attention.GOALS, *padded.SHAPES)}
     made |= {f"{case}, 1024 cached tokens" for case in ("attention alone", "whole model")}
     made.add("GPT-2, one text of 1024 tokens")
-    known = {*METHODS, *decoding.VARIANTS, *whole_models.VARIANTS}
-    assert {goal[0] for goal in GOALS} <= made
-    assert {goal[1] for goal in GOALS} <= known
+    known = {*METHODS, *padded.ways(padded.QUICK[0]), *decoding.VARIANTS, *whole_models.VARIANTS}
+    assert {goal.case for goal in GOALS} <= made
+    assert {goal.method for goal in GOALS} <= known
 
 
 def test_the_page_holds_the_table_of_the_committed_results() -> None:

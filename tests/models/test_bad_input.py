@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_imgproc_attn.models.modeling_imgproc_vit import ImgProcViTForImageClassification
 from tests.models.bad_input_cases import CLASSES, gpt2, vit
@@ -163,7 +164,7 @@ UNSUPPORTED = [
     "flash_attention_2",
     "flash_attention_3",
     "flex_attention",
-    "paged|sdpa",
+    "paged|flash_attention_2",
     "sdpaa",
     "flash",
     "",
@@ -192,13 +193,18 @@ def test_other_attention_implementations(backbone: str, variant: str, name: str,
 @pytest.mark.parametrize(
     ("backbone", "variant"), [("gpt2", "bilateral_twicing"), ("vit", "softmax"), ("vit", "bilateral_twicing")]
 )
-def test_paged_attention_is_for_stock_decoders_alone(backbone: str, variant: str) -> None:
-    """It is what continuous batching makes of `eager`."""
+@pytest.mark.parametrize("name", ["paged|eager", "paged|sdpa"])
+def test_paged_attention_is_for_stock_decoders_alone(backbone: str, variant: str, name: str) -> None:
+    """It is what continuous batching makes of `eager`, and Transformers 5.17 of `sdpa`, which newer versions keep."""
     model_class, config, *_ = CLASSES[backbone]
-    with pytest.raises(ValueError, match=r"paged\|eager.* is not supported"):
-        model_class(config(variant, attn_implementation="paged|eager"))
-    stock = gpt2("softmax", implementation="paged|eager")
-    assert stock.config._attn_implementation == "paged|eager"
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}.* is not supported"):
+        model_class(config(variant, attn_implementation=name))
+    if name in ALL_ATTENTION_FUNCTIONS:
+        assert gpt2("softmax", implementation=name).config._attn_implementation == name
+    else:
+        assert name == "paged|sdpa"
+        with pytest.raises(ValueError, match=r"paged\|sdpa.* is not supported"):
+            gpt2("softmax", implementation=name)
 
 
 @pytest.mark.parametrize("backbone", CLASSES)

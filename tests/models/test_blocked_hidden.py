@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_imgproc_attn.models.backend_blocked import run as run_blocked
@@ -110,6 +111,37 @@ def test_many_samples_share_a_group(content: float, has_bias: bool, is_causal: b
         results.append([output, gradients[0], *(gradient.masked_fill(~mask.mT, 0.0) for gradient in gradients[1:])])
     for exact, found in zip(*results, strict=True):
         torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-10)
+
+
+class OfScores(TorchDispatchMode):
+    """Operations that write as many numbers as there are scores."""
+
+    def __init__(self, scores: int) -> None:
+        super().__init__()
+        self.scores = scores
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not func.is_view and out.numel() == self.scores:
+            self.names.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_short_samples_that_share_products_take_no_pass_for_their_padding(is_causal: bool) -> None:
+    """What is hidden comes with the product: as many passes over the scores as without padding."""
+    samples = MOST_RUNS + 3
+    mask = torch.arange(LENGTH) < LENGTH - torch.arange(samples).view(-1, 1, 1, 1)
+    given = [random(samples, HEADS, LENGTH, 4, seed=seed) for seed in range(3)]
+    passes = []
+    for seen in (None, mask):
+        call = filter_call(*given, boosting="twicing", attention_mask=seen, is_causal=is_causal)
+        with OfScores(samples * HEADS * LENGTH**2) as counted:
+            run_blocked(call, block_rows=LENGTH, group_pairs=samples * HEADS)
+        passes.append(counted.names)
+    assert passes[0] == passes[1]
+    assert len(passes[0]) >= 3
 
 
 @pytest.mark.parametrize(("content", "copies"), [(1.0, 0), (1e30, 2), (float("nan"), 2)])

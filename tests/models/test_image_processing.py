@@ -74,7 +74,7 @@ def test_it_is_saved_with_its_code_and_found_with_and_without_the_package(
     picture.save(tmp_path / "picture.png")
     code = (
         "import sys\nsys.modules['hf_imgproc_attn'] = None\nfrom PIL import Image\n"
-        "from transformers import AutoImageProcessor\n"
+        "from transformers.models.auto.image_processing_auto import AutoImageProcessor\n"
         f"processor = AutoImageProcessor.from_pretrained({str(tmp_path / 'saved')!r}, trust_remote_code=True)\n"
         f"print(processor(Image.open({str(tmp_path / 'picture.png')!r}), return_tensors='pt')['pixel_values'].shape)\n"
     )

@@ -1,4 +1,4 @@
-"""Projections of positions that a decoding step will need next are made several at once, and change no logits."""
+"""What decoding steps make once for several of them, and what they multiply at once, changes no logits."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from hf_imgproc_attn import ImgProcGPT2Config, ImgProcGPT2LMHeadModel
-from hf_imgproc_attn.models import modeling_imgproc_gpt2
-from hf_imgproc_attn.models.cache_ahead import POSITIONS_AHEAD, upcoming_positions
+from hf_imgproc_attn.models import backend_reference, modeling_imgproc_gpt2
+from hf_imgproc_attn.models.cache_ahead import POSITIONS_AHEAD, KnownAhead, upcoming_positions
+from hf_imgproc_attn.models.kernel_position import UntiedPositions
 
 PROMPT, LENGTH = 4, 40
 
@@ -107,7 +108,10 @@ def test_positions_that_jump_are_projected_anew(model: Any) -> None:
     torch.testing.assert_close(found, whole[:, PROMPT:], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["norm.weight", "norm.bias", "query.weight", "key.weight", "table"])
+CHANGING = ("norm.weight", "norm.bias", "query.weight", "key.weight", "table", "content", "position")
+
+
+@pytest.mark.parametrize("name", CHANGING)
 @torch.no_grad()
 def test_weights_that_change_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of a text: what was made with the others is not used again."""
@@ -116,13 +120,68 @@ def test_weights_that_change_are_noticed(name: str, monkeypatch: pytest.MonkeyPa
     steps(model, ids[:, :6], cache, PROMPT)
     twin = copy.deepcopy(cache)
     before = steps(model, ids, copy.deepcopy(cache), 6)
-    projection = model.transformer.h[1].attn.filter.position_projection
-    weight = model.transformer.wpe.weight if name == "table" else projection.get_parameter(name)
+    layer = model.transformer.h[1].attn.filter
+    if name in ("content", "position"):
+        weight = layer.scalar_bias.get_parameter(f"{name}_log_bandwidth")
+    else:
+        weight = model.transformer.wpe.weight if name == "table" else layer.position_projection.get_parameter(name)
     weight.add_(torch.linspace(0, 1, weight.numel(), dtype=weight.dtype).view_as(weight))
     found = steps(model, ids, cache, 6)
     monkeypatch.setattr(modeling_imgproc_gpt2, "upcoming_positions", lambda *args: None)
+    monkeypatch.setattr(KnownAhead, "scale", lambda self, *given: given[-1]())
     torch.testing.assert_close(found, steps(model, ids, twin, 6), rtol=0, atol=1e-12)
     assert (found - before).abs().max() > 1e-6
+
+
+@torch.no_grad()
+def test_scales_of_bandwidths_are_made_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two in each layer, for all steps; what inference mode has made is not used outside it."""
+    made: list[torch.Tensor] = []
+    exp = torch.exp
+    monkeypatch.setattr(torch, "exp", lambda x: made.append(x) or exp(x))
+    ids = text(length=10)
+    with torch.inference_mode():
+        cache = start(model, ids)
+        steps(model, ids[:, :7], cache, PROMPT)
+    counts = [len(made)]
+    steps(model, ids, cache, 7)
+    counts.append(len(made))
+    assert counts == [4, 8]
+
+
+@pytest.mark.parametrize("case", ["plain", "twicing", "padding", "beams", "static"])
+@torch.no_grad()
+def test_one_product_with_content_and_position(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As two products give; with padding, and where a cache keeps the two apart, they stay two."""
+    model = build(boosting="twicing") if case == "twicing" else build()
+    ids, given = text(length=10), {}
+    if case == "padding":
+        given["attention_mask"] = torch.ones_like(ids)
+        given["attention_mask"][0, :2] = 0
+
+    def decode() -> torch.Tensor:
+        cache = start(model, ids, **given)
+        if case == "static":
+            cache = StaticCache(config=model.config, max_cache_len=10)
+            model(ids[:, :PROMPT], past_key_values=cache)
+        first = steps(model, ids[:, :7], cache, PROMPT, **{name: x[:, :7] for name, x in given.items()})
+        if case == "beams":
+            cache.reorder_cache(torch.tensor([0, 0]))
+        return torch.cat((first, steps(model, ids, cache, 7, **given)), dim=1)
+
+    joined: list[bool] = []
+    joint = backend_reference._joint_logits
+
+    def watched(*args: Any) -> torch.Tensor | None:
+        logits = joint(*args)
+        joined.append(logits is not None)
+        return logits
+
+    monkeypatch.setattr(backend_reference, "_joint_logits", watched)
+    found = decode()
+    assert joined == [case not in ("padding", "static")] * (6 * 2)
+    monkeypatch.setattr(UntiedPositions, "beside", lambda *args: None)
+    torch.testing.assert_close(found, decode(), rtol=0, atol=1e-12)
 
 
 def test_nothing_is_made_ahead_where_it_could_not_be_used(model: Any, projected: list[int]) -> None:

@@ -74,7 +74,8 @@ def mean_cosine(tokens: torch.Tensor) -> float:
 def test_token_similarity_of_images_is_the_mean_cosine_behind_each_block(
     kept: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
+    from transformers import AutoModelForImageClassification
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor  # not behind torchvision, as in 5.17
 
     from hf_imgproc_attn.cards.rendering import load_record
     from hf_imgproc_attn.study.measurements import images_of

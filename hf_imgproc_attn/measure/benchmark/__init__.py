@@ -1,9 +1,9 @@
 """What the filters cost: every path against stock attention, interleaved in one run, as ratios with their spread.
 
 Suites: ``attention`` (plain tensors: back-ends, published algorithms, over lengths), ``axes`` (one attention with each
-value of the axes; float32 on the CPU), ``decode`` (one token with a
-cache), ``layers`` (the attention module of every preset) and ``models`` (training steps and generation). A path whose
-results are wrong is not timed, and what would take too long or too much memory is skipped; both are named.
+value of the axes; float32 on the CPU), ``padding`` (batches with and without it; likewise), ``decode`` (one token with
+a cache), ``layers`` (the attention module of every preset) and ``models`` (training steps and generation). A path
+whose results are wrong is not timed, and what would take too long or too much memory is skipped; both are named.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import torch
 from ...errors import UsageError, did_you_mean, require_extras
 from ...output_paths import check_new_files, write_or_keep
 from ...records import device_description, git_state, package_versions, write_json
-from . import attention, axes, decoding, layers, whole_models
+from . import attention, axes, decoding, layers, padded, whole_models
 from .attention import Limits
 from .report import draw, goals_table, render, slope_rows
 from .timing import Row
 
-SUITES = ("attention", "axes", "decode", "layers", "models")
+SUITES = ("attention", "axes", "padding", "decode", "layers", "models")
 LIMITS = Limits(seconds=20.0, mib=None, budget=40.0)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -200,6 +200,9 @@ def _rows(
     elif suite == "axes":
         for size in axes.QUICK if quick else axes.SHAPES:
             yield from axes.run_axes(size, budget=limits.budget, say=say)
+    elif suite == "padding":
+        for size in padded.QUICK if quick else padded.SHAPES:
+            yield from padded.run_padded(size, budget=limits.budget, say=say)
     elif suite == "decode":
         length = 48 if quick else 1024
         sizes = {

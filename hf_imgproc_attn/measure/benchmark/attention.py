@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from .methods import FLOP_FLOORS, METHODS, PLAIN, Method, byte_floor, disagreement
-from .timing import MIB, Row, available_memory, interleave, peak_memory
+from .timing import MIB, Row, available_memory, direction_calls, interleave, peak_memory
 
 DIRECTIONS = ("forward", "forward + backward")
 
@@ -34,8 +35,13 @@ class Shape:
         return f"{'causal' if self.is_causal else 'bidirectional'} {self.size} {str(dtype).removeprefix('torch.')}"
 
 
-GOALS = (Shape(2, 12, 1024), Shape(1, 12, 4096), Shape(16, 12, 197, is_causal=False))
-"""The shapes that the table of ``docs/speed.md`` shows: GPT-2 at two lengths, ViT-B at 224 pixels."""
+GOALS = (
+    Shape(2, 12, 1024),
+    Shape(1, 12, 4096),
+    Shape(2, 12, 1024, is_causal=False),
+    Shape(16, 12, 197, is_causal=False),
+)
+"""The shapes that the table of ``docs/speed.md`` shows: GPT-2 at two lengths, a text encoder, ViT-B at 224 pixels."""
 
 GPU_GOALS = (Shape(8, 12, 2048), Shape(64, 12, 197, is_causal=False))
 
@@ -87,6 +93,7 @@ def run_attention(
         *inputs, gradient = (
             torch.randn(shape.size, generator=generator, dtype=torch.float32).to(device, dtype) for _ in range(4)
         )
+        query, key, value = (tensor.requires_grad_() for tensor in inputs)
         rate: float | None = None
         for index, direction in enumerate(DIRECTIONS):
             say(f"{shape.name(dtype)}, {direction}")
@@ -96,7 +103,8 @@ def run_attention(
                 if reason is None and name != PLAIN:
                     reason = too_much(METHODS[name], shape, index, rate, inputs[0].element_size(), limits)
                 if reason is None:
-                    calls[name] = _call(METHODS[name], inputs, shape.is_causal, gradient if index else None)
+                    attend = partial(METHODS[name].run, query, key, value, shape.is_causal)
+                    calls[name] = direction_calls(attend, inputs, gradient)[direction]
                     if name == PLAIN:
                         rate = _rate(calls[name], shape, index, device)
                 else:
@@ -163,23 +171,3 @@ def _rate(call: Callable[[], object], shape: Shape, direction: int, device: str)
         * width
         / (spread.milliseconds / 1000)
     )
-
-
-def _call(
-    method: Method, inputs: Sequence[torch.Tensor], is_causal: bool, gradient: torch.Tensor | None
-) -> Callable[[], object]:
-    query, key, value = inputs
-    if gradient is None:
-
-        def forward() -> object:
-            with torch.no_grad():
-                return method.run(query, key, value, is_causal)
-
-        return forward
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-
-    def both() -> object:
-        output = method.run(leaves[0], leaves[1], leaves[2], is_causal)
-        return torch.autograd.grad(output, leaves, gradient)
-
-    return both

@@ -6,8 +6,8 @@ products that the backbone's width decides, and are left out; their results are 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from ...models.kernel_forget import ForgetPositions
 from ...models.kernel_normalisation import Normalisation
 from ...models.visibility import Visibility
 from .attention import DIRECTIONS, Shape
-from .timing import Row, interleave
+from .timing import Row, direction_calls, interleave, one_thread_clock
 
 PLAIN = "plain"
 SHAPES = (Shape(2, 12, 1024), Shape(16, 12, 197, is_causal=False))
@@ -149,37 +149,13 @@ def run_axes(shape: Shape, *, budget: float, say: Callable[[str], None] = print)
     tensors = Tensors(query, key, value, second_query, second_key, scalars, kept, shape.is_causal)
     gradient = torch.randn(shape.size, generator=generator)
     left_out = NEVER_CAUSAL if shape.is_causal else ONLY_CAUSAL
-    # With one thread the processor's time is that of the work, whatever else runs on the machine.
-    clock = _processor_time if torch.get_num_threads() == 1 else None
     for direction in DIRECTIONS:
         say(f"values of the axes, {shape.name(torch.float32)}, {direction}")
         calls = {
-            name: _bound(value, tensors, leaves, None if direction == "forward" else gradient)
+            name: direction_calls(partial(value, tensors), leaves, gradient)[direction]
             for name, value in VALUES.items()
             if name not in left_out
         }
         case = shape.name(torch.float32)
-        for name, spread in interleave(calls, PLAIN, budget=budget, clock=clock).items():
+        for name, spread in interleave(calls, PLAIN, budget=budget, clock=one_thread_clock()).items():
             yield Row("axes", case, shape.length, name, direction, **spread.fields())
-
-
-def _processor_time(call: Callable[[], object]) -> float:
-    start = time.process_time()
-    call()
-    return time.process_time() - start
-
-
-def _bound(
-    value: Callable[[Tensors], torch.Tensor],
-    tensors: Tensors,
-    leaves: list[torch.Tensor],
-    gradient: torch.Tensor | None,
-) -> Callable[[], object]:
-    if gradient is None:
-
-        def forward() -> object:
-            with torch.no_grad():
-                return value(tensors)
-
-        return forward
-    return lambda: torch.autograd.grad(value(tensors), leaves, gradient, allow_unused=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ class Row:
     """One measured value, or why there is none.
 
     Attributes:
-        suite: ``attention``, ``decode``, ``layers`` or ``models``.
+        suite: one of ``SUITES``.
         case: what is computed, shape and dtype included.
         length: tokens.
         method: the candidate.
@@ -113,6 +113,39 @@ def interleave(
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         spreads[name] = Spread(1000 * statistics.median(times), middle, low, high, rounds)
     return spreads
+
+
+def one_thread_clock() -> Callable[[Callable[[], object]], float] | None:
+    """A clock for :func:`interleave`: with one thread the processor's time, which is that of the work whatever else
+    runs on the machine; None with several."""
+    return _processor_time if torch.get_num_threads() == 1 else None
+
+
+def _processor_time(call: Callable[[], object]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def direction_calls(
+    attend: Callable[[], torch.Tensor], leaves: Sequence[torch.Tensor], gradient: torch.Tensor
+) -> dict[str, Callable[[], object]]:
+    """What to time of an attention, by direction: without a graph, and with the gradients of all leaves.
+
+    Args:
+        attend: makes the output of the leaves; those that it leaves out get no gradient.
+        leaves: tensors that want gradients.
+        gradient: of the output.
+    """
+
+    def forward() -> object:
+        with torch.no_grad():
+            return attend()
+
+    def both() -> object:
+        return torch.autograd.grad(attend(), leaves, gradient, allow_unused=True)
+
+    return {"forward": forward, "forward + backward": both}
 
 
 def peak_memory(call: Callable[[], object], device: str = "cpu") -> float | None:
