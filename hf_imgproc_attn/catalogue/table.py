@@ -224,8 +224,6 @@ def back_ends(preset: str) -> str:
     spec, missing = layer.spec, set[str]()
     if spec.normalisation in ("sigmoid", "softpick"):
         missing |= {"sdpa", "flex"}
-    if spec.normalisation != "softmax" or spec.position_kernel == "forget":
-        missing.add("triton")
     if spec.boosting in WEIGHTS_ONE_BY_ONE:
         missing |= {"sdpa", "flex", "triton"}
     if spec.boosting in SEQUENTIAL:

@@ -17,8 +17,9 @@ Not boosted, ``triton_general`` alone is used, with plain attention's 2 / 5.
 
 *Composed* (:mod:`.composed`), for all other calls: any booster that applies A k times, as k applications of
 :mod:`.triton_once`, 2k / 7k products in a fixed order of additions. Widths up to 256, those of queries and values
-different, fewer queries than keys (a prompt in chunks), streams of a cache given and returned, learned gains, and
-dropout on A with one mask, which its seed gives again in every step and in the backward pass.
+different, fewer queries than keys (a prompt in chunks), streams of a cache given and returned, learned gains, dropout
+on A with one mask, which its seed gives again in every step and in the backward pass, ``sigmoid``, ``softpick`` and
+sinks, and gates that forget, whose gradient takes sums of rows. ``sinkhorn`` is a softmax with a number for each key.
 
 *Decoding* (:mod:`.decode_call`): at most 16 new tokens with cached streams that can be handed out, up to 4 steps, no
 gradient wanted: keys, values and streams are read once, in chunks.
@@ -122,9 +123,11 @@ def refuses(call: FilterCall) -> str | None:
 
 def is_specialised(call: FilterCall) -> bool:
     """Whether kernels for the whole booster serve a call that is not refused; else it is composed of applications."""
-    _, rest = call.split_positions()
+    _, rest = composed.split_terms(call)
     gives_streams = call.streams.is_cached and call.is_boosted
-    if rest.positions or gives_streams or call.booster.gain is not None:
+    if composed.sums_rows(call):
+        return False
+    if rest.own_softmax is not None or rest.positions or gives_streams or call.booster.gain is not None:
         return False
     reason = supports(
         call.query,

@@ -26,6 +26,8 @@ def applies(call: FilterCall) -> bool:
     tokens, known = call.query.shape[-2], call.key.shape[-2]
     if not call.streams.is_cached or not tokens < known or tokens > MOST_TOKENS or call.own_value is not None:
         return False
+    if call.own_softmax is not None:
+        return False
     if call.dropout > 0.0 or call.booster.name not in LINEAR or tokens * call.groups > 64:
         return False
     if _wants_gradient(call):  # in whatever is learned, bandwidths among it
@@ -56,7 +58,7 @@ def run(call: FilterCall) -> torch.Tensor:
     streams = call.past_streams()[:needed] if needed else []
     # Keys that nobody sees are not read, whatever stands there: zeroing them would copy the cache for every token.
     seen = call._replace(visibility=call.visibility._replace(hidden=None, blind=None))
-    by_place, rest = seen.split_positions()
+    by_place, rest = composed.split_terms(seen)
     given = augment(rest._replace(content=Content("dot_product", call.content.scale)), call.query.dtype)
     out, rows = decode_attention(
         given.query,

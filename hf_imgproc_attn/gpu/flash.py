@@ -62,7 +62,7 @@ def activate(implementation: str) -> None:
 def wins(call: FilterCall) -> bool:
     """Whether two calls of the activated implementation were measured to be the fastest for a call's shape."""
     implementation = active()
-    is_plain = not call.has_columns and call.query.is_cuda and call.visibility.is_square
+    is_plain = call.own_softmax is None and not call.has_columns and call.query.is_cuda and call.visibility.is_square
     if implementation is None or not is_plain or (call.booster.name, call.booster.steps) != ("twicing", 2):
         return False
     order = measured_order(

@@ -45,7 +45,8 @@ newer. A call that the kernels cannot serve raises ValueError, which says why: n
 
 from .gpu.decode import Cached, decode_attention
 from .gpu.fused import fused_attention
-from .gpu.once import Once, apply_once
+from .gpu.once import apply_once
+from .gpu.once_inputs import Once
 from .models.kernel_position import ClassTokens, GaussianPositions
 from .models.kernel_relative import AlibiPositions, BucketPositions, bucket_boundaries
 

@@ -104,7 +104,11 @@ def bucket_lookup(kernel: BucketKernel, device: torch.device) -> torch.Tensor:
 
 
 def make_places(
-    position: PositionTensors, key_bias: torch.Tensor | None, key_bias_grad: torch.Tensor | None, heads: int
+    position: PositionTensors,
+    key_bias: torch.Tensor | None,
+    key_bias_grad: torch.Tensor | None,
+    heads: int,
+    query_bias: torch.Tensor | None = None,
 ) -> Places | None:
     """What the kernels read, but for the nearest keys, or None where nothing is added to the logits.
 
@@ -113,11 +117,12 @@ def make_places(
         key_bias: float32 ``[batch, heads, key_length]``, or None.
         key_bias_grad: where its gradient goes, or None.
         heads: of the queries.
+        query_bias: float32 ``[batch, heads, length]``, beside a key bias, or None.
     """
     coordinates, parameters = position.coordinates, position.parameters
-    bias = None if key_bias is None else key_bias.contiguous() / math.log(2.0)
+    bias, of_queries = (None if x is None else x.contiguous() / math.log(2.0) for x in (key_bias, query_bias))
     if coordinates is None or parameters is None:
-        return None if bias is None else _only_keys(bias, key_bias_grad, heads)
+        return None if bias is None else _only_keys(bias, key_bias_grad, heads, of_queries)
     key_coordinates = coordinates if position.key_coordinates is None else position.key_coordinates
     axes = coordinates.shape[2]
     own = parameters.shape[1] - 3 * (position.class_tokens > 0)
@@ -132,10 +137,12 @@ def make_places(
         lookup=coordinates if position.lookup is None else position.lookup,
         key_bias=coordinates if bias is None else bias,
         key_bias_grad=coordinates if key_bias_grad is None else key_bias_grad,
+        query_bias=coordinates if of_queries is None else of_queries,
         heads=heads,
         key_length=key_coordinates.shape[1],
         has_nearest=tl.constexpr(False),
         has_key_bias=tl.constexpr(bias is not None),
+        has_query_bias=tl.constexpr(of_queries is not None),
         axes=tl.constexpr(axes),
         count=tl.constexpr(parameters.shape[1]),
         class_tokens=tl.constexpr(position.class_tokens),
@@ -176,11 +183,12 @@ def with_nearest(
     return places._replace(nearest=nearest, has_nearest=tl.constexpr(True))
 
 
-def _only_keys(bias: torch.Tensor, grad: torch.Tensor | None, heads: int) -> Places:
-    """A number for each key; the other fields, which no kernel looks at, hold anything."""
+def _only_keys(bias: torch.Tensor, grad: torch.Tensor | None, heads: int, query_bias: torch.Tensor | None) -> Places:
+    """A number for each key, and maybe each query; the other fields, which no kernel looks at, hold anything."""
     none = tl.constexpr(0)
     fields: dict[str, Any] = dict.fromkeys(Places._fields, bias)
     fields |= dict.fromkeys(("axes", "count", "class_tokens", "buckets", "entries", "reach", "has_nearest"), none)
     fields |= {"query_step": 0, "key_step": 0, "key_bias_grad": bias if grad is None else grad, "heads": heads}
     fields["key_length"] = bias.shape[2]
-    return Places(**{**fields, "has_key_bias": tl.constexpr(True)})
+    fields |= {"has_key_bias": tl.constexpr(True), "has_query_bias": tl.constexpr(query_bias is not None)}
+    return Places(**fields if query_bias is None else {**fields, "query_bias": query_bias})

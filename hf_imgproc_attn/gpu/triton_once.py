@@ -3,7 +3,7 @@
 Queries and keys may be wider or narrower than x, the queries may be the last of the tokens only (with a cache, or a
 prompt in chunks), and weights may be dropped by a mask that a seed gives again at every step and in the backward pass.
 
-    forward        out by online softmax, and the log-sum-exp of each row                     2 products
+    forward        out by online softmax (or another normalisation), and L of each row        2 products
     of queries     D_i = g_i.out_i and dQ, of a block of queries                              3 products
     of keys        dK and dx, of a block of keys, and its sums for the position kernel        4 products
 
@@ -18,7 +18,18 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .triton_logits import load_lse, softmax_end, softmax_step, tile_of_keys, weights_of_queries
+from .triton_logits import (
+    SIGMOID,
+    SINK,
+    end_of_rows,
+    gradient_of_logits,
+    load_lse,
+    logits_of_queries,
+    start_of_rows,
+    step_of_rows,
+    tile_of_keys,
+    weights_of,
+)
 from .triton_positions import add_gradient, no_gradient, store_gradient
 from .triton_tiles import (
     add_product,
@@ -45,14 +56,16 @@ class Matrix(NamedTuple):
     keys: ``[batch, key_heads, key_length, width]``, of all tokens.
     mask: uint8 ``[batch, key_length]``, which keys are visible; anything where all inside the spans are.
     spans: int32 ``[batch, 2]``, the first visible key of a sample and the one behind the last; anything where all are.
-    lse: float32 ``[batch, heads, length]``, log2-sum-exp2 of each row, +inf for a row without keys.
+    lse: float32 ``[batch, heads, length]``, L of each row, see ``triton_logits``: log2-sum-exp2 of softmax, +inf for a
+        row without keys.
+    given: float32 ``[batch, heads, length]``, b of each row, see there; anything where the normalisation has none.
     seed: int64 ``[1]``, or anything where nothing is dropped.
     places: what is added to the logits, or None.
     heads, length, key_length: sizes.
     scale: on products of queries and keys, in units of log 2.
     dropped: how many of 2^24 weights are dropped.
     kept_factor: 1 / (1 - p), on the others.
-    width, block_width, causal, has_mask, has_spans, position, drops: as ``tl.constexpr``.
+    width, block_width, causal, has_mask, has_spans, position, drops, normalisation: as ``tl.constexpr``.
     """
 
     queries: Any
@@ -60,6 +73,7 @@ class Matrix(NamedTuple):
     mask: Any
     spans: Any
     lse: Any
+    given: Any
     seed: Any
     places: Any
     heads: int
@@ -75,6 +89,7 @@ class Matrix(NamedTuple):
     has_spans: Any
     position: Any
     drops: Any
+    normalisation: Any
 
 
 def _fitting(configs: list[Any], named: dict[str, Any], **arguments: Any) -> list[Any]:
@@ -170,7 +185,7 @@ def _forward_range(
     average, total, highest, query, matrix, rows, item, query_rows, low, high,
     WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys from low to high."""
+    """Online softmax, or another normalisation, over the keys from low to high."""
     batch, head = item_of(item, matrix.heads)
     rows_base = base_of(rows, batch, head)
     for start in range(low, high, BLOCK_N):
@@ -178,7 +193,7 @@ def _forward_range(
         _, x, scores = _tile(
             query, matrix, rows_base, rows.row, batch, head, query_rows, key_rows, WIDTH, BLOCK_W, EDGE
         )
-        weights, shrink, total, highest = softmax_step(scores, highest, total)
+        weights, shrink, total, highest = step_of_rows(scores, highest, total, matrix.normalisation)
         if matrix.drops:
             weights = tl.where(_kept(matrix, item, query_rows[:, None], key_rows[None, :]), weights, 0.0)
         average = add_product(rounded(weights, x.dtype), x, average * shrink[:, None])
@@ -207,8 +222,11 @@ def forward_kernel(
     query_rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     query = _load_queries(matrix, batch, head, query_rows)
     average = tl.zeros([BLOCK_M, BLOCK_W], dtype=tl.float32)
-    total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    highest = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    own = item.to(tl.int64) * matrix.length + query_rows
+    given = tl.zeros([BLOCK_M], dtype=tl.float32)
+    if matrix.normalisation == SINK or matrix.normalisation == SIGMOID:
+        given = tl.load(matrix.given + own, mask=query_rows < matrix.length, other=0.0)
+    highest, total = start_of_rows(given, matrix.normalisation)
     low, inner, end = _key_ranges(matrix, batch, block, BLOCK_M, BLOCK_N)
     average, total, highest = _forward_range(
         average, total, highest, query, matrix, rows, item, query_rows, low, inner, WIDTH, BLOCK_W, BLOCK_N, False
@@ -216,8 +234,8 @@ def forward_kernel(
     average, total, highest = _forward_range(
         average, total, highest, query, matrix, rows, item, query_rows, inner, end, WIDTH, BLOCK_W, BLOCK_N, True
     )
-    total, lse = softmax_end(highest, total)
-    tl.store(matrix.lse + item.to(tl.int64) * matrix.length + query_rows, lse, mask=query_rows < matrix.length)
+    total, lse = end_of_rows(highest, total, matrix.normalisation)
+    tl.store(matrix.lse + own, lse, mask=query_rows < matrix.length)
     if matrix.drops:
         average = average * matrix.kept_factor
     columns, base = tl.arange(0, BLOCK_W), base_of(outputs, batch, head)
@@ -226,10 +244,10 @@ def forward_kernel(
 
 @triton.jit
 def _query_range(
-    dq, query, grad, lse, delta, matrix, rows, item, query_rows, low, high,
-    WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
+    dq, row_sum, query, grad, lse, delta, matrix, rows, item, query_rows, low, high,
+    WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """dS K over the keys from low to high."""
+    """dS K over the keys from low to high; with SUMS the sums of the rows of dS too."""
     batch, head = item_of(item, matrix.heads)
     rows_base = base_of(rows, batch, head)
     for start in range(low, high, BLOCK_N):
@@ -241,9 +259,14 @@ def _query_range(
         if matrix.drops:
             kept = _kept(matrix, item, query_rows[:, None], key_rows[None, :])
             d_weights = tl.where(kept, d_weights * matrix.kept_factor, 0.0)
-        d_scores = tl.exp2(scores - lse[:, None]) * (d_weights - delta[:, None])
+        weights = weights_of(scores, lse[:, None], matrix.normalisation)
+        d_scores = gradient_of_logits(
+            scores, weights, d_weights, lse[:, None], delta[:, None], matrix.normalisation
+        )  # fmt: skip
+        if SUMS:
+            row_sum += tl.sum(d_scores, 1)
         dq = add_product(rounded(d_scores, key.dtype), key, dq)
-    return dq
+    return dq, row_sum
 
 
 @tuned(
@@ -258,10 +281,11 @@ def _query_range(
 )
 @triton.jit
 def query_gradient_kernel(
-    matrix, rows, outputs, grads, dqs, delta_pointer, softmax_scale, length_class, key_length_class,
-    kind: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    matrix, rows, outputs, grads, dqs, delta_pointer, row_sums_pointer, softmax_scale, length_class, key_length_class,
+    kind: tl.constexpr, SUMS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a block of queries, and D_i = g_i.out_i, the sum of A_ij dA_ij over j."""
+    """dQ of a block of queries, and D_i = g_i.out_i, the sum of A_ij dA_ij over j; with SUMS that of dS_ij."""
     block, item = block_of(matrix.length, BLOCK_M, matrix.causal)
     batch, head = item_of(item, matrix.heads)
     query_rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -273,13 +297,18 @@ def query_gradient_kernel(
     query = _load_queries(matrix, batch, head, query_rows)
     lse = load_lse(matrix.lse + own, query_rows, matrix.length)
     dq = tl.zeros([BLOCK_M, matrix.block_width], dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     low, inner, end = _key_ranges(matrix, batch, block, BLOCK_M, BLOCK_N)
-    dq = _query_range(
-        dq, query, grad, lse, delta, matrix, rows, item, query_rows, low, inner, WIDTH, BLOCK_W, BLOCK_N, False
-    )
-    dq = _query_range(
-        dq, query, grad, lse, delta, matrix, rows, item, query_rows, inner, end, WIDTH, BLOCK_W, BLOCK_N, True
-    )
+    dq, row_sum = _query_range(
+        dq, row_sum, query, grad, lse, delta, matrix, rows, item, query_rows, low, inner,
+        WIDTH, BLOCK_W, BLOCK_N, False, SUMS,
+    )  # fmt: skip
+    dq, row_sum = _query_range(
+        dq, row_sum, query, grad, lse, delta, matrix, rows, item, query_rows, inner, end,
+        WIDTH, BLOCK_W, BLOCK_N, True, SUMS,
+    )  # fmt: skip
+    if SUMS:
+        tl.store(row_sums_pointer + own + query_rows, row_sum, mask=query_rows < matrix.length)
     own_columns, base = tl.arange(0, matrix.block_width), base_of(dqs, batch, head)
     dq = dq * softmax_scale
     store_rows(base, dqs.row, query_rows, own_columns, dq, matrix.length, matrix.width, matrix.block_width)
@@ -326,17 +355,20 @@ def key_gradient_kernel(
         grad = load_rows(grad_base, grads.row, query_rows, columns, matrix.length, WIDTH, BLOCK_W)
         lse = load_lse(matrix.lse + own, query_rows, matrix.length)
         delta = tl.load(delta_pointer + own + query_rows, mask=query_rows < matrix.length, other=0.0)
-        weights = weights_of_queries(
-            key, query, lse, matrix.scale, matrix.places, batch, head, query_rows, key_rows, seen,
+        scores = logits_of_queries(
+            key, query, matrix.scale, matrix.places, batch, head, query_rows, key_rows, seen,
             matrix.length, matrix.key_length, matrix.position, matrix.causal, True,
         )  # fmt: skip
+        weights = weights_of(scores, lse[None, :], matrix.normalisation)
         d_weights, thinned = product(x, tl.trans(grad)), weights
         if matrix.drops:
             kept = _kept(matrix, item, query_rows[None, :], key_rows[:, None])
             thinned = tl.where(kept, weights * matrix.kept_factor, 0.0)
             d_weights = tl.where(kept, d_weights * matrix.kept_factor, 0.0)
         dx = add_product(rounded(thinned, x.dtype), grad, dx)
-        d_scores = weights * (d_weights - delta[None, :])
+        d_scores = gradient_of_logits(
+            scores, weights, d_weights, lse[None, :], delta[None, :], matrix.normalisation
+        )  # fmt: skip
         of_parameter, of_grid, of_class = add_gradient(
             of_parameter, of_grid, of_class, d_scores, matrix.places, batch, query_rows, key_rows, matrix.length,
             matrix.position, LEARNS,

@@ -8,7 +8,8 @@ coordinates of a tile's rows and columns, so that nothing of size length x lengt
     BUCKETS     1 in its own bucket         relative buckets, t = a table: an offset looks up its bucket, then t
 
 A Gaussian of contents is an inner product and a number for each key, -|k_j|^2 / h_y^2: ``key_bias`` is added to all
-logits of a key, and its gradient is the sum of dL/ds over the queries.
+logits of a key, and its gradient is the sum of dL/ds over the queries. What it lacks, ``query_bias``, is added to all
+logits of a query, where weights depend on it; so are the numbers c_i - c_j of ``forget``.
 
 Class tokens have no place: B is 0, and one of three scalars of the head is added (grid to class, class to grid, class
 to class). *Gradients*: a block of keys adds dL/ds B over all its queries and writes its sums into a slot of its own,
@@ -44,9 +45,11 @@ class Places(NamedTuple):
     lookup: of buckets: int32, those of the offsets 0, -1, ..., -reach, then those of 0 to reach seen as positive.
     key_bias: float32 ``[batch, heads, key_length]`` in units of log 2.
     key_bias_grad: where its gradient goes, likewise.
+    query_bias: float32 ``[batch, heads, length]`` in units of log 2.
     heads: of the queries.
     key_length: number of keys; ``length`` in the functions below is that of the queries, the last of these tokens.
-    has_nearest, has_key_bias: whether they are there, as ``tl.constexpr``.
+    has_nearest, has_key_bias, has_query_bias: whether they are there, as ``tl.constexpr``; the last only with the
+        second.
     axes, count, class_tokens, buckets, entries, reach: sizes, as ``tl.constexpr``; buckets are those of one axis, and
         entries those of the table, rounded up to a power of two.
     """
@@ -60,10 +63,12 @@ class Places(NamedTuple):
     lookup: Any
     key_bias: Any
     key_bias_grad: Any
+    query_bias: Any
     heads: int
     key_length: int
     has_nearest: Any
     has_key_bias: Any
+    has_query_bias: Any
     axes: Any
     count: Any
     class_tokens: Any
@@ -133,8 +138,13 @@ def add_position(
     else:
         if places.has_key_bias:
             bias = places.key_bias + (batch * places.heads + head) * places.key_length + key_rows
-            _, of_keys = _pair(query_rows, tl.load(bias, mask=key_rows < places.key_length, other=0.0), TRANSPOSED)
-            scores = scores + of_keys
+            _, added = _pair(query_rows, tl.load(bias, mask=key_rows < places.key_length, other=0.0), TRANSPOSED)
+            if places.has_query_bias:
+                own = places.query_bias + (batch * places.heads + head) * length + query_rows
+                of_queries, _ = _pair(tl.load(own, mask=query_rows < length, other=0.0), key_rows, TRANSPOSED)
+                # First: of two large numbers the difference keeps its digits.
+                added = of_queries + added
+            scores = scores + added
         return _add_kernel(scores, places, batch, head, query_rows, key_rows, length, POSITION, TRANSPOSED)
 
 

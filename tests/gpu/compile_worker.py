@@ -98,13 +98,19 @@ def refusals() -> list[str]:
 
 def composed(compiler: Compiler) -> None:
     """The filter applied once: two widths, fewer queries than keys, masks and lengths, dropout, positions."""
-    from hf_imgproc_attn.gpu.once import Once, apply_once
+    from hf_imgproc_attn.gpu.once import apply_once
+    from hf_imgproc_attn.gpu.once_inputs import Once
 
-    cases = [(256, 64, "gaussian", True, -1)]
+    cases = [(256, 64, "gaussian", True, -1, "softmax"), (64, 64, "none", True, -1, "softpick")]
     if "--full" in sys.argv:
-        cases += [(128, 64, "gaussian", True, -1), (256, 256, "none", False, -1), (40, 128, "buckets", False, 0)]
-    for width, value_width, kind, masked, configuration in cases:
-        compiler.label, compiler.configuration = f"once, {kind}, {width}, {value_width}", configuration
+        cases += [
+            (128, 64, "gaussian", True, -1, "sink"),
+            (256, 256, "none", False, -1, "sigmoid"),
+            (40, 128, "buckets", False, 0, "softmax"),
+        ]
+    for width, value_width, kind, masked, configuration, normalisation in cases:
+        compiler.label = f"once, {kind}, {width}, {value_width}, {normalisation}"
+        compiler.configuration = configuration
         query, key, x = (
             torch.zeros(2, heads, length, size, dtype=torch.bfloat16, requires_grad=True)
             for heads, length, size in ((2, 100, width), (1, LENGTH, width), (1, LENGTH, value_width))
@@ -115,8 +121,14 @@ def composed(compiler: Compiler) -> None:
             once = once._replace(
                 key_mask=torch.ones(2, LENGTH, dtype=torch.bool), key_bias=bias, dropout=0.1, seed=seed
             )
+            if normalisation != "softmax":
+                once = once._replace(query_bias=torch.zeros(2, 2, 100, requires_grad=True))
         else:
             once = once._replace(key_mask=torch.tensor([LENGTH, 7], dtype=torch.int32))
+        if normalisation == "sink":
+            once = once._replace(sinks=torch.zeros(2, requires_grad=True))
+        else:
+            once = once._replace(normalisation=normalisation)
         places = positions(kind, 2, LENGTH)
         if places is not None:
             places = places._replace(coordinates=places.coordinates[:, LENGTH - 100 :])

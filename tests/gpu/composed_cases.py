@@ -11,12 +11,16 @@ import numpy as np
 import torch
 
 from hf_imgproc_attn.gpu import is_specialised
-from hf_imgproc_attn.gpu.once import Once, apply_once, once_forward
+from hf_imgproc_attn.gpu.once import apply_once, once_forward
+from hf_imgproc_attn.gpu.once_inputs import Once
 from hf_imgproc_attn.gpu.places import position_tensors
+from hf_imgproc_attn.models.backend_blocked_sinkhorn import as_softmax
 from hf_imgproc_attn.models.backend_call import Booster, Content, FilterCall
 from hf_imgproc_attn.models.backend_reference import filter_logits, filter_matrix
-from hf_imgproc_attn.models.backend_table import BACKENDS
+from hf_imgproc_attn.models.backend_table import BACKENDS, SINKHORN_BACKENDS
+from hf_imgproc_attn.models.kernel_forget import ForgetPositions
 from hf_imgproc_attn.models.kernel_given import FeaturePositions
+from hf_imgproc_attn.models.kernel_normalisation import Normalisation
 from hf_imgproc_attn.models.kernel_position import ClassTokens, GaussianPositions, Positions, UntiedPositions
 from hf_imgproc_attn.models.kernel_relative import AlibiPositions, BucketPositions, bucket_boundaries
 from hf_imgproc_attn.models.visibility import attention_visibility
@@ -54,6 +58,22 @@ ALONE: list[tuple[Any, ...]] = [
     ("twicing 3", "features", 32, 16, 0, 30, 1, True, True, 0.0, "bfloat16"),
     ("sos 2", "untied", 16, 24, 5, 19, 2, False, True, 0.0, "float16"),
 ]
+RIVALS: list[tuple[Any, ...]] = [
+    ("twicing 3", "alibi", 16, 24, 5, 19, 1, True, True, DROPPED, "float32", "sink"),
+    ("none", "gaussian contents", 16, 16, 0, 19, 2, True, False, 0.0, "float32", "sink"),
+    ("twicing 2", "", 16, 16, 0, 70, 1, True, True, 0.0, "float32", "forget"),
+    ("twicing 2", "", 16, 24, 5, 19, 2, True, True, 0.0, "float32", "sink forget"),
+    ("learned 2", "gaussian contents", 16, 8, 0, 40, 1, True, False, 0.0, "float32", "sinkhorn"),
+    ("twicing 2", "relative_buckets", 16, 24, 5, 40, 1, True, True, 0.0, "float32", "sigmoid"),
+    ("none", "gaussian contents", 16, 16, 0, 19, 2, True, False, DROPPED, "float32", "sigmoid"),
+    ("none", "gaussian", 16, 24, 5, 19, 1, True, True, DROPPED, "float32", "softpick"),
+    ("twicing 2", "", 16, 16, 0, 40, 2, True, False, 0.0, "float32", "softpick"),
+    ("twicing 3", "", 16, 24, 5, 19, 2, False, True, 0.0, "float32", "softpick forget"),
+    *(
+        ("twicing 2", "", 32, 32, 0, 33, 2, True, not rival.startswith("sinkhorn"), 0.0, "bfloat16", rival)
+        for rival in ("sink", "forget", "sinkhorn fused", "sigmoid", "softpick")
+    ),
+]
 """What a cover of pairs need not have."""
 
 
@@ -69,6 +89,8 @@ class Case(NamedTuple):
     is_causal: bool
     dropout: float
     dtype: str = "float32"
+    rival: str = ""
+    """Normalisation, or gates that forget; "fused" where the kernels for the whole booster serve it."""
 
     @property
     def batch(self) -> int:
@@ -117,6 +139,10 @@ def leaves_of(case: Case) -> list[torch.Tensor]:
         leaves += [] if case.past else [random(HEADS, 3, seed=7)]
     elif kernel == "features":
         leaves += [random(1, 1, case.length, 5, seed=5), random(1, 1, keys, 5, seed=6)]
+    if "sink" in case.rival.split():
+        leaves.append(torch.tensor([-0.5, 2.0]).double())
+    if "forget" in case.rival.split():
+        leaves.append(-random(case.batch, HEADS, keys, 1, seed=9).abs())
     return leaves
 
 
@@ -156,6 +182,15 @@ def call_of(case: Case, leaves: list[torch.Tensor]) -> FilterCall:
     visibility = attention_visibility(mask, shape=(case.batch, HEADS, case.length, keys), causal=case.is_causal)
     call = FilterCall(query, key, value, content, visibility, positions_of(case, own))
     call = call._replace(booster=Booster(name, int(steps or 2), gain), dropout=case.dropout)
+    rival = case.rival.split()
+    if "forget" in rival:
+        total = own[-1].cumsum(-2)
+        call = call._replace(positions=(*call.positions, ForgetPositions(total[..., case.past :, :], total)))
+    if "sink" in rival:
+        call = call._replace(sinks=own[-1 - ("forget" in rival)])
+    for name in ("sinkhorn", "sigmoid", "softpick"):
+        if name in rival:
+            call = call._replace(normalisation=Normalisation(name))
     return call._replace(streams=GivenStreams(case.past, case.value_width, query.dtype)) if case.past else call
 
 
@@ -184,7 +219,7 @@ def kept(case: Case, seed: int) -> torch.Tensor:
 
 
 def exact(case: Case, call: FilterCall, seed: int) -> torch.Tensor:
-    matrix = filter_matrix(filter_logits(call), call.visibility)
+    matrix = filter_matrix(filter_logits(call), call.visibility, call.sinks, call.normalisation)
     if case.dropout:
         matrix = matrix * kept(case, seed) / (1.0 - case.dropout)
     return call.boost(lambda rows: matrix @ rows, call.new_value, call.repeated()[1])
@@ -199,9 +234,11 @@ def results(case: Case, dtype: torch.dtype, how: str) -> list[torch.Tensor]:
     if how == "exact":
         out = exact(case, call, int(torch.randint(2**63 - 1, (1,))))
     else:
-        assert BACKENDS[how].refuses(call) is None
-        assert not is_specialised(call)
-        out = BACKENDS[how].run(call)
+        backend = (SINKHORN_BACKENDS if "sinkhorn" in case.rival.split() else BACKENDS)[how]
+        assert backend.refuses(call) is None
+        asked = as_softmax(call, None) if "sinkhorn" in case.rival.split() else call
+        assert how != "triton" or is_specialised(asked) == ("fused" in case.rival.split())
+        out = backend.run(call)
     grad = random(case.batch, HEADS, case.length, case.value_width, seed=8).to(dtype)
     streams = getattr(call.streams, "stored", {}).values()
     return [x.detach() for x in (out, *torch.autograd.grad(out, leaves, grad), *streams)]
@@ -220,7 +257,11 @@ def errors(case: Case, how: str) -> list[float]:
 def measure(case: Case) -> dict[str, Any]:
     """Errors of a case, and in half precision those of the same steps by PyTorch's attention."""
     found: dict[str, Any] = {**case._asdict(), "errors": errors(case, "triton")}
-    return found if case.dtype == "float32" else {**found, "sdpa_errors": errors(case, "sdpa")}
+    if case.dtype == "float32":
+        return found
+    # No fused call has these two.
+    like = case._replace(rival="") if case.rival in ("sigmoid", "softpick") else case
+    return {**found, "sdpa_errors": errors(like, "sdpa")}
 
 
 def operator_checks() -> dict[str, str]:
@@ -236,7 +277,25 @@ def operator_checks() -> dict[str, str]:
     spans = torch.tensor([[1, 12], [0, 11]], dtype=torch.int32)
     own = parameters.detach().requires_grad_()
     given = (query, key, value, mask, spans, key_bias, coordinates, key_coordinates, own, lookup, seed)
-    return torch.library.opcheck(once_forward, (*given, kind, class_tokens, 0.3, True, DROPPED))
+    query_bias, sinks = torch.randn(2, HEADS, 9).requires_grad_(), torch.randn(HEADS).requires_grad_()
+    options = (kind, class_tokens, 0.3, True, DROPPED, "sink")
+    return torch.library.opcheck(once_forward, (*given, query_bias, sinks, *options))
+
+
+@torch.no_grad()
+def forgetting() -> dict[str, float]:
+    """Gates without a gradient, on the kernels for the whole booster: errors of the output. They sum to 500 or so."""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        case = Case("twicing 2", "", 16, 16, 0, 70, 1, True, True, 0.0, dtype, "forget")
+        leaves = leaves_of(case)
+        leaves[-1] = leaves[-1] * 10.0
+        precise = torch.promote_types(getattr(torch, dtype), torch.float32)
+        call = call_of(case, [x.to(getattr(torch, dtype) if at < 3 else precise) for at, x in enumerate(leaves)])
+        assert is_specialised(call)
+        right = exact(case, call_of(case, leaves), 0)
+        found[dtype] = float((BACKENDS["triton"].run(call).double() - right).abs().max() / right.abs().max())
+    return found
 
 
 def lengths() -> float:
@@ -262,6 +321,10 @@ def refused() -> dict[str, str]:
         ("dtype", {}, x.half()),
         ("mask", {"key_mask": torch.ones(2, 5, dtype=torch.bool)}, x),
         ("bias", {"key_bias": torch.zeros(2, 1, 7)}, x),
+        ("query bias", {"query_bias": torch.zeros(2, 2, 5)}, x),
+        ("sinks", {"sinks": torch.zeros(2, 1)}, x),
+        ("normalisation", {"normalisation": "sinkhorn"}, x),
+        ("sinks of sigmoid", {"normalisation": "sigmoid", "sinks": torch.zeros(2)}, x),
         ("dropout", {"dropout": 1.0}, x),
         ("seed", {"dropout": 0.5}, x),
     ):
@@ -274,7 +337,7 @@ def refused() -> dict[str, str]:
 
 def cases(full: bool) -> list[Case]:
     """A pairwise cover of the short axes, or of the long ones, and cases that no cover needs to have."""
-    return [Case(*row) for row in (*pairwise_cover(list((FULL if full else QUICK).values())), *ALONE)]
+    return [Case(*row) for row in (*pairwise_cover(list((FULL if full else QUICK).values())), *ALONE, *RIVALS)]
 
 
 def found(full: bool) -> dict[str, Any]:
@@ -282,5 +345,6 @@ def found(full: bool) -> dict[str, Any]:
         "cases": [measure(case) for case in cases(full)],
         "operator_checks": operator_checks(),
         "lengths": lengths(),
+        "forgetting": forgetting(),
         "refused": refused(),
     }

@@ -1,4 +1,4 @@
-"""Whole GPT-2 models on the Triton kernels, in Triton's interpreter: part of ``interpreter_worker``."""
+"""Whole models on the Triton kernels, in Triton's interpreter: part of ``interpreter_worker``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2LMHeadModel
+from hf_imgproc_attn.models.modeling_imgproc_vit import ImgProcViTForImageClassification
 from tests.models.helpers import sharpen_
-from tests.models.variants import gpt2_config, pad, token_ids
+from tests.models.variants import gpt2_config, images, pad, token_ids, vit_config
 
 STEPS: dict[str, Any] = {"boosting": "twicing", "boosting_steps": 3}
 LEARNED: dict[str, Any] = {"boosting": "learned", "position_kernel": "gaussian", "learn_bandwidths": True}
@@ -17,7 +18,7 @@ LEARNED: dict[str, Any] = {"boosting": "learned", "position_kernel": "gaussian",
 def model_of(backend: str, **fields: Any) -> ImgProcGPT2LMHeadModel:
     """One layer of two heads; the interpreter takes a second for each."""
     torch.manual_seed(0)
-    model = sharpen_(ImgProcGPT2LMHeadModel(gpt2_config(n_layer=1, n_head=2, **fields)))
+    model = sharpen_(ImgProcGPT2LMHeadModel(gpt2_config(**{"n_layer": 1, "n_head": 2, **fields})))
     model.config.filter_backend = backend
     return model
 
@@ -26,24 +27,52 @@ def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return float(((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)).detach())
 
 
-def trained() -> list[float]:
+def trained(**fields: Any) -> list[float]:
     """Gaussian contents, positions as columns, three steps: errors of the logits and of all gradients."""
-    ids, found = token_ids(batch=1, length=8), []
+    fields = fields or {"content_kernel": "gaussian", "position_kernel": "untied", **STEPS}
+    inputs, found = pad(token_ids(batch=2, length=8), 0, 6, "right"), []
     for backend in ("triton", "reference"):
-        model = model_of(backend, content_kernel="gaussian", position_kernel="untied", **STEPS)
-        output = model(ids, labels=ids)
+        model = model_of(backend, **fields)
+        seen = inputs["attention_mask"].bool()
+        output = model(**inputs, labels=inputs["input_ids"].masked_fill(~seen, -100), use_cache=False)
         output.loss.backward()
-        found.append([output.logits, *(x.grad for x in model.parameters() if x.grad is not None)])
+        found.append([output.logits[seen], *(x.grad for x in model.parameters() if x.grad is not None)])
+    return [relative(mine, right) for mine, right in zip(*found, strict=True)]
+
+
+RIVALS: dict[str, dict[str, Any]] = {
+    "sink": {"normalisation": "sink", "boosting": "twicing", "gate": "elementwise"},
+    "forget": {"position_kernel": "forget", "boosting": "inversion", "n_layer": 2, "feedback": "value_residual"},
+    "sigmoid": {"normalisation": "sigmoid", "content_kernel": "cosine", "boosting": "differential"},
+    "softpick": {"normalisation": "softpick", "boosting": "exclusive", "gate": "headwise"},
+    "elliptical": {"content_kernel": "elliptical", "n_layer": 2, "boosting": "dynamic_inversion"},
+}
+"""Values of the same axes: each normalisation, and boosters, gates and feedback that work on top of any back-end."""
+
+
+def scaled() -> list[float]:
+    """The same of a ViT with columns of A that sum to 1 too: a bias of queries, a number a key, does nothing."""
+    found = []
+    for backend in ("triton", "reference"):
+        torch.manual_seed(0)
+        fields = {"normalisation": "sinkhorn", "boosting": "twicing", "num_hidden_layers": 1}
+        model = sharpen_(ImgProcViTForImageClassification(vit_config(**fields)))
+        model.config.filter_backend = backend
+        output = model(images(batch=1), labels=torch.tensor([1]))
+        output.loss.backward()
+        gradients = {name: x.grad for name, x in model.named_parameters() if not name.endswith("q_proj.bias")}
+        found.append([output.logits, *(x for x in gradients.values() if x is not None)])
     return [relative(mine, right) for mine, right in zip(*found, strict=True)]
 
 
 @torch.no_grad()
-def decoded() -> list[float]:
+def decoded(**fields: Any) -> list[float]:
     """A padded prompt in chunks of 5 and 3 tokens, then a token: errors of the logits of what is not padding."""
+    fields = fields or LEARNED
     inputs, found = pad(token_ids(batch=2, length=9), 0, 7, "left"), []
     places, mask = inputs["position_ids"], inputs["attention_mask"]
-    whole = model_of("reference", **LEARNED).eval()(**inputs).logits
-    model, cache, start = model_of("triton", **LEARNED).eval(), None, 0
+    whole = model_of("reference", **fields).eval()(**inputs).logits
+    model, cache, start = model_of("triton", **fields).eval(), None, 0
     for end in (5, 8, 9):
         output = model(
             inputs["input_ids"][:, start:end],
@@ -73,4 +102,11 @@ def dropped() -> dict[str, float]:
 
 
 def found() -> dict[str, Any]:
-    return {"trained": trained(), "decoded": decoded(), "dropped": dropped()}
+    rivals = {name: trained(**fields) for name, fields in RIVALS.items()}
+    steps = {
+        name: decoded(**{**fields, "n_layer": 1, "feedback": "none"})
+        for name, fields in RIVALS.items()
+        if name != "elliptical"  # which compares a layer with the one before
+    }
+    rivals["sinkhorn"] = scaled()
+    return {"trained": trained(), "decoded": decoded(), "dropped": dropped(), "rivals": rivals, "steps": steps}

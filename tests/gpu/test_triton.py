@@ -224,9 +224,12 @@ def test_reasons_for_refusing(found: Any, name: str, reason: str) -> None:
 def test_composed_boosters_are_exact(found: Any) -> None:
     """Against float64, over pairs of widths, groups, masks, positions, causality, fewer queries, dropout and boosters.
 
-    Outputs, the gradients of queries, keys, values, gains and positions, and the streams that a cache is given.
+    Outputs, the gradients of queries, keys, values, gains, positions, sinks and gates, and the streams that a cache is
+    given; other normalisations than softmax in company of all of them.
     """
     cases = [case for case in found["composed"]["cases"] if case["dtype"] == "float32"]
+    rivals = {word for case in cases for word in case["rival"].split()}
+    assert rivals == {"sink", "forget", "sinkhorn", "sigmoid", "softpick"}
     assert {case["booster"].partition(" ")[0] for case in cases} >= {"none", "twicing", "learned", "sos", "diffusion"}
     assert not [case for case in cases if max(case["errors"][:4]) > 5e-6]
     # Of few numbers, which sums over all pairs leave small.
@@ -253,6 +256,26 @@ def test_whole_models_train_and_decode_on_the_kernels(found: Any) -> None:
     assert max(models["decoded"]) < 2e-6
 
 
+@pytest.mark.parametrize("name", ["sink", "forget", "sigmoid", "softpick", "elliptical", "sinkhorn"])
+def test_whole_models_of_rivals_train_on_the_kernels(found: Any, name: str) -> None:
+    """With gates, a value residual and boosters of one pass on top; padded texts; logits and all gradients."""
+    errors = found["models"]["rivals"][name]
+    assert len(errors) > 10
+    assert max(errors) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["sink", "forget", "sigmoid", "softpick"])
+def test_whole_models_of_rivals_decode_on_the_kernels(found: Any, name: str) -> None:
+    assert max(found["models"]["steps"][name]) < 2e-6
+
+
+def test_gates_that_add_up_keep_their_digits(found: Any) -> None:
+    """In float32, whatever the products round to; bfloat16 tells 512 from 514."""
+    errors = found["composed"]["forgetting"]
+    assert errors["float32"] < 5e-5
+    assert errors["bfloat16"] < 1e-2
+
+
 def test_checkpointed_layers_drop_the_same_weights_again(found: Any) -> None:
     assert found["models"]["dropped"]["checkpointed"] < 1e-6
     assert found["models"]["dropped"]["another seed"] > 0.1
@@ -276,6 +299,10 @@ def test_lengths_say_what_a_mask_says(found: Any) -> None:
             "key_mask must be boolean [batch, key_length] = (2, 7) or int32 [batch] = (2,), got torch.bool (2, 5)",
         ),
         ("bias", "key_bias must be float32 [batch, heads, key_length] = (2, 2, 7), got torch.float32 (2, 1, 7)"),
+        ("query bias", "query_bias must stand beside a key_bias, got None"),
+        ("sinks", "sinks must be float32 [heads] = (2,), got torch.float32 (2, 1)"),
+        ("normalisation", "normalisation must be one of softmax, sigmoid, softpick, got 'sinkhorn'"),
+        ("sinks of sigmoid", "normalisation must be softmax beside sinks, got 'sigmoid'"),
         ("dropout", "dropout must be in [0, 1), got 1.0"),
         ("seed", "seed must be int64 of shape (1,) where dropout > 0, got None"),
     ],

@@ -18,6 +18,7 @@ from hf_imgproc_attn.measure.gpu_check import (
     part_times,
     part_training,
     random_models,
+    rivals,
     tensors,
     worker,
 )
@@ -33,6 +34,16 @@ def test_exact_results_are_the_package_s_reference(name: str) -> None:
         assert tensors.relative_error(tensors.attend(name, "reference")(inputs), wanted) < 1e-13
         plain = tensors.exact("plain", tensors.draw("plain", shape))
         assert (tensors.relative_error(plain, wanted) > 0.05) == (name != "plain")
+
+
+@pytest.mark.parametrize("rival", rivals.RIVALS)
+def test_exact_results_of_rivals_are_the_package_s_reference(rival: str) -> None:
+    """Weights of other normalisations, gates that forget: output and all gradients."""
+    inputs = rivals.drawn(rival, Shape(2, 2, 11, 8, is_causal=rival != "sinkhorn"))
+    wanted = tensors.results(lambda given: rivals.exact(rival, given), inputs)
+    got = tensors.results(lambda given: rivals.filtered(rival, "reference", given), inputs)
+    assert len(got) == 4 + (rival in ("sink", "forget"))
+    assert max(map(tensors.relative_error, got, wanted)) < 1e-12
 
 
 @pytest.mark.parametrize("name", list(tensors.FILTERS))

@@ -99,9 +99,10 @@ def cases(bench: Bench) -> list[Case]:
                     add(backend, attend(name, backend), name, bidirectional, dtype)
     for name, shape, dtype, algorithm in triton[_FIRST:]:
         add(f"triton {algorithm}", triton_algorithm(algorithm, name), name, shape, dtype, 120.0)
-    from .composed import cases as composed  # it compares as this module does
+    from .composed import cases as composed  # they compare as this module does
+    from .rivals import cases as rivals
 
-    found += composed(bench)
+    found += composed(bench) + rivals(bench, "triton")
     for kernel in SDPA_KERNELS:
         for name in ("bilateral untied", "bilateral gaussian", "additive bias"):
             add(f"SDPA {kernel}", forced(kernel, attend(name, "sdpa")), name, causal, "bfloat16")
@@ -112,6 +113,7 @@ def cases(bench: Bench) -> list[Case]:
     for name in ("twicing", "bilateral untied", "twicing, hidden keys", "additive bias", *_PLACED_ON_FLEX):
         for shape in (causal, bidirectional):
             add("flex", attend(name, "flex"), name, shape, "bfloat16", 120.0)
+    found += rivals(bench, "flex")
     setting = Setting("twicing, Gaussian by place", causal, "bfloat16", device)
     about = {**found[-1].about, "method": "flex, several lengths", "filter": setting.filter, "is_causal": True}
     run_all = partial(several_lengths, setting, device != "cpu")
