@@ -151,7 +151,10 @@ def test_convert_saves_a_variant_with_its_tokenizer(
         (("benchmark", "--lengths", "1"), "--lengths must be integers >= 2, got 1"),
         (("benchmark", "--max-seconds", "0"), "--max-seconds must be a number > 0, got 0.0"),
         (("benchmark", "--max-mib", "nan"), "--max-mib must be a number > 0, got nan"),
-        (("benchmark", "--suite", "attention", "speed"), "suite must be one of attention, axes, decode, layers"),
+        (
+            ("benchmark", "--suite", "attention", "speed"),
+            "suite must be one of attention, axes, padding, decode, layers",
+        ),
         (("benchmark", "--dtype", "float8"), "dtype must be one of float32, bfloat16, float16, got 'float8'"),
         (("benchmark", "--device", "cuda:0"), "device must be there, got 'cuda:0'"),
     ],

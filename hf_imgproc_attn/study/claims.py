@@ -288,8 +288,8 @@ CLAIMS = (
     ),
     Claim(
         "Gates that forget tokens, gates of outputs and feedback make better language models",
-        "The papers on forgetting (arXiv 2503.02130), gated attention (2505.06708) and NeuTRENO (2312.00751) report so "
-        "at other sizes. Forgetting tells positions apart as well: it is compared with rotary positions too.",
+        "The papers on forgetting (arXiv 2503.02130), gated attention (2505.06708) and NeuTRENO (2312.00751) report "
+        "so at other sizes. Forgetting tells positions apart as well: it is compared with rotary positions too.",
         "wikitext2_medium",
         ("clean", "word swap"),
         ("forgetting", "gated", "neutreno"),

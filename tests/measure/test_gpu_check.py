@@ -19,6 +19,7 @@ from hf_imgproc_attn.measure.gpu_check import (
     part_any_model,
     part_training,
     report,
+    rivals,
     runner,
     tensors,
 )
@@ -122,7 +123,7 @@ def test_rehearsal_covers_every_back_end(rehearsal: Record) -> None:
     # The memory-efficient and cuDNN kernels of SDPA are a GPU's.
     assert methods == {
         "triton single_pass", "triton general", "triton short", "triton wavefront", "triton decode",
-        "triton composed", "triton in chunks", "triton with dropout",
+        "triton composed", "triton in chunks", "triton with dropout", "triton",
         "SDPA flash", "SDPA maths", "sdpa", "blocked", "flex",
         "flex, called directly", "flex, several lengths",
     }  # fmt: skip
@@ -130,10 +131,14 @@ def test_rehearsal_covers_every_back_end(rehearsal: Record) -> None:
     assert {case["about"]["dtype"] for case in decoded} == {"bfloat16", "float16"}
     assert max(case["values"]["multiples"]["output"] for case in decoded) <= 5.0
     measured = [case for case in measured if case not in decoded]
-    assert {case["about"]["filter"] for case in measured} == set(tensors.FILTERS)
+    with_parameter = {f"twicing, {name}" for name in ("sink", "forget")}
+    assert {case["about"]["filter"] for case in measured} == {
+        *tensors.FILTERS, *(f"twicing, {name}" for name in rivals.RIVALS)
+    }  # fmt: skip
     for case in measured:
         parts = {"output"} if case["about"]["backend"].startswith("flex") else {"output", "dQ", "dK", "dV"}
-        if "by place" in case["about"]["filter"] and len(parts) > 1:
+        name = case["about"]["filter"]
+        if ("by place" in name or name in with_parameter) and len(parts) > 1:
             parts.add("dt")
         assert case["values"]["multiples"].keys() == parts
         # The sum that a parameter's gradient is may be small.

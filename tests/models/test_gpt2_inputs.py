@@ -181,6 +181,9 @@ def test_embeddings_may_be_given_in_place_of_tokens(variant: str) -> None:
     wanted = model(token_ids()).logits
     assert torch.equal(model(inputs_embeds=embedded).logits, wanted)
     types = token_ids(seed=7)
+    # The embeddings are added in another order.
+    model = model.double()
+    embedded = model.transformer.wte(token_ids())
     typed = model(token_ids(), token_type_ids=types).logits
     torch.testing.assert_close(typed, model(inputs_embeds=embedded + model.transformer.wte(types)).logits)
     assert (typed - wanted).abs().max() > 0.1
