@@ -10,9 +10,7 @@ from functools import partial
 import torch
 
 from .methods import FLOP_FLOORS, METHODS, PLAIN, Method, byte_floor, disagreement
-from .timing import MIB, Row, available_memory, direction_calls, interleave, peak_memory
-
-DIRECTIONS = ("forward", "forward + backward")
+from .timing import DIRECTIONS, MIB, Row, available_memory, direction_calls, interleave, peak_memory
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from ...models.kernel_content import unit_vectors
 from ...models.kernel_forget import ForgetPositions
 from ...models.kernel_normalisation import Normalisation
 from ...models.visibility import Visibility
-from .attention import DIRECTIONS, Shape
-from .timing import Row, direction_calls, interleave, one_thread_clock
+from .attention import Shape
+from .timing import Row, direction_rows
 
 PLAIN = "plain"
 SHAPES = (Shape(2, 12, 1024), Shape(16, 12, 197, is_causal=False))
@@ -149,13 +149,6 @@ def run_axes(shape: Shape, *, budget: float, say: Callable[[str], None] = print)
     tensors = Tensors(query, key, value, second_query, second_key, scalars, kept, shape.is_causal)
     gradient = torch.randn(shape.size, generator=generator)
     left_out = NEVER_CAUSAL if shape.is_causal else ONLY_CAUSAL
-    for direction in DIRECTIONS:
-        say(f"values of the axes, {shape.name(torch.float32)}, {direction}")
-        calls = {
-            name: direction_calls(partial(value, tensors), leaves, gradient)[direction]
-            for name, value in VALUES.items()
-            if name not in left_out
-        }
-        case = shape.name(torch.float32)
-        for name, spread in interleave(calls, PLAIN, budget=budget, clock=one_thread_clock()).items():
-            yield Row("axes", case, shape.length, name, direction, **spread.fields())
+    attentions = {name: partial(value, tensors) for name, value in VALUES.items() if name not in left_out}
+    place = ("axes", shape.name(torch.float32), shape.length)
+    yield from direction_rows(place, attentions, PLAIN, leaves, gradient, budget=budget, say=say)

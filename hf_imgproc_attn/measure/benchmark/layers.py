@@ -15,10 +15,9 @@ from torch import nn
 
 from ...backbones import BACKBONES, GPT2, VIT
 from ...models.spec_fields import PRESETS
-from .timing import Row, interleave
+from .timing import DIRECTIONS, Row, interleave
 
 STOCK = "stock"
-DIRECTIONS = ("forward", "forward + backward")
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import torch
 from ...models.backend_call import Booster, Content, FilterCall
 from ...models.backend_table import run_filter
 from ...models.visibility import Visibility, attention_visibility, causal_mask, padding_visibility
-from .attention import DIRECTIONS, Shape
+from .attention import Shape
 from .methods import padding
-from .timing import Row, direction_calls, interleave, one_thread_clock
+from .timing import Row, direction_rows
 
 NONE = "no padding"
 SHAPES = (
@@ -65,16 +65,10 @@ def run_padded(shape: Shape, *, budget: float, say: Callable[[str], None] = prin
     *leaves, gradient = torch.randn((4, *shape.size), generator=generator)
     query, key, value = (leaf.requires_grad_() for leaf in leaves)
     content = Content("dot_product", shape.head_dim**-0.5)
-    case = shape.name(torch.float32)
 
     def attend(seen: Callable[[], Visibility]) -> torch.Tensor:
         return run_filter(FilterCall(query, key, value, content, seen(), booster=Booster("twicing", 2)), "auto")
 
-    for direction in DIRECTIONS:
-        say(f"padding, {case}, {direction}")
-        calls = {
-            name: direction_calls(partial(attend, seen), (query, key, value), gradient)[direction]
-            for name, seen in ways(shape).items()
-        }
-        for name, spread in interleave(calls, NONE, budget=budget, clock=one_thread_clock()).items():
-            yield Row("padding", case, shape.length, name, direction, **spread.fields())
+    attentions = {name: partial(attend, seen) for name, seen in ways(shape).items()}
+    place = ("padding", shape.name(torch.float32), shape.length)
+    yield from direction_rows(place, attentions, NONE, (query, key, value), gradient, budget=budget, say=say)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+DIRECTIONS = ("forward", "forward + backward")
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
 MIB = 2**20
 
@@ -115,7 +116,7 @@ def interleave(
     return spreads
 
 
-def one_thread_clock() -> Callable[[Callable[[], object]], float] | None:
+def _one_thread_clock() -> Callable[[Callable[[], object]], float] | None:
     """A clock for :func:`interleave`: with one thread the processor's time, which is that of the work whatever else
     runs on the machine; None with several."""
     return _processor_time if torch.get_num_threads() == 1 else None
@@ -145,7 +146,35 @@ def direction_calls(
     def both() -> object:
         return torch.autograd.grad(attend(), leaves, gradient, allow_unused=True)
 
-    return {"forward": forward, "forward + backward": both}
+    return dict(zip(DIRECTIONS, (forward, both), strict=True))
+
+
+def direction_rows(
+    place: tuple[str, str, int],
+    attentions: Mapping[str, Callable[[], torch.Tensor]],
+    baseline: str,
+    leaves: Sequence[torch.Tensor],
+    gradient: torch.Tensor,
+    *,
+    budget: float,
+    say: Callable[[str], None],
+) -> Iterator[Row]:
+    """Time attentions on the same tensors, in both directions.
+
+    Args:
+        place: suite, case and length of the rows.
+        attentions: candidate -> what makes its output of the leaves.
+        baseline: the candidate that the others are compared with.
+        leaves: as :func:`direction_calls` takes them.
+        gradient: likewise.
+        budget: seconds for all rounds of a direction.
+        say: told what is being timed.
+    """
+    for direction in DIRECTIONS:
+        say(f"{place[0]}, {place[1]}, {direction}")
+        calls = {name: direction_calls(attend, leaves, gradient)[direction] for name, attend in attentions.items()}
+        for name, spread in interleave(calls, baseline, budget=budget, clock=_one_thread_clock()).items():
+            yield Row(*place, name, direction, **spread.fields())
 
 
 def peak_memory(call: Callable[[], object], device: str = "cpu") -> float | None:

@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ...functional import filter_attention
 from ...gpu import flash
 from ..benchmark.attention import Shape
-from ..benchmark.timing import interleave, peak_memory
+from ..benchmark.timing import DIRECTIONS, interleave, peak_memory
 from . import decoding
 from .composed import with_dropout
 from .part_backends import SDPA_KERNELS, compiled_flex, forced, triton_algorithm
@@ -35,7 +35,6 @@ _REHEARSED_ON_TRITON = ("twicing", "bilateral untied")
 """The interpreter takes seconds for a case."""
 _PRODUCTS_OF_DELTA = 3.0, 7.0
 """Those of twicing: the logits, what the filter reads of the values before, and A on the corrected ones."""
-DIRECTIONS = ("forward", "forward + backward")
 PLAIN = "plain"
 
 DISAGREEMENT = 0.05
