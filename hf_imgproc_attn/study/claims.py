@@ -326,4 +326,22 @@ CLAIMS = (
         ("twicing", "bilateral", "delta", "differential"),
         ("softmax", "softmax_as_large"),
     ),
+    Claim(
+        "Filters average over values that are often shown wrongly",
+        "A question of this package: a denoiser has to weigh all that was shown of a key, not to copy one. Who "
+        "knows the rules is right in 75.8 % of the test answers, with the value shown last in 60.1 %.",
+        "corrupted_recall",
+        ("clean",),
+        ("twicing", "bilateral", "bilateral_twicing", "delta", "differential"),
+        ("softmax", "softmax_as_large"),
+    ),
+    Claim(
+        "Filters withstand AutoAttack",
+        "The paper on twicing reports FGSM and PGD; a defence that only hides its gradients falls to AutoAttack, "
+        "whose Square attack needs none.",
+        "digits_autoattack",
+        ("attack",),
+        ("bilateral", "twicing", "bilateral_twicing", "neutreno", "robust"),
+        ("softmax", "softmax_as_large"),
+    ),
 )
