@@ -141,6 +141,7 @@ class Weights:
         like: a tensor of the device and dtype to work in.
         sinks: ``[heads]``, the logit of one more key, whose value is 0, or None.
         runs: of the keys that the mask hides, the same for all queries, where these are few, or None.
+        may_be_blind: whether mask and causality may leave a query no key. Parts of A that hide more see to theirs.
     """
 
     unit = LOG2_E
@@ -155,14 +156,15 @@ class Weights:
         like: torch.Tensor,
         sinks: torch.Tensor | None = None,
         runs: KeyRuns | None = None,
+        *,
+        may_be_blind: bool,
     ) -> None:
         self.plan, self.mask, self.bias, self.positions, self.runs = plan, mask, bias, positions, runs
+        self.may_be_blind = may_be_blind
         # Where the same keys are hidden for all queries, in many runs: -inf is added at these, else 0.
         self.barred = None
         if mask is not None and runs is None and mask.shape[2:] == (1, plan.key_length):
             self.barred = torch.where(mask, 0.0, float("-inf")).to(like.dtype)
-        self.may_be_blind = mask is not None
-        """Whether some query may see no key."""
         self.sinks = None if sinks is None else sinks.detach().to(like.dtype) * self.unit
         rows = min(plan.block_rows, plan.length)
         self.size = plan.group_pairs * rows * plan.key_length
