@@ -189,7 +189,8 @@ class Weights:
         if self.plan.by_onednn:  # whose products have no factor
             self.query = query * (self.plan.scale * self.unit)
 
-    def _logits(self, block: Block) -> torch.Tensor:
+    def logits(self, block: Block) -> torch.Tensor:
+        """Those of a block times ``unit``, -inf at what is hidden, ``[pairs, rows, keys]``; valid until the next."""
         query, key = self.query[:, block.rows], self.key[:, block.columns].mT
         if self.plan.by_onednn:
             room = partial(self.buffer.view, query.shape[0], *block.shape)
@@ -237,7 +238,7 @@ class Weights:
             0 for rows that see no key; and what :meth:`recompute` needs, ``[pairs, rows, 2]``: the base-2 log-sum-exp,
             infinite for rows that see no key, and the factor that makes good its rounding.
         """
-        scores = self._logits(block)
+        scores = self.logits(block)
         largest, empty = scores.amax(-1, keepdim=True), None
         if (self.may_be_blind and not self.is_full) or self.bias is not None:
             empty = largest == float("-inf")
@@ -268,7 +269,7 @@ class Weights:
             ``[pairs, rows, keys]``, and the factor near 1 that normalises them, ``[pairs, rows, 1]``.
         """
         log_sum, correction = row_sums[:, block.rows].split(1, dim=-1)
-        return self._logits(block).sub_(log_sum).exp2_(), correction
+        return self.logits(block).sub_(log_sum).exp2_(), correction
 
     def logits_grad(self, d_matrix: torch.Tensor, matrix: torch.Tensor, row_term: torch.Tensor) -> torch.Tensor:
         """The gradient of a block's logits, in the memory of ``d_matrix``.
