@@ -16,6 +16,7 @@ The conventions, all of them enforced:
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import json
 import os
@@ -329,6 +330,15 @@ def test_every_block_has_a_language_that_is_checked(page: str) -> None:
     assert {block.language for block in blocks} <= {"python", "bash", "text", "bibtex", "math", "diff", "yaml"}
     for before, after in pairwise([Block(page, 0, "", ""), *blocks]):
         assert after.language != "text" or before.language == "python"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_image_processors_are_imported_as_the_oldest_transformers_has_them(page: str) -> None:
+    """5.17 has ``AutoImageProcessor`` at its top only beside torchvision, which nothing here needs."""
+    programs = [ast.parse(block.text) for block in fenced_blocks(page) if block.language == "python"]
+    for node in (node for program in programs for node in ast.walk(program)):
+        if isinstance(node, ast.ImportFrom) and node.module == "transformers":
+            assert "AutoImageProcessor" not in {name.name for name in node.names}, node.lineno
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -32,7 +32,7 @@ class SharedLogits(Weights):
 
     def raw_logits(self, block: Block) -> torch.Tensor:
         """The logits of a block, which the next computation of weights takes over, ``[pairs, rows, keys]``."""
-        self.known = super()._logits(block)
+        self.known = super().logits(block)
         return self.known
 
     def take(self, logits: torch.Tensor, block: Block) -> None:
@@ -40,9 +40,10 @@ class SharedLogits(Weights):
         self.known = self.buffer.view(*logits.shape).copy_(logits)
         diagonal(self.known, slice(block.own, block.keys)).fill_(float("-inf"))
 
-    def _logits(self, block: Block) -> torch.Tensor:
+    def logits(self, block: Block) -> torch.Tensor:
+        """As of the parent."""
         known, self.known = self.known, None
-        return super()._logits(block) if known is None else known
+        return super().logits(block) if known is None else known
 
 
 class WholeSigmoid(SharedLogits, SigmoidWeights):

@@ -54,8 +54,9 @@ class EarlierWeights(Weights):
     own: torch.Tensor
     """Of the block that was computed last, in units of log 2, ``[pairs, rows, 1]``."""
 
-    def _logits(self, block: Block) -> torch.Tensor:
-        scores = super()._logits(block)
+    def logits(self, block: Block) -> torch.Tensor:
+        """As of the parent; a query's own is kept apart, and hidden."""
+        scores = super().logits(block)
         own = scores[:, :, block.own :].diagonal(dim1=1, dim2=2)
         self.own = own.unsqueeze(-1).clone()
         own.fill_(float("-inf"))
@@ -63,7 +64,7 @@ class EarlierWeights(Weights):
 
     def compute(self, block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As of the parent; with a sink every row has a log-sum-exp."""
-        scores = self._logits(block)
+        scores = self.logits(block)
         largest = scores.amax(-1, keepdim=True)
         sinks = None if self.sinks is None else self._sink_logits(self.sinks)
         if sinks is not None:

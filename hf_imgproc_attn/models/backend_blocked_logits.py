@@ -6,7 +6,7 @@ import torch
 
 from .backend_blocked_passes import Call, Inputs, Tensors
 from .backend_blocked_plan import Block, Group, multiply
-from .backend_blocked_weights import Buffer, KeySums
+from .backend_blocked_weights import Buffer, KeySums, Weights
 
 
 def no_streams(call: Call, like: torch.Tensor) -> torch.Tensor:
@@ -22,14 +22,22 @@ class LogitsGradients:
         tensors: with what.
         needs: whether bias, sinks and each of the position kernel's parameters have a gradient.
         scratch: for one product with keys.
+        kind: see :meth:`Call.weights`.
     """
 
-    def __init__(self, call: Call, tensors: Tensors, needs: tuple[bool, ...], scratch: Buffer) -> None:
+    def __init__(
+        self,
+        call: Call,
+        tensors: Tensors,
+        needs: tuple[bool, ...],
+        scratch: Buffer,
+        kind: type[Weights] | None = None,
+    ) -> None:
         bias, sinks, like = tensors.bias, tensors.sinks, scratch.like
         needs_bias, needs_sinks, *needs_parameters = needs
         self.plan, self.scratch = call.plan, scratch
         self.inputs = Inputs(call, tensors, no_streams(call, like))
-        self.weights = call.weights(tensors, like, tuple(needs_parameters))
+        self.weights = call.weights(tensors, like, tuple(needs_parameters), kind)
         self.query = like.new_empty(tensors.query.shape)
         self.key = self.inputs.key_heads.total(tensors.key, like.dtype)
         if not self.plan.groups():  # nothing to attend, and what was allocated stays unwritten
@@ -60,18 +68,26 @@ class LogitsGradients:
             row_term: sum_j a_ij dA_ij, with the factor of :meth:`Weights.recompute`, ``[pairs, rows, 1]``.
             row_sums: of the group, ``[pairs, length, 2]``.
         """
+        if self.sinks is not None:
+            share = row_term if self.factor is None else row_term * self.factor
+            self.weights.add_to_sinks(self.sinks, share, row_sums[:, block.rows])
+        self.add_without_sinks(block, d_logits)
+
+    def add_without_sinks(self, block: Block, d_logits: torch.Tensor) -> None:
+        """Bring in a block of a map that has none; arguments as of :meth:`add`."""
         inputs, weights, rows = self.inputs, self.weights, block.rows
         by_query = multiply(d_logits, inputs.key[:, : block.keys], by_onednn=self.plan.by_onednn)
-        torch.mul(by_query, self.scale, out=self.query.flatten(0, 1)[self.group.pairs, rows])
+        self._to_queries(self.query.flatten(0, 1)[self.group.pairs, rows], by_query)
         self._keys.add(d_logits, inputs.query[:, rows])
         if self.factor is not None and (self.bias is not None or weights.positions is not None):
             d_logits.mul_(self.factor)
         if self.bias is not None:
             weights.add_to_bias(self.bias, d_logits, block)
-        if self.sinks is not None:
-            share = row_term if self.factor is None else row_term * self.factor
-            weights.add_to_sinks(self.sinks, share, row_sums[:, rows])
         weights.add_to_positions(d_logits, block)
+
+    def _to_queries(self, room: torch.Tensor, product: torch.Tensor) -> None:
+        """Write a block's product, ``[pairs, rows, head_dim]``, to its queries' gradient: each block comes once."""
+        torch.mul(product, self.scale, out=room)
 
     def finish(self, other: torch.Tensor | None = None) -> None:
         """Hand the group's sums over keys to its key heads.

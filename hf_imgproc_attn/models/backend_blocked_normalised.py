@@ -49,12 +49,12 @@ class SigmoidWeights(Weights):
         """As of the parent; the row's two numbers are log n and 1."""
         counts = self._log_counts(block)
         factor = torch.ones_like(counts)
-        return self._logits(block).sub_(counts).sigmoid_(), factor, torch.cat((counts, factor), dim=-1)
+        return self.logits(block).sub_(counts).sigmoid_(), factor, torch.cat((counts, factor), dim=-1)
 
     def recompute(self, block: Block, row_sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As of the parent."""
         counts, factor = row_sums[:, block.rows].split(1, dim=-1)
-        return self._logits(block).sub_(counts).sigmoid_(), factor
+        return self.logits(block).sub_(counts).sigmoid_(), factor
 
     def logits_grad(self, d_matrix: torch.Tensor, matrix: torch.Tensor, row_term: torch.Tensor) -> torch.Tensor:
         """As of the parent; D is not needed."""
@@ -78,7 +78,7 @@ class SoftpickWeights(Weights):
 
     def compute(self, block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As of the parent; the row's two numbers are m in units of log 2, and 1 / S."""
-        scores = self._logits(block)
+        scores = self.logits(block)
         largest = scores.amax(-1, keepdim=True).clamp_(min=0.0)
         above = self._above(block, largest, scores.sub_(largest).exp2_())
         sizes = torch.abs(above, out=scores)
@@ -101,7 +101,7 @@ class SoftpickWeights(Weights):
     def recompute(self, block: Block, row_sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As of the parent."""
         largest, factor = row_sums[:, block.rows].split(1, dim=-1)
-        self.exponentials = self._logits(block).sub_(largest).exp2_()
+        self.exponentials = self.logits(block).sub_(largest).exp2_()
         return self._above(block, largest, self.exponentials).clamp_(min=0.0), factor
 
     def logits_grad(self, d_matrix: torch.Tensor, matrix: torch.Tensor, row_term: torch.Tensor) -> torch.Tensor:

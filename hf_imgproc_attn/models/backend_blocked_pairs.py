@@ -10,9 +10,8 @@ import torch
 from .backend_blocked_passes import Call, Computed, Tensors, combine
 from .backend_blocked_plan import PAIR_SCORES, PLAINLY
 from .backend_blocked_weights import LOG2_E, flat
-from .backend_blocked_whole import AFTER, is_bare, product_of, row_sums_of
+from .backend_blocked_whole import AFTER, Rooms, is_bare, product_of
 from .backend_call import FilterCall, without_autocast
-from .kernel_content import working_dtype
 from .kernel_given import BiasPositions, FeaturePositions
 from .kernel_position import Positions, UntiedPositions, position_logits
 
@@ -61,21 +60,18 @@ def _biases(call: Call, tensors: Tensors, dtype: torch.dtype, *, turned: bool = 
 
 def forward_by_pair(call: Call, tensors: Tensors) -> Computed:
     """Output and streams, as ``forward_passes`` computes them."""
-    plan, booster, linear = call.plan, call.booster, product_of()
-    like = tensors.query.new_empty(0, dtype=working_dtype(tensors.query.dtype))
-    length, width, num_streams = plan.length, tensors.value.shape[-1], len(booster.streams)
+    plan, booster, linear, rooms = call.plan, call.booster, product_of(), Rooms(call, tensors)
+    like, length, width, num_streams = rooms.like, plan.length, tensors.value.shape[-1], len(booster.streams)
     streams = like.new_empty(plan.batch, plan.heads, length, (num_streams - 1) * width)
-    output = like.new_empty(plan.batch * plan.heads, length, width)
-    largest, total = (like.new_empty(len(output), length, 1) for _ in range(2))
     left, biases = like.new_empty(length, tensors.query.shape[-1]), _biases(call, tensors, like.dtype)
     given = (flat(x, like.dtype) for x in tensors[:3])
-    everything = zip(*given, biases, output, streams.flatten(0, 1), largest, total, strict=True)
+    results = (rooms.output, streams.flatten(0, 1), rooms.largest, rooms.total)
+    everything = zip(*given, biases, *results, strict=True)
     for query, key, value, bias, out, own, most, mass in everything:
         matrix = linear(torch.mul(query, plan.scale * LOG2_E, out=left), key, *PLAINLY)
         if bias is not None:
             matrix.add_(bias)
-        torch.amax(matrix, -1, keepdim=True, out=most)
-        torch.sum(matrix.sub_(most).exp2_(), -1, keepdim=True, out=mass)
+        rooms.softmax_(matrix, most, mass)
         factor, parts = mass.reciprocal(), own.split(width, dim=-1) if num_streams > 1 else ()
         for m in range(num_streams):
             rows = parts[m - 1].contiguous() if m else value
@@ -83,7 +79,7 @@ def forward_by_pair(call: Call, tensors: Tensors) -> Computed:
             for later in range(m + 1, num_streams):
                 combine(parts[later - 1], booster.streams[later], *common)
             combine(out, booster.output, *common)
-    return Computed(output, streams, row_sums_of(largest, total))
+    return Computed(rooms.output, streams, rooms.row_sums())
 
 
 class GradientsByPair:

@@ -118,10 +118,8 @@ class Call(NamedTuple):
             places = self.positions, tensors.parameters
             positions = PositionTerm(*places, self.plan, mask, like, needs_grad, exact=not self.ignores_row_constants)
         make = kind or WEIGHTS[self.normalisation]
-        weights = make(self.plan, mask, terms, positions, like, tensors.sinks, runs)
-        if type(weights) is Weights:  # others hide more than the mask does
-            weights.may_be_blind = self.visibility.blind is not None
-        return weights
+        may_be_blind = self.visibility.blind is not None
+        return make(self.plan, mask, terms, positions, like, tensors.sinks, runs, may_be_blind=may_be_blind)
 
 
 class Tensors(NamedTuple):

@@ -12,7 +12,7 @@ from .backend_blocked_passes import Call, Tensors
 from .backend_blocked_plan import PLAINLY
 from .backend_blocked_rules import Kept, at_least_
 from .backend_blocked_weights import LOG2_E, flat
-from .backend_blocked_whole import AFTER, product_of, row_sums_of
+from .backend_blocked_whole import AFTER, Rooms, product_of
 from .boost_weights import Robust
 
 
@@ -38,19 +38,16 @@ class _Distances:
 
 def robust_by_pair(robust: Robust, call: Call, tensors: Tensors) -> Kept:
     """The forward pass. Kept are, a step, the rows that it starts from and what their weights sum to."""
-    plan, linear = call.plan, product_of()
-    like = tensors.query.new_empty(0, dtype=torch.promote_types(tensors.query.dtype, torch.float32))
-    length, width = plan.length, tensors.value.shape[-1]
-    output = like.new_empty(plan.batch * plan.heads, length, width)
-    kept = like.new_empty(len(output), robust.steps, length * (width + 1))
-    largest, total = (like.new_empty(len(output), length, 1) for _ in range(2))
+    plan, linear, rooms = call.plan, product_of(), Rooms(call, tensors)
+    like, length, width = rooms.like, plan.length, tensors.value.shape[-1]
+    kept = like.new_empty(len(rooms.output), robust.steps, length * (width + 1))
     left = like.new_empty(length, tensors.query.shape[-1])
     distances = _Distances(robust, like, length, plan.key_length, width)
     given = (flat(x, like.dtype) for x in tensors[:3])
-    for query, key, value, out, steps, most, mass in zip(*given, output, kept, largest, total, strict=True):
+    everything = zip(*given, rooms.output, kept, rooms.largest, rooms.total, strict=True)
+    for query, key, value, out, steps, most, mass in everything:
         matrix = linear(torch.mul(query, plan.scale * LOG2_E, out=left), key, *PLAINLY)
-        torch.amax(matrix, -1, keepdim=True, out=most)
-        torch.sum(matrix.sub_(most).exp2_(), -1, keepdim=True, out=mass)
+        rooms.softmax_(matrix, most, mass)
         centres = [*(step[: length * width].view(length, width) for step in steps), out]
         distances.start(value)
         torch.div(linear(matrix, value.mT, *PLAINLY), mass, out=centres[0])
@@ -60,7 +57,7 @@ def robust_by_pair(robust: Robust, call: Call, tensors: Tensors) -> Kept:
             found = shares.sum(-1, keepdim=True)
             torch.div(linear(shares, value.mT, *PLAINLY), found, out=after)
             torch.div(found, mass, out=steps[step, length * width :].view(length, 1))
-    return Kept(output, row_sums_of(largest, total), kept)
+    return Kept(rooms.output, rooms.row_sums(), kept)
 
 
 def robust_gradients(

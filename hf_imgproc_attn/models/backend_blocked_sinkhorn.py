@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import torch
 
 from .backend_blocked_dense import dense_logits
-from .backend_blocked_logits import no_streams
+from .backend_blocked_logits import LogitsGradients, no_streams
 from .backend_blocked_passes import Call, Inputs, Tensors
 from .backend_blocked_plan import Block
-from .backend_blocked_weights import LOG2_E, Buffer, KeySums, Weights
+from .backend_blocked_weights import LOG2_E, Buffer, Weights
 from .backend_call import FilterCall, is_transformed, without_autocast
 from .boost_derivatives import differentiable_gradients
 from .kernel_given import KeyNumbers
@@ -112,21 +112,6 @@ class Scales(NamedTuple):
     columns: torch.Tensor
 
 
-class KernelLogits(Weights):
-    """Logits, block by block."""
-
-    def logits(self, block: Block) -> torch.Tensor:
-        """In units of log 2, -inf at what is hidden, ``[pairs, rows, keys]``; valid until the next block."""
-        return self._logits(block)
-
-
-def _logits_of(call: Call, tensors: Tensors, like: torch.Tensor, needs_grad: tuple[bool, ...] = ()) -> KernelLogits:
-    weights = call.weights(tensors, like, needs_grad, KernelLogits)
-    if not isinstance(weights, KernelLogits):
-        raise TypeError(f"weights must be KernelLogits, got {type(weights).__name__}")
-    return weights
-
-
 def _log_sum(logits: torch.Tensor, dim: int) -> torch.Tensor:
     """log2 of a sum of powers of 2, 0 where all of them are 0; uses up ``logits``."""
     largest = logits.amax(dim, keepdim=True)
@@ -142,7 +127,7 @@ def _forward(call: Call, tensors: Tensors, iterations: int) -> Scales:
     pairs = plan.batch * plan.heads
     rows = like.new_zeros(iterations, pairs, plan.length, 1)
     columns = like.new_zeros(iterations, pairs, plan.key_length)
-    weights, inputs = _logits_of(call, tensors, like), Inputs(call, tensors, no_streams(call, like))
+    weights, inputs = call.weights(tensors, like, kind=Weights), Inputs(call, tensors, no_streams(call, like))
     for group in plan.groups():
         inputs.start(group)
         weights.start(group, inputs.query, inputs.key)
@@ -168,8 +153,8 @@ def _forward(call: Call, tensors: Tensors, iterations: int) -> Scales:
     return Scales(rows, columns)
 
 
-class Gradients:
-    """The gradients of c, group by group.
+class Gradients(LogitsGradients):
+    """The gradients of c, group by group, each block visited once an iteration.
 
     Args:
         call: what was computed.
@@ -179,39 +164,24 @@ class Gradients:
     """
 
     def __init__(self, call: Call, tensors: Tensors, scales: Scales, needs: tuple[bool, ...]) -> None:
-        self.plan, self.scales = call.plan, scales
-        query, key, bias = tensors.query, tensors.key, tensors.bias
+        query, plan = tensors.query, call.plan
         self.like = query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
-        self.inputs = Inputs(call, tensors, no_streams(call, self.like))
-        self.weights = _logits_of(call, tensors, self.like, needs[1:])
-        self.query = self.like.new_zeros(query.shape)
-        self.key = self.inputs.key_heads.total(key, self.like.dtype)
-        self.bias = self.like.new_zeros(bias.shape) if bias is not None and needs[0] else None
-        self.scratch = Buffer(self.like, self.plan.group_pairs * self.plan.key_length * key.shape[-1])
-
-    def parameters(self) -> list[torch.Tensor | None]:
-        """Of the position kernel's parameters, None where one has no gradient."""
-        positions = self.weights.positions
-        return [] if positions is None else positions.finish(self.plan)
+        scratch = Buffer(self.like, plan.group_pairs * plan.key_length * query.shape[-1])
+        super().__init__(call, tensors, (needs[0], False, *needs[1:]), scratch, Weights)
+        self.scales = scales
+        self.query.zero_()
 
     def run(self, grad: torch.Tensor) -> None:
         """Compute all gradients, from that of c, ``[pairs, key_length]``."""
-        plan, inputs = self.plan, self.inputs
-        if not plan.groups():
-            self.key.zero_()
-        for group in plan.groups():
-            inputs.start(group)
-            self.weights.start(group, inputs.query, inputs.key)
-            self.group, pairs = group, inputs.query.shape[0]
-            self.d_key = KeySums(plan, pairs, inputs.key.shape[-1], self.scratch)
+        for group in self.plan.groups():
+            self.start(group)
             d_columns = grad[group.pairs].to(self.like.dtype).unsqueeze(-2)
             for step in range(len(self.scales.rows))[::-1]:
                 earlier = torch.zeros_like(d_columns)
-                for block in plan.blocks()[::-1]:
+                for block in self.plan.blocks()[::-1]:
                     self._block(block, step, d_columns, earlier)
                 d_columns = earlier
-            everything = slice(0, plan.key_length)
-            inputs.key_heads.add(self.key, self.d_key.rows(everything).mul_(plan.scale), group)
+            self.finish()
 
     def _block(self, block: Block, step: int, d_columns: torch.Tensor, earlier: torch.Tensor) -> None:
         """Add a block's share of an iteration, and to the gradient of the iteration's before, ``earlier``."""
@@ -224,12 +194,11 @@ class Gradients:
             by_rows = logits.add_(columns[step - 1, pairs].unsqueeze(-2)).exp2_().mul_(d_rows)
             earlier.sub_(by_rows.sum(-2, keepdim=True))
             d_logits.sub_(by_rows)
-        key, query = self.inputs.key, self.inputs.query[:, part]
-        self.query.flatten(0, 1)[pairs, part] += torch.bmm(d_logits, key).mul_(self.plan.scale)
-        self.d_key.add(d_logits, query)
-        if self.bias is not None:
-            self.weights.add_to_bias(self.bias, d_logits, block)
-        self.weights.add_to_positions(d_logits, block)
+        self.add_without_sinks(block, d_logits)
+
+    def _to_queries(self, room: torch.Tensor, product: torch.Tensor) -> None:
+        """As of the parent, added up over the iterations."""
+        room.add_(product, alpha=self.plan.scale)
 
 
 def dense_scales(call: Call, tensors: Tensors, iterations: int) -> torch.Tensor:

@@ -141,6 +141,7 @@ class Weights:
         like: a tensor of the device and dtype to work in.
         sinks: ``[heads]``, the logit of one more key, whose value is 0, or None.
         runs: of the keys that the mask hides, the same for all queries, where these are few, or None.
+        may_be_blind: whether mask and causality may leave a query no key. Parts of A that hide more see to theirs.
     """
 
     unit = LOG2_E
@@ -155,14 +156,15 @@ class Weights:
         like: torch.Tensor,
         sinks: torch.Tensor | None = None,
         runs: KeyRuns | None = None,
+        *,
+        may_be_blind: bool,
     ) -> None:
         self.plan, self.mask, self.bias, self.positions, self.runs = plan, mask, bias, positions, runs
+        self.may_be_blind = may_be_blind
         # Where the same keys are hidden for all queries, in many runs: -inf is added at these, else 0.
         self.barred = None
         if mask is not None and runs is None and mask.shape[2:] == (1, plan.key_length):
             self.barred = torch.where(mask, 0.0, float("-inf")).to(like.dtype)
-        self.may_be_blind = mask is not None
-        """Whether some query may see no key."""
         self.sinks = None if sinks is None else sinks.detach().to(like.dtype) * self.unit
         rows = min(plan.block_rows, plan.length)
         self.size = plan.group_pairs * rows * plan.key_length
@@ -187,7 +189,8 @@ class Weights:
         if self.plan.by_onednn:  # whose products have no factor
             self.query = query * (self.plan.scale * self.unit)
 
-    def _logits(self, block: Block) -> torch.Tensor:
+    def logits(self, block: Block) -> torch.Tensor:
+        """Those of a block times ``unit``, -inf at what is hidden, ``[pairs, rows, keys]``; valid until the next."""
         query, key = self.query[:, block.rows], self.key[:, block.columns].mT
         if self.plan.by_onednn:
             room = partial(self.buffer.view, query.shape[0], *block.shape)
@@ -235,7 +238,7 @@ class Weights:
             0 for rows that see no key; and what :meth:`recompute` needs, ``[pairs, rows, 2]``: the base-2 log-sum-exp,
             infinite for rows that see no key, and the factor that makes good its rounding.
         """
-        scores = self._logits(block)
+        scores = self.logits(block)
         largest, empty = scores.amax(-1, keepdim=True), None
         if (self.may_be_blind and not self.is_full) or self.bias is not None:
             empty = largest == float("-inf")
@@ -266,7 +269,7 @@ class Weights:
             ``[pairs, rows, keys]``, and the factor near 1 that normalises them, ``[pairs, rows, 1]``.
         """
         log_sum, correction = row_sums[:, block.rows].split(1, dim=-1)
-        return self._logits(block).sub_(log_sum).exp2_(), correction
+        return self.logits(block).sub_(log_sum).exp2_(), correction
 
     def logits_grad(self, d_matrix: torch.Tensor, matrix: torch.Tensor, row_term: torch.Tensor) -> torch.Tensor:
         """The gradient of a block's logits, in the memory of ``d_matrix``.

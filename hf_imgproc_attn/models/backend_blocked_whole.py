@@ -19,6 +19,7 @@ from .backend_blocked_passes import Call, Tensors
 from .backend_blocked_plan import PLAINLY, Linear, onednn_linear
 from .backend_blocked_rules import Kept
 from .backend_blocked_weights import LOG2_E, flat
+from .kernel_content import working_dtype
 
 LN_2 = math.log(2.0)
 AFTER: tuple[object, ...] = ("none", [], "")
@@ -49,15 +50,42 @@ def product_of() -> Linear:
     return linear
 
 
-def row_sums_of(largest: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """What :meth:`Weights.compute` returns of all rows, ``[pairs, length, 2]``.
+class Rooms:
+    """What the forward pass of every booster begins with: rooms for its results, and softmax a pair at a time.
 
     Args:
+        call: what is computed.
+        tensors: with what.
+
+    Attributes:
+        like: a tensor of the device and dtype to work in, at least float32.
+        output: ``[pairs, length, d]``.
         largest: logit of each row, in units of log 2, ``[pairs, length, 1]``.
         total: of the weights relative to that, ``[pairs, length, 1]``.
     """
-    log_sum = total.log2().add_(largest)
-    return torch.cat((log_sum, (log_sum - largest).exp2_().div_(total)), dim=-1)
+
+    def __init__(self, call: Call, tensors: Tensors) -> None:
+        plan = call.plan
+        self.like = tensors.query.new_empty(0, dtype=working_dtype(tensors.query.dtype))
+        self.output = self.like.new_empty(plan.batch * plan.heads, plan.length, tensors.value.shape[-1])
+        self.largest, self.total = (self.like.new_empty(len(self.output), plan.length, 1) for _ in range(2))
+
+    @staticmethod
+    def softmax_(logits: torch.Tensor, most: torch.Tensor, mass: torch.Tensor) -> None:
+        """Make weights of a pair's logits, up to 1 / ``mass``.
+
+        Args:
+            logits: in units of log 2, ``[length, key_length]``.
+            most: gets the largest of each row, ``[length, 1]``.
+            mass: gets the sum of each row's weights, ``[length, 1]``.
+        """
+        torch.amax(logits, -1, keepdim=True, out=most)
+        torch.sum(logits.sub_(most).exp2_(), -1, keepdim=True, out=mass)
+
+    def row_sums(self) -> torch.Tensor:
+        """What :meth:`Weights.compute` returns of all rows, ``[pairs, length, 2]``."""
+        log_sum = self.total.log2().add_(self.largest)
+        return torch.cat((log_sum, (log_sum - self.largest).exp2_().div_(self.total)), dim=-1)
 
 
 def local_linear_by_pair(call: Call, tensors: Tensors, own: torch.Tensor) -> Kept:
@@ -65,26 +93,23 @@ def local_linear_by_pair(call: Call, tensors: Tensors, own: torch.Tensor) -> Kep
 
     Logits and -s come from one product, of queries and slopes below each other.
     """
-    plan, linear = call.plan, product_of()
-    like = tensors.query.new_empty(0, dtype=torch.promote_types(tensors.query.dtype, torch.float32))
-    length, width = plan.length, tensors.query.shape[-1]
-    output = like.new_empty(plan.batch * plan.heads, length, tensors.value.shape[-1])
-    largest, total, tilt = (like.new_empty(len(output), length, 1) for _ in range(3))
+    plan, linear, rooms = call.plan, product_of(), Rooms(call, tensors)
+    like, length, width = rooms.like, plan.length, tensors.query.shape[-1]
+    tilt = torch.empty_like(rooms.total)
     left, product, one = like.new_empty(2 * length, width), like.new_empty(length, plan.key_length), like.new_ones(())
     given = (flat(x, like.dtype) for x in (*tensors[:3], own))
-    everything = zip(*given, output, largest, total, tilt, strict=True)
+    everything = zip(*given, rooms.output, rooms.largest, rooms.total, tilt, strict=True)
     for query, key, value, slope, out, most, mass, shift in everything:
         torch.mul(query, plan.scale * LOG2_E, out=left[:length])
         torch.neg(slope, out=left[length:])
         matrix, shares = linear(left, key, *PLAINLY).split(length)
-        torch.amax(matrix, -1, keepdim=True, out=most)
-        torch.sum(matrix.sub_(most).exp2_(), -1, keepdim=True, out=mass)
+        rooms.softmax_(matrix, most, mass)
         torch.mul(matrix, shares, out=product)
         factor = mass.reciprocal()
         torch.addcmul(one, product.sum(-1, keepdim=True), factor, value=-1.0, out=shift)
         shares.add_(shift).mul_(matrix)
         torch.mul(linear(shares, value.mT, *PLAINLY), factor, out=out)
-    return Kept(output, row_sums_of(largest, total), tilt)
+    return Kept(rooms.output, rooms.row_sums(), tilt)
 
 
 def local_linear_gradients(

@@ -99,7 +99,7 @@ class FilterCall(NamedTuple):
     def own_softmax(self) -> str | None:
         """Why back-ends whose weights are the plain softmax of the logits refuse, or None."""
         if self.by_weights is not None:
-            return "applies A as a whole, and the booster looks at its weights one by one"
+            return f"applies A as a whole, and boosting={self.by_weights.name!r} looks at its weights one by one"
         if self.content.softcap is not None:
             return "knows no logits with a soft cap"
         if self.normalisation.name != "softmax":

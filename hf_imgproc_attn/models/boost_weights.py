@@ -54,6 +54,11 @@ class LocalLinear(NamedTuple):
     slope: torch.Tensor
 
     @property
+    def name(self) -> str:
+        """Its value of ``boosting``."""
+        return "local_linear"
+
+    @property
     def is_linear(self) -> bool:
         """Whether this is an operator on V."""
         return True
@@ -97,6 +102,11 @@ class Robust(NamedTuple):
         if name == "huber":
             return cls(steps, float(distance or 1.0), None)
         return cls(steps, SMALLEST_DISTANCE, distance if name == "mcp" else None)
+
+    @property
+    def name(self) -> str:
+        """Its value of ``boosting``."""
+        return "robust"
 
     @property
     def is_linear(self) -> bool:

@@ -8,6 +8,7 @@ import torch
 
 from hf_imgproc_attn.models.modeling_imgproc_gpt2 import ImgProcGPT2LMHeadModel
 from hf_imgproc_attn.models.modeling_imgproc_vit import ImgProcViTForImageClassification
+from tests.gradient_cases import ONE_DIRECTION, REFUSED, VALUES, differentiated
 from tests.models.helpers import sharpen_
 from tests.models.variants import gpt2_config, images, pad, token_ids, vit_config
 
@@ -23,8 +24,8 @@ def model_of(backend: str, **fields: Any) -> ImgProcGPT2LMHeadModel:
     return model
 
 
-def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float(((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)).detach())
+def relative(got: torch.Tensor, wanted: torch.Tensor, least: float = 1e-6) -> float:
+    return float(((got - wanted).abs().max() / wanted.abs().max().clamp(min=least)).detach())
 
 
 def trained(**fields: Any) -> list[float]:
@@ -48,6 +49,22 @@ RIVALS: dict[str, dict[str, Any]] = {
     "elliptical": {"content_kernel": "elliptical", "n_layer": 2, "boosting": "dynamic_inversion"},
 }
 """Values of the same axes: each normalisation, and boosters, gates and feedback that work on top of any back-end."""
+
+
+def layers() -> dict[str, list[float]]:
+    """The error of the output, and of the gradients of all inputs and parameters, of one layer of each value."""
+    found = {}
+    for name in (name for name in VALUES if name not in REFUSED["triton"]):
+        is_causal = (name, True) not in ONE_DIRECTION
+        results = []
+        for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+            layer, leaves = differentiated(name, is_causal, dtype)
+            output = layer(backend, *leaves)
+            weights = torch.linspace(-1.0, 1.0, output.numel(), dtype=dtype).view_as(output)
+            used = torch.autograd.grad(output, leaves, weights, allow_unused=True)
+            results.append([output, *(x for x in used if x is not None)])
+        found[name] = [relative(mine, right, 0.05) for mine, right in zip(*results, strict=True)]
+    return found
 
 
 def scaled() -> list[float]:
@@ -109,4 +126,5 @@ def found() -> dict[str, Any]:
         if name != "elliptical"  # which compares a layer with the one before
     }
     rivals["sinkhorn"] = scaled()
-    return {"trained": trained(), "decoded": decoded(), "dropped": dropped(), "rivals": rivals, "steps": steps}
+    whole = {"trained": trained(), "decoded": decoded(), "dropped": dropped(), "rivals": rivals, "steps": steps}
+    return {**whole, "layers": layers()}

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.gradient_cases import REFUSED, VALUES
 from tests.helpers import ROOT, RunPython, run_command
 
 # The workers run once, for all tests of this file.
@@ -254,6 +255,14 @@ def test_whole_models_train_and_decode_on_the_kernels(found: Any) -> None:
     assert len(models["trained"]) > 15
     assert max(models["trained"]) < 2e-5
     assert max(models["decoded"]) < 2e-6
+
+
+@pytest.mark.parametrize("name", [name for name in VALUES if name not in REFUSED["triton"]])
+def test_each_value_of_the_axes_has_exact_gradients(found: Any, name: str) -> None:
+    """One layer, in single precision: what tests/test_gradients.py holds against finite differences elsewhere."""
+    errors = found["models"]["layers"][name]
+    assert len(errors) >= 5
+    assert max(errors) < 5e-6
 
 
 @pytest.mark.parametrize("name", ["sink", "forget", "sigmoid", "softpick", "elliptical", "sinkhorn"])

@@ -22,6 +22,7 @@ from hf_imgproc_attn.measure.benchmark.attention import Limits, Shape, run_atten
 from hf_imgproc_attn.measure.benchmark.methods import FILTERS, METHODS, PLAIN, Method, disagreement, published_vision
 from hf_imgproc_attn.measure.benchmark.report import goals_table, render, slopes
 from hf_imgproc_attn.measure.benchmark.timing import Row, interleave
+from hf_imgproc_attn.models.layer_parameters import PositionProjection
 from tests.helpers import ROOT, RunPython
 
 NO_LIMITS = Limits(seconds=100.0, mib=1000.0, budget=0.0)
@@ -94,6 +95,25 @@ def test_padding_hides_what_its_name_says(shape: Shape, kept: tuple[int, int]) -
             assert expected.all()
         else:
             assert torch.equal(allowed.expand_as(expected), expected)
+
+
+@pytest.mark.parametrize("make", [decoding.attention_step, decoding.model_step])
+def test_a_row_of_steps_projects_its_positions_once(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every timed call, not in the first alone: a cache that is cropped keeps what it knows of positions."""
+    made: list[int] = []
+    forward = PositionProjection.forward
+
+    def counted(self: PositionProjection, states: torch.Tensor) -> torch.Tensor:
+        made.append(states.shape[1])
+        return forward(self, states)
+
+    sizes = {**whole_models.GPT2_TINY, "n_layer": 1}
+    options = {"steps": decoding.STEPS} if make is decoding.model_step else {}
+    step = make(8, sizes, decoding.VARIANTS["bilateral"], "cpu", **options)
+    monkeypatch.setattr(PositionProjection, "forward", counted)
+    for _ in range(2):
+        step()
+    assert made == [decoding.STEPS] * 2
 
 
 def test_ctrl_c_keeps_the_finished_rows_and_an_earlier_record(

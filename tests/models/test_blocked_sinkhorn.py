@@ -96,7 +96,7 @@ def test_boosters_that_look_at_single_weights(booster: str) -> None:
         output = run_filter(call, backend)
         results.append([output, *torch.autograd.grad(output, given, random(*output.shape, seed=9))])
     torch.testing.assert_close(results[1], results[0], **EXACT)
-    with pytest.raises(ValueError, match="the booster looks at its weights one by one"):
+    with pytest.raises(ValueError, match=f"boosting='{booster}' looks at its weights one by one"):
         run_filter(call, "sdpa")
 
 
@@ -116,13 +116,12 @@ def test_dropout_falls_on_the_doubly_scaled_weights() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own, in its forward mode
-def test_numerical_gradients_and_derivatives_of_derivatives() -> None:
+def test_derivatives_of_derivatives_and_along_a_direction() -> None:
     given = [random(1, 2, 4, 3, seed=seed).requires_grad_() for seed in range(3)]
 
     def filtered(*tensors: torch.Tensor) -> torch.Tensor:
         return run_filter(sinkhorn(*tensors, iterations=2), "blocked")
 
-    assert torch.autograd.gradcheck(filtered, given)
     assert torch.autograd.gradgradcheck(filtered, given, fast_mode=True)
     query, along = given[0].detach(), random(1, 2, 4, 3, seed=8)
     rest = [tensor.detach() for tensor in given[1:]]

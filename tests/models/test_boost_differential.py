@@ -53,18 +53,6 @@ def test_it_is_the_difference_of_two_maps(content: str, mask: str) -> None:
     torch.testing.assert_close(operator, first - layer.scalar_bias.differential.view(-1, 1, 1) * other, **TIGHT)
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa", "blocked"])
-def test_gradients_are_numerical_ones(backend: str) -> None:
-    leaves = [random(1, 2, 4, 3, seed=seed).requires_grad_() for seed in range(5)]
-    share = random(2, 1, 1, seed=6).requires_grad_()
-
-    def filtered(*given: torch.Tensor) -> torch.Tensor:
-        call = filter_call(*given[:3], is_causal=True)
-        return run_filter(call._replace(difference=Difference(given[3], given[4], given[5])), backend)
-
-    assert torch.autograd.gradcheck(filtered, [*leaves, share])
-
-
 def difference_call(leaves: list[torch.Tensor], **options: Any) -> FilterCall:
     """A call of query, key, value, query and key of the second map, and lambda."""
     call = filter_call(*leaves[:3], **options)

@@ -81,25 +81,6 @@ def test_the_operator_multiplies_the_values(boosting: str) -> None:
     torch.testing.assert_close(operator @ inputs["value"], output, **TIGHT)
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa", "blocked"])
-@pytest.mark.parametrize("boosting", ONE_PASS)
-def test_gradients_are_numerical_ones(boosting: str, backend: str) -> None:
-    leaves = [random(1, 2, 4, 3, seed=seed).requires_grad_() for seed in range(3)]
-    gain = {
-        "inversion": 1 + 0.3 * random(2, 2, 1, 1, seed=4),
-        "dynamic_inversion": 1 + 0.3 * random(2, 1, 2, 4, 1, seed=4),
-        "exclusive": None,
-    }[boosting]
-    if gain is not None:
-        leaves.append(gain.requires_grad_())
-
-    def filtered(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *gains: torch.Tensor) -> torch.Tensor:
-        options = {"boosting": boosting, "is_causal": True, "boosting_gain": gains[0] if gains else None}
-        return run_filter(filter_call(query, key, value, **options), backend)
-
-    assert torch.autograd.gradcheck(filtered, leaves)
-
-
 @torch.no_grad()
 def test_inversion_with_one_and_one_is_the_identity() -> None:
     """alpha = beta = 1: what the filter passes and what it removes."""

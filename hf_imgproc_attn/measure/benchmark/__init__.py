@@ -207,7 +207,7 @@ def _rows(
         length = 48 if quick else 1024
         sizes = {
             **(whole_models.GPT2_TINY if quick else whole_models.GPT2_SMALL),
-            "n_positions": length + decoding.STEPS_OF_A_MODEL,
+            "n_positions": length + decoding.STEPS,
         }
         yield from decoding.run_decoding(length, fields=sizes, device=device, budget=limits.budget, say=say)
     elif suite == "layers":

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from ...models.any_filter import apply_filter
-from ...models.cache_ahead import POSITIONS_AHEAD
+from ...models.cache_ahead import POSITIONS_AHEAD, KnownAhead, upcoming_positions
 from ...models.cache_streams import CachedStreams
 from ...models.configuration_imgproc_gpt2 import ImgProcGPT2Config
 from ...models.layer_filter import AttentionFilter
@@ -31,9 +31,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 FILTERED = "twicing, apply_filter"
 """The stock GPT-2 with filters in its layers, which is to cost what a GPT-2 of the package does."""
 
-_ROUNDS_OF_STEPS = 8
-STEPS_OF_A_MODEL = POSITIONS_AHEAD
-"""One after another, so that what is made for that many positions at once is made once."""
+STEPS = POSITIONS_AHEAD
+"""Tokens, one after another, of a timed call: what is made ahead of so many positions is made once in it."""
 
 
 def run_decoding(
@@ -51,20 +50,19 @@ def run_decoding(
     Yields:
         A row for each variant: attention alone, then the whole model; milliseconds of one step.
     """
-    whole = partial(model_step, steps=STEPS_OF_A_MODEL)
-    cases = (("attention alone", attention_step, _ROUNDS_OF_STEPS), ("whole model", whole, STEPS_OF_A_MODEL))
-    for case, make, steps in cases:
+    whole = partial(model_step, steps=STEPS)
+    for case, make in (("attention alone", attention_step), ("whole model", whole)):
         say(f"decoding step at {length} tokens, {case}")
         calls = {name: make(length, fields, variant, device) for name, variant in {STOCK: None, **VARIANTS}.items()}
         if make is whole:
             calls[FILTERED] = whole(length, fields, None, device, preset="twicing")
         for name, spread in interleave(calls, STOCK, budget=budget, device=device).items():
-            one = replace(spread, milliseconds=spread.milliseconds / steps)
+            one = replace(spread, milliseconds=spread.milliseconds / STEPS)
             yield Row("decode", f"{case}, {length} cached tokens", length, name, "step", **one.fields())
 
 
 def attention_step(length: int, fields: dict[str, Any], variant: dict[str, Any] | None, device: str) -> Any:
-    """A call that filters one token after ``length`` cached ones, and forgets it again; None is stock attention."""
+    """A call that filters ``STEPS`` tokens after ``length`` cached ones, and forgets them; None is stock attention."""
     heads, width = fields["n_head"], fields["n_embd"] // fields["n_head"]
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randn(3, 1, heads, length, width, generator=generator).to(device)
@@ -74,10 +72,10 @@ def attention_step(length: int, fields: dict[str, Any], variant: dict[str, Any] 
         cache.update(prompt[1], prompt[2], 0)
 
         def stock() -> None:
-            for _ in range(_ROUNDS_OF_STEPS):
+            for _ in range(STEPS):
                 keys, values = cache.update(key, value, 0)
                 scaled_dot_product_attention(query, keys, values)
-                cache.crop(-1)
+            cache.crop(-STEPS)
 
         return stock
     config = ImgProcGPT2Config(**{**fields, "n_layer": 1, **variant, "attn_implementation": "sdpa"})
@@ -91,25 +89,38 @@ def attention_step(length: int, fields: dict[str, Any], variant: dict[str, Any] 
         layer_norm_eps=1e-5,
     ).to(device)
     cache = DynamicCache(config=config)
+    table = build_on(device, partial(torch.nn.Embedding, fields["n_positions"], fields["n_embd"]))
 
     def inputs(start: int, count: int) -> LayerInputs:
         places = torch.arange(start, start + count, device=device).unsqueeze(0)
-        vectors = torch.randn(1, count, fields["n_embd"], generator=torch.Generator().manual_seed(start))
-        visibility = Visibility(count, start + count, causal=True)
-        return LayerInputs(visibility, places.unsqueeze(-1), start == 0, position_states=vectors.to(device))
+        return LayerInputs(
+            Visibility(count, start + count, causal=True),
+            places.unsqueeze(-1),
+            start == 0,
+            position_states=table(places),
+            upcoming=upcoming_positions(places, table),
+        )
 
     streams = CachedStreams(cache, 0)
     with torch.no_grad():
         layer(*prompt, inputs(0, length), streams=streams)
-    step_inputs = inputs(length, 1)
+        upcoming = [inputs(place, 1) for place in range(length, length + STEPS)]
 
     @torch.no_grad()
     def step() -> None:
-        for _ in range(_ROUNDS_OF_STEPS):
+        _forget_ahead(cache)
+        for step_inputs in upcoming:
             layer(query, key, value, step_inputs, streams=streams)
-            cache.crop(-1)
+        cache.crop(-STEPS)
 
     return step
+
+
+def _forget_ahead(cache: DynamicCache) -> None:
+    """Make a cache project the next positions again, as it does in a text that goes on and is not cropped."""
+    for layer in cache.layers:
+        if hasattr(layer, "ahead"):
+            layer.ahead = KnownAhead()
 
 
 def build_on(device: str, make: Callable[[], Any]) -> Any:
@@ -159,6 +170,8 @@ def model_step(
 
     @torch.no_grad()
     def step() -> None:
+        if steps > 1:  # where what is made ahead is made once for several
+            _forget_ahead(cache)
         for place in range(length, length + steps):
             decode(ids[:, place : place + 1], past_key_values=cache)
         cache.crop(-steps)

@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ...functional import filter_attention
 from ...gpu import flash
 from ..benchmark.attention import Shape
-from ..benchmark.timing import DIRECTIONS, interleave, peak_memory
+from ..benchmark.timing import DIRECTIONS, direction_calls, interleave, peak_memory
 from . import decoding
 from .composed import with_dropout
 from .part_backends import SDPA_KERNELS, compiled_flex, forced, triton_algorithm
@@ -163,15 +163,7 @@ def draw_on(bench: Bench, name: str, shape: Shape) -> Inputs:
 def calls_for(run: Attend, inputs: Inputs) -> dict[str, Callable[[], object]]:
     """Direction -> a call to time."""
     with_leaves, leaves = inputs.with_leaves()
-
-    def forward() -> object:
-        with torch.no_grad():
-            return run(inputs)
-
-    def both() -> object:
-        return torch.autograd.grad(run(with_leaves), leaves, inputs.gradient)
-
-    return dict(zip(DIRECTIONS, (forward, both), strict=True))
+    return direction_calls(partial(run, with_leaves), leaves, inputs.gradient)
 
 
 def event_clock(counts: Mapping[Callable[[], object], int]) -> Callable[[Callable[[], object]], float]:

@@ -34,6 +34,18 @@ def read_rehearsal(root: Path) -> dict[str, Any] | None:
     return record
 
 
+def version_words(environment: dict[str, Any], names: tuple[str, ...]) -> list[str]:
+    """``torch 2.11.0`` and so on, of those that a record's environment has."""
+    versions = environment["versions"]
+    return [f"{name} {versions[name]}" for name in names if versions.get(name)]
+
+
+def commit_words(environment: dict[str, Any]) -> str:
+    """Which source it was, as far as git knew."""
+    git = environment.get("git")
+    return f"commit {git['revision'][:12]}{' with changes' * git['dirty']}" if git else "no git there"
+
+
 def rehearsal_lines(record: dict[str, Any] | None) -> list[str]:
     """Lines of Markdown: a row for each part, how many of its cases ran. No times: a rehearsal's mean nothing.
 
@@ -42,12 +54,12 @@ def rehearsal_lines(record: dict[str, Any] | None) -> list[str]:
     """
     if record is None:
         return ["What will stand here:", "", *(f"- {part.title}" for part in PARTS)]
-    versions, git = record["environment"]["versions"], record["environment"].get("git")
-    named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "triton") if versions.get(name))
-    source = f", commit {git['revision'][:12]}{' with changes' * git['dirty']}" if git else ""
+    environment = record["environment"]
+    source = [commit_words(environment)] if environment.get("git") else []
+    named = ", ".join([*version_words(environment, ("torch", "transformers", "triton")), *source])
     lines = [
         "What will stand here, and what a rehearsal of it on the CPU ran: the same code on tiny sizes, with Triton in",
-        f"its interpreter ({named}{source}).",
+        f"its interpreter ({named}).",
         "It shows that a part works, not that it is right or fast on a GPU.",
         "",
         "```bash",

@@ -17,7 +17,7 @@ from ...markdown_tables import table_lines
 from .choices import algorithms_source, cuda_choices
 from .goals import decoding_rows, goal_lines
 from .parts import BAD, MEASURED, PARTS, STATUSES
-from .rehearsal import read_rehearsal, rehearsal_lines
+from .rehearsal import commit_words, read_rehearsal, rehearsal_lines, version_words
 
 COMMAND = "imgproc-attn gpu-check"
 ROOT = Path(__file__).resolve().parents[3]
@@ -148,16 +148,14 @@ def table_source(record: Record | None) -> str:
 
 def _what_was_measured(record: Record) -> str:
     environment = record["environment"]
-    device, versions = environment["device"], environment["versions"]
-    named = ("python", "torch", "transformers", "triton")
-    words = [device["name"], *(f"{name} {versions[name]}" for name in named if versions.get(name))]
+    device = environment["device"]
+    words = [device["name"], *version_words(environment, ("python", "torch", "transformers", "triton"))]
     words += [f"{name} {device[key]}" for name, key in (("CUDA", "cuda"), ("cuDNN", "cudnn")) if device.get(key)]
     if "memory_gib" in device:
         words.append(f"{device['memory_gib']} GiB")
     if environment.get("current_flash_attention_impl"):
         words.append(f"flash attention by {environment['current_flash_attention_impl']}")
-    git = environment.get("git")
-    source = f"commit {git['revision'][:12]}{' with changes' * git['dirty']}" if git else "no git there"
+    source = commit_words(environment)
     return f"{', '.join(words)}; {source}, SHA-256 of the package's files {environment['source_sha256'][:12]}."
 
 
