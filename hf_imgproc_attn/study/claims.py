@@ -335,13 +335,4 @@ CLAIMS = (
         ("twicing", "bilateral", "bilateral_twicing", "delta", "differential"),
         ("softmax", "softmax_as_large"),
     ),
-    Claim(
-        "Filters withstand AutoAttack",
-        "The paper on twicing reports FGSM and PGD; a defence that only hides its gradients falls to AutoAttack, "
-        "whose Square attack needs none.",
-        "digits_autoattack",
-        ("attack",),
-        ("bilateral", "twicing", "bilateral_twicing", "neutreno", "robust"),
-        ("softmax", "softmax_as_large"),
-    ),
 )
