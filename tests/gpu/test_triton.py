@@ -208,9 +208,9 @@ def test_gaussian_contents_are_served_with_their_gradients(found: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("mask", "takes masks of padded keys, the same for all heads, only"),
-        ("float mask", "takes masks of padded keys, the same for all heads, only"),
-        ("mask of heads", "takes masks of padded keys, the same for all heads, only"),
+        ("mask", "takes masks of padded keys, the same for all heads, only, got one of pairs of tokens"),
+        ("float mask", "takes masks of padded keys, the same for all heads, only, got numbers to be added"),
+        ("mask of heads", "takes masks of padded keys, the same for all heads, only, got one of 2 heads"),
         (
             "bias",
             "takes positions as feature columns, or one term by place (gaussian, alibi, relative_buckets), got Bias",
