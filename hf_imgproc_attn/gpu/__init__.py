@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 
@@ -47,7 +48,7 @@ from ..errors import install_hint
 from ..models.backend_call import FilterCall
 from ..models.backend_sdpa import run as run_sdpa
 from ..models.backend_table import Backend, register
-from . import composed, decode_call, flash, flex
+from . import checks, composed, decode_call, flash, flex
 
 _TRITON_IS_THERE = importlib.util.find_spec("triton") is not None
 
@@ -55,8 +56,8 @@ MAX_HEAD_DIM = 128
 """Of the specialised kernels."""
 
 
-def _cannot_run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
-    """Why no kernel can read the tensors, or None."""
+def _cannot_run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any) -> str | None:
+    """Why no kernel can read the tensors, or None; of the others it has to know no more than how they are derived."""
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if not _TRITON_IS_THERE:
         return f"needs the package triton: {install_hint('kernels')}"
@@ -67,7 +68,7 @@ def _cannot_run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> 
     dtypes = (torch.float16, torch.bfloat16, *((torch.float32,) if interpreted else ()))
     if not (query.dtype == key.dtype == value.dtype and query.dtype in dtypes):
         return f"needs float16 or bfloat16, got {query.dtype}, {key.dtype}, {value.dtype}"
-    return None
+    return checks.backward_only(query, key, value, *others)
 
 
 def supports(
@@ -118,7 +119,7 @@ def supports(
 
 def refuses(call: FilterCall) -> str | None:
     """Why the Triton kernels cannot serve a filter's call, as the rest of a sentence about them, or None."""
-    return composed.refuses(call) or _cannot_run(call.query, call.key, call.value)
+    return composed.refuses(call) or _cannot_run(*call)
 
 
 def is_specialised(call: FilterCall) -> bool:

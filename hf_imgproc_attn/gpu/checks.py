@@ -2,11 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
+
+from ..models.boost_derivatives import is_transformed
 
 ALGORITHMS = ("auto", "general", "short", "single_pass", "wavefront")
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+BACKWARD_ONLY = (
+    "has derivatives in backward mode alone, and serves neither forward mode nor the transforms of torch.func; choose "
+    "another back-end, such as 'blocked', for them"
+)
+
+
+def tensors_of(part: Any) -> Iterator[torch.Tensor]:
+    """All tensors of a call, or of any tuples and lists, however deep."""
+    if isinstance(part, torch.Tensor):
+        yield part
+    elif isinstance(part, (tuple, list)):
+        for each in part:
+            yield from tensors_of(each)
+
+
+def backward_only(*parts: Any) -> str | None:
+    """Why kernels cannot serve tensors, of tuples and lists, that are differentiated some other way than backwards.
+
+    The rest of a sentence about the kernels; None if they can. An operator would lose the tangents without a word.
+    """
+    if torch.compiler.is_compiling() or not is_transformed(tuple(tensors_of(parts))):
+        return None
+    return BACKWARD_ONLY
+
+
+def check_backward_only(*parts: Any) -> None:
+    """Refuse tensors that are differentiated some other way than backwards; as :func:`backward_only`."""
+    reason = backward_only(*parts)
+    if reason is not None:
+        raise ValueError(f"the kernel {reason}")
 
 
 def check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_mask: torch.Tensor | None) -> None:

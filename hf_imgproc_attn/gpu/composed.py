@@ -20,6 +20,7 @@ from ..models.kernel_position import (
     position_columns,
     rows_of_positions,
 )
+from ..models.visibility import Visibility
 from .once_inputs import MAX_WIDTH, NORMALISATIONS, Once
 from .token_numbers import split_numbers
 
@@ -40,15 +41,26 @@ def refuses(call: FilterCall) -> str | None:
                 "takes positions as feature columns, or one term by place (gaussian, alibi, relative_buckets), "
                 f"got {type(term).__name__}"
             )
-    seen = call.visibility
-    if seen.mask is not None or seen.bias is not None or (seen.keys is not None and seen.keys.shape[1] > 1):
-        return "takes masks of padded keys, the same for all heads, only"
+    reason = _refuses_mask(call.visibility)
+    if reason is not None:
+        return reason
     wide = call.query.shape[-1] + _columns(rest)
     if max(wide, call.value.shape[-1]) > MAX_WIDTH:
         return (
             f"needs widths <= {MAX_WIDTH}, columns included, got {wide} of queries, {call.value.shape[-1]} of values"
         )
     return None
+
+
+def _refuses_mask(seen: Visibility) -> str | None:
+    got = None
+    if seen.bias is not None:
+        got = "numbers to be added to the logits"
+    elif seen.mask is not None:
+        got = "one of pairs of tokens, as a cache of fixed size makes it"
+    elif seen.keys is not None and seen.keys.shape[1] > 1:
+        got = f"one of {seen.keys.shape[1]} heads"
+    return None if got is None else f"takes masks of padded keys, the same for all heads, only, got {got}"
 
 
 def _columns(call: FilterCall) -> int:

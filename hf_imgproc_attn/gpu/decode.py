@@ -17,6 +17,7 @@ from ..models.backend_flops import product_flops
 from ..models.boost_operators import extra_streams
 from ..models.kernel_position import BlockedPositions
 from . import triton_decode
+from .checks import check_backward_only
 from .launching import adjacent, launch, on_device, rows_of
 from .places import PositionTensors, make_places, position_tensors, with_nearest
 from .triton_decode import BOOSTERS, MOST_QUERIES, MOST_STREAMS
@@ -78,6 +79,7 @@ def decode_attention(
         ValueError: for what the kernels do not do, gradients among it.
     """
     _check(query, cached, boosting, steps, gain)
+    check_backward_only(query, cached, gain, positions, key_bias)
     parameters = [] if positions is None else positions.parameters()
     learned = [x for x in (query, *cached[:2], *cached.streams, *parameters, gain, key_bias) if x is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned):

@@ -11,6 +11,7 @@ from ..models.backend_sdpa import augment
 from ..models.boost_operators import extra_streams
 from ..models.cache_streams import boost_stream
 from . import composed
+from .checks import tensors_of
 
 LINEAR = ("none", "twicing", "learned", "diffusion", "sos")
 """Boosters whose new rows the kernels compute themselves."""
@@ -44,9 +45,7 @@ def applies(call: FilterCall) -> bool:
 
 def _wants_gradient(part: Any) -> bool:
     """Whether gradients are on and any tensor of a tuple, or of tuples in it, requires one."""
-    if isinstance(part, tuple):
-        return torch.is_grad_enabled() and any(_wants_gradient(field) for field in part)
-    return isinstance(part, torch.Tensor) and part.requires_grad
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_of(part))
 
 
 def run(call: FilterCall) -> torch.Tensor:

@@ -15,7 +15,7 @@ behind which it would run dense without a word, is raised to ``MAX_KINDS``; behi
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from ..models.backend_call import FilterCall, autocast_dtype, without_autocast
 from ..models.backend_sdpa import augment
 from ..models.visibility import Visibility
+from .checks import backward_only, tensors_of
 from .flex_scores import Place, look_up, number_score, place_score, score_of
 from .token_numbers import split_numbers
 
@@ -42,19 +43,10 @@ def refuses(call: FilterCall) -> str | None:
         return NO_STREAMS
     if call.dropout > 0.0:
         return f"drops nothing out, got dropout_p={call.dropout}"
-    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(call))
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_of(call))
     if needs_gradient and call.query.device.type == "cpu":
         return "has no backward pass on the CPU"
-    return None
-
-
-def _tensors(x: Any) -> Iterator[torch.Tensor]:
-    """All tensors of a call, however deep."""
-    if isinstance(x, torch.Tensor):
-        yield x
-    elif isinstance(x, tuple):
-        for part in x:
-            yield from _tensors(part)
+    return backward_only(call)
 
 
 def run(call: FilterCall) -> torch.Tensor:

@@ -14,10 +14,10 @@ import triton
 
 from ..models.kernel_position import BlockedPositions
 from . import triton_general, triton_short, triton_single_pass, triton_wavefront
-from .checks import ALGORITHMS, check_tensors
+from .checks import ALGORITHMS, check_backward_only, check_tensors
 from .choice import choose, heads_grid, programs_grid, short_block, slots_of
 from .flops import register_formulas
-from .gradients import add_heads, empty_gradients, for_every_head
+from .gradients import add_heads, empty_gradients, for_every_head, refuse_second
 from .launching import adjacent, launch, on_device, rows_of
 from .places import PositionTensors, make_places, position_tensors, with_nearest
 from .triton_positions import ONLY_KEYS
@@ -60,6 +60,7 @@ def fused_attention(
         ValueError: for shapes, dtypes or an algorithm that the kernels do not do.
     """
     check_tensors(query, key, value, key_mask)
+    check_backward_only(query, key, value, positions, key_bias)
     if boosting not in ("twicing", "none"):
         raise ValueError(f"boosting must be 'twicing' or 'none', got {boosting!r}")
     if key_bias is not None and (key_bias.dtype, key_bias.shape) != (torch.float32, query.shape[:3]):
@@ -280,5 +281,6 @@ def _gradient(ctx: Any, grad: torch.Tensor | None, *unused: Any) -> tuple[torch.
 
 
 fused_forward.register_autograd(_gradient, setup_context=_save)
+fused_backward.register_autograd(refuse_second)
 
 register_formulas(torch.ops.hf_imgproc_attn.fused_filter, torch.ops.hf_imgproc_attn.fused_filter_backward)

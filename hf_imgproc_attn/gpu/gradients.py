@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+
+
+def refuse_second(ctx: Any, *grads: torch.Tensor) -> None:
+    """The gradient of a gradient, which no kernel computes.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        "the Triton kernels have first derivatives alone: for derivatives of derivatives choose another back-end, "
+        "such as 'blocked'"
+    )
+
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 

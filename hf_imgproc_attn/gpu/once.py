@@ -15,7 +15,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..models.backend_flops import product_flops
 from . import triton_logits, triton_once
-from .gradients import add_heads, empty_gradients, for_every_head
+from .checks import check_backward_only
+from .gradients import add_heads, empty_gradients, for_every_head, refuse_second
 from .launching import adjacent, launch, on_device, rows_of
 from .once_inputs import Once, check, log_counts, visible_keys
 from .places import PositionTensors, make_places, position_tensors, with_nearest
@@ -41,6 +42,7 @@ def apply_once(once: Once, x: torch.Tensor) -> torch.Tensor:
         ValueError: for shapes, dtypes or options that the kernels would misread.
     """
     check(once, x)
+    check_backward_only(once, x)
     query, key_length = once.query, once.key.shape[2]
     kind, class_tokens, *places = position_tensors(once.positions, query, key_length)
     mask, spans = visible_keys(once.key_mask, key_length)
@@ -78,12 +80,17 @@ class _Seen(NamedTuple):
     query_bias: torch.Tensor | None
     sinks: torch.Tensor | None
 
+    def sinks_in_log2(self) -> torch.Tensor | None:
+        """The sinks in units of log 2, ``[1, heads, 1]``, or None."""
+        if self.sinks is None:
+            return None
+        # The largest numbers would become inf, and inf - inf is not a number.
+        return (self.sinks.view(1, -1, 1) / math.log(2.0)).clamp(max=torch.finfo(torch.float32).max)
+
     def given(self, query: torch.Tensor, key_length: int, is_causal: bool, normalisation: str) -> torch.Tensor | None:
         """The number b of each row that ``triton_logits`` speaks of, float32 ``[batch, heads, length]``, or None."""
-        numbers = None
-        if self.sinks is not None:
-            numbers = self.sinks.view(1, -1, 1) / math.log(2.0)
-        elif normalisation == "sigmoid":
+        numbers = self.sinks_in_log2()
+        if normalisation == "sigmoid":
             numbers = log_counts(self.mask, self.spans, query, key_length, is_causal).unsqueeze(1)
         return None if numbers is None else numbers.expand(query.shape[:3]).contiguous()
 
@@ -259,9 +266,9 @@ def once_backward(
         add_heads(total, gradient)
     if learns:
         d_parameters.copy_(sums.unflatten(0, (batch, heads)).sum((0, 2)))
-    if sinks is not None:  # its weight in each row, whose x is 0
-        given = sinks.view(1, -1, 1) / math.log(2.0)
-        d_sinks.copy_(-(torch.exp2(given - lse) * delta).sum((0, 2)))
+    of_sinks = seen.sinks_in_log2()
+    if of_sinks is not None:  # its weight in each row, whose x is 0
+        d_sinks.copy_(-(torch.exp2(of_sinks - lse) * delta).sum((0, 2)))
     return found
 
 
@@ -307,6 +314,7 @@ def _gradient(ctx: Any, grad: torch.Tensor | None, *unused: Any) -> tuple[torch.
 
 
 once_forward.register_autograd(_gradient, setup_context=_save)
+once_backward.register_autograd(refuse_second)
 
 
 @register_flop_formula(torch.ops.hf_imgproc_attn.filter_once)

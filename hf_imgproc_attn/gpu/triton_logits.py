@@ -168,7 +168,7 @@ def softmax_step(scores, highest, total):
 
 @triton.jit
 def softmax_end(highest, total):
-    """What to divide by, and the log-sum-exp; 1 and +inf for a row that sees no key."""
-    sees = total > 0.0
+    """What to divide by, and the log-sum-exp; 1 and +inf for a row that sees no key, nor a sink above -inf."""
+    sees = (total > 0.0) & (highest > float("-inf"))
     total = tl.where(sees, total, 1.0)
     return total, tl.where(sees, highest + tl.log2(total), float("inf"))

@@ -246,9 +246,14 @@ def results(case: Case, dtype: torch.dtype, how: str) -> list[torch.Tensor]:
 
 def errors(case: Case, how: str) -> list[float]:
     """The largest error over the largest value, of each tensor; infinite where something is not a number."""
-    found = []
     wanted = results(case, torch.float64, "exact")
-    for mine, right in zip(results(case, getattr(torch, case.dtype), how), wanted, strict=True):
+    return errors_of(results(case, getattr(torch, case.dtype), how), wanted)
+
+
+def errors_of(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> list[float]:
+    """Likewise, of tensors and exact ones."""
+    found = []
+    for mine, right in zip(got, wanted, strict=True):
         error = (mine.double() - right).abs().max() / right.abs().max().clamp(min=0.1)
         found.append(float(error) if error.isfinite() else float("inf"))
     return found
@@ -298,6 +303,20 @@ def forgetting() -> dict[str, float]:
     return found
 
 
+def extreme_sinks() -> list[float]:
+    """Errors of the output and of all gradients, with 70 tokens of which the first 66 are padding."""
+    given = [random(1, 3, 70, 16, seed=seed) for seed in range(3)]
+    given.append(torch.tensor([-torch.inf, torch.finfo(torch.float32).max, 0.5], dtype=torch.float64))
+    mask = (torch.arange(70) >= 66).view(1, 1, 1, 70)
+    visibility, found = attention_visibility(mask, shape=(1, 3, 70, 70), causal=True), []
+    for dtype, backend in ((torch.float32, "triton"), (torch.float64, "reference")):
+        query, key, value, sinks = leaves = [x.to(dtype).requires_grad_() for x in given]
+        call = FilterCall(query, key, value, Content("dot_product", 0.3), visibility, sinks=sinks)
+        out = BACKENDS[backend].run(call)
+        found.append([out.detach(), *torch.autograd.grad(out, leaves, random(1, 3, 70, 16, seed=8).to(dtype))])
+    return errors_of(*found)
+
+
 def lengths() -> float:
     """The difference between how many keys are visible, and a mask that says so; with positions' nearest keys."""
     case = Case("none", "gaussian", 16, 16, 0, 40, 2, True, False, 0.0)
@@ -332,7 +351,23 @@ def refused() -> dict[str, str]:
             apply_once(Once(query, key, 0.3)._replace(**changes), rows)
         except ValueError as error:
             found[name] = str(error)
+    leaf = x.clone().requires_grad_()
+    for name, derive in (
+        ("forward mode", lambda: torch.func.jvp(lambda rows: apply_once(Once(query, key, 0.3), rows), (x,), (x,))),
+        ("twice", lambda: torch.autograd.grad(gradient(leaf).sum(), leaf)),
+    ):
+        try:
+            derive()
+        except (ValueError, RuntimeError) as error:
+            found[name] = str(error)
     return found
+
+
+def gradient(x: torch.Tensor) -> torch.Tensor:
+    """Of a number that is not linear in x, with a graph of it."""
+    query, key = random(2, 2, 5, 16, seed=1).float(), random(2, 1, 7, 16, seed=2).float()
+    out = apply_once(Once(query, key, 0.3), x)
+    return torch.autograd.grad(out.square().sum(), x, create_graph=True)[0]
 
 
 def cases(full: bool) -> list[Case]:
@@ -345,6 +380,7 @@ def found(full: bool) -> dict[str, Any]:
         "cases": [measure(case) for case in cases(full)],
         "operator_checks": operator_checks(),
         "lengths": lengths(),
+        "extreme_sinks": extreme_sinks(),
         "forgetting": forgetting(),
         "refused": refused(),
     }

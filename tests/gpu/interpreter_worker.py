@@ -339,6 +339,8 @@ def edges() -> dict[str, Any]:
         ),
         "boosting": lambda: fused_attention(query, key, value, boosting="sos"),
         "heads": lambda: fused_attention(torch.cat([query, query[:, :1]], 1), key, value),
+        "forward mode": lambda: torch.func.jvp(lambda x: fused_attention(x, key, value), (query,), (query,)),
+        "transform": lambda: torch.func.grad(lambda x: fused_attention(x, key, value).sum())(query),
         "twice": lambda: torch.autograd.grad(
             torch.autograd.grad(fused_attention(leaf, key, value).sum(), leaf, create_graph=True)[0].sum(), leaf
         ),
@@ -421,6 +423,10 @@ def dispatch() -> dict[str, Any]:
         "width": refuses(call(**dict.fromkeys(("query", "key", "value"), torch.zeros(1, 1, 2, 264)))),
         "columns": refuses(call(positions=(FeaturePositions(*(torch.zeros(1, 1, 19, 250),) * 2),))),
     }
+    with torch.autograd.forward_ad.dual_level():
+        for name, x in (("query", query), ("sinks", torch.zeros(2))):
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            reasons[f"tangent of {name}"] = refuses(call(**{name: dual}))
     return {"served": served, "reasons": reasons, "contents": contents()}
 
 
@@ -428,6 +434,8 @@ def main() -> None:
     warnings.simplefilter("error")
     # The interpreter of Triton 3.6 counts with arrays of one number.
     warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0", DeprecationWarning)
+    # PyTorch's own, in its forward mode.
+    warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
     found = {
         "cases": [measure(case) for case in (*CASES, *(MORE if "--full" in sys.argv else ()))],
         **{part.__name__: part() for part in (causality, saved_tensors, operator_checks, compiled, edges, dispatch)},

@@ -294,6 +294,22 @@ def test_who_sees_whom_is_told_from_the_places(padded: str, causal: bool, past: 
         assert not nothing.any()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own, in its forward mode
+def test_what_is_not_differentiated_backwards_is_refused_in_words() -> None:
+    """Forward mode, and the transforms of ``torch.func``; a tangent anywhere in the call."""
+    call = make_call("none", False, 4, "twicing")
+    tangent, message = torch.ones_like(call.query), "has derivatives in backward mode alone"
+    for derive in (
+        lambda run: torch.func.jvp(run, (call.query,), (tangent,)),
+        lambda run: torch.func.vmap(run)(call.query.unsqueeze(0)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            derive(lambda query: run_filter(call._replace(query=query), "flex"))
+    with torch.autograd.forward_ad.dual_level():
+        sinks = torch.autograd.forward_ad.make_dual(torch.zeros(4), torch.ones(4))
+        assert message in str(flex.refuses(call._replace(sinks=sinks)))
+
+
 def test_leaves_with_gradients_are_served_without_gradients() -> None:
     """Parameters require gradients, whatever ``no_grad`` says."""
     leaves = [x.requires_grad_() for x in torch.randn(3, 2, 2, 9, 8).unbind()]

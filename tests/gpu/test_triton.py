@@ -183,7 +183,9 @@ def test_algorithm_is_chosen_by_shape(found: Any) -> None:
         ("places", "positions.coordinates must have shape [2 or 1, 19, axes], got (1, 18, 2)"),
         ("unboosted", "algorithm='short' needs boosting='twicing', got boosting='none'"),
         ("boosting", "boosting must be 'twicing' or 'none', got 'sos'"),
-        ("twice", "no autograd formula was registered"),
+        ("forward mode", "the kernel has derivatives in backward mode alone, and serves neither forward mode nor"),
+        ("transform", "nor the transforms of torch.func; choose another back-end, such as 'blocked', for them"),
+        ("twice", "the Triton kernels have first derivatives alone: for derivatives of derivatives choose another"),
     ],
 )
 def test_misuse_is_refused_by_name(found: Any, name: str, message: str) -> None:
@@ -206,9 +208,9 @@ def test_gaussian_contents_are_served_with_their_gradients(found: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("mask", "takes masks of padded keys, the same for all heads, only"),
-        ("float mask", "takes masks of padded keys, the same for all heads, only"),
-        ("mask of heads", "takes masks of padded keys, the same for all heads, only"),
+        ("mask", "takes masks of padded keys, the same for all heads, only, got one of pairs of tokens"),
+        ("float mask", "takes masks of padded keys, the same for all heads, only, got numbers to be added"),
+        ("mask of heads", "takes masks of padded keys, the same for all heads, only, got one of 2 heads"),
         (
             "bias",
             "takes positions as feature columns, or one term by place (gaussian, alibi, relative_buckets), got Bias",
@@ -216,6 +218,8 @@ def test_gaussian_contents_are_served_with_their_gradients(found: Any) -> None:
         ("dtype", "needs float16 or bfloat16, got torch.float64"),
         ("width", "needs widths <= 256, columns included, got 264 of queries, 264 of values"),
         ("columns", "needs widths <= 256, columns included, got 272 of queries, 16 of values"),
+        ("tangent of query", "has derivatives in backward mode alone, and serves neither forward mode nor"),
+        ("tangent of sinks", "has derivatives in backward mode alone, and serves neither forward mode nor"),
     ],
 )
 def test_reasons_for_refusing(found: Any, name: str, reason: str) -> None:
@@ -290,6 +294,12 @@ def test_checkpointed_layers_drop_the_same_weights_again(found: Any) -> None:
     assert found["models"]["dropped"]["another seed"] > 0.1
 
 
+def test_sinks_may_be_infinite_or_the_largest_numbers(found: Any) -> None:
+    """-inf is no sink at all, also in the first block of rows, which sees no key; with the largest nothing is left."""
+    assert len(found["composed"]["extreme_sinks"]) == 5
+    assert max(found["composed"]["extreme_sinks"]) < 5e-6
+
+
 def test_lengths_say_what_a_mask_says(found: Any) -> None:
     assert found["composed"]["lengths"] == 0.0
 
@@ -314,6 +324,8 @@ def test_lengths_say_what_a_mask_says(found: Any) -> None:
         ("sinks of sigmoid", "normalisation must be softmax beside sinks, got 'sigmoid'"),
         ("dropout", "dropout must be in [0, 1), got 1.0"),
         ("seed", "seed must be int64 of shape (1,) where dropout > 0, got None"),
+        ("forward mode", "the kernel has derivatives in backward mode alone, and serves neither forward mode nor"),
+        ("twice", "the Triton kernels have first derivatives alone: for derivatives of derivatives choose another"),
     ],
 )
 def test_misuse_of_the_filter_applied_once_is_refused(found: Any, name: str, message: str) -> None:
