@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .backend_call import FilterCall, without_autocast
+from .backend_row import heads_product, joint_logits
 from .boost_delta import DenseDelta, OwnPlaces, hidden_rows, strictly_before
 from .boost_operators import BOOSTING, NOT_LINEAR, ONE_PASS, keep_rows
 from .cache_streams import boost_stream
@@ -28,7 +29,7 @@ def filter_logits(call: FilterCall) -> torch.Tensor:
     What a mask adds is in it; what it hides is not, see :func:`filter_matrix`.
     """
     compute_dtype = working_dtype(call.query.dtype)
-    joint = _joint_logits(call, compute_dtype) if call.query.shape[-2] == 1 else None
+    joint = joint_logits(call, compute_dtype) if call.query.shape[-2] == 1 else None
     if joint is not None:
         return joint
     query, (key, _) = call.visibility.clean_queries(call.query), call.repeated()
@@ -43,24 +44,6 @@ def filter_logits(call: FilterCall) -> torch.Tensor:
             logits = call.content.softcap * torch.tanh(logits / call.content.softcap)
         terms += [position_logits(term, compute_dtype) for term in call.positions]
         return add_terms(logits, terms, call.visibility if call.ignores_row_constants else None)
-
-
-def _joint_logits(call: FilterCall, compute_dtype: torch.dtype) -> torch.Tensor | None:
-    """:func:`filter_logits` of one query by one product, with keys of content and position that lie side by side.
-
-    None where they do not, or where anything else enters the logits.
-    """
-    term, seen = call.positions[0] if len(call.positions) == 1 else None, call.visibility
-    key = term.beside(call.key) if isinstance(term, UntiedPositions) else None
-    is_plain = call.content.kernel == "dot_product" and call.content.softcap is None
-    if key is None or not isinstance(term, UntiedPositions) or not is_plain or call.groups != 1:
-        return None
-    if seen.bias is not None or seen.hidden is not None or seen.blind is not None:
-        return None
-    with without_autocast(call.query.device.type):
-        content, place = call.query.to(compute_dtype) * call.content.scale, term.query.to(compute_dtype) * term.scale
-        query = torch.cat((content, place.expand_as(content)), dim=-1)
-        return torch.matmul(query, key.to(compute_dtype).mT)
 
 
 def add_terms(logits: torch.Tensor, terms: Sequence[torch.Tensor], visibility: Visibility | None) -> torch.Tensor:
@@ -173,7 +156,7 @@ def reference_attention(
             rows = rows.to(compute_dtype)
             if call.by_weights is not None:
                 return call.by_weights.apply(matrix, rows, key.to(compute_dtype))
-            return torch.matmul(matrix, rows)
+            return heads_product(matrix, rows)
 
         is_operator = call.booster.name not in NOT_LINEAR and (call.by_weights is None or call.by_weights.is_linear)
         if attentions != "operator" or not (call.is_boosted and is_operator):
@@ -181,8 +164,9 @@ def reference_attention(
             if attentions is not None:
                 returned = matrix.to(dtype)
                 matrix = _exact_through(returned, matrix)
-            if call.booster.name in ONE_PASS:
-                return call.finish(attend(call.visibility.clean_keys(value))).to(dtype), returned
+            if call.booster.name == "none" or call.booster.name in ONE_PASS:
+                smooth = attend(call.visibility.clean_keys(value))
+                return (smooth if call.booster.name == "none" else call.finish(smooth)).to(dtype), returned
             return call.boost(attend, call.new_value.to(compute_dtype), value).to(dtype), returned
         _check_square(call.visibility)
         identity = torch.eye(matrix.shape[-1], dtype=compute_dtype, device=matrix.device).expand_as(matrix)

@@ -18,6 +18,10 @@ POSITIONS_AHEAD = 16
 """Positions that are projected at once: on one thread these take as long as two of them one by one."""
 
 
+Vectors = tuple[torch.Tensor, torch.Tensor]
+"""U_Q p and U_K p of one position in each row, each ``[batch or 1, heads, 1, head_dim]``."""
+
+
 class Upcoming(NamedTuple):
     """Positions of one new token in each row, and where those that follow can be looked up.
 
@@ -74,9 +78,11 @@ class KnownAhead:
 
     def __init__(self) -> None:
         self._made: torch.Tensor | None = None
+        self._apart: list[Vectors] = []
         self._first = 0
         self._weights: tuple[tuple[int, int, int], ...] = ()
         self._scales: dict[Any, tuple[Any, torch.Tensor]] = {}
+        self._factors: tuple[Any, torch.Tensor, torch.Tensor] | None = None
 
     def scale(
         self,
@@ -110,8 +116,27 @@ class KnownAhead:
         self._scales[name] = learned, scale
         return scale
 
-    def rows(self, projection: Any, upcoming: Upcoming) -> torch.Tensor | None:
-        """What a ``PositionProjection`` makes of the positions, ``[batch or 1, heads, 1, 2 * head_dim]``.
+    def side_by_side(self, content: torch.Tensor | float, place: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """2/h^2 of content and of position as one factor of both side by side, ``[heads, 1, 2 * head_dim]``.
+
+        Not for gradients.
+
+        Args:
+            content: a number or ``[heads, 1, 1]``.
+            place: ``[heads, 1, 1]``.
+            query: of the content, ``[batch, heads, 1, head_dim]``.
+        """
+        known = self._factors
+        if known is not None and known[0] is content and known[1] is place:
+            return known[2]
+        shape = (*place.shape[:2], query.shape[-1])
+        left = content.expand(shape) if isinstance(content, torch.Tensor) else place.new_full(shape, content)
+        factors = torch.cat((left, place.expand(shape)), dim=-1)
+        self._factors = content, place, factors
+        return factors
+
+    def rows(self, projection: Any, upcoming: Upcoming) -> Vectors | None:
+        """What a ``PositionProjection`` makes of the positions.
 
         None where it would not be noticed that it changes, with adapters too.
         """
@@ -128,25 +153,23 @@ class KnownAhead:
             first = upcoming.lowest
             made = projection(upcoming.table[None, first : upcoming.highest + POSITIONS_AHEAD])
             self._made, self._first, self._weights = made, first, weights
+            self._apart = list(zip(*(half.split(1, dim=2) for half in made.chunk(2, dim=-1)), strict=True))
         if upcoming.lowest == upcoming.highest:
-            return made[:, :, upcoming.lowest - first, None]
-        return made[0].index_select(1, upcoming.positions[:, 0] - first).transpose(0, 1).unsqueeze(2)
+            return self._apart[upcoming.lowest - first]
+        found = made[0].index_select(1, upcoming.positions[:, 0] - first).transpose(0, 1).unsqueeze(2)
+        query, key = found.chunk(2, dim=-1)
+        return query, key
 
 
-def projected_positions(
-    projection: Any, position_states: torch.Tensor, upcoming: Upcoming | None, streams: Any
-) -> torch.Tensor:
-    """Projections of the new tokens' positions, made ahead where that can be.
+def positions_made_ahead(projection: Any, upcoming: Upcoming | None, streams: Any) -> Vectors | None:
+    """Projections of a decoding step's positions, of which no gradient is wanted.
 
     Args:
-        projection: a ``PositionProjection``.
-        position_states: vectors of the positions, ``[batch or 1, length, hidden_size]``.
-        upcoming: the positions of a decoding step, or None.
+        projection: a ``PositionProjection``, or None.
+        upcoming: the positions, or None.
         streams: the layer's part of a cache, which may have no room for them.
-
-    Returns:
-        ``[batch or 1, heads, length, 2 * head_dim]``.
     """
-    ahead: KnownAhead | None = None if upcoming is None else getattr(streams, "ahead", None)
-    made = None if ahead is None or upcoming is None else ahead.rows(projection, upcoming)
-    return projection(position_states) if made is None else made
+    if projection is None or upcoming is None:
+        return None
+    ahead: KnownAhead | None = getattr(streams, "ahead", None)
+    return None if ahead is None else ahead.rows(projection, upcoming)

@@ -24,7 +24,7 @@ from .boost_gate import OutputGate, TokenGains
 from .boost_gradient import GradientBoosting
 from .boost_operators import extra_streams, operator_on_value
 from .boost_weights import weight_booster
-from .cache_ahead import projected_positions
+from .cache_ahead import positions_made_ahead
 from .cache_streams import NO_STREAMS, Streams, boost_stream, keep_apart, round_stream
 from .kernel_content import unit_vectors, working_dtype
 from .kernel_elliptical import elliptical_metric
@@ -386,8 +386,11 @@ class AttentionFilter(nn.Module):
         pair = inputs.position_states
         if self.spec.position_kernel != "untied" or pair is None:
             return None, None
-        if self.position_projection is not None:
-            pair = projected_positions(self.position_projection, pair, inputs.upcoming, streams)
+        made = positions_made_ahead(self.position_projection, inputs.upcoming, streams)
+        if made is not None:
+            parts = made if self.heads is None else tuple(self.heads.mine(part, dim=1) for part in made)
+            return parts[0].to(query.dtype), parts[1].to(query.dtype)
+        pair = pair if self.position_projection is None else self.position_projection(pair)
         pair = pair if self.heads is None else self.heads.mine(pair, dim=1)
         if self.positions.num_class_tokens:
             pair = nn.functional.pad(pair, (0, 0, self.positions.num_class_tokens, 0))

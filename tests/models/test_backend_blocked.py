@@ -128,11 +128,14 @@ def test_dropout_follows_the_seed() -> None:
 
 
 def test_dropout_keeps_the_mean() -> None:
-    """Averaged over seeds, A with dropout is A."""
+    """Averaged over masks, of many samples that are the same and of several seeds, A with dropout is A."""
     tensors = inputs(9)
     expected = dense(tensors, steps=1)[0]
-    runs = [blocked_filter(*tensors, scale=SCALE, dropout=0.25, steps=1, seed=seed)[0] for seed in range(800)]
-    torch.testing.assert_close(torch.stack(runs).mean(0), expected, rtol=0, atol=0.12)
+    batch, copies = len(expected), 100
+    many = [x.repeat(copies, 1, 1, 1) for x in tensors]
+    runs = [blocked_filter(*many, scale=SCALE, dropout=0.25, steps=1, seed=seed)[0] for seed in range(8)]
+    mean = torch.stack(runs).unflatten(1, (copies, batch)).mean((0, 1))
+    torch.testing.assert_close(mean, expected, rtol=0, atol=0.12)
 
 
 @pytest.mark.parametrize("name", sorted(BOOSTING))
@@ -191,7 +194,9 @@ def test_gradcheck(boosting: str, bias: bool) -> None:
         output, streams = blocked_filter(*leaves[:3], boosting=boosting, **options)
         return output, *streams
 
-    assert torch.autograd.gradcheck(run, [*tensors, extra] if extra is not None else tensors)
+    # Every entry of the Jacobian where a bias and streams come together, a random direction of it elsewhere.
+    is_fast = not (bias and boosting == "twicing")
+    assert torch.autograd.gradcheck(run, [*tensors, extra] if extra is not None else tensors, fast_mode=is_fast)
 
 
 # --------------------------------------------------------------------------------------------------------------------

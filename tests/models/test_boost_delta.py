@@ -349,8 +349,8 @@ class Solve(torch.nn.Module):
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")  # torch's own, in its exporter
 def test_an_exported_system_has_core_operators_and_every_length() -> None:
-    """As many products as the longest length needs: two for each of 1, 2, 4, 8 and 16 rows, one with the values."""
-    longest = 17
+    """As many products as the longest length needs: two for each of 1, 2, 4 and 8 rows, one with the values."""
+    longest = 9
     length = torch.export.Dim("length", min=2, max=longest)
     shapes = {"before": {2: length, 3: length}, "value": {2: length}}
     given = random(1, 2, 7, 7), random(1, 2, 7, 3, seed=1)
@@ -362,4 +362,4 @@ def test_an_exported_system_has_core_operators_and_every_length() -> None:
     tags = {target: target.tags for target in targets if isinstance(target, torch._ops.OpOverload)}
     allowed = torch.ops.aten._assert_tensor_metadata.default
     assert all(torch.Tag.core in tag for target, tag in tags.items() if target is not allowed)
-    assert targets.count(torch.ops.aten.bmm.default) == 2 * 5 + 1
+    assert targets.count(torch.ops.aten.bmm.default) == 2 * 4 + 1

@@ -90,9 +90,11 @@ def test_gradients_are_numerical_ones(backend: str, heads: int, key_heads: int, 
         call = local_linear(*given, is_causal=causal, dropout=dropout)
         return run_blocked(call, block_rows=3, group_pairs=2) if backend == "blocked" else run_filter(call, backend)
 
-    assert torch.autograd.gradcheck(filtered, leaves)
+    # Every entry of the Jacobian in one case of the blocks, a random direction of it in the others.
+    is_fast = (backend, causal, dropout) != ("blocked", False, 0.4)
+    assert torch.autograd.gradcheck(filtered, leaves, fast_mode=is_fast)
     if backend == "blocked" and not dropout:
-        assert torch.autograd.gradgradcheck(filtered, leaves)
+        assert torch.autograd.gradgradcheck(filtered, leaves, fast_mode=True)
 
 
 @torch.no_grad()

@@ -82,9 +82,11 @@ def test_gradients_are_numerical_ones(
         call = robust(*given, steps=2, penalty=penalty, is_causal=causal, dropout=dropout)
         return run_blocked(call, block_rows=3, group_pairs=2) if backend == "blocked" else run_filter(call, backend)
 
-    assert torch.autograd.gradcheck(filtered, leaves)
+    # Every entry of the Jacobian in one case of the blocks, a random direction of it in the others.
+    is_fast = (backend, penalty, dropout) != ("blocked", "l1", 0.4)
+    assert torch.autograd.gradcheck(filtered, leaves, fast_mode=is_fast)
     if backend == "blocked" and penalty == "huber" and causal:
-        assert torch.autograd.gradgradcheck(filtered, leaves)
+        assert torch.autograd.gradgradcheck(filtered, leaves, fast_mode=True)
 
 
 @torch.no_grad()

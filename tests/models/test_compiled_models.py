@@ -136,7 +136,9 @@ def test_chunks_compile_for_every_length(changes: dict[str, Any]) -> None:
         return backend_chunked.run(filter_call(*rows, is_causal=True)._replace(**changes), block_rows=4)
 
     compiled = torch.compile(attend, backend="aot_eager", fullgraph=True, dynamic=True)
-    for length in (9, 11):
+    for length in (5, 7):
         rows = [random(2, 2, length, 4, seed=seed).requires_grad_() for seed in range(3)]
+        for row in rows:  # the length alone is a symbol: reasoning about four of them takes half a minute
+            torch._dynamo.mark_static(row, [0, 1, 3])
         got, wanted = (torch.autograd.grad(run(*rows).square().sum(), rows) for run in (compiled, attend))
         torch.testing.assert_close(got, wanted)

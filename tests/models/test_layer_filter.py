@@ -305,7 +305,7 @@ def test_gradcheck(content: str, position: str, boosting: str, steps: int, imple
         return torch.func.functional_call(layer, own, args=(), kwargs=options)[0]
 
     leaves = [leaf.detach().clone().requires_grad_() for leaf in (*inputs.values(), *parameters)]
-    assert torch.autograd.gradcheck(output, leaves, eps=1e-6, atol=1e-7, rtol=1e-6)
+    assert torch.autograd.gradcheck(output, leaves, eps=1e-6, atol=1e-7, rtol=1e-6, fast_mode=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------

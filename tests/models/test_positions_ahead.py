@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from hf_imgproc_attn import ImgProcGPT2Config, ImgProcGPT2LMHeadModel
-from hf_imgproc_attn.models import backend_reference, modeling_imgproc_gpt2
+from hf_imgproc_attn.models import backend_reference, backend_row, modeling_imgproc_gpt2
 from hf_imgproc_attn.models.cache_ahead import POSITIONS_AHEAD, KnownAhead, upcoming_positions
 from hf_imgproc_attn.models.kernel_position import UntiedPositions
 
@@ -149,11 +149,20 @@ def test_scales_of_bandwidths_are_made_once(model: Any, monkeypatch: pytest.Monk
     assert counts == [4, 8]
 
 
-@pytest.mark.parametrize("case", ["plain", "twicing", "padding", "beams", "static"])
+OF_CASES: dict[str, dict[str, Any]] = {
+    "twicing": {"boosting": "twicing"},
+    "fixed": {"learn_bandwidths": False},
+    "given": {"learn_bandwidths": False, "content_bandwidth": 1.5, "position_bandwidth": [0.5, 2.0]},
+}
+
+
+@pytest.mark.parametrize("reads_rows", [True, False])
+@pytest.mark.parametrize("case", ["plain", *OF_CASES, "padding", "beams", "static"])
 @torch.no_grad()
-def test_one_product_with_content_and_position(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_product_with_content_and_position(case: str, reads_rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As two products give; with padding, and where a cache keeps the two apart, they stay two."""
-    model = build(boosting="twicing") if case == "twicing" else build()
+    model = build(**OF_CASES.get(case, {}))
+    monkeypatch.setattr(backend_row, "_reads_rows_faster", lambda: reads_rows)
     ids, given = text(length=10), {}
     if case == "padding":
         given["attention_mask"] = torch.ones_like(ids)
@@ -170,18 +179,44 @@ def test_one_product_with_content_and_position(case: str, monkeypatch: pytest.Mo
         return torch.cat((first, steps(model, ids, cache, 7, **given)), dim=1)
 
     joined: list[bool] = []
-    joint = backend_reference._joint_logits
+    joint = backend_reference.joint_logits
 
     def watched(*args: Any) -> torch.Tensor | None:
         logits = joint(*args)
         joined.append(logits is not None)
         return logits
 
-    monkeypatch.setattr(backend_reference, "_joint_logits", watched)
+    monkeypatch.setattr(backend_reference, "joint_logits", watched)
     found = decode()
     assert joined == [case not in ("padding", "static")] * (6 * 2)
     monkeypatch.setattr(UntiedPositions, "beside", lambda *args: None)
     torch.testing.assert_close(found, decode(), rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_factors_side_by_side_are_made_once_and_again_when_one_changes() -> None:
+    """Content's may be a number; what is known belongs to these very tensors."""
+    known, query = KnownAhead(), torch.zeros(3, 2, 1, 5)
+    content, place = torch.tensor([1.0, 2.0]).view(2, 1, 1), torch.tensor([3.0, 4.0]).view(2, 1, 1)
+    first = known.side_by_side(content, place, query)
+    assert known.side_by_side(content, place, query) is first
+    assert first[:, 0].tolist() == [[1.0] * 5 + [3.0] * 5, [2.0] * 5 + [4.0] * 5]
+    assert known.side_by_side(content, place + 1, query)[:, 0, -1].tolist() == [4.0, 5.0]
+    assert known.side_by_side(0.5, place, query)[:, 0, 0].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(("rows", "columns", "batch"), [(1, 6, 2), (7, 1, 2), (4, 6, 2), (1, 6, 1), (1, 6, 0)])
+def test_products_of_one_row_are_those_of_any(rows: int, columns: int, batch: int) -> None:
+    """Also of rows in a longer buffer, of turned ones, and with gradients; a batch that is shared is repeated."""
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(batch, 3, rows + 2, 5, generator=generator, dtype=torch.float64)[:, :, :rows].requires_grad_()
+    buffer = torch.randn(2 if batch == 1 else batch, 3, columns + 4, 5, generator=generator, dtype=torch.float64)
+    right = buffer[:, :, :columns].mT.requires_grad_()
+    found, wanted = backend_row.heads_product(left, right), left @ right
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    gradients = (torch.autograd.grad(x.square().sum(), (left, right)) for x in (found, wanted))
+    for mine, truth in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, truth, rtol=0, atol=1e-12)
 
 
 def test_nothing_is_made_ahead_where_it_could_not_be_used(model: Any, projected: list[int]) -> None:

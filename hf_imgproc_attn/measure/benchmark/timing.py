@@ -81,7 +81,8 @@ def interleave(
     """Time candidates in turns.
 
     Args:
-        calls: candidate -> what to time. Each is called once more, before the rounds, to warm up.
+        calls: candidate -> what to time. Each is called once more, before the rounds, to warm up; not where the budget
+            is 0, as where code is only rehearsed and its times mean nothing.
         baseline: the candidate that the others are compared with.
         budget: seconds that all rounds together may take; between 3 and 15 rounds are made of it.
         device: where the work is done; on a GPU it is waited for.
@@ -100,7 +101,7 @@ def interleave(
 
     timed = clock or wall_clock
 
-    for call in calls.values():
+    for call in calls.values() if budget else ():
         timed(call)
     first = {name: timed(call) for name, call in calls.items()}
     rounds = min(max(int(budget / max(sum(first.values()), 1e-9)), MIN_ROUNDS), MAX_ROUNDS)
