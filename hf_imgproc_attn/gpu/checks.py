@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-from ..models.boost_derivatives import is_transformed
-
 ALGORITHMS = ("auto", "general", "short", "single_pass", "wavefront")
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -33,10 +31,13 @@ def backward_only(*parts: Any) -> str | None:
     """Why kernels cannot serve tensors, of tuples and lists, that are differentiated some other way than backwards.
 
     The rest of a sentence about the kernels; None if they can. An operator would lose the tangents without a word.
+    (Asked as in ``models.backend_call``, which a kernel of the Hub does not take along.)
     """
-    if torch.compiler.is_compiling() or not is_transformed(tuple(tensors_of(parts))):
+    if torch.compiler.is_compiling():
         return None
-    return BACKWARD_ONLY
+    unpack = torch.autograd.forward_ad.unpack_dual
+    has_tangent = any(unpack(tensor).tangent is not None for tensor in tensors_of(parts))
+    return BACKWARD_ONLY if has_tangent or torch._C._are_functorch_transforms_active() else None
 
 
 def check_backward_only(*parts: Any) -> None:

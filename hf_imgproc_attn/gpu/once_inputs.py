@@ -88,25 +88,31 @@ def log_counts(
 def check(once: Once, x: torch.Tensor) -> None:
     """Refuse tensors that the kernels would misread."""
     query, key = once.query, once.key
-    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, x))
     if not query.dim() == key.dim() == x.dim() == 4:
-        raise ValueError(f"query, key and x must have 4 axes [batch, heads, length, width], got {shapes}")
+        raise ValueError(
+            f"query, key and x must have 4 axes [batch, heads, length, width], got {_shapes(query, key, x)}"
+        )
     (batch, heads, _, width), (_, key_heads, key_length, _) = query.shape, key.shape
     fits = key.shape[0] == x.shape[0] == batch and key.shape[3] == width and x.shape[2] == key_length > 0
     fits = fits and all(own > 0 and heads % own == 0 for own in (key_heads, x.shape[1]))
     if not fits:
         raise ValueError(
             "key must have the query's batch and width, x the key's batch and length, and both a divisor of the "
-            f"query's heads, got {shapes}"
+            f"query's heads, got {_shapes(query, key, x)}"
         )
     if max(width, x.shape[3]) > MAX_WIDTH:
-        raise ValueError(f"widths must be <= {MAX_WIDTH}, got {shapes}")
+        raise ValueError(f"widths must be <= {MAX_WIDTH}, got {_shapes(query, key, x)}")
     if not query.dtype == key.dtype == x.dtype or query.dtype not in _DTYPES:
         names = ", ".join(str(tensor.dtype) for tensor in (query, key, x))
         raise ValueError(f"query, key and x must be all float16, bfloat16 or float32, got {names}")
     if query.is_cuda and query.dtype == torch.float32:
         raise ValueError("on a GPU query, key and x must be float16 or bfloat16, got torch.float32")
     _check_options(once, key_length)
+
+
+def _shapes(*tensors: torch.Tensor) -> str:
+    """For messages; a traced graph of any length cannot make them."""
+    return ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
 
 
 def _check_options(once: Once, key_length: int) -> None:

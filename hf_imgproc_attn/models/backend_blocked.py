@@ -22,9 +22,9 @@ from .backend_blocked_passes import Call, Computed, Tensors, forward_passes, rec
 from .backend_blocked_plan import Plan, make_plan
 from .backend_blocked_rows import RowsCall, RowsFilter, dense_rows
 from .backend_blocked_sinkhorn import log_scales
-from .backend_call import Booster, Content, Difference, FilterCall, without_autocast
+from .backend_call import Booster, Content, Difference, FilterCall, is_transformed, without_autocast
 from .backend_sdpa import augment
-from .boost_derivatives import differentiable_gradients, is_transformed
+from .boost_derivatives import differentiable_gradients
 from .boost_operators import ONE_PASS
 from .boost_weights import ByWeights, LocalLinear
 from .cache_streams import NO_STREAMS, boost_stream

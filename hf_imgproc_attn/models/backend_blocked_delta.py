@@ -14,10 +14,10 @@ from .backend_blocked_delta_pair import PairGradients, pair_weights
 from .backend_blocked_delta_rows import Gradients, Known, earlier_weights, forward
 from .backend_blocked_dense import dense_dropout_factors, dense_logits
 from .backend_blocked_passes import Call, Tensors
-from .backend_call import FilterCall, without_autocast
+from .backend_call import FilterCall, is_transformed, without_autocast
 from .backend_reference import filter_matrix
 from .boost_delta import DenseDelta, hidden_rows, strictly_before
-from .boost_derivatives import differentiable_gradients, is_transformed
+from .boost_derivatives import differentiable_gradients
 from .cache_streams import boost_stream
 from .kernel_normalisation import Normalisation
 

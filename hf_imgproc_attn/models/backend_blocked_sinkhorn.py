@@ -26,8 +26,8 @@ from .backend_blocked_logits import LogitsGradients, no_streams
 from .backend_blocked_passes import Call, Inputs, Tensors
 from .backend_blocked_plan import Block
 from .backend_blocked_weights import LOG2_E, Buffer, Weights
-from .backend_call import FilterCall, without_autocast
-from .boost_derivatives import differentiable_gradients, is_transformed
+from .backend_call import FilterCall, is_transformed, without_autocast
+from .boost_derivatives import differentiable_gradients
 from .kernel_given import KeyNumbers
 from .kernel_normalisation import Normalisation, sinkhorn_steps
 

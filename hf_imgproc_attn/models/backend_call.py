@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 
 from .boost_by_parts import inversion_by_parts
-from .boost_derivatives import is_transformed
 from .boost_exclusive import exclusive_by_parts
 from .boost_operators import BOOSTING, SEQUENTIAL, WITH_FACTORS, Attend, keep_rows
 from .boost_weights import ByWeights
@@ -229,6 +228,18 @@ class FilterCall(NamedTuple):
         while (rows := self.streams.past(boost_stream(len(streams) + 1))) is not None:
             streams.append(rows)
         return streams
+
+
+def is_transformed(tensors: tuple[torch.Tensor | None, ...]) -> bool:
+    """Whether ``torch.func`` or forward-mode differentiation looks at a call; a hand-written backward serves neither.
+
+    Args:
+        tensors: of the call.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
+    unpack = torch.autograd.forward_ad.unpack_dual
+    return any(tensor is not None and unpack(tensor).tangent is not None for tensor in tensors)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .backend_call import FilterCall, without_autocast
+from .backend_call import FilterCall, is_transformed, without_autocast
 from .backend_reference import delta_system, filter_logits, filter_matrix
 from .backend_sdpa_delta import refuses as delta_refuses
-from .boost_derivatives import is_transformed
 from .cache_streams import boost_stream
 from .kernel_content import working_dtype
 from .kernel_position import keys_of_positions, rows_of_positions

@@ -16,11 +16,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .backend_call import FilterCall, autocast_dtype, without_autocast
+from .backend_call import FilterCall, autocast_dtype, is_transformed, without_autocast
 from .backend_sdpa import Augmented, additive_mask, augment, fused_call, with_sinks
 from .backend_sdpa import run as run_sdpa
 from .boost_delta import DenseDelta, hidden_rows
-from .boost_derivatives import is_transformed
 from .cache_streams import NO_STREAMS, boost_stream
 from .kernel_content import working_dtype
 

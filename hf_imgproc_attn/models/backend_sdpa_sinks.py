@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .boost_derivatives import is_transformed
+from .backend_call import is_transformed
 from .kernel_content import working_dtype
 
 

@@ -1,7 +1,4 @@
-"""Derivatives that no backward pass of its own gives: when they are asked for, and where they come from.
-
-Those of derivatives, by autograd through a plain form of what a function of its own computes faster.
-"""
+"""Derivatives of derivatives, by autograd through a plain form of what a function of its own computes faster."""
 
 from __future__ import annotations
 
@@ -37,15 +34,3 @@ def differentiable_gradients(
         )
     )
     return tuple(next(found) if needed else None for needed in needs)
-
-
-def is_transformed(tensors: tuple[torch.Tensor | None, ...]) -> bool:
-    """Whether ``torch.func`` or forward-mode differentiation looks at a call; a hand-written backward serves neither.
-
-    Args:
-        tensors: of the call.
-    """
-    if torch._C._are_functorch_transforms_active():
-        return True
-    unpack = torch.autograd.forward_ad.unpack_dual
-    return any(tensor is not None and unpack(tensor).tangent is not None for tensor in tensors)

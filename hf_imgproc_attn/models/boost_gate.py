@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .backend_call import is_transformed
 from .boost_by_parts import GatedRows
-from .boost_derivatives import is_transformed
 from .boost_exclusive import is_for_parts
 from .boost_gradient import ZeroLinear
 

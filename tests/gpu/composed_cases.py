@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from hf_imgproc_attn.gpu import is_specialised
 from hf_imgproc_attn.gpu.once import apply_once, once_forward
@@ -317,6 +318,21 @@ def extreme_sinks() -> list[float]:
     return errors_of(*found)
 
 
+def compiled() -> dict[str, Any]:
+    """Two applications, compiled in one graph: differences from eager and the number of graphs."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def layer(query: torch.Tensor, key: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        once = Once(query.sin(), key, 0.3, is_causal=True, normalisation="sigmoid")
+        return apply_once(once, x - apply_once(once, x)).cos()
+
+    fast, differences = torch.compile(layer, backend=counter, fullgraph=True), []
+    for length in (9, 11, 14):
+        given = [random(1, HEADS, length, 16, seed=seed).float() for seed in range(3)]
+        differences.append(float((fast(*given) - layer(*given)).abs().max()))
+    return {"differences": differences, "graphs": counter.frame_count}
+
+
 def lengths() -> float:
     """The difference between how many keys are visible, and a mask that says so; with positions' nearest keys."""
     case = Case("none", "gaussian", 16, 16, 0, 40, 2, True, False, 0.0)
@@ -381,6 +397,7 @@ def found(full: bool) -> dict[str, Any]:
         "operator_checks": operator_checks(),
         "lengths": lengths(),
         "extreme_sinks": extreme_sinks(),
+        "compiled": compiled(),
         "forgetting": forgetting(),
         "refused": refused(),
     }

@@ -300,6 +300,11 @@ def test_sinks_may_be_infinite_or_the_largest_numbers(found: Any) -> None:
     assert max(found["composed"]["extreme_sinks"]) < 5e-6
 
 
+def test_the_filter_applied_once_compiles_in_one_graph_for_all_lengths(found: Any) -> None:
+    assert max(found["composed"]["compiled"]["differences"]) < 1e-6
+    assert found["composed"]["compiled"]["graphs"] <= 2
+
+
 def test_lengths_say_what_a_mask_says(found: Any) -> None:
     assert found["composed"]["lengths"] == 0.0
 
