@@ -111,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
         "The full run takes the better part of an hour on two cores.",
     )
     benchmark.add_argument(
-        "--suite", nargs="+", metavar="NAME", help="attention, axes, decode, layers, models (default: all)"
+        "--suite", nargs="+", metavar="NAME", help="attention, axes, padding, decode, layers, models (default: all)"
     )
     benchmark.add_argument(
         "--quick", action="store_true", help="tiny shapes and few repetitions: a check, not a result"

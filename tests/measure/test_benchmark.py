@@ -146,6 +146,12 @@ def test_ctrl_c_keeps_the_finished_rows_and_an_earlier_record(
     assert [path.name for path in tmp_path.iterdir()] == ["costs.json"]
 
 
+def test_the_help_names_every_suite(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["benchmark", "--help"])
+    assert ", ".join(SUITES) in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_suite_that_is_run_again_goes_into_the_record_that_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
