@@ -46,7 +46,7 @@ def joint_logits(call: FilterCall, compute_dtype: torch.dtype) -> torch.Tensor |
         return None
     with without_autocast(call.query.device.type):
         key, query, place = (x.to(compute_dtype) for x in (key, call.query, term.query))
-        place = place.expand_as(query) if place.shape[0] < query.shape[0] else place
+        place = place.expand_as(query) if place.shape[0] != query.shape[0] else place
         # Without gradients, a cache knows both factors from the step before.
         ahead = getattr(call.streams, "ahead", None)
         if ahead is None or torch.is_grad_enabled() or torch.compiler.is_compiling():

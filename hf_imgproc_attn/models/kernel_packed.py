@@ -22,7 +22,7 @@ def pack_key(key: torch.Tensor, position_key: torch.Tensor | None, coordinates: 
     """
     parts = [key]
     if position_key is not None:
-        is_shared = position_key.shape[0] < key.shape[0]
+        is_shared = position_key.shape[0] != key.shape[0]
         parts.append(position_key.expand(key.shape[0], -1, -1, -1) if is_shared else position_key)
     if coordinates is not None:
         columns = encode_positions(coordinates, key.dtype).unsqueeze(1)
