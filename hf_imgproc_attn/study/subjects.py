@@ -121,9 +121,9 @@ UNTESTED = (
     Untested(
         "AutoAttack on the digits",
         "`digits_autoattack.yaml` in `training/configs/studies` measures it with fewer steps, classes and queries "
-        "than published, on 100 images, in some hours of a core; it has not been run. *Worst case* in the study of "
-        "digits is an image that withstood FGSM and PGD. On the photographs AutoAttack is measured beside PGD, "
-        "where it would show masked gradients.",
+        "than published, on 100 images; it has not been run. *Worst case* in the study of digits is an image that "
+        "withstood FGSM and PGD. On the photographs AutoAttack is measured beside PGD, where it would show masked "
+        "gradients.",
     ),
     Untested(
         "The other corruptions of ImageNet-C, frost among them",

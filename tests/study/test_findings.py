@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from statistics import fmean, multimode
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from hf_imgproc_attn.cli import main
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.models.layer_parameters import bandwidth_scale
 from hf_imgproc_attn.models.layer_positions import LayerPositions
+from hf_imgproc_attn.sequences import generate
+from hf_imgproc_attn.sequences.splits import IGNORED
 from hf_imgproc_attn.study.claims import CLAIMS
 from hf_imgproc_attn.study.comparisons import (
     Chapter,
@@ -365,3 +368,23 @@ def test_position_logits_start_as_the_page_says(monkeypatch: pytest.MonkeyPatch)
         expected = 0.21 / (bandwidth or (4 * 16) ** 0.25) ** 2
         assert len(deviations) == 4
         assert sum(deviations) / 4 == pytest.approx(expected, rel=0.15)
+
+
+def test_the_best_answers_to_corrupted_recall_are_as_often_right_as_the_page_says() -> None:
+    """Of the study's test split, by the value that a key was shown with most often, and by the one shown last."""
+    (task,) = read_study(ROOT / "training" / "configs" / "studies" / "corrupted_recall.yaml").tasks
+    settings = {name: json.loads(text) for name, text in (x.split("=") for x in task.options["sequence_settings"])}
+    split = generate(task.options["dataset_name"], settings=settings)["test"]
+    best, last = [], []
+    for tokens, labels in zip(split.tokens, split.labels, strict=True):
+        shown: dict[int, list[int]] = {}
+        for key, value, label in zip(tokens[::2].tolist(), tokens[1::2].tolist(), labels[1::2].tolist(), strict=True):
+            before = shown.setdefault(key, [])
+            if label != IGNORED:
+                most = multimode(before)
+                best.append((label in most) / len(most))
+                last.append(label == before[-1])
+            before.append(value)
+    (claim,) = (claim for claim in CLAIMS if claim.study == "corrupted_recall")
+    assert f"{100 * fmean(best):.1f} % of the test answers, with the value shown last in" in claim.text
+    assert claim.text.endswith(f"{100 * fmean(last):.1f} %.")
