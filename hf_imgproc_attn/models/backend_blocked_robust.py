@@ -69,7 +69,7 @@ def robust_gradients(
     results = [like.new_empty(x.shape) for x in tensors[:3]]
     left = like.new_empty(length, tensors.query.shape[-1])
     distances = _Distances(robust, like, length, plan.key_length, width)
-    shares, d_weights = (like.new_empty(plan.key_length, length) for _ in range(2))
+    shares, d_logits = (like.new_empty(plan.key_length, length) for _ in range(2))
     columns, moved = like.new_empty(plan.key_length, 1), like.new_empty(length, width)
     given = (flat(x, like.dtype) for x in (*tensors[:3], grad))
     gradients = (x.flatten(0, 1) for x in results)
@@ -81,7 +81,7 @@ def robust_gradients(
         distances.start(value)
         # Values, their squares and 1.
         turned_values, each = distances.values.mT.contiguous(), above
-        for sums in (d_weights, d_value, columns):
+        for sums in (d_value, columns):
             sums.zero_()
         for step in reversed(range(robust.steps)):
             centre, after = centres[step : step + 2]
@@ -90,19 +90,22 @@ def robust_gradients(
             are_bounded = at_least_(squares, distances.least)
             near = torch.pow(squares, -0.5, out=shares)
             pulls = linear(value, each, -torch.linalg.vecdot(each, after), *AFTER)
-            d_weights.addcmul_(near, pulls)
             d_value.add_(linear(near.mul_(matrix), each.mT, *PLAINLY))
-            change = pulls.mul_(shares)
+            # Faster than to gather dA by products that are added (``addcmul``), and to multiply by A in the end.
+            if step == robust.steps - 1:
+                torch.mul(pulls, shares, out=d_logits)
+                change = torch.div(d_logits, squares, out=pulls)
+            else:
+                d_logits.add_(pulls.mul_(shares))
+                change = pulls.div_(squares)
             if are_bounded:  # where f is constant its weight does not change
                 torch.ops.aten.threshold_backward.grad_input(change, squares, distances.least, grad_input=change)
-            change.div_(squares)
             d_value.add_(linear(change, centre.mT, *PLAINLY))
             columns.add_(change.sum(1, keepdim=True))
             turned = linear(turned_values, change.mT, *PLAINLY).mT
             each = torch.addcmul(turned[:, :width], centre, turned[:, -1:], value=-1.0, out=moved)
-        d_weights.add_(linear(value, each, -torch.linalg.vecdot(each, centres[0]), *AFTER))
+        d_logits.add_(linear(value, each, -torch.linalg.vecdot(each, centres[0]), *AFTER).mul_(matrix))
         d_value.add_(linear(matrix, each.mT, *PLAINLY)).sub_(value * columns)
-        d_logits = d_weights.mul_(matrix)
         torch.mul(linear(d_logits, query.mT, *PLAINLY), plan.scale, out=d_key)
         torch.mul(linear(key.mT.contiguous(), d_logits.mT, *PLAINLY).mT, plan.scale, out=d_query)
     return results[0], results[1], results[2]

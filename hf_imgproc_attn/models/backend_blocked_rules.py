@@ -250,7 +250,7 @@ class RobustRule:
 
 def at_least_(squares: torch.Tensor, least: float) -> bool:
     """Make ``least`` of smaller numbers, in place; whether there may have been any, which few calls have."""
-    if squares.numel() and bool(squares.amin() > least):
+    if squares.numel() and squares.amin().item() > least:
         return False
     squares.clamp_(min=least)
     return True
