@@ -28,7 +28,7 @@ from .boost_derivatives import differentiable_gradients
 from .boost_operators import ONE_PASS
 from .boost_weights import ByWeights, LocalLinear
 from .cache_streams import NO_STREAMS, boost_stream
-from .kernel_content import HALF_DTYPES
+from .kernel_content import HALF_DTYPES, working_dtype
 from .kernel_position import BlockedPositions
 
 
@@ -88,7 +88,7 @@ def run(call: FilterCall, *, block_rows: int | None = None, group_pairs: int | N
         for index, rows in enumerate(streams):
             call.streams.append(boost_stream(index + 1), rows.to(call.value.dtype))
     if gain is not None:
-        smooth = products.new_value.to(torch.promote_types(call.query.dtype, torch.float32)) - streams[0]
+        smooth = products.new_value.to(working_dtype(call.query.dtype)) - streams[0]
         output = smooth + gain * (output - smooth)
     return output.to(call.value.dtype)
 
@@ -103,7 +103,7 @@ def _as_products(call: FilterCall) -> tuple[BlockedPositions | None, FilterCall]
     query, key, value, content, visibility = call[:5]
     if rest.has_columns or isinstance(content.scale, torch.Tensor):
         with without_autocast(query.device.type):
-            query, key, scale, bias = augment(rest, torch.promote_types(query.dtype, torch.float32))
+            query, key, scale, bias = augment(rest, working_dtype(query.dtype))
         content = Content("dot_product", scale)
         if bias is not None:
             visibility = visibility._replace(bias=bias if visibility.bias is None else bias + visibility.bias)

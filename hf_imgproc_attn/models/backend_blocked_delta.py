@@ -19,6 +19,7 @@ from .backend_reference import filter_matrix
 from .boost_delta import DenseDelta, hidden_rows, strictly_before
 from .boost_derivatives import differentiable_gradients
 from .cache_streams import boost_stream
+from .kernel_content import working_dtype
 from .kernel_normalisation import Normalisation
 
 GRADIENTS: dict[str, type[Gradients]] = {"softmax": Gradients, "sigmoid": PairGradients, "softpick": PairGradients}
@@ -52,7 +53,7 @@ def run(call: Call, given: FilterCall) -> torch.Tensor:
             f"delta lacks the rows of {plan.past} earlier keys, got {0 if past is None else past.shape[-2]}"
         )
     shape = (plan.batch, plan.heads, plan.length, 1)
-    working = torch.promote_types(query.dtype, torch.float32)
+    working = working_dtype(query.dtype)
     gain = given.booster.gain
     rate = query.new_ones((), dtype=working) if gain is None else gain.to(working)
     parameters = () if call.positions is None else call.positions.parameters()
@@ -121,7 +122,7 @@ class DeltaFilter(torch.autograd.Function):
 def dense_delta(call: Call, tensors: Tensors, rate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and u written densely, in memory O(length * key_length), for whatever differentiates them."""
     plan, seen, dtype = call.plan, call.visibility, tensors.value.dtype
-    query, key, value = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors[:3])
+    query, key, value = (x.to(working_dtype(x.dtype)) for x in tensors[:3])
     repeats = plan.heads // plan.key_heads
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)

@@ -30,6 +30,7 @@ import torch
 from .backend_blocked_passes import Call, Inputs, Tensors
 from .backend_blocked_plan import Block, Group
 from .backend_blocked_weights import Buffer, KeySums, Weights, flat
+from .kernel_content import working_dtype
 
 
 class Known(NamedTuple):
@@ -62,22 +63,9 @@ class EarlierWeights(Weights):
         own.fill_(float("-inf"))
         return scores
 
-    def compute(self, block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As of the parent; with a sink every row has a log-sum-exp."""
-        scores = self.logits(block)
-        largest = scores.amax(-1, keepdim=True)
-        sinks = None if self.sinks is None else self._sink_logits(self.sinks)
-        if sinks is not None:
-            largest = torch.maximum(largest, sinks)
-        alone = largest == float("-inf")
-        largest.masked_fill_(alone, 0.0)
-        total = scores.sub_(largest).exp2_().sum(-1, keepdim=True)
-        if sinks is not None:
-            total.add_(torch.exp2(sinks - largest))
-        total.masked_fill_(alone, float("inf"))
-        factor, log_sum = total.reciprocal(), total.log2_().add_(largest)
-        correction = (log_sum - largest).exp2_().mul_(factor).masked_fill_(alone, 1.0)
-        return scores, factor, torch.cat((log_sum, correction), dim=-1)
+    def empty_rows(self, largest: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor | None:
+        """As of the parent, of the earlier keys; with a sink every row has a log-sum-exp."""
+        return (largest if sinks is None else torch.maximum(largest, sinks)) == float("-inf")
 
     def shares(self, log_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """alpha and 1 - alpha of the block that was computed last, ``[pairs, rows, 1]``.
@@ -153,7 +141,7 @@ def forward(call: Call, tensors: Tensors, rate: torch.Tensor, make: Callable[...
         make: the weights, of a call, its tensors and a tensor of the dtype to work in.
     """
     plan, width = call.plan, tensors.value.shape[-1]
-    like = tensors.query.new_empty(0, dtype=torch.promote_types(tensors.query.dtype, torch.float32))
+    like = tensors.query.new_empty(0, dtype=working_dtype(tensors.query.dtype))
     rows = like.new_empty(plan.batch, plan.heads, plan.length, width)
     weights, inputs = make(call, tensors, like), Inputs(call, tensors, rows)
     sizes = (width, width, weights.numbers)
@@ -211,7 +199,7 @@ class Gradients:
         call = call._replace(plan=call.plan.backward)
         query, key, value, bias, past, sinks, _ = tensors
         self.plan, self.known = call.plan, known
-        self.like = query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
+        self.like = query.new_empty(0, dtype=working_dtype(query.dtype))
         self.inputs = Inputs(call, tensors, known.rows)
         self.weights = self.make(call, tensors, needs[8:])
         self.rates, self.width = flat(rate, self.like.dtype), value.shape[-1]

@@ -21,6 +21,7 @@ from .backend_blocked_passes import Call, Inputs, Tensors
 from .backend_blocked_plan import Block, Group, multiply
 from .backend_blocked_weights import Buffer, KeySums, flat
 from .boost_derivatives import differentiable_gradients
+from .kernel_content import working_dtype
 
 
 class Maps(NamedTuple):
@@ -90,7 +91,7 @@ def _of_pairs(share: torch.Tensor, group: Group, like: torch.Tensor) -> torch.Te
 def _forward(maps: Maps, given: tuple[Tensors, Tensors], share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The output ``[pairs, length, d]``, and what each row of logits sums to, ``[pairs, length, 2]`` of each map."""
     plan, value = maps.first.plan, given[0].value
-    like = value.new_empty(0, dtype=torch.promote_types(value.dtype, torch.float32))
+    like = value.new_empty(0, dtype=working_dtype(value.dtype))
     output = like.new_empty(plan.batch * plan.heads, plan.length, value.shape[-1])
     row_sums = like.new_empty(2, plan.batch * plan.heads, plan.length, 2)
     inputs = [Inputs(call, own, no_streams(call, like)) for call, own in zip(maps, given, strict=True)]
@@ -129,7 +130,7 @@ class DifferenceGradients:
         value, self.share, *tensors = given
         self.maps, self.plan, self.row_sums = maps.backward, maps.backward.first.plan, row_sums
         both, half = maps.given(value, tuple(tensors)), (len(tensors) - 8) // 2
-        self.like = value.new_empty(0, dtype=torch.promote_types(value.dtype, torch.float32))
+        self.like = value.new_empty(0, dtype=working_dtype(value.dtype))
         widest = max(x.shape[-1] for x in (value, both[0].key, both[1].key))
         self.scratch = Buffer(self.like, self.plan.group_pairs * self.plan.key_length * widest)
         wanted = (*needs[5:7], *needs[11 : 11 + half]), (*needs[9:11], *needs[11 + half :])

@@ -42,6 +42,7 @@ from .backend_blocked_plan import Block, Group, Plan, multiply
 from .backend_blocked_positions import PositionTerm
 from .backend_blocked_weights import KeyHeads, Weights, flat
 from .boost_operators import BOOSTING, extra_streams
+from .kernel_content import working_dtype
 from .kernel_position import BlockedPositions
 from .visibility import Visibility
 
@@ -161,7 +162,7 @@ class Inputs:
     """
 
     def __init__(self, call: Call, tensors: Tensors, streams: torch.Tensor, *, leaves_out: bool = False) -> None:
-        plan, dtype = call.plan, torch.promote_types(tensors.query.dtype, torch.float32)
+        plan, dtype = call.plan, working_dtype(tensors.query.dtype)
         self.plan, self._leaves_out = plan, leaves_out and not plan.dropout
         self._span: Span | None = None
         self.past, self.width = plan.past, tensors.value.shape[-1]
@@ -298,7 +299,7 @@ def forward_passes(call: Call, tensors: Tensors) -> Computed:
     """Compute output and streams block by block."""
     plan, booster = call.plan, call.booster
     width, num_streams = tensors.value.shape[-1], len(booster.streams)
-    like = tensors.query.new_empty(0, dtype=torch.promote_types(tensors.query.dtype, torch.float32))
+    like = tensors.query.new_empty(0, dtype=working_dtype(tensors.query.dtype))
     streams = like.new_empty(plan.batch, plan.heads, plan.length, (num_streams - 1) * width)
     output, row_sums = (like.new_empty(plan.batch * plan.heads, plan.length, size) for size in (width, 2))
     weights = call.weights(tensors, like)

@@ -22,6 +22,7 @@ from .backend_blocked_whole import local_linear_by_pair, local_linear_gradients
 from .backend_blocked_whole import suits as suits_pairs
 from .boost_derivatives import differentiable_gradients
 from .boost_weights import ByWeights, LocalLinear, Robust
+from .kernel_content import working_dtype
 
 
 class RowsCall(NamedTuple):
@@ -107,7 +108,7 @@ def _backward_by_pair(
 def _forward(rows_call: RowsCall, tensors: Tensors, own: torch.Tensor) -> Kept:
     """The output, and what else is kept."""
     call, plan, rule = rows_call.call, rows_call.call.plan, rows_call.rule
-    like = tensors.query.new_empty(0, dtype=torch.promote_types(tensors.query.dtype, torch.float32))
+    like = tensors.query.new_empty(0, dtype=working_dtype(tensors.query.dtype))
     width = tensors.value.shape[-1]
     sizes = (width, 2, rule.kept(width))
     output, row_sums, kept = (like.new_empty(plan.batch * plan.heads, plan.length, size) for size in sizes)
@@ -160,7 +161,7 @@ def _backward(
     rows_call = rows_call._replace(call=rows_call.call._replace(plan=rows_call.call.plan.backward))
     call, plan, rule = rows_call.call, rows_call.call.plan, rows_call.rule
     key, value = tensors.key, tensors.value
-    like = key.new_empty(0, dtype=torch.promote_types(key.dtype, torch.float32))
+    like = key.new_empty(0, dtype=working_dtype(key.dtype))
     widths = key.shape[-1], value.shape[-1] + rule.has_columns
     scratch = Buffer(like, plan.group_pairs * plan.key_length * max(widths))
     found_of = LogitsGradients(call, tensors, (needs[3], needs[5], *needs[7:]), scratch)

@@ -28,6 +28,7 @@ from .backend_blocked_plan import Block
 from .backend_blocked_weights import LOG2_E, Buffer, Weights
 from .backend_call import FilterCall, is_transformed, without_autocast
 from .boost_derivatives import differentiable_gradients
+from .kernel_content import working_dtype
 from .kernel_given import KeyNumbers
 from .kernel_normalisation import Normalisation, sinkhorn_steps
 
@@ -51,7 +52,7 @@ def as_softmax(call: FilterCall, scales: torch.Tensor | None) -> FilterCall:
         call: of ``sinkhorn``.
         scales: c, ``[batch, heads, key_length]``; None: zeros, to ask who would serve it.
     """
-    working = torch.promote_types(call.query.dtype, torch.float32)
+    working = working_dtype(call.query.dtype)
     ones = call.query.new_ones((1, 1, 1, 1), dtype=working)
     if scales is None:
         scales = ones.view(1, 1, 1).expand(1, 1, call.key.shape[-2])
@@ -123,7 +124,7 @@ def _log_sum(logits: torch.Tensor, dim: int) -> torch.Tensor:
 
 def _forward(call: Call, tensors: Tensors, iterations: int) -> Scales:
     plan = call.plan
-    like = tensors.query.new_empty(0, dtype=torch.promote_types(tensors.query.dtype, torch.float32))
+    like = tensors.query.new_empty(0, dtype=working_dtype(tensors.query.dtype))
     pairs = plan.batch * plan.heads
     rows = like.new_zeros(iterations, pairs, plan.length, 1)
     columns = like.new_zeros(iterations, pairs, plan.key_length)
@@ -165,7 +166,7 @@ class Gradients(LogitsGradients):
 
     def __init__(self, call: Call, tensors: Tensors, scales: Scales, needs: tuple[bool, ...]) -> None:
         query, plan = tensors.query, call.plan
-        self.like = query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
+        self.like = query.new_empty(0, dtype=working_dtype(query.dtype))
         scratch = Buffer(self.like, plan.group_pairs * plan.key_length * query.shape[-1])
         super().__init__(call, tensors, (needs[0], False, *needs[1:]), scratch, Weights)
         self.scales = scales
@@ -204,7 +205,7 @@ class Gradients(LogitsGradients):
 def dense_scales(call: Call, tensors: Tensors, iterations: int) -> torch.Tensor:
     """c written densely, in memory O(length * key_length), for whatever differentiates it."""
     plan, seen = call.plan, call.visibility
-    query, key = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors[:2])
+    query, key = (x.to(working_dtype(x.dtype)) for x in tensors[:2])
     if plan.heads > plan.key_heads:
         key = key.repeat_interleave(plan.heads // plan.key_heads, dim=1)
     logits = dense_logits(call, tensors._replace(query=query, key=key))

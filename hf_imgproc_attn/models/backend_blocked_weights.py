@@ -239,13 +239,13 @@ class Weights:
             infinite for rows that see no key, and the factor that makes good its rounding.
         """
         scores = self.logits(block)
-        largest, empty = scores.amax(-1, keepdim=True), None
-        if (self.may_be_blind and not self.is_full) or self.bias is not None:
-            empty = largest == float("-inf")
-            largest.masked_fill_(empty, 0.0)
+        largest = scores.amax(-1, keepdim=True)
         sinks = None if self.sinks is None else self._sink_logits(self.sinks)
+        empty = self.empty_rows(largest, sinks)
         if sinks is not None:
             largest = torch.maximum(largest, sinks)
+        if empty is not None:
+            largest.masked_fill_(empty, 0.0)
         total = scores.sub_(largest).exp2_().sum(-1, keepdim=True)
         if sinks is not None:
             total.add_(torch.exp2(sinks - largest))
@@ -256,6 +256,16 @@ class Weights:
         if empty is not None:
             correction.masked_fill_(empty, 1.0)
         return scores, factor, torch.cat((log_sum, correction), dim=-1)
+
+    def empty_rows(self, largest: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor | None:
+        """Rows of the block that have no weights, ``[pairs, rows, 1]``, or None where there can be none.
+
+        Args:
+            largest: logits of each row, ``[pairs, rows, 1]``.
+            sinks: logits of the sinks, ``[pairs, 1, 1]``: by themselves they are nothing that is seen.
+        """
+        can_be = (self.may_be_blind and not self.is_full) or self.bias is not None
+        return largest == float("-inf") if can_be else None
 
     def _sink_logits(self, sinks: torch.Tensor) -> torch.Tensor:
         """``[heads]`` to those of each pair, ``[pairs, 1, 1]``."""

@@ -17,7 +17,7 @@ from .backend_blocked import refuses as blocked_refuses
 from .backend_blocked import run as run_blocked
 from .backend_blocked_plan import BLOCK_ROWS, WHOLE_SCORES, suits_onednn
 from .backend_blocked_sinkhorn import as_softmax, scales_refuse
-from .backend_call import FilterCall
+from .backend_call import FilterCall, has_tangents
 from .backend_chunked import refuses as chunked_refuses
 from .backend_chunked import run as run_chunked
 from .backend_measured import SAFE, cuda_order
@@ -28,7 +28,7 @@ from .backend_sdpa_delta import refuses as sdpa_delta_refuses
 from .backend_sdpa_delta import run as run_sdpa_delta
 from .boost_operators import ONE_PASS
 from .cache_streams import NO_STREAMS
-from .kernel_content import HALF_DTYPES
+from .kernel_content import HALF_DTYPES, working_dtype
 from .kernel_position import is_by_place
 
 Run = Callable[[FilterCall], torch.Tensor]
@@ -141,7 +141,7 @@ def _takes_several_passes(call: FilterCall) -> bool:
     scores = call.query.shape[-2] * call.key.shape[-2]
     if not call.is_boosted or call.visibility.causal or scores <= WHOLE_SCORES:
         return False
-    like = call.query.new_empty(0, dtype=torch.promote_types(call.query.dtype, torch.float32))
+    like = call.query.new_empty(0, dtype=working_dtype(call.query.dtype))
     return not suits_onednn(like, BLOCK_ROWS * call.key.shape[-2] * call.query.shape[-1])
 
 
@@ -166,6 +166,13 @@ CHOICES = (
         "traced by torch.compile or torch.export",
         lambda call: torch.compiler.is_compiling(),
         ("sdpa", "reference"),
+    ),
+    # No fused call has forward mode, and the others compute it densely.
+    Choice(
+        None,
+        "differentiated in forward mode",
+        lambda call: has_tangents((call.query, call.key, call.value)),
+        ("reference",),
     ),
     # One row of weights serves all passes, and no columns have to be put beside every cached key.
     Choice(None, "one query, boosted or with columns", _is_one_row, ("reference",)),

@@ -18,6 +18,7 @@ from .backend_call import is_transformed
 from .boost_by_parts import GatedRows
 from .boost_exclusive import is_for_parts
 from .boost_gradient import ZeroLinear
+from .kernel_content import working_dtype
 
 
 def gated(output: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -73,5 +74,5 @@ class TokenGains(ZeroLinear):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``[batch, length, hidden_size]`` to ``[2, batch, heads, length, 1]`` in at least float32."""
         change = super().forward(hidden_states).unflatten(-1, (2, -1))
-        gains = change.to(torch.promote_types(change.dtype, torch.float32)).permute(2, 0, 3, 1).unsqueeze(-1)
+        gains = change.to(working_dtype(change.dtype)).permute(2, 0, 3, 1).unsqueeze(-1)
         return gains + torch.tensor([1.0, 0.0], dtype=gains.dtype, device=gains.device).view(2, 1, 1, 1, 1)

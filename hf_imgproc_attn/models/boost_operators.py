@@ -44,6 +44,8 @@ from collections.abc import Callable
 
 import torch
 
+from .kernel_content import working_dtype
+
 Attend = Callable[[torch.Tensor], torch.Tensor]
 """Applies A: a stream ``[batch, heads, key_length, d]`` to ``[batch, heads, length, d]``."""
 
@@ -158,7 +160,7 @@ def exclusive(
 ) -> torch.Tensor:
     """s_i - v_i (s_i . v_i) / |v_i|^2 with s = A V: orthogonal to the token's own value; s_i where that is 0."""
     smooth = attend(full_value)
-    working = torch.promote_types(smooth.dtype, torch.float32)
+    working = working_dtype(smooth.dtype)
     rows, own = smooth.to(working), value.to(working)
     # A number a row changes no direction, and squares of small values would underflow.
     largest = own.detach().abs().amax(-1, keepdim=True)

@@ -13,6 +13,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .boost_depth import initial_state
+from .kernel_content import working_dtype
 from .layer_inputs import LayerInputs
 from .modeling_shared import run_time_choices, wanted_attentions
 from .modeling_text import TextModelMixin
@@ -144,7 +145,7 @@ def pooler_input(tokens: torch.Tensor, attention_mask: torch.Tensor | None, pool
             f"{list(attention_mask.shape)}"
         )
     # Thousands of tokens add up: in half precision the sum would be rounded, or pass its range.
-    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    dtype = working_dtype(tokens.dtype)
     weights = attention_mask.to(dtype).unsqueeze(-1)
     mean = (tokens.to(dtype) * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1)
     return mean.to(tokens.dtype)

@@ -176,3 +176,35 @@ def test_whole_models(backbone: str, variant: str, backend: str) -> None:
         model.config.filter_backend = name
         results.append(model(inputs).logits)
     torch.testing.assert_close(results[1], results[0], **TIGHT)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own, in its forward mode
+@pytest.mark.parametrize("kind", ["torch.func", "dual tensors"])
+@pytest.mark.parametrize(("backbone", "variant"), [("gpt2", "twicing"), ("gpt2", "bilateral"), ("vit", "twicing")])
+def test_auto_serves_forward_mode(backbone: str, variant: str, kind: str) -> None:
+    """Fused calls, which it would take for so few scores, have no forward mode."""
+    from hf_imgproc_attn import ImgProcGPT2Model, ImgProcViTModel
+
+    torch.manual_seed(0)
+    model: Any
+    if backbone == "gpt2":
+        model = ImgProcGPT2Model(gpt2_config(variant, attn_implementation="sdpa"))
+        name, given = "inputs_embeds", model.wte(token_ids()).detach().double()
+    else:
+        model = ImgProcViTModel(vit_config(variant, attn_implementation="sdpa"))
+        name, given = "pixel_values", images().double()
+    model = model.double().eval().requires_grad_(False)
+    given.requires_grad_()
+    direction = torch.randn(given.shape, generator=torch.Generator().manual_seed(1), dtype=given.dtype)
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return model(**{name: x}).last_hidden_state
+
+    if kind == "torch.func":
+        change = torch.func.jvp(call, (given.detach(),), (direction,))[1]
+    else:
+        with torch.autograd.forward_ad.dual_level():
+            dual = call(torch.autograd.forward_ad.make_dual(given.detach(), direction))
+            change = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    (grad,) = torch.autograd.grad(call(given).square().sum() / 2, given)
+    torch.testing.assert_close((change * call(given)).sum(), (grad * direction).sum(), **TIGHT)
