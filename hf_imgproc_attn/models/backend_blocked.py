@@ -271,8 +271,8 @@ class BlockedFilter(torch.autograd.Function):
         computed = (forward_by_pair if call.plan.by_pair and suits_pairs(call, tensors) else forward_passes)(
             call, tensors
         )
-        ctx.call = call
-        ctx.save_for_backward(query, key, value, bias, past, sinks, *computed, *parameters)
+        ctx.call, ctx.are_moderate = call, computed.are_moderate
+        ctx.save_for_backward(query, key, value, bias, past, sinks, *computed[:3], *parameters)
         ctx.set_materialize_grads(False)
         output = computed.output.to(value.dtype).unflatten(0, (call.plan.batch, call.plan.heads))
         return output, computed.streams
@@ -280,7 +280,8 @@ class BlockedFilter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None, stream_grad: torch.Tensor | None) -> tuple[Any, ...]:
         query, key, value, bias, past, sinks, *rest = ctx.saved_tensors
-        tensors, computed = Tensors(query, key, value, bias, past, sinks, tuple(rest[3:])), Computed(*rest[:3])
+        tensors = Tensors(query, key, value, bias, past, sinks, tuple(rest[3:]))
+        computed = Computed(*rest[:3], are_moderate=ctx.are_moderate)
         needs = ctx.needs_input_grad
         with without_autocast(query.device.type):
             if torch.is_grad_enabled():  # create_graph=True: the gradients are to be differentiated themselves

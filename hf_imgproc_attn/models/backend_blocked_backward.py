@@ -29,7 +29,8 @@ class Gradients:
         self.call, self.plan, self.booster, self.computed = call, call.plan, call.booster, computed
         self.width, self.num_streams = value.shape[-1], len(call.booster.streams)
         self.like = query.new_empty(0, dtype=working_dtype(query.dtype))
-        self.inputs = Inputs(call, tensors, computed.streams, leaves_out=True)
+        known = computed.are_moderate
+        self.inputs = Inputs(call, tensors, computed.streams, leaves_out=True, are_moderate=known)
         self.query = self.like.new_empty(query.shape)
         self.key, self.value = (self.inputs.key_heads.total(x, self.like.dtype) for x in (key, value))
         self.bias = self.like.new_zeros(bias.shape) if bias is not None and needs_bias else None

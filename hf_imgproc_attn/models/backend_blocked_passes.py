@@ -159,9 +159,18 @@ class Inputs:
         streams: x_1, x_2, ... of the queries side by side, ``[batch, heads, length, (k - 1) * d]``.
         leaves_out: whether a group's blocks leave something out, so that no key before the first and after the
             last that its samples see is read, and hidden rows that are moderate numbers stay: their weights are 0.
+        are_moderate: whether all rows are, where that is known.
     """
 
-    def __init__(self, call: Call, tensors: Tensors, streams: torch.Tensor, *, leaves_out: bool = False) -> None:
+    def __init__(
+        self,
+        call: Call,
+        tensors: Tensors,
+        streams: torch.Tensor,
+        *,
+        leaves_out: bool = False,
+        are_moderate: bool | None = None,
+    ) -> None:
         plan, dtype = call.plan, working_dtype(tensors.query.dtype)
         self.plan, self._leaves_out = plan, leaves_out and not plan.dropout
         self._span: Span | None = None
@@ -170,7 +179,8 @@ class Inputs:
         self._all = tuple(flat(x, dtype) for x in (*tensors[:3], streams))
         self._past = None if tensors.past is None else flat(tensors.past, dtype)
         self._keeps_moderate = leaves_out and call.normalisation == "softmax" and tensors.query.device.type == "cpu"
-        self._are_moderate: bool | None = None
+        self.are_moderate = are_moderate
+        """Whether hidden rows stay; None: nobody has asked."""
         self._hidden = self._runs = None
         hidden = call.visibility.hidden
         if hidden is not None:
@@ -204,10 +214,10 @@ class Inputs:
 
     def _stay(self) -> bool:
         """Whether hidden rows need not be made 0: neither they nor sums with weights overflow."""
-        if self._are_moderate is None:
+        if self.are_moderate is None:
             given = [*self._all[:3], *([] if self._past is None else [self._past])]
-            self._are_moderate = self._keeps_moderate and all(map(is_moderate, given))
-        return self._are_moderate
+            self.are_moderate = self._keeps_moderate and all(map(is_moderate, given))
+        return self.are_moderate
 
     def _clean(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """A copy of ``[pairs, key_length, width]`` with 0 where a key is hidden."""
@@ -219,7 +229,7 @@ class Inputs:
 
     def clear_lost_(self, rows: torch.Tensor) -> None:
         """Make 0 of what is not finite in the queries' rows ``[pairs, length, width]`` whose own keys are hidden."""
-        if self.hidden is None or self._are_moderate:
+        if self.hidden is None or self.are_moderate:
             return
         if self._runs is None:
             rows.masked_fill_(self.hidden[:, self.past :] & ~rows.isfinite(), 0.0)
@@ -279,11 +289,13 @@ class Computed(NamedTuple):
     output: ``[pairs, length, d]``.
     streams: x_1, x_2, ... of the queries side by side, ``[batch, heads, length, (k - 1) * d]``.
     row_sums: of each row of logits, ``[pairs, length, 2]``; see :meth:`Weights.compute`.
+    are_moderate: see :class:`Inputs`; the tensors of the backward pass are the same.
     """
 
     output: torch.Tensor
     streams: torch.Tensor
     row_sums: torch.Tensor
+    are_moderate: bool | None = None
 
 
 def _fill_blind(booster: Recurrence, inputs: Inputs, output: torch.Tensor, blocks: list[Block]) -> None:
@@ -330,4 +342,4 @@ def forward_passes(call: Call, tensors: Tensors) -> Computed:
                     for later in range(m + 1, num_streams):
                         combine(inputs.own[:, rows, inputs.columns(later)], booster.streams[later], *common)
                     combine(out[:, rows], booster.output, *common)
-    return Computed(output, streams, row_sums)
+    return Computed(output, streams, row_sums, inputs.are_moderate)

@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_imgproc_attn.models import backend_blocked_passes
 from hf_imgproc_attn.models.backend_blocked import run as run_blocked
 from hf_imgproc_attn.models.backend_blocked_hidden import MOST_RUNS, KeyRuns, key_runs
 from hf_imgproc_attn.models.backend_blocked_passes import Inputs
@@ -155,6 +156,27 @@ def test_moderate_numbers_stay_where_a_key_is_hidden(
     tensors = [random(2, HEADS, LENGTH, 4, seed=seed).masked_fill(~mask.mT, content) for seed in range(3)]
     run_blocked(filter_call(*tensors, boosting="none", attention_mask=mask, is_causal=True), group_pairs=2 * HEADS)
     assert len(cleaned) == copies
+
+
+@pytest.mark.parametrize("content", [1.0, 1e30])
+def test_backward_asks_no_more_whether_numbers_are_moderate(content: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward pass has asked of the same tensors; where it was not so, both copy keys and values."""
+    asked, cleaned, ask, clean = [], [], backend_blocked_passes.is_moderate, Inputs._clean
+    monkeypatch.setattr(backend_blocked_passes, "is_moderate", lambda x: asked.append(x) or ask(x))
+    monkeypatch.setattr(Inputs, "_clean", lambda own, x, hidden: cleaned.append(x) or clean(own, x, hidden))
+    mask = shown("both ends and a hole")
+    given = [random(2, HEADS, LENGTH, 4, seed=seed).masked_fill(~mask.mT, content) for seed in range(3)]
+    leaves = [x.requires_grad_() for x in given]
+    call = filter_call(*leaves, attention_mask=mask, is_causal=True)
+    output = run_blocked(call, group_pairs=2 * HEADS)
+    counts = len(asked), len(cleaned)
+    direction = random(*output.shape, seed=3).masked_fill(~mask.mT, 0.0)
+    found = torch.autograd.grad(output, leaves, direction)
+    assert (len(asked), len(cleaned)) == (counts[0], 2 * counts[1])
+    assert counts == ((3, 0) if content == 1.0 else (1, 2))
+    expected = torch.autograd.grad(run_reference(call), leaves, direction)
+    for got, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-10, atol=1e-10)
 
 
 def products(call: FilterCall, own: list[torch.Tensor], group_pairs: int) -> tuple[int, int]:
