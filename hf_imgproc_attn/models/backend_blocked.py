@@ -279,9 +279,9 @@ class BlockedFilter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None, stream_grad: torch.Tensor | None) -> tuple[Any, ...]:
-        query, key, value, bias, past, sinks, *rest = ctx.saved_tensors
-        tensors = Tensors(query, key, value, bias, past, sinks, tuple(rest[3:]))
-        computed = Computed(*rest[:3], are_moderate=ctx.are_moderate)
+        query, key, value, bias, past, sinks, output, streams, row_sums, *parameters = ctx.saved_tensors
+        tensors = Tensors(query, key, value, bias, past, sinks, tuple(parameters))
+        computed = Computed(output, streams, row_sums, ctx.are_moderate)
         needs = ctx.needs_input_grad
         with without_autocast(query.device.type):
             if torch.is_grad_enabled():  # create_graph=True: the gradients are to be differentiated themselves
