@@ -128,7 +128,7 @@ def is_blocked(item: pytest.Item) -> bool:
 
 
 def alternated(items: list[pytest.Item]) -> list[pytest.Item]:
-    """What is left where a test with ``both_back_ends`` that goes over ``variant`` runs each variant on one of the two.
+    """What is left where a test with ``both_back_ends`` runs each value of its ``variant`` on one of the two.
 
     The back-ends take turns along a test's variants, and which is first depends on the test's name: each test meets
     both back-ends and all variants, and each variant both back-ends in one test or another.
