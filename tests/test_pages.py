@@ -53,8 +53,8 @@ SHARED_TOKENS = (
     "--max_steps 5 --output_dir outputs/shared-tokens"
 )
 RECOVERY = (
-    "python training/finetune_real.py sentence-transformers/all-MiniLM-L6-v2 --steps 40 --learning_rate 3e-5 "
-    "--output outputs/minilm.json"
+    "python training/finetune_real.py sentence-transformers/all-MiniLM-L6-v2 --steps 40 --length 32 "
+    "--learning_rate 3e-5 --output outputs/minilm.json"
 )
 RECOVERY_PLOT = "python training/finetune_real.py --records outputs/minilm.json --plot outputs/recovery.png"
 ELSEWHERE = {

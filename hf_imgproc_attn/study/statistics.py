@@ -41,19 +41,22 @@ class Summary:
         mean: of the values.
         deviation: sample standard deviation (divisor n - 1); None of one value.
         t_interval: of the mean, by Student's t.
-        bootstrap: of the mean, by the bias-corrected and accelerated bootstrap.
     """
 
     values: tuple[float, ...]
     mean: float
     deviation: float | None
     t_interval: Interval
-    bootstrap: Interval
 
     @property
     def count(self) -> int:
         """Of the values."""
         return len(self.values)
+
+    @property
+    def bootstrap(self) -> Interval:
+        """Of the mean, by the bootstrap; made when it is asked for, since it takes longer than all else."""
+        return bootstrap_interval(self.values)
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,18 @@ def summarise(values: Sequence[float]) -> Summary:
         raise ValueError(f"values must be finite numbers, at least one, got {list(values)}")
     mean, given = float(array.mean()), tuple(array.tolist())
     if array.size == 1:
-        return Summary(given, mean, None, Interval(None, None), Interval(None, None))
+        return Summary(given, mean, None, Interval(None, None))
     deviation = float(array.std(ddof=1))
     if _is_constant(array):  # as accuracies of few samples can be: their spread is not known, it is not nothing
-        return Summary(given, mean, deviation, Interval(None, None), Interval(None, None))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, array.size - 1)) * deviation / math.sqrt(array.size)
-    return Summary(given, mean, deviation, Interval(mean - half, mean + half), bootstrap_interval(array))
+        return Summary(given, mean, deviation, Interval(None, None))
+    half = _quantile(array.size - 1) * deviation / math.sqrt(array.size)
+    return Summary(given, mean, deviation, Interval(mean - half, mean + half))
+
+
+@lru_cache  # of few numbers, asked for thousands of times
+def _quantile(freedom: int) -> float:
+    """Of Student's t, for both ends of an interval."""
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
 
 
 def bootstrap_interval(values: Sequence[float] | np.ndarray) -> Interval:

@@ -28,6 +28,7 @@ from hf_imgproc_attn.study.comparisons import (
     points_to_the_better,
     read_chapter,
     seeds_in_words,
+    verdict_of,
 )
 from hf_imgproc_attn.study.evidence import BEGIN, END, evidence_table
 from hf_imgproc_attn.study.findings import LEDGERS, MOST_CERTAIN, anchor, findings
@@ -144,6 +145,39 @@ def test_readme_makes_no_claim_about_accuracy_that_the_ledgers_do_not() -> None:
     assert not re.findall(r"[^.]*\d\s?(?:%|points?\b)[^.]*(?:accura|perplexity|robust)[^.]*", prose)
     assert not re.findall(r"(?:accuracy|perplexity|robustness)[^.|]{0,60}\d+(?:\.\d+)?\s?(?:%|points?\b)", prose)
     assert not re.findall(r"(?:more|less|higher|lower|better|worse)\s+(?:accura|perplexity|robust)", prose)
+
+
+BOTH = ("bilateral", "bilateral_twicing")
+README_SAYS = [
+    *[
+        (study, "mean of all corruptions", variant, "softmax_as_large", BETTER)
+        for study in ("cifar10_small", "cifar10")
+        for variant in BOTH
+    ],
+    *[("wikitext2_medium", "clean", v, against, BETTER) for v in BOTH for against in ("softmax", "softmax_as_large")],
+    *[("wikitext2_medium", "clean", "rope", against, BETTER) for against in ("softmax", "softmax_as_large")],
+    *[("wikitext2_medium", "clean", variant, "rope", NO_DIFFERENCE) for variant in BOTH],
+    ("corrupted_recall", "clean", "twicing", "softmax", BETTER),
+    *[
+        ("digits", condition, "bilateral_gaussian", "softmax", WORSE)
+        for condition in ("clean", "Gaussian noise, sigma 0.2", "FGSM, epsilon 8/255", "PGD, epsilon 16/255")
+    ],
+]
+"""Study, condition, variant, baseline and verdict of what README says in words."""
+
+
+def test_readme_says_in_words_what_the_ledgers_say() -> None:
+    verdicts = {
+        (name, entry.condition, entry.row.variant, entry.against): verdict_of(entry.row)
+        for name in SUBJECTS
+        for _, entries in read_chapter(name, ROOT / LEDGERS).claims
+        for entry in entries
+    }
+    assert {said[:4]: verdicts.get(said[:4]) for said in README_SAYS} == {said[:4]: said[4] for said in README_SAYS}
+    of_twicing = {said: verdict for said, verdict in verdicts.items() if said[2:] == ("twicing", "softmax")}
+    seen = {name for (name, *_), verdict in of_twicing.items() if verdict != NO_DIFFERENCE}
+    assert len(of_twicing) > 50
+    assert seen == {"corrupted_recall"}
 
 
 def test_without_ledgers_the_command_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
