@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections import defaultdict
 from collections.abc import Generator
 from pathlib import Path
@@ -100,8 +101,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     What is long would run alone at the end, if it began last. At the end are the tests of models, most of them short.
     """
-    kept, only_blocked = sampled(items), config.getoption("--blocked")
-    if config.getoption("--full"):  # of the second back-end every combination only where it is asked for
+    only_blocked, everything = config.getoption("--blocked"), config.getoption("--full")
+    kept = sampled(items if only_blocked or everything else alternated(items))
+    if everything:  # of the second back-end every combination only where it is asked for
         kept |= {item for item in items if only_blocked or not is_blocked(item)}
     if only_blocked:
         kept = {item for item in kept if is_blocked(item)}
@@ -123,6 +125,25 @@ def is_blocked(item: pytest.Item) -> bool:
         and hasattr(item, "callspec")
         and (item.callspec.params.get("_back_end") == "blocked")
     )
+
+
+def alternated(items: list[pytest.Item]) -> list[pytest.Item]:
+    """What is left where a test with ``both_back_ends`` runs each value of its ``variant`` on one of the two.
+
+    The back-ends take turns along a test's variants, and which is first depends on the test's name: each test meets
+    both back-ends and all variants, and each variant both back-ends in one test or another.
+    """
+    kept, places = [], defaultdict[str, dict[int, int]](dict)
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            values = item.callspec.params
+            if "_back_end" in values and "variant" in values:
+                place = places[item.nodeid.partition("[")[0]]
+                turn = place.setdefault(id(values["variant"]), len(place)) + zlib.crc32(item.originalname.encode())
+                if is_blocked(item) != bool(turn % 2):
+                    continue
+        kept.append(item)
+    return kept
 
 
 def sampled(items: list[pytest.Item]) -> set[pytest.Item]:

@@ -7,6 +7,7 @@ import signal
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,50 @@ def test_each_value_occurs_in_few_rows_that_mix_them() -> None:
     assert [letter for letter, *_ in chosen] == list("abcdefghi")
     assert Counter(word for _, word, _ in chosen) == {"x": 3, "y": 3, "z": 3}
     assert len({(word, number) for _, word, number in chosen}) == 6, "all pairs"
+
+
+ALTERNATING = """
+import pytest
+
+pytestmark = pytest.mark.both_back_ends
+
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("variant", ["a", "b", "c"])
+def test_one(variant, width): pass
+
+@pytest.mark.parametrize("variant", ["a", "b", "c"])
+def test_two(variant): pass
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_without_variants(width): pass
+"""
+
+
+@pytest.mark.parametrize("options", ["", "--blocked", "--full", "--full --blocked"])
+def test_variants_of_a_test_take_turns_on_the_back_ends(pytester: pytest.Pytester, options: str) -> None:
+    """But all run on both with ``--full``, and all on the one that ``--blocked`` asks for."""
+    pytester.makeconftest(
+        "from tests.conftest import pytest_addoption, pytest_collection_modifyitems, pytest_generate_tests, _back_end"
+    )
+    pytester.makeini("[pytest]\nmarkers =\n    both_back_ends: a mark")
+    pytester.makepyfile(ALTERNATING)
+    run = pytester.inline_run("--collect-only", *options.split())
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for item in run.getcall("pytest_collection_finish").session.items:
+        cases.setdefault(item.originalname, []).append(item.callspec.params)
+    both = {"auto", "blocked"} if "--blocked" not in options else {"blocked"}
+    for name in ("test_one", "test_two"):
+        found = {(case["_back_end"], case["variant"]) for case in cases[name]}
+        assert {variant for _, variant in found} == set("abc")
+        assert {back_end for back_end, _ in found} == both
+        assert len(found) == (len(both) * 3 if options else 3)
+    widths = Counter((case["_back_end"], case["width"]) for case in cases["test_one"])
+    assert widths.keys() == set(itertools.product(both, [1, 2])), "other axes are cut on neither back-end"
+    assert len(cases["test_without_variants"]) == 2 * len(both)
+    if not options:
+        turns = [{case["variant"]: case["_back_end"] for case in cases[name]} for name in ("test_one", "test_two")]
+        assert turns[0] == {"a": "auto", "b": "blocked", "c": "auto"}
+        assert turns[1] == {"a": "blocked", "b": "auto", "c": "blocked"}, "the name decides which is first"
 
 
 @pytest.mark.parametrize(
