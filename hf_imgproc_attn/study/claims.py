@@ -35,6 +35,11 @@ _RIVALS = (
     "inversion", "dynamic_inversion", "exclusive", "gated", "sink", "softpick", "qk_norm", "value_residual",
     "local_linear", "differential", "robust", "sigmoid", "sinkhorn",
 )  # fmt: skip
+_ON_LISTS = (
+    "learned_twicing", "sos", "gradient_boosted", "neutreno", "dynamic_inversion", "exclusive", "local_linear",
+    "differential", "robust", "value_residual", "qk_norm", "sink", "softpick", "sigmoid", "sinkhorn",
+    "bilateral_gaussian",
+)  # fmt: skip
 _LARGER = ("softmax_as_large", "softmax_as_costly")
 
 CLAIMS = (
@@ -156,6 +161,13 @@ CLAIMS = (
         "listops",
         ("over-smoothing",),
         (*_FILTERS, "inversion", "gated"),
+    ),
+    Claim(
+        "Other boosters, normalisations and gates help on nested lists",
+        "Each paper reports gains of its own on other data.",
+        "listops_rivals",
+        ("clean", "over-smoothing"),
+        _ON_LISTS,
     ),
     Claim(
         "Filters classify small photographs better",
