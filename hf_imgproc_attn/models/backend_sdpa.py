@@ -83,7 +83,8 @@ def augment(call: FilterCall, dtype: torch.dtype, choice_dtype: torch.dtype | No
 
 def _divided_features(call: FilterCall) -> list[Positions]:
     """Features over the factor on products, if that is all there is: queries times it would be rounded. Else none."""
-    scale, divided = call.content.scale, list[Positions]()
+    scale = call.content.scale
+    divided: list[Positions] = []  # torch.compile breaks its graph at list[Positions]()
     for term in call.positions:
         if not isinstance(term, FeaturePositions) or isinstance(scale, torch.Tensor) or scale <= 0.0:
             return []

@@ -9,7 +9,9 @@ import torch
 import torch._dynamo.testing
 
 from hf_imgproc_attn.models import backend_chunked
+from hf_imgproc_attn.models.backend_table import BACKENDS
 from hf_imgproc_attn.models.boost_weights import Robust
+from hf_imgproc_attn.models.kernel_given import FeaturePositions
 from hf_imgproc_attn.models.kernel_normalisation import Normalisation
 from tests.models.ecosystem_cases import BACKBONES, build, inputs_of, real_logits
 from tests.models.helpers import filter_call
@@ -142,3 +144,18 @@ def test_chunks_compile_for_every_length(changes: dict[str, Any]) -> None:
             torch._dynamo.mark_static(row, [0, 1, 3])
         got, wanted = (torch.autograd.grad(run(*rows).square().sum(), rows) for run in (compiled, attend))
         torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("position", [True, False], ids=["features", "no positions"])
+def test_half_precision_by_fused_calls_compiles_in_one_graph(position: bool) -> None:
+    """What they are given is put together another way than in single precision."""
+    torch._dynamo.reset()
+    features = FeaturePositions(*(random(1, 1, 5, 3, seed=seed).bfloat16() for seed in (3, 4)))
+
+    def attend(*rows: torch.Tensor) -> torch.Tensor:
+        call = filter_call(*rows, is_causal=True, boosting="twicing", positions=features if position else None)
+        return BACKENDS["sdpa"].run(call)
+
+    rows = [random(2, 2, 5, 8, seed=seed).bfloat16() for seed in range(3)]
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*rows), attend(*rows), rtol=0, atol=0)
