@@ -52,15 +52,16 @@ SMALL_VIT = dict(
         "import hf_imgproc_attn, transformers",
         "import hf_imgproc_attn, transformers.models.auto.modeling_auto",
         "from hf_imgproc_attn import ImgProcGPT2Config",
-        "from hf_imgproc_attn import PRESETS\nimport transformers",
+        pytest.param("from hf_imgproc_attn import PRESETS\nimport transformers", marks=pytest.mark.full),
         "import hf_imgproc_attn.models.modeling_imgproc_gpt2",
-        "import hf_imgproc_attn.models.modeling_imgproc_vit",
+        pytest.param("import hf_imgproc_attn.models.modeling_imgproc_vit", marks=pytest.mark.full),
         "import hf_imgproc_attn.models.layer_filter",
-        "from hf_imgproc_attn import convert",
+        pytest.param("from hf_imgproc_attn import convert", marks=pytest.mark.full),
         "from hf_imgproc_attn.registration import register\nregister()\nregister()",
     ],
 )
 def test_registered_in_every_import_order(run_python: RunPython, first: str) -> None:
+    """Those that ``--full`` alone tests start as another one does: by a name of the package, or in its models."""
     result = run_python("-c", first + "\n" + SMALL + CHECK)
     assert result.stdout == "registered\n", result.stderr
     assert result.stderr == "", "registration asks for nothing that is missing"

@@ -134,7 +134,7 @@ TEXT_MODELS = ("gpt2", "llama", "mistral", "gemma3", "qwen3", "gpt_neox", "deeps
 
 def generate(model: Any, given: dict[str, torch.Tensor], options: dict[str, Any], **calls: Any) -> Any:
     config = GenerationConfig(
-        max_new_tokens=8,
+        max_new_tokens=5,
         pad_token_id=0,
         eos_token_id=None,
         return_dict_in_generate=True,

@@ -24,7 +24,7 @@ from hf_imgproc_attn.models.kernel_given import BiasPositions, FeaturePositions
 from hf_imgproc_attn.models.kernel_position import BlockedPositions, ClassTokens, GaussianPositions
 from hf_imgproc_attn.models.kernel_relative import AlibiPositions, BucketPositions, bucket_boundaries
 from hf_imgproc_attn.models.visibility import attention_visibility
-from tests.gpu import composed_cases, model_cases
+from tests.gpu import composed_cases, model_cases, quick_interpreter  # noqa: F401  # which it changes
 from tests.gpu.decode_cases import decoding
 from tests.gpu.hub_cases import hub_kernel
 from tests.gpu.schedules import schedules

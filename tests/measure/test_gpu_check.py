@@ -34,7 +34,12 @@ FAULTY = (Part("x", "What goes wrong", "tests.measure.faulty_cases", share=1.0),
 Record = dict[str, Any]
 # Not on a GPU machine. What hides them is read by every Python that has its folder on its path.
 HIDDEN = ("datasets", "evaluate", "art", "sklearn", "matplotlib", "skimage", "cv2", "pandas")
-KNOWN = ("transformers.trainer", "transformers.models.gpt2.modeling_gpt2", "transformers.models.vit.modeling_vit")
+KNOWN = (
+    "transformers.trainer",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.vit.modeling_vit",
+    "tests.gpu.quick_interpreter",
+)
 """The rehearsal's processes are forked from one that has imported it in their environment, the rest hidden."""
 HIDE = f"""
 import importlib.machinery, sys

@@ -17,7 +17,7 @@ from hf_imgproc_attn.models.modeling_imgproc_vit import (
 )
 from tests.helpers import ROOT, prepared_python, run_command
 from tests.models.ecosystem_cases import BACKBONES, CLASSES, build, inputs_of, real_logits
-from tests.models.fsdp_worker import FILTERS
+from tests.models.fsdp_worker import FILTERS, ONLY_FULL, SHARDED
 from tests.models.variants import (
     VARIANTS,
     made_once,
@@ -96,17 +96,18 @@ def test_offloaded_blocks_give_the_same(backbone: str, variant: str, tmp_path: P
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+def sharded(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> list[dict[str, str]]:
     """What two processes of `fsdp_worker.py` report."""
-    folder = made_once(tmp_path_factory, "sharded", run_sharded)
+    words = ["--full"] if pytestconfig.getoption("--full") else []
+    folder = made_once(tmp_path_factory, "sharded", lambda place: run_sharded(place, words))
     return [json.loads((folder / f"report_{rank}.json").read_text()) for rank in range(2)]
 
 
-def run_sharded(folder: Path) -> None:
+def run_sharded(folder: Path, words: list[str]) -> None:
     """Start the two processes."""
     command = [prepared_python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = run_command(
-        [*command, str(Path(__file__).with_name("fsdp_worker.py"))],
+        [*command, str(Path(__file__).with_name("fsdp_worker.py")), *words],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         timeout=300,
@@ -115,8 +116,11 @@ def run_sharded(folder: Path) -> None:
 
 
 @once
-@pytest.mark.parametrize("variant", [*VARIANTS, "policy"])
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize(
+    ("backbone", "variant"),
+    [pytest.param(*case, marks=pytest.mark.full if case in ONLY_FULL else ()) for case in SHARDED]
+    + [("gpt2", "policy"), ("vit", "policy")],
+)
 def test_fully_sharded_models_give_the_same_gradients(
     backbone: str, variant: str, sharded: list[dict[str, str]]
 ) -> None:
