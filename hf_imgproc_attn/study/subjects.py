@@ -48,9 +48,15 @@ SUBJECTS = {
         "two epochs; ten classes, accuracy on 2,000 test sequences. Lengths and epochs were chosen with softmax on "
         "the validation split so that it neither fails nor is perfect.",
     ),
+    "listops_seeds": Subject(
+        "ListOps, made short, with twelve more seeds",
+        "The lists, the model and the recipe of the study above, whose three seeds could not tell anything apart; "
+        "other seeds.",
+    ),
     "listops_rivals": Subject(
         "More filters and rivals on ListOps, made short",
-        "The lists, the model and the recipe of the study above, which was made without them; softmax ran again.",
+        "The lists, the model and the recipe of the first study of lists, which was made without them; softmax ran "
+        "again, with three seeds.",
     ),
     "cifar10_small": Subject(
         "CIFAR-10, 4,000 training images",
@@ -101,7 +107,12 @@ SUBJECTS = {
         "observations have to be averaged. 600 steps; accuracy of the answers in 1,280 test sequences. The setting is "
         "the third that was tried with softmax and one seed on the validation split: nearly learned, not quite. With "
         "32 tokens and a fifth of the values wrong, softmax did reach the best answers that are possible: what is "
-        "better here may only learn faster.",
+        "better here may only learn faster: the next study asks.",
+    ),
+    "corrupted_recall_long": Subject(
+        "The same recall, three times as long",
+        "The same sequences and model, 1,800 steps instead of 600, with a learning rate that falls as slowly as that "
+        "takes. The number of steps was not tuned.",
     ),
 }
 """Study -> what it is of, in the order of the page."""
@@ -123,11 +134,12 @@ UNTESTED = (
         "need another.",
     ),
     Untested(
-        "AutoAttack on the digits",
+        "AutoAttack on the digits, with enough seeds",
         "`digits_autoattack.yaml` in `training/configs/studies` measures it with fewer steps, classes and queries "
-        "than published, on 100 images; it has not been run. *Worst case* in the study of digits is an image that "
-        "withstood FGSM and PGD. On the photographs AutoAttack is measured beside PGD, where it would show masked "
-        "gradients.",
+        "than published, on 100 images. Of its 35 runs few have ended "
+        "(`training/results/study/digits_autoattack`), too few for a verdict. *Worst case* in the study of digits "
+        "is an image that withstood FGSM and PGD. On the photographs AutoAttack is measured beside PGD, where it "
+        "would show masked gradients.",
     ),
     Untested(
         "The other corruptions of ImageNet-C, frost among them",
