@@ -52,6 +52,7 @@ class EarlierWeights(Weights):
     """A', block by block, and the logits of the queries' own tokens."""
 
     numbers = 2
+    counts_sinks = True
     own: torch.Tensor
     """Of the block that was computed last, in units of log 2, ``[pairs, rows, 1]``."""
 
@@ -62,10 +63,6 @@ class EarlierWeights(Weights):
         self.own = own.unsqueeze(-1).clone()
         own.fill_(float("-inf"))
         return scores
-
-    def empty_rows(self, largest: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor | None:
-        """As of the parent, of the earlier keys; with a sink every row has a log-sum-exp."""
-        return (largest if sinks is None else torch.maximum(largest, sinks)) == float("-inf")
 
     def shares(self, log_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """alpha and 1 - alpha of the block that was computed last, ``[pairs, rows, 1]``.

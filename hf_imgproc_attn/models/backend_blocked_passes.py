@@ -42,7 +42,6 @@ from .backend_blocked_plan import Block, Group, Plan, multiply
 from .backend_blocked_positions import PositionTerm
 from .backend_blocked_weights import KeyHeads, Weights, flat
 from .boost_operators import BOOSTING, extra_streams
-from .kernel_content import working_dtype
 from .kernel_position import BlockedPositions
 from .visibility import Visibility
 
@@ -171,7 +170,7 @@ class Inputs:
         leaves_out: bool = False,
         are_moderate: bool | None = None,
     ) -> None:
-        plan, dtype = call.plan, working_dtype(tensors.query.dtype)
+        plan, dtype = call.plan, torch.promote_types(tensors.query.dtype, torch.float32)
         self.plan, self._leaves_out = plan, leaves_out and not plan.dropout
         self._span: Span | None = None
         self.past, self.width = plan.past, tensors.value.shape[-1]
@@ -311,7 +310,7 @@ def forward_passes(call: Call, tensors: Tensors) -> Computed:
     """Compute output and streams block by block."""
     plan, booster = call.plan, call.booster
     width, num_streams = tensors.value.shape[-1], len(booster.streams)
-    like = tensors.query.new_empty(0, dtype=working_dtype(tensors.query.dtype))
+    like = tensors.query.new_empty(0, dtype=torch.promote_types(tensors.query.dtype, torch.float32))
     streams = like.new_empty(plan.batch, plan.heads, plan.length, (num_streams - 1) * width)
     output, row_sums = (like.new_empty(plan.batch * plan.heads, plan.length, size) for size in (width, 2))
     weights = call.weights(tensors, like)

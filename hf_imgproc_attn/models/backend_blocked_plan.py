@@ -19,8 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .kernel_content import working_dtype
-
 BLOCK_ROWS = 128
 """Query rows of a block of causal or long attention."""
 GROUP_SCORES = 2**21
@@ -201,7 +199,7 @@ def make_plan(
     """
     batch, heads, length, _ = query.shape
     key_length = key.shape[-2]
-    like = query.new_empty(0, dtype=working_dtype(query.dtype))
+    like = query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
     if block_rows is None:
         whole = not is_causal and (not one_pass or length <= 2 * BLOCK_ROWS) and length * key_length <= WHOLE_SCORES
         held = 2 if dropout else 1  # the mask and the weights without what it drops take as much again
@@ -280,7 +278,7 @@ def suits_pairs(query: torch.Tensor, key_length: int) -> bool:
     length, width = query.shape[-2:]
     if length * key_length > PAIR_SCORES or torch.get_num_threads() > 1:
         return False
-    like = query.new_empty(0, dtype=working_dtype(query.dtype))
+    like = query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
     return suits_onednn(like, length * key_length * width)
 
 

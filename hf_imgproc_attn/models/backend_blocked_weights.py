@@ -146,6 +146,8 @@ class Weights:
 
     unit = LOG2_E
     """Of the logits: those of a natural exponential, times this."""
+    counts_sinks = False
+    """Whether a row has weights that sees a sink and no key; then every row is asked, whatever may be blind."""
 
     def __init__(
         self,
@@ -241,9 +243,13 @@ class Weights:
         scores = self.logits(block)
         largest = scores.amax(-1, keepdim=True)
         sinks = None if self.sinks is None else self._sink_logits(self.sinks)
-        empty = self.empty_rows(largest, sinks)
+        empty = None
+        if not self.counts_sinks and ((self.may_be_blind and not self.is_full) or self.bias is not None):
+            empty = largest == float("-inf")
         if sinks is not None:
             largest = torch.maximum(largest, sinks)
+        if self.counts_sinks:
+            empty = largest == float("-inf")
         if empty is not None:
             largest.masked_fill_(empty, 0.0)
         total = scores.sub_(largest).exp2_().sum(-1, keepdim=True)
@@ -256,16 +262,6 @@ class Weights:
         if empty is not None:
             correction.masked_fill_(empty, 1.0)
         return scores, factor, torch.cat((log_sum, correction), dim=-1)
-
-    def empty_rows(self, largest: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor | None:
-        """Rows of the block that have no weights, ``[pairs, rows, 1]``, or None where there can be none.
-
-        Args:
-            largest: logits of each row, ``[pairs, rows, 1]``.
-            sinks: logits of the sinks, ``[pairs, 1, 1]``: by themselves they are nothing that is seen.
-        """
-        can_be = (self.may_be_blind and not self.is_full) or self.bias is not None
-        return largest == float("-inf") if can_be else None
 
     def _sink_logits(self, sinks: torch.Tensor) -> torch.Tensor:
         """``[heads]`` to those of each pair, ``[pairs, 1, 1]``."""

@@ -236,15 +236,8 @@ def is_transformed(tensors: tuple[torch.Tensor | None, ...]) -> bool:
     Args:
         tensors: of the call.
     """
-    return torch._C._are_functorch_transforms_active() or has_tangents(tensors)
-
-
-def has_tangents(tensors: tuple[torch.Tensor | None, ...]) -> bool:
-    """Whether forward-mode differentiation looks at a call, as in ``torch.func.jvp``.
-
-    Args:
-        tensors: of the call.
-    """
+    if torch._C._are_functorch_transforms_active():
+        return True
     unpack = torch.autograd.forward_ad.unpack_dual
     return any(tensor is not None and unpack(tensor).tangent is not None for tensor in tensors)
 

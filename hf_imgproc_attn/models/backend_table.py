@@ -11,13 +11,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
 from .backend_blocked import column_scales
 from .backend_blocked import refuses as blocked_refuses
 from .backend_blocked import run as run_blocked
 from .backend_blocked_plan import BLOCK_ROWS, WHOLE_SCORES, suits_onednn
 from .backend_blocked_sinkhorn import as_softmax, scales_refuse
-from .backend_call import FilterCall, has_tangents
+from .backend_call import FilterCall
 from .backend_chunked import refuses as chunked_refuses
 from .backend_chunked import run as run_chunked
 from .backend_measured import SAFE, cuda_order
@@ -28,7 +29,7 @@ from .backend_sdpa_delta import refuses as sdpa_delta_refuses
 from .backend_sdpa_delta import run as run_sdpa_delta
 from .boost_operators import ONE_PASS
 from .cache_streams import NO_STREAMS
-from .kernel_content import HALF_DTYPES, working_dtype
+from .kernel_content import HALF_DTYPES
 from .kernel_position import is_by_place
 
 Run = Callable[[FilterCall], torch.Tensor]
@@ -141,7 +142,7 @@ def _takes_several_passes(call: FilterCall) -> bool:
     scores = call.query.shape[-2] * call.key.shape[-2]
     if not call.is_boosted or call.visibility.causal or scores <= WHOLE_SCORES:
         return False
-    like = call.query.new_empty(0, dtype=working_dtype(call.query.dtype))
+    like = call.query.new_empty(0, dtype=torch.promote_types(call.query.dtype, torch.float32))
     return not suits_onednn(like, BLOCK_ROWS * call.key.shape[-2] * call.query.shape[-1])
 
 
@@ -171,7 +172,7 @@ CHOICES = (
     Choice(
         None,
         "differentiated in forward mode",
-        lambda call: has_tangents((call.query, call.key, call.value)),
+        lambda call: any(unpack_dual(x).tangent is not None for x in (call.query, call.key, call.value)),
         ("reference",),
     ),
     # One row of weights serves all passes, and no columns have to be put beside every cached key.
