@@ -241,16 +241,11 @@ class Weights:
             infinite for rows that see no key, and the factor that makes good its rounding.
         """
         scores = self.logits(block)
-        largest = scores.amax(-1, keepdim=True)
+        of_keys, empty = scores.amax(-1, keepdim=True), None
         sinks = None if self.sinks is None else self._sink_logits(self.sinks)
-        empty = None
-        if not self.counts_sinks and ((self.may_be_blind and not self.is_full) or self.bias is not None):
-            empty = largest == float("-inf")
-        if sinks is not None:
-            largest = torch.maximum(largest, sinks)
-        if self.counts_sinks:
-            empty = largest == float("-inf")
-        if empty is not None:
+        largest = of_keys if sinks is None else torch.maximum(of_keys, sinks)
+        if self.counts_sinks or (self.may_be_blind and not self.is_full) or self.bias is not None:
+            empty = (largest if self.counts_sinks else of_keys) == float("-inf")
             largest.masked_fill_(empty, 0.0)
         total = scores.sub_(largest).exp2_().sum(-1, keepdim=True)
         if sinks is not None:
