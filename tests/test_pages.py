@@ -364,6 +364,7 @@ def test_readme_is_short_and_in_the_order_a_reader_needs() -> None:
         "Install",
         "Ten lines",
         "Two commands",
+        "Does it help?",
         "Gallery",
         "Pages",
         "Citing",
