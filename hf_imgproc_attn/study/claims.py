@@ -53,8 +53,8 @@ CLAIMS = (
     ),
     Claim(
         "Twicing withstands noise and attacks better",
-        "The same paper reports the larger gains under FGSM, PGD and on corrupted images. *Worst case*: an image counts "
-        "as right if it withstood both attacks.",
+        "The same paper reports the larger gains under FGSM, PGD and on corrupted images. *Worst case*: an image is "
+        "right if it withstood both attacks.",
         "digits",
         ("noise", "attack"),
         _TWICING,
