@@ -11,6 +11,7 @@ import pytest
 from hf_imgproc_attn.cli import main
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.study.driver import parse_shard
+from hf_imgproc_attn.study.report import of_their_own
 from hf_imgproc_attn.study.study_file import read_study
 from tests.helpers import ROOT
 from tests.study.conftest import TINY_TASK, WriteStudy
@@ -208,6 +209,14 @@ def test_a_variant_may_have_its_own_training(write_study: WriteStudy) -> None:
     assert len(words["tuned"]) == len({word.partition("=")[0] for word in words["tuned"]})
     assert runs["tuned"].identity["variant"] == {**tuned, "fields": {}}
     assert runs["softmax"].identity["variant"] == {"name": "softmax", "preset": "softmax", "fields": {}}
+
+
+def test_the_report_says_what_variants_have_of_their_own(write_study: WriteStudy) -> None:
+    last_two = {"name": "twicing", "preset": "twicing", "fields": {"boosted_layers": [-2, -1]}}
+    tuned = {"name": "tuned", "preset": "softmax", "options": {"learning_rate": 0.5}}
+    said = "With values of their own: twicing (boosted_layers [-2, -1]), tuned (preset softmax, learning_rate 0.5)."
+    assert of_their_own(read_study(write_study(variants=["softmax", last_two, tuned]))) == said
+    assert of_their_own(read_study(write_study())) == ""
 
 
 def test_shard_is_i_of_n() -> None:
