@@ -21,7 +21,7 @@ pytestmark = pytest.mark.both_back_ends
 
 PATCH, SIDE = 4, 5
 BLIND = {"shuffled": ("none",), "mirrored": ("none", "gaussian", "alibi")}
-BLIND |= {change: BLIND["mirrored"] for change in ("upside down", "turned")}
+BLIND |= dict.fromkeys(("upside down", "turned"), BLIND["mirrored"])
 """Arrangement of the same patches -> kernels of positions for which nothing has changed."""
 PRESETS = {
     "none": "nope", "gaussian": "bilateral_gaussian", "alibi": "alibi", "relative_buckets": "t5_bias",
