@@ -146,6 +146,23 @@ CLAIMS = (
         ("softmax", "softmax_as_large"),
     ),
     Claim(
+        "Gaussian contents, and positions relative to each other, do as well as stock attention",
+        "A question of this package: where `bilateral_gaussian` loses on small images. Its kernel of positions, like "
+        "that of `alibi`, reads distances alone and cannot tell left from right; `t5_bias` and `rope` can, `nope` has "
+        "no positions. gaussian_contents has stock attention's positions, added to the tokens.",
+        "digits_positions",
+        ("clean", "noise"),
+        ("gaussian_contents", "bilateral_gaussian", "alibi", "nope", "t5_bias", "rope"),
+    ),
+    Claim(
+        "Another learning rate than the one chosen for softmax helps a filter",
+        "A question of this package: each variant with four rates, beside softmax with the same rate. A difference "
+        "that only another rate shows would say that the recipe of softmax is unfair to the filter.",
+        "digits_rates",
+        ("clean",),
+        _OF_PHOTOGRAPHS,
+    ),
+    Claim(
         "Untied position logits should not start as small as they do",
         "A question of this package: a smaller `position_bandwidth` h multiplies the position logits, and their "
         "gradients, by 2/h². The default is that of stock attention, and changes only with an interval that leaves "

@@ -24,7 +24,7 @@ class Comparison(NamedTuple):
         table: of the condition.
         against: the baseline.
         row: of the variant.
-        condition: as the page names it: with the metric where a claim is about several under one condition.
+        condition: as the page names it: with the task and the metric where a claim is about several of them.
     """
 
     table: Table
@@ -74,6 +74,8 @@ def _comparisons(tables: dict[str, list[Table]], claim: Claim) -> list[Compariso
             if table.family in claim.families:
                 names = [name for name in claim.variants if name in rows and rows[name].difference is not None]
                 found += [Comparison(table, against, rows[name], table.condition) for name in names]
+    if len({entry.table.task for entry in found}) > 1:
+        found = [entry._replace(condition=f"{entry.table.task}, {entry.condition}") for entry in found]
     metrics: dict[str, set[str]] = {}
     for entry in found:
         metrics.setdefault(entry.condition, set()).add(entry.table.metric)

@@ -147,7 +147,13 @@ def test_readme_makes_no_claim_about_accuracy_that_the_ledgers_do_not() -> None:
     assert not re.findall(r"(?:more|less|higher|lower|better|worse)\s+(?:accura|perplexity|robust)", prose)
 
 
-BOTH = ("bilateral", "bilateral_twicing")
+def test_conditions_name_the_task_of_a_study_with_several() -> None:
+    chapter = read_chapter("digits_rates", ROOT / LEDGERS)
+    conditions = {entry.condition for _, found in chapter.claims for entry in found}
+    assert conditions == {f"rate_{rate}, clean" for rate in ("5e4", "1e3", "2e3", "4e3")}
+
+
+BOTH, RELATIVE = ("bilateral", "bilateral_twicing"), ("alibi", "t5_bias", "rope")
 README_SAYS = [
     *[
         (study, "mean of all corruptions", variant, "softmax_as_large", BETTER)
@@ -165,6 +171,9 @@ README_SAYS = [
         ("digits", condition, "bilateral_gaussian", "softmax", WORSE)
         for condition in ("clean", "Gaussian noise, sigma 0.2", "FGSM, epsilon 8/255", "PGD, epsilon 16/255")
     ],
+    ("digits_positions", "clean", "gaussian_contents", "softmax", BETTER),
+    ("digits_positions", "Gaussian noise, sigma 0.2", "gaussian_contents", "softmax", NO_DIFFERENCE),
+    *[("digits_positions", "clean", variant, "softmax", WORSE) for variant in ("bilateral_gaussian", *RELATIVE)],
 ]
 """Study, condition, variant, baseline and verdict of what README says in words."""
 
