@@ -53,7 +53,8 @@ CLAIMS = (
     ),
     Claim(
         "Twicing withstands noise and attacks better",
-        "The same paper reports the larger gains under FGSM, PGD and on corrupted images.",
+        "The same paper reports the larger gains under FGSM, PGD and on corrupted images. *Worst case*: an image is "
+        "right if it withstood both attacks.",
         "digits",
         ("noise", "attack"),
         _TWICING,
@@ -135,6 +136,14 @@ CLAIMS = (
         ("clean",),
         _BOOSTED,
         _LARGER,
+    ),
+    Claim(
+        "Filters withstand AutoAttack better",
+        "AutoAttack is the ensemble that would show masked gradients, here with fewer steps than the published ones.",
+        "digits_autoattack",
+        ("attack",),
+        (*_FILTERS, "neutreno", "robust"),
+        ("softmax", "softmax_as_large"),
     ),
     Claim(
         "Untied position logits should not start as small as they do",

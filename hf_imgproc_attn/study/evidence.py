@@ -12,6 +12,7 @@ from ..markdown_tables import table_text
 from ..measure.gpu_check.report import replace_between
 from ..output_paths import writing
 from ..shipped_files import shipped_file
+from .claims import CLAIMS
 from .comparisons import seeds_in_words
 from .ledger import HEADER, Ledger
 from .report import NOTHING, interval, number
@@ -38,9 +39,10 @@ class Found:
 
 
 def found_in(ledgers: Path) -> Iterator[Found]:
-    """The studies of :data:`.subjects.SUBJECTS` that compare with softmax on the test split and have runs."""
+    """The studies with a claim on undisturbed data that compare with softmax on the test split and have runs."""
+    asked = {claim.study for claim in CLAIMS if "clean" in claim.families}
     for name in SUBJECTS:
-        if not (ledgers / name / HEADER).is_file():
+        if name not in asked or not (ledgers / name / HEADER).is_file():
             continue
         study = read_study(shipped_file(f"training/configs/studies/{name}.yaml"))
         if study.baseline != STOCK or study.split != "test":

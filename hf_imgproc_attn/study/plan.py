@@ -32,11 +32,13 @@ class Variant:
         name: in tables and files.
         preset: of its attention.
         fields: further fields of its configuration; they win over the preset's and the task's.
+        options: of its training, such as a learning rate chosen for it; they win over the task's.
     """
 
     name: str
     preset: str
     fields: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class StudyTask:
         overrides = {**self.options.get("config_overrides", {}), **variant.fields}
         options = {
             **{name: value for name, value in self.options.items() if name != "config_overrides"},
+            **variant.options,
             "preset": variant.preset,
             "seed": seed,
             "data_seed": seed,
@@ -105,7 +108,7 @@ class Run:
     @property
     def identity(self) -> dict[str, Any]:
         """What makes this run what it is: two runs with the same are the same run."""
-        variant = {"name": self.variant.name, "preset": self.variant.preset, "fields": self.variant.fields}
+        variant = {name: value for name, value in vars(self.variant).items() if name != "options" or value}
         return {"recipe": self.task.recipe, "variant": variant, "seed": self.seed}
 
     @property
@@ -181,6 +184,19 @@ def option_words(name: str, value: Any) -> list[str]:
     if isinstance(value, list):
         return [f"--{name}", *map(_word, value)] if value else []
     return [f"--{name}={_word(value)}"]
+
+
+def meaning(words: Sequence[str]) -> list[str]:
+    """Words of options that are equal where the options mean the same: in one order, and each number in one form."""
+    parts = (word.partition("=") for word in words)
+    return sorted(f"{name}{equals}{_one_form(value)}" for name, equals, value in parts)
+
+
+def _one_form(value: str) -> str:
+    try:
+        return repr(float(value))
+    except ValueError:
+        return value
 
 
 def _word(value: Any) -> str:

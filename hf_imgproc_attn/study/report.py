@@ -75,6 +75,8 @@ def markdown(study: Study, tables: Sequence[Table], content: dict[str, Any]) -> 
         "",
         explanation(study),
     ]
+    if of_their_own(study):
+        lines += ["", of_their_own(study)]
     if content["autoattack_gaps"]:
         lines += ["", on_autoattack(content["autoattack_gaps"])]
     if not tables:
@@ -102,6 +104,17 @@ def explanation(study: Study) -> str:
         "Holm's method for the number of comparisons in its table; below 0.05 the verdict is better or worse. "
         "Operations: of a training step a sample."
     )
+
+
+def of_their_own(study: Study) -> str:
+    """What the study's file gives to single variants, in one sentence; empty if it gives nothing."""
+    said = []
+    for variant in study.variants:
+        values = [f"{name} {value}" for name, value in {**variant.fields, **variant.options}.items()]
+        if values:
+            preset = [] if variant.name == variant.preset else [f"preset {variant.preset}"]
+            said.append(f"{variant.name} ({', '.join([*preset, *values])})")
+    return f"With values of their own: {', '.join(said)}." if said else ""
 
 
 def on_autoattack(gaps: Mapping[str, float]) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError, plain_message
 from ..models.spec_fields import FILTER_FIELDS, preset_fields
-from .plan import Match, StudyTask, Variant, training_script
+from .plan import Match, StudyTask, Variant, meaning, training_script
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -85,7 +85,9 @@ class Prepared:
         """
         seen: dict[str, str] = {}
         for variant in variants:
-            fields = json.dumps(self._configuration(variant).to_dict(), sort_keys=True, default=str)
+            training = self.task.words(Variant("", "softmax", {}, variant.options), 0)
+            content = (self._configuration(variant).to_dict(), meaning(training))
+            fields = json.dumps(content, sort_keys=True, default=str)
             other = seen.setdefault(fields, variant.name)
             if other != variant.name:
                 raise UsageError(
@@ -113,7 +115,8 @@ class Prepared:
         candidates = []
         for fields in (self._wider, self._deeper):
             for step in range(_MOST_WIDTHS):
-                variant = Variant(match.name, self._baseline.preset, {**self._baseline.fields, **fields(step)})
+                shape = {**self._baseline.fields, **fields(step)}
+                variant = replace(self._baseline, name=match.name, fields=shape)
                 size = self.size(variant)
                 if getattr(size, match.measure) >= wanted:
                     candidates.append((variant, size))

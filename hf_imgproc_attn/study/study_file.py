@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ from ..models.spec_fields import PRESETS
 from ..shipped_files import shipped_file
 from ..yaml_files import read_yaml_mapping
 from .measurements import check_settings
-from .plan import Match, Study, StudyTask, Variant, check_runs, place_data
+from .plan import Match, Study, StudyTask, Variant, check_runs, meaning, place_data
 
 MEASURES = ("parameters", "compute")
 SPLITS = ("test", "validation")
 _FIELDS = ("name", "version", "baseline", "seeds", "variants", "matched", "tasks", "split", "keep_models")
 _MOST_SEEDS = 10_000
+_OF_TRAINING = (
+    "learning_rate", "weight_decay", "warmup_steps", "lr_scheduler_type", "num_train_epochs", "max_steps",
+    "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "optim",
+)  # fmt: skip
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]*")
 # What the study says itself, or what has no place in one.
 _NOT_OPTIONS = {
@@ -105,7 +110,7 @@ def _variants(value: Any) -> tuple[Variant, ...]:
     for index, variant in enumerate(variants):
         for other in variants[:index]:
             _check(other.name != variant.name, f"variants must have different names, got {variant.name!r} twice")
-            same = (other.preset, other.fields) == (variant.preset, variant.fields)
+            same = replace(other, name=variant.name) == variant
             _check(not same, f"variants {other.name!r} and {variant.name!r} are equal: their runs would be the same")
     return tuple(variants)
 
@@ -114,8 +119,8 @@ def _variant(entry: Any) -> Variant:
     if isinstance(entry, str):
         entry = {"name": entry, "preset": entry}
     _check(isinstance(entry, dict), f"a variant must be the name of a preset or a mapping, got {entry!r}")
-    _known(entry, ("name", "preset", "fields"), "field of a variant")
-    preset, fields = entry.get("preset"), _given(entry, "fields", {})
+    _known(entry, ("name", "preset", "fields", "options"), "field of a variant")
+    preset, fields, options = entry.get("preset"), _given(entry, "fields", {}), _given(entry, "options", {})
     which = "preset" + (f" of variant {entry['name']}" if "name" in entry and entry["name"] != preset else "")
     _check(
         preset is not None,
@@ -128,7 +133,10 @@ def _variant(entry: Any) -> Variant:
         f"{which} must be one of {', '.join(PRESETS)}, got {preset!r}{hint}",
     )
     _check(isinstance(fields, dict), f"fields of a variant must be a mapping, got {fields!r}")
-    return Variant(_name(entry.get("name", preset), "name of a variant"), str(preset), dict(fields))
+    name = _name(entry.get("name", preset), "name of a variant")
+    _check(isinstance(options, dict), f"options of variant {name} must be a mapping, got {options!r}")
+    _known(options, _OF_TRAINING, f"option of variant {name}")
+    return Variant(name, str(preset), dict(fields), dict(options))
 
 
 def _matched(value: Any, names: list[str]) -> tuple[Match, ...]:
@@ -166,7 +174,7 @@ def _tasks(value: Any, folder: Path, split: str) -> tuple[StudyTask, ...]:
 def _is_same(one: StudyTask, other: StudyTask) -> bool:
     """Whether two tasks mean the same, however their options are written (``3`` or ``"3"``)."""
     stock = Variant("softmax", "softmax")
-    words = [sorted(task.words(stock, 0)) for task in (one, other)]
+    words = [meaning(task.words(stock, 0)) for task in (one, other)]
     return (one.kind, one.measure) == (other.kind, other.measure) and words[0] == words[1]
 
 

@@ -35,6 +35,11 @@ SUBJECTS = {
         "test images, where one image is 0.28 points. Learning rate and length were chosen for softmax on the "
         "validation split (`digits_recipe.yaml`): what the filters lack in tuning counts against them.",
     ),
+    "digits_autoattack": Subject(
+        "AutoAttack on the digits",
+        "The images and the recipe above, trained again; FGSM, PGD and AutoAttack on 100 test images, where one image "
+        "is a point.",
+    ),
     "digits_start": Subject(
         "Where untied position logits start",
         "The same images and recipe, on the validation split, whose 179 images make steps of 0.56 points; the test "
@@ -132,14 +137,6 @@ UNTESTED = (
         "Whether a recipe tuned for a filter helps it",
         "Every recipe here was chosen for softmax or for nothing. `bilateral_gaussian`, far behind on the digits, may "
         "need another.",
-    ),
-    Untested(
-        "AutoAttack on the digits, with enough seeds",
-        "`digits_autoattack.yaml` in `training/configs/studies` measures it with fewer steps, classes and queries "
-        "than published, on 100 images. Of its 35 runs few have ended "
-        "(`training/results/study/digits_autoattack`), too few for a verdict. *Worst case* in the study of digits "
-        "is an image that withstood FGSM and PGD. On the photographs AutoAttack is measured beside PGD, where it "
-        "would show masked gradients.",
     ),
     Untested(
         "The other corruptions of ImageNet-C, frost among them",

@@ -11,6 +11,7 @@ import pytest
 from hf_imgproc_attn.cli import main
 from hf_imgproc_attn.errors import UsageError
 from hf_imgproc_attn.study.driver import parse_shard
+from hf_imgproc_attn.study.report import of_their_own
 from hf_imgproc_attn.study.study_file import read_study
 from tests.helpers import ROOT
 from tests.study.conftest import TINY_TASK, WriteStudy
@@ -40,6 +41,22 @@ def with_options(**changes: Any) -> dict[str, Any]:
         ({"variants": ["softmax", {"preset": "twicing", "field": {}}]}, "unknown field of a variant 'field'.*fields?"),
         ({"variants": ["softmax", 3]}, "must be the name of a preset or a mapping, got 3"),
         ({"variants": ["softmax", {"preset": "twicing", "fields": {"bosting_steps": 3}}]}, "bosting_steps"),
+        (
+            {"variants": ["softmax", {"name": "a", "preset": "twicing", "options": {"learnin_rate": 1}}]},
+            "unknown option of variant a 'learnin_rate': it must be one of learning_rate, .*did you mean",
+        ),
+        (
+            {"variants": ["softmax", {"name": "a", "preset": "twicing", "options": {"dataset_name": "b"}}]},
+            "unknown option of variant a 'dataset_name'",
+        ),
+        (
+            {"variants": ["softmax", {"name": "a", "preset": "twicing", "options": ["max_steps"]}]},
+            "options of variant a must be a mapping, got \\['max_steps'\\]",
+        ),
+        (
+            {"variants": ["softmax", {"name": "a", "preset": "twicing", "options": {"max_steps": "many"}}]},
+            "task digits, variant a: .*max_steps.*'many'",
+        ),
         ({"variants": ["twicing"]}, "baseline must be one of the variants \\(twicing\\), got 'softmax'"),
         ({"seeds": []}, "seeds must be a number of seeds from 1 to 10,000 or a list"),
         ({"seeds": 0}, "seeds must be .* got 0"),
@@ -65,6 +82,10 @@ def with_options(**changes: Any) -> dict[str, Any]:
         (with_options(bf16="maybe"), "argument --bf16: must be true or false, got 'maybe'"),
         (
             {"tasks": {"one": TINY_TASK, "two": with_options(max_steps="3")["tasks"]["digits"]}},
+            "tasks one and two are equal",
+        ),
+        (
+            {"tasks": {"one": TINY_TASK, "two": with_options(learning_rate="1e-3")["tasks"]["digits"]}},
             "tasks one and two are equal",
         ),
         ({"split": "train"}, "split must be one of test, validation, got 'train'"),
@@ -176,7 +197,26 @@ def test_the_study_that_the_page_explains_is_valid(tmp_path: Path) -> None:
     (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     path = tmp_path / "study.yaml"
     path.write_text(block, encoding="utf-8")
-    assert len(read_study(path).runs) == 6
+    assert len(read_study(path).runs) == 9
+
+
+def test_a_variant_may_have_its_own_training(write_study: WriteStudy) -> None:
+    """Its options win over the task's, and are part of what a run is; runs without any are what they were."""
+    tuned = {"name": "tuned", "preset": "softmax", "options": {"learning_rate": 0.5}}
+    runs = {run.variant.name: run for run in read_study(write_study(variants=["softmax", tuned])).runs}
+    words = {name: run.task.words(run.variant, run.seed) for name, run in runs.items()}
+    assert set(words["tuned"]) - set(words["softmax"]) == {"--learning_rate=0.5"}
+    assert len(words["tuned"]) == len({word.partition("=")[0] for word in words["tuned"]})
+    assert runs["tuned"].identity["variant"] == {**tuned, "fields": {}}
+    assert runs["softmax"].identity["variant"] == {"name": "softmax", "preset": "softmax", "fields": {}}
+
+
+def test_the_report_says_what_variants_have_of_their_own(write_study: WriteStudy) -> None:
+    last_two = {"name": "twicing", "preset": "twicing", "fields": {"boosted_layers": [-2, -1]}}
+    tuned = {"name": "tuned", "preset": "softmax", "options": {"learning_rate": 0.5}}
+    said = "With values of their own: twicing (boosted_layers [-2, -1]), tuned (preset softmax, learning_rate 0.5)."
+    assert of_their_own(read_study(write_study(variants=["softmax", last_two, tuned]))) == said
+    assert of_their_own(read_study(write_study())) == ""
 
 
 def test_shard_is_i_of_n() -> None:

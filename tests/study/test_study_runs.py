@@ -317,9 +317,11 @@ def test_a_mistake_that_training_finds_names_the_task_and_binds_nothing(
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("fields", [{"hidden_size": 16}, {"boosting": "none"}])
-def test_one_model_under_two_names_is_refused(write_study: WriteStudy, tmp_path: Path, fields: dict[str, Any]) -> None:
-    twin = {"name": "twin", "preset": "softmax", "fields": fields}
+@pytest.mark.parametrize(
+    "more", [{"fields": {"hidden_size": 16}}, {"fields": {"boosting": "none"}}, {"options": {"learning_rate": "1e-3"}}]
+)
+def test_one_model_under_two_names_is_refused(write_study: WriteStudy, tmp_path: Path, more: dict[str, Any]) -> None:
+    twin = {"name": "twin", "preset": "softmax", **more}
     with pytest.raises(UsageError, match="softmax and twin have the same configuration: their runs would be equal"):
         do(read_study(write_study(variants=["softmax", twin])), tmp_path / "ledger")
 
