@@ -224,6 +224,7 @@ def test_wrong_lengths_and_heads() -> None:
 def _clean_table(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = {name: BACKENDS[name] for name in ("reference", "sdpa", "blocked")}
     monkeypatch.setattr(backend_table, "BACKENDS", plain)
+    monkeypatch.setattr(backend_table, "SINKHORN_BACKENDS", dict(backend_table.SINKHORN_BACKENDS))
 
 
 @pytest.mark.usefixtures("_clean_table")

@@ -15,6 +15,10 @@ from hf_imgproc_attn import records
 from hf_imgproc_attn.errors import UsageError
 from tests.test_records import record_of
 
+# Transformers 5.17 has the old name only, of which later ones make the new one.
+HAS_NEW_NAME = hasattr(TrainingArguments, "activation_checkpointing")
+CHECKPOINTING = "activation_checkpointing" if HAS_NEW_NAME else "gradient_checkpointing"
+
 
 # One other value of every kind of option that is compared.
 @pytest.mark.parametrize(
@@ -24,7 +28,7 @@ from tests.test_records import record_of
         "--warmup_steps 3", "--max_steps 9", "--num_train_epochs 7", "--weight_decay 0.5", "--max_grad_norm 0.5",
         "--data_seed 3", "--optim adafactor", "--adam_beta2 0.9", "--label_smoothing_factor 0.1", "--bf16 true",
         "--neftune_noise_alpha 5", "--ignore_data_skip true", "--train_sampling_strategy sequential",
-        "--optim_args x=1", "--torch_compile true", "--activation_checkpointing true", "--auto_find_batch_size true",
+        "--optim_args x=1", "--torch_compile true", f"--{CHECKPOINTING} true", "--auto_find_batch_size true",
         "--average_tokens_across_devices false", "--remove_unused_columns false",
     ],
 )  # fmt: skip

@@ -76,13 +76,13 @@ def run(call: FilterCall, *, block_rows: int | None = None, group_pairs: int | N
         return call.finish(run(call.plain(), block_rows=block_rows, group_pairs=group_pairs))
     positions, products = _as_products(as_shared_bias(call) if call.positions else call)
     if call.is_sequential:
-        plain = products._replace(booster=Booster())
-        return run_delta(_blocked_call(plain, positions, None, block_rows, group_pairs), products)
+        return _delta(products, positions, block_rows, group_pairs)
     if call.by_weights is not None:
         return _by_weights(products, positions, call.by_weights, block_rows, group_pairs)
     gain = call.booster.gain
     if gain is not None:  # its residual is read at all rows, those of padding too
-        products = products._replace(value=products.visibility.clean_keys(products.value))
+        value = products.visibility.clean_keys(products.value)
+        products = FilterCall(**{**products._asdict(), "value": value})  # see FilterCall.plain
     output, streams = _blocked(products, positions, block_rows, group_pairs)
     if call.streams.is_cached:
         for index, rows in enumerate(streams):
@@ -113,8 +113,18 @@ def _as_products(call: FilterCall) -> tuple[BlockedPositions | None, FilterCall]
         query = visibility.clean_queries(query)
     is_learned = call.booster.gain is not None and not call.is_sequential
     booster = Booster("twicing", 2) if is_learned else call.booster
-    products = FilterCall(query, key, value, content, visibility, (), booster, call.dropout, call.streams)
-    return by_place, products._replace(sinks=call.sinks, normalisation=call.normalisation)
+    return by_place, FilterCall(
+        query,
+        key,
+        value,
+        content,
+        visibility,
+        booster=booster,
+        dropout=call.dropout,
+        streams=call.streams,
+        sinks=call.sinks,
+        normalisation=call.normalisation,
+    )
 
 
 @torch.compiler.disable  # as the other blocks
@@ -133,6 +143,14 @@ def column_scales(call: FilterCall, *, block_rows: int | None = None, group_pair
     positions, products = _as_products(bare)
     cut = _blocked_call(products, positions, None, block_rows, group_pairs)
     return log_scales(cut, products, call.normalisation.iterations)
+
+
+@torch.compiler.disable
+def _delta(
+    given: FilterCall, positions: BlockedPositions | None, block_rows: int | None, group_pairs: int | None
+) -> torch.Tensor:
+    """Rows corrected in order: ``[batch, heads, length, d]`` in the value's dtype."""
+    return run_delta(_blocked_call(given.plain(), positions, None, block_rows, group_pairs), given)
 
 
 @torch.compiler.disable

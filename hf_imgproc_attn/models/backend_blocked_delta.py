@@ -38,7 +38,6 @@ def refuses(call: FilterCall) -> str | None:
     return None
 
 
-@torch.compiler.disable  # as the other blocks
 def run(call: Call, given: FilterCall) -> torch.Tensor:
     """``[batch, heads, length, d]`` in the value's dtype; stores u.
 

@@ -260,7 +260,8 @@ class AttentionFilter(nn.Module):
         )
         if self.second_map is None or scalars.differential is None:
             return call
-        return call._replace(difference=self._difference(scalars.differential, inputs, inputs.visibility, streams))
+        difference = self._difference(scalars.differential, inputs, inputs.visibility, streams)
+        return FilterCall(**{**call._asdict(), "difference": difference})  # see FilterCall.plain
 
     def _difference(
         self, share: torch.Tensor, inputs: LayerInputs, visibility: Visibility, streams: Streams

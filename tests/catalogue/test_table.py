@@ -192,7 +192,8 @@ def test_table_is_rectangular() -> None:
 def test_terminals_without_unicode_get_the_table(run_python: RunPython, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pipe in the C locale: formulas are replaced, not a traceback."""
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    result = run_python("-m", "hf_imgproc_attn.cli", "variants")
+    # Not prepared: if this test came first, the prepared interpreter of all others would have that encoding.
+    result = run_python("-m", "hf_imgproc_attn.cli", "variants", fresh=True)
     assert result.returncode == 0, result.stderr
     assert "softmax" in result.stdout
 

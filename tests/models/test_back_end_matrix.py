@@ -123,3 +123,14 @@ def test_places_inside_blocks_can_be_traced(position: str) -> None:
     layer._config.filter_backend = "blocked"
     traced = torch.compile(lambda: layer(**inputs, implementation="sdpa")[0], backend="eager")
     torch.testing.assert_close(traced(), layer(**inputs, implementation="eager")[0], rtol=0, atol=1e-11)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("boosting", ["learned", "inversion", "exclusive", "differential", "delta"])
+def test_boosters_inside_blocks_can_be_traced(boosting: str) -> None:
+    """Those whose call differs from the layer's: the broken graph hands it on as it is."""
+    layer, inputs, _ = layer_of(boosting, "softmax")
+    layer._config.filter_backend = "blocked"
+    causal = masks()["causal"]
+    traced = torch.compile(lambda: layer(**inputs, implementation="sdpa", **causal)[0], backend="eager")
+    torch.testing.assert_close(traced(), layer(**inputs, implementation="eager", **causal)[0], rtol=0, atol=1e-11)
