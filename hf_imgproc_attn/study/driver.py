@@ -190,6 +190,7 @@ def prepare(study: Study, say: Say) -> tuple[Study, dict[str, dict[str, Size]], 
     for task in study.tasks:
         prepared = Prepared(task, base, study.seeds[0])
         fingerprints[task.name] = prepared.fingerprints
+        prepared.check_training(study.variants)
         of_task = {variant.name: prepared.size(variant) for variant in study.variants}
         baselines[task.name] = []
         for match in study.matched:

@@ -50,21 +50,25 @@ class Prepared:
     """
 
     def __init__(self, task: StudyTask, baseline: Variant, seed: int) -> None:
-        script = training_script(task.kind)
-        with tempfile.TemporaryDirectory() as folder:
-            words = task.words(baseline, seed)
-            words += ["--prepare_only=true", f"--output_dir={Path(folder) / 'none'}", "--save_strategy=no"]
-            try:
-                result = script.train(script.read_arguments(words))
-            except UsageError as error:
-                raise UsageError(f"task {task.name}: {error}") from error
-            batch = next(iter(result.trainer.get_train_dataloader()))
+        result = _begun(task, baseline, seed)
+        batch = next(iter(result.trainer.get_train_dataloader()))
         self.task = task
         self.fingerprints: dict[str, Any] = result.record["data_fingerprint"]
         self._model_class = type(result.trainer.model)
         self._config = result.trainer.model.config
         self._batch = {name: tensor[:_SAMPLES].cpu() for name, tensor in batch.items()}
         self._baseline = baseline
+        self._seed = seed
+
+    def check_training(self, variants: Sequence[Variant]) -> None:
+        """Refuse options of variants that their training would refuse, before any run is begun.
+
+        Raises:
+            UsageError: naming the task, the variant and what is wrong.
+        """
+        for variant in variants:
+            if variant.options and variant != self._baseline:
+                _begun(self.task, variant, self._seed)
 
     def size(self, variant: Variant) -> Size:
         """Size of a variant of this task.
@@ -159,6 +163,19 @@ class Prepared:
         except Exception as error:  # configurations are refused in several ways, by Transformers and by ours
             raise UsageError(f"task {self.task.name}, variant {variant.name}: {plain_message(error)}") from error
         return model
+
+
+def _begun(task: StudyTask, variant: Variant, seed: int) -> Any:
+    """What the training script returns of a run that it has begun, and not trained."""
+    script = training_script(task.kind)
+    with tempfile.TemporaryDirectory() as folder:
+        words = task.words(variant, seed)
+        words += ["--prepare_only=true", f"--output_dir={Path(folder) / 'none'}", "--save_strategy=no"]
+        try:
+            return script.train(script.read_arguments(words))
+        except UsageError as error:
+            which = f"task {task.name}" + (f", variant {variant.name}" if variant.options else "")
+            raise UsageError(f"{which}: {error}") from error
 
 
 def step_operations(model: PreTrainedModel, batch: dict[str, Any]) -> int:

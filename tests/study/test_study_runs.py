@@ -317,6 +317,14 @@ def test_a_mistake_that_training_finds_names_the_task_and_binds_nothing(
     assert not folder.exists()
 
 
+def test_a_variants_own_training_is_checked_before_any_run(write_study: WriteStudy, tmp_path: Path) -> None:
+    folder = tmp_path / "ledger"
+    odd = {"name": "odd", "preset": "twicing", "options": {"optim": "none_such"}}
+    with pytest.raises(UsageError, match="task digits, variant odd: argument --optim.*invalid choice: 'none_such'"):
+        do(read_study(write_study(variants=["softmax", odd])), folder)
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize(
     "more", [{"fields": {"hidden_size": 16}}, {"fields": {"boosting": "none"}}, {"options": {"learning_rate": "1e-3"}}]
 )
