@@ -81,8 +81,7 @@ def run(call: FilterCall, *, block_rows: int | None = None, group_pairs: int | N
         return _by_weights(products, positions, call.by_weights, block_rows, group_pairs)
     gain = call.booster.gain
     if gain is not None:  # its residual is read at all rows, those of padding too
-        value = products.visibility.clean_keys(products.value)
-        products = FilterCall(**{**products._asdict(), "value": value})  # see FilterCall.plain
+        products = products.changed(value=products.visibility.clean_keys(products.value))
     output, streams = _blocked(products, positions, block_rows, group_pairs)
     if call.streams.is_cached:
         for index, rows in enumerate(streams):

@@ -187,8 +187,12 @@ class FilterCall(NamedTuple):
 
     def plain(self) -> FilterCall:
         """The same without the booster."""
+        return self.changed(booster=Booster())
+
+    def changed(self, **fields: Any) -> FilterCall:
+        """The same with other fields."""
         # Not `_replace`: where a traced graph breaks, torch 2.11 hands on an empty tuple, or fails to make it again.
-        return FilterCall(**{**self._asdict(), "booster": Booster()})
+        return FilterCall(**{**self._asdict(), **fields})
 
     def finish(self, smooth: torch.Tensor) -> torch.Tensor:
         """What a booster that applies A once makes of A V, ``[batch, heads, length, d]``; 0 in rows that see no key.
@@ -217,13 +221,11 @@ class FilterCall(NamedTuple):
 
     def maps(self) -> tuple[FilterCall, FilterCall | None]:
         """The call of the first map alone, and that of the second or None."""
-        fields, other = self._asdict(), self.difference
-        first = FilterCall(**{**fields, "difference": None})
+        first, other = self.changed(difference=None), self.difference
         if other is None:
             return first, None
         value = self.value if self.groups == 1 else self.value.repeat_interleave(self.groups, dim=1)
-        second = {"query": other.query, "key": other.key, "value": value, "difference": None}
-        return first, FilterCall(**{**fields, **second})
+        return first, first.changed(query=other.query, key=other.key, value=value)
 
     def past_streams(self) -> list[torch.Tensor]:
         """The cached rows of the booster's streams, in order; empty where there are none."""

@@ -260,8 +260,7 @@ class AttentionFilter(nn.Module):
         )
         if self.second_map is None or scalars.differential is None:
             return call
-        difference = self._difference(scalars.differential, inputs, inputs.visibility, streams)
-        return FilterCall(**{**call._asdict(), "difference": difference})  # see FilterCall.plain
+        return call.changed(difference=self._difference(scalars.differential, inputs, inputs.visibility, streams))
 
     def _difference(
         self, share: torch.Tensor, inputs: LayerInputs, visibility: Visibility, streams: Streams

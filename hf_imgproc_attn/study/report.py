@@ -75,8 +75,8 @@ def markdown(study: Study, tables: Sequence[Table], content: dict[str, Any]) -> 
         "",
         explanation(study),
     ]
-    if of_their_own(study):
-        lines += ["", of_their_own(study)]
+    if own := of_their_own(study):
+        lines += ["", own]
     if content["autoattack_gaps"]:
         lines += ["", on_autoattack(content["autoattack_gaps"])]
     if not tables:

@@ -66,8 +66,10 @@ class Prepared:
         Raises:
             UsageError: naming the task, the variant and what is wrong.
         """
+        checked: list[dict[str, Any]] = [{}, self._baseline.options]
         for variant in variants:
-            if variant.options and variant != self._baseline:
+            if variant.options not in checked:
+                checked.append(variant.options)
                 _begun(self.task, variant, self._seed)
 
     def size(self, variant: Variant) -> Size:
